@@ -1,0 +1,111 @@
+"""Sizes that follow from the configuration: parameters, steps, token slots, masked slots."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.schema import DEFAULT_WARMUP_FRACTION, Config, MlmConfig, ModelConfig
+
+VOCABULARY_MULTIPLE = 128
+LONGEST_DEFAULT_EVAL = 512
+# Words and spans are masked whole, so that the last one may run over by all but one of its
+# tokens; a unit has at most 8.
+LARGEST_OVERRUN = 7
+
+
+def parameter_count(model: ModelConfig, vocab_size: int) -> int:
+    """Trainable parameters, with the decoder tied to the word embeddings.
+
+    Args:
+        model: The encoder's shape.
+        vocab_size: Rows of the embedding table, padding included.
+    """
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    norm = 2 * hidden
+    embeddings = (vocab_size + model.max_position_embeddings) * hidden
+    query_and_output = 2 * _linear(hidden, hidden)
+    key_and_value = 2 * _linear(hidden, model.num_query_groups * model.head_dim)
+    mlp = 2 * _linear(hidden, ffn) + _linear(ffn, hidden)
+    block = 2 * norm + query_and_output + key_and_value + mlp
+    head = _linear(hidden, hidden) + norm + vocab_size
+    return embeddings + model.num_layers * block + norm + head
+
+
+def total_steps(config: Config) -> int:
+    """Optimizer steps of the whole curriculum."""
+    return sum(stage.steps for stage in config.curriculum)
+
+
+def total_token_slots(config: Config) -> int:
+    """Token slots of the whole curriculum: steps x rows x slots a row."""
+    rows = config.batch.global_size
+    return sum(stage.steps * rows * stage.seq_length for stage in config.curriculum)
+
+
+def masked_slots(mlm: MlmConfig, seq_length: int) -> int:
+    """Masked slots M of a row of `seq_length` slots: one fixed number, so that shapes are fixed.
+
+    A row holds at most `seq_length - 2` text tokens; their share is rounded half up. Units of
+    several tokens may run over by `LARGEST_OVERRUN`.
+    """
+    exact = max(1, math.floor(mlm.probability * (seq_length - 2) + 0.5))
+    return exact if mlm.unit == "token" else exact + LARGEST_OVERRUN
+
+
+def warmup_steps(config: Config) -> int:
+    """Steps of linear warm-up, from `schedule.warmup_steps` or the fraction of all steps."""
+    schedule = config.schedule
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps
+    fraction = schedule.warmup_fraction
+    fraction = DEFAULT_WARMUP_FRACTION if fraction is None else fraction
+    return math.floor(fraction * total_steps(config) + 0.5)
+
+
+def fixed_eval_length(config: Config) -> int:
+    """Length that is evaluated in every stage, in slots: the key's, or at most 512."""
+    if config.eval.fixed_seq_length is not None:
+        return config.eval.fixed_seq_length
+    return min(LONGEST_DEFAULT_EVAL, max(stage.seq_length for stage in config.curriculum))
+
+
+def resolve_vocab_size(model: ModelConfig, tokenizer_pieces: int, tensor_parallel: int) -> int:
+    """Rows of the embedding table.
+
+    Args:
+        model: Its `vocab_size` is taken where it is set.
+        tokenizer_pieces: Pieces of the tokenizer.
+        tensor_parallel: Ranks that share the table; the rows must be divisible by it. They are
+            never padded for its sake: the model would then depend on the layout.
+
+    Returns:
+        The rows: `model.vocab_size`, or the pieces padded to a multiple of 128.
+
+    Raises:
+        ConfigError: The set size is smaller than the tokenizer, or not divisible.
+    """
+    padded = _next_multiple(tokenizer_pieces, VOCABULARY_MULTIPLE)
+    size = padded if model.vocab_size is None else model.vocab_size
+    if size < tokenizer_pieces:
+        raise ConfigError(
+            f"model.vocab_size = {size}: the tokenizer has {tokenizer_pieces} pieces; "
+            f"use {padded}, or null to follow the tokenizer"
+        )
+    if size % tensor_parallel:
+        divisible = _next_multiple(size, math.lcm(VOCABULARY_MULTIPLE, tensor_parallel))
+        raise ConfigError(
+            f"model.vocab_size = {size}: not divisible by parallel.tensor = {tensor_parallel}; "
+            f"use a parallel.tensor that divides it, or start the run with "
+            f"model.vocab_size={divisible}"
+        )
+    return size
+
+
+def _linear(columns_in: int, columns_out: int) -> int:
+    """Parameters of a linear layer with bias."""
+    return columns_in * columns_out + columns_out
+
+
+def _next_multiple(value: int, factor: int) -> int:
+    return -(-value // factor) * factor

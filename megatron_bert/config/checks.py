@@ -1,0 +1,233 @@
+"""What two or more keys must agree on, in one place; each refusal names values that work."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+from megatron_bert.config.arithmetic import total_steps, warmup_steps
+from megatron_bert.config.diagnostics import format_value, raise_problems
+from megatron_bert.config.schema import Config, Corpus
+
+# The one value of each key that this version can do; the schema already knows the others.
+ONLY_AVAILABLE: dict[str, object] = {
+    "parallel.pipeline": 1,
+    "parallel.pipeline_schedule": "1f1b",
+    "parallel.sequence": False,
+    "parallel.replicate": 1,
+    "parallel.layout": "manual",
+    "recompute": "none",
+    "checkpoint.async": False,
+    "log.wandb.mode": "disabled",
+    "log.tensorboard": False,
+}
+
+
+def check_config(config: Config, *, world_size: int, vocab_size: int | None = None) -> None:
+    """Refuse a configuration that cannot be trained on `world_size` ranks.
+
+    Args:
+        config: What `load_config` returned.
+        world_size: Ranks of the job.
+        vocab_size: Rows of the embedding table where they are known already; default:
+            `model.vocab_size`, unchecked where that is not set.
+
+    Raises:
+        ConfigError: All contradictions in one message, each with key, value and values that work.
+    """
+    rows = config.model.vocab_size if vocab_size is None else vocab_size
+    problems = [
+        *value_problems(config),
+        *_unavailable(config),
+        *_tensor_parallel_problems(config, rows),
+        *_world_size_problems(config, world_size),
+    ]
+    raise_problems(problems, "the configuration")
+
+
+def value_problems(config: Config) -> list[str]:
+    """Contradictions between values, whatever the number of ranks."""
+    checks: tuple[Callable[[Config], Iterator[str]], ...] = (
+        _model_problems,
+        _length_problems,
+        _mlm_problems,
+        _corpus_problems,
+        _schedule_problems,
+        _batch_problems,
+    )
+    return [problem for check in checks for problem in check(config)]
+
+
+def _unavailable(config: Config) -> Iterator[str]:
+    values = config.model_dump(mode="json", by_alias=True)
+    for key, available in ONLY_AVAILABLE.items():
+        value: object = values
+        for part in key.split("."):
+            assert isinstance(value, dict)
+            value = value[part]
+        if value != available:
+            yield (
+                f"{key} = {format_value(value)}: not available in this version; "
+                f"use {format_value(available)}"
+            )
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    model = config.model
+    hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.num_query_groups
+    if hidden % heads:
+        yield (
+            f"model.hidden_size = {hidden}: not divisible by model.num_attention_heads = {heads}; "
+            f"use {_near_multiples(hidden, heads)}, or {_divisors(hidden, heads)} heads"
+        )
+    if heads % groups:
+        yield (
+            f"model.num_query_groups = {groups}: does not divide "
+            f"model.num_attention_heads = {heads}; use {_divisors(heads, groups)}"
+        )
+
+
+def _length_problems(config: Config) -> Iterator[str]:
+    longest = config.model.max_position_embeddings
+    lengths = {
+        f"curriculum.{index}.seq_length": stage.seq_length
+        for index, stage in enumerate(config.curriculum)
+    }
+    if config.eval.fixed_seq_length is not None:
+        lengths["eval.fixed_seq_length"] = config.eval.fixed_seq_length
+    for key, length in lengths.items():
+        if length > longest:
+            yield (
+                f"{key} = {length}: longer than model.max_position_embeddings = {longest}; "
+                f"use at most {longest}, or model.max_position_embeddings={length}"
+            )
+
+
+def _mlm_problems(config: Config) -> Iterator[str]:
+    mlm = config.mlm
+    # Shares such as 0.7 + 0.2 + 0.1 may miss 1 by a rounding.
+    if mlm.mask_ratio + mlm.random_ratio > 1 + 1e-9:
+        yield (
+            f"mlm.random_ratio = {mlm.random_ratio:g}: together with mlm.mask_ratio = "
+            f"{mlm.mask_ratio:g} more than 1; use at most {1 - mlm.mask_ratio:g}"
+        )
+
+
+def _corpus_problems(config: Config) -> Iterator[str]:
+    for name, corpora in (("train", config.data.train), ("valid", config.data.valid)):
+        yield from _prefix_problems(f"data.{name}", corpora)
+
+
+def _prefix_problems(key: str, corpora: Sequence[Corpus]) -> Iterator[str]:
+    first_use: dict[str, int] = {}
+    for index, corpus in enumerate(corpora):
+        stem, suffix = os.path.splitext(corpus.prefix)  # noqa: PTH122 (it is no path of a file)
+        if suffix in (".bin", ".idx"):
+            yield (
+                f"{key}.{index}.prefix = {corpus.prefix}: is one file of the dataset; "
+                f"give its prefix, {stem}"
+            )
+        first = first_use.setdefault(os.path.normpath(corpus.prefix), index)
+        if first != index:
+            yield (
+                f"{key}.{index}.prefix = {corpus.prefix}: the same corpus as {key}.{first}; "
+                "give it once, with the weights added"
+            )
+
+
+def _schedule_problems(config: Config) -> Iterator[str]:
+    schedule, optimizer, steps = config.schedule, config.optimizer, total_steps(config)
+    if optimizer.min_lr > optimizer.lr:
+        yield (
+            f"optimizer.min_lr = {optimizer.min_lr:g}: larger than optimizer.lr = "
+            f"{optimizer.lr:g}; use at most {optimizer.lr:g}"
+        )
+    if schedule.warmup_fraction is not None and schedule.warmup_steps is not None:
+        yield (
+            f"schedule.warmup_steps = {schedule.warmup_steps}: schedule.warmup_fraction = "
+            f"{schedule.warmup_fraction:g} is given too; set one of them to null"
+        )
+        return
+    warmup = warmup_steps(config)
+    if warmup > steps:
+        yield (
+            f"schedule.warmup_steps = {warmup}: longer than the run of {steps} steps; "
+            f"use at most {steps}"
+        )
+        return
+    decay = schedule.wsd_decay_fraction * steps
+    if schedule.decay == "wsd" and warmup + decay > steps:
+        yield (
+            f"schedule.wsd_decay_fraction = {schedule.wsd_decay_fraction:g}: {decay:g} steps of "
+            f"decay and {warmup} of warm-up are more than the run's {steps}; "
+            f"use at most {(steps - warmup) / steps:g}"
+        )
+
+
+def _batch_problems(config: Config) -> Iterator[str]:
+    batch = config.batch
+    if batch.micro_size is not None and batch.micro_tokens is not None:
+        yield (
+            f"batch.micro_size = {batch.micro_size}: batch.micro_tokens = {batch.micro_tokens} "
+            "is given too; set one of them to null"
+        )
+
+
+def _tensor_parallel_problems(config: Config, vocab_size: int | None) -> Iterator[str]:
+    tensor, model = config.parallel.tensor, config.model
+    shared = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+    }
+    if vocab_size is not None:
+        shared["model.vocab_size"] = vocab_size
+    for key, size in shared.items():
+        if size % tensor:
+            yield (
+                f"parallel.tensor = {tensor}: does not divide {key} = {size}; "
+                f"use {_divisors(size, tensor)}"
+            )
+
+
+def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    model_ranks = tensor * pipeline
+    if world_size % model_ranks:
+        yield (
+            f"parallel.tensor = {tensor} x parallel.pipeline = {pipeline}: does not divide the "
+            f"{world_size} ranks of this job; start {_near_multiples(world_size, model_ranks)} "
+            f"ranks, or use {_divisors(world_size, model_ranks)} ranks for one model"
+        )
+        return
+    data_parallel = world_size // model_ranks
+    rows = config.batch.global_size
+    if rows < data_parallel:
+        yield (
+            f"batch.global_size = {rows}: no layout can hold it, as {data_parallel} data-parallel "
+            f"ranks need a row each; use at least {data_parallel} rows, or at most "
+            f"{rows * model_ranks} ranks"
+        )
+    if data_parallel % config.parallel.replicate:
+        yield (
+            f"parallel.replicate = {config.parallel.replicate}: does not divide the "
+            f"{data_parallel} data-parallel ranks; "
+            f"use {_divisors(data_parallel, config.parallel.replicate)}"
+        )
+
+
+def _near_multiples(value: int, factor: int) -> str:
+    """The multiples of `factor` below and above `value`, in words."""
+    below = value // factor * factor
+    return f"{below} or {below + factor}" if below else str(factor)
+
+
+def _divisors(value: int, near: int) -> str:
+    """The divisors of `value` nearest to `near`, at most three on each side, in words."""
+    largest_tried = min(math.isqrt(value), 2**16)  # a mistyped size must not hang the check
+    small = [divisor for divisor in range(1, largest_tried + 1) if value % divisor == 0]
+    divisors = sorted({*small, *(value // divisor for divisor in small)})
+    below = [divisor for divisor in divisors if divisor < near][-3:]
+    above = [divisor for divisor in divisors if divisor > near][:3]
+    *others, last = [str(divisor) for divisor in below + above]
+    return f"{', '.join(others)} or {last}" if others else last

@@ -1,0 +1,106 @@
+"""Write what the documentation derives from the schema.
+
+`python -m megatron_bert.config.emit_schema` writes `docs/config.schema.json` as a whole, and the
+tables between the markers of `docs/configuration.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.identity import change_of
+from megatron_bert.config.keys import Key, all_keys, json_schema
+
+SCHEMA_FILE = "config.schema.json"
+GUIDE_FILE = "configuration.md"
+
+
+def render_schema() -> str:
+    """The JSON Schema as the text of its file."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def render_guide(guide: str) -> str:
+    """The guide with its tables made anew; what stands outside the markers is kept.
+
+    Raises:
+        ConfigError: A marker is missing.
+    """
+    for name, table in (("keys", _key_table()), ("changes", _change_table())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, found_begin, rest = guide.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not found_begin or not found_end:
+            raise ConfigError(f"{GUIDE_FILE}: markers {begin} and {end} are missing; restore them")
+        guide = f"{before}{begin}\n{table}\n{end}{after}"
+    return guide
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write both files into the folder given by `--docs`."""
+    parser = argparse.ArgumentParser(prog="emit_schema", description=__doc__)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the files")
+    folder: Path = parser.parse_args(arguments).docs
+    guide = folder / GUIDE_FILE
+    if not guide.is_file():
+        raise ConfigError(f"{guide} does not exist; run in the checkout's root or give --docs")
+    _replace_file(folder / SCHEMA_FILE, render_schema())
+    _replace_file(guide, render_guide(guide.read_text(encoding="utf-8")))
+    return 0
+
+
+def _key_table() -> str:
+    sections = [key for key in all_keys().values() if "." not in key.name and key.is_section]
+    others = [key for key in all_keys().values() if "." not in key.name and not key.is_section]
+    parts = [f"### {key.name}\n\n{key.description}\n\n{_rows(f'{key.name}.')}" for key in sections]
+    parts.append(f"### Keys of their own\n\n{_rows(*(key.name for key in others))}")
+    return "\n\n".join(parts)
+
+
+def _rows(*prefixes: str) -> str:
+    keys = [
+        key for key in all_keys().values() if key.name.startswith(prefixes) and not key.is_section
+    ]
+    lines = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+    lines += [
+        f"| `{key.name}` | {key.expected} | {_default(key)} | {key.description} |" for key in keys
+    ]
+    return "\n".join(lines)
+
+
+def _default(key: Key) -> str:
+    if key.required:
+        return "from `preset`, or required" if key.name.startswith("model.") else "required"
+    return "see there" if key.default is None else f"`{json.dumps(key.default)}`"
+
+
+def _change_table() -> str:
+    lines = ["| key | may change |", "|---|---|"]
+    lines += [
+        f"| `{key.name}` | {change_of(key.name).value} |"
+        for key in all_keys().values()
+        if key.is_leaf
+    ]
+    return "\n".join(lines)
+
+
+def _replace_file(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary = Path(file.name)
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    run_cli(main)

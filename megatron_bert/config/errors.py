@@ -1,0 +1,39 @@
+"""Errors that a user can mend, and how a command line reports them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """What the user gave cannot be used; the message names the thing, its value and the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, of the wrong type, or contradicts another."""
+
+
+class DataError(UserError):
+    """A dataset, text file or tokenizer is missing, damaged or does not fit."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command line's `main` and leave the process with its exit code.
+
+    A `UserError` becomes one line on standard error and exit code 2; any other exception keeps
+    its traceback and ends in exit code 1.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_USER_ERROR)
+    sys.exit(code or 0)

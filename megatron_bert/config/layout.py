@@ -1,0 +1,76 @@
+"""How the rows of a global batch are dealt to ranks and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bert.config.schema import BatchConfig
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """The division of one optimizer step's rows, the same on every rank.
+
+    Every micro-batch has the same shape on every rank; where the ranks and micro-batches do not
+    divide the global batch, each takes the next whole number of rows, and the surplus rows carry
+    weight 0.
+
+    Attributes:
+        global_size: Rows in one optimizer step.
+        data_parallel: Ranks that share them.
+        micro_size: Rows of one forward pass of one rank.
+        num_micro_batches: Forward passes of one rank in one step.
+    """
+
+    global_size: int
+    data_parallel: int
+    micro_size: int
+    num_micro_batches: int
+
+    @classmethod
+    def for_stage(cls, batch: BatchConfig, data_parallel: int, seq_length: int) -> BatchLayout:
+        """Divide a batch of rows of `seq_length` slots over `data_parallel` ranks.
+
+        The micro-batches are as few as the limit on their size allows, and balanced: with 9 rows
+        and a limit of 8 they have 5 rows each, not 8 and 1.
+        """
+        rows = _ceil_div(batch.global_size, data_parallel)
+        num_micro_batches = _ceil_div(rows, batch.max_micro_rows(seq_length))
+        return cls(
+            global_size=batch.global_size,
+            data_parallel=data_parallel,
+            micro_size=_ceil_div(rows, num_micro_batches),
+            num_micro_batches=num_micro_batches,
+        )
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Rows a rank takes in one step, surplus rows included."""
+        return self.num_micro_batches * self.micro_size
+
+    @property
+    def surplus_rows(self) -> int:
+        """Rows of weight 0 in one step, over all ranks."""
+        return self.rows_per_rank * self.data_parallel - self.global_size
+
+    def row_offsets(self, data_rank: int, micro_batch: int) -> range:
+        """Which rows of the global batch a rank takes in one micro-batch.
+
+        Rows are dealt out in turn, so that ranks differ by at most one real row per step.
+
+        Args:
+            data_rank: Rank within data parallelism, from 0.
+            micro_batch: Forward pass within the step, from 0.
+
+        Returns:
+            `micro_size` offsets within the global batch; those of `global_size` and more are
+            surplus rows.
+        """
+        assert 0 <= data_rank < self.data_parallel
+        assert 0 <= micro_batch < self.num_micro_batches
+        rows = self.micro_size * self.data_parallel
+        return range(micro_batch * rows + data_rank, (micro_batch + 1) * rows, self.data_parallel)
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

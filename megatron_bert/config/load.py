@@ -1,0 +1,117 @@
+"""From a YAML file and overrides to a checked configuration, and back to YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_bert.config.checks import value_problems
+from megatron_bert.config.diagnostics import explain, format_value, raise_problems
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.keys import all_keys, dotted
+from megatron_bert.config.overrides import apply_override
+from megatron_bert.config.schema import Config
+from megatron_bert.config.yaml_text import KeyPath, format_document, parse_document
+
+DEFAULT_RUNS_FOLDER = "runs"
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file, apply overrides and check everything that needs no machine.
+
+    Args:
+        path: A YAML file.
+        overrides: `key.path=value` each, applied in order.
+
+    Returns:
+        The configuration, with `run.dir` set (default: `runs/` + the file's stem).
+
+    Raises:
+        ConfigError: The file is missing or not YAML, a key is unknown or missing, a value is of
+            the wrong type or out of range, or two values contradict each other; all problems
+            of the load in one message.
+    """
+    tree, lines = _read(path)
+    places = {key: f"{path}, line {line}" for key, line in lines.items() if key}
+    problems = _override(tree, overrides, places)
+    _fill_empty_sections(tree, ())
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict) and run.get("dir") is None:
+        run["dir"] = f"{DEFAULT_RUNS_FOLDER}/{path.stem}"
+    config = None
+    try:
+        config = Config.model_validate(tree)
+        problems += value_problems(config)
+    except ValidationError as error:
+        problems += explain(error, places)
+    raise_problems(problems, str(path))
+    assert config is not None, "a failed validation has at least one problem"
+    return config
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values under the names that YAML uses."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that loads to an equal one."""
+    return format_document(config_dict(config))
+
+
+def _override(
+    tree: dict[str, Any], overrides: Sequence[str], places: dict[KeyPath, str]
+) -> list[str]:
+    """Apply overrides to `tree` and note them in `places`; returns those that are refused."""
+    problems = []
+    for override in overrides:
+        try:
+            changed = apply_override(tree, override)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        for key in [key for key in places if key[: len(changed)] == changed]:
+            del places[key]
+        places[changed] = "command line"
+    return problems
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"configuration file {path} does not exist; give an existing file to --config "
+            "(examples/ has some)"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"configuration file {path} cannot be read: {error.strerror}; give a readable file"
+        ) from None
+    tree, lines = parse_document(text, str(path))
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path}: holds {format_value(tree)}; expected sections such as `model:` and `data:`"
+        )
+    return tree, lines
+
+
+def _fill_empty_sections(tree: dict[str, Any], path: KeyPath) -> None:
+    """A section with every key commented out is an empty section, not the value null."""
+    for name in list(tree):
+        key = all_keys().get(dotted((*path, name)))
+        if key is None or not key.is_section:
+            continue
+        if tree[name] is None:
+            tree[name] = {}
+        if isinstance(tree[name], dict):
+            _fill_empty_sections(tree[name], (*path, name))

@@ -1,0 +1,31 @@
+"""Named model shapes; a key given beside `model.preset` overrides the preset's value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+PresetName = Literal["retrievabert-1.3b"]
+
+# RetrievaBERT's published config.json: multi-query attention, SwiGLU, learned positions; the
+# vocabulary is LLM-jp v3.0's 99,574 pieces padded to a multiple of 128.
+_RETRIEVABERT_1_3B: Mapping[str, int | float] = MappingProxyType(
+    {
+        "num_layers": 48,
+        "hidden_size": 1536,
+        "ffn_hidden_size": 4096,
+        "num_attention_heads": 24,
+        "num_query_groups": 1,
+        "max_position_embeddings": 2048,
+        "vocab_size": 99584,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "norm_eps": 1e-12,
+        "init_std": 0.02,
+    }
+)
+
+PRESETS: Mapping[PresetName, Mapping[str, int | float]] = MappingProxyType(
+    {"retrievabert-1.3b": _RETRIEVABERT_1_3B}
+)

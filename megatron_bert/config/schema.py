@@ -1,0 +1,335 @@
+"""The configuration tree: one frozen class per section, one documented field per key.
+
+The text under a field is its description: editors show it (docs/config.schema.json) and the
+guide prints it (docs/configuration.md). A field's own limits stand here; what two or more keys
+must agree on is in `checks`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+
+from megatron_bert.config.presets import PRESETS, PresetName
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+MIN_SEQ_LENGTH = 8
+DEFAULT_MICRO_TOKENS = 16384
+DEFAULT_WARMUP_FRACTION = 0.01
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown key, no silent conversion, no change after loading."""
+
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class RunConfig(Section):
+    """The run as a whole: where it writes, its seed, its time, its device."""
+
+    dir: Text | None = None
+    """Run directory: metrics, checkpoints, logs. Default: `runs/` + the config file's stem."""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    """Seed of everything random: initial weights, order of rows, masks, dropout."""
+    max_minutes: PositiveFloat | None = None
+    """Stop cleanly, with a checkpoint, after this many minutes of wall time. Default: no limit."""
+    deterministic: bool | None = None
+    """Same bits for the same topology, resumed or not. Default: true on CPU, false on CUDA."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes CUDA where there is a device, else the CPU."""
+
+    @property
+    def directory(self) -> Path:
+        """The run directory; `load_config` has always set it."""
+        assert self.dir is not None, "run.dir is set by load_config"
+        return Path(self.dir)
+
+
+def _model_json_schema(schema: dict[str, Any]) -> None:
+    """Tell editors that a preset stands in for the keys of the model's shape."""
+    required = schema.pop("required")
+    schema["anyOf"] = [
+        {"required": ["preset"], "properties": {"preset": {"type": "string"}}},
+        {"required": required},
+    ]
+
+
+class ModelConfig(Section):
+    """The encoder's shape; a preset fills in every key that is not given."""
+
+    model_config = ConfigDict(json_schema_extra=_model_json_schema)
+
+    preset: PresetName | None = None
+    """A published model's shape; keys given beside it override its values."""
+    num_layers: PositiveInt
+    """Transformer blocks."""
+    hidden_size: PositiveInt
+    """Width of the residual stream; a multiple of `num_attention_heads`."""
+    ffn_hidden_size: PositiveInt
+    """Width of the gated MLP (SwiGLU): columns of the gate and of the up projection each."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_query_groups: PositiveInt
+    """Key/value heads: 1 is multi-query, `num_attention_heads` is multi-head attention."""
+    max_position_embeddings: PositiveInt
+    """Rows of the learned position table: the longest segment, in tokens."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding table. Default: the tokenizer's pieces, padded to a multiple of 128."""
+    hidden_dropout: BelowOne = 0.1
+    """Dropout probability on the embeddings and on each sub-layer's output."""
+    attention_dropout: BelowOne = 0.1
+    """Dropout probability on the attention weights."""
+    norm_eps: PositiveFloat = 1e-12
+    """Epsilon of every LayerNorm."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; output projections: over sqrt(2 num_layers)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset")
+        # An unknown name is left to the field's own validation, which lists the right ones.
+        return {**PRESETS[preset], **given} if preset in tuple(PRESETS) else given
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class Corpus(Section):
+    """One tokenized dataset."""
+
+    prefix: Text
+    """Path of the dataset without its suffix: PREFIX.bin, PREFIX.idx, PREFIX.json."""
+    weight: PositiveFloat = 1.0
+    """Share of the rows, relative to the other corpora's weights (they need not sum to 1)."""
+
+
+class DataConfig(Section):
+    """The tokenizer and the tokenized datasets."""
+
+    tokenizer: Text
+    """Path of a SentencePiece `.model` or of a `tokenizer.json`: the one that made the data."""
+    train: tuple[Corpus, ...] = Field(strict=False, min_length=1)
+    """Training corpora, blended by weight within every curriculum stage."""
+    valid: tuple[Corpus, ...] = Field((), strict=False)
+    """Held-out corpora, each evaluated by itself (weights are not used). Default: none."""
+
+
+class MlmConfig(Section):
+    """Masked language modelling: what is hidden and by what it is replaced."""
+
+    probability: float = Field(0.15, gt=0.0, lt=1.0)
+    """Share of a row's text tokens that are to be predicted."""
+    unit: Literal["token", "whole_word", "ngram"] = "token"
+    """What is masked together: single tokens, whole words, or spans of up to `max_ngram` tokens."""
+    max_ngram: int = Field(3, ge=1, le=8)
+    """Longest span of the unit `ngram`, in tokens; length k is drawn in proportion to 1/k."""
+    mask_ratio: Fraction = 0.8
+    """Share of the chosen tokens that become the mask token."""
+    random_ratio: Fraction = 0.1
+    """Share that become a random token; the rest stay as they are."""
+
+
+class Stage(Section):
+    """One stretch of the curriculum with rows of one length."""
+
+    seq_length: int = Field(ge=MIN_SEQ_LENGTH)
+    """Token slots in a row."""
+    steps: PositiveInt
+    """Optimizer steps of the stage."""
+
+
+class BatchConfig(Section):
+    """The global batch and how much of it a rank takes at a time."""
+
+    global_size: PositiveInt
+    """Rows in one optimizer step, over all ranks."""
+    micro_size: PositiveInt | None = None
+    """Most rows of one forward pass of one rank; give this or `micro_tokens`."""
+    micro_tokens: PositiveInt | None = None
+    """Most token slots of one forward pass of one rank (at least one row). Default: 16384."""
+
+    def max_micro_rows(self, seq_length: int) -> int:
+        """Most rows of `seq_length` slots that one rank takes in one forward pass."""
+        if self.micro_size is not None:
+            return self.micro_size
+        micro_tokens = DEFAULT_MICRO_TOKENS if self.micro_tokens is None else self.micro_tokens
+        return max(1, micro_tokens // seq_length)
+
+
+class OptimizerConfig(Section):
+    """AdamW and gradient clipping."""
+
+    lr: PositiveFloat = 1.5e-4
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 1e-6
+    """Learning rate at the end of the decay."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay; biases and norms are not decayed."""
+    beta1: BelowOne = 0.9
+    """Decay of the first moment."""
+    beta2: BelowOne = 0.999
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global L2 norm of the gradient; 0 turns clipping off."""
+    max_skipped: NonNegativeInt = 10
+    """Updates that may be skipped in a row for non-finite gradients before the run ends."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the whole curriculum."""
+
+    decay: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    """Shape after the warm-up; `wsd` stays at the peak and decays at the end."""
+    warmup_fraction: Fraction | None = None
+    """Linear warm-up as a share of all steps; give this or `warmup_steps`. Default: 0.01."""
+    warmup_steps: NonNegativeInt | None = None
+    """Linear warm-up in steps."""
+    wsd_decay_fraction: float = Field(0.1, gt=0.0, le=1.0)
+    """Share of all steps in which `wsd` decays, at the run's end."""
+
+
+class ParallelConfig(Section):
+    """How ranks divide the model and the batch; data parallelism takes the ranks left over."""
+
+    tensor: PositiveInt = 1
+    """Ranks that share each layer's matrices and heads."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages: groups of ranks that hold consecutive blocks."""
+    sequence: bool = False
+    """Shard norms and dropout along the row inside a tensor-parallel group."""
+    pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order of the micro-batches in the pipeline."""
+    replicate: PositiveInt = 1
+    """Copies of the sharded weights within data parallelism (HSDP)."""
+    layout: Literal["manual", "auto"] = "manual"
+    """`auto` chooses the layout by predicted step time."""
+
+
+class PrecisionConfig(Section):
+    """Number formats; weights, gradients and optimizer states are always fp32."""
+
+    compute: Literal["bf16", "fp32"] = "bf16"
+    """Format of forward and backward."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written, how many stay, where a job starts from."""
+
+    interval: PositiveInt = 1000
+    """Steps between checkpoints; the end of a job always writes one."""
+    keep: PositiveInt = 3
+    """Newest complete checkpoints that stay on disk."""
+    async_: bool = Field(False, alias="async")
+    """Write in the background while training goes on."""
+    resume: Text = "auto"
+    """`auto`: the run's newest complete checkpoint, if any; `none`: start anew; or the PATH of a
+    checkpoint, to branch off into a new `run.dir`."""
+
+
+class EvalConfig(Section):
+    """Evaluation on the held-out corpora."""
+
+    interval: PositiveInt = 1000
+    """Steps between evaluations; the last step is always evaluated."""
+    batches: PositiveInt = 16
+    """Global batches per corpus and length, at most one epoch of the corpus."""
+    fixed_seq_length: Annotated[int, Field(ge=MIN_SEQ_LENGTH)] | None = None
+    """Length evaluated in every stage beside the stage's own, in token slots; it makes stages
+    comparable. Default: 512, or the longest stage if that is shorter."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    """Whether and where metrics are sent."""
+
+
+class LogConfig(Section):
+    """What is reported beside `metrics.jsonl`."""
+
+    interval: PositiveInt = 10
+    """Steps between progress lines; `metrics.jsonl` has every step."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run directory."""
+
+
+class CompileConfig(Section):
+    """torch.compile."""
+
+    enabled: bool = False
+    """Compile each transformer block."""
+
+
+class DistributedConfig(Section):
+    """The process group."""
+
+    timeout_seconds: PositiveFloat = 1800.0
+    """Longest wait for a collective before the run is ended on all ranks."""
+
+
+class Config(Section):
+    """A whole pretraining run."""
+
+    run: RunConfig = RunConfig()
+    """The run as a whole: where it writes, its seed, its time, its device."""
+    model: ModelConfig
+    """The encoder's shape."""
+    data: DataConfig
+    """The tokenizer and the tokenized datasets."""
+    mlm: MlmConfig = MlmConfig()
+    """What is masked."""
+    curriculum: tuple[Stage, ...] = Field(strict=False, min_length=1)
+    """Stages of the run, in order; each has rows of one length."""
+    batch: BatchConfig
+    """The global batch and its division."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and gradient clipping."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the whole curriculum."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How ranks divide the model and the batch."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward instead of kept: none, attention only, or all."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, how many stay, where a job starts from."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation on the held-out corpora."""
+    log: LogConfig = LogConfig()
+    """What is reported."""
+    compile: CompileConfig = CompileConfig()
+    """torch.compile."""
+    distributed: DistributedConfig = DistributedConfig()
+    """The process group."""

@@ -1,0 +1,1 @@
+"""From text and .bin/.idx files to packed, masked batches: thin Python over the C++ core."""

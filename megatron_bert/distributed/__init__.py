@@ -1,0 +1,1 @@
+"""Process groups, device mesh and collectives as autograd functions."""

@@ -1,0 +1,1 @@
+"""Modeling code that travels with an export; imports nothing of the rest."""

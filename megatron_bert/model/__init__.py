@@ -1,0 +1,1 @@
+"""The encoder: attention, feed-forward, blocks, masked-language-model head."""

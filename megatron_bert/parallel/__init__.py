@@ -1,0 +1,1 @@
+"""Tensor-parallel layers and sharded data parallelism; knows nothing of BERT."""

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_bert.config.arithmetic import resolve_vocab_size
+from megatron_bert.config.checks import ONLY_AVAILABLE, check_config
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.keys import all_keys
+from tests.config.conftest import Build
+
+
+def refusal(build: Build, *overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_config(build(*overrides), world_size=world_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.hidden_size=66"],
+            "model.hidden_size = 66: not divisible by model.num_attention_heads = 4; "
+            "use 64 or 68, or 1, 2, 3, 6, 11 or 22 heads",
+        ),
+        (
+            ["model.num_query_groups=3"],
+            "model.num_query_groups = 3: does not divide model.num_attention_heads = 4; "
+            "use 1, 2 or 4",
+        ),
+        (
+            ["curriculum.1.seq_length=256"],
+            "curriculum.1.seq_length = 256: longer than model.max_position_embeddings = 128; "
+            "use at most 128, or model.max_position_embeddings=256",
+        ),
+        (["eval.fixed_seq_length=129"], "eval.fixed_seq_length = 129: longer than"),
+        (["mlm.random_ratio=0.5"], "mlm.random_ratio = 0.5: together with mlm.mask_ratio = 0.8"),
+        (["optimizer.min_lr=1"], "optimizer.min_lr = 1: larger than optimizer.lr = 0.00015"),
+        (["schedule.warmup_steps=351"], "longer than the run of 350 steps; use at most 350"),
+        (
+            ["schedule.warmup_steps=5", "schedule.warmup_fraction=0.1"],
+            "schedule.warmup_fraction = 0.1 is given too; set one of them to null",
+        ),
+        (
+            ["schedule.decay=wsd", "schedule.warmup_steps=175", "schedule.wsd_decay_fraction=0.6"],
+            "schedule.wsd_decay_fraction = 0.6: 210 steps of decay and 175 of warm-up are more "
+            "than the run's 350; use at most 0.5",
+        ),
+        (["batch.micro_size=1", "batch.micro_tokens=64"], "set one of them to null"),
+        (["data.train.1.prefix=./first"], "the same corpus as data.train.0; give it once"),
+        (["data.train.0.prefix=a/b.idx"], "is one file of the dataset; give its prefix, a/b"),
+    ],
+)
+def test_contradicting_values_are_refused_with_values_that_work(
+    build: Build, overrides: list[str], message: str
+) -> None:
+    assert message in refusal(build, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (
+            ["parallel.tensor=3"],
+            3,
+            "parallel.tensor = 3: does not divide model.num_attention_heads",
+        ),
+        (["parallel.tensor=4"], 6, "does not divide the 6 ranks of this job; start 4 or 8 ranks"),
+        ([], 9, "batch.global_size = 8: no layout can hold it, as 9 data-parallel ranks need"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_ranks_is_refused(
+    build: Build, overrides: list[str], world_size: int, message: str
+) -> None:
+    assert message in refusal(build, *overrides, world_size=world_size)
+
+
+def test_the_tensor_parallel_sizes_offered_divide_the_heads(build: Build) -> None:
+    shape = ["model.num_attention_heads=24", "model.hidden_size=96", "model.ffn_hidden_size=240"]
+    message = refusal(build, *shape, "parallel.tensor=5", world_size=5)
+    assert "model.num_attention_heads = 24; use 2, 3, 4, 6, 8 or 12" in message
+
+
+def test_a_known_vocabulary_must_divide_among_tensor_parallel_ranks(build: Build) -> None:
+    config = build("parallel.tensor=4")
+    check_config(config, world_size=4)
+    check_config(config, world_size=4, vocab_size=128)
+    with pytest.raises(ConfigError, match=r"does not divide model\.vocab_size = 130"):
+        check_config(config, world_size=4, vocab_size=130)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_fine(build: Build) -> None:
+    check_config(build(), world_size=3)
+
+
+def test_evaluation_without_held_out_data_is_fine(build: Build) -> None:
+    check_config(build("data.valid=[]", "eval.interval=5"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("parallel.pipeline=2", "use 1"),
+        ("parallel.pipeline_schedule=zero_bubble", "use 1f1b"),
+        ("parallel.sequence=true", "use false"),
+        ("parallel.replicate=2", "use 1"),
+        ("parallel.layout=auto", "use manual"),
+        ("recompute=full", "use none"),
+        ("checkpoint.async=true", "use false"),
+        ("log.wandb.mode=online", "use disabled"),
+        ("log.tensorboard=true", "use false"),
+    ],
+)
+def test_what_this_version_lacks_is_refused_plainly(
+    build: Build, override: str, remedy: str
+) -> None:
+    key, _, value = override.partition("=")
+    message = refusal(build, override, world_size=2)
+    assert f"{key} = {value}: not available in this version; {remedy}" in message
+
+
+def test_the_table_of_what_is_available_names_keys_and_their_defaults() -> None:
+    assert {name: all_keys()[name].default for name in ONLY_AVAILABLE} == ONLY_AVAILABLE
+
+
+def test_the_vocabulary_follows_the_tokenizer_padded_to_a_multiple_of_128(build: Build) -> None:
+    assert resolve_vocab_size(build().model, 99574, 1) == 99584
+    assert resolve_vocab_size(build().model, 128, 8) == 128
+
+
+def test_a_set_vocabulary_holds_the_tokenizer_and_divides_among_ranks(build: Build) -> None:
+    model = build("model.vocab_size=1000").model
+    assert resolve_vocab_size(model, 1000, 8) == 1000
+    with pytest.raises(ConfigError, match="the tokenizer has 1001 pieces; use 1024"):
+        resolve_vocab_size(model, 1001, 1)
+    with pytest.raises(ConfigError, match=r"not divisible by parallel\.tensor = 3.*=1152"):
+        resolve_vocab_size(model, 1000, 3)

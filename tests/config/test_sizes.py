@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_bert.config.arithmetic import (
+    fixed_eval_length,
+    masked_slots,
+    parameter_count,
+    total_steps,
+    total_token_slots,
+    warmup_steps,
+)
+from megatron_bert.config.checks import check_config
+from megatron_bert.config.layout import BatchLayout
+from megatron_bert.config.load import load_config
+from megatron_bert.config.schema import BatchConfig, Config, MlmConfig, ModelConfig
+from tests.config.conftest import Build
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
+SMALL_INTEGERS = st.integers(1, 200)
+
+
+@pytest.fixture(scope="module")
+def retrievabert() -> Config:
+    return load_config(EXAMPLE)
+
+
+def test_the_published_run_has_its_parameters_steps_and_slots(retrievabert: Config) -> None:
+    model = retrievabert.model
+    assert model.vocab_size is not None
+    assert parameter_count(model, model.vocab_size) == 1_301_388_032
+    assert total_steps(retrievabert) == 454_000
+    assert total_token_slots(retrievabert) == 187_301_888_000
+    assert warmup_steps(retrievabert) == 4_540
+
+
+def test_the_published_run_fits_4_to_32_ranks_and_tensor_parallelism() -> None:
+    for world_size in (1, 4, 8, 24, 32):
+        check_config(load_config(EXAMPLE), world_size=world_size)
+    check_config(load_config(EXAMPLE, ["parallel.tensor=8"]), world_size=32)
+
+
+def test_the_preset_says_what_the_published_run_spells_out(retrievabert: Config) -> None:
+    assert ModelConfig(preset="retrievabert-1.3b") == retrievabert.model  # type: ignore[call-arg]
+
+
+def test_the_published_masking_hides_15_percent_in_ngrams_up_to_3(retrievabert: Config) -> None:
+    mlm = retrievabert.mlm
+    assert (mlm.probability, mlm.mask_ratio, mlm.random_ratio) == (0.15, 0.8, 0.1)
+    assert (mlm.unit, mlm.max_ngram) == ("ngram", 3)
+
+
+def test_masked_slots_round_half_up_and_leave_room_for_an_overrun() -> None:
+    assert masked_slots(MlmConfig(), 128) == 19
+    assert masked_slots(MlmConfig(), 12) == 2
+    assert masked_slots(MlmConfig(probability=0.01), 8) == 1
+    assert masked_slots(MlmConfig(unit="ngram"), 128) == 26
+
+
+def test_warmup_is_a_share_of_all_steps_or_a_number_of_them(build: Build) -> None:
+    assert warmup_steps(build()) == 4
+    assert warmup_steps(build("schedule.warmup_fraction=0.1")) == 35
+    assert warmup_steps(build("schedule.warmup_steps=0")) == 0
+
+
+def test_the_fixed_evaluation_length_is_at_most_512_unless_it_is_set(
+    build: Build, retrievabert: Config
+) -> None:
+    assert fixed_eval_length(retrievabert) == 512
+    assert fixed_eval_length(build()) == 128
+    assert fixed_eval_length(build("eval.fixed_seq_length=64")) == 64
+
+
+def test_micro_batches_hold_micro_tokens_but_at_least_one_row() -> None:
+    batch = BatchConfig(global_size=64)
+    assert [batch.max_micro_rows(length) for length in (128, 2048, 20000)] == [128, 8, 1]
+    assert BatchConfig(global_size=64, micro_size=5).max_micro_rows(2048) == 5
+
+
+def test_micro_batches_are_as_few_as_possible_and_balanced() -> None:
+    layout = BatchLayout.for_stage(BatchConfig(global_size=27, micro_size=8), 3, 128)
+    assert (layout.micro_size, layout.num_micro_batches) == (5, 2)
+    assert (layout.rows_per_rank, layout.surplus_rows) == (10, 3)
+
+
+@settings(max_examples=200, derandomize=True)
+@given(rows=SMALL_INTEGERS, ranks=SMALL_INTEGERS, limit=SMALL_INTEGERS)
+def test_every_row_of_the_batch_is_taken_by_exactly_one_rank(
+    rows: int, ranks: int, limit: int
+) -> None:
+    layout = BatchLayout.for_stage(BatchConfig(global_size=rows, micro_size=limit), ranks, 128)
+    taken = [
+        offset
+        for rank in range(ranks)
+        for micro_batch in range(layout.num_micro_batches)
+        for offset in layout.row_offsets(rank, micro_batch)
+    ]
+    assert sorted(taken) == list(range(rows + layout.surplus_rows))
+    assert layout.micro_size <= limit
+    assert 0 <= layout.surplus_rows < ranks * layout.num_micro_batches + ranks
+
+
+@settings(max_examples=100, derandomize=True)
+@given(rows=SMALL_INTEGERS, ranks=SMALL_INTEGERS, limit=SMALL_INTEGERS)
+def test_ranks_differ_by_at_most_one_real_row_per_step(rows: int, ranks: int, limit: int) -> None:
+    layout = BatchLayout.for_stage(BatchConfig(global_size=rows, micro_size=limit), ranks, 128)
+    real = [
+        sum(
+            offset < rows
+            for micro_batch in range(layout.num_micro_batches)
+            for offset in layout.row_offsets(rank, micro_batch)
+        )
+        for rank in range(ranks)
+    ]
+    assert max(real) - min(real) <= 1
