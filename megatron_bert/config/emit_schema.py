@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bert.config.errors import ConfigError, run_cli
 from megatron_bert.config.identity import change_of
 from megatron_bert.config.keys import Key, all_keys, json_schema
+from megatron_bert.files import write_atomically
 
 SCHEMA_FILE = "config.schema.json"
 GUIDE_FILE = "configuration.md"
@@ -50,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     guide = folder / GUIDE_FILE
     if not guide.is_file():
         raise ConfigError(f"{guide} does not exist; run in the checkout's root or give --docs")
-    _replace_file(folder / SCHEMA_FILE, render_schema())
-    _replace_file(guide, render_guide(guide.read_text(encoding="utf-8")))
+    write_atomically(folder / SCHEMA_FILE, render_schema())
+    write_atomically(guide, render_guide(guide.read_text(encoding="utf-8")))
     return 0
 
 
@@ -88,18 +87,6 @@ def _change_table() -> str:
         if key.is_leaf
     ]
     return "\n".join(lines)
-
-
-def _replace_file(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary = Path(file.name)
-    temporary.chmod(0o644)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":
