@@ -1,0 +1,168 @@
+"""The C++ data core of megatron_bert.
+
+Errors: ValueError for arguments that make no sense, IndexError for numbers out of range,
+RuntimeError (naming the file) for files that cannot be read or used. Arrays given must be
+contiguous and of exactly the stated type. Every long call releases the GIL; reading methods may be
+called from several threads at once.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+class IndexedDataset:
+    """A dataset in Megatron-LM's format, PREFIX.idx and PREFIX.bin, opened for reading (mmap).
+
+    Everything later reads rely on is checked when it is opened.
+    """
+
+    def __init__(self, prefix: str) -> None: ...
+    @property
+    def prefix(self) -> str: ...
+    @property
+    def num_documents(self) -> int: ...
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def token_bytes(self) -> int:
+        """2 (unsigned) or 4 bytes a token."""
+
+    @property
+    def dtype_code(self) -> int:
+        """Token type as the .idx file codes it: 8 is uint16, 4 is int32."""
+
+    def document(self, document: int) -> npt.NDArray[np.int32]:
+        """Tokens of a document, its sequences joined."""
+
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens in each document."""
+
+    def max_token_id(self, sample_documents: int = 1024) -> int:
+        """Largest token id in about that many evenly spaced documents (all, if fewer); -1: none.
+
+        A negative id counts as its unsigned value, so that it is larger than any vocabulary.
+        """
+
+class IndexedDatasetWriter:
+    """Writes a dataset; it appears under its name, whole, on close(), or not at all."""
+
+    def __init__(self, prefix: str, token_bytes: int) -> None: ...
+    def add_document(self, tokens: npt.NDArray[np.int32]) -> None: ...
+    def add_documents(self, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
+        """Append documents that stand one after the other in `tokens`."""
+
+    def close(self) -> None: ...
+
+class RowPlan:
+    """The content of every row of a run, as a function of the row's number.
+
+    Args:
+        lengths: of each corpus: the dataset, or its document lengths (int64 or int32, [D]),
+            which are viewed, not copied.
+        weights: of each corpus, positive; its share of every stage's rows.
+        stages: (seq_length, rows) of each.
+        seed: of the order of documents and rows.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[IndexedDataset | npt.NDArray[np.int64] | npt.NDArray[np.int32]],
+        weights: Sequence[float],
+        stages: Sequence[tuple[int, int]],
+        seed: int,
+    ) -> None: ...
+    @property
+    def num_rows(self) -> int: ...
+    def segments(self, row: int) -> list[tuple[int, int, int, int]]:
+        """Segments of a row in order: (corpus, document, token offset, tokens)."""
+
+    def stage_of(self, row: int) -> tuple[int, int]:
+        """(stage, row within the stage) of a row of the run."""
+
+    def epochs(self) -> list[float]:
+        """For each corpus, how many times over the run reads its tokens."""
+
+def epoch_rows(
+    lengths: IndexedDataset | npt.NDArray[np.int64] | npt.NDArray[np.int32],
+    seq_length: int,
+    seed: int = 0,
+    corpus: int = 0,
+) -> int:
+    """Rows that the first epoch of corpus number `corpus` makes in a plan with this seed.
+
+    Other seeds and epochs visit the documents in another order, which can change the number a
+    little.
+    """
+
+class BatchAssembler:
+    """Turns row numbers into batches: packed, padded, masked.
+
+    Args:
+        datasets: the plan's corpora.
+        plan: which tokens each row holds.
+        cls_id: id of [CLS], before every segment.
+        sep_id: id of [SEP], after every segment.
+        mask_id: id of [MASK].
+        pad_id: id of [PAD], after a row's last segment.
+        vocab_size: number of real ids; a larger one in the data is an error.
+        special_ids: [K] ids never masked nor drawn as replacements; the four above belong to them.
+        first_class: [vocab_size] script class of each piece's first character (may be empty unless
+            `unit` is whole_word, as the next two).
+        last_class: [vocab_size] script class of each piece's last character.
+        starts_word: [vocab_size] whether the piece begins a word.
+        probability: share of the maskable tokens to mask.
+        unit: what is masked together.
+        max_ngram: longest run of tokens that unit ngram masks, at most 8.
+        mask_ratio: share of the masked tokens that [MASK] replaces.
+        random_ratio: share of them that a random token replaces; the rest stays as it is.
+        seed: of the masks.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[IndexedDataset],
+        plan: RowPlan,
+        *,
+        cls_id: int,
+        sep_id: int,
+        mask_id: int,
+        pad_id: int,
+        vocab_size: int,
+        special_ids: npt.NDArray[np.int32],
+        first_class: npt.NDArray[np.uint8],
+        last_class: npt.NDArray[np.uint8],
+        starts_word: npt.NDArray[np.uint8],
+        probability: float,
+        unit: Literal["token", "whole_word", "ngram"],
+        max_ngram: int,
+        mask_ratio: float,
+        random_ratio: float,
+        seed: int,
+    ) -> None: ...
+    def fill(
+        self,
+        rows: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        masked: npt.NDArray[np.int32],
+        labels: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+    ) -> int:
+        """Fill the arrays of a batch and return its hash.
+
+        Args:
+            rows: [B] row numbers, all of stages with rows of S slots; -1 is a surplus row, which
+                is all padding, weighs nothing and adds nothing to the hash.
+            tokens: [B, S].
+            positions: [B, S], counted from 0 in every segment and in the padding.
+            masked: [B, M] positions in the row, ascending; unused slots are 0.
+            labels: [B, M] the tokens that stood there; unused slots are 0.
+            weights: [B, M] 1, in unused slots 0.
+
+        Returns:
+            The sum modulo 2^64 of a hash of each row's tokens, positions, masked and labels.
+        """

@@ -1,0 +1,66 @@
+// From row numbers to the arrays that a training step consumes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "indexed_dataset.h"
+#include "masking.h"
+#include "row_plan.h"
+
+namespace megatron_bert {
+
+/// Stands in a batch's list of rows for a row that no data belongs to.
+inline constexpr std::int64_t surplus_row = -1;
+
+/// The arrays of a batch, row after row: B rows of S slots, M masked slots a row.
+struct BatchArrays {
+    std::span<const std::int64_t> rows;  ///< [B] numbers within the run, or `surplus_row`
+    std::size_t seq_length = 0;          ///< S
+    std::size_t masked_slots = 0;        ///< M
+    std::int32_t* tokens = nullptr;      ///< [B, S]
+    std::int32_t* positions = nullptr;   ///< [B, S], from 0 in each segment
+    std::int32_t* masked = nullptr;      ///< [B, M] positions in the row
+    std::int32_t* labels = nullptr;      ///< [B, M]
+    float* weights = nullptr;            ///< [B, M] 1, or 0 in unused slots
+};
+
+/// Assembles batches: [CLS] text [SEP] [CLS] text [SEP] ..., padded to the row's end, masked.
+/// The padding counts positions from 0 too, as a segment of its own that no text attends to.
+/// Const methods are thread-safe.
+class BatchAssembler {
+  public:
+    /// Throws std::invalid_argument unless the plan is of these datasets.
+    BatchAssembler(std::vector<std::shared_ptr<const IndexedDataset>> datasets,
+                   std::shared_ptr<const RowPlan> plan, Masker masker, std::uint64_t seed);
+
+    /// Fills the arrays and returns the batch's hash: the sum, modulo 2^64, over its rows of a hash
+    /// of the row's tokens, positions, masked positions and labels. So it depends neither on the
+    /// order of rows nor on their division among batches. A surplus row is all padding, weighs
+    /// nothing and adds 0.
+    ///
+    /// Throws std::out_of_range for a row outside the plan, std::invalid_argument for a row of
+    /// another length than `seq_length` and std::runtime_error for a token outside the vocabulary.
+    std::uint64_t fill(const BatchArrays& batch) const;
+
+  private:
+    struct Scratch {
+        std::vector<Segment> segments;
+        Masker::Scratch masking;
+    };
+
+    void write_row(std::int64_t row, std::span<std::int32_t> tokens,
+                   std::span<std::int32_t> positions, Scratch& scratch) const;
+    void check_row_length(std::int64_t row, std::size_t seq_length) const;
+    void check_tokens(const Segment& segment, std::span<const std::int32_t> tokens) const;
+
+    std::vector<std::shared_ptr<const IndexedDataset>> datasets_;
+    std::shared_ptr<const RowPlan> plan_;
+    Masker masker_;
+    std::uint64_t seed_;
+};
+
+}  // namespace megatron_bert

@@ -1,0 +1,275 @@
+// The Python module _megatron_bert_core: argument conversion only.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "batch.h"
+#include "indexed_dataset.h"
+#include "indexed_dataset_writer.h"
+#include "row_plan.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+using namespace megatron_bert;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <typename T>
+std::span<const T> view(const Array<T>& array) {
+    if (array.ndim() != 1) {
+        throw std::invalid_argument("expected an array of one dimension, got " +
+                                    std::to_string(array.ndim()));
+    }
+    return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+TokenType token_type_of(int token_bytes) {
+    switch (token_bytes) {
+        case 2:
+            return TokenType::uint16;
+        case 4:
+            return TokenType::int32;
+        default:
+            throw std::invalid_argument("token_bytes must be 2 or 4, got " +
+                                        std::to_string(token_bytes));
+    }
+}
+
+Array<std::int32_t> document(const IndexedDataset& dataset, std::int64_t number) {
+    if (number < 0 || number >= dataset.num_documents()) {
+        throw py::index_error("document " + std::to_string(number) + " of " +
+                              std::to_string(dataset.num_documents()));
+    }
+    const std::int64_t length = dataset.document_length(number);
+    Array<std::int32_t> tokens(length);
+    dataset.copy_tokens(number, 0, length, tokens.mutable_data());
+    return tokens;
+}
+
+Array<std::int64_t> document_lengths(const IndexedDataset& dataset) {
+    Array<std::int64_t> lengths(dataset.num_documents());
+    std::int64_t* out = lengths.mutable_data();
+    const py::gil_scoped_release release;
+    for (std::int64_t i = 0; i < dataset.num_documents(); ++i) {
+        out[i] = dataset.document_length(i);
+    }
+    return lengths;
+}
+
+void bind_indexed_dataset(py::module_& m) {
+    py::class_<IndexedDataset, std::shared_ptr<IndexedDataset>>(m, "IndexedDataset")
+        .def(py::init<std::string>(), "prefix"_a, NoGil())
+        .def_property_readonly("prefix", &IndexedDataset::prefix)
+        .def_property_readonly("num_documents", &IndexedDataset::num_documents)
+        .def_property_readonly("num_sequences", &IndexedDataset::num_sequences)
+        .def_property_readonly("num_tokens", &IndexedDataset::num_tokens)
+        .def_property_readonly("token_bytes", &IndexedDataset::token_bytes)
+        .def_property_readonly(
+            "dtype_code", [](const IndexedDataset& d) { return static_cast<int>(d.token_type()); })
+        .def("document", &document, "document"_a)
+        .def("document_lengths", &document_lengths)
+        .def("max_token_id", &IndexedDataset::max_token_id, "sample_documents"_a = 1024, NoGil());
+
+    py::class_<IndexedDatasetWriter>(m, "IndexedDatasetWriter")
+        .def(py::init([](std::string prefix, int token_bytes) {
+                 return std::make_unique<IndexedDatasetWriter>(std::move(prefix),
+                                                               token_type_of(token_bytes));
+             }),
+             "prefix"_a, "token_bytes"_a)
+        .def(
+            "add_document",
+            [](IndexedDatasetWriter& writer, const Array<std::int32_t>& tokens) {
+                const auto tokens_view = view(tokens);
+                const py::gil_scoped_release release;
+                writer.add_document(tokens_view);
+            },
+            py::arg("tokens").noconvert())
+        .def(
+            "add_documents",
+            [](IndexedDatasetWriter& writer, const Array<std::int32_t>& tokens,
+               const Array<std::int64_t>& lengths) {
+                const auto tokens_view = view(tokens);
+                const auto lengths_view = view(lengths);
+                const py::gil_scoped_release release;
+                writer.add_documents(tokens_view, lengths_view);
+            },
+            py::arg("tokens").noconvert(), py::arg("lengths").noconvert())
+        .def("close", &IndexedDatasetWriter::close, NoGil());
+}
+
+/// Keeps a Python object alive from C++ code that may drop it without holding the GIL.
+std::shared_ptr<const void> keep_alive(py::object object) {
+    return {object.release().ptr(), [](const void* kept) {
+                const py::gil_scoped_acquire acquire;
+                py::handle(static_cast<PyObject*>(const_cast<void*>(kept))).dec_ref();
+            }};
+}
+
+CorpusLengths corpus_lengths(const py::object& source) {
+    if (py::isinstance<IndexedDataset>(source)) {
+        return CorpusLengths(source.cast<std::shared_ptr<IndexedDataset>>());
+    }
+    if (py::isinstance<Array<std::int32_t>>(source)) {
+        return {view(source.cast<Array<std::int32_t>>()), keep_alive(source)};
+    }
+    if (py::isinstance<Array<std::int64_t>>(source)) {
+        return {view(source.cast<Array<std::int64_t>>()), keep_alive(source)};
+    }
+    throw py::type_error("lengths must be an IndexedDataset or a contiguous array of int32 or int64");
+}
+
+std::shared_ptr<RowPlan> make_row_plan(const std::vector<py::object>& lengths,
+                                       std::vector<double> weights,
+                                       const std::vector<std::pair<std::int64_t, std::int64_t>>& stages,
+                                       std::uint64_t seed) {
+    std::vector<CorpusLengths> corpora;
+    for (const py::object& source : lengths) {
+        corpora.push_back(corpus_lengths(source));
+    }
+    std::vector<Stage> plan_stages;
+    for (const auto& [seq_length, rows] : stages) {
+        plan_stages.push_back({seq_length, rows});
+    }
+    const py::gil_scoped_release release;
+    return std::make_shared<RowPlan>(std::move(corpora), std::move(weights),
+                                     std::move(plan_stages), seed);
+}
+
+using SegmentTuple = std::tuple<std::size_t, std::int64_t, std::int64_t, std::int64_t>;
+
+std::vector<SegmentTuple> segments(const RowPlan& plan, std::int64_t row) {
+    std::vector<Segment> found;
+    plan.segments(row, found);
+    std::vector<SegmentTuple> tuples;
+    for (const auto& [corpus, span] : found) {
+        tuples.emplace_back(corpus, span.document, span.offset, span.length);
+    }
+    return tuples;
+}
+
+void bind_row_plan(py::module_& m) {
+    py::class_<RowPlan, std::shared_ptr<RowPlan>>(m, "RowPlan")
+        .def(py::init(&make_row_plan), "lengths"_a, "weights"_a, "stages"_a, "seed"_a)
+        .def_property_readonly("num_rows", &RowPlan::num_rows)
+        .def("segments", &segments, "row"_a)
+        .def(
+            "stage_of",
+            [](const RowPlan& plan, std::int64_t row) {
+                const auto [stage, stage_row] = plan.stage_of(row);
+                return std::pair(stage, stage_row);
+            },
+            "row"_a)
+        .def("epochs", &RowPlan::epochs);
+    m.def(
+        "epoch_rows",
+        [](const py::object& source, std::int64_t seq_length, std::uint64_t seed,
+           std::size_t corpus) {
+            const CorpusLengths lengths = corpus_lengths(source);
+            const py::gil_scoped_release release;
+            return epoch_rows(lengths, seq_length, seed, corpus);
+        },
+        "lengths"_a, "seq_length"_a, "seed"_a = 0, "corpus"_a = 0);
+}
+
+MaskUnit mask_unit_of(const std::string& name) {
+    if (name == "token") {
+        return MaskUnit::token;
+    }
+    if (name == "whole_word") {
+        return MaskUnit::whole_word;
+    }
+    if (name == "ngram") {
+        return MaskUnit::ngram;
+    }
+    throw std::invalid_argument("unit must be token, whole_word or ngram, got " + name);
+}
+
+template <typename T>
+std::vector<T> copy(const Array<T>& array) {
+    const auto values = view(array);
+    return {values.begin(), values.end()};
+}
+
+/// A pointer to the first of `rows` x `columns` values, which the array must have.
+template <typename T>
+T* matrix(Array<T>& array, py::ssize_t rows, py::ssize_t columns, const char* name) {
+    if (array.ndim() != 2 || array.shape(0) != rows || array.shape(1) != columns) {
+        throw std::invalid_argument(std::string(name) + " must have the shape [" +
+                                    std::to_string(rows) + ", " + std::to_string(columns) + "]");
+    }
+    return array.mutable_data();
+}
+
+std::uint64_t fill(const BatchAssembler& assembler, const Array<std::int64_t>& rows,
+                   Array<std::int32_t>& tokens, Array<std::int32_t>& positions,
+                   Array<std::int32_t>& masked, Array<std::int32_t>& labels,
+                   Array<float>& weights) {
+    if (tokens.ndim() != 2 || masked.ndim() != 2) {
+        throw std::invalid_argument("tokens and masked must have two dimensions");
+    }
+    const py::ssize_t num_rows = rows.size();
+    const py::ssize_t seq_length = tokens.shape(1);
+    const py::ssize_t slots = masked.shape(1);
+    const BatchArrays batch{view(rows),
+                            static_cast<std::size_t>(seq_length),
+                            static_cast<std::size_t>(slots),
+                            matrix(tokens, num_rows, seq_length, "tokens"),
+                            matrix(positions, num_rows, seq_length, "positions"),
+                            matrix(masked, num_rows, slots, "masked"),
+                            matrix(labels, num_rows, slots, "labels"),
+                            matrix(weights, num_rows, slots, "weights")};
+    const py::gil_scoped_release release;
+    return assembler.fill(batch);
+}
+
+void bind_batch_assembler(py::module_& m) {
+    py::class_<BatchAssembler>(m, "BatchAssembler")
+        .def(py::init([](const std::vector<std::shared_ptr<IndexedDataset>>& datasets,
+                         std::shared_ptr<RowPlan> plan, std::int32_t cls_id, std::int32_t sep_id,
+                         std::int32_t mask_id, std::int32_t pad_id, std::int32_t vocab_size,
+                         const Array<std::int32_t>& special_ids,
+                         const Array<std::uint8_t>& first_class,
+                         const Array<std::uint8_t>& last_class,
+                         const Array<std::uint8_t>& starts_word, double probability,
+                         const std::string& unit, std::int64_t max_ngram, double mask_ratio,
+                         double random_ratio, std::uint64_t seed) {
+                 Masker masker({vocab_size, cls_id, sep_id, mask_id, pad_id, copy(special_ids)},
+                               {probability, mask_unit_of(unit), max_ngram, mask_ratio,
+                                random_ratio},
+                               {copy(first_class), copy(last_class), copy(starts_word)});
+                 return std::make_unique<BatchAssembler>(
+                     std::vector<std::shared_ptr<const IndexedDataset>>(datasets.begin(),
+                                                                        datasets.end()),
+                     std::move(plan), std::move(masker), seed);
+             }),
+             "datasets"_a, "plan"_a, py::kw_only(), "cls_id"_a, "sep_id"_a, "mask_id"_a,
+             "pad_id"_a, "vocab_size"_a, "special_ids"_a, "first_class"_a, "last_class"_a,
+             "starts_word"_a, "probability"_a, "unit"_a, "max_ngram"_a, "mask_ratio"_a,
+             "random_ratio"_a, "seed"_a)
+        .def("fill", &fill, py::arg("rows").noconvert(), py::arg("tokens").noconvert(),
+             py::arg("positions").noconvert(), py::arg("masked").noconvert(),
+             py::arg("labels").noconvert(), py::arg("weights").noconvert());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_megatron_bert_core, m) {
+    m.doc() = "The C++ data core of megatron_bert.";
+    bind_indexed_dataset(m);
+    bind_row_plan(m);
+    bind_batch_assembler(m);
+}

@@ -1,0 +1,236 @@
+#include "masking.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace megatron_bert {
+
+namespace {
+
+constexpr double two_to_32 = 4294967296.0;
+
+/// Least common multiple of 1..max_unit_tokens: makes the shares 1/k whole numbers.
+constexpr std::uint64_t ngram_shares = 840;
+
+void require(bool holds, const std::string& message) {
+    if (!holds) {
+        throw std::invalid_argument(message);
+    }
+}
+
+bool is_ratio(double value) { return value >= 0 && value <= 1; }
+
+void check_options(const MaskingOptions& options) {
+    require(options.probability > 0 && options.probability <= 1,
+            "the masking probability must be in (0, 1], got " +
+                std::to_string(options.probability));
+    require(is_ratio(options.mask_ratio) && is_ratio(options.random_ratio) &&
+                options.mask_ratio + options.random_ratio <= 1 + 1e-9,
+            "mask_ratio and random_ratio must be in [0, 1], as their sum, got " +
+                std::to_string(options.mask_ratio) + " and " +
+                std::to_string(options.random_ratio));
+    require(options.max_ngram >= 1 && options.max_ngram <= max_unit_tokens,
+            "max_ngram must be between 1 and 8, got " + std::to_string(options.max_ngram));
+}
+
+void check_tables(const WordTables& words, std::size_t vocabulary_size) {
+    require(words.first_class.size() == vocabulary_size &&
+                words.last_class.size() == vocabulary_size &&
+                words.starts_word.size() == vocabulary_size,
+            "masking whole words needs word tables with an entry for each of the " +
+                std::to_string(vocabulary_size) + " ids");
+}
+
+/// Moves a random one of the units from `next` on to `next`.
+Masker::Scratch::Unit draw_unit(std::vector<Masker::Scratch::Unit>& units, std::size_t next,
+                                CounterRandom& random) noexcept {
+    std::swap(units[next], units[next + static_cast<std::size_t>(random.below(units.size() - next))]);
+    return units[next];
+}
+
+bool is_chosen(const Masker::Scratch& scratch, std::size_t position) noexcept {
+    return (scratch.chosen[position / 64] >> (position % 64) & 1) != 0;
+}
+
+void choose(Masker::Scratch& scratch, std::size_t position) noexcept {
+    scratch.chosen[position / 64] |= std::uint64_t{1} << (position % 64);
+}
+
+}  // namespace
+
+Masker::Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words)
+    : vocabulary_(std::move(vocabulary)), options_(options), words_(std::move(words)) {
+    check_options(options_);
+    require(vocabulary_.size > 0, "the vocabulary is empty");
+    const auto size = static_cast<std::size_t>(vocabulary_.size);
+    if (options_.unit == MaskUnit::whole_word) {
+        check_tables(words_, size);
+    }
+    is_special_.assign(size, false);
+    std::vector<std::int32_t> special_ids = vocabulary_.special_ids;
+    special_ids.insert(special_ids.end(), {vocabulary_.cls, vocabulary_.sep, vocabulary_.mask,
+                                           vocabulary_.pad});
+    for (const std::int32_t id : special_ids) {
+        require(id >= 0 && id < vocabulary_.size,
+                "special id " + std::to_string(id) + " is not in the vocabulary of " +
+                    std::to_string(vocabulary_.size));
+        is_special_[static_cast<std::size_t>(id)] = true;
+    }
+    for (std::int32_t id = 0; id < vocabulary_.size; ++id) {
+        if (!is_special(id)) {
+            ordinary_ids_.push_back(id);
+        }
+    }
+    require(!ordinary_ids_.empty(), "every id of the vocabulary is special");
+    mask_below_ = static_cast<std::uint64_t>(options_.mask_ratio * two_to_32);
+    random_below_ = mask_below_ + static_cast<std::uint64_t>(options_.random_ratio * two_to_32);
+}
+
+void Masker::mask(std::span<std::int32_t> tokens, std::uint64_t key, const MaskedSlots& slots,
+                  Scratch& scratch) const {
+    CounterRandom random(key);
+    scratch.chosen.assign((tokens.size() + 63) / 64, 0);
+    list_tokens(tokens, scratch);
+    const std::int64_t target =
+        wanted(static_cast<std::int64_t>(scratch.units.size()), slots.size);
+    switch (options_.unit) {
+        case MaskUnit::token:
+            choose_tokens(target, random, scratch);
+            break;
+        case MaskUnit::whole_word:
+            list_words(tokens, scratch);
+            choose_words(target, slots.size, random, scratch);
+            break;
+        case MaskUnit::ngram:
+            choose_ngrams(tokens, target, slots.size, random, scratch);
+            break;
+    }
+    std::size_t slot = 0;
+    for (std::size_t word = 0; word < scratch.chosen.size(); ++word) {
+        for (std::uint64_t bits = scratch.chosen[word]; bits != 0; bits &= bits - 1) {
+            const std::size_t position = word * 64 + static_cast<std::size_t>(std::countr_zero(bits));
+            slots.positions[slot] = static_cast<std::int32_t>(position);
+            slots.labels[slot] = tokens[position];
+            slots.weights[slot] = 1.0F;
+            tokens[position] = replacement(tokens[position], random);
+            ++slot;
+        }
+    }
+    std::fill(slots.positions + slot, slots.positions + slots.size, 0);
+    std::fill(slots.labels + slot, slots.labels + slots.size, 0);
+    std::fill(slots.weights + slot, slots.weights + slots.size, 0.0F);
+}
+
+std::int64_t Masker::wanted(std::int64_t maskable, std::size_t num_slots) const noexcept {
+    const double share = std::floor(options_.probability * static_cast<double>(maskable) + 0.5);
+    const std::int64_t limit = std::min(maskable, static_cast<std::int64_t>(num_slots));
+    return std::min(limit, std::max<std::int64_t>(1, static_cast<std::int64_t>(share)));
+}
+
+std::int32_t Masker::replacement(std::int32_t token, CounterRandom& random) const noexcept {
+    const std::uint64_t draw = random.next() >> 32;
+    if (draw < mask_below_) {
+        return vocabulary_.mask;
+    }
+    if (draw < random_below_) {
+        return ordinary_ids_[static_cast<std::size_t>(random.below(ordinary_ids_.size()))];
+    }
+    return token;
+}
+
+void Masker::list_tokens(std::span<const std::int32_t> tokens, Scratch& scratch) const {
+    // Written without a branch: where specials stand is hard to predict.
+    scratch.units.resize(tokens.size());
+    std::size_t count = 0;
+    for (std::size_t position = 0; position < tokens.size(); ++position) {
+        scratch.units[count] = {static_cast<std::int32_t>(position), 1};
+        count += is_special(tokens[position]) ? 0 : 1;
+    }
+    scratch.units.resize(count);
+}
+
+bool Masker::starts_word(std::int32_t previous, std::int32_t token) const noexcept {
+    const auto before = static_cast<std::size_t>(previous);
+    const auto after = static_cast<std::size_t>(token);
+    return words_.starts_word[after] != 0 ||
+           words_.last_class[before] != words_.first_class[after];
+}
+
+void Masker::list_words(std::span<const std::int32_t> tokens, Scratch& scratch) const {
+    // Joins the listed tokens in place: a word never stands behind the tokens still to be read.
+    std::vector<Scratch::Unit>& units = scratch.units;
+    std::size_t count = 0;
+    for (std::size_t next = 0; next < units.size(); ++next) {
+        const std::int32_t position = units[next].begin;
+        const bool joins =
+            count > 0 && units[count - 1].begin + units[count - 1].length == position &&
+            units[count - 1].length < max_unit_tokens &&
+            !starts_word(tokens[static_cast<std::size_t>(position) - 1],
+                         tokens[static_cast<std::size_t>(position)]);
+        if (joins) {
+            ++units[count - 1].length;
+        } else {
+            units[count++] = {position, 1};
+        }
+    }
+    units.resize(count);
+}
+
+void Masker::choose_tokens(std::int64_t target, CounterRandom& random, Scratch& scratch) const {
+    for (std::size_t drawn = 0; drawn < static_cast<std::size_t>(target); ++drawn) {
+        choose(scratch, static_cast<std::size_t>(draw_unit(scratch.units, drawn, random).begin));
+    }
+}
+
+void Masker::choose_words(std::int64_t target, std::size_t num_slots, CounterRandom& random,
+                          Scratch& scratch) const {
+    std::int64_t num_chosen = 0;
+    for (std::size_t drawn = 0; num_chosen < target; ++drawn) {
+        const Scratch::Unit word = draw_unit(scratch.units, drawn, random);
+        const auto room = static_cast<std::int64_t>(num_slots) - num_chosen;
+        const std::int64_t length = std::min<std::int64_t>(word.length, room);
+        for (std::int64_t i = 0; i < length; ++i) {
+            choose(scratch, static_cast<std::size_t>(word.begin + i));
+        }
+        num_chosen += length;
+    }
+}
+
+std::int64_t Masker::draw_ngram_length(CounterRandom& random) const noexcept {
+    std::uint64_t total = 0;
+    for (std::int64_t length = 1; length <= options_.max_ngram; ++length) {
+        total += ngram_shares / static_cast<std::uint64_t>(length);
+    }
+    std::uint64_t draw = random.below(total);
+    std::int64_t length = 1;
+    for (; draw >= ngram_shares / static_cast<std::uint64_t>(length); ++length) {
+        draw -= ngram_shares / static_cast<std::uint64_t>(length);
+    }
+    return length;
+}
+
+void Masker::choose_ngrams(std::span<const std::int32_t> tokens, std::int64_t target,
+                           std::size_t num_slots, CounterRandom& random, Scratch& scratch) const {
+    std::int64_t num_chosen = 0;
+    for (std::size_t drawn = 0; num_chosen < target; ++drawn) {
+        auto position = static_cast<std::size_t>(draw_unit(scratch.units, drawn, random).begin);
+        if (is_chosen(scratch, position)) {
+            continue;
+        }
+        const auto room = static_cast<std::int64_t>(num_slots) - num_chosen;
+        std::int64_t length = std::min(draw_ngram_length(random), room);
+        // Ends early at a special token, which bounds the segment, and at what is chosen already.
+        for (; length > 0 && position < tokens.size() && !is_special(tokens[position]) &&
+               !is_chosen(scratch, position);
+             --length, ++position) {
+            choose(scratch, position);
+            ++num_chosen;
+        }
+    }
+}
+
+}  // namespace megatron_bert

@@ -1,0 +1,104 @@
+// Masked language modelling: which tokens of a row are hidden, and what stands in their place.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "random.h"
+
+namespace megatron_bert {
+
+/// What is masked together: single tokens, words, or runs of up to max_ngram tokens.
+enum class MaskUnit { token, whole_word, ngram };
+
+/// No unit is longer than this, so that a row's masked slots can be counted beforehand.
+inline constexpr std::int64_t max_unit_tokens = 8;
+
+struct MaskingOptions {
+    double probability = 0.15;  ///< share of the maskable tokens to mask
+    MaskUnit unit = MaskUnit::token;
+    std::int64_t max_ngram = 3;
+    double mask_ratio = 0.8;    ///< share of the masked tokens that become [MASK]
+    double random_ratio = 0.1;  ///< share that becomes a random token; the rest stays as it is
+};
+
+struct Vocabulary {
+    std::int32_t size = 0;  ///< ids are in [0, size)
+    std::int32_t cls = 0;
+    std::int32_t sep = 0;
+    std::int32_t mask = 0;
+    std::int32_t pad = 0;
+    std::vector<std::int32_t> special_ids;  ///< never masked, never drawn; the four above belong too
+};
+
+/// For each id, what tells where words begin. Only MaskUnit::whole_word needs them.
+struct WordTables {
+    std::vector<std::uint8_t> first_class;  ///< script class of the piece's first character
+    std::vector<std::uint8_t> last_class;   ///< script class of its last character
+    std::vector<std::uint8_t> starts_word;  ///< whether the piece begins with a word boundary
+};
+
+/// Where a row's masked tokens are written: arrays of `size` slots.
+struct MaskedSlots {
+    std::int32_t* positions = nullptr;
+    std::int32_t* labels = nullptr;
+    float* weights = nullptr;
+    std::size_t size = 0;
+};
+
+/// Masks rows. Const methods are thread-safe.
+class Masker {
+  public:
+    /// Working memory, to be reused from row to row.
+    struct Scratch {
+        struct Unit {
+            std::int32_t begin = 0;
+            std::int32_t length = 0;
+        };
+        std::vector<Unit> units;
+        std::vector<std::uint64_t> chosen;  ///< one bit a position
+    };
+
+    /// Throws std::invalid_argument for options or tables that make no sense together.
+    Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words);
+
+    const Vocabulary& vocabulary() const noexcept { return vocabulary_; }
+
+    /// Masks a row in place and fills its slots: positions ascending, labels the tokens that stood
+    /// there, weights 1; unused slots are 0.
+    ///
+    /// max(1, round(probability * maskable)) tokens are masked (none if none is maskable), by units
+    /// other than tokens up to max_unit_tokens - 1 more, and never more than there are slots.
+    /// `tokens` must be valid ids; all that is drawn depends on `key` and the row's content alone.
+    void mask(std::span<std::int32_t> tokens, std::uint64_t key, const MaskedSlots& slots,
+              Scratch& scratch) const;
+
+  private:
+    bool is_special(std::int32_t token) const noexcept {
+        return is_special_[static_cast<std::size_t>(token)];
+    }
+    bool starts_word(std::int32_t previous, std::int32_t token) const noexcept;
+    void list_tokens(std::span<const std::int32_t> tokens, Scratch& scratch) const;
+    void list_words(std::span<const std::int32_t> tokens, Scratch& scratch) const;
+    std::int64_t wanted(std::int64_t maskable, std::size_t num_slots) const noexcept;
+    std::int64_t draw_ngram_length(CounterRandom& random) const noexcept;
+    std::int32_t replacement(std::int32_t token, CounterRandom& random) const noexcept;
+
+    void choose_tokens(std::int64_t target, CounterRandom& random, Scratch& scratch) const;
+    void choose_words(std::int64_t target, std::size_t num_slots, CounterRandom& random,
+                      Scratch& scratch) const;
+    void choose_ngrams(std::span<const std::int32_t> tokens, std::int64_t target,
+                       std::size_t num_slots, CounterRandom& random, Scratch& scratch) const;
+
+    Vocabulary vocabulary_;
+    MaskingOptions options_;
+    WordTables words_;
+    std::vector<bool> is_special_;
+    std::vector<std::int32_t> ordinary_ids_;
+    std::uint64_t mask_below_ = 0;    ///< of 2^32
+    std::uint64_t random_below_ = 0;  ///< of 2^32
+};
+
+}  // namespace megatron_bert

@@ -1,0 +1,128 @@
+"""Datasets on disk: PREFIX.bin and PREFIX.idx (Megatron-LM's format), PREFIX.json beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from _megatron_bert_core import IndexedDataset
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.files import write_atomically
+
+INFO_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A text file that went into a dataset.
+
+    Attributes:
+        path: as it was given.
+        bytes: its size.
+        sha256: of its bytes, in hex; None where it was not computed.
+    """
+
+    path: str
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What PREFIX.json says: where a dataset comes from.
+
+    Attributes:
+        tokenizer_hash: SHA-256 of the tokenizer's file, in hex.
+        tokenizer_name: that file's name.
+        vocab_size: pieces of the tokenizer.
+        documents: number of documents.
+        tokens: number of tokens.
+        sources: the text files, in order.
+        skipped_lines: lines left out because they could not be used.
+        empty_documents: documents left out because they held no text.
+        version: of the sidecar's layout.
+    """
+
+    tokenizer_hash: str
+    tokenizer_name: str
+    vocab_size: int
+    documents: int
+    tokens: int
+    sources: tuple[SourceFile, ...]
+    skipped_lines: int = 0
+    empty_documents: int = 0
+    version: int = INFO_VERSION
+
+
+def open_dataset(prefix: str | Path) -> IndexedDataset:
+    """Open PREFIX.bin and PREFIX.idx for reading.
+
+    Raises:
+        DataError: a file is missing, damaged, or does not belong to the other.
+    """
+    for path in (_with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")):
+        if not path.is_file():
+            raise DataError(
+                f"dataset {prefix}: there is no file {path}; make the dataset with "
+                f"tools/preprocess_data.py, or correct the prefix"
+            )
+    try:
+        return IndexedDataset(str(prefix))
+    except RuntimeError as error:
+        raise DataError(
+            f"dataset {prefix} cannot be used: {error}; copy it again, or make it anew with "
+            f"tools/preprocess_data.py"
+        ) from error
+
+
+def read_dataset_info(prefix: str | Path) -> DatasetInfo | None:
+    """Read PREFIX.json; None where there is none (a dataset that Megatron-LM wrote).
+
+    Raises:
+        DataError: the file cannot be read or is not such a sidecar.
+    """
+    path = _with_suffix(prefix, ".json")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}; restore it, or remove it") from error
+    try:
+        return _parse_info(json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} does not describe a dataset ({error}); make the dataset anew with "
+            f"tools/preprocess_data.py, or remove the file"
+        ) from error
+
+
+def write_dataset_info(prefix: str | Path, info: DatasetInfo) -> None:
+    """Write PREFIX.json, whole or not at all.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    path = _with_suffix(prefix, ".json")
+    text = json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n"
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; choose another prefix") from error
+
+
+def _with_suffix(prefix: str | Path, suffix: str) -> Path:
+    # Not Path.with_suffix: a prefix may have dots of its own.
+    return Path(f"{prefix}{suffix}")
+
+
+def _parse_info(fields: dict[str, Any]) -> DatasetInfo:
+    if fields["version"] != INFO_VERSION:
+        raise ValueError(f"version {fields['version']!r}, only {INFO_VERSION} is known")
+    if not isinstance(fields["tokenizer_hash"], str):
+        raise TypeError("tokenizer_hash is not a string")
+    sources = tuple(SourceFile(**source) for source in fields["sources"])
+    return DatasetInfo(**{**fields, "sources": sources})
