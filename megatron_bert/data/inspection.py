@@ -1,0 +1,121 @@
+"""What a dataset holds, and which rows a run's steps read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.errors import DataError
+from megatron_bert.config.schema import Config
+from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
+from megatron_bert.data.source import training_source
+from megatron_bert.data.tokenizer import Tokenizer
+
+_BAR_WIDTH = 50
+_SAMPLE_TOKENS = 60
+
+# Bounds the memory of a step's inspection, whatever its global batch.
+_SLOTS_AT_A_TIME = 1 << 20
+
+
+def describe_dataset(prefix: str) -> Iterator[str]:
+    """Yield lines on a dataset: counts, provenance, distribution of document lengths.
+
+    Raises:
+        DataError: the dataset is missing or damaged.
+    """
+    dataset = open_dataset(prefix)
+    lengths = dataset.document_lengths()
+    yield f"dataset       {prefix}"
+    yield f"documents     {dataset.num_documents:,}"
+    yield f"sequences     {dataset.num_sequences:,}"
+    yield f"tokens        {dataset.num_tokens:,} of {dataset.token_bytes} bytes"
+    info = read_dataset_info(prefix)
+    if info is None:
+        yield f"no {prefix}.json: tokenizer and sources are not known"
+    else:
+        yield f"tokenizer     {info.tokenizer_name}, {info.vocab_size:,} pieces"
+        yield f"its SHA-256   {info.tokenizer_hash}"
+        for source in info.sources:
+            yield f"source        {source.path}, {source.bytes:,} bytes"
+    if len(lengths):
+        quartiles = np.percentile(lengths, [0, 25, 50, 75, 100]).astype(np.int64)
+        yield (
+            "tokens per document: "
+            + ", ".join(
+                f"{name} {value:,}"
+                for name, value in zip(
+                    ("least", "quarter", "median", "three quarters", "most"), quartiles, strict=True
+                )
+            )
+            + f", mean {lengths.mean():,.1f}"
+        )
+        yield from _histogram(lengths)
+
+
+def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
+    """Yield the beginnings of `count` documents, evenly spread over the dataset, as text.
+
+    Raises:
+        DataError: the dataset is missing or damaged, or another tokenizer made it.
+    """
+    dataset = open_dataset(prefix)
+    info = read_dataset_info(prefix)
+    if info is not None and info.tokenizer_hash != tokenizer.hash:
+        raise DataError(
+            f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
+            f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; give the former"
+        )
+    for number in np.linspace(0, dataset.num_documents - 1, min(count, dataset.num_documents)):
+        tokens = dataset.document(int(number))
+        if len(tokens) and tokens.max() >= tokenizer.vocab_size:
+            raise DataError(
+                f"document {int(number)} of {prefix} holds id {tokens.max()}, but tokenizer "
+                f"{tokenizer.name} has {tokenizer.vocab_size} pieces; give the one that made the "
+                f"dataset"
+            )
+        more = "..." if len(tokens) > _SAMPLE_TOKENS else ""
+        text = tokenizer.decode(tokens[:_SAMPLE_TOKENS].tolist())
+        yield f"document {int(number):,} ({len(tokens):,} tokens): {text!r}{more}"
+
+
+def describe_steps(config: Config, first_step: int, last_step: int) -> Iterator[str]:
+    """Yield for each step, both ends included, the line `step K stage I batch_hash H`.
+
+    Steps count from 1, stages from 0, the hash has 16 hex digits: the values that training writes
+    into `metrics.jsonl`.
+
+    Raises:
+        DataError: the steps do not lie in the run, or its data cannot be read.
+    """
+    curriculum = Curriculum(config.curriculum)
+    if not 1 <= first_step <= last_step <= curriculum.total_steps:
+        raise DataError(
+            f"steps {first_step}:{last_step} do not lie in the run, whose steps are "
+            f"1:{curriculum.total_steps}; see --steps"
+        )
+    source = training_source(config, Tokenizer.load(config.data.tokenizer))
+    global_size = config.batch.global_size
+    for step in range(first_step, last_step + 1):
+        span = curriculum.at(step)
+        rows_at_a_time = max(1, _SLOTS_AT_A_TIME // span.seq_length)
+        end = step * global_size
+        batch_hash = 0
+        for start in range(end - global_size, end, rows_at_a_time):
+            rows_B = np.arange(start, min(end, start + rows_at_a_time), dtype=np.int64)
+            batch_hash = (batch_hash + source.batch(rows_B).batch_hash) % 2**64
+        yield f"step {step} stage {span.index} batch_hash {batch_hash:016x}"
+
+
+def _histogram(lengths: npt.NDArray[np.int64]) -> Iterator[str]:
+    """Bars over lengths 0, 1, 2-3, 4-7, ...: text lengths spread over orders of magnitude."""
+    buckets = np.frexp(lengths.astype(np.float64))[1]
+    counts = np.bincount(buckets)
+    for bucket in range(int(buckets.min()), len(counts)):
+        low = 1 << bucket >> 1
+        high = max(low, (1 << bucket) - 1)
+        bar = "#" * int(np.ceil(_BAR_WIDTH * counts[bucket] / counts.max()))
+        yield f"{low:>12,} - {high:<12,} {counts[bucket]:>12,} {bar}"

@@ -1,0 +1,146 @@
+"""The tokenizer: special ids found by their pieces, and text that never turns into one of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.tokenizer_backends import (
+    Backend,
+    SentencePieceBackend,
+    TokenizersBackend,
+)
+
+MASK = "<MASK>"
+CLS = "<CLS>"
+SEP = "<SEP>"
+PAD = "<PAD>"
+EOD = "<EOD>"
+
+SPECIAL_PIECES = ("<unk>", "<s>", "</s>", MASK, PAD, CLS, SEP, EOD)
+"""Every special piece in LLM-jp's order, so that a tokenizer trained here has its ids 0 to 7."""
+
+_REQUIRED = (MASK, CLS, SEP, PAD, EOD)
+
+Int32Array = npt.NDArray[np.int32]
+
+
+class Tokenizer:
+    """Text to token ids and back, by a SentencePiece `.model` or a `tokenizer.json`.
+
+    Special tokens are found by piece, never by number, in the spelling `<MASK>` or, as
+    LLM-jp's Hugging Face repositories have it, `<MASK|LLM-jp>`. Text that holds such a piece
+    literally is encoded as the characters it is made of. The one special id that text can give
+    is `<unk>`, for characters that a vocabulary without byte fallback does not know.
+
+    Attributes:
+        name: the file's name.
+        hash: SHA-256 of the file's bytes, in hex.
+        vocab_size: number of pieces, special ones included.
+        mask_id: id of `<MASK>`.
+        cls_id: id of `<CLS>`.
+        sep_id: id of `<SEP>`.
+        pad_id: id of `<PAD>`.
+        eod_id: id of `<EOD>`.
+        special_ids: ids of every special piece (control, unknown and the five above), ascending.
+    """
+
+    def __init__(self, backend: Backend, name: str, digest: str) -> None:
+        """Wrap a backend; raises `DataError` if a required special piece is missing."""
+        self._backend = backend
+        self.name = name
+        self.hash = digest
+        self.vocab_size = len(backend.pieces)
+        ids = {piece: _find_piece(backend, piece) for piece in SPECIAL_PIECES}
+        missing = [piece for piece in _REQUIRED if ids[piece] is None]
+        if missing:
+            raise DataError(
+                f"tokenizer {name} has no special piece {', '.join(missing)}; train one that has "
+                f"it with tools/train_tokenizer.py, or add it as a control symbol"
+            )
+        found = {piece: number for piece, number in ids.items() if number is not None}
+        self.mask_id = found[MASK]
+        self.cls_id = found[CLS]
+        self.sep_id = found[SEP]
+        self.pad_id = found[PAD]
+        self.eod_id = found[EOD]
+        self.special_ids = sorted(set(backend.special_ids) | set(found.values()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a SentencePiece `.model` or a `tokenizer.json`.
+
+        Raises:
+            DataError: the file is missing, damaged, of another kind, or lacks a special piece.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise DataError(
+                f"tokenizer {path} is a folder; name the file in it (a .model or a tokenizer.json)"
+            )
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"cannot read tokenizer {path}: {error.strerror}; give a SentencePiece .model or a "
+                f"tokenizer.json, or make one with tools/train_tokenizer.py"
+            ) from error
+        guarded = {spelling for piece in SPECIAL_PIECES for spelling in _spellings(piece)}
+        backend: Backend
+        if path.suffix == ".model":
+            backend = SentencePieceBackend(content, guarded, path)
+        elif path.suffix == ".json":
+            backend = TokenizersBackend(content, guarded, path)
+        else:
+            raise DataError(
+                f"tokenizer {path} ends in {path.suffix!r}; expected a SentencePiece .model or a "
+                f"tokenizer.json"
+            )
+        return cls(backend, path.name, hashlib.sha256(content).hexdigest())
+
+    def padded_vocab_size(self, multiple: int = 128) -> int:
+        """Number of pieces rounded up to a multiple, for embedding tables that split evenly."""
+        return -(-self.vocab_size // multiple) * multiple
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without any special token."""
+        return [tokens.tolist() for tokens in self._backend.encode_arrays(list(texts))]
+
+    def encode_arrays(self, texts: list[str]) -> list[Int32Array]:
+        """The same as `encode_batch` in int32 arrays `[length]`; other threads run meanwhile."""
+        return self._backend.encode_arrays(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a sequence of ids; special tokens are left out."""
+        special = self._special_set
+        return self._backend.decode([int(i) for i in ids if int(i) not in special])
+
+    def id_to_piece(self, token: int) -> str:
+        """The piece of an id in `[0, vocab_size)`."""
+        return self._backend.pieces[token]
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the piece stands for one raw byte (byte fallback, `<0x0A>`)."""
+        return token in self._backend.byte_ids
+
+    @cached_property
+    def _special_set(self) -> frozenset[int]:
+        return frozenset(self.special_ids)
+
+
+def _spellings(piece: str) -> tuple[str, str]:
+    return piece, f"{piece[:-1]}|LLM-jp>"
+
+
+def _find_piece(backend: Backend, piece: str) -> int | None:
+    for spelling in _spellings(piece):
+        number = backend.piece_to_id(spelling)
+        if number is not None:
+            return number
+    return None

@@ -1,0 +1,229 @@
+"""SentencePiece and Hugging Face tokenizers behind one small interface.
+
+Both libraries can turn the literal text `<MASK>` into the mask token: SentencePiece where the
+piece is user-defined or an ordinary one, tokenizers where it is an added token or stands in the
+model's vocabulary. Pretraining text must never do that, so each backend shuts those doors once,
+at load, and encoding itself pays nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+import tokenizers
+from tokenizers.pre_tokenizers import PreTokenizer, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
+
+from megatron_bert.config.errors import DataError
+
+Int32Array = npt.NDArray[np.int32]
+
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class Backend(Protocol):
+    """What a tokenizer library must offer."""
+
+    pieces: list[str]
+    special_ids: frozenset[int]
+    byte_ids: frozenset[int]
+
+    def piece_to_id(self, piece: str) -> int | None:
+        """Id of a piece, None where the vocabulary lacks it."""
+
+    def encode_arrays(self, texts: list[str]) -> list[Int32Array]:
+        """Ids of each text, int32 `[length]`, without special tokens."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+
+
+class SentencePieceBackend:
+    """A SentencePiece model; guarded pieces are made control pieces, which text never matches."""
+
+    def __init__(self, content: bytes, guarded: set[str], path: Path) -> None:
+        """Load a serialized model; raises `DataError` naming `path` if it is not one."""
+        processor = _load_sentencepiece(content, path)
+        named = {i for piece in guarded if (i := _sentencepiece_id(processor, piece)) is not None}
+        matchable = {i for i in named if not (processor.is_control(i) or processor.is_unknown(i))}
+        if matchable:
+            names = {processor.id_to_piece(i).encode() for i in matchable}
+            processor = _load_sentencepiece(_as_control_pieces(content, names), path)
+        self._processor = processor
+        everything = list(range(len(processor)))
+        self.pieces: list[str] = processor.id_to_piece(everything)
+        control = processor.is_control(everything)
+        unknown = processor.is_unknown(everything)
+        self.special_ids = frozenset(i for i in everything if control[i] or unknown[i])
+        byte = processor.is_byte(everything)
+        self.byte_ids = frozenset(i for i in everything if byte[i])
+
+    def piece_to_id(self, piece: str) -> int | None:
+        """Id of a piece, None where the vocabulary lacks it."""
+        return _sentencepiece_id(self._processor, piece)
+
+    def encode_arrays(self, texts: list[str]) -> list[Int32Array]:
+        """Ids of each text on the calling thread, without the GIL."""
+        arrays: list[Int32Array] = self._processor.encode(texts, out_type="numpy", num_threads=1)
+        return arrays
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        text: str = self._processor.decode(ids)
+        return text
+
+
+def _load_sentencepiece(content: bytes, path: Path) -> Any:
+    # An empty proto would leave a processor without a model, which SentencePiece allows.
+    if not content:
+        raise DataError(f"tokenizer {path} is empty; copy it again")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise DataError(
+            f"tokenizer {path} is not a SentencePiece model, or is damaged; copy it again"
+        ) from error
+
+
+def _sentencepiece_id(processor: Any, piece: str) -> int | None:
+    # An absent piece gets the unknown id, so the way back decides.
+    number: int = processor.piece_to_id(piece)
+    return number if processor.id_to_piece(number) == piece else None
+
+
+_PIECES_TAG = 0x0A  # ModelProto.pieces (sentencepiece_model.proto): field 1, length-delimited
+_TYPE_CONTROL = b"\x18\x03"  # SentencePiece.type (field 3, varint) = CONTROL
+
+
+def _as_control_pieces(content: bytes, names: set[bytes]) -> bytes:
+    """Give the named pieces of a serialized ModelProto the type CONTROL.
+
+    Of a field that stands twice, protobuf takes the last one: the type is appended.
+    """
+    rebuilt = bytearray()
+    for tag, body in _length_delimited_fields(content):
+        if tag == _PIECES_TAG and _first_string(body) in names:
+            body += _TYPE_CONTROL
+        rebuilt += _varint(tag) + _varint(len(body)) + body
+    return bytes(rebuilt)
+
+
+def _length_delimited_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position < len(message):
+        tag, position = _read_varint(message, position)
+        assert tag & 7 == 2, "every field of ModelProto is a message"
+        length, position = _read_varint(message, position)
+        yield tag, message[position : position + length]
+        position += length
+
+
+def _first_string(body: bytes) -> bytes | None:
+    """SentencePiece.piece (field 1), which writers put first; None where another field is first."""
+    if body[:1] != b"\x0a":
+        return None
+    length, start = _read_varint(body, 1)
+    return body[start : start + length]
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+class TokenizersBackend:
+    """A `tokenizer.json`; special tokens are neither matched in text nor found by its model."""
+
+    def __init__(self, content: bytes, guarded: set[str], path: Path) -> None:
+        """Load a serialized tokenizer; raises `DataError` naming `path` if it is not one."""
+        try:
+            description = json.loads(content)
+            added: list[dict[str, Any]] = description.get("added_tokens") or []
+            for token in added:
+                token["special"] = token["special"] or token["content"] in guarded
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+        # tokenizers raises a bare Exception for a description that it cannot use.
+        except Exception as error:
+            raise DataError(
+                f"tokenizer {path} is not a tokenizer.json of the tokenizers library, or is "
+                f"damaged: {error}"
+            ) from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
+        special = {token["content"] for token in added if token["special"]}
+        special |= {piece for piece in guarded if tokenizer.token_to_id(piece) is not None}
+        _split_inside_special_tokens(tokenizer, special)
+        self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        # A number that no piece has still needs a row in the embedding table.
+        self.pieces = [""] * (max(vocabulary.values(), default=-1) + 1)
+        for piece, number in vocabulary.items():
+            self.pieces[number] = piece
+        special |= {piece for piece in (_unknown_piece(description),) if piece in vocabulary}
+        self.special_ids = frozenset(vocabulary[piece] for piece in special)
+        self.byte_ids = frozenset(
+            number for piece, number in vocabulary.items() if _BYTE_PIECE.fullmatch(piece)
+        )
+
+    def piece_to_id(self, piece: str) -> int | None:
+        """Id of a piece, None where the vocabulary lacks it."""
+        return self._tokenizer.token_to_id(piece)
+
+    def encode_arrays(self, texts: list[str]) -> list[Int32Array]:
+        """Ids of each text, without the GIL, on the threads of the tokenizers library."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _split_inside_special_tokens(tokenizer: tokenizers.Tokenizer, special: set[str]) -> None:
+    """Cut literal special tokens after their first character, before the model sees them.
+
+    A converted SentencePiece vocabulary holds the special pieces beside the ordinary ones, and its
+    model takes them from raw text; a cut after the first character leaves it nothing to find.
+    """
+    patterns = [
+        f"{re.escape(piece[0])}(?={re.escape(piece[1:])})"
+        for piece in sorted(special)
+        if len(piece) > 1
+    ]
+    if not patterns:
+        return
+    cut = Split(tokenizers.Regex("|".join(patterns)), "isolated")
+    before: PreTokenizer | None = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = cut if before is None else PreTokenizerSequence([before, cut])
+
+
+def _unknown_piece(description: dict[str, Any]) -> str | None:
+    model = description["model"]
+    if isinstance(model.get("unk_id"), int):
+        piece: str = model["vocab"][model["unk_id"]][0]
+        return piece
+    unknown: str | None = model.get("unk_token")
+    return unknown

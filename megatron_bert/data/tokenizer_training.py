@@ -1,0 +1,149 @@
+"""Training of a SentencePiece tokenizer that has every special piece of masked pretraining."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.tokenizer import SPECIAL_PIECES
+from megatron_bert.files import write_atomically
+
+DEFAULT_MAX_SENTENCES = 10_000_000
+
+Normalization = Literal["identity", "nfkc", "nmt_nfkc"]
+
+# SentencePiece drops sentences that are longer; a character has at most four bytes of UTF-8.
+_SENTENCE_CHARACTERS = 4096
+_SENTENCE_BYTES = 4 * _SENTENCE_CHARACTERS
+
+# Expected counts are summed thread by thread, so the number of threads is part of the result:
+# it is fixed, to give the same model on every machine.
+_NUM_THREADS = 8
+_SAMPLING_SEED = 1
+
+_TOO_LARGE = re.compile(r"Vocabulary size too high.*value <= (\d+)", re.DOTALL)
+_TOO_SMALL = re.compile(r"smaller than required_chars. \d+ vs (\d+)")
+
+
+def train_tokenizer(
+    documents: Iterable[str],
+    vocab_size: int,
+    *,
+    normalization: Normalization = "identity",
+    max_sentences: int = DEFAULT_MAX_SENTENCES,
+) -> bytes:
+    """Train a unigram model with byte fallback; the same documents give the same bytes.
+
+    The algorithm is SentencePiece's unigram language model (Kudo 2018). Sentences are the lines
+    of the documents.
+
+    Args:
+        documents: texts, read once.
+        vocab_size: number of pieces, the special ones and 256 bytes included.
+        normalization: SentencePiece's rule; `identity` keeps every character.
+        max_sentences: at most so many lines, evenly sampled, are held in memory.
+
+    Returns:
+        The serialized `.model`.
+
+    Raises:
+        DataError: the documents hold no text, or too little or too much for `vocab_size`.
+    """
+    sentences = _sample(_sentences(documents), max_sentences)
+    if not sentences:
+        raise DataError("the input holds no text; give files with at least one document")
+    model = io.BytesIO()
+    unknown, begin, end, *control = SPECIAL_PIECES
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            num_threads=_NUM_THREADS,
+            max_sentence_length=_SENTENCE_BYTES,
+            # Special pieces are control symbols: raw text never becomes one.
+            unk_id=0,
+            unk_piece=unknown,
+            bos_id=1,
+            bos_piece=begin,
+            eos_id=2,
+            eos_piece=end,
+            pad_id=-1,
+            control_symbols=control,
+            # Every text has tokens, and rare kanji cost no vocabulary.
+            byte_fallback=True,
+            # 2024 and 1868 share their digits rather than each needing a piece.
+            split_digits=True,
+            # Text is kept as it is, so that decoding gives it back and answer spans keep their
+            # offsets: no NFKC, spaces are not merged, runs of them (code) may be pieces.
+            normalization_rule_name=normalization,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            # With a dummy prefix a Japanese text's first word would be another token (▁東京) than
+            # the same word anywhere else (東京): Japanese puts no space before words.
+            add_dummy_prefix=False,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _as_data_error(str(error), vocab_size) from error
+    return model.getvalue()
+
+
+def write_model(model: bytes, path: Path) -> None:
+    """Write a model so that it appears under its name whole or not at all.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, model)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror}; choose another --output"
+        ) from error
+
+
+def _sentences(documents: Iterable[str]) -> Iterator[str]:
+    """Lines of documents, cut to the length that SentencePiece takes."""
+    for document in documents:
+        for line in document.split("\n"):
+            for start in range(0, len(line), _SENTENCE_CHARACTERS):
+                yield line[start : start + _SENTENCE_CHARACTERS]
+
+
+def _sample(sentences: Iterable[str], size: int) -> list[str]:
+    """All sentences, or `size` of them, each with the same chance (Vitter 1985, algorithm R).
+
+    SentencePiece samples too, but by a generator that only a thread's first training seeds.
+    """
+    choose = random.Random(_SAMPLING_SEED)
+    sample: list[str] = []
+    for count, sentence in enumerate(sentences, start=1):
+        if count <= size:
+            sample.append(sentence)
+        elif (slot := choose.randrange(count)) < size:
+            sample[slot] = sentence
+    return sample
+
+
+def _as_data_error(message: str, vocab_size: int) -> DataError:
+    if too_large := _TOO_LARGE.search(message):
+        return DataError(
+            f"a vocabulary of {vocab_size} is too large for this input, which yields at most "
+            f"{too_large[1]} pieces; set --vocab-size {too_large[1]} or lower, or give more text"
+        )
+    if too_small := _TOO_SMALL.search(message):
+        return DataError(
+            f"a vocabulary of {vocab_size} is too small: special pieces, bytes and the "
+            f"characters of this input need {too_small[1]}; set a --vocab-size above that"
+        )
+    return DataError(f"SentencePiece cannot train on this input: {message}")

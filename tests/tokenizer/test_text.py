@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.text import (
+    DocumentReader,
+    LineError,
+    TextDocuments,
+    iterate_documents,
+)
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+TEXTS = ["吾輩は猫である。\n名前はまだ無い。", "", "The fox", "  spaces  "]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    lines = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)]
+    return "".join(lines).encode()
+
+
+def documents(path: Path, txt_documents: TextDocuments = "line") -> list[str]:
+    return list(iterate_documents(DocumentReader([path], txt_documents)))
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_jsonl_gives_its_texts_in_order(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"corpus.jsonl{suffix}"
+    path.write_bytes(PACKERS[suffix](jsonl(TEXTS)))
+    assert documents(path) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_line_of_txt_is_a_document(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"corpus.txt{suffix}"
+    path.write_bytes(PACKERS[suffix]("一\r\n\n 二\n三".encode()))
+    assert documents(path) == ["一", "", " 二", "三"]
+
+
+def test_blank_lines_end_the_documents_of_txt_where_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n一\n二\n \n\n三\n")
+    assert documents(path, "blank-line") == ["一\n二", "三"]
+    assert [raw.line for raw in DocumentReader([path], "blank-line")] == [2, 6]
+
+
+def test_a_byte_order_mark_and_blank_lines_of_jsonl_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + jsonl(["a"]) + b"\r\n\n" + jsonl(["b"]))
+    assert documents(path) == ["a", "b"]
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(frames=st.lists(st.binary(max_size=3000), max_size=4))
+def test_all_frames_of_a_zstd_file_are_read(
+    tmp_path_factory: pytest.TempPathFactory, frames: list[bytes]
+) -> None:
+    path = tmp_path_factory.mktemp("zstd") / "corpus.txt.zst"
+    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(frame) for frame in frames))
+    joined = b"\n".join(raw.data for raw in DocumentReader([path]))
+    expected = b"".join(frames).removeprefix(b"\xef\xbb\xbf")
+    assert joined == b"\n".join(
+        line.removesuffix(b"\r") for line in expected.removesuffix(b"\n").split(b"\n")
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "\xff"}', "invalid UTF-8"),
+        (b'{"text": "a"', "broken JSON"),
+        (b'["a"]', "not a JSON object"),
+        (b'{"body": "a"}', r"no key 'text' \(keys here: 'body'\)"),
+        (b'{"text": 7}', "'text' is not a string but int"),
+        (b'{"text": null}', "'text' is not a string but NoneType"),
+        (b'{"text": "\\ud83d"}', "'text' holds half a surrogate pair"),
+        (b"[" * 100_000, "broken JSON"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named_or_skipped(
+    tmp_path: Path, line: bytes, problem: str
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(jsonl(["first"]) + line + b"\n" + jsonl(["third"]))
+    with pytest.raises(LineError, match=rf"corpus\.jsonl, line 2: {problem}.*--on-error skip"):
+        documents(path)
+    assert list(iterate_documents(DocumentReader([path]), on_error="skip")) == ["first", "third"]
+
+
+def test_invalid_utf8_inside_a_block_is_told_by_its_own_line(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(b"a\n\nb\nc\xe3\x81\n")
+    with pytest.raises(LineError, match="line 4: invalid UTF-8"):
+        documents(path, "blank-line")
+
+
+def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00"}\n')
+    assert documents(path) == ["\U0001f600"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "garbled"])
+def test_a_damaged_packed_file_is_an_error(tmp_path: Path, suffix: str, damage: str) -> None:
+    packed = PACKERS[suffix](jsonl([str(i) * i for i in range(300)]))
+    half = len(packed) // 2
+    path = tmp_path / f"corpus.jsonl{suffix}"
+    path.write_bytes(packed[:half] if damage == "cut" else b"garbled" + packed[7:])
+    with pytest.raises(DataError, match="damaged or cut short"):
+        documents(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none.jsonl", "no such file"), ("corpus.parquet", "unknown kind"), ("a.gz", "unknown kind")],
+)
+def test_a_missing_or_unknown_file_is_refused_before_any_is_read(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    good = tmp_path / "good.jsonl"
+    good.write_bytes(jsonl(["a"]))
+    with pytest.raises(DataError, match=message):
+        DocumentReader([good, tmp_path / name])
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_progress_ends_at_the_size_of_all_files(tmp_path: Path, suffix: str) -> None:
+    paths = [tmp_path / f"{i}.txt{suffix}" for i in range(3)]
+    for path in paths:
+        path.write_bytes(PACKERS[suffix](b"a\n" * 1000))
+    reader = DocumentReader(paths)
+    seen = [reader.bytes_read for _ in reader]
+    assert seen == sorted(seen)
+    assert reader.bytes_read == reader.total_bytes == sum(p.stat().st_size for p in paths)

@@ -1,0 +1,102 @@
+"""Train a SentencePiece tokenizer with the special pieces of masked pretraining."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_bert.config.errors import DataError, run_cli
+from megatron_bert.data.progress import Progress
+from megatron_bert.data.text import DocumentReader, iterate_documents
+from megatron_bert.data.tokenizer_training import (
+    DEFAULT_MAX_SENTENCES,
+    train_tokenizer,
+    write_model,
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="The model is a unigram model with byte fallback whose ids 0 to 7 are <unk> <s> "
+        "</s> <MASK> <PAD> <CLS> <SEP> <EOD>. The same input gives the same model.",
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="text files: .jsonl or .txt, also .gz or .zst",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        required=True,
+        type=int,
+        metavar="N",
+        help="pieces, special ones and 256 bytes included",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="MODEL",
+        help="file to write, ending in .model",
+    )
+    parser.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in .jsonl (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="at a line that cannot be read: stop, or leave it out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--normalization",
+        choices=("identity", "nfkc", "nmt_nfkc"),
+        default="identity",
+        help="what is done to text first; identity keeps every character (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-sentences",
+        type=int,
+        default=DEFAULT_MAX_SENTENCES,
+        metavar="N",
+        help="train on at most N lines, sampled evenly (default: %(default)s)",
+    )
+    return parser
+
+
+def _documents(reader: DocumentReader, options: argparse.Namespace) -> Iterator[str]:
+    with Progress("reading", reader.total_bytes) as progress:
+        for text in iterate_documents(reader, options.json_key, options.on_error):
+            yield text
+            progress.show(reader.bytes_read)
+    sys.stderr.write("training the tokenizer\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train and write a tokenizer."""
+    options = _parser().parse_args(arguments)
+    if options.output.suffix != ".model":
+        raise DataError(f"--output {options.output}: the name must end in .model")
+    model = train_tokenizer(
+        _documents(DocumentReader(options.input), options),
+        options.vocab_size,
+        normalization=options.normalization,
+        max_sentences=options.max_sentences,
+    )
+    write_model(model, options.output)
+    sys.stdout.write(f"wrote {options.output}: {options.vocab_size} pieces\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
