@@ -1,0 +1,64 @@
+"""Start and end of the process group, under torchrun or alone."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from megatron_bert.config.errors import ConfigError
+
+
+def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return this rank's device: its own GPU (by LOCAL_RANK) or the CPU.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "run.device=cuda: this machine shows PyTorch no CUDA device; "
+            "set run.device=auto (or cpu), or install a CUDA build of torch"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank}, but this node shows {torch.cuda.device_count()} GPUs; "
+            "start at most as many ranks a node: torchrun --nproc-per-node=gpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def requested_world_size() -> int:
+    """The number of ranks that torchrun started (1 without torchrun)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_process_group(device: torch.device, timeout_seconds: float) -> None:
+    """Join the ranks that torchrun started, or make a group of one.
+
+    CPU tensors always travel over gloo, so that control messages (counts, stop flags) never
+    touch the GPU's stream; CUDA tensors travel over NCCL.
+    """
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def end_process_group() -> None:
+    """Leave together: gloo aborts the process when a peer is gone before it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""Self-attention over packed rows.
+
+Shape suffixes: B rows, S slots, D hidden, H query heads, G key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_bert.config.schema import ModelConfig
+from megatron_bert.distributed.topology import TensorParallelGroup
+from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
+from megatron_bert.parallel.random import hash_dropout
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Which slots of a row may see each other, made once a micro-batch for all layers.
+
+    Attributes:
+        visible_B1SS: bool [B, 1, S, S], true where query and key share a segment.
+    """
+
+    visible_B1SS: Tensor
+
+    @classmethod
+    def from_positions(cls, positions_BS: Tensor) -> PackedLayout:
+        """Derive the segments from positions, which restart at 0 in each of them."""
+        segment_BS = (positions_BS == 0).cumsum(1)
+        return cls((segment_BS[:, :, None] == segment_BS[:, None, :])[:, None])
+
+
+def attend(
+    q_BHSK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    layout: PackedLayout,
+    dropout: float = 0.0,
+    dropout_keys_B: Tensor | None = None,
+    first_head: int = 0,
+) -> Tensor:
+    """Softmax attention within each segment of a packed row.
+
+    Every kernel stands behind this function; this one, block-diagonal scaled-dot-product
+    attention, runs everywhere and is the reference for others.
+
+    Args:
+        q_BHSK: [B, H, S, K] queries.
+        k_BGSK: [B, G, S, K] keys; G divides H, each serves H / G neighbouring query heads.
+        v_BGSK: [B, G, S, K] values.
+        layout: which slots see each other.
+        dropout: probability of dropping an attention weight.
+        dropout_keys_B: int64 [B], needed where `dropout` is above 0.
+        first_head: number of the first query head within the whole layer.
+
+    Returns:
+        [B, H, S, K].
+    """
+    shared_heads = q_BHSK.shape[1] != k_BGSK.shape[1]
+    if dropout == 0.0:
+        return F.scaled_dot_product_attention(
+            q_BHSK, k_BGSK, v_BGSK, attn_mask=layout.visible_B1SS, enable_gqa=shared_heads
+        )
+    assert dropout_keys_B is not None
+    if shared_heads:
+        repeats = q_BHSK.shape[1] // k_BGSK.shape[1]
+        k_BGSK = k_BGSK.repeat_interleave(repeats, dim=1)
+        v_BGSK = v_BGSK.repeat_interleave(repeats, dim=1)
+    # The fused CPU kernel draws its dropout from a generator, whose state would have to be saved
+    # and would depend on the layout of ranks; the hash depends on neither.
+    scores_BHSS = q_BHSK @ k_BGSK.mT / math.sqrt(q_BHSK.shape[-1])
+    scores_BHSS = scores_BHSS.float().masked_fill(~layout.visible_B1SS, -math.inf)
+    weights_BHSS = scores_BHSS.softmax(-1).to(v_BGSK.dtype)
+    first_element = first_head * weights_BHSS.shape[-1] ** 2
+    return hash_dropout(weights_BHSS, dropout, dropout_keys_B, first_element) @ v_BGSK
+
+
+class SelfAttention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention, its heads split over the ranks.
+
+    Key and value heads are split like the query heads while they divide over the ranks, else
+    every rank holds all of them and uses those that its query heads belong to.
+    """
+
+    def __init__(self, model: ModelConfig, tp: TensorParallelGroup) -> None:
+        super().__init__()
+        groups = model.num_query_groups
+        replicated = groups % tp.size != 0
+        kv_size = groups * model.head_dim
+        self.query = ColumnParallelLinear(model.hidden_size, model.hidden_size, tp)
+        self.key = ColumnParallelLinear(model.hidden_size, kv_size, tp, replicated=replicated)
+        self.value = ColumnParallelLinear(model.hidden_size, kv_size, tp, replicated=replicated)
+        self.output = RowParallelLinear(model.hidden_size, model.hidden_size, tp)
+        self.group = tp.group
+        self.head_dim = model.head_dim
+        self.dropout = model.attention_dropout
+        self.first_head = model.num_attention_heads // tp.size * tp.rank
+        local_heads = model.num_attention_heads // tp.size
+        heads_per_group = model.num_attention_heads // groups
+        self.kv_heads: list[int] | None = None
+        if replicated and groups > 1:
+            first = self.first_head
+            self.kv_heads = [h // heads_per_group for h in range(first, first + local_heads)]
+
+    def forward(self, x_BSD: Tensor, layout: PackedLayout, dropout_keys_B: Tensor | None) -> Tensor:
+        """[B, S, D] -> [B, S, D], the same on every tensor-parallel rank."""
+        q, k, v = (
+            projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for projected in column_parallel(x_BSD, (self.query, self.key, self.value), self.group)
+        )
+        if self.kv_heads is not None:
+            k, v = k[:, self.kv_heads], v[:, self.kv_heads]
+        dropout = self.dropout if self.training else 0.0
+        mixed_BHSK = attend(q, k, v, layout, dropout, dropout_keys_B, self.first_head)
+        y: Tensor = self.output(mixed_BHSK.transpose(1, 2).flatten(-2))
+        return y

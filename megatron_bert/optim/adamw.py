@@ -1,0 +1,140 @@
+"""Fused AdamW over the shards that this rank holds."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_bert.config.schema import OptimizerConfig
+
+
+class ShardedAdamW:
+    """AdamW with clipping by the global norm; non-finite gradients skip the update.
+
+    It works on the local shards, not on DTensors: updates are pointwise, and the one quantity
+    that is not, the norm, is reduced here by hand. Clipping and skipping happen inside the fused
+    kernel, by its `grad_scale` and `found_inf`, so that a step neither makes an extra pass over
+    the gradients nor waits for the device.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, tensor_parallel_rank: int
+    ) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._shards = {name: _local(p).detach() for name, p in self._parameters.items()}
+        self._clip_grad = config.clip_grad
+        self._counted_here = {
+            name: tensor_parallel_rank == 0 or _is_tensor_parallel(parameter)
+            for name, parameter in self._parameters.items()
+        }
+        matrices = [s for n, s in self._shards.items() if self._parameters[n].dim() > 1]
+        vectors = [s for n, s in self._shards.items() if self._parameters[n].dim() == 1]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                # Biases and norms are not pulled towards zero (Devlin et al. 2019's code).
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+        for shard in self._shards.values():
+            self._optimizer.state[shard] = {
+                "step": torch.zeros((), dtype=torch.float32, device=shard.device),
+                "exp_avg": torch.zeros_like(shard),
+                "exp_avg_sq": torch.zeros_like(shard),
+            }
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Apply the gradients that backward left on the parameters, and clear them.
+
+        Returns:
+            The gradient's global L2 norm before clipping and whether the update was skipped
+            (1.0) or made (0.0); fp32 scalars on the device, the same on all ranks.
+        """
+        for name, parameter in self._parameters.items():
+            self._shards[name].grad = None if parameter.grad is None else _local(parameter.grad)
+        norm = self._global_norm()
+        skipped = (~norm.isfinite()).float()
+        # The kernel divides gradients by grad_scale: at most `clip_grad` remains of the norm.
+        scale = (norm / self._clip_grad).clamp(min=1.0) if self._clip_grad else norm.new_ones(())
+        self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            self._shards[name].grad = None
+        return norm, skipped
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state by parameter name, sharded as the parameters are.
+
+        The tensors share their storage with the optimizer: loading into them restores it. The
+        count of steps is one number for all parameters.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state[self._shards[name]]
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}.{key}"] = _like_parameter(state[key], parameter)
+        return tensors
+
+    @property
+    def updates(self) -> int:
+        """Number of updates made (skipped ones not counted); waits for the device."""
+        first = next(iter(self._shards.values()))
+        return int(self._optimizer.state[first]["step"].item())
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        for shard in self._shards.values():
+            self._optimizer.state[shard]["step"].fill_(value)
+
+    def _global_norm(self) -> Tensor:
+        """L2 norm over all parameters of all ranks, each counted once."""
+        gradients = [
+            shard.grad
+            for name, shard in self._shards.items()
+            if shard.grad is not None and self._counted_here[name]
+        ]
+        device = next(iter(self._shards.values())).device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients, 2.0))
+            total = norms.double().square().sum()
+        dist.all_reduce(total)
+        return total.sqrt().float()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_tensor_parallel(parameter: Tensor) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return any(
+        name == "tp" and not placement.is_replicate()
+        for name, placement in zip(names, parameter.placements, strict=True)
+    )
+
+
+def _like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -1,0 +1,39 @@
+"""Learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_bert.config.arithmetic import total_steps, warmup_steps
+from megatron_bert.config.schema import Config, ScheduleConfig
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Return the learning rate of a step.
+
+    It rises linearly from 0 over the warm-up, whose last step has the peak, and then follows
+    `schedule.decay` so that the run's last step has `min_lr` (`constant` stays at the peak).
+
+    Args:
+        step: 1-based number of the step about to be taken.
+        config: The whole configuration; the curriculum gives the run's length.
+    """
+    optimizer, warmup, total = config.optimizer, warmup_steps(config), total_steps(config)
+    if step <= warmup:
+        return optimizer.lr * step / warmup
+    remaining = _remaining(step, warmup, total, config.schedule)
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * remaining
+
+
+def _remaining(step: int, warmup: int, total: int, schedule: ScheduleConfig) -> float:
+    """Share of the way from minimum to peak, 1 after the warm-up and 0 at the last step."""
+    match schedule.decay:
+        case "constant":
+            return 1.0
+        case "linear":
+            return (total - step) / (total - warmup)
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        case "wsd":
+            decay = max(1, round(schedule.wsd_decay_fraction * total))
+            return min(1.0, (total - step) / decay)

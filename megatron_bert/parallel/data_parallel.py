@@ -1,0 +1,56 @@
+"""Sharded data parallelism: PyTorch's `fully_shard` with this project's policy.
+
+Weights and optimizer states are sharded in fp32 over the data-parallel ranks, computation is in
+`compute_dtype`, gradients are reduced in fp32 and summed, never averaged: the loss is already
+divided by the number of masked tokens in the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from megatron_bert.distributed.topology import Topology
+
+
+def shard_over_data(
+    model: nn.Module, units: Iterable[nn.Module], topology: Topology, compute_dtype: torch.dtype
+) -> None:
+    """Shard each unit's parameters over the data-parallel ranks, then what remains of the model.
+
+    Args:
+        model: the whole model, changed in place.
+        units: its blocks, in the order of the forward pass; each is gathered and reduced by
+            itself, so that its messages run beside its neighbours' computation.
+        topology: the ranks.
+        compute_dtype: type of weights and activations in forward and backward.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    mesh = topology.mesh["dp"]
+    for module in (*units, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for sharded in _sharded_modules(model):
+        sharded.set_gradient_divide_factor(1.0)
+        # Without it gloo is asked for a pre-multiplied sum, which it does not have.
+        sharded.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Say whether the coming backward pass reduces gradients and frees the gathered weights.
+
+    With gradient accumulation only the last micro-batch does: before it weights stay gathered and
+    gradients stay local, so that a step gathers and reduces once however many micro-batches it
+    has.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(enabled)
+    model.set_reshard_after_backward(enabled)
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield module

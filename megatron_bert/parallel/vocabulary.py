@@ -1,0 +1,165 @@
+"""Embedding and cross-entropy over a vocabulary that is split over the tensor-parallel ranks.
+
+Shape suffixes: B rows, S slots, N masked tokens, D hidden, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_bert.distributed.collectives import all_reduce, reduce_from_group
+from megatron_bert.distributed.topology import TensorParallelGroup
+from megatron_bert.parallel.sharding import local_part, make_parameter
+
+# Logits held at a time, in elements: 256 MiB in fp32 whatever the micro-batch.
+_LOGITS_PER_CHUNK = 2**26
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Embedding table whose rows are split over the ranks."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallelGroup) -> None:
+        super().__init__()
+        self.weight = make_parameter((vocab_size, hidden_size), tp, 0)
+        self.group = tp.group
+        self.first_id = vocab_size // tp.size * tp.rank
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S] token ids -> [B, S, D], the same on every rank of the group."""
+        weight_VD = local_part(self.weight)
+        if self.group.size() == 1:
+            return F.embedding(tokens_BS, weight_VD)
+        local_BS = tokens_BS - self.first_id
+        absent_BS = (local_BS < 0) | (local_BS >= weight_VD.shape[0])
+        hidden_BSD = F.embedding(local_BS.masked_fill(absent_BS, 0), weight_VD)
+        hidden_BSD = hidden_BSD.masked_fill(absent_BS[..., None], 0.0)
+        return reduce_from_group(hidden_BSD, self.group)
+
+
+def vocab_parallel_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """Project onto the vocabulary and sum the weighted cross-entropy, never gathering the softmax.
+
+    Projection and loss are one function, so that the fp32 logits of a micro-batch never stand in
+    memory: chunks of tokens are projected and, while their logits are at hand, the gradients of
+    hidden states, table and bias are computed too, not recomputed backward.
+
+    Args:
+        hidden_ND: [N, D], the same on every rank of the group.
+        weight_VD: this rank's rows of the table.
+        bias_V: this rank's part of the bias.
+        labels_N: int [N], ids in the whole vocabulary.
+        weights_N: float [N], 0 for unused slots.
+        group: the tensor-parallel group.
+
+    Returns:
+        The summed loss (fp32, scalar) and the summed weight of tokens whose label has the largest
+        logit (fp32, scalar, no gradient), both over the whole vocabulary.
+    """
+    with_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
+    return _ProjectedCrossEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]
+        hidden_ND, weight_VD, bias_V, labels_N, weights_N, group, with_grad
+    )
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        group: dist.ProcessGroup,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        count, vocab = hidden_ND.shape[0], weight_VD.shape[0]
+        chunk = max(1, _LOGITS_PER_CHUNK // vocab)
+        first_id = group.rank() * vocab
+        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+        correct = hidden_ND.new_zeros((), dtype=torch.float32)
+        gradients = _HeadGradients(hidden_ND, weight_VD, bias_V) if with_grad else None
+        for start in range(0, count, chunk):
+            part = slice(start, min(start + chunk, count))
+            weights_n = weights_N[part].float()
+            softmax_nV, loss_n, correct_n, local_n, present_n = _softmax_and_loss(
+                F.linear(hidden_ND[part], weight_VD, bias_V), labels_N[part] - first_id, group
+            )
+            loss += (loss_n * weights_n).sum()
+            correct += (correct_n * weights_n).sum()
+            if gradients is not None:
+                softmax_nV.scatter_add_(1, local_n[:, None], -present_n[:, None].float())
+                gradients.add(part, softmax_nV.mul_(weights_n[:, None]))
+        if gradients is not None:
+            # Every rank projects the same hidden states onto its own part of the vocabulary.
+            hidden_grad = gradients.hidden_ND
+            if group.size() > 1:
+                hidden_grad = all_reduce(hidden_grad, group)
+            ctx.save_for_backward(hidden_grad, gradients.weight_VD, gradients.bias_V)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
+        scale = grads[0]
+        # The saved gradients are nobody else's: scaling them in place saves a pass and a copy.
+        hidden_ND, weight_VD, bias_V = (g.mul_(scale) for g in (hidden_ND, weight_VD, bias_V))
+        return hidden_ND, weight_VD, bias_V, None, None, None, None
+
+
+class _HeadGradients:
+    """Accumulates the gradients of the projection over chunks of tokens."""
+
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> None:
+        self._source_ND, self._table_VD = hidden_ND, weight_VD
+        self.hidden_ND = torch.empty_like(hidden_ND)
+        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        self.bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
+
+    def add(self, part: slice, logits_grad_nV: Tensor) -> None:
+        """Add one chunk's share, its logits' gradient given in fp32."""
+        self.bias_V += logits_grad_nV.sum(0)
+        logits_grad_nV = logits_grad_nV.to(self._table_VD.dtype)
+        self.hidden_ND[part] = logits_grad_nV @ self._table_VD
+        # Summed in fp32: many chunks in bf16 would lose the small ones.
+        self.weight_VD += logits_grad_nV.T @ self._source_ND[part]
+
+
+def _softmax_and_loss(
+    logits_nV: Tensor, local_labels_n: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Softmax over the whole vocabulary from this rank's part of the logits.
+
+    Returns:
+        softmax [n, V] (fp32, this rank's part), loss [n], whether the label's logit is the
+        largest [n], labels within this rank's part (0 where absent) [n] and whether they are
+        present [n].
+    """
+    logits_nV = logits_nV.float()
+    present_n = (local_labels_n >= 0) & (local_labels_n < logits_nV.shape[1])
+    local_n = local_labels_n.masked_fill(~present_n, 0).long()
+    largest_n = logits_nV.amax(1)
+    if group.size() > 1:
+        largest_n = all_reduce(largest_n, group, "max")
+    softmax_nV = logits_nV.sub_(largest_n[:, None])
+    label_n = softmax_nV.gather(1, local_n[:, None])[:, 0].masked_fill(~present_n, 0.0)
+    softmax_nV.exp_()
+    sums_2n = torch.stack([softmax_nV.sum(1), label_n])
+    if group.size() > 1:
+        sums_2n = all_reduce(sums_2n, group)
+    total_n, label_n = sums_2n
+    softmax_nV.div_(total_n[:, None])
+    return softmax_nV, total_n.log() - label_n, label_n >= 0.0, local_n, present_n

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_bert.config.arithmetic import parameter_count
+from megatron_bert.config.presets import PRESETS
+from megatron_bert.config.schema import ModelConfig
+from megatron_bert.model.bert import BertForPretraining, count_parameters
+from megatron_bert.model.flops import row_flops
+from tests.distributed_harness import run_ranks
+from tests.small_model import (
+    MASKED,
+    SLOTS,
+    VOCABULARY,
+    cpu_topology,
+    packed_inputs,
+    small_config,
+    small_model,
+    whole_model,
+)
+
+
+def test_the_model_has_the_parameters_that_the_configuration_predicts() -> None:
+    run_ranks(1, _check_parameter_counts)
+
+
+def _check_parameter_counts() -> None:
+    tp = cpu_topology().tensor_parallel
+    retrievabert = ModelConfig(**PRESETS["retrievabert-1.3b"])
+    for config, vocabulary in ((retrievabert, 99584), (small_config().model, VOCABULARY)):
+        with torch.device("meta"):
+            model = BertForPretraining(config, vocabulary, tp, seed=0)
+        assert count_parameters(model) == parameter_count(config, vocabulary)
+    assert parameter_count(retrievabert, 99584) == 1_301_388_032
+
+
+def test_segments_of_a_packed_row_do_not_see_each_other() -> None:
+    run_ranks(1, _check_no_leak)
+
+
+def _check_no_leak() -> None:
+    model = whole_model(small_config(), cpu_topology()).eval()
+    inputs = packed_inputs(1)
+    begin = (inputs["positions"][0] == 0).nonzero()[1, 0]
+    with torch.no_grad():
+        before = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
+        inputs["tokens"][0, begin:] = 9
+        after = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
+        alone = model.encode(
+            inputs["tokens"][:, :begin], inputs["positions"][:, :begin], inputs["rows"]
+        )
+    assert torch.equal(before[:, :begin], after[:, :begin])
+    assert not torch.allclose(before[:, begin:], after[:, begin:])
+    torch.testing.assert_close(before[:, :begin], alone)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_masked_positions() -> None:
+    run_ranks(1, _check_loss)
+
+
+def _check_loss() -> None:
+    model = whole_model(small_config(), cpu_topology()).eval()
+    inputs = packed_inputs(3)
+    with torch.no_grad():
+        result = model(*inputs.values())
+        hidden = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
+        table, bias = model.embeddings.word.weight, model.head.bias
+        logits = model.head.transform(hidden) @ table.T + bias
+    masked = logits.gather(1, inputs["masked"].long()[..., None].expand(-1, -1, VOCABULARY))
+    labels = inputs["labels"].long()
+    each = F.cross_entropy(masked.flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(result.loss, (each * inputs["weights"].flatten()).sum())
+    right = (masked.argmax(-1) == labels) * inputs["weights"]
+    assert result.correct == right.sum()
+
+
+def test_rows_are_computed_alike_in_any_company_dropout_included() -> None:
+    run_ranks(1, _check_company)
+
+
+def _check_company() -> None:
+    config = small_config(model={"hidden_dropout": 0.3, "attention_dropout": 0.2})
+    model = whole_model(config, cpu_topology()).train()
+    together = packed_inputs(4, first_row=10)
+    alone = packed_inputs(1, first_row=12)
+    keys = ("tokens", "positions", "rows")
+    with torch.no_grad():
+        whole = model.encode(*(together[key] for key in keys))
+        part = model.encode(*(alone[key] for key in keys))
+        undropped = model.eval().encode(*(alone[key] for key in keys))
+    torch.testing.assert_close(whole[2:3], part)
+    assert not torch.allclose(part, undropped)
+
+
+def test_initial_weights_follow_the_configuration() -> None:
+    run_ranks(1, _check_initialization)
+
+
+def _check_initialization() -> None:
+    model = whole_model(small_config(model={"num_layers": 8, "init_std": 0.02}), cpu_topology())
+    for name, parameter in model.named_parameters():
+        whole = parameter.detach()
+        if name.endswith("norm.weight"):
+            assert (whole == 1).all(), name
+        elif whole.dim() == 1:
+            assert (whole == 0).all(), name
+        else:
+            residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+            expected = 0.02 / math.sqrt(16) if residual else 0.02
+            tolerance = 5 / math.sqrt(2 * whole.numel())
+            assert whole.std() / expected == pytest.approx(1, abs=tolerance), name
+
+
+def test_flops_are_those_that_pytorch_counts() -> None:
+    run_ranks(1, _check_flops)
+
+
+def _check_flops() -> None:
+    # With dropout attention is written out as matrix products, which the counter knows.
+    config = small_config(model={"attention_dropout": 0.1})
+    model = whole_model(config, cpu_topology())
+    inputs = packed_inputs(3)
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs.values()).loss.backward()
+    assert counter.get_total_flops() == 3 * row_flops(config.model, VOCABULARY, SLOTS, MASKED)
+
+
+@pytest.mark.parametrize("seed", [7, 8])
+def test_dropout_and_weights_follow_the_seed(seed: int) -> None:
+    (loss,) = run_ranks(1, _loss_of_seed, seed)
+    (again,) = run_ranks(1, _loss_of_seed, seed)
+    (other,) = run_ranks(1, _loss_of_seed, seed + 10)
+    assert loss == again != other
+
+
+def _loss_of_seed(seed: int) -> float:
+    config = small_config(run={"seed": seed}, model={"hidden_dropout": 0.3})
+    return float(small_model(config, cpu_topology()).train()(*packed_inputs(2).values()).loss)
