@@ -1,0 +1,256 @@
+"""A flat dict of tensors as safetensors shards, written and read by torch.distributed.checkpoint.
+
+Each rank writes the shards it holds; a tensor that several ranks hold is written by one of them.
+The header of every file says where its pieces lie in the whole tensors, so any other number of
+ranks, and any other sharding, can read them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from megatron_bert.checkpoint.manifest import FileRecord
+from megatron_bert.config.errors import CheckpointError
+from megatron_bert.distributed.agreement import Failure, Ranks, RanksFailedError
+from megatron_bert.files import sync_to_disk
+
+# Writing a file takes about three times its size in host memory.
+MAX_FILE_BYTES = 1 << 30
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What must agree between a saved tensor and the one it is loaded into."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+def total_bytes(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> int:
+    """Return the bytes that whole tensors of all ranks take, each counted once. Collective."""
+    sizes: dict[str, int] = {}
+    for part in ranks.on_all(
+        lambda: {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
+    ):
+        sizes.update(part)
+    return sum(sizes.values())
+
+
+def write_tensors(
+    folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks, max_file_bytes: int
+) -> dict[str, FileRecord]:
+    """Write each rank's shards into `folder` and return all files' records. Collective.
+
+    Args:
+        folder: Where the files go; created if need be.
+        tensors: DTensors, of which each rank writes its shard, and plain tensors, which must be
+            equal on all ranks that have them.
+        ranks: The ranks that write together.
+        max_file_bytes: A file is closed before it would grow beyond this, unless a single shard is
+            larger.
+
+    Raises:
+        RanksFailedError: A rank could not write.
+    """
+    writer = HuggingFaceStorageWriter(
+        path=str(folder),
+        fqn_to_index_mapping=_assign_files(tensors, ranks, max_file_bytes),
+        save_distributed=True,
+    )
+    files = _RecordingFileSystem()
+    writer.fs = files
+    # The writer syncs before Python's buffer is flushed, which leaves a small file's end out.
+    writer.sync_files = False
+    with _dcp_errors(), _no_single_process_warning():
+        save(
+            dict(tensors),
+            storage_writer=writer,
+            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=ranks.group,
+            no_dist=not ranks.is_distributed,
+        )
+    records: dict[str, FileRecord] = {}
+    for part in ranks.on_all(lambda: files.records):
+        records.update(part)
+    return records
+
+
+def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    """Fill `tensors` in place from the shards in `folder`. Collective.
+
+    Raises:
+        RanksFailedError: A rank could not read, or the saved tensors are not those asked for (see
+            `check_fit`).
+    """
+    wanted: dict[str, _Kind] = {}
+    for part in ranks.on_all(
+        lambda: {name: _Kind(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    ):
+        wanted.update(part)
+    reader = HuggingFaceStorageReader(path=str(folder))
+    ranks.on_first(lambda: _check_fit(folder, reader, wanted))
+    with _dcp_errors(), _no_single_process_warning():
+        load(
+            dict(tensors),
+            storage_reader=reader,
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=ranks.group,
+            no_dist=not ranks.is_distributed,
+        )
+
+
+def _assign_files(
+    tensors: Mapping[str, torch.Tensor], ranks: Ranks, max_file_bytes: int
+) -> dict[str, int]:
+    """Number the file (from 1) that each tensor goes to, the same on every rank."""
+    largest: dict[str, int] = {}
+    for part in ranks.on_all(lambda: {name: _local_bytes(t) for name, t in tensors.items()}):
+        for name, size in part.items():
+            largest[name] = max(size, largest.get(name, 0))
+    files: dict[str, int] = {}
+    number, filled = 1, 0
+    for name, size in largest.items():
+        if filled and filled + size > max_file_bytes:
+            number, filled = number + 1, 0
+        filled += size
+        files[name] = number
+    return files
+
+
+def _local_bytes(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.itemsize
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Hands out contiguous tensors: safetensors refuses others, e.g. a transposed weight."""
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        data = super().resolve_data(write_item)
+        return data.detach().contiguous() if isinstance(data, torch.Tensor) else data
+
+
+class _RecordingFileSystem(FileSystem):
+    """Writes files durably and keeps size and checksum of what was handed to them.
+
+    The checksum is taken from memory on the way out: taken from the file afterwards, it would
+    vouch for whatever the storage made of the bytes.
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Generator[io.IOBase, None, None]:
+        assert mode == "wb", mode
+        file = Path(path)
+        stream = _ChecksumStream(io.FileIO(file, mode))
+        with stream:
+            yield stream
+        sync_to_disk(file)
+        self.records[file.name] = FileRecord(stream.size, stream.digest.hexdigest())
+
+
+class _ChecksumStream(io.BufferedWriter):
+    """A binary file that is written from front to back and hashed on the way."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.digest = xxhash.xxh3_64()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self.digest.update(data)
+        self.size += len(data)
+        return super().write(data)
+
+
+def _check_fit(folder: Path, reader: HuggingFaceStorageReader, wanted: Mapping[str, _Kind]) -> None:
+    """Check that the saved tensors are exactly `wanted`: by name, shape and type.
+
+    DCP itself would skip an unexpected tensor, convert another type silently, and leave untouched
+    what no shard covers.
+    """
+    saved = reader.read_metadata().state_dict_metadata
+    kinds: dict[str, _Kind] = {}
+    holes: list[str] = []
+    for name, entry in saved.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        kinds[name] = _Kind(tuple(entry.size), entry.properties.dtype)
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            holes.append(name)
+    problems = [
+        _list_names("not in the checkpoint", sorted(wanted.keys() - kinds.keys())),
+        _list_names("only in the checkpoint", sorted(kinds.keys() - wanted.keys())),
+        _list_names("incomplete in the checkpoint", sorted(holes)),
+        _list_names(
+            "of another kind",
+            [
+                f"{name} (checkpoint {kinds[name]}, model {kind})"
+                for name, kind in sorted(wanted.items())
+                if kinds.get(name, kind) != kind
+            ],
+        ),
+    ]
+    if any(problems):
+        raise CheckpointError(
+            f"{folder} does not fit the model: {'; '.join(filter(None, problems))}. "
+            f"Use the model and optimizer settings it was saved with (its manifest.json holds "
+            f"them), or another checkpoint"
+        )
+
+
+def _list_names(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    rest = len(names) - _NAMES_SHOWN
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{what}: {', '.join(names[:_NAMES_SHOWN])}{more}"
+
+
+@contextmanager
+def _dcp_errors() -> Iterator[None]:
+    """Turn DCP's exception, which is a BaseException and hides its causes, into ours."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = [
+            Failure.of(rank, cause) for rank, (cause, _trace) in sorted(error.failures.items())
+        ]
+        raise RanksFailedError(failures) from error
+
+
+@contextmanager
+def _no_single_process_warning() -> Iterator[None]:
+    """DCP warns when there is no process group although `no_dist` asked for just that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
