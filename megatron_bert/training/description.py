@@ -1,0 +1,60 @@
+"""What a run is, in a few lines: printed at its start and by `--dry-run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_bert.config.arithmetic import (
+    masked_slots,
+    parameter_count,
+    total_steps,
+    total_token_slots,
+)
+from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.layout import BatchLayout
+from megatron_bert.config.schema import Config
+
+# fp32 weight, gradient and two moments, sharded over all ranks.
+_STATE_BYTES_PER_PARAMETER = 16
+
+
+def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> Iterator[str]:
+    """Yield what is known from the configuration alone.
+
+    Args:
+        config: the checked configuration.
+        vocab_size: padded vocabulary, None where only an absent tokenizer knows it.
+        world_size: number of ranks.
+    """
+    model = config.model
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    yield (
+        f"model       {model.num_layers} layers, hidden {model.hidden_size:,}, "
+        f"feed-forward {model.ffn_hidden_size:,}, {model.num_attention_heads} heads, "
+        f"{model.num_query_groups} key/value heads"
+    )
+    if vocab_size is None:
+        yield "parameters  unknown without the tokenizer: set model.vocab_size to count them"
+    else:
+        count = parameter_count(model, vocab_size)
+        state = count * _STATE_BYTES_PER_PARAMETER / world_size / 2**30
+        yield f"parameters  {count:,} (vocabulary {vocab_size:,})"
+        yield (
+            f"memory      {state:.2f} GiB a rank for weights, gradients and moments in fp32, "
+            "activations not counted"
+        )
+    yield (
+        f"layout      {world_size} ranks: data {data_parallel} x tensor {config.parallel.tensor}; "
+        f"compute {config.precision.compute}"
+    )
+    yield f"steps       {total_steps(config):,}"
+    yield f"token slots {total_token_slots(config):,} ({total_token_slots(config) / 1e9:.1f} B)"
+    for span in Curriculum(config.curriculum).spans:
+        layout = BatchLayout.for_stage(config.batch, data_parallel, span.seq_length)
+        surplus = f", {layout.surplus_rows} surplus rows" if layout.surplus_rows else ""
+        yield (
+            f"stage {span.index + 1:<5} length {span.seq_length}, steps {span.first_step:,} to "
+            f"{span.last_step:,}, {masked_slots(config.mlm, span.seq_length)} masked slots a row, "
+            f"{layout.num_micro_batches} x {layout.micro_size} rows a rank{surplus}"
+        )
+    yield f"writes to   {config.run.directory}"

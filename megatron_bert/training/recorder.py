@@ -1,0 +1,181 @@
+"""Turns the steps' results into lines of `metrics.jsonl` and of the terminal, one step late."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_bert.config.arithmetic import masked_slots
+from megatron_bert.config.curriculum import Curriculum, StageSpan
+from megatron_bert.config.schema import Config
+from megatron_bert.model.flops import row_flops
+from megatron_bert.training.metrics import MetricsFile
+from megatron_bert.training.progress import ProgressLine
+from megatron_bert.training.step import Agreement, StepResult
+
+logger = logging.getLogger(__name__)
+
+# Dense BF16 peak in TFLOP/s, from NVIDIA's data sheets.
+_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+
+
+class DivergedError(RuntimeError):
+    """Too many updates in a row were skipped for non-finite gradients."""
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step whose results may still be under way on the device."""
+
+    step: int
+    span: StageSpan
+    agreement: Agreement
+    learning_rate: float
+    result: StepResult
+    seconds: float
+
+
+class StepRecorder:
+    """Records each step when the next one is on its way.
+
+    A step's results are read only after the following step was handed to the device, so that
+    reading them never leaves the device without work.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        curriculum: Curriculum,
+        vocab_size: int,
+        world_size: int,
+        metrics: MetricsFile | None,
+    ) -> None:
+        """Record on the rank that has a metrics file; every rank watches for divergence."""
+        self._config = config
+        self._curriculum = curriculum
+        self._metrics = metrics
+        self._progress = ProgressLine(curriculum, config.log.interval, config.batch.global_size)
+        self._step_flops = {
+            span.seq_length: config.batch.global_size
+            * row_flops(
+                config.model, vocab_size, span.seq_length, masked_slots(config.mlm, span.seq_length)
+            )
+            for span in curriculum.spans
+        }
+        self._world_size = world_size
+        self._taken: _Taken | None = None
+        self._skipped_in_a_row = 0
+        self._began = time.perf_counter()
+
+    def add(
+        self,
+        step: int,
+        span: StageSpan,
+        agreement: Agreement,
+        learning_rate: float,
+        result: StepResult,
+    ) -> None:
+        """Take note of a step that was just handed to the device; record the one before it.
+
+        Raises:
+            DivergedError: more than `optimizer.max_skipped` updates in a row were skipped.
+        """
+        now = time.perf_counter()
+        previous, self._taken = (
+            self._taken,
+            _Taken(step, span, agreement, learning_rate, result, now - self._began),
+        )
+        self._began = now
+        if previous is not None:
+            self._record(previous)
+
+    def flush(self) -> None:
+        """Record the last step now, waiting for the device."""
+        if self._taken is not None:
+            self._record(self._taken)
+            self._taken = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside, which is no step, out of the steps' time."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def write_evaluation(self, step: int, span: StageSpan, scores: dict[str, object]) -> None:
+        """Write an evaluation's line."""
+        if self._metrics is None:
+            return
+        self._metrics.write({"step": step, "stage": span.index, **scores})
+        logger.info(
+            "step %s · validation loss %.4f · accuracy %.4f",
+            f"{step:,}",
+            scores["valid_loss"],
+            scores["valid_accuracy"],
+        )
+
+    def _record(self, taken: _Taken) -> None:
+        loss = float(taken.result.loss)
+        grad_norm = float(taken.result.grad_norm)
+        skipped = bool(taken.result.skipped)
+        if self._metrics is not None:
+            self._metrics.write(self._line(taken, loss, grad_norm, skipped))
+            self._progress.after_step(
+                taken.step,
+                taken.span,
+                loss=loss,
+                learning_rate=taken.learning_rate,
+                grad_norm=grad_norm,
+                seconds=taken.seconds,
+            )
+        self._watch_for_divergence(taken.step, skipped)
+
+    def _line(
+        self, taken: _Taken, loss: float, grad_norm: float, skipped: bool
+    ) -> dict[str, object]:
+        rows, span = self._config.batch.global_size, taken.span
+        line: dict[str, object] = {
+            "step": taken.step,
+            "stage": span.index,
+            "seq_length": span.seq_length,
+            "loss": loss,
+            "lr": taken.learning_rate,
+            "grad_norm": grad_norm,
+            "skipped": skipped,
+            "masked_tokens": taken.agreement.masked_tokens,
+            "consumed_rows": taken.step * rows,
+            "batch_hash": f"{taken.agreement.batch_hash:016x}",
+            "tokens": rows * self._curriculum.slots_until(taken.step),
+            "tokens_per_second": rows * span.seq_length / taken.seconds,
+            "step_seconds": taken.seconds,
+        }
+        if torch.cuda.is_available() and taken.result.loss.is_cuda:
+            tflops = self._step_flops[span.seq_length] / taken.seconds / self._world_size / 1e12
+            line["tflops_per_gpu"] = tflops
+            line["mfu"] = _mfu(tflops)
+            line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return line
+
+    def _watch_for_divergence(self, step: int, skipped: bool) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if skipped and self._metrics is not None:
+            logger.warning("step %s: gradient is not finite, update skipped", f"{step:,}")
+        limit = self._config.optimizer.max_skipped
+        if self._skipped_in_a_row > limit:
+            raise DivergedError(
+                f"step {step}: gradients were not finite in {self._skipped_in_a_row} steps in a "
+                f"row (optimizer.max_skipped={limit}); lower optimizer.lr, or look at the rows "
+                f"with tools/inspect_data.py --steps {step}:{step}, and resume from the last "
+                "checkpoint"
+            )
+
+
+def _mfu(tflops: float) -> float | None:
+    """Share of the chip's dense BF16 peak; None for a chip that is not in the table."""
+    name = torch.cuda.get_device_name()
+    return next((tflops / peak for chip, peak in _PEAK_TFLOPS.items() if chip in name), None)

@@ -1,0 +1,152 @@
+"""The folder of one run: its lock, its configuration, and how the run ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from megatron_bert.config.errors import UserError
+from megatron_bert.files import sync_to_disk, write_atomically
+
+FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
+
+logger = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """A run's folder, made if need be and locked against a second live run.
+
+    Only the first rank makes one. The lock belongs to the process: it ends with `close` or with
+    the process, however that dies, so a stale `run.lock` needs no care.
+
+    Args:
+        path: The folder (`run.dir`).
+
+    Raises:
+        UserError: The folder cannot be made or locked, or another live run holds it (the message
+            names that one's host and process).
+
+    Attributes:
+        path: The folder.
+        metrics: `metrics.jsonl` in it.
+        checkpoints: The folder of checkpoints in it.
+        logs: The folder of logs in it, made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path / "run.lock")
+        except OSError as error:
+            raise UserError(
+                f"run.dir {path} cannot be used: {error}. Use another run.dir"
+            ) from error
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        self._lock.close()
+
+    def start(self) -> None:
+        """Remove what tells how an earlier job of the run ended."""
+        for name in (FINISHED, STOPPED, FAILED):
+            (self.path / name).unlink(missing_ok=True)
+        sync_to_disk(self.path)
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration, YAML, to `config.yaml`."""
+        write_atomically(self.path / "config.yaml", text)
+
+    def finish(self, reason: Mapping[str, object]) -> None:
+        """Leave `FINISHED`: all steps are taken."""
+        self._end(FINISHED, reason)
+
+    def stop(self, reason: Mapping[str, object]) -> None:
+        """Leave `STOPPED`: a signal or the deadline ended the job; the next one goes on."""
+        self._end(STOPPED, reason)
+
+    def _end(self, name: str, reason: Mapping[str, object]) -> None:
+        text = _as_text(reason)
+        self.start()
+        write_atomically(self.path / name, text)
+
+
+def record_failure(path: Path, rank: int, error: BaseException) -> None:
+    """Leave `FAILED` in the run directory `path` from any rank, whoever holds its lock.
+
+    The first failure stays: those of the other ranks mostly follow from it. What keeps the file
+    from being written is logged only, so that `error` stays the one that is reported.
+    """
+    reason = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "error": type(error).__name__,
+        "reason": str(error),
+    }
+    try:
+        if not (path / FAILED).exists():
+            write_atomically(path / FAILED, _as_text(reason))
+    except OSError as problem:
+        logger.warning("cannot write %s: %s", path / FAILED, problem)
+
+
+def _as_text(reason: Mapping[str, object]) -> str:
+    return json.dumps(dict(reason), ensure_ascii=False, indent=2) + "\n"
+
+
+def _lock(path: Path) -> TextIO:
+    stream = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Written in place: a renamed file would be another than the one that is locked.
+        stream.truncate(0)
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        stream.write(json.dumps(holder) + "\n")
+        stream.flush()
+    except BlockingIOError as error:
+        stream.seek(0)
+        holder_text = _describe_holder(stream.read())
+        stream.close()
+        raise UserError(
+            f"run.dir {path.parent} is in use by a live run ({holder_text}). End that run first, "
+            f"or use another run.dir"
+        ) from error
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _describe_holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"host {holder['host']}, process {holder['pid']}, started {holder['started']}"
+    except (ValueError, KeyError, TypeError):
+        # It was read in the moment between the other's lock and its writing.
+        return "which is just starting"

@@ -1,0 +1,44 @@
+"""What a checkpoint holds, and how a run takes it up again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_bert.checkpoint.store import CheckpointStore
+from megatron_bert.model.bert import BertForPretraining
+from megatron_bert.optim.adamw import ShardedAdamW
+
+
+def state_tensors(model: BertForPretraining, optimizer: ShardedAdamW) -> dict[str, Tensor]:
+    """All tensors of a training state under one flat namespace, as this rank holds them.
+
+    Weights are `model.NAME`, moments `optim.NAME.exp_avg` and `optim.NAME.exp_avg_sq`, with
+    fully-qualified parameter names: no layout leaves a trace in the keys.
+    """
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    moments = optimizer.state_tensors()
+    return tensors | {f"optim.{name}": moment for name, moment in moments.items()}
+
+
+def save_state(
+    store: CheckpointStore,
+    step: int,
+    model: BertForPretraining,
+    optimizer: ShardedAdamW,
+    facts: dict[str, Any],
+) -> Path:
+    """Write a checkpoint; `facts` join the manifest's state (step, rows, config, ...)."""
+    facts = {**facts, "step": step, "optimizer_updates": optimizer.updates}
+    return store.save(step, state_tensors(model, optimizer), facts)
+
+
+def load_state(
+    store: CheckpointStore, path: Path, model: BertForPretraining, optimizer: ShardedAdamW
+) -> dict[str, Any]:
+    """Load a checkpoint into model and optimizer in place; return the manifest's state."""
+    facts: dict[str, Any] = dict(store.load(path, state_tensors(model, optimizer)))
+    optimizer.updates = int(facts["optimizer_updates"])
+    return facts

@@ -1,0 +1,228 @@
+"""The training run: from a checked configuration to the last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_bert.checkpoint.store import CheckpointStore
+from megatron_bert.config.arithmetic import resolve_vocab_size
+from megatron_bert.config.checks import check_config
+from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.errors import CheckpointError
+from megatron_bert.config.identity import check_resume
+from megatron_bert.config.layout import BatchLayout
+from megatron_bert.config.load import config_dict, dump_config
+from megatron_bert.config.schema import Config
+from megatron_bert.data.source import training_source
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.distributed.topology import Topology
+from megatron_bert.model.build import build_model
+from megatron_bert.optim.adamw import ShardedAdamW
+from megatron_bert.optim.schedule import learning_rate
+from megatron_bert.training.batches import GlobalBatch, ReadAhead
+from megatron_bert.training.description import describe_plan
+from megatron_bert.training.evaluation import Evaluator
+from megatron_bert.training.metrics import MetricsFile
+from megatron_bert.training.recorder import StepRecorder
+from megatron_bert.training.run_directory import RunDirectory
+from megatron_bert.training.state import load_state, save_state
+from megatron_bert.training.step import agree, take_step
+from megatron_bert.training.stops import StopRequests
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """How a run ended.
+
+    Attributes:
+        step: the last step taken.
+        stop_reason: why it stopped early, or None where it is finished.
+    """
+
+    step: int
+    stop_reason: str | None
+
+
+class Trainer:
+    """One job of a run on this rank; every rank makes one, after the process group started.
+
+    Args:
+        config: the checked configuration.
+        device: this rank's device.
+        directory: the locked run directory on the first rank, None on the others.
+
+    Raises:
+        UserError: configuration, data and checkpoint do not fit together, or data is damaged.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, directory: RunDirectory | None
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._topology = Topology.build(device, tensor=config.parallel.tensor)
+        self._tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+        vocab_size = resolve_vocab_size(
+            config.model, self._tokenizer.vocab_size, config.parallel.tensor
+        )
+        check_config(config, world_size=dist.get_world_size(), vocab_size=vocab_size)
+        self._curriculum = Curriculum(config.curriculum)
+        self._source = training_source(config, self._tokenizer)
+        self._evaluator = Evaluator(config, self._tokenizer, self._topology)
+        self._model = build_model(config, vocab_size, self._topology)
+        self._optimizer = ShardedAdamW(
+            self._model, config.optimizer, self._topology.tensor_parallel.rank
+        )
+        self._store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep)
+        self._store.remove_leftovers()
+        self._step = self._restore()
+        metrics = None
+        if directory is not None:
+            metrics = MetricsFile(directory.metrics)
+            metrics.truncate_after(self._step)
+            # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
+            directory.write_config(dump_config(config))
+            plan = describe_plan(config, vocab_size, dist.get_world_size())
+            for line in (*plan, *self._source.describe()):
+                logger.info("%s", line)
+        self._recorder = StepRecorder(
+            config, self._curriculum, vocab_size, dist.get_world_size(), metrics
+        )
+
+    def run(self, stops: StopRequests) -> RunEnd:
+        """Train until the curriculum's end or until some rank is asked to stop."""
+        config, topology = self._config, self._topology
+        reader = ReadAhead(self._source, topology.data_parallel_rank)
+        stop_reason: str | None = None
+        try:
+            while self._step < self._total_steps and stop_reason is None:
+                step = self._step + 1
+                rows = self._global_batch(step)
+                assert rows is not None
+                batches = reader.get(rows, self._global_batch(step + 1))
+                agreement = agree(batches, stops.reason is not None, topology)
+                rate = learning_rate(step, config)
+                result = take_step(
+                    self._model,
+                    self._optimizer,
+                    batches,
+                    agreement.masked_tokens,
+                    rate,
+                    topology,
+                )
+                self._step = step
+                self._recorder.add(step, self._curriculum.at(step), agreement, rate, result)
+                if agreement.stop:
+                    stop_reason = stops.reason or "another rank was asked to stop"
+                self._evaluate_and_save(is_last=stop_reason is not None)
+        finally:
+            reader.close()
+        return RunEnd(self._step, stop_reason if self._step < self._total_steps else None)
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far, those before the checkpoint included."""
+        return self._step
+
+    @property
+    def _total_steps(self) -> int:
+        return self._curriculum.total_steps
+
+    def _global_batch(self, step: int) -> GlobalBatch | None:
+        """The rows of a step, None after the last one."""
+        if step > self._total_steps:
+            return None
+        seq_length = self._curriculum.at(step).seq_length
+        rows = self._config.batch.global_size
+        return GlobalBatch(
+            first_row=(step - 1) * rows,
+            end_row=step * rows,
+            seq_length=seq_length,
+            layout=BatchLayout.for_stage(
+                self._config.batch, self._topology.data_parallel_size, seq_length
+            ),
+        )
+
+    def _evaluate_and_save(self, *, is_last: bool) -> None:
+        """Do what is due after the step just taken; a job's last step is always saved."""
+        config, step = self._config, self._step
+        finished = step == self._total_steps
+        evaluate = bool(config.data.valid) and (finished or step % config.eval.interval == 0)
+        save = finished or is_last or step % config.checkpoint.interval == 0
+        if not (evaluate or save):
+            return
+        self._recorder.flush()
+        with self._recorder.paused():
+            if evaluate:
+                span = self._curriculum.at(step)
+                scores = self._evaluator.evaluate(self._model, span.seq_length)
+                self._recorder.write_evaluation(step, span, scores)
+            # Last, so that a resumed run does not miss the evaluation's line.
+            if save:
+                path = save_state(self._store, step, self._model, self._optimizer, self._facts())
+                if self._directory is not None:
+                    logger.info("step %s · saved %s", f"{step:,}", path)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the checkpoint's manifest says beside the tensors."""
+        return {
+            "consumed_rows": self._step * self._config.batch.global_size,
+            "config": config_dict(self._config),
+            "tokenizer_hash": self._tokenizer.hash,
+            "data": self._source.fingerprint(),
+            "topology": {
+                "pipeline": 1,
+                "data": self._topology.data_parallel_size,
+                "tensor": self._topology.tensor_parallel.size,
+            },
+        }
+
+    def _restore(self) -> int:
+        """Load the checkpoint that this job starts from; return its step, 0 for a fresh start."""
+        path, new_run = self._starting_point()
+        if path is None:
+            return 0
+        facts: dict[str, Any] = dict(self._store.read_state(path))
+        self._check_facts(path, facts, new_run)
+        load_state(self._store, path, self._model, self._optimizer)
+        if self._directory is not None:
+            logger.info("resumed from %s", path)
+        return int(facts["step"])
+
+    def _starting_point(self) -> tuple[Path | None, bool]:
+        """The checkpoint to start from and whether it belongs to another run."""
+        resume = self._config.checkpoint.resume
+        newest = self._store.newest()
+        if resume == "none" and newest is not None:
+            raise CheckpointError(
+                f"checkpoint.resume=none, but {self._store.root} holds checkpoints, the newest "
+                f"{newest.name}; choose another run.dir, or resume with checkpoint.resume=auto"
+            )
+        if newest is not None or resume in ("auto", "none"):
+            # A later job of a branched run goes on from its own checkpoints.
+            return newest, False
+        return Path(resume), True
+
+    def _check_facts(self, path: Path, facts: dict[str, Any], new_run: bool) -> None:
+        """Refuse a checkpoint of another configuration, tokenizer or dataset."""
+        check_resume(facts["config"], self._config, int(facts["step"]), new_run)
+        if facts["tokenizer_hash"] != self._tokenizer.hash:
+            raise CheckpointError(
+                f"{path} was trained with a tokenizer of hash {facts['tokenizer_hash']}, "
+                f"{self._config.data.tokenizer} has {self._tokenizer.hash}; use the tokenizer "
+                "that the run began with"
+            )
+        if not new_run and facts["data"] != self._source.fingerprint():
+            raise CheckpointError(
+                f"{path} was trained on {facts['data']}, but data.train now holds "
+                f"{self._source.fingerprint()}; restore the datasets that the run began with, or "
+                f"branch off: checkpoint.resume={path} and a new run.dir"
+            )

@@ -1,0 +1,140 @@
+"""A run that is killed or stopped and taken up again is the uncut run, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bert.config.errors import UserError
+from megatron_bert.config.schema import Config
+from tests.distributed_harness import run_ranks
+from tests.training.runs import steps_of, train
+
+EXACT = ("loss", "grad_norm", "lr", "batch_hash", "consumed_rows", "stage", "tokens")
+
+
+def _facts(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    training = [tuple(line[key] for key in EXACT) for line in steps_of(lines).values()]
+    evaluations = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+    return [*training, *evaluations]
+
+
+def _check_kills(configs: list[Config]) -> None:
+    uncut = _facts(train(configs[0]))
+    for kill_in, config in enumerate(configs[1:], start=1):
+        train(config, kill_in=kill_in)
+        assert _facts(train(config)) == uncut, f"killed in step {kill_in}"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, {}),
+        (1, {"precision": {"compute": "bf16"}, "mlm": {"unit": "whole_word"}}),
+        (2, {}),
+        (2, {"parallel": {"tensor": 2}}),
+    ],
+    ids=["one-rank", "bf16", "data-parallel", "tensor-parallel"],
+)
+def test_a_run_killed_in_any_step_resumes_with_the_same_bits(
+    tiny_run: Callable[..., Config], world_size: int, changes: dict[str, Any]
+) -> None:
+    configs = [tiny_run(f"run{kill}", **changes) for kill in range(13)]
+    run_ranks(world_size, _check_kills, configs, deadline_seconds=120)
+
+
+def _check_stop(uncut: Config, stopped: Config) -> None:
+    expected = _facts(train(uncut))
+    lines = train(stopped, stop_after=5)
+    if lines:
+        assert max(steps_of(lines)) == 5
+        assert (stopped.run.directory / "checkpoints" / "step_00000005").is_dir()
+    assert _facts(train(stopped)) == expected
+
+
+def test_a_stopped_run_saves_its_step_and_goes_on(tiny_run: Callable[..., Config]) -> None:
+    run_ranks(2, _check_stop, tiny_run("uncut"), tiny_run("stopped"))
+
+
+def _train_once(config: Config, stop: dict[str, int]) -> list[dict[str, Any]]:
+    return train(config, **stop)
+
+
+def test_another_layout_takes_a_run_up_with_the_same_rows_and_losses(
+    tiny_run: Callable[..., Config],
+) -> None:
+    uncut = steps_of(run_ranks(1, _train_once, tiny_run("uncut"), {})[0])
+    elastic = tiny_run("elastic")
+    run_ranks(2, _train_once, elastic, {"stop_after": 4})
+    tensor = elastic.model_copy(
+        update={"parallel": elastic.parallel.model_copy(update={"tensor": 2})}
+    )
+    run_ranks(4, _train_once, tensor, {"stop_after": 8})
+    lines = steps_of(run_ranks(3, _train_once, elastic, {})[0])
+    assert list(lines) == list(uncut)
+    for step, line in lines.items():
+        assert line["batch_hash"] == uncut[step]["batch_hash"]
+        assert line["loss"] == pytest.approx(uncut[step]["loss"], rel=1e-5)
+
+
+def test_the_last_stage_can_be_lengthened_when_the_run_is_taken_up(
+    tiny_run: Callable[..., Config],
+) -> None:
+    constant = {"schedule": {"decay": "constant", "warmup_steps": 1}}
+    longer = [{"seq_length": 32, "steps": 7}, {"seq_length": 64, "steps": 8}]
+    uncut = run_ranks(1, _train_once, tiny_run("long", curriculum=longer, **constant), {})[0]
+    run_ranks(1, _train_once, tiny_run("run", **constant), {})
+    lines = run_ranks(1, _train_once, tiny_run("run", curriculum=longer, **constant), {})[0]
+    expected, found = steps_of(uncut), steps_of(lines)
+    assert list(found) == list(expected)
+    assert [line["loss"] for line in found.values()] == [line["loss"] for line in expected.values()]
+
+
+def _refused(config: Config) -> str:
+    with pytest.raises(UserError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_another_learning_rate_is_refused_in_the_same_run_and_taken_in_a_new_one(
+    tiny_run: Callable[..., Config],
+) -> None:
+    first = tiny_run("run")
+    run_ranks(1, _train_once, first, {"stop_after": 4})
+    before = (first.run.directory / "config.yaml").read_bytes()
+    message = run_ranks(1, _refused, tiny_run("run", optimizer={"lr": 0.5}))[0]
+    assert "optimizer.lr" in message
+    assert (first.run.directory / "config.yaml").read_bytes() == before
+    branch = tiny_run(
+        "branch",
+        optimizer={"lr": 2e-2},
+        checkpoint={"resume": str(first.run.directory / "checkpoints" / "step_00000004")},
+    )
+    lines = steps_of(run_ranks(1, _train_once, branch, {"stop_after": 6})[0])
+    assert list(lines) == [5, 6]
+    # The branch's own checkpoint, not the one it came from, is where its next job goes on.
+    assert list(steps_of(run_ranks(1, _train_once, branch, {})[0])) == list(range(5, 13))
+
+
+def test_resume_none_refuses_to_mix_with_the_checkpoints_of_before(
+    tiny_run: Callable[..., Config],
+) -> None:
+    run_ranks(1, _train_once, tiny_run(), {"stop_after": 2})
+    message = run_ranks(1, _refused, tiny_run(checkpoint={"resume": "none"}))[0]
+    assert "checkpoint.resume=none" in message
+    assert "another run.dir" in message
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    tiny_run: Callable[..., Config], tiny_data: Path
+) -> None:
+    run_ranks(1, _train_once, tiny_run(), {"stop_after": 2})
+    other = tiny_run()
+    data = other.data.model_copy(
+        update={"train": (other.data.train[0].model_copy(update={"weight": 2.0}),)}
+    )
+    message = run_ranks(1, _refused, other.model_copy(update={"data": data}))[0]
+    assert "data.train.0.weight" in message

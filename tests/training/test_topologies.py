@@ -1,0 +1,69 @@
+"""The same losses, gradient norms and rows whatever the ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_bert.config.schema import Config
+from tests.distributed_harness import run_ranks
+from tests.training.runs import steps_of, train
+
+
+def _train(config: Config) -> list[dict[str, Any]]:
+    return train(config)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, {"batch": {"micro_size": 5}}),
+        (1, {"batch": {"micro_size": 12}}),
+        (2, {}),
+        (3, {}),
+        (4, {"batch": {"micro_size": 2}}),
+        (2, {"parallel": {"tensor": 2}}),
+        (4, {"parallel": {"tensor": 2}}),
+        (4, {"parallel": {"tensor": 4}}),
+        (2, {"parallel": {"tensor": 2}, "model": {"num_query_groups": 2}}),
+        (4, {"parallel": {"tensor": 4}, "model": {"num_query_groups": 2}}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
+)
+def test_every_topology_trains_alike_dropout_included(
+    tiny_run: Callable[..., Config], world_size: int, changes: dict[str, Any]
+) -> None:
+    model = changes.get("model", {})
+    expected = steps_of(run_ranks(1, _train, tiny_run("one", model=model))[0])
+    found = steps_of(run_ranks(world_size, _train, tiny_run("many", **changes))[0])
+    assert list(found) == list(expected)
+    for step, line in found.items():
+        assert line["batch_hash"] == expected[step]["batch_hash"]
+        assert line["masked_tokens"] == expected[step]["masked_tokens"]
+        # Rounding differences of the first steps grow with each update.
+        tolerance = 1e-6 if step <= 3 else 1e-4
+        assert line["loss"] == pytest.approx(expected[step]["loss"], rel=tolerance), step
+        assert line["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=10 * tolerance)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_bf16_stays_within_its_rounding(tiny_run: Callable[..., Config], world_size: int) -> None:
+    bf16 = {"precision": {"compute": "bf16"}}
+    exact = steps_of(run_ranks(1, _train, tiny_run("exact"))[0])
+    found = steps_of(run_ranks(world_size, _train, tiny_run("bf16", **bf16))[0])
+    for step, line in found.items():
+        assert line["loss"] == pytest.approx(exact[step]["loss"], rel=2e-3), step
+
+
+def test_the_model_learns(tiny_run: Callable[..., Config]) -> None:
+    longer = [{"seq_length": 32, "steps": 60}, {"seq_length": 64, "steps": 20}]
+    config = tiny_run(curriculum=longer, eval={"interval": 80, "batches": 1})
+    lines = run_ranks(1, _train, config)[0]
+    losses = [line["loss"] for line in steps_of(lines).values()]
+    evaluation = next(line for line in lines if "valid_loss" in line)
+    assert losses[0] > 6.0 > 4.5 > losses[-1]
+    assert evaluation["valid_loss"] < 4.5
+    assert evaluation["valid_accuracy"] > 0.1
+    assert evaluation["valid"]["valid"]["loss"] == evaluation["valid_loss"]
