@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Sets itself up and runs the tests; the last line and the exit code are pytest's.
+set -u
+
+suites=(slow faults peers browser schedulers gpu)
+
+usage() {
+    cat <<'TEXT'
+usage: bash tests/run.sh [SUITE-FLAG ...] [--] [PYTEST-ARGUMENT ...]
+
+Runs every quick test that needs no GPU. Each flag adds a suite:
+  --slow         minutes rather than seconds: longer trainings, fresh installations
+  --faults       killed processes, damaged files, full disks
+  --peers        transformers' own tests, several versions of transformers
+  --browser      the report in a real browser
+  --schedulers   the cluster scripts against stand-in schedulers
+  --gpu          needs CUDA
+  --all          all of them
+
+What follows goes to pytest, for example `bash tests/run.sh tests/data -k masking`; put -- before
+a first argument that starts with --.
+TEXT
+}
+
+wanted=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --slow | --faults | --peers | --browser | --schedulers | --gpu) wanted+=("${1#--}") ;;
+        --all) wanted=("${suites[@]}") ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --)
+            shift
+            break
+            ;;
+        --*)
+            printf 'error: unknown flag %s\n\n' "$1" >&2
+            usage >&2
+            exit 2
+            ;;
+        *) break ;;
+    esac
+    shift
+done
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
+# shellcheck source=tools/bootstrap.sh
+. tools/bootstrap.sh
+bootstrap dev || exit 1
+
+left_out=()
+for suite in "${suites[@]}"; do
+    if [[ " ${wanted[*]} " != *" $suite "* ]]; then
+        left_out+=("not $suite")
+    elif ! grep --recursive --quiet --include='*.py' "mark\.$suite\b" tests; then
+        echo "The suite '$suite' has no test yet."
+    fi
+done
+selection=$(printf ' and %s' "${left_out[@]}")
+
+exec "$python" -m pytest ${left_out[0]:+-m "${selection# and }"} "$@"
