@@ -5,6 +5,7 @@ Shape suffixes: B rows, S slots, N masked tokens, D hidden, V this rank's part o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,14 +95,12 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
             weights_n = weights_N[part].float()
-            softmax_nV, loss_n, correct_n, local_n, present_n = _softmax_and_loss(
-                F.linear(hidden_ND[part], weight_VD, bias_V), labels_N[part] - first_id, group
-            )
-            loss += (loss_n * weights_n).sum()
-            correct += (correct_n * weights_n).sum()
+            logits_nV = F.linear(hidden_ND[part], weight_VD, bias_V)
+            softmax = _softmax(logits_nV, labels_N[part] - first_id, group)
+            loss += (softmax.loss_n * weights_n).sum()
+            correct += (softmax.correct_n * weights_n).sum()
             if gradients is not None:
-                softmax_nV.scatter_add_(1, local_n[:, None], -present_n[:, None].float())
-                gradients.add(part, softmax_nV.mul_(weights_n[:, None]))
+                gradients.add(part, softmax.logits_grad(weights_n, logits_nV))
         if gradients is not None:
             # Every rank projects the same hidden states onto its own part of the vocabulary.
             hidden_grad = gradients.hidden_ND
@@ -130,36 +129,66 @@ class _HeadGradients:
         self.bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
 
     def add(self, part: slice, logits_grad_nV: Tensor) -> None:
-        """Add one chunk's share, its logits' gradient given in fp32."""
-        self.bias_V += logits_grad_nV.sum(0)
-        logits_grad_nV = logits_grad_nV.to(self._table_VD.dtype)
+        """Add one chunk's share."""
+        self.bias_V += logits_grad_nV.sum(0, dtype=torch.float32)
         self.hidden_ND[part] = logits_grad_nV @ self._table_VD
         # Summed in fp32: many chunks in bf16 would lose the small ones.
         self.weight_VD += logits_grad_nV.T @ self._source_ND[part]
 
 
-def _softmax_and_loss(
-    logits_nV: Tensor, local_labels_n: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Softmax over the whole vocabulary from this rank's part of the logits.
+@dataclass(frozen=True)
+class _Softmax:
+    """Softmax of a chunk of tokens, of which this rank holds its part of the vocabulary.
 
-    Returns:
-        softmax [n, V] (fp32, this rank's part), loss [n], whether the label's logit is the
-        largest [n], labels within this rank's part (0 where absent) [n] and whether they are
-        present [n].
+    Attributes:
+        local_nV: fp32 [n, V] softmax over this rank's part alone.
+        share_n: this rank's share of the whole softmax's sum: the factor from one to the other.
+        loss_n: cross-entropy over the whole vocabulary.
+        correct_n: whether the label's logit is the largest of all.
+        labels_n: the labels within this rank's part, 0 where another rank has them.
+        present_n: whether this rank has the label.
     """
-    logits_nV = logits_nV.float()
+
+    local_nV: Tensor
+    share_n: Tensor
+    loss_n: Tensor
+    correct_n: Tensor
+    labels_n: Tensor
+    present_n: Tensor
+
+    def logits_grad(self, weights_n: Tensor, out_nV: Tensor) -> Tensor:
+        """(softmax - one-hot label) x weight, written over `out_nV` in its type."""
+        scale_n = self.share_n * weights_n
+        torch.mul(self.local_nV, scale_n[:, None], out=out_nV)
+        # In fp32: close to 1 the difference would be lost to the rounding of bf16.
+        at_label_n = self.local_nV.gather(1, self.labels_n[:, None])[:, 0] * scale_n
+        at_label_n -= weights_n * self.present_n
+        return out_nV.scatter_(1, self.labels_n[:, None], at_label_n[:, None].to(out_nV.dtype))
+
+
+def _softmax(logits_nV: Tensor, local_labels_n: Tensor, group: dist.ProcessGroup) -> _Softmax:
+    """Softmax and loss over the whole vocabulary, in few passes over this rank's logits.
+
+    The fused softmax reads the logits once in their own type. Its normaliser is had back from the
+    largest logit, whose probability is at least 1 / V and so far from underflow.
+    """
     present_n = (local_labels_n >= 0) & (local_labels_n < logits_nV.shape[1])
-    local_n = local_labels_n.masked_fill(~present_n, 0).long()
-    largest_n = logits_nV.amax(1)
+    labels_n = local_labels_n.masked_fill(~present_n, 0).long()
+    local_nV = logits_nV.softmax(1, dtype=torch.float32)
+    largest_n = logits_nV.amax(1).float()
+    local_sum_n = largest_n - local_nV.amax(1).log()  # logarithm of the sum of exponentials
+    label_n = logits_nV.gather(1, labels_n[:, None])[:, 0].float().masked_fill(~present_n, 0.0)
+    log_sum_n = local_sum_n
     if group.size() > 1:
-        largest_n = all_reduce(largest_n, group, "max")
-    softmax_nV = logits_nV.sub_(largest_n[:, None])
-    label_n = softmax_nV.gather(1, local_n[:, None])[:, 0].masked_fill(~present_n, 0.0)
-    softmax_nV.exp_()
-    sums_2n = torch.stack([softmax_nV.sum(1), label_n])
-    if group.size() > 1:
-        sums_2n = all_reduce(sums_2n, group)
-    total_n, label_n = sums_2n
-    softmax_nV.div_(total_n[:, None])
-    return softmax_nV, total_n.log() - label_n, label_n >= 0.0, local_n, present_n
+        largest_n, reference_n = all_reduce(torch.stack([largest_n, local_sum_n]), group, "max")
+        sums_2n = torch.stack([(local_sum_n - reference_n).exp(), label_n])
+        sum_n, label_n = all_reduce(sums_2n, group)
+        log_sum_n = reference_n + sum_n.log()
+    return _Softmax(
+        local_nV=local_nV,
+        share_n=(local_sum_n - log_sum_n).exp(),
+        loss_n=log_sum_n - label_n,
+        correct_n=label_n >= largest_n,
+        labels_n=labels_n,
+        present_n=present_n,
+    )

@@ -82,13 +82,13 @@ def test_a_file_in_the_folders_place_is_a_users_error(tmp_path: Path) -> None:
         RunDirectory(tmp_path / "file")
 
 
-@pytest.mark.parametrize("end", ["finish", "stop", "fail"])
+@pytest.mark.parametrize("end", ["finish", "stop"])
 def test_exactly_one_file_tells_how_the_run_ended(tmp_path: Path, end: str) -> None:
     with RunDirectory(tmp_path) as run:
-        for first in (run.finish, run.stop, run.fail):
+        for first in (run.finish, run.stop):
             first({"reason": "earlier"})
         getattr(run, end)({"reason": "信号", "step": 5})
-    name = {"finish": "FINISHED", "stop": "STOPPED", "fail": "FAILED"}[end]
+    name = {"finish": "FINISHED", "stop": "STOPPED"}[end]
     assert _names(tmp_path) == {name, "logs", "run.lock"}
     assert json.loads((tmp_path / name).read_text()) == {"reason": "信号", "step": 5}
 
