@@ -55,7 +55,14 @@ class IndexedDatasetWriter:
     def add_documents(self, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
         """Append documents that stand one after the other in `tokens`."""
 
-    def close(self) -> None: ...
+    def finish(self) -> None:
+        """Wait until the disk has it all, still under temporary names; nothing can be added then.
+
+        What can fail for want of space fails here, while a dataset of the same name is whole.
+        """
+
+    def close(self) -> None:
+        """Finish the dataset and give it its name, in place of a dataset that has it."""
 
 class RowPlan:
     """The content of every row of a run, as a function of the row's number.

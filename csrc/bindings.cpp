@@ -108,6 +108,7 @@ void bind_indexed_dataset(py::module_& m) {
                 writer.add_documents(tokens_view, lengths_view);
             },
             py::arg("tokens").noconvert(), py::arg("lengths").noconvert())
+        .def("finish", &IndexedDatasetWriter::finish, NoGil())
         .def("close", &IndexedDatasetWriter::close, NoGil());
 }
 

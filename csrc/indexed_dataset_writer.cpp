@@ -101,7 +101,7 @@ IndexedDatasetWriter::IndexedDatasetWriter(std::string prefix, TokenType token_t
       index_(prefix_ + ".idx") {}
 
 void IndexedDatasetWriter::check_open() const {
-    if (closed_) {
+    if (state_ != State::open) {
         throw std::invalid_argument(prefix_ + ": the dataset is closed");
     }
 }
@@ -151,12 +151,20 @@ void IndexedDatasetWriter::add_documents(std::span<const std::int32_t> tokens,
     }
 }
 
-void IndexedDatasetWriter::close() {
+void IndexedDatasetWriter::finish() {
     check_open();
-    closed_ = true;
+    state_ = State::closed;  // And so it stays where the disk fails: half of it never gets its name.
     write_index();
     tokens_.sync();
     index_.sync();
+    state_ = State::finished;
+}
+
+void IndexedDatasetWriter::close() {
+    if (state_ != State::finished) {
+        finish();
+    }
+    state_ = State::closed;
     // An older index beside newer tokens would be a damaged dataset; none at all is a missing one.
     if (::unlink((prefix_ + ".idx").c_str()) != 0 && errno != ENOENT) {
         throw std::system_error(errno, std::generic_category(), "cannot replace " + prefix_ + ".idx");

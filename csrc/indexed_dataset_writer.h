@@ -50,10 +50,16 @@ class IndexedDatasetWriter {
     /// Appends documents that stand one after the other in `tokens`, `lengths[k]` tokens each.
     void add_documents(std::span<const std::int32_t> tokens, std::span<const std::int64_t> lengths);
 
-    /// Completes the dataset: .bin, then .idx; replaces a dataset of the same name.
+    /// Waits until the disk has the whole dataset, still under temporary names; nothing can be added
+    /// then. What can fail for want of space fails here, while a dataset of the same name is whole.
+    void finish();
+
+    /// Finishes the dataset and names it: .bin, then .idx; replaces a dataset of the same name.
     void close();
 
   private:
+    enum class State { open, finished, closed };
+
     void check_open() const;
     void write_index();
 
@@ -62,7 +68,7 @@ class IndexedDatasetWriter {
     AtomicFile tokens_;
     AtomicFile index_;
     std::vector<std::int32_t> lengths_;
-    bool closed_ = false;
+    State state_ = State::open;
 };
 
 }  // namespace megatron_bert

@@ -56,6 +56,8 @@ def _lines(given: argparse.Namespace) -> Iterator[str]:
         return
     if given.overrides:
         raise DataError(f"{given.overrides[0]}: an override needs --config")
+    if given.samples < 0:
+        raise DataError(f"--samples {given.samples}: give 0 or more")
     yield from describe_dataset(given.prefix)
     if given.tokenizer is not None:
         yield from samples(given.prefix, Tokenizer.load(given.tokenizer), given.samples)

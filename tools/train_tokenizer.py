@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_bert.data.progress import Progress
 from megatron_bert.data.text import DocumentReader, iterate_documents
 from megatron_bert.data.tokenizer_training import (
     DEFAULT_MAX_SENTENCES,
+    check_writable,
     train_tokenizer,
     write_model,
 )
@@ -85,11 +87,14 @@ def _documents(reader: DocumentReader, options: argparse.Namespace) -> Iterator[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and write a tokenizer."""
+    logging.basicConfig(format="%(message)s")
     options = _parser().parse_args(arguments)
     if options.output.suffix != ".model":
         raise DataError(f"--output {options.output}: the name must end in .model")
+    reader = DocumentReader(options.input)
+    check_writable(options.output)
     model = train_tokenizer(
-        _documents(DocumentReader(options.input), options),
+        _documents(reader, options),
         options.vocab_size,
         normalization=options.normalization,
         max_sentences=options.max_sentences,

@@ -63,15 +63,15 @@ def open_dataset(prefix: str | Path) -> IndexedDataset:
     Raises:
         DataError: a file is missing, damaged, or does not belong to the other.
     """
-    for path in (_with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")):
-        if not path.is_file():
-            raise DataError(
-                f"dataset {prefix}: there is no file {path}; make the dataset with "
-                f"tools/preprocess_data.py, or correct the prefix"
-            )
     try:
+        for path in (_with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")):
+            if not path.is_file():
+                raise DataError(
+                    f"dataset {prefix}: there is no file {path}; make the dataset with "
+                    f"tools/preprocess_data.py, or correct the prefix"
+                )
         return IndexedDataset(str(prefix))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise DataError(
             f"dataset {prefix} cannot be used: {error}; copy it again, or make it anew with "
             f"tools/preprocess_data.py"
@@ -124,5 +124,8 @@ def _parse_info(fields: dict[str, Any]) -> DatasetInfo:
         raise ValueError(f"version {fields['version']!r}, only {INFO_VERSION} is known")
     if not isinstance(fields["tokenizer_hash"], str):
         raise TypeError("tokenizer_hash is not a string")
+    for name in ("vocab_size", "documents", "tokens"):
+        if not isinstance(fields[name], int):
+            raise TypeError(f"{name} is not a whole number")
     sources = tuple(SourceFile(**source) for source in fields["sources"])
     return DatasetInfo(**{**fields, "sources": sources})

@@ -71,9 +71,11 @@ def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
         )
     for number in np.linspace(0, dataset.num_documents - 1, min(count, dataset.num_documents)):
         tokens = dataset.document(int(number))
-        if len(tokens) and tokens.max() >= tokenizer.vocab_size:
+        # As unsigned numbers, so that a negative id is too large as well.
+        largest = int(tokens.view(np.uint32).max(initial=0))
+        if largest >= tokenizer.vocab_size:
             raise DataError(
-                f"document {int(number)} of {prefix} holds id {tokens.max()}, but tokenizer "
+                f"document {int(number)} of {prefix} holds id {largest}, but tokenizer "
                 f"{tokenizer.name} has {tokenizer.vocab_size} pieces; give the one that made the "
                 f"dataset"
             )

@@ -6,7 +6,6 @@ documents. Threads suffice: both tokenizer libraries work without the GIL.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,10 +28,9 @@ from megatron_bert.data.text import (
     RawDocument,
     TextDocuments,
     parse,
+    report_skipped,
 )
 from megatron_bert.data.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 # Megatron-LM's rule (`DType.optimal_dtype`).
 _UINT16_VOCABULARY = 65_500
@@ -42,8 +40,6 @@ _UINT16_VOCABULARY = 65_500
 _BATCH_BYTES = 1 << 18
 _BATCH_DOCUMENTS = 4096
 _BATCHES_PER_WORKER = 4
-
-_SKIPS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -119,6 +115,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
                 _count(counts, batch)
                 progress.show(reader.bytes_read, f"{counts.tokens / 1e6:.1f} M tokens")
         _check_not_empty(counts)
+        # A full disk shows here, before an old dataset is touched.
+        writer.finish()
         _remove_old_dataset(outputs)
         write_dataset_info(str(options.output_prefix), _info(counts, reader, tokenizer))
         # A dataset is there once its .idx is, which close() writes last.
@@ -148,18 +146,19 @@ def _check_outputs(options: PreprocessOptions) -> _Outputs:
     outputs = _Outputs(
         *(prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin", ".json"))
     )
-    existing = [str(path) for path in outputs if path.exists()]
+    try:
+        existing = [str(path) for path in outputs if path.exists()]
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"--output-prefix {prefix}: cannot make {error.filename}: {error.strerror}; choose "
+            f"another"
+        ) from error
     if existing and not options.overwrite:
         raise DataError(
             f"{', '.join(existing)} already there; choose another --output-prefix, or replace "
             f"the dataset with --overwrite"
         )
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot make folder {prefix.parent}: {error.strerror}; choose another --output-prefix"
-        ) from error
     return outputs
 
 
@@ -226,8 +225,7 @@ def _encode(
 
 def _count(counts: PreprocessCounts, batch: _EncodedBatch) -> None:
     for error in batch.skipped:
-        if counts.skipped_lines < _SKIPS_SHOWN:
-            logger.warning("skipped: %s", error)
+        report_skipped(error, counts.skipped_lines)
         counts.skipped_lines += 1
     counts.documents += len(batch.lengths)
     counts.tokens += len(batch.tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import zstandard
 
 from megatron_bert.config.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 TextDocuments = Literal["line", "blank-line"]
 """What a document is in a `.txt` file: a line, or a block of lines ended by blank lines."""
 
@@ -28,6 +31,7 @@ OnError = Literal["skip", "fail"]
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 20
+_SKIPS_SHOWN = 20
 
 
 class LineError(DataError):
@@ -92,7 +96,9 @@ class DocumentReader:
                     f"{path} is damaged or cut short ({error}); make or copy it again"
                 ) from error
             except OSError as error:
-                raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+                raise DataError(
+                    f"cannot read {path}: {error.strerror or error}; check the disk that holds it"
+                ) from error
             self._finished_bytes += size
 
     def _documents_of(self, path: Path) -> Iterator[RawDocument]:
@@ -130,7 +136,8 @@ def parse(document: RawDocument, json_key: str) -> str:
         return decoded
     try:
         value = json.loads(decoded)
-    except (json.JSONDecodeError, RecursionError) as error:
+    # Beside JSONDecodeError: a number of more digits than Python converts, brackets too deep.
+    except (ValueError, RecursionError) as error:
         raise _line_error(document, f"broken JSON ({error})") from error
     if not isinstance(value, dict):
         raise _line_error(document, "not a JSON object")
@@ -149,17 +156,32 @@ def parse(document: RawDocument, json_key: str) -> str:
 def iterate_documents(
     reader: DocumentReader, json_key: str = "text", on_error: OnError = "fail"
 ) -> Iterator[str]:
-    """Text of each document of a reader; lines that cannot be used are skipped or end it.
+    """Text of each document of a reader; lines that cannot be used are left out or end it.
+
+    Those left out are reported in the log.
 
     Raises:
         DataError: as `DocumentReader`, and as `parse` unless `on_error` is `skip`.
     """
+    skipped = 0
     for document in reader:
         try:
-            yield parse(document, json_key)
-        except LineError:
+            text = parse(document, json_key)
+        except LineError as error:
             if on_error == "fail":
                 raise
+            report_skipped(error, skipped)
+            skipped += 1
+        else:
+            yield text
+    if skipped:
+        logger.warning("left out %d lines that cannot be used", skipped)
+
+
+def report_skipped(error: LineError, skipped_before: int) -> None:
+    """Log a line that is left out, unless so many were before it that it would drown the log."""
+    if skipped_before < _SKIPS_SHOWN:
+        logger.warning("skipped: %s", error)
 
 
 def _line_error(document: RawDocument, problem: str, line: int | None = None) -> LineError:
@@ -191,9 +213,13 @@ def _size(path: Path) -> int:
     try:
         if not path.is_file():
             raise DataError(f"{path}: no such file; check the --input paths")
-        return path.stat().st_size
+        # Whoever may not read it is told now, not after hours of work on the files before it.
+        with path.open("rb"):
+            return path.stat().st_size
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; check the --input paths and who may read them"
+        ) from error
 
 
 def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
@@ -209,7 +235,8 @@ class _ZstandardReader(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._decompressor = zstandard.ZstdDecompressor()
+        # Files packed with `zstd --long=31` need the format's largest window.
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame = self._decompressor.decompressobj()
         self._pending = memoryview(b"")
         self._inside_frame = False
@@ -219,8 +246,9 @@ class _ZstandardReader(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._pending:
-            chunk = self._frame.unused_data if self._frame.eof else b""
+            chunk = b""
             if self._frame.eof:
+                chunk = self._frame.unused_data
                 self._frame = self._decompressor.decompressobj()
                 self._inside_frame = False
             chunk = chunk or self._file.read(zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE)

@@ -80,12 +80,12 @@ class Tokenizer:
             DataError: the file is missing, damaged, of another kind, or lacks a special piece.
         """
         path = Path(path)
-        if path.is_dir():
-            raise DataError(
-                f"tokenizer {path} is a folder; name the file in it (a .model or a tokenizer.json)"
-            )
         try:
             content = path.read_bytes()
+        except IsADirectoryError as error:
+            raise DataError(
+                f"tokenizer {path} is a folder; name the file in it (a .model or a tokenizer.json)"
+            ) from error
         except OSError as error:
             raise DataError(
                 f"cannot read tokenizer {path}: {error.strerror}; give a SentencePiece .model or a "

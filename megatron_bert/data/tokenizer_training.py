@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,8 @@ _SENTENCE_BYTES = 4 * _SENTENCE_CHARACTERS
 # it is fixed, to give the same model on every machine.
 _NUM_THREADS = 8
 _SAMPLING_SEED = 1
+
+_NUM_BYTES = 256
 
 _TOO_LARGE = re.compile(r"Vocabulary size too high.*value <= (\d+)", re.DOTALL)
 _TOO_SMALL = re.compile(r"smaller than required_chars. \d+ vs (\d+)")
@@ -54,8 +57,10 @@ def train_tokenizer(
         The serialized `.model`.
 
     Raises:
-        DataError: the documents hold no text, or too little or too much for `vocab_size`.
+        DataError: the documents hold no text, or too little or too much for `vocab_size`, or a
+            number is out of range.
     """
+    _check_numbers(vocab_size, max_sentences)
     sentences = _sample(_sentences(documents), max_sentences)
     if not sentences:
         raise DataError("the input holds no text; give files with at least one document")
@@ -97,6 +102,20 @@ def train_tokenizer(
     return model.getvalue()
 
 
+def check_writable(path: Path) -> None:
+    """Make a model's folder and try it, before the hours that training may take.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def write_model(model: bytes, path: Path) -> None:
     """Write a model so that it appears under its name whole or not at all.
 
@@ -107,9 +126,22 @@ def write_model(model: bytes, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, model)
     except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot write {path}: {error.strerror}; choose another --output")
+
+
+def _check_numbers(vocab_size: int, max_sentences: int) -> None:
+    reserved = len(SPECIAL_PIECES) + _NUM_BYTES
+    if vocab_size <= reserved:
         raise DataError(
-            f"cannot write {path}: {error.strerror}; choose another --output"
-        ) from error
+            f"a vocabulary of {vocab_size} is too small: special pieces and bytes alone take "
+            f"{reserved}; set a larger --vocab-size"
+        )
+    if max_sentences < 1:
+        raise DataError(f"--max-sentences {max_sentences}: give at least 1")
 
 
 def _sentences(documents: Iterable[str]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from megatron_bert.config.arithmetic import (
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
+from megatron_bert.data.source import RowSource
 
 # fp32 weight, gradient and two moments, sharded over all ranks.
 _STATE_BYTES_PER_PARAMETER = 16
@@ -48,7 +49,7 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
         f"compute {config.precision.compute}"
     )
     yield f"steps       {total_steps(config):,}"
-    yield f"token slots {total_token_slots(config):,} ({total_token_slots(config) / 1e9:.1f} B)"
+    yield f"token slots {total_token_slots(config):,} ({_rounded(total_token_slots(config))})"
     for span in Curriculum(config.curriculum).spans:
         layout = BatchLayout.for_stage(config.batch, data_parallel, span.seq_length)
         surplus = f", {layout.surplus_rows} surplus rows" if layout.surplus_rows else ""
@@ -58,3 +59,13 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
             f"{layout.num_micro_batches} x {layout.micro_size} rows a rank{surplus}"
         )
     yield f"writes to   {config.run.directory}"
+
+
+def describe_source(label: str, source: RowSource) -> list[str]:
+    """Return a line a corpus: documents, tokens, and how often they are read."""
+    return [f"{label:<11} {line}" for line in source.describe()]
+
+
+def _rounded(count: int) -> str:
+    """A large number as people say it: 6.4 M, 187.3 B."""
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"

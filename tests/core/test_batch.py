@@ -120,6 +120,31 @@ def test_the_hash_changes_with_the_masks(
     assert hashes[0] != hashes[1]
 
 
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("token", 7518381360184367968),
+        ("whole_word", 16956329683896795138),
+        ("ngram", 10374653998650094057),
+    ],
+)
+def test_every_machine_and_version_makes_the_same_batch(
+    tmp_path: Path, unit: str, expected: int
+) -> None:
+    documents = [
+        (np.arange(length, dtype=np.int32) * 37 + number) % 95 + 5
+        for number, length in enumerate([3, 0, 70, 12, 200, 1, 33])
+    ]
+    dataset = write_documents(tmp_path / "set", documents, 2)
+    classes = (np.arange(100) // 9 % 3).astype(np.uint8)
+    words = {"first_class": classes, "last_class": classes, "starts_word": classes // 2}
+    plan = RowPlan([dataset], [1.0], [(SEQ_LENGTH, 40)], 1234)
+    assembler = make_assembler([dataset], plan, unit=unit, seed=1234, **words)
+    # A run goes on with the same data after its machine or its version of this package changed:
+    # never adjust these numbers to new code.
+    assert fill(assembler, range(40), SEQ_LENGTH, MASKED_SLOTS).batch_hash == expected
+
+
 def test_threads_assemble_the_same_rows(assembler: BatchAssembler) -> None:
     alone = [fill(assembler, [row], SEQ_LENGTH, MASKED_SLOTS) for row in range(NUM_ROWS)]
     with ThreadPoolExecutor(4) as pool:

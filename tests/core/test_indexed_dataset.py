@@ -109,6 +109,37 @@ def test_a_writer_dropped_before_it_is_closed_leaves_nothing(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finished_dataset_has_its_name_only_when_it_is_closed(tmp_path: Path) -> None:
+    write_documents(tmp_path / "set", [[9]])
+    writer = IndexedDatasetWriter(str(tmp_path / "set"), 4)
+    writer.add_document(np.array([1, 2], dtype=np.int32))
+    writer.finish()
+    assert contents(IndexedDataset(str(tmp_path / "set"))) == [[9]]
+    for more in (writer.finish, lambda: writer.add_document(np.array([1], dtype=np.int32))):
+        with pytest.raises(ValueError, match="closed"):
+            more()
+    writer.close()
+    assert contents(IndexedDataset(str(tmp_path / "set"))) == [[1, 2]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.idx"]
+
+
+def test_a_writer_that_the_disk_failed_never_names_its_files(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    writer = IndexedDatasetWriter(str(tmp_path / "set"), 4)
+    writer.add_document(np.zeros(5000, dtype=np.int32))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match=r"cannot write .*set\.bin"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(ValueError, match="closed"):
+        writer.close()
+    del writer
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_closed_writer_takes_nothing_more(tmp_path: Path) -> None:
     writer = IndexedDatasetWriter(str(tmp_path / "set"), 4)
     writer.close()

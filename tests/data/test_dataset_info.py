@@ -44,6 +44,7 @@ def test_a_dataset_without_sidecar_has_no_info(tmp_path: Path) -> None:
         "{}",
         '{"version": 99}',
         json.dumps({"version": 1, "tokenizer_hash": 5}),
+        json.dumps({"version": 1, "tokenizer_hash": "ab", "vocab_size": "99"}),
         json.dumps({"version": 1, "tokenizer_hash": "ab", "sources": [], "surprise": 1}),
     ],
 )
@@ -65,6 +66,11 @@ def test_a_missing_file_is_named_with_the_tool_that_makes_it(tmp_path: Path, suf
     (tmp_path / f"set{suffix}").unlink()
     with pytest.raises(DataError, match=rf"no file .*set\{suffix}.*tools/preprocess_data\.py"):
         open_dataset(tmp_path / "set")
+
+
+def test_a_prefix_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be used: .*too long"):
+        open_dataset(tmp_path / ("a" * 300))
 
 
 def test_a_damaged_dataset_is_a_data_error_that_says_what_is_wrong(tmp_path: Path) -> None:

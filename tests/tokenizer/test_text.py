@@ -76,6 +76,14 @@ def test_all_frames_of_a_zstd_file_are_read(
     )
 
 
+def test_a_zstd_file_of_the_longest_window_is_read(tmp_path: Path) -> None:
+    window = zstandard.ZstdCompressionParameters.from_level(1, window_log=30, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    path = tmp_path / "corpus.txt.zst"
+    path.write_bytes(packer.compress("猫\n".encode()) + packer.flush())
+    assert documents(path) == ["猫"]
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -87,6 +95,7 @@ def test_all_frames_of_a_zstd_file_are_read(
         (b'{"text": null}', "'text' is not a string but NoneType"),
         (b'{"text": "\\ud83d"}', "'text' holds half a surrogate pair"),
         (b"[" * 100_000, "broken JSON"),
+        (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "broken JSON"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_or_skipped(
@@ -97,6 +106,17 @@ def test_a_line_that_cannot_be_used_is_named_or_skipped(
     with pytest.raises(LineError, match=rf"corpus\.jsonl, line 2: {problem}.*--on-error skip"):
         documents(path)
     assert list(iterate_documents(DocumentReader([path]), on_error="skip")) == ["first", "third"]
+
+
+def test_the_first_skipped_lines_are_named_and_all_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"{\n" * 30 + jsonl(["a"]))
+    assert list(iterate_documents(DocumentReader([path]), on_error="skip")) == ["a"]
+    assert len(caplog.messages) == 21
+    assert "corpus.jsonl, line 20: broken JSON" in caplog.messages[19]
+    assert caplog.messages[20] == "left out 30 lines that cannot be used"
 
 
 def test_invalid_utf8_inside_a_block_is_told_by_its_own_line(tmp_path: Path) -> None:

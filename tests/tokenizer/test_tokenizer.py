@@ -148,6 +148,7 @@ def test_the_hash_is_that_of_the_file(tiny_tokenizer: Tokenizer, tiny_tokenizer_
     ("name", "content", "message"),
     [
         ("none.model", None, "cannot read tokenizer .*train_tokenizer"),
+        ("t" * 300 + ".model", None, "cannot read tokenizer .*too long"),
         ("t.vocab", b"", "ends in '.vocab'"),
         ("t.model", b"", "empty"),
         ("t.model", b"no model at all", "not a SentencePiece model"),

@@ -148,6 +148,11 @@ def test_steps_outside_of_the_run_are_refused(config: Path, steps: str, message:
         tool.main(["--config", str(config), "--steps", steps])
 
 
+def test_less_than_no_sample_is_refused(prefix: Path) -> None:
+    with pytest.raises(DataError, match="--samples -1: give 0 or more"):
+        tool.main(["--prefix", str(prefix), "--samples", "-1"])
+
+
 def test_a_missing_dataset_ends_the_tool_with_two(tmp_path: Path) -> None:
     command = [sys.executable, tool.__file__, "--prefix", "none"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

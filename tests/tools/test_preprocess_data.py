@@ -159,6 +159,24 @@ def test_an_existing_dataset_is_replaced_only_when_asked_to(workshop: Workshop) 
     assert len(documents(workshop.prefix)) == 2
 
 
+def test_a_disk_that_fills_up_leaves_the_old_dataset_as_it_was(
+    workshop: Workshop, tiny_texts: list[str], tiny_tokenizer_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    workshop.run(workshop.write("a.jsonl", jsonl(["猫"])))
+    before = {path.name: path.read_bytes() for path in workshop.prefix.parent.iterdir()}
+    corpus = workshop.write("b.jsonl", jsonl(tiny_texts))
+    done = subprocess.run(
+        command(workshop, tiny_tokenizer_path, corpus, "--overwrite"),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert {path.name: path.read_bytes() for path in workshop.prefix.parent.iterdir()} == before
+
+
 def test_a_large_vocabulary_is_written_in_four_bytes(workshop: Workshop, shared_data: Path) -> None:
     tokenizer = shared_data / "tokenizer" / "llm-jp-tokenizer-100k.ver3.0b1.model"
     text = "こんにちは、世界。"
@@ -172,7 +190,8 @@ def test_a_large_vocabulary_is_written_in_four_bytes(workshop: Workshop, shared_
     [
         ({"workers": 0}, "--workers 0"),
         ({"tokenizer": Path("none.model")}, r"cannot read tokenizer none\.model"),
-        ({"output_prefix": Path("/dev/null/corpus")}, "cannot make folder /dev/null"),
+        ({"output_prefix": Path("/dev/null/corpus")}, "cannot make /dev/null"),
+        ({"output_prefix": Path("c" * 300)}, r"cannot make c+\.idx: .*too long"),
     ],
 )
 def test_unusable_options_are_refused_at_once(

@@ -59,6 +59,19 @@ def test_a_vocabulary_without_room_for_the_characters_is_refused(tiny_texts: lis
         train_tokenizer(tiny_texts, 280)
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "max_sentences", "message"),
+    [(0, 9, "0 is too small"), (264, 9, "264 is too small"), (500, 0, "--max-sentences 0: give")],
+)
+def test_numbers_out_of_range_are_refused_before_any_document_is_read(
+    vocab_size: int, max_sentences: int, message: str
+) -> None:
+    documents = iter(["a"])
+    with pytest.raises(DataError, match=message):
+        train_tokenizer(documents, vocab_size, max_sentences=max_sentences)
+    assert list(documents) == ["a"]
+
+
 @pytest.mark.parametrize("texts", [[], ["", "\n\n"]])
 def test_no_text_is_an_error(texts: list[str]) -> None:
     with pytest.raises(DataError, match="holds no text"):
@@ -101,5 +114,9 @@ def test_an_output_that_no_model_can_have_is_refused_before_training(tmp_path: P
 
 def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "t.model"
     with pytest.raises(DataError, match=r"cannot write .*choose another --output"):
-        write_model(b"model", tmp_path / "file" / "t.model")
+        write_model(b"model", output)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["too little text to train on"])
+    with pytest.raises(DataError, match=r"cannot write .*choose another --output"):
+        tool.main(["--input", str(corpus), "--vocab-size", "500", "--output", str(output)])

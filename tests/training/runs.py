@@ -14,7 +14,7 @@ from megatron_bert.training.run_directory import RunDirectory
 from megatron_bert.training.trainer import Trainer
 
 
-def run_config(data: Path, run_dir: Path, **changes: Any) -> Config:
+def run_config(data: Path, run_dir: Path, /, *, valid: bool = True, **changes: Any) -> Config:
     """Twelve steps over two lengths and more than two epochs, every random thing switched on."""
     tree: dict[str, Any] = {
         "run": {"dir": str(run_dir), "seed": 11},
@@ -31,7 +31,7 @@ def run_config(data: Path, run_dir: Path, **changes: Any) -> Config:
         "data": {
             "tokenizer": str(data / "tiny.model"),
             "train": [{"prefix": str(data / "train")}],
-            "valid": [{"prefix": str(data / "valid")}],
+            "valid": [{"prefix": str(data / "valid")}] if valid else [],
         },
         "mlm": {"unit": "ngram"},
         "curriculum": [{"seq_length": 32, "steps": 7}, {"seq_length": 64, "steps": 5}],

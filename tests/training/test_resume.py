@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,34 @@ def test_resume_none_refuses_to_mix_with_the_checkpoints_of_before(
     assert "another run.dir" in message
 
 
-def test_a_checkpoint_of_other_data_is_refused(
-    tiny_run: Callable[..., Config], tiny_data: Path
+def test_a_checkpoint_of_the_runs_own_directory_is_no_place_to_branch_off_from(
+    tiny_run: Callable[..., Config],
+) -> None:
+    first = tiny_run()
+    run_ranks(1, _train_once, first, {"stop_after": 6})
+    earlier = first.run.directory / "checkpoints" / "step_00000003"
+    message = run_ranks(1, _refused, tiny_run(checkpoint={"resume": str(earlier)}))[0]
+    assert str(earlier) in message
+    assert "checkpoint.resume=auto" in message
+
+
+def test_data_made_anew_under_the_same_name_is_refused_in_the_same_run(
+    tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path
+) -> None:
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(tiny_data / f"train.{suffix}", tmp_path / f"mine.{suffix}")
+    data = {"train": [{"prefix": str(tmp_path / "mine")}]}
+    run_ranks(1, _train_once, tiny_run(data=data), {"stop_after": 2})
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(tiny_data / f"valid.{suffix}", tmp_path / f"mine.{suffix}")
+    message = run_ranks(1, _refused, tiny_run(data=data))[0]
+    assert "was trained on" in message
+    assert "60 documents" in message
+    assert "50 documents" in message
+
+
+def test_other_weights_of_the_corpora_are_refused_in_the_same_run(
+    tiny_run: Callable[..., Config],
 ) -> None:
     run_ranks(1, _train_once, tiny_run(), {"stop_after": 2})
     other = tiny_run()

@@ -1,0 +1,234 @@
+"""`pretrain_bert.py` as people start it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bert.config.errors import UserError
+from megatron_bert.config.load import dump_config
+from megatron_bert.config.schema import Config
+from megatron_bert.training.main import main
+from megatron_bert.training.metrics import read
+from tests.training.runs import steps_of
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+RETRIEVABERT = CHECKOUT / "examples" / "retrievabert_1.3b.yaml"
+DEADLINE_SECONDS = 120
+
+# interface.md of the project promises these to scripts.
+TRAINING_KEYS = {
+    "step", "stage", "seq_length", "loss", "lr", "grad_norm", "consumed_rows", "batch_hash",
+    "tokens", "tokens_per_second", "step_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config_file(tiny_run: Callable[..., Config], tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump_config(tiny_run()))
+    return path
+
+
+def _command(config: Path, *arguments: str, ranks: int | None = None) -> list[str]:
+    start = [sys.executable]
+    if ranks is not None:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*start, str(CHECKOUT / "pretrain_bert.py"), "--config", str(config), *arguments]
+
+
+@contextmanager
+def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start it in a process group of its own, all of which is killed in the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _run(command: Sequence[str]) -> tuple[int, str]:
+    with _started(command) as process:
+        output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        return process.returncode, output
+
+
+def _read_until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came:\n{''.join(seen)}")
+
+
+def test_the_dry_run_of_retrievabert_prints_its_size_and_what_is_missing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.raises(UserError, match=r"tokenizer.*"):
+        main(["--config", str(RETRIEVABERT), "--dry-run"])
+    assert "1,301,388,032" in caplog.text
+    assert "454,000" in caplog.text
+    assert "187.3 B" in caplog.text
+
+
+def test_a_dry_run_with_all_data_describes_it_and_trains_nothing(
+    config_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert main(["--config", str(config_file), "--dry-run"]) == 0
+    assert "60 documents" in caplog.text
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_prints_what_can_be_given_again(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(config_file), "--print-config", "optimizer.lr=3e-3"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert "lr: 0.003" in printed.read_text()
+    assert main(["--config", str(printed), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed.read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.learning_rate=1e-3", ["optimizer.learning_rate", "optimizer has lr"]),
+        ("curriculum.0.seq_length=128", ["curriculum.0.seq_length", "128", "64"]),
+        ("data.tokenizer=missing.model", ["missing.model"]),
+        ("data.train.0.prefix=missing", ["missing", "preprocess_data.py"]),
+        ("data.valid.0.prefix=missing", ["missing", "preprocess_data.py"]),
+        ("model.vocab_size=256", ["model.vocab_size", "256", "512"]),
+        ("parallel.pipeline=2", ["parallel.pipeline", "not available"]),
+        ("checkpoint.async=true", ["checkpoint.async", "not available"]),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_the_dry_run(
+    config_file: Path, override: str, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        main(["--config", str(config_file), "--dry-run", override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_misspelt_key_ends_the_command_with_code_two_and_one_line(config_file: Path) -> None:
+    code, output = _run(_command(config_file, "optimizer.lrr=1"))
+    assert code == 2
+    assert output.startswith("error: ")
+    assert "optimizer.lrr" in output
+    assert "optimizer.lr" in output
+    assert "Traceback" not in output
+
+
+def test_a_run_by_plain_python_finishes_and_leaves_what_scripts_rely_on(
+    config_file: Path, tmp_path: Path
+) -> None:
+    code, output = _run(_command(config_file, "log.interval=4"))
+    assert code == 0, output
+    assert "step 12/12 · stage 2/2 (64)" in output
+    run = tmp_path / "run"
+    assert json.loads((run / "FINISHED").read_text())["step"] == 12
+    assert (run / "config.yaml").is_file()
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000012"
+    lines = steps_of(read(run / "metrics.jsonl"))
+    assert list(lines) == list(range(1, 13))
+    assert set(lines[1]) >= TRAINING_KEYS
+    assert lines[12]["consumed_rows"] == 12 * 12
+    assert lines[12]["tokens"] == 12 * (7 * 32 + 5 * 64)
+
+    inspect = str(CHECKOUT / "tools" / "inspect_data.py")
+    code, output = _run([sys.executable, inspect, "--config", str(config_file), "--steps", "6:9"])
+    assert code == 0, output
+    shown = [line.split() for line in output.splitlines() if line.startswith("step")]
+    assert [(int(words[1]), words[5]) for words in shown] == [
+        (step, lines[step]["batch_hash"]) for step in range(6, 10)
+    ]
+
+
+def test_a_second_live_run_is_refused_naming_the_first(config_file: Path) -> None:
+    endless = [f"curriculum.1.steps={10**6}", "log.interval=1"]
+    with _started(_command(config_file, *endless)) as first:
+        _read_until(first, "step 2/")
+        code, output = _run(_command(config_file))
+        assert code == 2, output
+        assert f"process {first.pid}" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_the_run_with_a_checkpoint_and_code_zero(
+    config_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    endless = [f"curriculum.1.steps={10**6}", "log.interval=1"]
+    with _started(_command(config_file, *endless)) as process:
+        _read_until(process, "step 9/")
+        process.send_signal(number)
+        process.communicate(timeout=DEADLINE_SECONDS)
+        assert process.returncode == 0
+    stopped = json.loads((tmp_path / "run" / "STOPPED").read_text())
+    assert stopped["reason"] == f"signal {number.name}"
+    latest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    assert latest == f"step_{stopped['step']:08d}"
+    assert max(steps_of(read(tmp_path / "run" / "metrics.jsonl"))) == stopped["step"]
+
+
+def _exact(run: Path) -> list[tuple[Any, ...]]:
+    lines = steps_of(read(run / "metrics.jsonl")).values()
+    return [(line["step"], line["loss"], line["batch_hash"], line["grad_norm"]) for line in lines]
+
+
+@pytest.mark.slow
+def test_a_rank_killed_under_torchrun_fails_the_job_and_the_next_job_has_the_same_bits(
+    config_file: Path, tmp_path: Path
+) -> None:
+    uncut = tmp_path / "uncut"
+    code, output = _run(_command(config_file, f"run.dir={uncut}", ranks=2))
+    assert code == 0, output
+    with _started(_command(config_file, "log.interval=1", ranks=2)) as job:
+        _read_until(job, "step 8/")
+        children = subprocess.run(
+            ["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True
+        )
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+        job.communicate(timeout=DEADLINE_SECONDS)
+        assert job.returncode == 1
+    assert not (tmp_path / "run" / "FINISHED").exists()
+    code, output = _run(_command(config_file, ranks=2))
+    assert code == 0, output
+    assert "resumed from" in output
+    assert _exact(tmp_path / "run") == _exact(uncut)
+
+
+@pytest.mark.slow
+def test_bad_data_under_torchrun_ends_all_ranks_and_names_the_reason_in_the_run_directory(
+    config_file: Path, tmp_path: Path
+) -> None:
+    code, output = _run(_command(config_file, "data.train.0.prefix=missing", ranks=2))
+    assert code == 1
+    assert "error: " in output
+    failed = json.loads((tmp_path / "run" / "FAILED").read_text())
+    assert "missing" in failed["reason"]

@@ -1,0 +1,54 @@
+"""Compiled blocks: one graph for all of them, one more a change of length, the same losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_bert.config.schema import CompileConfig, Config
+from tests.distributed_harness import run_ranks
+from tests.training.runs import steps_of, train
+
+
+def _train_counting_graphs(config: Config, backend: str) -> tuple[list[float], int]:
+    compile_with_inductor = nn.Module.compile
+    torch._dynamo.utils.counters.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.Module,
+            "compile",
+            lambda module, **options: compile_with_inductor(module, backend=backend, **options),
+        )
+        lines = steps_of(train(config))
+    return [line["loss"] for line in lines.values()], _graphs()
+
+
+def _graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "backend"),
+    [
+        (1, 1, "aot_eager"),
+        (2, 1, "aot_eager"),
+        (2, 2, "aot_eager"),
+        pytest.param(1, 1, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_train_alike_with_one_graph_a_length(
+    tiny_run: Callable[..., Config], world_size: int, tensor: int, backend: str
+) -> None:
+    # Without an evaluation, whose graphs are others: no dropout, no gradient.
+    changes = {"parallel": {"tensor": tensor}, "valid": False}
+    plain, compiled = tiny_run("plain", **changes), tiny_run("compiled", **changes)
+    compiled = compiled.model_copy(update={"compile": CompileConfig(enabled=True)})
+    expected, _ = run_ranks(world_size, _train_counting_graphs, plain, backend)[0]
+    losses, graphs = run_ranks(
+        world_size, _train_counting_graphs, compiled, backend, deadline_seconds=240
+    )[0]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert graphs == 2

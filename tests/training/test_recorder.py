@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.training.metrics import MetricsFile, read
+from megatron_bert.training.progress import format_duration
+from megatron_bert.training.recorder import DivergedError, StepRecorder
+from megatron_bert.training.step import Agreement, StepResult
+from tests.small_model import VOCABULARY, small_config
+
+
+class _Run:
+    """Hands steps to a recorder as the trainer does."""
+
+    def __init__(self, metrics: Path | None, max_skipped: int = 2) -> None:
+        config = small_config(
+            curriculum=[{"seq_length": 32, "steps": 4}, {"seq_length": 64, "steps": 4}],
+            optimizer={"max_skipped": max_skipped},
+        )
+        self.curriculum = Curriculum(config.curriculum)
+        file = None if metrics is None else MetricsFile(metrics)
+        self.recorder = StepRecorder(config, self.curriculum, VOCABULARY, 1, file)
+
+    def take(self, step: int, *, skipped: bool = False) -> None:
+        norm = math.nan if skipped else 2.0
+        result = StepResult(
+            torch.tensor(0.1 * step), torch.tensor(norm), torch.tensor(float(skipped))
+        )
+        agreement = Agreement(masked_tokens=9, batch_hash=2**64 - step, stop=False)
+        self.recorder.add(step, self.curriculum.at(step), agreement, 1e-3, result)
+
+
+def test_a_step_is_written_when_the_next_one_is_on_its_way(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    run = _Run(path)
+    run.take(1)
+    assert not path.exists()
+    run.take(2)
+    assert [line["step"] for line in read(path)] == [1]
+    run.recorder.flush()
+    run.recorder.flush()
+    run.recorder.close()
+    assert [line["step"] for line in read(path)] == [1, 2]
+
+
+def test_a_line_counts_rows_and_tokens_over_all_stages_and_keeps_the_losss_bits(
+    tmp_path: Path,
+) -> None:
+    run = _Run(tmp_path / "metrics.jsonl")
+    for step in range(1, 7):
+        run.take(step)
+    run.recorder.flush()
+    run.recorder.close()
+    line: dict[str, Any] = read(tmp_path / "metrics.jsonl")[-1]
+    assert (line["step"], line["stage"], line["seq_length"]) == (6, 1, 64)
+    assert line["consumed_rows"] == 6 * 8
+    assert line["tokens"] == 8 * (4 * 32 + 2 * 64)
+    assert line["batch_hash"] == f"{2**64 - 6:016x}"
+    # fp32 widened, not rounded: the same bits come back.
+    assert line["loss"] == torch.tensor(0.6).item()
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_more_skipped_updates_in_a_row_than_allowed_end_the_run_on_every_rank(
+    tmp_path: Path, writes: bool
+) -> None:
+    run = _Run(tmp_path / "metrics.jsonl" if writes else None)
+    for step in range(1, 7):
+        run.take(step, skipped=step != 3)
+    with pytest.raises(DivergedError, match=r"step 6: .*3 steps in a row"):
+        run.recorder.flush()
+    run.recorder.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(45.4, "45 s"), (720, "12 min"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
+)
+def test_durations_are_written_as_people_say_them(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

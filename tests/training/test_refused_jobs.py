@@ -1,0 +1,48 @@
+"""A job that is refused replaces what the job before it left for scripts to read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.config.load import dump_config
+from megatron_bert.config.schema import Config
+from megatron_bert.training.main import main
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def test_a_configuration_no_layout_can_hold_leaves_failed_where_stopped_was(
+    tiny_run: Callable[..., Config], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOPPED").write_text("{}")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(dump_config(tiny_run()))
+    command = [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "parallel.tensor=3"]
+    refused = subprocess.run(
+        [*command, "--config", str(config)], capture_output=True, text=True, timeout=120
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.startswith("error: ")
+    assert not (run / "STOPPED").exists()
+    assert "parallel.tensor" in json.loads((run / "FAILED").read_text())["reason"]
+    assert not (run / "config.yaml").exists()
+
+
+def test_overrides_may_stand_on_both_sides_of_the_options(
+    tiny_run: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(dump_config(tiny_run()))
+    options = ["--config", str(config), "--print-config"]
+    assert main(["run.seed=5", *options, "eval.interval=6"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed: 5" in printed
+    assert "interval: 6" in printed
