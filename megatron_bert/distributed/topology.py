@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 MESH_AXES = ("pp", "dp", "tp")
 
@@ -28,15 +30,32 @@ class Topology:
 
     @classmethod
     def build(
-        cls, device: torch.device, *, pipeline: int = 1, data: int | None = None, tensor: int = 1
+        cls,
+        device: torch.device,
+        *,
+        pipeline: int = 1,
+        data: int | None = None,
+        tensor: int = 1,
+        timeout_seconds: float | None = None,
     ) -> Topology:
         """Arrange all ranks; data parallelism takes what the other two leave.
 
         The layout was checked against the world size before (`config.checks`).
+
+        Args:
+            device: this rank's device.
+            pipeline: ranks along `pp`.
+            data: ranks along `dp`.
+            tensor: ranks along `tp`.
+            timeout_seconds: longest wait for a collective along an axis; None leaves PyTorch's.
         """
         if data is None:
             data = dist.get_world_size() // (pipeline * tensor)
         mesh = init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=MESH_AXES)
+        if timeout_seconds is not None:
+            # The mesh's groups do not take over the timeout of the group of all ranks.
+            for axis in MESH_AXES:
+                _set_pg_timeout(timedelta(seconds=timeout_seconds), mesh.get_group(axis))
         return cls(mesh, device)
 
     @property
@@ -58,11 +77,6 @@ class Topology:
     def tensor_parallel(self) -> TensorParallelGroup:
         """The ranks that share each layer's weights."""
         return TensorParallelGroup(self.mesh["tp"])
-
-    @property
-    def is_first(self) -> bool:
-        """True on the one rank that logs and writes for all."""
-        return dist.get_rank() == 0
 
 
 @dataclass(frozen=True)

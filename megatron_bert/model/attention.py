@@ -99,12 +99,9 @@ class SelfAttention(nn.Module):
         self.head_dim = model.head_dim
         self.dropout = model.attention_dropout
         self.first_head = model.num_attention_heads // tp.size * tp.rank
-        local_heads = model.num_attention_heads // tp.size
-        heads_per_group = model.num_attention_heads // groups
-        self.kv_heads: list[int] | None = None
-        if replicated and groups > 1:
-            first = self.first_head
-            self.kv_heads = [h // heads_per_group for h in range(first, first + local_heads)]
+        self.local_heads = model.num_attention_heads // tp.size
+        self.heads_per_group = model.num_attention_heads // groups
+        self.selects_kv_heads = replicated and groups > 1
 
     def forward(self, x_BSD: Tensor, layout: PackedLayout, dropout_keys_B: Tensor | None) -> Tensor:
         """[B, S, D] -> [B, S, D], the same on every tensor-parallel rank."""
@@ -112,9 +109,15 @@ class SelfAttention(nn.Module):
             projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
             for projected in column_parallel(x_BSD, (self.query, self.key, self.value), self.group)
         )
-        if self.kv_heads is not None:
-            k, v = k[:, self.kv_heads], v[:, self.kv_heads]
+        if self.selects_kv_heads:
+            k, v = self._of_local_heads(k), self._of_local_heads(v)
         dropout = self.dropout if self.training else 0.0
         mixed_BHSK = attend(q, k, v, layout, dropout, dropout_keys_B, self.first_head)
         y: Tensor = self.output(mixed_BHSK.transpose(1, 2).flatten(-2))
         return y
+
+    def _of_local_heads(self, x_BGSK: Tensor) -> Tensor:
+        """[B, G, S, K] -> [B, H, S, K]: for each query head of this rank its key/value head."""
+        # Not by a list of indices: that is copied to the GPU, and waited for, in every layer.
+        repeated = x_BGSK.repeat_interleave(self.heads_per_group, dim=1)
+        return repeated.narrow(1, self.first_head, self.local_heads)

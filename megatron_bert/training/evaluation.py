@@ -56,13 +56,13 @@ class Evaluator:
             "valid_seq_length": seq_length,
             "fixed_seq_length": fixed,
             "valid": {
-                PurePath(corpus.prefix).name: {
+                name: {
                     "loss": at_stage.loss,
                     "accuracy": at_stage.accuracy,
                     "fixed_loss": at_fixed.loss,
                     "fixed_accuracy": at_fixed.accuracy,
                 }
-                for corpus, at_stage, at_fixed in zip(corpora, here, there, strict=True)
+                for name, at_stage, at_fixed in zip(corpus_names(corpora), here, there, strict=True)
             },
         }
 
@@ -96,6 +96,15 @@ class Evaluator:
                 self._config, self._tokenizer, corpus, seq_length
             )
         return self._sources[key]
+
+
+def corpus_names(corpora: Sequence[Corpus]) -> list[str]:
+    """Name each corpus in metrics: the last part of its prefix, or all of it where two share it."""
+    short = [PurePath(corpus.prefix).name for corpus in corpora]
+    return [
+        name if short.count(name) == 1 else corpus.prefix
+        for corpus, name in zip(corpora, short, strict=True)
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -100,6 +100,11 @@ class StepRecorder:
             self._record(self._taken)
             self._taken = None
 
+    def close(self) -> None:
+        """Close the metrics file; a step that was not recorded yet is left out."""
+        if self._metrics is not None:
+            self._metrics.close()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what happens inside, which is no step, out of the steps' time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 import torch
 
@@ -15,10 +16,16 @@ _GROWTH_BYTES = 2**28
 
 
 def set_determinism(config: Config, device: torch.device) -> None:
-    """Ask for the same bits every time where `run.deterministic` holds (default: on the CPU)."""
+    """Ask for the same bits every time where `run.deterministic` holds (default: on the CPU).
+
+    To be called before the first CUDA kernel: cuBLAS reads its environment then.
+    """
     deterministic = config.run.deterministic
     if deterministic is None:
         deterministic = device.type == "cpu"
+    if deterministic and device.type == "cuda":
+        # Without a workspace of its own cuBLAS is not deterministic, and PyTorch refuses to use it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     # Filling new tensors would cost a pass over each; nothing here reads what it did not write.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from megatron_bert.model.build import build_model
 from megatron_bert.optim.adamw import ShardedAdamW
 from megatron_bert.optim.schedule import learning_rate
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
-from megatron_bert.training.description import describe_plan
+from megatron_bert.training.description import describe_plan, describe_source
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.recorder import StepRecorder
@@ -68,7 +68,11 @@ class Trainer:
     ) -> None:
         self._config = config
         self._directory = directory
-        self._topology = Topology.build(device, tensor=config.parallel.tensor)
+        self._topology = Topology.build(
+            device,
+            tensor=config.parallel.tensor,
+            timeout_seconds=config.distributed.timeout_seconds,
+        )
         self._tokenizer = Tokenizer.load(Path(config.data.tokenizer))
         vocab_size = resolve_vocab_size(
             config.model, self._tokenizer.vocab_size, config.parallel.tensor
@@ -91,7 +95,7 @@ class Trainer:
             # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
             directory.write_config(dump_config(config))
             plan = describe_plan(config, vocab_size, dist.get_world_size())
-            for line in (*plan, *self._source.describe()):
+            for line in (*plan, *describe_source("train", self._source)):
                 logger.info("%s", line)
         self._recorder = StepRecorder(
             config, self._curriculum, vocab_size, dist.get_world_size(), metrics
@@ -125,6 +129,7 @@ class Trainer:
                 self._evaluate_and_save(is_last=stop_reason is not None)
         finally:
             reader.close()
+            self._recorder.close()
         return RunEnd(self._step, stop_reason if self._step < self._total_steps else None)
 
     @property
@@ -198,13 +203,26 @@ class Trainer:
         return int(facts["step"])
 
     def _starting_point(self) -> tuple[Path | None, bool]:
-        """The checkpoint to start from and whether it belongs to another run."""
+        """The checkpoint to start from and whether it belongs to another run.
+
+        Raises:
+            CheckpointError: there are checkpoints that `checkpoint.resume` does not go on from, or
+                none of them is intact.
+        """
         resume = self._config.checkpoint.resume
         newest = self._store.newest()
         if resume == "none" and newest is not None:
             raise CheckpointError(
                 f"checkpoint.resume=none, but {self._store.root} holds checkpoints, the newest "
                 f"{newest.name}; choose another run.dir, or resume with checkpoint.resume=auto"
+            )
+        if resume not in ("auto", "none") and Path(resume).resolve().is_relative_to(
+            self._config.run.directory.resolve()
+        ):
+            raise CheckpointError(
+                f"checkpoint.resume={resume} lies in this run's own run.dir, whose newest "
+                "checkpoint is the one to go on from; set checkpoint.resume=auto, or branch off "
+                "into a new run.dir"
             )
         if newest is not None or resume in ("auto", "none"):
             # A later job of a branched run goes on from its own checkpoints.
