@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -29,11 +30,16 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main` and leave the process with its exit code.
 
     A `UserError` becomes one line on standard error and exit code 2; any other exception keeps
-    its traceback and ends in exit code 1.
+    its traceback and ends in exit code 1. A reader that went away early (`| head`) is no error.
     """
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:
+        # What is left in the buffer has no reader either: Python must not try it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     sys.exit(code or 0)

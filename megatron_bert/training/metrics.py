@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,6 +67,11 @@ class MetricsFile:
         line = json.dumps(_encode(record), ensure_ascii=False, allow_nan=False)
         self._stream.write(line + "\n")
         self._stream.flush()
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk, so that no checkpoint outlives its metrics."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file; a later `write` opens it again."""

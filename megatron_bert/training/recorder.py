@@ -100,6 +100,11 @@ class StepRecorder:
             self._record(self._taken)
             self._taken = None
 
+    def sync(self) -> None:
+        """Wait until what was recorded is on the disk."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
     def close(self) -> None:
         """Close the metrics file; a step that was not recorded yet is left out."""
         if self._metrics is not None:

@@ -37,14 +37,12 @@ class RunDirectory:
     Attributes:
         path: The folder.
         metrics: `metrics.jsonl` in it.
-        checkpoints: The folder of checkpoints in it.
         logs: The folder of logs in it, made.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)

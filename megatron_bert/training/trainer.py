@@ -15,7 +15,7 @@ from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import CheckpointError
-from megatron_bert.config.identity import check_resume
+from megatron_bert.config.identity import changed_keys, check_resume
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import config_dict, dump_config
 from megatron_bert.config.schema import Config
@@ -172,6 +172,7 @@ class Trainer:
                 self._recorder.write_evaluation(step, span, scores)
             # Last, so that a resumed run does not miss the evaluation's line.
             if save:
+                self._recorder.sync()
                 path = save_state(self._store, step, self._model, self._optimizer, self._facts())
                 if self._directory is not None:
                     logger.info("step %s · saved %s", f"{step:,}", path)
@@ -200,6 +201,9 @@ class Trainer:
         load_state(self._store, path, self._model, self._optimizer)
         if self._directory is not None:
             logger.info("resumed from %s", path)
+            changed = changed_keys(facts["config"], config_dict(self._config))
+            if changed:
+                logger.info("changed since then: %s", ", ".join(changed))
         return int(facts["step"])
 
     def _starting_point(self) -> tuple[Path | None, bool]:

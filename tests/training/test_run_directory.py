@@ -30,7 +30,6 @@ def test_it_makes_the_folder_and_knows_its_paths(tmp_path: Path) -> None:
         assert run.logs == path / "logs"
         assert run.logs.is_dir()
         assert run.metrics == path / "metrics.jsonl"
-        assert run.checkpoints == path / "checkpoints"
 
 
 def test_the_lock_names_host_process_and_start(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.config.errors import DataError, run_cli
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def _refuse() -> int:
+    raise DataError("no such thing; use another")
+
+
+def _succeed() -> None:
+    return None
+
+
+def test_a_user_error_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run_cli(_refuse)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: no such thing; use another\n"
+
+
+def test_success_is_exit_code_zero() -> None:
+    with pytest.raises(SystemExit) as left:
+        run_cli(_succeed)
+    assert left.value.code == 0
+
+
+def test_a_reader_that_went_away_is_no_error() -> None:
+    program = (
+        "import sys; from megatron_bert.config.errors import run_cli\n"
+        "def main():\n    for _ in range(10**5): sys.stdout.write('line\\n')\n"
+        "run_cli(main)\n"
+    )
+    command = f'"{sys.executable}" -c "$PROGRAM" | head -n 1'
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=CHECKOUT,
+        env={"PROGRAM": program, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "line\n", "")
