@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+from _megatron_bert_core import IndexedDataset
 
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
@@ -16,6 +17,8 @@ from megatron_bert.data.tokenizer import Tokenizer
 
 _BAR_WIDTH = 50
 _SAMPLE_TOKENS = 60
+# Enough for two decimals, read in a second.
+_ENTROPY_TOKENS = 1 << 24
 
 # Bounds the memory of a step's inspection, whatever its global batch.
 _SLOTS_AT_A_TIME = 1 << 20
@@ -54,6 +57,12 @@ def describe_dataset(prefix: str) -> Iterator[str]:
             + f", mean {lengths.mean():,.1f}"
         )
         yield from _histogram(lengths)
+    if dataset.num_tokens:
+        entropy, counted = _unigram_entropy(dataset)
+        yield (
+            f"unigram entropy {entropy:.3f} nats over {counted:,} tokens: the loss of a model that "
+            "looks at no context"
+        )
 
 
 def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
@@ -110,6 +119,16 @@ def describe_steps(config: Config, first_step: int, last_step: int) -> Iterator[
             rows_B = np.arange(start, min(end, start + rows_at_a_time), dtype=np.int64)
             batch_hash = (batch_hash + source.batch(rows_B).batch_hash) % 2**64
         yield f"step {step} stage {span.index} batch_hash {batch_hash:016x}"
+
+
+def _unigram_entropy(dataset: IndexedDataset) -> tuple[float, int]:
+    """Entropy of the tokens' frequencies, and over how many tokens of evenly spaced documents."""
+    stride = -(-dataset.num_tokens // _ENTROPY_TOKENS)
+    numbers = range(0, dataset.num_documents, stride)
+    tokens = np.concatenate([dataset.document(number) for number in numbers])
+    _, counts = np.unique(tokens, return_counts=True)
+    shares = counts / max(1, len(tokens))
+    return float(-(shares * np.log(shares)).sum()), len(tokens)
 
 
 def _histogram(lengths: npt.NDArray[np.int64]) -> Iterator[str]:

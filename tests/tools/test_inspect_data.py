@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _megatron_bert_core import IndexedDatasetWriter
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.load import load_config
@@ -47,6 +48,17 @@ def config(prefix: Path, tiny_tokenizer_path: Path) -> Path:
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
     tool.main([str(argument) for argument in arguments])
     return capsys.readouterr().out.splitlines()
+
+
+def test_the_unigram_entropy_is_that_of_the_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = IndexedDatasetWriter(str(tmp_path / "even"), 2)
+    writer.add_document(np.array([5, 6, 7, 8], dtype=np.int32))
+    writer.add_document(np.array([8, 7, 6, 5], dtype=np.int32))
+    writer.close()
+    shown = next(line for line in run(capsys, "--prefix", tmp_path / "even") if "entropy" in line)
+    assert shown.startswith(f"unigram entropy {np.log(4):.3f} nats over 8 tokens")
 
 
 def test_counts_and_histogram_add_up_to_the_dataset(
