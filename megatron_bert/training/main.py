@@ -6,22 +6,15 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_bert.config.arithmetic import fixed_eval_length, resolve_vocab_size
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import dump_config, load_config
 from megatron_bert.config.schema import Config
-from megatron_bert.data.indexed_dataset import open_dataset
-from megatron_bert.data.source import training_source, validation_source
-from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import (
     choose_device,
@@ -29,15 +22,13 @@ from megatron_bert.distributed.launch import (
     requested_world_size,
     start_process_group,
 )
-from megatron_bert.training.description import describe_plan, describe_source
+from megatron_bert.training.dry_run import dry_run
 from megatron_bert.training.run_directory import RunDirectory, record_failure
 from megatron_bert.training.runtime import keep_freed_memory, set_determinism
 from megatron_bert.training.stops import StopRequests
 from megatron_bert.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(dump_config(config))
         return 0
     if args.dry_run:
-        check_config(config, world_size=requested_world_size())
-        _dry_run(config)
+        dry_run(config, requested_world_size())
         return 0
     _train(config)
     return 0
@@ -94,47 +84,6 @@ def _set_up_logging() -> None:
         level=logging.INFO if first else logging.WARNING,
         format="%(message)s" if first else f"[rank {rank}] %(message)s",
     )
-
-
-def _dry_run(config: Config) -> None:
-    """Print the plan, also where data is missing; then say what is missing.
-
-    Raises:
-        UserError: tokenizer or data are missing or do not fit; all problems in one message.
-    """
-    problems: list[str] = []
-    tokenizer = _attempt(lambda: Tokenizer.load(Path(config.data.tokenizer)), problems)
-    for corpus in (*config.data.train, *config.data.valid):
-        _attempt(partial(open_dataset, corpus.prefix), problems)
-    vocab_size = config.model.vocab_size
-    data_lines: list[str] = []
-    if tokenizer is not None:
-        resolve = partial(resolve_vocab_size, config.model, tokenizer.vocab_size)
-        vocab_size = _attempt(lambda: resolve(config.parallel.tensor), problems)
-        if not problems:
-            data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
-    for line in [*describe_plan(config, vocab_size, requested_world_size()), *data_lines]:
-        logger.info("%s", line)
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Open and plan all data; return a line a corpus."""
-    lines = describe_source("train", training_source(config, tokenizer))
-    for corpus in config.data.valid:
-        source = validation_source(config, tokenizer, corpus, fixed_eval_length(config))
-        lines += describe_source("valid", source)
-    return lines
-
-
-def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:
-    """Return what `work` does, or None and its error among the problems."""
-    try:
-        return work()
-    except UserError as error:
-        problems.append(str(error))
-        return None
 
 
 def _train(config: Config) -> None:

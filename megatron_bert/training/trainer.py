@@ -14,8 +14,7 @@ from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.curriculum import Curriculum
-from megatron_bert.config.errors import CheckpointError
-from megatron_bert.config.identity import changed_keys, check_resume
+from megatron_bert.config.identity import changed_keys
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import config_dict, dump_config
 from megatron_bert.config.schema import Config
@@ -30,6 +29,7 @@ from megatron_bert.training.description import describe_plan, describe_source
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.recorder import StepRecorder
+from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.run_directory import RunDirectory
 from megatron_bert.training.state import load_state, save_state
 from megatron_bert.training.step import agree, take_step
@@ -193,58 +193,15 @@ class Trainer:
 
     def _restore(self) -> int:
         """Load the checkpoint that this job starts from; return its step, 0 for a fresh start."""
-        path, new_run = self._starting_point()
-        if path is None:
+        start = starting_point(self._config, self._store)
+        if start is None:
             return 0
-        facts: dict[str, Any] = dict(self._store.read_state(path))
-        self._check_facts(path, facts, new_run)
-        load_state(self._store, path, self._model, self._optimizer)
+        facts: dict[str, Any] = dict(self._store.read_state(start.path))
+        check_continuity(start, facts, self._config, self._tokenizer, self._source)
+        load_state(self._store, start.path, self._model, self._optimizer)
         if self._directory is not None:
-            logger.info("resumed from %s", path)
+            logger.info("resumed from %s", start.path)
             changed = changed_keys(facts["config"], config_dict(self._config))
             if changed:
                 logger.info("changed since then: %s", ", ".join(changed))
         return int(facts["step"])
-
-    def _starting_point(self) -> tuple[Path | None, bool]:
-        """The checkpoint to start from and whether it belongs to another run.
-
-        Raises:
-            CheckpointError: there are checkpoints that `checkpoint.resume` does not go on from, or
-                none of them is intact.
-        """
-        resume = self._config.checkpoint.resume
-        newest = self._store.newest()
-        if resume == "none" and newest is not None:
-            raise CheckpointError(
-                f"checkpoint.resume=none, but {self._store.root} holds checkpoints, the newest "
-                f"{newest.name}; choose another run.dir, or resume with checkpoint.resume=auto"
-            )
-        if resume not in ("auto", "none") and Path(resume).resolve().is_relative_to(
-            self._config.run.directory.resolve()
-        ):
-            raise CheckpointError(
-                f"checkpoint.resume={resume} lies in this run's own run.dir, whose newest "
-                "checkpoint is the one to go on from; set checkpoint.resume=auto, or branch off "
-                "into a new run.dir"
-            )
-        if newest is not None or resume in ("auto", "none"):
-            # A later job of a branched run goes on from its own checkpoints.
-            return newest, False
-        return Path(resume), True
-
-    def _check_facts(self, path: Path, facts: dict[str, Any], new_run: bool) -> None:
-        """Refuse a checkpoint of another configuration, tokenizer or dataset."""
-        check_resume(facts["config"], self._config, int(facts["step"]), new_run)
-        if facts["tokenizer_hash"] != self._tokenizer.hash:
-            raise CheckpointError(
-                f"{path} was trained with a tokenizer of hash {facts['tokenizer_hash']}, "
-                f"{self._config.data.tokenizer} has {self._tokenizer.hash}; use the tokenizer "
-                "that the run began with"
-            )
-        if not new_run and facts["data"] != self._source.fingerprint():
-            raise CheckpointError(
-                f"{path} was trained on {facts['data']}, but data.train now holds "
-                f"{self._source.fingerprint()}; restore the datasets that the run began with, or "
-                f"branch off: checkpoint.resume={path} and a new run.dir"
-            )

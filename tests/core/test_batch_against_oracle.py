@@ -45,8 +45,10 @@ class Run:
 def vocabularies(draw: st.DrawFn) -> Vocabulary:
     size = draw(st.integers(6, 40))
     ids = draw(st.permutations(range(size)))
+    # At least one id stays ordinary.
     num_further = draw(st.integers(0, size - 5))
-    return Vocabulary(size, *ids[:4], further_special=frozenset(ids[4 : 4 + num_further]))
+    cls, sep, mask, pad, *others = ids
+    return Vocabulary(size, cls, sep, mask, pad, frozenset(others[:num_further]))
 
 
 @st.composite

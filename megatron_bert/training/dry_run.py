@@ -1,0 +1,69 @@
+"""`--dry-run`: everything that can be checked without training, and the plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_bert.config.arithmetic import fixed_eval_length, resolve_vocab_size
+from megatron_bert.config.checks import check_config
+from megatron_bert.config.errors import UserError
+from megatron_bert.config.schema import Config
+from megatron_bert.data.indexed_dataset import open_dataset
+from megatron_bert.data.source import training_source, validation_source
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.training.description import describe_plan, describe_source
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+def dry_run(config: Config, world_size: int) -> None:
+    """Print the plan, also where data is missing; then say what is missing.
+
+    Args:
+        config: what `load_config` returned.
+        world_size: ranks of the job.
+
+    Raises:
+        ConfigError: the configuration cannot be trained on so many ranks.
+        UserError: tokenizer or data are missing or do not fit; all problems in one message.
+    """
+    check_config(config, world_size=world_size)
+    problems: list[str] = []
+    tokenizer = _attempt(lambda: Tokenizer.load(Path(config.data.tokenizer)), problems)
+    for corpus in (*config.data.train, *config.data.valid):
+        _attempt(partial(open_dataset, corpus.prefix), problems)
+    vocab_size = config.model.vocab_size
+    data_lines: list[str] = []
+    if tokenizer is not None:
+        resolve = partial(resolve_vocab_size, config.model, tokenizer.vocab_size)
+        vocab_size = _attempt(lambda: resolve(config.parallel.tensor), problems)
+        if not problems:
+            data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
+    for line in [*describe_plan(config, vocab_size, world_size), *data_lines]:
+        logger.info("%s", line)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Open and plan all data; return a line a corpus."""
+    lines = describe_source("train", training_source(config, tokenizer))
+    for corpus in config.data.valid:
+        source = validation_source(config, tokenizer, corpus, fixed_eval_length(config))
+        lines += describe_source("valid", source)
+    return lines
+
+
+def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:
+    """Return what `work` does, or None and its error among the problems."""
+    try:
+        return work()
+    except UserError as error:
+        problems.append(str(error))
+        return None

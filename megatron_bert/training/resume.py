@@ -1,0 +1,90 @@
+"""Where a job begins: afresh, at its run's newest checkpoint, or at another run's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bert.checkpoint.store import CheckpointStore
+from megatron_bert.config.errors import CheckpointError
+from megatron_bert.config.identity import check_resume
+from megatron_bert.config.schema import Config
+from megatron_bert.data.source import RowSource
+from megatron_bert.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The checkpoint that a job goes on from.
+
+    Attributes:
+        path: its folder.
+        new_run: it belongs to another run, from which this one branches off.
+    """
+
+    path: Path
+    new_run: bool
+
+
+def starting_point(config: Config, store: CheckpointStore) -> StartingPoint | None:
+    """Find the checkpoint that `checkpoint.resume` means; None begins afresh. Collective.
+
+    Raises:
+        CheckpointError: there are checkpoints that `checkpoint.resume` does not go on from, or
+            none of them is intact.
+    """
+    resume = config.checkpoint.resume
+    newest = store.newest()
+    if resume == "none" and newest is not None:
+        raise CheckpointError(
+            f"checkpoint.resume=none, but {store.root} holds checkpoints, the newest "
+            f"{newest.name}; choose another run.dir, or resume with checkpoint.resume=auto"
+        )
+    if resume in ("auto", "none"):
+        return None if newest is None else StartingPoint(newest, new_run=False)
+    if Path(resume).resolve().is_relative_to(config.run.directory.resolve()):
+        raise CheckpointError(
+            f"checkpoint.resume={resume} lies in this run's own run.dir, whose newest "
+            "checkpoint is the one to go on from; set checkpoint.resume=auto, or branch off "
+            "into a new run.dir"
+        )
+    if newest is not None:
+        # A later job of a branched run goes on from its own checkpoints.
+        return StartingPoint(newest, new_run=False)
+    return StartingPoint(Path(resume), new_run=True)
+
+
+def check_continuity(
+    start: StartingPoint,
+    facts: dict[str, Any],
+    config: Config,
+    tokenizer: Tokenizer,
+    source: RowSource,
+) -> None:
+    """Refuse to go on under another configuration, tokenizer or dataset.
+
+    Args:
+        start: where the job begins.
+        facts: the state in that checkpoint's manifest.
+        config: this job's configuration.
+        tokenizer: this job's tokenizer.
+        source: this job's training rows.
+
+    Raises:
+        ConfigError: a key changed that may not.
+        CheckpointError: the tokenizer or the data are not those of the checkpoint.
+    """
+    check_resume(facts["config"], config, int(facts["step"]), start.new_run)
+    if facts["tokenizer_hash"] != tokenizer.hash:
+        raise CheckpointError(
+            f"{start.path} was trained with a tokenizer of hash {facts['tokenizer_hash']}, "
+            f"{config.data.tokenizer} has {tokenizer.hash}; use the tokenizer that the run began "
+            "with"
+        )
+    if not start.new_run and facts["data"] != source.fingerprint():
+        raise CheckpointError(
+            f"{start.path} was trained on {facts['data']}, but data.train now holds "
+            f"{source.fingerprint()}; restore the datasets that the run began with, or branch "
+            f"off: checkpoint.resume={start.path} and a new run.dir"
+        )
