@@ -15,7 +15,7 @@ from megatron_bert.training.trainer import Trainer
 
 
 def run_config(data: Path, run_dir: Path, /, *, valid: bool = True, **changes: Any) -> Config:
-    """Twelve steps over two lengths and more than two epochs, every random thing switched on."""
+    """Twelve steps over two lengths and into a second epoch, every random thing switched on."""
     tree: dict[str, Any] = {
         "run": {"dir": str(run_dir), "seed": 11},
         "model": {

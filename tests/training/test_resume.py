@@ -11,6 +11,8 @@ import pytest
 
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.schema import Config
+from megatron_bert.data.source import training_source
+from megatron_bert.data.tokenizer import Tokenizer
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
@@ -45,6 +47,13 @@ def test_a_run_killed_in_any_step_resumes_with_the_same_bits(
 ) -> None:
     configs = [tiny_run(f"run{kill}", **changes) for kill in range(13)]
     run_ranks(world_size, _check_kills, configs, deadline_seconds=120)
+
+
+def test_the_runs_of_these_tests_cross_stages_and_epochs(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run()
+    (line,) = training_source(config, Tokenizer.load(Path(config.data.tokenizer))).describe()
+    assert float(line.split("read ")[1].split()[0]) > 1.5
+    assert len(config.curriculum) == 2
 
 
 def _check_stop(uncut: Config, stopped: Config) -> None:
