@@ -50,6 +50,16 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     model.set_reshard_after_backward(enabled)
 
 
+def free_gathered_weights(model: nn.Module) -> None:
+    """Go back to the shards after forward passes that no backward pass followed.
+
+    Until then the model's parameters are the gathered copies in the compute type: whoever read
+    them, to save them say, would get rounded weights.
+    """
+    for sharded in _sharded_modules(model):
+        sharded.reshard()
+
+
 def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
     for module in model.modules():
         if isinstance(module, FSDPModule):

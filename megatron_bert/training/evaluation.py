@@ -16,6 +16,7 @@ from megatron_bert.data.source import RowSource, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.bert import BertForPretraining
+from megatron_bert.parallel.data_parallel import free_gathered_weights
 from megatron_bert.training.batches import GlobalBatch
 
 
@@ -85,6 +86,7 @@ class Evaluator:
                 batch = batch.to(self._topology.device)
                 result = model(*batch.model_inputs())
                 sums += torch.stack([result.loss, result.correct, batch.weights_BM.sum()])
+        free_gathered_weights(model)
         dist.all_reduce(sums, group=self._topology.data_parallel_group)
         loss, correct, count = sums.tolist()
         return Score(loss / max(1.0, count), correct / max(1.0, count))

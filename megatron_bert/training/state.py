@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_bert.checkpoint.store import CheckpointStore
@@ -19,6 +20,8 @@ def state_tensors(model: BertForPretraining, optimizer: ShardedAdamW) -> dict[st
     fully-qualified parameter names: no layout leaves a trace in the keys.
     """
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    rounded = [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]
+    assert not rounded, f"weights are gathered in the compute type, not shards: {rounded[:3]}"
     moments = optimizer.state_tensors()
     return tensors | {f"optim.{name}": moment for name, moment in moments.items()}
 

@@ -49,6 +49,27 @@ def test_a_run_killed_in_any_step_resumes_with_the_same_bits(
     run_ranks(world_size, _check_kills, configs, deadline_seconds=120)
 
 
+def _check_kill_after_evaluation(uncut: Config, killed: Config) -> None:
+    expected = _facts(train(uncut))
+    train(killed, kill_in=6)
+    assert _facts(train(killed)) == expected
+    # A finished run is loaded too, and has nothing to do.
+    assert _facts(train(killed)) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_checkpoint_of_a_step_that_was_evaluated_holds_the_unrounded_weights(
+    tiny_run: Callable[..., Config], world_size: int
+) -> None:
+    changes = {
+        "precision": {"compute": "bf16"},
+        "checkpoint": {"interval": 4},
+        "eval": {"interval": 4, "batches": 1},
+    }
+    configs = [tiny_run(name, **changes) for name in ("uncut", "killed")]
+    run_ranks(world_size, _check_kill_after_evaluation, *configs, deadline_seconds=120)
+
+
 def test_the_runs_of_these_tests_cross_stages_and_epochs(tiny_run: Callable[..., Config]) -> None:
     config = tiny_run()
     (line,) = training_source(config, Tokenizer.load(Path(config.data.tokenizer))).describe()
