@@ -146,7 +146,7 @@ bootstrap_install() {
 
     bootstrap_check_headers "$environment/bin/python" || return
     bootstrap_check_compiler || return
-    printf 'Installing megatron-bert[%s] into %s ...\n' "$extras" "$environment" >&2
+    printf 'Installing megatron-bert[%s] into %s: this takes some minutes ...\n' "$extras" "$environment" >&2
     rm -f -- "$stamp"
     if ! bootstrap_pip "$environment" "$extras" >"$log" 2>&1; then
         grep -v '^Requirement already satisfied' -- "$log" | tail -n 60 >&2

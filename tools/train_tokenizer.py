@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train on at most N lines, sampled evenly (default: %(default)s)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     return parser
 
 
@@ -91,6 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.output.suffix != ".model":
         raise DataError(f"--output {options.output}: the name must end in .model")
+    if options.output.exists() and not options.overwrite:
+        raise DataError(
+            f"--output {options.output}: exists already, and datasets may depend on it; choose "
+            "another, or replace it with --overwrite"
+        )
     reader = DocumentReader(options.input)
     check_writable(options.output)
     model = train_tokenizer(

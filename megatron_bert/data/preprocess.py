@@ -143,6 +143,8 @@ def _check_outputs(options: PreprocessOptions) -> _Outputs:
     prefix = options.output_prefix
     if not prefix.name:
         raise DataError(f"--output-prefix {prefix}: give a name, as data/train")
+    if prefix.suffix in (".bin", ".idx", ".json"):
+        raise DataError(f"--output-prefix {prefix}: leave off {prefix.suffix}; it is added")
     outputs = _Outputs(
         *(prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin", ".json"))
     )

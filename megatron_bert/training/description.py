@@ -44,9 +44,10 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
             f"memory      {state:.2f} GiB a rank for weights, gradients and moments in fp32, "
             "activations not counted"
         )
+    ranks = "rank" if world_size == 1 else "ranks"
     yield (
-        f"layout      {world_size} ranks: data {data_parallel} x tensor {config.parallel.tensor}; "
-        f"compute {config.precision.compute}"
+        f"layout      {world_size} {ranks}: data {data_parallel} x tensor "
+        f"{config.parallel.tensor}; compute {config.precision.compute}"
     )
     yield f"steps       {total_steps(config):,}"
     yield f"token slots {total_token_slots(config):,} ({_rounded(total_token_slots(config))})"

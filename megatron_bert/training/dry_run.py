@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import fixed_eval_length, resolve_vocab_size
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import UserError
@@ -16,6 +17,7 @@ from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.training.description import describe_plan, describe_source
+from megatron_bert.training.resume import check_continuity, starting_point
 
 T = TypeVar("T")
 
@@ -45,6 +47,7 @@ def dry_run(config: Config, world_size: int) -> None:
         vocab_size = _attempt(lambda: resolve(config.parallel.tensor), problems)
         if not problems:
             data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
+            data_lines += _attempt(partial(_describe_start, config, tokenizer), problems) or []
     for line in [*describe_plan(config, vocab_size, world_size), *data_lines]:
         logger.info("%s", line)
     if problems:
@@ -58,6 +61,17 @@ def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
         source = validation_source(config, tokenizer, corpus, fixed_eval_length(config))
         lines += describe_source("valid", source)
     return lines
+
+
+def _describe_start(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Find the checkpoint that the job would go on from, and whether it may."""
+    store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep)
+    start = starting_point(config, store)
+    if start is None:
+        return ["begins      afresh"]
+    facts = store.read_state(start.path)
+    check_continuity(start, facts, config, tokenizer, training_source(config, tokenizer))
+    return [f"goes on     from {start.path}"]
 
 
 def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:

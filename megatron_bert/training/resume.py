@@ -49,6 +49,14 @@ def starting_point(config: Config, store: CheckpointStore) -> StartingPoint | No
             "checkpoint is the one to go on from; set checkpoint.resume=auto, or branch off "
             "into a new run.dir"
         )
+    if (Path(resume) / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"checkpoint.resume={resume} is a run directory; name one of its checkpoints: "
+            + (
+                ", ".join(map(str, sorted(Path(resume).glob("checkpoints/step_*"))))
+                or "it has none"
+            )
+        )
     if newest is not None:
         # A later job of a branched run goes on from its own checkpoints.
         return StartingPoint(newest, new_run=False)

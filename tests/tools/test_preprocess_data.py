@@ -159,6 +159,13 @@ def test_an_existing_dataset_is_replaced_only_when_asked_to(workshop: Workshop) 
     assert len(documents(workshop.prefix)) == 2
 
 
+def test_a_prefix_with_a_datasets_suffix_is_refused(workshop: Workshop) -> None:
+    source = workshop.write("a.txt", b"text\n")
+    workshop.prefix = workshop.prefix.with_name("data.bin")
+    with pytest.raises(DataError, match=r"leave off \.bin"):
+        workshop.run(source)
+
+
 def test_a_disk_that_fills_up_leaves_the_old_dataset_as_it_was(
     workshop: Workshop, tiny_texts: list[str], tiny_tokenizer_path: Path
 ) -> None:

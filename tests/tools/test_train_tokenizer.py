@@ -120,3 +120,17 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", ["too little text to train on"])
     with pytest.raises(DataError, match=r"cannot write .*choose another --output"):
         tool.main(["--input", str(corpus), "--vocab-size", "500", "--output", str(output)])
+
+
+def test_an_existing_model_is_replaced_only_when_asked(
+    tiny_texts: list[str], tmp_path: Path
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", tiny_texts)
+    output = tmp_path / "t.model"
+    output.write_bytes(b"another")
+    arguments = ["--input", str(corpus), "--vocab-size", "500", "--output", str(output)]
+    with pytest.raises(DataError, match="--overwrite"):
+        tool.main(arguments)
+    assert output.read_bytes() == b"another"
+    tool.main([*arguments, "--overwrite"])
+    assert Tokenizer.load(output).vocab_size == 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_bert.config.errors import UserError
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.training.dry_run import dry_run
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
@@ -148,6 +150,32 @@ def test_another_learning_rate_is_refused_in_the_same_run_and_taken_in_a_new_one
     assert list(lines) == [5, 6]
     # The branch's own checkpoint, not the one it came from, is where its next job goes on.
     assert list(steps_of(run_ranks(1, _train_once, branch, {})[0])) == list(range(5, 13))
+
+
+def test_the_dry_run_says_where_the_job_would_go_on_or_that_it_may_not(
+    tiny_run: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = tiny_run()
+    dry_run(config, 1)
+    assert "begins      afresh" in caplog.text
+    run_ranks(1, _train_once, config, {"stop_after": 4})
+    dry_run(config, 1)
+    saved = config.run.directory / "checkpoints" / "step_00000004"
+    assert f"goes on     from {saved}" in caplog.text
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        dry_run(tiny_run(optimizer={"lr": 0.5}), 1)
+
+
+def test_a_run_directory_given_for_a_checkpoint_is_told_from_one(
+    tiny_run: Callable[..., Config],
+) -> None:
+    first = tiny_run("first")
+    run_ranks(1, _train_once, first, {"stop_after": 2})
+    branch = tiny_run("branch", checkpoint={"resume": str(first.run.directory)})
+    message = run_ranks(1, _refused, branch)[0]
+    assert "is a run directory" in message
+    assert str(first.run.directory / "checkpoints" / "step_00000002") in message
 
 
 def test_resume_none_refuses_to_mix_with_the_checkpoints_of_before(
