@@ -17,7 +17,7 @@ from megatron_bert.data.tokenizer import Tokenizer
 
 _BAR_WIDTH = 50
 _SAMPLE_TOKENS = 60
-# Enough for two decimals, read in a second.
+# Bounds time and memory, whatever the corpus.
 _ENTROPY_TOKENS = 1 << 24
 
 # Bounds the memory of a step's inspection, whatever its global batch.

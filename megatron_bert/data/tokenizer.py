@@ -104,10 +104,6 @@ class Tokenizer:
             )
         return cls(backend, path.name, hashlib.sha256(content).hexdigest())
 
-    def padded_vocab_size(self, multiple: int = 128) -> int:
-        """Number of pieces rounded up to a multiple, for embedding tables that split evenly."""
-        return -(-self.vocab_size // multiple) * multiple
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without any special token."""
         return [tokens.tolist() for tokens in self._backend.encode_arrays(list(texts))]

@@ -136,8 +136,3 @@ class BertForPretraining(nn.Module):
         keys_LB = [dropout_keys(rows_B, self.seed, site, len(self.blocks)) for site in sites]
         for keys_B in zip(*(keys.unbind(0) for keys in keys_LB), strict=True):
             yield BlockDropoutKeys(*keys_B)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters of the whole model, whatever part this rank holds."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -135,11 +135,6 @@ def test_special_tokens_are_left_out_of_decoded_text(tiny_tokenizer: Tokenizer) 
     assert tiny_tokenizer.decode([5, *ids, 3, 6, 4]) == "吾輩は猫である"
 
 
-def test_the_vocabulary_is_padded_to_a_multiple(tiny_tokenizer: Tokenizer) -> None:
-    assert tiny_tokenizer.padded_vocab_size() == 512
-    assert tiny_tokenizer.padded_vocab_size(384) == 768
-
-
 def test_the_hash_is_that_of_the_file(tiny_tokenizer: Tokenizer, tiny_tokenizer_path: Path) -> None:
     assert tiny_tokenizer.hash == hashlib.sha256(tiny_tokenizer_path.read_bytes()).hexdigest()
 
@@ -230,7 +225,6 @@ def test_the_llm_jp_tokenizer_is_read_as_it_is(shared_data: Path) -> None:
     path = shared_data / "tokenizer" / "llm-jp-tokenizer-100k.ver3.0b1.model"
     tokenizer = Tokenizer.load(path)
     assert tokenizer.vocab_size == 99_574
-    assert tokenizer.padded_vocab_size() == 99_584
     assert tokenizer.special_ids == list(range(8))
     assert_no_special_token(tokenizer, LITERALS)
     for text in LITERALS:
