@@ -122,10 +122,10 @@ class BertForPretraining(nn.Module):
 
     def encode(self, tokens_BS: Tensor, positions_BS: Tensor, rows_B: Tensor) -> Tensor:
         """Return the last hidden states [B, S, D], after the final norm."""
-        layout = PackedLayout.from_positions(positions_BS)
         x_BSD = self.embeddings(
             tokens_BS, positions_BS, dropout_keys(rows_B, self.seed, "embeddings", 1)[0]
         )
+        layout = PackedLayout.from_positions(positions_BS, x_BSD.dtype)
         for block, keys in zip(self.blocks, self._block_keys(rows_B), strict=True):
             x_BSD = block(x_BSD, layout, keys)
         hidden_BSD: Tensor = self.final_norm(x_BSD)

@@ -5,6 +5,7 @@ Shape suffixes: B rows, S slots, N masked tokens, D hidden, V this rank's part o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,10 @@ from megatron_bert.distributed.collectives import all_reduce, reduce_from_group
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.sharding import local_part, make_parameter
 
-# Logits held at a time, in elements: 256 MiB in fp32 whatever the micro-batch.
+# Logits held at a time, in elements: 128 MiB in bf16 whatever the micro-batch.
 _LOGITS_PER_CHUNK = 2**26
+# On the CPU their softmax is taken in slices of so many, whose fp32 copy stays in the cache.
+_CPU_SOFTMAX_ELEMENTS = 2**20
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -91,16 +94,18 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         first_id = group.rank() * vocab
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         correct = hidden_ND.new_zeros((), dtype=torch.float32)
-        gradients = _HeadGradients(hidden_ND, weight_VD, bias_V) if with_grad else None
-        for start in range(0, count, chunk):
-            part = slice(start, min(start + chunk, count))
-            weights_n = weights_N[part].float()
+        gradients = _HeadGradients(hidden_ND, weight_VD) if with_grad else None
+        for part in _slices(0, count, chunk):
             logits_nV = F.linear(hidden_ND[part], weight_VD, bias_V)
-            softmax = _softmax(logits_nV, labels_N[part] - first_id, group)
-            loss += (softmax.loss_n * weights_n).sum()
-            correct += (softmax.correct_n * weights_n).sum()
+            for rows, slice_nV in _softmax_slices(part, logits_nV):
+                weights_n = weights_N[rows].float()
+                softmax = _softmax(slice_nV, labels_N[rows] - first_id, group)
+                loss += (softmax.loss_n * weights_n).sum()
+                correct += (softmax.correct_n * weights_n).sum()
+                if gradients is not None:
+                    gradients.replace_logits(slice_nV, softmax, weights_n)
             if gradients is not None:
-                gradients.add(part, softmax.logits_grad(weights_n, logits_nV))
+                gradients.add(part, logits_nV)
         if gradients is not None:
             # Every rank projects the same hidden states onto its own part of the vocabulary.
             hidden_grad = gradients.hidden_ND
@@ -119,21 +124,44 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return hidden_ND, weight_VD, bias_V, None, None, None, None
 
 
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+def _softmax_slices(part: slice, logits_nV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cut a chunk's logits into slices of tokens; each comes with its place in the micro-batch."""
+    count, vocab = logits_nV.shape
+    # On a GPU few large kernels are better than many small ones.
+    size = max(1, count if logits_nV.is_cuda else _CPU_SOFTMAX_ELEMENTS // vocab)
+    for rows in _slices(0, count, size):
+        yield slice(part.start + rows.start, part.start + rows.stop), logits_nV[rows]
+
+
 class _HeadGradients:
     """Accumulates the gradients of the projection over chunks of tokens."""
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> None:
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor) -> None:
         self._source_ND, self._table_VD = hidden_ND, weight_VD
         self.hidden_ND = torch.empty_like(hidden_ND)
-        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        self.bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
+        self.bias_V = weight_VD.new_zeros(weight_VD.shape[0], dtype=torch.float32)
+        self.weight_VD = weight_VD.new_zeros(0)
+
+    def replace_logits(self, logits_nV: Tensor, softmax: _Softmax, weights_n: Tensor) -> None:
+        """Write the logits' gradient over them, in their type; the bias's is summed in fp32."""
+        grad_nV = softmax.logits_grad(weights_n)
+        self.bias_V += grad_nV.sum(0)
+        logits_nV.copy_(grad_nV)
 
     def add(self, part: slice, logits_grad_nV: Tensor) -> None:
         """Add one chunk's share."""
-        self.bias_V += logits_grad_nV.sum(0, dtype=torch.float32)
         self.hidden_ND[part] = logits_grad_nV @ self._table_VD
-        # Summed in fp32: many chunks in bf16 would lose the small ones.
-        self.weight_VD += logits_grad_nV.T @ self._source_ND[part]
+        product_VD = logits_grad_nV.T @ self._source_ND[part]
+        if self.weight_VD.numel() == 0:
+            self.weight_VD = product_VD
+        else:
+            # Summed in fp32: many chunks in bf16 would lose the small ones.
+            self.weight_VD = self.weight_VD.float().add_(product_VD)
 
 
 @dataclass(frozen=True)
@@ -156,14 +184,13 @@ class _Softmax:
     labels_n: Tensor
     present_n: Tensor
 
-    def logits_grad(self, weights_n: Tensor, out_nV: Tensor) -> Tensor:
-        """(softmax - one-hot label) x weight, written over `out_nV` in its type."""
+    def logits_grad(self, weights_n: Tensor) -> Tensor:
+        """(softmax - one-hot label) x weight, fp32 [n, V], written over `local_nV`."""
         scale_n = self.share_n * weights_n
-        torch.mul(self.local_nV, scale_n[:, None], out=out_nV)
-        # In fp32: close to 1 the difference would be lost to the rounding of bf16.
         at_label_n = self.local_nV.gather(1, self.labels_n[:, None])[:, 0] * scale_n
         at_label_n -= weights_n * self.present_n
-        return out_nV.scatter_(1, self.labels_n[:, None], at_label_n[:, None].to(out_nV.dtype))
+        grad_nV = self.local_nV.mul_(scale_n[:, None])
+        return grad_nV.scatter_(1, self.labels_n[:, None], at_label_n[:, None])
 
 
 def _softmax(logits_nV: Tensor, local_labels_n: Tensor, group: dist.ProcessGroup) -> _Softmax:

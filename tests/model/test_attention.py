@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from megatron_bert.model.attention import PackedLayout, attend
 from megatron_bert.parallel.random import dropout_keys
@@ -17,7 +18,7 @@ def _qkv(heads: int = 4, groups: int = 2) -> tuple[torch.Tensor, ...]:
 
 
 def test_layout_shows_each_slot_its_own_segment_only() -> None:
-    visible = PackedLayout.from_positions(POSITIONS).visible_B1SS[:, 0]
+    visible = PackedLayout.from_positions(POSITIONS, torch.float32).bias_B1SS[:, 0] == 0
     assert visible[1].all()
     expected = torch.block_diag(torch.ones(4, 4), torch.ones(3, 3), torch.ones(1, 1)).bool()
     assert torch.equal(visible[0], expected)
@@ -26,23 +27,38 @@ def test_layout_shows_each_slot_its_own_segment_only() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_attention_over_a_packed_row_is_attention_over_each_segment(groups: int) -> None:
     q, k, v = _qkv(groups=groups)
-    packed = attend(q, k, v, PackedLayout.from_positions(POSITIONS))
+    packed = attend(q, k, v, PackedLayout.from_positions(POSITIONS, torch.float32))
     for begin, end in ((0, 4), (4, 7), (7, 8)):
         part = [x[:1, :, begin:end] for x in (q, k, v)]
-        alone = attend(*part, PackedLayout.from_positions(torch.arange(end - begin)[None]))
+        layout = PackedLayout.from_positions(torch.arange(end - begin)[None], torch.float32)
+        alone = attend(*part, layout)
         torch.testing.assert_close(packed[:1, :, begin:end], alone)
 
 
 def test_attention_is_scaled_softmax() -> None:
     q, k, v = _qkv(groups=4)
     weights = (q @ k.mT / math.sqrt(16)).softmax(-1)
-    layout = PackedLayout.from_positions(torch.arange(8).repeat(2, 1))
+    layout = PackedLayout.from_positions(torch.arange(8).repeat(2, 1), torch.float32)
     torch.testing.assert_close(attend(q, k, v, layout), weights @ v)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_written_out_attention_is_the_kernel_that_cuda_uses(groups: int) -> None:
+    qkv = _qkv(groups=groups)
+    layout = PackedLayout.from_positions(POSITIONS, torch.float32)
+    ours, theirs = ([x.clone().requires_grad_() for x in qkv] for _ in range(2))
+    y = attend(*ours, layout)
+    z = F.scaled_dot_product_attention(*theirs, attn_mask=layout.bias_B1SS, enable_gqa=groups != 4)
+    torch.testing.assert_close(y, z)
+    y.square().sum().backward()
+    z.square().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_dropout_of_attention_weights_keeps_the_expected_value() -> None:
     q, k, v = _qkv()
-    layout = PackedLayout.from_positions(POSITIONS)
+    layout = PackedLayout.from_positions(POSITIONS, torch.float32)
     keys = dropout_keys(torch.arange(2), 0, "attention", 4000)
     mean = torch.stack([attend(q, k, v, layout, 0.2, key) for key in keys]).mean(0)
     assert (mean - attend(q, k, v, layout)).abs().max() < 0.08
@@ -52,7 +68,7 @@ def test_dropout_of_attention_weights_keeps_the_expected_value() -> None:
 
 def test_a_part_of_the_heads_drops_what_it_would_drop_among_all() -> None:
     q, k, v = _qkv(groups=4)
-    layout = PackedLayout.from_positions(POSITIONS)
+    layout = PackedLayout.from_positions(POSITIONS, torch.float32)
     keys = dropout_keys(torch.arange(2), 0, "attention", 1)[0]
     whole = attend(q, k, v, layout, 0.5, keys)
     part = attend(q[:, 2:], k[:, 2:], v[:, 2:], layout, 0.5, keys, first_head=2)
