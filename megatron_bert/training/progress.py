@@ -1,8 +1,13 @@
-"""What a run says while it goes: one plain line an interval."""
+"""What a run says while it goes: one plain line an interval, on a terminal a bar below them."""
 
 from __future__ import annotations
 
 import logging
+import sys
+from typing import NoReturn
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 
@@ -18,6 +23,7 @@ class ProgressLine:
         self._global_size = global_size
         self._slots = 0
         self._seconds = 0.0
+        self._bar: _Bar | None = None
 
     def after_step(
         self,
@@ -32,6 +38,10 @@ class ProgressLine:
         """Count a step that took `seconds` and print the line when it is due."""
         self._slots += self._global_size * span.seq_length
         self._seconds += seconds
+        if self._bar is None and sys.stderr.isatty():
+            self._bar = _Bar(step - 1, self._curriculum.total_steps)
+        if self._bar is not None:
+            self._bar.move(step, loss)
         if step % self._interval and step != self._curriculum.total_steps:
             return
         speed = self._slots / self._seconds
@@ -51,10 +61,35 @@ class ProgressLine:
             format_duration(self._slots_left(step) / speed),
         )
 
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
     def _slots_left(self, step: int) -> int:
         curriculum = self._curriculum
         slots = curriculum.slots_until(curriculum.total_steps) - curriculum.slots_until(step)
         return slots * self._global_size
+
+
+class _Bar:
+    """A bar on standard error; logged lines are printed above it, not through it."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self._redirection = logging_redirect_tqdm()
+        self._redirection.__enter__()
+        self._bar: tqdm[NoReturn] = tqdm(total=total, initial=done, unit="step", leave=False)
+
+    def move(self, step: int, loss: float) -> None:
+        """Show that `step` was taken."""
+        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+        self._redirection.__exit__(None, None, None)
 
 
 def format_duration(seconds: float) -> str:

@@ -106,7 +106,8 @@ class StepRecorder:
             self._metrics.sync()
 
     def close(self) -> None:
-        """Close the metrics file; a step that was not recorded yet is left out."""
+        """Close the metrics file and the progress bar; a step not recorded yet is left out."""
+        self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
 
