@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_bert.checkpoint.manifest import (
     JSON,
+    MANIFEST_NAME,
     DamagedCheckpointError,
     Manifest,
 )
@@ -254,6 +255,31 @@ class CheckpointStore:
                 f"checkpoint.keep, or use a run.dir on a larger disk. Older checkpoints are intact"
             )
         return message
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a user means by `path`.
+
+    Args:
+        path: a checkpoint's folder, or a run directory or its `checkpoints`, whose newest intact
+            one is meant.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+    """
+    for root in (path / "checkpoints", path):
+        if root.name == "checkpoints" and root.is_dir():
+            newest = CheckpointStore(root, keep=1).newest()
+            if newest is None:
+                raise CheckpointError(f"{root} holds no checkpoint yet; train first")
+            return newest
+    if not (path / MANIFEST_NAME).is_file():
+        problem = "has no manifest.json" if path.is_dir() else "no such directory"
+        raise CheckpointError(
+            f"{path}: {problem}; name a complete checkpoint "
+            "(runs/NAME/checkpoints/step_00001234) or a run directory that holds one"
+        )
+    return path
 
 
 def _step_of(folder: Path) -> int:

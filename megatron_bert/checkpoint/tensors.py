@@ -125,6 +125,28 @@ def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks
         )
 
 
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every tensor that the shards in `folder` make up."""
+    saved = HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, entry in saved.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        shapes[name] = tuple(entry.size)
+    return shapes
+
+
+def read_whole(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Read one tensor whole, fp32 on the CPU, in this process alone."""
+    whole = torch.empty(shape)
+    with _no_single_process_warning():
+        load(
+            {name: whole},
+            storage_reader=HuggingFaceStorageReader(path=str(folder)),
+            no_dist=True,
+        )
+    return whole
+
+
 def _assign_files(
     tensors: Mapping[str, torch.Tensor], ranks: Ranks, max_file_bytes: int
 ) -> dict[str, int]:

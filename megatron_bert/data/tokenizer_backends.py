@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from tokenizers.pre_tokenizers import PreTokenizer, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data.sentencepiece_model import as_control_pieces
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -54,8 +54,8 @@ class SentencePieceBackend:
         named = {i for piece in guarded if (i := _sentencepiece_id(processor, piece)) is not None}
         matchable = {i for i in named if not (processor.is_control(i) or processor.is_unknown(i))}
         if matchable:
-            names = {processor.id_to_piece(i).encode() for i in matchable}
-            processor = _load_sentencepiece(_as_control_pieces(content, names), path)
+            names = {processor.id_to_piece(i) for i in matchable}
+            processor = _load_sentencepiece(as_control_pieces(content, names), path)
         self._processor = processor
         everything = list(range(len(processor)))
         self.pieces: list[str] = processor.id_to_piece(everything)
@@ -96,61 +96,6 @@ def _sentencepiece_id(processor: Any, piece: str) -> int | None:
     # An absent piece gets the unknown id, so the way back decides.
     number: int = processor.piece_to_id(piece)
     return number if processor.id_to_piece(number) == piece else None
-
-
-_PIECES_TAG = 0x0A  # ModelProto.pieces (sentencepiece_model.proto): field 1, length-delimited
-_TYPE_CONTROL = b"\x18\x03"  # SentencePiece.type (field 3, varint) = CONTROL
-
-
-def _as_control_pieces(content: bytes, names: set[bytes]) -> bytes:
-    """Give the named pieces of a serialized ModelProto the type CONTROL.
-
-    Of a field that stands twice, protobuf takes the last one: the type is appended.
-    """
-    rebuilt = bytearray()
-    for tag, body in _length_delimited_fields(content):
-        if tag == _PIECES_TAG and _first_string(body) in names:
-            body += _TYPE_CONTROL
-        rebuilt += _varint(tag) + _varint(len(body)) + body
-    return bytes(rebuilt)
-
-
-def _length_delimited_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    position = 0
-    while position < len(message):
-        tag, position = _read_varint(message, position)
-        assert tag & 7 == 2, "every field of ModelProto is a message"
-        length, position = _read_varint(message, position)
-        yield tag, message[position : position + length]
-        position += length
-
-
-def _first_string(body: bytes) -> bytes | None:
-    """SentencePiece.piece (field 1), which writers put first; None where another field is first."""
-    if body[:1] != b"\x0a":
-        return None
-    length, start = _read_varint(body, 1)
-    return body[start : start + length]
-
-
-def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 class TokenizersBackend:

@@ -1,0 +1,194 @@
+"""A pretraining tokenizer as the files that Hugging Face's fast tokenizers load.
+
+SentencePiece and the tokenizers library segment alike where both run the same unigram model on the
+same lattice; what has to be rebuilt around it is white space, bytes and special pieces.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    SentencePieceModel,
+    parse_model,
+)
+from megatron_bert.data.tokenizer import CLS, EOD, MASK, PAD, SEP, Tokenizer
+
+_UNKNOWN_PIECE, _BEGIN, _END = "<unk>", "<s>", "</s>"
+_ROLES = {
+    "unk_token": _UNKNOWN_PIECE,
+    "bos_token": _BEGIN,
+    "eos_token": _END,
+    "mask_token": MASK,
+    "pad_token": PAD,
+    "cls_token": CLS,
+    "sep_token": SEP,
+}
+_SPECIAL = (*_ROLES.values(), EOD)
+# The five pieces that LLM-jp's Hugging Face repositories spell `<MASK|LLM-jp>` and so on.
+_RENAMED_BY_LLM_JP = (MASK, PAD, CLS, SEP, EOD)
+
+_SPACE = "▁"
+# A log probability below that of any six pieces, the length of a literal <0x41>.
+_NEVER = -1000.0
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """What an exported model needs of its tokenizer.
+
+    Attributes:
+        files: text by file name: `tokenizer.json` and `tokenizer_config.json`.
+        token_ids: `pad_token_id`, `bos_token_id`, `eos_token_id`, `cls_token_id`, `sep_token_id`
+            and `mask_token_id`, None where the vocabulary has no such piece.
+    """
+
+    files: dict[str, str]
+    token_ids: dict[str, int | None]
+
+
+def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
+    """Describe the tokenizer file at `path` for transformers' `AutoTokenizer`.
+
+    A text becomes `<CLS> text <SEP>`, as in pretraining. Unlike there, special pieces are
+    recognised in text: that is how a user writes a mask.
+
+    Args:
+        path: a SentencePiece unigram `.model`, or a `tokenizer.json`.
+        max_length: the longest row in tokens, special ones included.
+
+    Raises:
+        DataError: the file is missing or damaged, lacks a special piece, or is a SentencePiece
+            model of another kind than unigram.
+    """
+    known = Tokenizer.load(path)
+    if path.suffix == ".model":
+        tokenizer, names = _from_sentencepiece(path)
+    else:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        names = {piece: known.id_to_piece(i) for piece, i in _special_ids(known).items()}
+    ids = {piece: tokenizer.token_to_id(name) for piece, name in names.items()}
+    tokenizer.add_special_tokens([_special_token(piece, name) for piece, name in names.items()])
+    cls, sep = names[CLS], names[SEP]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B {sep}",
+        special_tokens=[(cls, ids[CLS]), (sep, ids[SEP])],
+    )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    roles = {role: names[piece] for role, piece in _ROLES.items() if piece in names}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **roles,
+    }
+    return ExportedTokenizer(
+        files={
+            "tokenizer.json": tokenizer.to_str(pretty=False) + "\n",
+            "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
+        },
+        token_ids={f"{role}_id": ids.get(piece) for role, piece in _ROLES.items()},
+    )
+
+
+def _special_token(piece: str, name: str) -> tokenizers.AddedToken:
+    # The space before a masked word belongs to the word's own piece (▁word).
+    return tokenizers.AddedToken(name, lstrip=piece == MASK, normalized=False, special=True)
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the special pieces by their plain names, those that the vocabulary has."""
+    ids = {
+        CLS: tokenizer.cls_id,
+        SEP: tokenizer.sep_id,
+        PAD: tokenizer.pad_id,
+        MASK: tokenizer.mask_id,
+        EOD: tokenizer.eod_id,
+    }
+    for number in tokenizer.special_ids:
+        if (piece := tokenizer.id_to_piece(number)) in (_UNKNOWN_PIECE, _BEGIN, _END):
+            ids[piece] = number
+    return ids
+
+
+def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Rebuild a unigram model; return it with the exported names of its special pieces."""
+    model = parse_model(path.read_bytes())
+    if not model.is_unigram:
+        raise DataError(
+            f"tokenizer {path} is a SentencePiece model of another kind than unigram, which "
+            "cannot be exported; train one with tools/train_tokenizer.py, or name the "
+            "tokenizer.json that belongs to it"
+        )
+    names = _exported_names(model)
+    unigram = models.Unigram(
+        [(names.get(piece.text, piece.text), _score(piece)) for piece in model.pieces],
+        unk_id=next(i for i, piece in enumerate(model.pieces) if piece.kind == UNKNOWN),
+        byte_fallback=model.byte_fallback,
+    )
+    tokenizer = tokenizers.Tokenizer(unigram)
+    if steps := _normalization(model):
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = _pre_tokenizer(model)
+    prefix = [decoders.Strip(_SPACE, 1, 0)] if model.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        # The first space goes before the others become spaces, or text's own would go with it.
+        [decoders.ByteFallback(), decoders.Fuse(), *prefix, decoders.Replace(_SPACE, " ")]
+    )
+    return tokenizer, names
+
+
+def _score(piece: Piece) -> float:
+    # The library's model takes any piece from raw text, SentencePiece none that stands for a byte.
+    return _NEVER if piece.kind == BYTE else piece.score
+
+
+def _exported_names(model: SentencePieceModel) -> dict[str, str]:
+    """Exported names of the special pieces.
+
+    LLM-jp's models are told by how they were trained: their own pieces were declared as
+    user-defined symbols, which no model trained here has.
+    """
+    special = {p.text for p in model.pieces if p.kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+    is_llm_jp = {MASK, CLS, SEP, EOD} <= model.user_defined_symbols
+    return {
+        piece: f"{piece[:-1]}|LLM-jp>" if is_llm_jp and piece in _RENAMED_BY_LLM_JP else piece
+        for piece in _SPECIAL
+        if piece in special
+    }
+
+
+def _normalization(model: SentencePieceModel) -> list[normalizers.Normalizer]:
+    steps: list[normalizers.Normalizer] = []
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    return steps
+
+
+def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
+    """Spaces as ▁, the dummy prefix, and user-defined pieces alone, as SentencePiece has them."""
+    prefix = "first" if model.add_dummy_prefix else "never"
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=prefix, split=False)
+    ]
+    defined = [p.text for p in model.pieces if p.kind == USER_DEFINED and p.text not in _SPECIAL]
+    steps += [
+        pre_tokenizers.Split(text, "isolated") for text in sorted(defined, key=len, reverse=True)
+    ]
+    return pre_tokenizers.Sequence(steps)
