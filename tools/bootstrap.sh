@@ -87,6 +87,14 @@ bootstrap_check_compiler() {
     fi
 }
 
+# bootstrap_check_space DIR MEGABYTES: without it pip fails in the middle, minutes later.
+bootstrap_check_space() {
+    local free
+    free=$(df -Pm -- "$1" 2>/dev/null | sed -n '2s/^[^ ]* *[0-9]* *[0-9]* *\([0-9]*\).*/\1/p')
+    [ -z "$free" ] || [ "$free" -ge "$2" ] ||
+        bootstrap_fail "the environment $1 needs about $2 MB (several GB where PyTorch brings CUDA along), and its disk has $free MB free: make room, or activate an environment on another disk"
+}
+
 # The build's tools that the machine lacks; a distribution's own are as good.
 bootstrap_build_tools() {
     local version
@@ -146,6 +154,7 @@ bootstrap_install() {
 
     bootstrap_check_headers "$environment/bin/python" || return
     bootstrap_check_compiler || return
+    [ -n "$recorded" ] || bootstrap_check_space "$environment" 1500 || return
     printf 'Installing megatron-bert[%s] into %s: this takes some minutes ...\n' "$extras" "$environment" >&2
     rm -f -- "$stamp"
     if ! bootstrap_pip "$environment" "$extras" >"$log" 2>&1; then

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import DataError, run_cli
 from megatron_bert.data.progress import Progress
 from megatron_bert.data.text import DocumentReader, iterate_documents
+from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import (
     DEFAULT_MAX_SENTENCES,
     check_writable,
@@ -74,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train on at most N lines, sampled evenly (default: %(default)s)",
     )
+    parser.add_argument(
+        "--allow-fewer",
+        action="store_true",
+        help="take --vocab-size as an upper limit where the text yields fewer pieces",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     return parser
 
@@ -104,9 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.vocab_size,
         normalization=options.normalization,
         max_sentences=options.max_sentences,
+        allow_fewer=options.allow_fewer,
     )
     write_model(model, options.output)
-    sys.stdout.write(f"wrote {options.output}: {options.vocab_size} pieces\n")
+    pieces = Tokenizer.load(options.output).vocab_size
+    sys.stdout.write(f"wrote {options.output}: {pieces} pieces\n")
 
 
 if __name__ == "__main__":

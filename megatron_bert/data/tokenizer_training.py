@@ -41,6 +41,7 @@ def train_tokenizer(
     *,
     normalization: Normalization = "identity",
     max_sentences: int = DEFAULT_MAX_SENTENCES,
+    allow_fewer: bool = False,
 ) -> bytes:
     """Train a unigram model with byte fallback; the same documents give the same bytes.
 
@@ -52,6 +53,7 @@ def train_tokenizer(
         vocab_size: number of pieces, the special ones and 256 bytes included.
         normalization: SentencePiece's rule; `identity` keeps every character.
         max_sentences: at most so many lines, evenly sampled, are held in memory.
+        allow_fewer: take `vocab_size` as an upper limit where the documents yield fewer pieces.
 
     Returns:
         The serialized `.model`.
@@ -72,6 +74,7 @@ def train_tokenizer(
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
+            hard_vocab_limit=not allow_fewer,
             num_threads=_NUM_THREADS,
             max_sentence_length=_SENTENCE_BYTES,
             # Special pieces are control symbols: raw text never becomes one.

@@ -1,0 +1,116 @@
+"""Hide a word in sentences of a corpus and let an exported model guess it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The model lies on the disk: nothing is looked up in a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from transformers import AutoTokenizer, FillMaskPipeline, PreTrainedTokenizerFast, pipeline
+from transformers.utils import logging as transformers_logging
+
+from megatron_bert.config.errors import DataError, run_cli
+from megatron_bert.data.text import DocumentReader, iterate_documents
+
+TOP = 5
+# Of a sentence, after which the next begins.
+_END = re.compile(r"(?<=[。！？])|(?<=[.!?])\s|\n")
+_SHORTEST_SENTENCE = 15
+_SHORTEST_WORD = 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sentence with one word hidden.
+
+    Attributes:
+        text: the sentence with the mask token in it.
+        answer: the hidden word's id.
+    """
+
+    text: str
+    answer: int
+
+
+def questions(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, count: int
+) -> Iterator[Question]:
+    """Yield at most `count` questions, from texts spread evenly over the corpus.
+
+    Each takes another sentence of its text, as far as there are, and the longest word in it that
+    is one token of letters.
+    """
+    step = max(1, len(texts) // count)
+    for number, text in enumerate(texts[::step][:count]):
+        sentences = [s for s in _END.split(text) if len(s) >= _SHORTEST_SENTENCE]
+        if not sentences:
+            continue
+        sentence = sentences[number % len(sentences)]
+        encoded = tokenizer(
+            sentence, add_special_tokens=False, return_offsets_mapping=True, truncation=True
+        )
+        words = [
+            (end - begin, begin, end, token)
+            for token, (begin, end) in zip(
+                encoded["input_ids"], encoded["offset_mapping"], strict=True
+            )
+            if sentence[begin:end].strip().isalpha()
+            and len(sentence[begin:end].strip()) >= _SHORTEST_WORD
+        ]
+        if words:
+            _, begin, end, token = max(words, key=lambda word: word[0])
+            space = " " if sentence[begin] == " " else ""
+            hidden = f"{sentence[:begin]}{space}{tokenizer.mask_token}{sentence[end:]}"
+            yield Question(hidden, token)
+
+
+def _answer(fill: FillMaskPipeline, question: Question) -> bool:
+    """Print a question with the model's guesses; return whether the right one is among them."""
+    guesses = fill(question.text, top_k=TOP)
+    hit = question.answer in [guess["token"] for guess in guesses]
+    right = fill.tokenizer.decode([question.answer]).strip()
+    told = "  ".join(f"{guess['token_str'].strip()} {guess['score']:.2f}" for guess in guesses)
+    sys.stdout.write(f"{'yes' if hit else 'no '}  {question.text}\n     {right} <- {told}\n")
+    return hit
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="exported model")
+    parser.add_argument(
+        "--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl or .txt"
+    )
+    parser.add_argument(
+        "--count", type=int, default=20, metavar="N", help="sentences (default: %(default)s)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ask, and print how often the right word was among the first five."""
+    options = _parser().parse_args(arguments)
+    if not (options.model / "config.json").is_file():
+        raise DataError(
+            f"--model {options.model}: holds no config.json; name a directory that "
+            "tools/convert_checkpoint.py to-hf has written"
+        )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
+    fill = pipeline("fill-mask", str(options.model), tokenizer=tokenizer, trust_remote_code=True)
+    texts = list(iterate_documents(DocumentReader(options.input)))
+    asked = list(questions(texts, tokenizer, options.count))
+    hits = sum(_answer(fill, question) for question in asked)
+    sys.stdout.write(f"the right word was among the first {TOP} in {hits} of {len(asked)}\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)

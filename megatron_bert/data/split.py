@@ -1,0 +1,85 @@
+"""Divide documents into a training and a held-out part by the hash of their text.
+
+A text that stands twice falls on one side, and a longer corpus keeps most documents where they
+were.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.text import DocumentReader, OnError, iterate_documents
+from megatron_bert.files import temporary_path
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """Documents of each part."""
+
+    train: int
+    held_out: int
+
+
+def split_documents(
+    reader: DocumentReader,
+    train: Path,
+    held_out: Path,
+    fraction: float,
+    *,
+    json_key: str = "text",
+    on_error: OnError = "fail",
+) -> SplitCounts:
+    """Write the documents as `{"text": ...}` lines into two `.jsonl` files.
+
+    Args:
+        reader: the files; they are read twice.
+        train: file of the documents to train on.
+        held_out: file of the `fraction` (at least one document) with the smallest hashes.
+        fraction: share of the documents to hold out, above 0 and below 1.
+        json_key: key of the text in `.jsonl` files.
+        on_error: what to do at a line that cannot be used.
+
+    Raises:
+        DataError: a line cannot be used, there are fewer than two different documents, the
+            fraction is out of range, or a file cannot be written.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise DataError(f"a held-out fraction of {fraction} is not between 0 and 1, e.g. 0.05")
+    hashes = {_hash(text) for text in iterate_documents(reader, json_key, on_error) if text}
+    if len(hashes) < 2:
+        raise DataError(
+            f"{', '.join(map(str, reader.paths))}: {len(hashes)} different document(s), too few "
+            "to hold one out; give more text, one document a line"
+        )
+    count = min(len(hashes) - 1, max(1, round(fraction * len(hashes))))
+    chosen = set(heapq.nsmallest(count, hashes))
+    kept = {False: 0, True: 0}
+    staged = {False: temporary_path(train), True: temporary_path(held_out)}
+    try:
+        with (
+            staged[False].open("w", encoding="utf-8") as train_file,
+            staged[True].open("w", encoding="utf-8") as held_out_file,
+        ):
+            for text in iterate_documents(reader, json_key, on_error):
+                side = _hash(text) in chosen
+                kept[side] += 1
+                line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+                (held_out_file if side else train_file).write(line)
+        staged[False].replace(train)
+        staged[True].replace(held_out)
+    except OSError as error:
+        raise DataError(f"cannot write {train} and {held_out}: {error.strerror}") from error
+    finally:
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+    return SplitCounts(train=kept[False], held_out=kept[True])
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())

@@ -1,0 +1,69 @@
+"""Hold out some documents of a corpus, by the hash of their text, for validation."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_bert.config.errors import run_cli
+from megatron_bert.data.split import split_documents
+from megatron_bert.data.text import DocumentReader
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Equal texts stay together. Both files are .jsonl with the key `text`.",
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl or .txt"
+    )
+    parser.add_argument("--train", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--valid", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of the documents to hold out, at least one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in .jsonl (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="at a line that cannot be read: stop, or leave it out (default: %(default)s)",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Split the files named on the command line."""
+    logging.basicConfig(format="%(message)s")
+    options = _parser().parse_args(arguments)
+    counts = split_documents(
+        DocumentReader(options.input),
+        options.train,
+        options.valid,
+        options.fraction,
+        json_key=options.json_key,
+        on_error=options.on_error,
+    )
+    sys.stdout.write(
+        f"wrote {options.train}: {counts.train:,} documents, and {options.valid}: "
+        f"{counts.held_out:,}\n"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)
