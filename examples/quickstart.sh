@@ -137,5 +137,5 @@ Next:
   python -c "from transformers import pipeline; print(pipeline('fill-mask', '$folder/huggingface', trust_remote_code=True)('日本の首都は<MASK>です。'))"
   bash examples/quickstart.sh YOUR_TEXT.jsonl       the same on your own text
   less README.md docs/training.md                   larger models, several GPUs, other options
-(in the environment: source ${python%/python}/activate)
+(in the environment: source $(printf '%q' "${python%/python}/activate"))
 TEXT

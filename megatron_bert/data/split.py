@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def split_documents(
     """
     if not 0.0 < fraction < 1.0:
         raise DataError(f"a held-out fraction of {fraction} is not between 0 and 1, e.g. 0.05")
+    for place in (train, held_out):
+        if place.is_dir():
+            raise DataError(f"cannot write {place}: it is a folder; name a file in it")
     hashes = {_hash(text) for text in iterate_documents(reader, json_key, on_error) if text}
     if len(hashes) < 2:
         raise DataError(
@@ -77,7 +81,8 @@ def split_documents(
         raise DataError(f"cannot write {train} and {held_out}: {error.strerror}") from error
     finally:
         for path in staged.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
     return SplitCounts(train=kept[False], held_out=kept[True])
 
 

@@ -7,6 +7,7 @@ same lattice; what has to be rebuilt around it is white space, bytes and special
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,7 +178,11 @@ def _normalization(model: SentencePieceModel) -> list[normalizers.Normalizer]:
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
     if model.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        # Not normalizers.Strip: it would take tabs, line ends and ideographic spaces too.
+        steps += [
+            normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        ]
     return steps
 
 
@@ -188,7 +193,8 @@ def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
         pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=prefix, split=False)
     ]
     defined = [p.text for p in model.pieces if p.kind == USER_DEFINED and p.text not in _SPECIAL]
-    steps += [
-        pre_tokenizers.Split(text, "isolated") for text in sorted(defined, key=len, reverse=True)
-    ]
+    if defined:
+        # Longest first: of two that begin alike SentencePiece takes the longer.
+        either = "|".join(re.escape(text) for text in sorted(defined, key=len, reverse=True))
+        steps.append(pre_tokenizers.Split(tokenizers.Regex(either), "isolated"))
     return pre_tokenizers.Sequence(steps)

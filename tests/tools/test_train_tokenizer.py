@@ -134,3 +134,19 @@ def test_an_existing_model_is_replaced_only_when_asked(
     assert output.read_bytes() == b"another"
     tool.main([*arguments, "--overwrite"])
     assert Tokenizer.load(output).vocab_size == 500
+
+
+def test_with_allow_fewer_the_vocabulary_size_is_an_upper_limit(
+    tiny_texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", tiny_texts)
+    output = tmp_path / "t.model"
+    arguments = ["--input", str(corpus), "--output", str(output), "--vocab-size"]
+    with pytest.raises(DataError, match=r"100000 is too large"):
+        tool.main([*arguments, "100000"])
+    tool.main([*arguments, "100000", "--allow-fewer"])
+    pieces = Tokenizer.load(output).vocab_size
+    assert 500 < pieces < 100_000
+    assert f"{pieces} pieces" in capsys.readouterr().out
+    tool.main([*arguments, "480", "--allow-fewer", "--overwrite"])
+    assert Tokenizer.load(output).vocab_size == 480

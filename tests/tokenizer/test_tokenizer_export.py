@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.tokenizer import SPECIAL_PIECES
+from megatron_bert.data.tokenizer_export import export_tokenizer
+from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+
+MASK_ID, CLS_ID, SEP_ID = 3, 5, 6
+
+HARD_LINES = [
+    "",
+    "a",
+    "a\tb\t\tc\t",
+    "吾輩は  猫   である      名前",
+    "The quick  brown   fox",
+    "ends in spaces  ",
+    "一行目\n二行目\n\n四行目\n",
+    "猫😀と👨‍👩‍👧‍👦と🇯🇵。",
+    "bell\x07 escape\x1b delete\x7f zero\u200bwidth \ufeffmark",
+    "ﾊﾝｶｸ ＦＵＬＬ　ｗｉｄｔｈ １２３ 123 ％",
+    "が é e\u0301 ㍻ ① ﬁ",
+    "def f(x):\n    return {'a': x[0] ** 2}  # コメント\n",
+    "a▁b",
+    "나는 고양이로소이다. 이름은 아직 없다.",
+    "nbsp\u00a0here\u2003em",
+    "<MASK|LLM-jp>x< MASK >" + "。" * 50,
+    "1868年に東京タワーはまだ無い 𠮷野家 鷗外",
+]
+BYTE_LITERAL = "literal <0x41> and <0xE3><0x81><0x82>"
+# One grapheme each, of which SentencePiece's rules rewrite a part or the whole.
+GRAPHEMES = ["a\r\nb", "か\u3099", "ｶﾞ", "ﾊﾟ"]
+
+
+def read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def rebuild(path: Path) -> tokenizers.Tokenizer:
+    files = export_tokenizer(path, 512).files
+    return tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+
+
+def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def assert_same_ids_and_texts(path: Path, texts: list[str]) -> None:
+    library, rebuilt = read_sentencepiece(path), rebuild(path)
+    for text in texts:
+        ids = library.encode(text)
+        assert encode(rebuilt, text) == ids, text
+        assert rebuilt.decode(ids) == library.decode(ids), text
+
+
+def train(texts: list[str], path: Path, **options: Any) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=512,
+        byte_fallback=True,
+        control_symbols=list(SPECIAL_PIECES[3:]),
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_tokenizer_path: Path) -> tokenizers.Tokenizer:
+    return rebuild(tiny_tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def llm_jp_path(shared_data: Path) -> Path:
+    return shared_data / "tokenizer" / "llm-jp-tokenizer-100k.ver3.0b1.model"
+
+
+def test_the_exported_tokenizer_segments_ordinary_text_as_sentencepiece_does(
+    tiny_tokenizer_path: Path, tiny_texts: list[str]
+) -> None:
+    assert_same_ids_and_texts(tiny_tokenizer_path, tiny_texts)
+
+
+@pytest.mark.parametrize(
+    "line", [*HARD_LINES, *GRAPHEMES, " begins with a space", "   ", "\x00nul"]
+)
+def test_the_exported_tokenizer_segments_hard_lines_as_sentencepiece_does(
+    tiny_tokenizer_path: Path, exported: tokenizers.Tokenizer, line: str
+) -> None:
+    library = read_sentencepiece(tiny_tokenizer_path)
+    ids = library.encode(line)
+    assert encode(exported, line) == ids
+    assert exported.decode(ids) == library.decode(ids)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the score of byte pieces lowers that of unknown characters below it"
+)
+def test_a_literal_byte_piece_with_a_character_unknown_to_the_vocabulary_stays_text(
+    tiny_tokenizer_path: Path,
+) -> None:
+    assert read_sentencepiece(tiny_tokenizer_path).piece_to_id("<") == 0
+    assert_same_ids_and_texts(tiny_tokenizer_path, ["<0x41>", BYTE_LITERAL])
+
+
+def test_the_exported_vocabulary_has_the_pieces_at_their_ids(
+    tiny_tokenizer_path: Path, exported: tokenizers.Tokenizer
+) -> None:
+    library = read_sentencepiece(tiny_tokenizer_path)
+    assert exported.get_vocab_size() == library.vocab_size()
+    numbers = range(library.vocab_size())
+    assert [exported.id_to_token(i) for i in numbers] == [library.id_to_piece(i) for i in numbers]
+
+
+def test_a_text_is_encoded_between_cls_and_sep(exported: tokenizers.Tokenizer) -> None:
+    text = encode(exported, "吾輩は猫である")
+    assert exported.encode("吾輩は猫である").ids == [CLS_ID, *text, SEP_ID]
+    assert exported.encode("").ids == [CLS_ID, SEP_ID]
+
+
+def test_a_pair_is_encoded_with_a_sep_after_each_text(exported: tokenizers.Tokenizer) -> None:
+    first, second = encode(exported, "吾輩は猫である"), encode(exported, "The fox")
+    ids = exported.encode("吾輩は猫である", "The fox").ids
+    assert ids == [CLS_ID, *first, SEP_ID, *second, SEP_ID]
+
+
+@pytest.mark.parametrize(("number", "piece"), list(enumerate(SPECIAL_PIECES)))
+def test_special_pieces_are_recognised_in_text(
+    exported: tokenizers.Tokenizer, number: int, piece: str
+) -> None:
+    around = encode(exported, "猫"), encode(exported, "学校")
+    assert encode(exported, f"猫{piece}学校") == [*around[0], number, *around[1]]
+
+
+def test_special_pieces_are_left_out_of_decoded_text(exported: tokenizers.Tokenizer) -> None:
+    ids = exported.encode("吾輩は<MASK>である").ids
+    assert MASK_ID in ids
+    assert exported.decode(ids) == "吾輩はである"
+
+
+def test_the_mask_takes_the_space_before_it_and_leaves_the_one_after(
+    exported: tokenizers.Tokenizer,
+) -> None:
+    before, after = encode(exported, "The quick"), encode(exported, " fox")
+    assert encode(exported, "The quick <MASK> fox") == [*before, MASK_ID, *after]
+
+
+def test_other_special_pieces_leave_the_space_before_them(exported: tokenizers.Tokenizer) -> None:
+    before = encode(exported, "The quick ")
+    assert before != encode(exported, "The quick")
+    assert encode(exported, "The quick <SEP>") == [*before, SEP_ID]
+
+
+def test_a_tokenizer_trained_here_keeps_the_plain_names(tiny_tokenizer_path: Path) -> None:
+    export = export_tokenizer(tiny_tokenizer_path, 8192)
+    assert json.loads(export.files["tokenizer_config.json"]) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 8192,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "mask_token": "<MASK>",
+        "pad_token": "<PAD>",
+        "cls_token": "<CLS>",
+        "sep_token": "<SEP>",
+    }
+    roles = ("unk", "bos", "eos", "mask", "pad", "cls", "sep")
+    assert export.token_ids == {f"{role}_token_id": i for i, role in enumerate(roles)}
+
+
+def test_the_llm_jp_tokenizer_has_the_names_of_its_own_repositories(llm_jp_path: Path) -> None:
+    export = export_tokenizer(llm_jp_path, 512)
+    config = json.loads(export.files["tokenizer_config.json"])
+    names = {role: config[f"{role}_token"] for role in ("mask", "pad", "cls", "sep")}
+    assert names == {role: f"<{role.upper()}|LLM-jp>" for role in names}
+    assert (config["unk_token"], config["bos_token"], config["eos_token"]) == SPECIAL_PIECES[:3]
+    assert export.token_ids["mask_token_id"] == MASK_ID
+    rebuilt = tokenizers.Tokenizer.from_str(export.files["tokenizer.json"])
+    assert rebuilt.token_to_id("<MASK|LLM-jp>") == MASK_ID
+    assert MASK_ID in encode(rebuilt, "東京<MASK|LLM-jp>大阪")
+    assert MASK_ID not in encode(rebuilt, "東京<MASK>大阪")
+
+
+def test_the_llm_jp_tokenizer_segments_real_text_as_sentencepiece_does(
+    llm_jp_path: Path, shared_data: Path
+) -> None:
+    with gzip.open(shared_data / "aozora" / "valid.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = list(islice((t for row in file for t in json.loads(row)["text"].split("\n")), 3000))
+    assert len(lines) == 3000
+    assert_same_ids_and_texts(llm_jp_path, lines)
+
+
+def test_the_llm_jp_tokenizer_segments_hard_lines_as_sentencepiece_does(llm_jp_path: Path) -> None:
+    lines = [line for line in HARD_LINES if "|LLM-jp>" not in line]
+    assert_same_ids_and_texts(llm_jp_path, [*lines, *GRAPHEMES, BYTE_LITERAL])
+
+
+def test_a_normalizing_tokenizer_trained_here_segments_as_sentencepiece_does(
+    tiny_texts: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "nfkc.model"
+    write_model(train_tokenizer(tiny_texts, 512, normalization="nmt_nfkc"), path)
+    assert_same_ids_and_texts(path, [*tiny_texts, *HARD_LINES])
+
+
+@pytest.mark.xfail(strict=True, reason="tokenizers normalizes graphemes, SentencePiece prefixes")
+@pytest.mark.parametrize("text", GRAPHEMES)
+def test_normalization_rewrites_parts_of_graphemes_as_sentencepiece_does(
+    tiny_texts: list[str], tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "nfkc.model"
+    write_model(train_tokenizer(tiny_texts, 512, normalization="nmt_nfkc"), path)
+    assert_same_ids_and_texts(path, [text])
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("strips", [True, False])
+def test_a_tokenizer_with_a_dummy_prefix_segments_as_sentencepiece_does(
+    tiny_texts: list[str], tmp_path: Path, rule: str, strips: bool
+) -> None:
+    path = train(
+        tiny_texts,
+        tmp_path / "prefix.model",
+        normalization_rule_name=rule,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=strips,
+    )
+    assert_same_ids_and_texts(path, [*tiny_texts, *(line.rstrip("\t\n") for line in HARD_LINES)])
+
+
+@pytest.mark.parametrize("text", ["a\t", "a\n", "\ta", "全角\u3000", "\u3000字下げ"])
+def test_extra_white_space_is_spaces_alone(
+    tiny_texts: list[str], tmp_path: Path, text: str
+) -> None:
+    path = train(
+        tiny_texts,
+        tmp_path / "strips.model",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=True,
+    )
+    assert_same_ids_and_texts(path, [text])
+
+
+def test_user_defined_pieces_are_kept_whole_as_sentencepiece_keeps_them(
+    tiny_texts: list[str], tmp_path: Path
+) -> None:
+    options = {"normalization_rule_name": "identity", "user_defined_symbols": ["\t", "ab", "猫学"]}
+    path = train(tiny_texts, tmp_path / "defined.model", **options)
+    assert_same_ids_and_texts(path, ["a\tb\t\tc", "xabcabx", "猫\t猫学校", "ab abc"])
+
+
+def test_of_two_user_defined_pieces_that_begin_alike_the_longer_is_kept_whole(
+    tiny_texts: list[str], tmp_path: Path
+) -> None:
+    options = {"normalization_rule_name": "identity", "user_defined_symbols": ["ab", "abc"]}
+    path = train(tiny_texts, tmp_path / "defined.model", **options)
+    assert_same_ids_and_texts(path, ["xabcabx"])
+
+
+@pytest.mark.xfail(strict=True, reason="user-defined pieces are split out after normalization")
+def test_normalization_leaves_user_defined_pieces_as_they_are(
+    tiny_texts: list[str], tmp_path: Path
+) -> None:
+    options = {"normalization_rule_name": "nmt_nfkc", "user_defined_symbols": ["\t"]}
+    path = train(tiny_texts, tmp_path / "defined.model", **options)
+    assert_same_ids_and_texts(path, ["a\tb"])
+
+
+def test_a_sentencepiece_model_of_another_kind_is_refused(
+    tiny_texts: list[str], tmp_path: Path
+) -> None:
+    path = train(tiny_texts, tmp_path / "bpe.model", model_type="bpe")
+    with pytest.raises(DataError, match=r"unigram.*train_tokenizer"):
+        export_tokenizer(path, 512)
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read tokenizer"):
+        export_tokenizer(tmp_path / "none.model", 512)
+
+
+@pytest.mark.parametrize("suffix", ["", "|LLM-jp"])
+def test_a_tokenizer_json_keeps_its_names_and_is_exported_with_cls_and_sep(
+    tmp_path: Path, suffix: str
+) -> None:
+    pieces = [*SPECIAL_PIECES[:3], *(f"{piece[:-1]}{suffix}>" for piece in SPECIAL_PIECES[3:])]
+    vocabulary = [(piece, 0.0) for piece in pieces] + [(text, -4.0) for text in "▁abc猫"]
+    source = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
+    source.pre_tokenizer = pre_tokenizers.Metaspace()
+    source.add_special_tokens(pieces)
+    source.enable_padding(length=50)
+    source.enable_truncation(4)
+    path = tmp_path / "tokenizer.json"
+    source.save(str(path))
+    export = export_tokenizer(path, 128)
+    rebuilt = tokenizers.Tokenizer.from_str(export.files["tokenizer.json"])
+    text = [rebuilt.token_to_id(piece) for piece in "▁abcabc猫"]
+    assert rebuilt.encode("abcabc猫").ids == [CLS_ID, *text, SEP_ID]
+    assert rebuilt.encode("abcabc猫", "a").ids[-4:] == [SEP_ID, *text[:2], SEP_ID]
+    assert MASK_ID in encode(rebuilt, f"a<MASK{suffix}>b")
+    config = json.loads(export.files["tokenizer_config.json"])
+    assert config["mask_token"] == f"<MASK{suffix}>"
+    assert config["bos_token"] == "<s>"
+    assert config["model_max_length"] == 128
+    assert export.token_ids["mask_token_id"] == MASK_ID

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.config.errors import UserError, run_cli
+from megatron_bert.training.metrics import MetricsFile
+from megatron_bert.training.report import RunRecords, write_picture, write_report
+from megatron_bert.training.run_directory import RunDirectory, record_failure
+from tools import report as tool
+
+pytest.importorskip("matplotlib")
+
+LENGTHS = {1: 1234, 7: 5678}
+
+
+def write_run(
+    folder: Path, steps: int = 12, *, evaluations: bool = True, nan_at: int | None = None
+) -> Path:
+    folder.mkdir()
+    file = MetricsFile(folder / "metrics.jsonl")
+    for step in range(1, steps + 1):
+        length = LENGTHS[1] if step < 7 else LENGTHS[7]
+        loss = math.nan if step == nan_at else 10.0 - step / 2
+        record = {"step": step, "seq_length": length, "tokens": 1000 * step, "loss": loss}
+        file.write({**record, "lr": 1e-3 / step, "step_seconds": 10.0})
+        if evaluations and step % 6 == 0:
+            valid = {"step": step, "valid_loss": 7.25, "valid_accuracy": 0.125}
+            file.write({**valid, "valid_seq_length": length})
+    file.close()
+    return folder
+
+
+def test_a_runs_facts_are_those_of_its_metrics(tmp_path: Path) -> None:
+    run = RunRecords.read(write_run(tmp_path / "run"))
+    assert run.facts() == {
+        "run directory": str(tmp_path / "run"),
+        "state": "running, or killed",
+        "steps": "12 of length 1234 from step 1, length 5678 from step 7",
+        "token slots": "12,000",
+        "time in steps": "2 min",
+        "loss": "9.500 at the first step, 6.250 mean of the last 10",
+        "held-out loss": "7.250, accuracy 0.125 (length 5678)",
+    }
+
+
+def test_a_run_without_evaluations_has_no_held_out_loss_and_can_be_drawn(tmp_path: Path) -> None:
+    run = RunRecords.read(write_run(tmp_path / "run", evaluations=False))
+    assert "held-out loss" not in run.facts()
+    write_report(run, tmp_path / "page.html")
+    assert "held out" not in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_the_state_is_how_the_run_ended(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with RunDirectory(folder) as directory:
+        directory.finish({"step": 12})
+        assert RunRecords.read(folder).facts()["state"] == "finished"
+        directory.stop({"reason": "SIGTERM"})
+        assert RunRecords.read(folder).facts()["state"] == "stopped: SIGTERM"
+        directory.start()
+        record_failure(folder, 0, ValueError("the disk is full"))
+        assert RunRecords.read(folder).facts()["state"] == "failed: the disk is full"
+
+
+@pytest.mark.parametrize("steps", [1, 12, 1000])
+def test_the_picture_marks_every_stage_with_its_length(tmp_path: Path, steps: int) -> None:
+    run = RunRecords.read(write_run(tmp_path / "run", steps))
+    write_picture(run, tmp_path / "curves.svg")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "curves.svg").read_text("utf-8"))
+    for first_step, length in LENGTHS.items():
+        assert (str(length) in texts) == (steps >= first_step)
+
+
+def test_a_loss_that_is_no_number_is_a_gap_in_the_curve(tmp_path: Path) -> None:
+    run = RunRecords.read(write_run(tmp_path / "run", nan_at=5))
+    write_report(run, tmp_path / "page.html")
+    assert "<svg" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_text("run: {seed: 7}\n")
+    write_report(RunRecords.read(folder), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert page.count("<svg") == page.count("</svg>") == 1
+    assert page.count("<!DOCTYPE") == 1
+    assert "<?xml" not in page
+    assert "run: {seed: 7}" in page
+    targets = re.findall(r"""\b(?:src|href)\s*=\s*["']([^"']*)""", page)
+    assert [target for target in targets if not target.startswith("#")] == []
+    assert re.findall(r"""<script|<link|@import|url\((?!["']?#)""", page) == []
+
+
+def test_what_a_user_wrote_is_text_in_the_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "<b>run & {rows}")
+    (folder / "config.yaml").write_text("note: </pre><script>alert('猫')</script> {title}\n")
+    (folder / "FAILED").write_text(json.dumps({"reason": "<i>no</i>"}))
+    write_report(RunRecords.read(folder), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    for tag in ("<b>", "<i>", "<script"):
+        assert tag not in page
+    assert "<title>&lt;b&gt;run &amp; {rows}</title>" in page
+    assert "&lt;/pre&gt;&lt;script&gt;alert(&#x27;猫&#x27;)&lt;/script&gt; {title}" in page
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = RunRecords.read(write_run(tmp_path / "run"))
+    for name in ("first", "second"):
+        write_picture(run, tmp_path / f"{name}.svg")
+        write_report(run, tmp_path / f"{name}.html")
+    for ending in ("svg", "html"):
+        first = (tmp_path / f"first.{ending}").read_bytes()
+        assert first == (tmp_path / f"second.{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["curves.pdf", "curves", "curves.SVG"])
+def test_a_picture_of_another_kind_is_refused_and_nothing_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"must end in \.svg or \.png"):
+        tool.main([str(folder), "--picture", str(tmp_path / name)])
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "metrics.jsonl"]
+
+
+def test_a_page_or_picture_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    run = RunRecords.read(write_run(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"cannot write .*page\.html: .*name another file"):
+        write_report(run, tmp_path / "missing" / "page.html")
+    with pytest.raises(UserError, match=r"cannot write .*a\.png: .*name another file"):
+        write_picture(run, tmp_path / "missing" / "a.png")
+
+
+def test_the_tool_writes_the_page_into_the_run_directory_and_prints_the_facts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run")
+    picture = tmp_path / "curves.png"
+    tool.main([str(folder), "--picture", str(picture)])
+    assert (folder / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out.splitlines()
+    assert "token slots   12,000" in lines
+    assert lines[-1] == f"wrote {folder / 'report.html'}"
+
+
+def test_the_page_is_written_where_output_says(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    tool.main([str(folder), "--output", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").exists()
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("metrics", [None, "", '{"step": 3, "valid_loss": 7.0}\n'])
+def test_a_run_without_a_recorded_step_is_refused_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metrics: str | None
+) -> None:
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_text(metrics)
+    with pytest.raises(SystemExit) as left:
+        run_cli(lambda: tool.main([str(tmp_path)]))
+    assert left.value.code == 2
+    assert re.match(r"error: .*(cannot read metrics|train first)", capsys.readouterr().err)
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.config.errors import DataError, run_cli
+from megatron_bert.data.split import SplitCounts, split_documents
+from megatron_bert.data.text import DocumentReader
+from tools import split_corpus as tool
+
+
+def write_corpus(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+
+
+def split(
+    folder: Path, texts: list[str], fraction: float
+) -> tuple[SplitCounts, list[str], list[str]]:
+    reader = DocumentReader([write_corpus(folder / "corpus.jsonl", texts)])
+    train, valid = folder / "train.jsonl", folder / "valid.jsonl"
+    counts = split_documents(reader, train, valid, fraction)
+    return counts, texts_of(train), texts_of(valid)
+
+
+def numbered(count: int) -> list[str]:
+    return [f"文書 {number}" for number in range(count)]
+
+
+def test_every_document_falls_on_one_side_in_its_order_and_nothing_else_is_left(
+    tmp_path: Path,
+) -> None:
+    texts = numbered(50)
+    _, train, valid = split(tmp_path, texts, 0.2)
+    assert train == [text for text in texts if text not in set(valid)]
+    assert valid == [text for text in texts if text not in set(train)]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["corpus.jsonl", "train.jsonl", "valid.jsonl"]
+
+
+def test_equal_texts_stay_together(tmp_path: Path) -> None:
+    counts, train, valid = split(tmp_path, numbered(20) * 3, 0.5)
+    assert counts == SplitCounts(train=30, held_out=30)
+    assert not set(train) & set(valid)
+
+
+@pytest.mark.parametrize(
+    ("documents", "fraction", "held_out"),
+    [(200, 0.05, 10), (200, 0.5, 100), (10, 0.001, 1), (2, 0.999, 1), (10, 0.999, 9)],
+)
+def test_the_fraction_is_held_out_but_one_document_at_least_on_either_side(
+    tmp_path: Path, documents: int, fraction: float, held_out: int
+) -> None:
+    counts, train, valid = split(tmp_path, numbered(documents), fraction)
+    assert counts == SplitCounts(train=documents - held_out, held_out=held_out)
+    assert (len(train), len(valid)) == (documents - held_out, held_out)
+
+
+def test_the_same_documents_are_held_out_again_in_whatever_order_they_come(
+    tmp_path: Path,
+) -> None:
+    first = split(tmp_path, numbered(100), 0.1)
+    assert split(tmp_path, numbered(100), 0.1) == first
+    _, _, valid = split(tmp_path, numbered(100)[::-1], 0.1)
+    assert valid == first[2][::-1]
+
+
+def test_a_longer_corpus_holds_out_nothing_else_of_what_it_held_before(tmp_path: Path) -> None:
+    _, _, before = split(tmp_path, numbered(100), 0.1)
+    _, _, after = split(tmp_path, numbered(110), 10 / 110)
+    assert set(after) & set(numbered(100)) <= set(before)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a"], ["a", "a", ""]])
+def test_fewer_than_two_different_documents_are_refused(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(DataError, match=r"corpus\.jsonl: [01] different .*give more text"):
+        split(tmp_path, texts, 0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 5.0, float("nan")])
+def test_a_fraction_out_of_range_is_refused(tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(DataError, match=r"is not between 0 and 1"):
+        split(tmp_path, numbered(4), fraction)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("side", ["train", "valid"])
+@pytest.mark.parametrize("place", ["missing/out.jsonl", "file/out.jsonl", "folder"])
+def test_a_place_that_cannot_be_written_to_is_an_error_and_leaves_nothing(
+    tmp_path: Path, side: str, place: str
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", numbered(4))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    outputs = {"train": tmp_path / "train.jsonl", "valid": tmp_path / "valid.jsonl"}
+    outputs[side] = tmp_path / place
+    with pytest.raises(DataError, match=r"cannot write .*out\.jsonl|cannot write .*folder"):
+        split_documents(DocumentReader([corpus]), outputs["train"], outputs["valid"], 0.5)
+    names = sorted(path.name for path in tmp_path.rglob("*"))
+    assert names == ["corpus.jsonl", "file", "folder"]
+
+
+def test_a_broken_line_leaves_nothing_half_written_unless_it_is_to_skip(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", numbered(4))
+    with corpus.open("a") as file:
+        file.write("{broken\n")
+    arguments = ["--input", str(corpus), "--train", str(tmp_path / "train.jsonl")]
+    arguments += ["--valid", str(tmp_path / "valid.jsonl")]
+    with pytest.raises(DataError, match=r"corpus\.jsonl, line 5: broken JSON"):
+        tool.main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+    tool.main([*arguments, "--on-error", "skip"])
+    assert len(texts_of(tmp_path / "train.jsonl")) == 3
+
+
+def test_the_tool_splits_several_files_and_says_what_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first.jsonl"
+    first.write_text("".join(json.dumps({"body": text}) + "\n" for text in numbered(10)))
+    second = tmp_path / "second.txt"
+    second.write_text("a\nb\nc\n")
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    arguments = ["--input", str(first), str(second), "--json-key", "body", "--fraction", "0.3"]
+    tool.main([*arguments, "--train", str(train), "--valid", str(valid)])
+    assert capsys.readouterr().out == f"wrote {train}: 9 documents, and {valid}: 4\n"
+    assert sorted(texts_of(train) + texts_of(valid)) == sorted([*numbered(10), "a", "b", "c"])
+
+
+@pytest.mark.parametrize("fraction", ["0", "0.5"])
+def test_the_tool_leaves_with_exit_code_2_when_it_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fraction: str
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", ["a"])
+    arguments = ["--input", str(corpus), "--fraction", fraction]
+    arguments += ["--train", str(tmp_path / "t.jsonl"), "--valid", str(tmp_path / "v.jsonl")]
+    with pytest.raises(SystemExit) as left:
+        run_cli(lambda: tool.main(arguments))
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
