@@ -23,7 +23,8 @@ from megatron_bert.data.text import DocumentReader, iterate_documents
 TOP = 5
 # Of a sentence, after which the next begins.
 _END = re.compile(r"(?<=[。！？])|(?<=[.!?])\s|\n")
-_SHORTEST_SENTENCE = 15
+# In characters; what is longer may not fit into a row.
+_SHORTEST_SENTENCE, _LONGEST_SENTENCE = 15, 400
 _SHORTEST_WORD = 2
 
 
@@ -50,13 +51,13 @@ def questions(
     """
     step = max(1, len(texts) // count)
     for number, text in enumerate(texts[::step][:count]):
-        sentences = [s for s in _END.split(text) if len(s) >= _SHORTEST_SENTENCE]
+        sentences = [
+            s for s in _END.split(text) if _SHORTEST_SENTENCE <= len(s) <= _LONGEST_SENTENCE
+        ]
         if not sentences:
             continue
         sentence = sentences[number % len(sentences)]
-        encoded = tokenizer(
-            sentence, add_special_tokens=False, return_offsets_mapping=True, truncation=True
-        )
+        encoded = tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)
         words = [
             (end - begin, begin, end, token)
             for token, (begin, end) in zip(
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--model {options.model}: holds no config.json; name a directory that "
             "tools/convert_checkpoint.py to-hf has written"
         )
+    if options.count < 1:
+        raise DataError(f"--count {options.count}: give at least 1")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)

@@ -52,6 +52,11 @@ def split_documents(
     """
     if not 0.0 < fraction < 1.0:
         raise DataError(f"a held-out fraction of {fraction} is not between 0 and 1, e.g. 0.05")
+    places = [path.resolve() for path in (train, held_out, *reader.paths)]
+    if train.resolve() in places[1:] or held_out.resolve() in places[2:]:
+        raise DataError(
+            f"{train} and {held_out} must be two files, and none of the input; name others"
+        )
     for place in (train, held_out):
         if place.is_dir():
             raise DataError(f"cannot write {place}: it is a folder; name a file in it")
@@ -70,7 +75,7 @@ def split_documents(
             staged[False].open("w", encoding="utf-8") as train_file,
             staged[True].open("w", encoding="utf-8") as held_out_file,
         ):
-            for text in iterate_documents(reader, json_key, on_error):
+            for text in filter(None, iterate_documents(reader, json_key, on_error)):
                 side = _hash(text) in chosen
                 kept[side] += 1
                 line = json.dumps({"text": text}, ensure_ascii=False) + "\n"

@@ -146,3 +146,24 @@ def test_the_tool_leaves_with_exit_code_2_when_it_refuses(
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("train", "valid"),
+    [("t.jsonl", "t.jsonl"), ("corpus.jsonl", "v.jsonl"), ("t.jsonl", "corpus.jsonl")],
+)
+def test_no_file_is_written_over_the_other_or_over_the_corpus(
+    tmp_path: Path, train: str, valid: str
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", numbered(4))
+    before = corpus.read_bytes()
+    with pytest.raises(DataError, match="two files, and none of the input"):
+        split_documents(DocumentReader([corpus]), tmp_path / train, tmp_path / valid, 0.5)
+    assert corpus.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_empty_documents_are_left_out(tmp_path: Path) -> None:
+    counts, train, valid = split(tmp_path, ["", "一", "二", ""], 0.5)
+    assert counts == SplitCounts(train=1, held_out=1)
+    assert "" not in train + valid
