@@ -48,7 +48,7 @@ done
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=tools/bootstrap.sh
 . tools/bootstrap.sh
-bootstrap dev || exit 1
+bootstrap dev examples || exit 1
 
 left_out=()
 for suite in "${suites[@]}"; do

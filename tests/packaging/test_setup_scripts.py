@@ -184,6 +184,15 @@ def test_a_missing_compiler_is_named_as_a_package(machine: Machine) -> None:
     assert machine.installations() == []
 
 
+def test_a_disk_without_room_is_named_with_what_is_needed_and_free(machine: Machine) -> None:
+    machine.provide("df", "#!/bin/bash\necho Filesystem\necho disk 9000 8100 900 90% /\n")
+    result = machine.bootstrap("dev")
+    assert result.returncode == 1
+    assert "needs about 1500 MB" in result.stderr
+    assert "has 900 MB free" in result.stderr
+    assert machine.installations() == []
+
+
 def test_a_compiler_too_old_for_the_sources_is_refused(machine: Machine) -> None:
     machine.provide("c++", "#!/bin/bash\nexit 1\n")
     result = machine.bootstrap("dev")
