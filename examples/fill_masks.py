@@ -58,11 +58,12 @@ def questions(
             continue
         sentence = sentences[number % len(sentences)]
         encoded = tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        if set(ids) & set(tokenizer.all_special_ids) or len(ids) + 2 > tokenizer.model_max_length:
+            continue
         words = [
             (end - begin, begin, end, token)
-            for token, (begin, end) in zip(
-                encoded["input_ids"], encoded["offset_mapping"], strict=True
-            )
+            for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True)
             if sentence[begin:end].strip().isalpha()
             and len(sentence[begin:end].strip()) >= _SHORTEST_WORD
         ]

@@ -34,6 +34,10 @@ for argument in "$@"; do
     esac
     if [ -e "$argument" ]; then
         corpora+=("$(realpath -- "$argument")")
+    elif [[ $argument =~ ^(run\.dir|data\..*)= ]]; then
+        printf 'error: %s: run.dir and data are set by this script; name your text as files\n' \
+            "$argument" >&2
+        exit 2
     elif [[ $argument =~ ^[a-z_]+(\.[a-z0-9_]+)+= ]]; then
         overrides+=("$argument")
     else
@@ -74,10 +78,13 @@ say "1/8 Set-up: a virtual environment with PyTorch, transformers and the C++ da
 bootstrap examples || exit 1
 
 # The folder's name follows from what the result depends on, so that nothing stale is reused.
-fingerprint=$({
-    cat -- "${corpora[@]}" examples/quickstart.yaml
-    printf '%s\n' "${overrides[@]:-}"
-} | sha256sum | cut -c 1-8) || exit 1
+set -o pipefail
+fingerprint=$(
+    for input in "${corpora[@]}" examples/quickstart.yaml; do
+        printf '%s ' "${input##*/}"
+        sha256sum <"$input" || exit 1
+    done | cat - <(printf '%s\n' "${overrides[@]:-}") | sha256sum | cut -c 1-8
+) || exit 1
 folder=runs/quickstart-$fingerprint
 mkdir -p -- "$folder" || exit 1
 printf '  everything lands in %s\n' "$folder"
@@ -96,7 +103,7 @@ stands "$folder/tokenizer.model" "The tokenizer" || run tools/train_tokenizer.py
 
 say "4/8 Datasets: text as token ids in Megatron's .bin/.idx format, read by memory mapping"
 for part in train valid; do
-    stands "$folder/$part.json" "The dataset" || run tools/preprocess_data.py \
+    stands "$folder/$part.idx" "The dataset" || run tools/preprocess_data.py --overwrite \
         --input "$folder/$part.jsonl" --tokenizer "$folder/tokenizer.model" \
         --output-prefix "$folder/$part"
 done

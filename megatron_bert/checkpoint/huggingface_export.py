@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_bert.checkpoint.huggingface_names import huggingface_name
-from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.checkpoint.manifest import verified_manifest
 from megatron_bert.checkpoint.tensors import read_whole, saved_shapes
 from megatron_bert.config.errors import CheckpointError, DataError
 from megatron_bert.config.schema import ModelConfig
@@ -47,11 +48,10 @@ def export_checkpoint(
         CheckpointError: the checkpoint is missing or damaged, or `output` cannot be made.
         DataError: the tokenizer is missing or is not the one that the run was trained with.
     """
+    output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists already; name a new directory, or remove it first")
-    manifest = Manifest.read(checkpoint)
-    manifest.verify_names(checkpoint)
-    manifest.verify_content(checkpoint, manifest.files)
+    manifest = verified_manifest(checkpoint)
     run_config: Any = manifest.state["config"]
     tokenizer_path = Path(run_config["data"]["tokenizer"]) if tokenizer is None else tokenizer
     _check_tokenizer(tokenizer_path, str(manifest.state["tokenizer_hash"]), checkpoint)
@@ -77,9 +77,9 @@ def export_checkpoint(
         for path in staging.iterdir():
             sync_to_disk(path)
         staging.replace(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write {output}: {error.strerror or error}; free space or name another place"
+            f"cannot write {output}: {error}; free space or name another place"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -138,6 +138,24 @@ class Manifest:
                 )
 
 
+def verified_manifest(folder: Path) -> Manifest:
+    """Read the manifest of `folder` and compare every file with it, in this process alone.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged, or cannot be read.
+    """
+    try:
+        manifest = Manifest.read(folder)
+        manifest.verify_names(folder)
+        manifest.verify_content(folder, manifest.files)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {folder}: {error}; see that it may be read and that no run removes it "
+            "meanwhile"
+        ) from error
+    return manifest
+
+
 def file_checksum(path: Path) -> str:
     """Return the XXH3-64 of a file's content, in hexadecimal."""
     digest = xxhash.xxh3_64()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.checkpoint.manifest import verified_manifest
 from megatron_bert.checkpoint.tensors import saved_shapes
 
 
@@ -17,9 +17,7 @@ def describe_checkpoint(folder: Path) -> Iterator[str]:
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
     """
-    manifest = Manifest.read(folder)
-    manifest.verify_names(folder)
-    manifest.verify_content(folder, manifest.files)
+    manifest = verified_manifest(folder)
     state: Any = manifest.state
     model = state["config"]["model"]
     shapes = saved_shapes(folder)

@@ -136,14 +136,21 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_whole(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Read one tensor whole, fp32 on the CPU, in this process alone."""
+    """Read one tensor whole, fp32 on the CPU, in this process alone.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     whole = torch.empty(shape)
-    with _no_single_process_warning():
-        load(
-            {name: whole},
-            storage_reader=HuggingFaceStorageReader(path=str(folder)),
-            no_dist=True,
-        )
+    try:
+        with _dcp_errors(), _no_single_process_warning():
+            load(
+                {name: whole},
+                storage_reader=HuggingFaceStorageReader(path=str(folder)),
+                no_dist=True,
+            )
+    except (RanksFailedError, OSError) as error:
+        raise CheckpointError(f"cannot read {name} from {folder}: {error}") from error
     return whole
 
 

@@ -64,6 +64,17 @@ def _set_scalars(kind: type[yaml.SafeLoader] | type[yaml.SafeDumper]) -> None:
 _set_scalars(_Loader)
 _set_scalars(_Dumper)
 
+# Line breaks of Unicode, which single quotes would fold into spaces.
+_UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _UNICODE_BREAKS.search(text) else None
+    return dumper.represent_scalar(_TEXT, text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
 
 def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     """Read one YAML document.

@@ -16,7 +16,7 @@ import xxhash
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.text import DocumentReader, OnError, iterate_documents
-from megatron_bert.files import temporary_path
+from megatron_bert.files import sync_to_disk, temporary_path
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,11 @@ def split_documents(
                 kept[side] += 1
                 line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
                 (held_out_file if side else train_file).write(line)
-        staged[False].replace(train)
+        for path in staged.values():
+            sync_to_disk(path)
+        # The larger part last: where it stands, both do.
         staged[True].replace(held_out)
+        staged[False].replace(train)
     except OSError as error:
         raise DataError(f"cannot write {train} and {held_out}: {error.strerror}") from error
     finally:

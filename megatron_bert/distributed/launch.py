@@ -61,3 +61,13 @@ def end_process_group() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def abandon_process_group() -> None:
+    """Leave after a failure, without the others.
+
+    The threads of a group that still stands can abort the interpreter on its way out, and with it
+    the exit code. With peers it stays: destroying it could wait for them, and torchrun ends all.
+    """
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()

@@ -199,6 +199,8 @@ class RetrievaBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # The loss is a mean over the batch at hand: Trainer is to divide by its accumulation steps.
+    accepts_loss_kwargs = False
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -294,8 +296,11 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
 
         Flash attention takes the padding mask itself; it has no use for another.
         """
-        if padding_BS is not None and padding_BS.dim() == 4:
-            return padding_BS
+        if padding_BS is not None and padding_BS.dim() != 2:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(padding_BS.shape)}; give [B, S], and "
+                "position_ids that restart at 0 where several texts share a row"
+            )
         if "flash" in self.config._attn_implementation:
             if position_ids is not None:
                 raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_bert.config.checks import check_config
@@ -17,6 +18,7 @@ from megatron_bert.config.load import dump_config, load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import (
+    abandon_process_group,
     choose_device,
     end_process_group,
     requested_world_size,
@@ -93,6 +95,15 @@ def _train(config: Config) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     start_process_group(device, config.distributed.timeout_seconds)
+    try:
+        _run(config, device, stops)
+    except BaseException:
+        abandon_process_group()
+        raise
+    end_process_group()
+
+
+def _run(config: Config, device: torch.device, stops: StopRequests) -> None:
     directory = _open_run_directory(config)
     with _failure_recorded(config):
         # Here, not before: a refusal must replace what an earlier job left in the run directory.
@@ -107,7 +118,6 @@ def _train(config: Config) -> None:
         else:
             directory.stop({**outcome, "reason": end.stop_reason})
             logger.info("stopped after step %s: %s", f"{end.step:,}", end.stop_reason)
-    end_process_group()
 
 
 def _open_run_directory(config: Config) -> RunDirectory | None:

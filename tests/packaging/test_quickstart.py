@@ -43,6 +43,12 @@ def test_what_it_does_not_know_is_refused_before_anything_is_installed(argument:
     assert f"error: {'unknown flag ' if argument[0] == '-' else ''}{argument}" in result.stderr
 
 
+def test_keys_that_the_script_sets_itself_are_refused() -> None:
+    result = quickstart("run.dir=elsewhere")
+    assert result.returncode == 2
+    assert "error: run.dir=elsewhere: run.dir and data are set by this script" in result.stderr
+
+
 @pytest.fixture
 def corpus(tiny_texts: list[str], tmp_path: Path) -> Iterator[Path]:
     """Own text in a folder whose name has blanks and kanji; what is made of it is removed."""
