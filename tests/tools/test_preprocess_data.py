@@ -250,11 +250,14 @@ def test_the_tool_ends_with_two_and_one_line_at_bad_input(
 
 
 ENDLESS = """
-import sys
+import signal, sys
 from itertools import count
 from pathlib import Path
 from megatron_bert.data import preprocess
 from megatron_bert.data.text import DocumentReader, RawDocument
+
+# Tests that run in the background of a script inherit an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def endless(self):
     for number in count(1):
