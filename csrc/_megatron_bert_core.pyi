@@ -121,7 +121,7 @@ class BatchAssembler:
             `unit` is whole_word, as the next two).
         last_class: [vocab_size] script class of each piece's last character.
         starts_word: [vocab_size] whether the piece begins a word.
-        probability: share of the maskable tokens to mask.
+        probabilities: for each of the plan's stages, the share of the maskable tokens to mask.
         unit: what is masked together.
         max_ngram: longest run of tokens that unit ngram masks, at most 8.
         mask_ratio: share of the masked tokens that [MASK] replaces.
@@ -143,7 +143,7 @@ class BatchAssembler:
         first_class: npt.NDArray[np.uint8],
         last_class: npt.NDArray[np.uint8],
         starts_word: npt.NDArray[np.uint8],
-        probability: float,
+        probabilities: Sequence[float],
         unit: Literal["token", "whole_word", "ngram"],
         max_ngram: int,
         mask_ratio: float,

@@ -49,10 +49,11 @@ void count_positions(std::span<std::int32_t> positions) noexcept {
 
 BatchAssembler::BatchAssembler(std::vector<std::shared_ptr<const IndexedDataset>> datasets,
                                std::shared_ptr<const RowPlan> plan, Masker masker,
-                               std::uint64_t seed)
+                               std::vector<double> probabilities, std::uint64_t seed)
     : datasets_(std::move(datasets)),
       plan_(std::move(plan)),
       masker_(std::move(masker)),
+      probabilities_(std::move(probabilities)),
       seed_(seed) {
     const std::vector<CorpusLengths>& corpora = plan_->corpora();
     const bool matches = std::equal(
@@ -64,61 +65,79 @@ BatchAssembler::BatchAssembler(std::vector<std::shared_ptr<const IndexedDataset>
     if (!matches) {
         throw std::invalid_argument("the row plan was not made from these datasets");
     }
+    if (probabilities_.size() != plan_->stages().size()) {
+        throw std::invalid_argument(std::to_string(probabilities_.size()) +
+                                    " masking probabilities for " +
+                                    std::to_string(plan_->stages().size()) + " stages");
+    }
+    std::ranges::for_each(probabilities_, check_probability);
 }
 
 std::uint64_t BatchAssembler::fill(const BatchArrays& batch) const {
     Scratch scratch;
     std::uint64_t batch_hash = 0;
     for (std::size_t index = 0; index < batch.rows.size(); ++index) {
-        const std::int64_t row = batch.rows[index];
-        const std::span tokens(batch.tokens + index * batch.seq_length, batch.seq_length);
-        const std::span positions(batch.positions + index * batch.seq_length, batch.seq_length);
         const std::size_t first_slot = index * batch.masked_slots;
-        const MaskedSlots slots{batch.masked + first_slot, batch.labels + first_slot,
-                                batch.weights + first_slot, batch.masked_slots};
-        write_row(row, tokens, positions, scratch);
-        const auto key = random_key(seed_, Purpose::masking, row);
-        masker_.mask(tokens, key, slots, scratch.masking);
-        if (row != surplus_row) {
-            std::uint64_t hash = hash_array(tokens, 0);
-            hash = hash_array(positions, hash);
-            hash = hash_array({slots.positions, slots.size}, hash);
-            batch_hash += hash_array({slots.labels, slots.size}, hash);
+        const RowArrays row{
+            {batch.tokens + index * batch.seq_length, batch.seq_length},
+            {batch.positions + index * batch.seq_length, batch.seq_length},
+            {batch.masked + first_slot, batch.labels + first_slot, batch.weights + first_slot,
+             batch.masked_slots}};
+        if (batch.rows[index] == surplus_row) {
+            fill_surplus(row);
+        } else {
+            batch_hash += fill_row(batch.rows[index], row, scratch);
         }
     }
     return batch_hash;
 }
 
-void BatchAssembler::write_row(std::int64_t row, std::span<std::int32_t> tokens,
-                               std::span<std::int32_t> positions, Scratch& scratch) const {
-    scratch.segments.clear();
-    if (row != surplus_row) {
-        check_row_length(row, tokens.size());
-        plan_->segments(row, scratch.segments);
-    }
+void BatchAssembler::fill_surplus(const RowArrays& row) const {
+    std::ranges::fill(row.tokens, masker_.vocabulary().pad);
+    count_positions(row.positions);
+    clear_slots(row.slots, 0);
+}
+
+std::uint64_t BatchAssembler::fill_row(std::int64_t number, const RowArrays& row,
+                                       Scratch& scratch) const {
+    const double probability = probabilities_[stage_of(number, row.tokens.size())];
+    plan_->segments(number, scratch.segments);
+    write_segments(scratch.segments, row);
+    masker_.mask(row.tokens, probability, random_key(seed_, Purpose::masking, number), row.slots,
+                 scratch.masking);
+    std::uint64_t hash = hash_array(row.tokens, 0);
+    hash = hash_array(row.positions, hash);
+    hash = hash_array({row.slots.positions, row.slots.size}, hash);
+    return hash_array({row.slots.labels, row.slots.size}, hash);
+}
+
+void BatchAssembler::write_segments(std::span<const Segment> segments,
+                                    const RowArrays& row) const {
     std::size_t begin = 0;
-    for (const Segment& segment : scratch.segments) {
+    for (const Segment& segment : segments) {
         const auto length = static_cast<std::size_t>(segment.span.length);
-        const std::span text = tokens.subspan(begin + 1, length);
-        tokens[begin] = masker_.vocabulary().cls;
+        const std::span text = row.tokens.subspan(begin + 1, length);
+        row.tokens[begin] = masker_.vocabulary().cls;
         datasets_[segment.corpus]->copy_tokens(segment.span.document, segment.span.offset,
                                                segment.span.length, text.data());
         check_tokens(segment, text);
-        tokens[begin + 1 + length] = masker_.vocabulary().sep;
-        count_positions(positions.subspan(begin, length + 2));
+        row.tokens[begin + 1 + length] = masker_.vocabulary().sep;
+        count_positions(row.positions.subspan(begin, length + 2));
         begin += length + 2;
     }
-    std::ranges::fill(tokens.subspan(begin), masker_.vocabulary().pad);
-    count_positions(positions.subspan(begin));
+    std::ranges::fill(row.tokens.subspan(begin), masker_.vocabulary().pad);
+    count_positions(row.positions.subspan(begin));
 }
 
-void BatchAssembler::check_row_length(std::int64_t row, std::size_t seq_length) const {
-    const std::int64_t planned = plan_->stages()[plan_->stage_of(row).stage].seq_length;
+std::size_t BatchAssembler::stage_of(std::int64_t row, std::size_t seq_length) const {
+    const std::size_t stage = plan_->stage_of(row).stage;
+    const std::int64_t planned = plan_->stages()[stage].seq_length;
     if (planned != static_cast<std::int64_t>(seq_length)) {
         throw std::invalid_argument("row " + std::to_string(row) + " has " +
                                     std::to_string(planned) + " slots, the batch's rows have " +
                                     std::to_string(seq_length));
     }
+    return stage;
 }
 
 void BatchAssembler::check_tokens(const Segment& segment,

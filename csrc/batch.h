@@ -33,9 +33,11 @@ struct BatchArrays {
 /// Const methods are thread-safe.
 class BatchAssembler {
   public:
-    /// Throws std::invalid_argument unless the plan is of these datasets.
+    /// `probabilities` has the share of tokens to mask in each of the plan's stages.
+    /// Throws std::invalid_argument unless the plan is of these datasets and stages.
     BatchAssembler(std::vector<std::shared_ptr<const IndexedDataset>> datasets,
-                   std::shared_ptr<const RowPlan> plan, Masker masker, std::uint64_t seed);
+                   std::shared_ptr<const RowPlan> plan, Masker masker,
+                   std::vector<double> probabilities, std::uint64_t seed);
 
     /// Fills the arrays and returns the batch's hash: the sum, modulo 2^64, over its rows of a hash
     /// of the row's tokens, positions, masked positions and labels. So it depends neither on the
@@ -52,14 +54,25 @@ class BatchAssembler {
         Masker::Scratch masking;
     };
 
-    void write_row(std::int64_t row, std::span<std::int32_t> tokens,
-                   std::span<std::int32_t> positions, Scratch& scratch) const;
-    void check_row_length(std::int64_t row, std::size_t seq_length) const;
+    struct RowArrays {
+        std::span<std::int32_t> tokens;
+        std::span<std::int32_t> positions;
+        MaskedSlots slots;
+    };
+
+    /// Fills one row and returns its hash.
+    std::uint64_t fill_row(std::int64_t number, const RowArrays& row, Scratch& scratch) const;
+    void fill_surplus(const RowArrays& row) const;
+    /// Writes a row's segments and the padding after them, unmasked.
+    void write_segments(std::span<const Segment> segments, const RowArrays& row) const;
+    /// The stage of a row, which must have rows of that length.
+    std::size_t stage_of(std::int64_t row, std::size_t seq_length) const;
     void check_tokens(const Segment& segment, std::span<const std::int32_t> tokens) const;
 
     std::vector<std::shared_ptr<const IndexedDataset>> datasets_;
     std::shared_ptr<const RowPlan> plan_;
     Masker masker_;
+    std::vector<double> probabilities_;
     std::uint64_t seed_;
 };
 

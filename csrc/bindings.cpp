@@ -245,21 +245,21 @@ void bind_batch_assembler(py::module_& m) {
                          const Array<std::int32_t>& special_ids,
                          const Array<std::uint8_t>& first_class,
                          const Array<std::uint8_t>& last_class,
-                         const Array<std::uint8_t>& starts_word, double probability,
+                         const Array<std::uint8_t>& starts_word,
+                         std::vector<double> probabilities,
                          const std::string& unit, std::int64_t max_ngram, double mask_ratio,
                          double random_ratio, std::uint64_t seed) {
                  Masker masker({vocab_size, cls_id, sep_id, mask_id, pad_id, copy(special_ids)},
-                               {probability, mask_unit_of(unit), max_ngram, mask_ratio,
-                                random_ratio},
+                               {mask_unit_of(unit), max_ngram, mask_ratio, random_ratio},
                                {copy(first_class), copy(last_class), copy(starts_word)});
                  return std::make_unique<BatchAssembler>(
                      std::vector<std::shared_ptr<const IndexedDataset>>(datasets.begin(),
                                                                         datasets.end()),
-                     std::move(plan), std::move(masker), seed);
+                     std::move(plan), std::move(masker), std::move(probabilities), seed);
              }),
              "datasets"_a, "plan"_a, py::kw_only(), "cls_id"_a, "sep_id"_a, "mask_id"_a,
              "pad_id"_a, "vocab_size"_a, "special_ids"_a, "first_class"_a, "last_class"_a,
-             "starts_word"_a, "probability"_a, "unit"_a, "max_ngram"_a, "mask_ratio"_a,
+             "starts_word"_a, "probabilities"_a, "unit"_a, "max_ngram"_a, "mask_ratio"_a,
              "random_ratio"_a, "seed"_a)
         .def("fill", &fill, py::arg("rows").noconvert(), py::arg("tokens").noconvert(),
              py::arg("positions").noconvert(), py::arg("masked").noconvert(),

@@ -25,9 +25,6 @@ void require(bool holds, const std::string& message) {
 bool is_ratio(double value) { return value >= 0 && value <= 1; }
 
 void check_options(const MaskingOptions& options) {
-    require(options.probability > 0 && options.probability <= 1,
-            "the masking probability must be in (0, 1], got " +
-                std::to_string(options.probability));
     require(is_ratio(options.mask_ratio) && is_ratio(options.random_ratio) &&
                 options.mask_ratio + options.random_ratio <= 1 + 1e-9,
             "mask_ratio and random_ratio must be in [0, 1], as their sum, got " +
@@ -60,7 +57,25 @@ void choose(Masker::Scratch& scratch, std::size_t position) noexcept {
     scratch.chosen[position / 64] |= std::uint64_t{1} << (position % 64);
 }
 
+/// How many of a row's maskable tokens to mask.
+std::int64_t wanted(double probability, std::int64_t maskable, std::size_t num_slots) noexcept {
+    const double share = std::floor(probability * static_cast<double>(maskable) + 0.5);
+    const std::int64_t limit = std::min(maskable, static_cast<std::int64_t>(num_slots));
+    return std::min(limit, std::max<std::int64_t>(1, static_cast<std::int64_t>(share)));
+}
+
 }  // namespace
+
+void check_probability(double probability) {
+    require(probability > 0 && probability <= 1,
+            "the masking probability must be in (0, 1], got " + std::to_string(probability));
+}
+
+void clear_slots(const MaskedSlots& slots, std::size_t used) noexcept {
+    std::fill(slots.positions + used, slots.positions + slots.size, 0);
+    std::fill(slots.labels + used, slots.labels + slots.size, 0);
+    std::fill(slots.weights + used, slots.weights + slots.size, 0.0F);
+}
 
 Masker::Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words)
     : vocabulary_(std::move(vocabulary)), options_(options), words_(std::move(words)) {
@@ -90,13 +105,13 @@ Masker::Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words)
     random_below_ = mask_below_ + static_cast<std::uint64_t>(options_.random_ratio * two_to_32);
 }
 
-void Masker::mask(std::span<std::int32_t> tokens, std::uint64_t key, const MaskedSlots& slots,
-                  Scratch& scratch) const {
+void Masker::mask(std::span<std::int32_t> tokens, double probability, std::uint64_t key,
+                  const MaskedSlots& slots, Scratch& scratch) const {
     CounterRandom random(key);
     scratch.chosen.assign((tokens.size() + 63) / 64, 0);
     list_tokens(tokens, scratch);
     const std::int64_t target =
-        wanted(static_cast<std::int64_t>(scratch.units.size()), slots.size);
+        wanted(probability, static_cast<std::int64_t>(scratch.units.size()), slots.size);
     switch (options_.unit) {
         case MaskUnit::token:
             choose_tokens(target, random, scratch);
@@ -120,15 +135,7 @@ void Masker::mask(std::span<std::int32_t> tokens, std::uint64_t key, const Maske
             ++slot;
         }
     }
-    std::fill(slots.positions + slot, slots.positions + slots.size, 0);
-    std::fill(slots.labels + slot, slots.labels + slots.size, 0);
-    std::fill(slots.weights + slot, slots.weights + slots.size, 0.0F);
-}
-
-std::int64_t Masker::wanted(std::int64_t maskable, std::size_t num_slots) const noexcept {
-    const double share = std::floor(options_.probability * static_cast<double>(maskable) + 0.5);
-    const std::int64_t limit = std::min(maskable, static_cast<std::int64_t>(num_slots));
-    return std::min(limit, std::max<std::int64_t>(1, static_cast<std::int64_t>(share)));
+    clear_slots(slots, slot);
 }
 
 std::int32_t Masker::replacement(std::int32_t token, CounterRandom& random) const noexcept {

@@ -17,7 +17,6 @@ enum class MaskUnit { token, whole_word, ngram };
 inline constexpr std::int64_t max_unit_tokens = 8;
 
 struct MaskingOptions {
-    double probability = 0.15;  ///< share of the maskable tokens to mask
     MaskUnit unit = MaskUnit::token;
     std::int64_t max_ngram = 3;
     double mask_ratio = 0.8;    ///< share of the masked tokens that become [MASK]
@@ -48,6 +47,12 @@ struct MaskedSlots {
     std::size_t size = 0;
 };
 
+/// Throws std::invalid_argument unless the share of tokens to mask is in (0, 1].
+void check_probability(double probability);
+
+/// Marks the slots from number `used` on as unused.
+void clear_slots(const MaskedSlots& slots, std::size_t used) noexcept;
+
 /// Masks rows. Const methods are thread-safe.
 class Masker {
   public:
@@ -70,10 +75,11 @@ class Masker {
     /// there, weights 1; unused slots are 0.
     ///
     /// max(1, round(probability * maskable)) tokens are masked (none if none is maskable), by units
-    /// other than tokens up to max_unit_tokens - 1 more, and never more than there are slots.
+    /// other than tokens up to max_unit_tokens - 1 more, and never more than there are slots;
+    /// `check_probability` says which probabilities make sense.
     /// `tokens` must be valid ids; all that is drawn depends on `key` and the row's content alone.
-    void mask(std::span<std::int32_t> tokens, std::uint64_t key, const MaskedSlots& slots,
-              Scratch& scratch) const;
+    void mask(std::span<std::int32_t> tokens, double probability, std::uint64_t key,
+              const MaskedSlots& slots, Scratch& scratch) const;
 
   private:
     bool is_special(std::int32_t token) const noexcept {
@@ -82,7 +88,6 @@ class Masker {
     bool starts_word(std::int32_t previous, std::int32_t token) const noexcept;
     void list_tokens(std::span<const std::int32_t> tokens, Scratch& scratch) const;
     void list_words(std::span<const std::int32_t> tokens, Scratch& scratch) const;
-    std::int64_t wanted(std::int64_t maskable, std::size_t num_slots) const noexcept;
     std::int64_t draw_ngram_length(CounterRandom& random) const noexcept;
     std::int32_t replacement(std::int32_t token, CounterRandom& random) const noexcept;
 

@@ -56,7 +56,9 @@ class RowSource:
         self._datasets = [_open_corpus(corpus.prefix, tokenizer) for corpus in corpora]
         weights = [corpus.weight for corpus in corpora]
         self._plan = RowPlan(self._datasets, weights, self._stages, seed)
-        self._assembler = _assembler(self._datasets, self._plan, tokenizer, config.mlm, seed)
+        self._assembler = _assembler(
+            self._datasets, self._plan, tokenizer, config.mlm, len(self._stages), seed
+        )
 
     @property
     def num_rows(self) -> int:
@@ -175,6 +177,7 @@ def _assembler(
     plan: RowPlan,
     tokenizer: Tokenizer,
     mlm: MlmConfig,
+    num_stages: int,
     seed: int,
 ) -> BatchAssembler:
     no_table = np.empty(0, dtype=np.uint8)
@@ -198,7 +201,7 @@ def _assembler(
         first_class=first_class,
         last_class=last_class,
         starts_word=starts_word,
-        probability=mlm.probability,
+        probabilities=[mlm.probability] * num_stages,
         unit=mlm.unit,
         max_ngram=mlm.max_ngram,
         mask_ratio=mlm.mask_ratio,

@@ -91,14 +91,17 @@ def make_assembler(
         "first_class": empty,
         "last_class": empty,
         "starts_word": empty,
-        "probability": 0.15,
         "unit": "token",
         "max_ngram": 3,
         "mask_ratio": 0.8,
         "random_ratio": 0.1,
         "seed": 1,
     }
-    return BatchAssembler(list(datasets), plan, **{**options, **changed})  # type: ignore[arg-type]
+    stages = plan.stage_of(plan.num_rows - 1)[0] + 1
+    probabilities = [changed.pop("probability", 0.15)] * stages
+    return BatchAssembler(  # type: ignore[call-overload]
+        list(datasets), plan, **{"probabilities": probabilities, **options, **changed}
+    )
 
 
 @dataclass(frozen=True)
