@@ -38,14 +38,14 @@ def write_index(
     with path.open("wb") as file:
         file.write(_MAGIC + struct.pack("<QB", _VERSION, _TYPE_CODES[token_bytes]))
         file.write(struct.pack("<QQ", num_sequences, num_boundaries))
-        file.write(np.ascontiguousarray(lengths_N, dtype="<i4"))
+        lengths_N.astype("<i4").tofile(file)
         end = 0
         for begin in range(0, num_sequences, _SEQUENCES_AT_A_TIME):
             lengths = lengths_N[begin : begin + _SEQUENCES_AT_A_TIME].astype(np.int64)
             ends = np.cumsum(lengths * token_bytes) + end
-            file.write((ends - lengths * token_bytes).astype("<i8"))
+            (ends - lengths * token_bytes).astype("<i8").tofile(file)
             end = int(ends[-1])
         for begin in range(0, num_boundaries, _SEQUENCES_AT_A_TIME):
             end = min(begin + _SEQUENCES_AT_A_TIME, num_boundaries)
             some = np.arange(begin, end) if boundaries_D is None else boundaries_D[begin:end]
-            file.write(some.astype("<i8"))
+            some.astype("<i8").tofile(file)

@@ -21,10 +21,9 @@ def test_the_index_is_the_one_that_the_format_describes(
     monkeypatch.setattr(index_file, "_SEQUENCES_AT_A_TIME", 4)
     lengths = [3, 0, 1, 7, 2, 5]
     given = None if boundaries is None else np.array(boundaries)
+    expected_boundaries = boundaries or list(range(7))
     write_index(tmp_path / "a.idx", token_bytes, np.array(lengths, dtype=np.int32), given)
-    expected = index_bytes(
-        lengths, list(range(7)) if boundaries is None else boundaries, token_bytes
-    )
+    expected = index_bytes(lengths, expected_boundaries, token_bytes)
     assert (tmp_path / "a.idx").read_bytes() == expected
     (tmp_path / "a.bin").write_bytes(bytes(sum(lengths) * token_bytes))
     assert IndexedDataset(str(tmp_path / "a")).num_tokens == sum(lengths)
