@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "wide_vectors.h"
 
 namespace megatron_bert {
 
@@ -41,8 +42,21 @@ std::uint64_t hash_array(std::span<const std::int32_t> values, std::uint64_t pre
 }
 
 /// Segments count positions from 0, and so does the padding.
+MEGATRON_BERT_WIDE_VECTORS
 void count_positions(std::span<std::int32_t> positions) noexcept {
-    std::iota(positions.begin(), positions.end(), 0);
+    for (std::size_t i = 0; i < positions.size(); ++i) {
+        positions[i] = static_cast<std::int32_t>(i);
+    }
+}
+
+/// The largest of the ids, as unsigned numbers, so that a negative one is larger than all others.
+MEGATRON_BERT_WIDE_VECTORS
+std::uint32_t largest_id(std::span<const std::int32_t> tokens) noexcept {
+    std::uint32_t largest = 0;
+    for (const std::int32_t token : tokens) {
+        largest = std::max(largest, static_cast<std::uint32_t>(token));
+    }
+    return largest;
 }
 
 }  // namespace
@@ -60,7 +74,8 @@ BatchAssembler::BatchAssembler(std::vector<std::shared_ptr<const IndexedDataset>
         corpora.begin(), corpora.end(), datasets_.begin(), datasets_.end(),
         [](const CorpusLengths& lengths, const std::shared_ptr<const IndexedDataset>& dataset) {
             return lengths.num_documents() == dataset->num_documents() &&
-                   lengths.num_tokens() == dataset->num_tokens();
+                   (lengths.dataset() == dataset.get() ||
+                    lengths.num_tokens() == dataset->num_tokens());
         });
     if (!matches) {
         throw std::invalid_argument("the row plan was not made from these datasets");
@@ -76,7 +91,12 @@ BatchAssembler::BatchAssembler(std::vector<std::shared_ptr<const IndexedDataset>
 std::uint64_t BatchAssembler::fill(const BatchArrays& batch) const {
     Scratch scratch;
     std::uint64_t batch_hash = 0;
+    find_segments(batch.rows.empty() ? surplus_row : batch.rows.front(), scratch.next_segments);
     for (std::size_t index = 0; index < batch.rows.size(); ++index) {
+        // While a row is filled, the next one's tokens come out of memory.
+        std::swap(scratch.segments, scratch.next_segments);
+        find_segments(index + 1 < batch.rows.size() ? batch.rows[index + 1] : surplus_row,
+                      scratch.next_segments);
         const std::size_t first_slot = index * batch.masked_slots;
         const RowArrays row{
             {batch.tokens + index * batch.seq_length, batch.seq_length},
@@ -92,6 +112,16 @@ std::uint64_t BatchAssembler::fill(const BatchArrays& batch) const {
     return batch_hash;
 }
 
+void BatchAssembler::find_segments(std::int64_t number, std::vector<Segment>& segments) const {
+    if (number == surplus_row) {
+        return;
+    }
+    plan_->segments(number, segments);
+    for (const auto& [corpus, span] : segments) {
+        datasets_[corpus]->prefetch_tokens(span.document, span.offset, span.length);
+    }
+}
+
 void BatchAssembler::fill_surplus(const RowArrays& row) const {
     std::ranges::fill(row.tokens, masker_.vocabulary().pad);
     count_positions(row.positions);
@@ -101,20 +131,19 @@ void BatchAssembler::fill_surplus(const RowArrays& row) const {
 std::uint64_t BatchAssembler::fill_row(std::int64_t number, const RowArrays& row,
                                        Scratch& scratch) const {
     const double probability = probabilities_[stage_of(number, row.tokens.size())];
-    plan_->segments(number, scratch.segments);
-    write_segments(scratch.segments, row);
-    masker_.mask(row.tokens, probability, random_key(seed_, Purpose::masking, number), row.slots,
-                 scratch.masking);
+    write_segments(row, scratch);
+    masker_.mask(row.tokens, scratch.texts, probability,
+                 random_key(seed_, Purpose::masking, number), row.slots, scratch.masking);
     std::uint64_t hash = hash_array(row.tokens, 0);
     hash = hash_array(row.positions, hash);
     hash = hash_array({row.slots.positions, row.slots.size}, hash);
     return hash_array({row.slots.labels, row.slots.size}, hash);
 }
 
-void BatchAssembler::write_segments(std::span<const Segment> segments,
-                                    const RowArrays& row) const {
+void BatchAssembler::write_segments(const RowArrays& row, Scratch& scratch) const {
+    scratch.texts.clear();
     std::size_t begin = 0;
-    for (const Segment& segment : segments) {
+    for (const Segment& segment : scratch.segments) {
         const auto length = static_cast<std::size_t>(segment.span.length);
         const std::span text = row.tokens.subspan(begin + 1, length);
         row.tokens[begin] = masker_.vocabulary().cls;
@@ -123,6 +152,7 @@ void BatchAssembler::write_segments(std::span<const Segment> segments,
         check_tokens(segment, text);
         row.tokens[begin + 1 + length] = masker_.vocabulary().sep;
         count_positions(row.positions.subspan(begin, length + 2));
+        scratch.texts.push_back({begin + 1, length});
         begin += length + 2;
     }
     std::ranges::fill(row.tokens.subspan(begin), masker_.vocabulary().pad);
@@ -142,11 +172,7 @@ std::size_t BatchAssembler::stage_of(std::int64_t row, std::size_t seq_length) c
 
 void BatchAssembler::check_tokens(const Segment& segment,
                                   std::span<const std::int32_t> tokens) const {
-    // As unsigned numbers, so that a negative id is too large as well.
-    std::uint32_t largest = 0;
-    for (const std::int32_t token : tokens) {
-        largest = std::max(largest, static_cast<std::uint32_t>(token));
-    }
+    const std::uint32_t largest = largest_id(tokens);
     const auto size = static_cast<std::uint32_t>(masker_.vocabulary().size);
     if (largest >= size) {
         throw std::runtime_error(datasets_[segment.corpus]->prefix() + ".bin: document " +

@@ -51,6 +51,8 @@ class BatchAssembler {
   private:
     struct Scratch {
         std::vector<Segment> segments;
+        std::vector<Segment> next_segments;  ///< of the row after
+        std::vector<Text> texts;
         Masker::Scratch masking;
     };
 
@@ -60,11 +62,13 @@ class BatchAssembler {
         MaskedSlots slots;
     };
 
-    /// Fills one row and returns its hash.
+    /// Looks up a row's segments and has their tokens fetched.
+    void find_segments(std::int64_t number, std::vector<Segment>& segments) const;
+    /// Fills the row of `scratch.segments` and returns its hash.
     std::uint64_t fill_row(std::int64_t number, const RowArrays& row, Scratch& scratch) const;
     void fill_surplus(const RowArrays& row) const;
-    /// Writes a row's segments and the padding after them, unmasked.
-    void write_segments(std::span<const Segment> segments, const RowArrays& row) const;
+    /// Writes the row's segments and the padding after them, unmasked, and notes where text stands.
+    void write_segments(const RowArrays& row, Scratch& scratch) const;
     /// The stage of a row, which must have rows of that length.
     std::size_t stage_of(std::int64_t row, std::size_t seq_length) const;
     void check_tokens(const Segment& segment, std::span<const std::int32_t> tokens) const;

@@ -11,6 +11,8 @@ namespace megatron_bert {
 namespace {
 
 constexpr std::int64_t block_rows = 256;
+constexpr std::int64_t stride_rows = 32;
+static_assert(block_rows % stride_rows == 0 && block_rows - stride_rows <= 255);
 constexpr std::int64_t whole = std::int64_t{1} << 32;
 
 std::vector<std::int64_t> shares_of(std::span<const double> weights) {
@@ -40,13 +42,15 @@ std::vector<std::int64_t> shares_of(std::span<const double> weights) {
 /// Deals rows one at a time.
 class Dealer {
   public:
-    Dealer(const std::vector<std::int64_t>& shares, std::int64_t row, const std::int64_t* counts)
-        : shares_(shares), counts_(counts, counts + shares.size()), deficits_(shares.size()) {
+    /// `counts` has the rows that each corpus got of the first `row` rows.
+    Dealer(const std::vector<std::int64_t>& shares, std::int64_t row,
+           const std::vector<std::int64_t>& counts)
+        : shares_(shares), deficits_(counts) {
         for (std::size_t corpus = 0; corpus < shares.size(); ++corpus) {
             // Both products may wrap around; their difference is small and exact.
             deficits_[corpus] = static_cast<std::int64_t>(
                 static_cast<std::uint64_t>(shares[corpus]) * static_cast<std::uint64_t>(row) -
-                static_cast<std::uint64_t>(counts_[corpus]) * static_cast<std::uint64_t>(whole));
+                static_cast<std::uint64_t>(counts[corpus]) * static_cast<std::uint64_t>(whole));
         }
     }
 
@@ -60,15 +64,11 @@ class Dealer {
             }
         }
         deficits_[chosen] -= whole;
-        ++counts_[chosen];
         return chosen;
     }
 
-    const std::vector<std::int64_t>& counts() const noexcept { return counts_; }
-
   private:
     const std::vector<std::int64_t>& shares_;
-    std::vector<std::int64_t> counts_;
     std::vector<std::int64_t> deficits_;
 };
 
@@ -86,30 +86,45 @@ Blend::Blend(std::span<const double> weights, std::int64_t rows) {
         totals_[0] = rows;
         return;
     }
-    Dealer dealer(shares_, 0, totals_.data());
-    const std::int64_t num_blocks = (rows + block_rows - 1) / block_rows;
-    counts_.reserve(static_cast<std::size_t>(num_blocks) * weights.size());
+    const auto num_units = [&](std::int64_t unit_rows) {
+        return static_cast<std::size_t>((rows + unit_rows - 1) / unit_rows) * weights.size();
+    };
+    counts_.reserve(num_units(block_rows));
+    dealt_in_block_.reserve(num_units(stride_rows));
+    Dealer dealer(shares_, 0, totals_);
     for (std::int64_t row = 0; row < rows; ++row) {
         if (row % block_rows == 0) {
-            counts_.insert(counts_.end(), dealer.counts().begin(), dealer.counts().end());
+            counts_.insert(counts_.end(), totals_.begin(), totals_.end());
         }
-        dealer.deal();
+        if (row % stride_rows == 0) {
+            const std::int64_t* before = counts_.data() + counts_.size() - weights.size();
+            for (std::size_t corpus = 0; corpus < weights.size(); ++corpus) {
+                dealt_in_block_.push_back(
+                    static_cast<std::uint8_t>(totals_[corpus] - before[corpus]));
+            }
+        }
+        ++totals_[dealer.deal()];
     }
-    totals_ = dealer.counts();
 }
 
-Blend::Choice Blend::operator()(std::int64_t row) const noexcept {
-    if (shares_.size() == 1) {
+Blend::Choice Blend::operator()(std::int64_t row) const {
+    const std::size_t num_corpora = shares_.size();
+    if (num_corpora == 1) {
         return {0, row};
     }
-    const std::int64_t block = row / block_rows;
-    Dealer dealer(shares_, block * block_rows,
-                  counts_.data() + static_cast<std::size_t>(block) * shares_.size());
-    for (std::int64_t skipped = block * block_rows; skipped < row; ++skipped) {
-        dealer.deal();
+    const auto block = static_cast<std::size_t>(row / block_rows) * num_corpora;
+    const auto stride = static_cast<std::size_t>(row / stride_rows) * num_corpora;
+    std::vector<std::int64_t> counts(num_corpora);
+    for (std::size_t corpus = 0; corpus < num_corpora; ++corpus) {
+        counts[corpus] = counts_[block + corpus] + dealt_in_block_[stride + corpus];
+    }
+    std::int64_t next = row / stride_rows * stride_rows;
+    Dealer dealer(shares_, next, counts);
+    for (; next < row; ++next) {
+        ++counts[dealer.deal()];
     }
     const std::size_t corpus = dealer.deal();
-    return {corpus, dealer.counts()[corpus] - 1};
+    return {corpus, counts[corpus]};
 }
 
 }  // namespace megatron_bert

@@ -25,7 +25,7 @@ class Blend {
     };
 
     /// The choice for a row in [0, rows).
-    Choice operator()(std::int64_t row) const noexcept;
+    Choice operator()(std::int64_t row) const;
 
     /// Rows that each corpus has in the whole stage.
     const std::vector<std::int64_t>& totals() const noexcept { return totals_; }
@@ -33,8 +33,10 @@ class Blend {
   private:
     std::vector<std::int64_t> shares_;
     std::vector<std::int64_t> totals_;
-    /// The corpora's counts before every `block_rows`-th row; a choice is recomputed from there.
+    /// The corpora's counts before every `block_rows`-th row.
     std::vector<std::int64_t> counts_;
+    /// What is dealt in a block before each of its strides; a choice is dealt again from there.
+    std::vector<std::uint8_t> dealt_in_block_;
 };
 
 }  // namespace megatron_bert

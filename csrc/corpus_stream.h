@@ -87,6 +87,7 @@ class EpochPieces {
           size_(num_carried_ + (epoch < start.epoch ? 0 : lengths.num_documents() - first_position_)),
           order_(lengths.num_documents(), order_key) {}
 
+    const CorpusLengths& lengths() const noexcept { return *lengths_; }
     std::int64_t size() const noexcept { return size_; }
     std::int64_t num_carried() const noexcept { return num_carried_; }
 
@@ -122,6 +123,9 @@ class EpochPieces {
 inline constexpr std::int64_t segment_overhead = 2;
 inline constexpr std::int64_t min_segment_slots = segment_overhead + 1;
 
+/// At most one slot in so many may stay empty for a row to end with a sentence.
+inline constexpr std::int64_t slots_per_slack = 64;
+
 /// Cuts an epoch into rows, one after the other.
 class RowCutter {
   public:
@@ -156,21 +160,24 @@ class RowCutter {
         load_piece();
     }
 
-    /// Cuts one row of `seq_length` slots and calls `emit(Span)` for each of its segments: while a
-    /// segment fits and tokens are left, as many tokens as there is room for.
+    /// Cuts one row of `seq_length` slots and calls `emit(Span)` for each of its segments: whole
+    /// pieces while there is room, then the beginning of the next.
     template <typename Emit>
     void cut_row(std::int64_t seq_length, Emit&& emit) {
         std::int64_t free = seq_length;
         while (free >= min_segment_slots && !at_end()) {
-            const std::int64_t rest = piece_.length - offset_;
-            const std::int64_t length = std::min(rest, free - segment_overhead);
-            emit(Span{piece_.document, piece_.offset + offset_, length});
-            free -= length + segment_overhead;
-            if (length == rest) {
-                skip_piece();
-            } else {
+            const Span rest = rest_of_piece();
+            const std::int64_t room = free - segment_overhead;
+            if (rest.length > room) {
+                const std::int64_t length = pieces_.lengths().cut(
+                    rest.document, rest.offset, room, seq_length / slots_per_slack);
+                emit(Span{rest.document, rest.offset, length});
                 offset_ += length;
+                return;
             }
+            emit(rest);
+            free -= rest.length + segment_overhead;
+            skip_piece();
         }
     }
 

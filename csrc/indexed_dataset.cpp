@@ -119,6 +119,34 @@ void IndexedDataset::check_documents() {
     }
 }
 
+std::int64_t IndexedDataset::last_sequence_end(std::int64_t document,
+                                               std::int64_t tokens) const noexcept {
+    // Sequences are contiguous: each but the first begins where one ends.
+    const std::int64_t target = document_begin(document) + tokens;
+    std::int64_t first = boundary(document);
+    std::int64_t last = boundary(document + 1);
+    if (first == last || target >= document_begin(document + 1)) {
+        return document_length(document);
+    }
+    while (last - first > 1) {
+        const std::int64_t middle = first + (last - first) / 2;
+        (sequence_offset(middle) / token_bytes() <= target ? first : last) = middle;
+    }
+    return sequence_offset(first) / token_bytes() - document_begin(document);
+}
+
+void IndexedDataset::prefetch_tokens(std::int64_t document, std::int64_t offset,
+                                     std::int64_t length) const noexcept {
+    // The processor's own prefetcher takes over after some lines.
+    constexpr std::int64_t line_bytes = 64;
+    constexpr std::int64_t most_bytes = 16 * line_bytes;
+    const std::int64_t bytes = std::min(length * token_bytes(), most_bytes);
+    const std::byte* source = tokens_.data() + (document_begin(document) + offset) * token_bytes();
+    for (std::int64_t byte = 0; byte < bytes; byte += line_bytes) {
+        __builtin_prefetch(source + byte);
+    }
+}
+
 void IndexedDataset::copy_tokens(std::int64_t document, std::int64_t offset, std::int64_t length,
                                  std::int32_t* tokens) const noexcept {
     if (length == 0) {

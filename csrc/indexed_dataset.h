@@ -67,6 +67,14 @@ class IndexedDataset {
                                           : document_begin(document + 1) - document_begin(document);
     }
 
+    /// The last end of a sequence (a sentence, where the set has them) within a document's first
+    /// `tokens` tokens, in tokens from the document's begin; 0 if there is none.
+    std::int64_t last_sequence_end(std::int64_t document, std::int64_t tokens) const noexcept;
+
+    /// Fetches the beginning of a range of tokens into the cache; `copy_tokens` then waits less.
+    void prefetch_tokens(std::int64_t document, std::int64_t offset,
+                         std::int64_t length) const noexcept;
+
     /// Copies `length` tokens of a document, from its token `offset` on, to `tokens`.
     /// The range must lie within the document.
     void copy_tokens(std::int64_t document, std::int64_t offset, std::int64_t length,
@@ -100,7 +108,8 @@ class IndexedDataset {
     }
     /// Number of the document's first token within .bin; for `num_documents()` that of the end.
     std::int64_t document_begin(std::int64_t document) const noexcept {
-        const std::int64_t sequence = boundary(document);
+        const std::int64_t sequence =
+            one_sequence_per_document_ ? document : boundary(document);
         return sequence == num_sequences_ ? num_tokens_ : sequence_offset(sequence) / token_bytes();
     }
 

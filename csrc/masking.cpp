@@ -3,9 +3,13 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "wide_vectors.h"
 
 namespace megatron_bert {
 
@@ -42,11 +46,21 @@ void check_tables(const WordTables& words, std::size_t vocabulary_size) {
                 std::to_string(vocabulary_size) + " ids");
 }
 
-/// Moves a random one of the units from `next` on to `next`.
-Masker::Scratch::Unit draw_unit(std::vector<Masker::Scratch::Unit>& units, std::size_t next,
-                                CounterRandom& random) noexcept {
-    std::swap(units[next], units[next + static_cast<std::size_t>(random.below(units.size() - next))]);
-    return units[next];
+/// Moves a random one of the candidates from `next` on to `next`.
+template <typename T>
+T draw(std::vector<T>& candidates, std::size_t next, CounterRandom& random) noexcept {
+    const std::uint64_t place = next + random.below(candidates.size() - next);
+    std::swap(candidates[next], candidates[static_cast<std::size_t>(place)]);
+    return candidates[next];
+}
+
+MEGATRON_BERT_WIDE_VECTORS
+std::int32_t smallest(std::span<const std::int32_t> tokens) noexcept {
+    std::int32_t found = std::numeric_limits<std::int32_t>::max();
+    for (const std::int32_t token : tokens) {
+        found = std::min(found, token);
+    }
+    return found;
 }
 
 bool is_chosen(const Masker::Scratch& scratch, std::size_t position) noexcept {
@@ -94,6 +108,7 @@ Masker::Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words)
                 "special id " + std::to_string(id) + " is not in the vocabulary of " +
                     std::to_string(vocabulary_.size));
         is_special_[static_cast<std::size_t>(id)] = true;
+        largest_special_ = std::max(largest_special_, id);
     }
     for (std::int32_t id = 0; id < vocabulary_.size; ++id) {
         if (!is_special(id)) {
@@ -105,19 +120,19 @@ Masker::Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words)
     random_below_ = mask_below_ + static_cast<std::uint64_t>(options_.random_ratio * two_to_32);
 }
 
-void Masker::mask(std::span<std::int32_t> tokens, double probability, std::uint64_t key,
-                  const MaskedSlots& slots, Scratch& scratch) const {
+void Masker::mask(std::span<std::int32_t> tokens, std::span<const Text> texts, double probability,
+                  std::uint64_t key, const MaskedSlots& slots, Scratch& scratch) const {
     CounterRandom random(key);
     scratch.chosen.assign((tokens.size() + 63) / 64, 0);
-    list_tokens(tokens, scratch);
+    list_maskable(tokens, texts, scratch);
     const std::int64_t target =
-        wanted(probability, static_cast<std::int64_t>(scratch.units.size()), slots.size);
+        wanted(probability, static_cast<std::int64_t>(scratch.maskable.size()), slots.size);
     switch (options_.unit) {
         case MaskUnit::token:
             choose_tokens(target, random, scratch);
             break;
         case MaskUnit::whole_word:
-            list_words(tokens, scratch);
+            list_words(tokens, texts, scratch);
             choose_words(target, slots.size, random, scratch);
             break;
         case MaskUnit::ngram:
@@ -149,15 +164,26 @@ std::int32_t Masker::replacement(std::int32_t token, CounterRandom& random) cons
     return token;
 }
 
-void Masker::list_tokens(std::span<const std::int32_t> tokens, Scratch& scratch) const {
-    // Written without a branch: where specials stand is hard to predict.
-    scratch.units.resize(tokens.size());
-    std::size_t count = 0;
-    for (std::size_t position = 0; position < tokens.size(); ++position) {
-        scratch.units[count] = {static_cast<std::int32_t>(position), 1};
-        count += is_special(tokens[position]) ? 0 : 1;
+void Masker::list_maskable(std::span<const std::int32_t> tokens, std::span<const Text> texts,
+                           Scratch& scratch) const {
+    scratch.maskable.resize(tokens.size());
+    std::int32_t* next = scratch.maskable.data();
+    for (const Text& text : texts) {
+        const auto begin = static_cast<std::int32_t>(text.begin);
+        const auto words = tokens.subspan(text.begin, text.length);
+        if (smallest(words) > largest_special_) {
+            // As good as always: special ids are the first ones, and text holds none.
+            std::iota(next, next + words.size(), begin);
+            next += words.size();
+            continue;
+        }
+        // Written without a branch: where specials stand is hard to predict.
+        for (std::size_t i = 0; i < words.size(); ++i) {
+            *next = begin + static_cast<std::int32_t>(i);
+            next += is_special(words[i]) ? 0 : 1;
+        }
     }
-    scratch.units.resize(count);
+    scratch.maskable.resize(static_cast<std::size_t>(next - scratch.maskable.data()));
 }
 
 bool Masker::starts_word(std::int32_t previous, std::int32_t token) const noexcept {
@@ -167,29 +193,31 @@ bool Masker::starts_word(std::int32_t previous, std::int32_t token) const noexce
            words_.last_class[before] != words_.first_class[after];
 }
 
-void Masker::list_words(std::span<const std::int32_t> tokens, Scratch& scratch) const {
-    // Joins the listed tokens in place: a word never stands behind the tokens still to be read.
-    std::vector<Scratch::Unit>& units = scratch.units;
-    std::size_t count = 0;
-    for (std::size_t next = 0; next < units.size(); ++next) {
-        const std::int32_t position = units[next].begin;
-        const bool joins =
-            count > 0 && units[count - 1].begin + units[count - 1].length == position &&
-            units[count - 1].length < max_unit_tokens &&
-            !starts_word(tokens[static_cast<std::size_t>(position) - 1],
-                         tokens[static_cast<std::size_t>(position)]);
-        if (joins) {
-            ++units[count - 1].length;
+void Masker::list_words(std::span<const std::int32_t> tokens, std::span<const Text> texts,
+                        Scratch& scratch) const {
+    scratch.units.clear();
+    auto text = texts.begin();
+    for (const std::int32_t position : scratch.maskable) {
+        const auto place = static_cast<std::size_t>(position);
+        while (place >= text->begin + text->length) {
+            ++text;
+        }
+        const bool continues = !scratch.units.empty() && place > text->begin &&
+                               scratch.units.back().begin + scratch.units.back().length == position &&
+                               scratch.units.back().length < max_unit_tokens;
+        if (continues && !(text->word_starts != nullptr
+                               ? text->word_starts[place - text->begin] != 0
+                               : starts_word(tokens[place - 1], tokens[place]))) {
+            ++scratch.units.back().length;
         } else {
-            units[count++] = {position, 1};
+            scratch.units.push_back({position, 1});
         }
     }
-    units.resize(count);
 }
 
 void Masker::choose_tokens(std::int64_t target, CounterRandom& random, Scratch& scratch) const {
     for (std::size_t drawn = 0; drawn < static_cast<std::size_t>(target); ++drawn) {
-        choose(scratch, static_cast<std::size_t>(draw_unit(scratch.units, drawn, random).begin));
+        choose(scratch, static_cast<std::size_t>(draw(scratch.maskable, drawn, random)));
     }
 }
 
@@ -197,7 +225,7 @@ void Masker::choose_words(std::int64_t target, std::size_t num_slots, CounterRan
                           Scratch& scratch) const {
     std::int64_t num_chosen = 0;
     for (std::size_t drawn = 0; num_chosen < target; ++drawn) {
-        const Scratch::Unit word = draw_unit(scratch.units, drawn, random);
+        const Scratch::Unit word = draw(scratch.units, drawn, random);
         const auto room = static_cast<std::int64_t>(num_slots) - num_chosen;
         const std::int64_t length = std::min<std::int64_t>(word.length, room);
         for (std::int64_t i = 0; i < length; ++i) {
@@ -224,7 +252,7 @@ void Masker::choose_ngrams(std::span<const std::int32_t> tokens, std::int64_t ta
                            std::size_t num_slots, CounterRandom& random, Scratch& scratch) const {
     std::int64_t num_chosen = 0;
     for (std::size_t drawn = 0; num_chosen < target; ++drawn) {
-        auto position = static_cast<std::size_t>(draw_unit(scratch.units, drawn, random).begin);
+        auto position = static_cast<std::size_t>(draw(scratch.maskable, drawn, random));
         if (is_chosen(scratch, position)) {
             continue;
         }

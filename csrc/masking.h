@@ -39,6 +39,14 @@ struct WordTables {
     std::vector<std::uint8_t> starts_word;  ///< whether the piece begins with a word boundary
 };
 
+/// Where a segment's text stands in a row, without its [CLS] and [SEP].
+struct Text {
+    std::size_t begin = 0;
+    std::size_t length = 0;
+    /// One byte a token, whether a word begins there; null where the vocabulary is to tell.
+    const std::uint8_t* word_starts = nullptr;
+};
+
 /// Where a row's masked tokens are written: arrays of `size` slots.
 struct MaskedSlots {
     std::int32_t* positions = nullptr;
@@ -62,7 +70,8 @@ class Masker {
             std::int32_t begin = 0;
             std::int32_t length = 0;
         };
-        std::vector<Unit> units;
+        std::vector<std::int32_t> maskable;  ///< positions that may be masked, ascending
+        std::vector<Unit> units;             ///< words of them
         std::vector<std::uint64_t> chosen;  ///< one bit a position
     };
 
@@ -71,23 +80,25 @@ class Masker {
 
     const Vocabulary& vocabulary() const noexcept { return vocabulary_; }
 
-    /// Masks a row in place and fills its slots: positions ascending, labels the tokens that stood
-    /// there, weights 1; unused slots are 0.
+    /// Masks a row, whose text stands in `texts`, in place and fills its slots: positions ascending,
+    /// labels the tokens that stood there, weights 1; unused slots are 0.
     ///
     /// max(1, round(probability * maskable)) tokens are masked (none if none is maskable), by units
     /// other than tokens up to max_unit_tokens - 1 more, and never more than there are slots;
     /// `check_probability` says which probabilities make sense.
     /// `tokens` must be valid ids; all that is drawn depends on `key` and the row's content alone.
-    void mask(std::span<std::int32_t> tokens, double probability, std::uint64_t key,
-              const MaskedSlots& slots, Scratch& scratch) const;
+    void mask(std::span<std::int32_t> tokens, std::span<const Text> texts, double probability,
+              std::uint64_t key, const MaskedSlots& slots, Scratch& scratch) const;
 
   private:
     bool is_special(std::int32_t token) const noexcept {
         return is_special_[static_cast<std::size_t>(token)];
     }
     bool starts_word(std::int32_t previous, std::int32_t token) const noexcept;
-    void list_tokens(std::span<const std::int32_t> tokens, Scratch& scratch) const;
-    void list_words(std::span<const std::int32_t> tokens, Scratch& scratch) const;
+    void list_maskable(std::span<const std::int32_t> tokens, std::span<const Text> texts,
+                       Scratch& scratch) const;
+    void list_words(std::span<const std::int32_t> tokens, std::span<const Text> texts,
+                    Scratch& scratch) const;
     std::int64_t draw_ngram_length(CounterRandom& random) const noexcept;
     std::int32_t replacement(std::int32_t token, CounterRandom& random) const noexcept;
 
@@ -101,6 +112,7 @@ class Masker {
     MaskingOptions options_;
     WordTables words_;
     std::vector<bool> is_special_;
+    std::int32_t largest_special_ = 0;
     std::vector<std::int32_t> ordinary_ids_;
     std::uint64_t mask_below_ = 0;    ///< of 2^32
     std::uint64_t random_below_ = 0;  ///< of 2^32

@@ -27,7 +27,11 @@ void append_merged(std::vector<Span>& spans, const Span& span) {
 }  // namespace
 
 CorpusStage::CorpusStage(const CorpusLengths& lengths, Id id, Stage stage, StreamStart start)
-    : lengths_(&lengths), id_(id), stage_(stage), start_(std::move(start)) {
+    : lengths_(&lengths),
+      id_(id),
+      stage_(stage),
+      start_(std::move(start)),
+      first_epoch_(start_.carried.empty() ? start_.epoch : start_.carried_epoch) {
     if (stage_.rows > 0) {
         cut_windows();
     }
@@ -35,14 +39,15 @@ CorpusStage::CorpusStage(const CorpusLengths& lengths, Id id, Stage stage, Strea
 
 void CorpusStage::cut_windows() {
     anchors_.reserve(static_cast<std::size_t>((stage_.rows + window_rows) / anchor_rows + 1));
-    std::int64_t epoch = start_.carried.empty() ? start_.epoch : start_.carried_epoch;
-    RowCutter rows = cutter(epoch, {});
+    add_epoch();
+    RowCutter rows = cutter(0, {});
     while (num_rows_cut_ < stage_.rows) {
         if (rows.at_end()) {
-            rows = cutter(++epoch, {});
+            add_epoch();
+            rows = cutter(epochs_.size() - 1, {});
             continue;
         }
-        windows_.push_back({num_rows_cut_, epoch, anchors_.size()});
+        windows_.push_back({num_rows_cut_, epochs_.size() - 1, anchors_.size()});
         for (std::int64_t row = 0; row < window_rows && !rows.at_end(); ++row) {
             if (row % anchor_rows == 0) {
                 anchors_.push_back(rows.place());
@@ -62,9 +67,13 @@ void CorpusStage::cut_windows() {
     }
 }
 
-RowCutter CorpusStage::cutter(std::int64_t epoch, RowCutter::Place place) const noexcept {
-    const std::uint64_t key = document_order_key(id_.seed, id_.corpus, epoch);
-    return {EpochPieces(*lengths_, start_, epoch, key), place};
+void CorpusStage::add_epoch() {
+    const std::int64_t epoch = first_epoch_ + static_cast<std::int64_t>(epochs_.size());
+    epochs_.emplace_back(*lengths_, start_, epoch, document_order_key(id_.seed, id_.corpus, epoch));
+}
+
+RowCutter CorpusStage::cutter(std::size_t epoch, RowCutter::Place place) const noexcept {
+    return {epochs_[epoch], place};
 }
 
 std::int64_t CorpusStage::window_size(std::size_t window) const noexcept {
@@ -115,7 +124,7 @@ StreamStart CorpusStage::next_start() const {
     }
     const Window& window = windows_.back();
     StreamStart next;
-    next.carried_epoch = window.epoch;
+    next.carried_epoch = first_epoch_ + static_cast<std::int64_t>(window.epoch);
     RowCutter rows = cutter(window.epoch, anchors_[window.first_anchor]);
     for (const bool is_unread : unread_rows_of_last_window()) {
         rows.cut_row(stage_.seq_length, [&](const Span& span) {
@@ -131,10 +140,10 @@ StreamStart CorpusStage::next_start() const {
         rows.skip_piece();
     }
     if (rows.at_end()) {
-        next.epoch = window.epoch + 1;
+        next.epoch = next.carried_epoch + 1;
         next.position = 0;
     } else {
-        next.epoch = window.epoch;
+        next.epoch = next.carried_epoch;
         next.position = rows.pieces().position_of(rows.place().piece);
     }
     return next;

@@ -40,11 +40,15 @@ class CorpusStage {
     };
 
     static constexpr std::int64_t window_rows = 16384;
-    static constexpr std::int64_t anchor_rows = 64;
+    static constexpr std::int64_t anchor_rows = 32;
     static_assert(window_rows % anchor_rows == 0);
 
     /// `lengths` must outlive the object and hold at least one token.
     CorpusStage(const CorpusLengths& lengths, Id id, Stage stage, StreamStart start);
+
+    // Moving keeps the carried spans where they are, and the epochs point to them; a copy would not.
+    CorpusStage(const CorpusStage&) = delete;
+    CorpusStage(CorpusStage&&) = default;
 
     /// Appends the segments of row `row`, 0 <= row < stage.rows.
     void append_segments(std::int64_t row, std::vector<Segment>& segments) const;
@@ -58,7 +62,7 @@ class CorpusStage {
   private:
     struct Window {
         std::int64_t first_row = 0;
-        std::int64_t epoch = 0;
+        std::size_t epoch = 0;  ///< counted from the stage's first
         std::size_t first_anchor = 0;
     };
 
@@ -66,13 +70,17 @@ class CorpusStage {
     /// The row, in the order of cutting, that is visited as number `row` of the window.
     Permutation row_order(std::size_t window) const noexcept;
     std::int64_t window_size(std::size_t window) const noexcept;
-    RowCutter cutter(std::int64_t epoch, RowCutter::Place place) const noexcept;
+    void add_epoch();
+    /// Cuts on from a place in one of the stage's epochs, counted from its first.
+    RowCutter cutter(std::size_t epoch, RowCutter::Place place) const noexcept;
     std::vector<bool> unread_rows_of_last_window() const;
 
     const CorpusLengths* lengths_;
     Id id_;
     Stage stage_;
     StreamStart start_;
+    std::int64_t first_epoch_;
+    std::vector<EpochPieces> epochs_;
     std::vector<Window> windows_;
     std::vector<RowCutter::Place> anchors_;
     std::int64_t num_rows_cut_ = 0;

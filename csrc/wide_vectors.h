@@ -1,0 +1,10 @@
+// Loops over tokens in the widest vectors that the machine has, from one build for all machines.
+#pragma once
+
+// Sanitizers start after the choice between clones is made, and do not survive it.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
+#define MEGATRON_BERT_WIDE_VECTORS __attribute__((target_clones("avx2", "default")))
+#else
+#define MEGATRON_BERT_WIDE_VECTORS
+#endif
