@@ -64,12 +64,30 @@ class IndexedDatasetWriter:
     def close(self) -> None:
         """Finish the dataset and give it its name, in place of a dataset that has it."""
 
+class DocumentLengths:
+    """The lengths of a dataset's documents on one side of a held-out split; 0 for the others.
+
+    A document's side follows from its number alone: no seed changes it.
+
+    Args:
+        dataset: the documents.
+        held_out_fraction: share of the documents, in [0, 1), that is held out.
+        held_out: whether the held-out side is meant, or the rest.
+    """
+
+    def __init__(
+        self, dataset: IndexedDataset, *, held_out_fraction: float, held_out: bool
+    ) -> None: ...
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of that side."""
+
 class RowPlan:
     """The content of every row of a run, as a function of the row's number.
 
     Args:
-        lengths: of each corpus: the dataset, or its document lengths (int64 or int32, [D]),
-            which are viewed, not copied.
+        lengths: of each corpus: the dataset, one side of it, or its document lengths (int64 or
+            int32, [D]), which are viewed, not copied.
         weights: of each corpus, positive; its share of every stage's rows.
         stages: (seq_length, rows) of each.
         seed: of the order of documents and rows.
@@ -77,7 +95,9 @@ class RowPlan:
 
     def __init__(
         self,
-        lengths: Sequence[IndexedDataset | npt.NDArray[np.int64] | npt.NDArray[np.int32]],
+        lengths: Sequence[
+            IndexedDataset | DocumentLengths | npt.NDArray[np.int64] | npt.NDArray[np.int32]
+        ],
         weights: Sequence[float],
         stages: Sequence[tuple[int, int]],
         seed: int,
@@ -94,7 +114,7 @@ class RowPlan:
         """For each corpus, how many times over the run reads its tokens."""
 
 def epoch_rows(
-    lengths: IndexedDataset | npt.NDArray[np.int64] | npt.NDArray[np.int32],
+    lengths: IndexedDataset | DocumentLengths | npt.NDArray[np.int64] | npt.NDArray[np.int32],
     seq_length: int,
     seed: int = 0,
     corpus: int = 0,
@@ -104,6 +124,15 @@ def epoch_rows(
     Other seeds and epochs visit the documents in another order, which can change the number a
     little.
     """
+
+class WordStarts:
+    """A `.words` file beside a `.bin`: for each token a bit, 1 where a word begins.
+
+    Bit k % 8 of byte k / 8 belongs to token k. Raises RuntimeError, naming the file, for another
+    size than `num_tokens` need, and OSError when it cannot be read.
+    """
+
+    def __init__(self, path: str, num_tokens: int) -> None: ...
 
 class BatchAssembler:
     """Turns row numbers into batches: packed, padded, masked.
@@ -121,6 +150,8 @@ class BatchAssembler:
             `unit` is whole_word, as the next two).
         last_class: [vocab_size] script class of each piece's last character.
         starts_word: [vocab_size] whether the piece begins a word.
+        word_starts: for each dataset, where unit whole_word finds its words; None, or no list at
+            all, where the three tables above tell.
         probabilities: for each of the plan's stages, the share of the maskable tokens to mask.
         unit: what is masked together.
         max_ngram: longest run of tokens that unit ngram masks, at most 8.
@@ -143,6 +174,7 @@ class BatchAssembler:
         first_class: npt.NDArray[np.uint8],
         last_class: npt.NDArray[np.uint8],
         starts_word: npt.NDArray[np.uint8],
+        word_starts: Sequence[WordStarts | None] = ...,
         probabilities: Sequence[float],
         unit: Literal["token", "whole_word", "ngram"],
         max_ngram: int,

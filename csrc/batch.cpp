@@ -61,21 +61,19 @@ std::uint32_t largest_id(std::span<const std::int32_t> tokens) noexcept {
 
 }  // namespace
 
-BatchAssembler::BatchAssembler(std::vector<std::shared_ptr<const IndexedDataset>> datasets,
+BatchAssembler::BatchAssembler(std::vector<CorpusFiles> corpora,
                                std::shared_ptr<const RowPlan> plan, Masker masker,
                                std::vector<double> probabilities, std::uint64_t seed)
-    : datasets_(std::move(datasets)),
+    : corpora_(std::move(corpora)),
       plan_(std::move(plan)),
       masker_(std::move(masker)),
       probabilities_(std::move(probabilities)),
       seed_(seed) {
-    const std::vector<CorpusLengths>& corpora = plan_->corpora();
-    const bool matches = std::equal(
-        corpora.begin(), corpora.end(), datasets_.begin(), datasets_.end(),
-        [](const CorpusLengths& lengths, const std::shared_ptr<const IndexedDataset>& dataset) {
-            return lengths.num_documents() == dataset->num_documents() &&
-                   (lengths.dataset() == dataset.get() ||
-                    lengths.num_tokens() == dataset->num_tokens());
+    const bool matches = std::ranges::equal(
+        plan_->corpora(), corpora_, [](const CorpusLengths& lengths, const CorpusFiles& files) {
+            return lengths.num_documents() == files.dataset->num_documents() &&
+                   (lengths.dataset() == files.dataset.get() ||
+                    lengths.num_tokens() == files.dataset->num_tokens());
         });
     if (!matches) {
         throw std::invalid_argument("the row plan was not made from these datasets");
@@ -118,7 +116,7 @@ void BatchAssembler::find_segments(std::int64_t number, std::vector<Segment>& se
     }
     plan_->segments(number, segments);
     for (const auto& [corpus, span] : segments) {
-        datasets_[corpus]->prefetch_tokens(span.document, span.offset, span.length);
+        corpora_[corpus].dataset->prefetch_tokens(span.document, span.offset, span.length);
     }
 }
 
@@ -142,17 +140,25 @@ std::uint64_t BatchAssembler::fill_row(std::int64_t number, const RowArrays& row
 
 void BatchAssembler::write_segments(const RowArrays& row, Scratch& scratch) const {
     scratch.texts.clear();
+    scratch.word_starts.resize(row.tokens.size());
     std::size_t begin = 0;
     for (const Segment& segment : scratch.segments) {
         const auto length = static_cast<std::size_t>(segment.span.length);
         const std::span text = row.tokens.subspan(begin + 1, length);
         row.tokens[begin] = masker_.vocabulary().cls;
-        datasets_[segment.corpus]->copy_tokens(segment.span.document, segment.span.offset,
-                                               segment.span.length, text.data());
+        const auto& [dataset, word_starts] = corpora_[segment.corpus];
+        dataset->copy_tokens(segment.span.document, segment.span.offset, segment.span.length,
+                             text.data());
         check_tokens(segment, text);
         row.tokens[begin + 1 + length] = masker_.vocabulary().sep;
         count_positions(row.positions.subspan(begin, length + 2));
         scratch.texts.push_back({begin + 1, length});
+        if (word_starts != nullptr) {
+            const std::span starts = std::span(scratch.word_starts).subspan(begin + 1, length);
+            word_starts->copy(
+                dataset->document_begin(segment.span.document) + segment.span.offset, starts);
+            scratch.texts.back().word_starts = starts.data();
+        }
         begin += length + 2;
     }
     std::ranges::fill(row.tokens.subspan(begin), masker_.vocabulary().pad);
@@ -175,7 +181,7 @@ void BatchAssembler::check_tokens(const Segment& segment,
     const std::uint32_t largest = largest_id(tokens);
     const auto size = static_cast<std::uint32_t>(masker_.vocabulary().size);
     if (largest >= size) {
-        throw std::runtime_error(datasets_[segment.corpus]->prefix() + ".bin: document " +
+        throw std::runtime_error(corpora_[segment.corpus].dataset->prefix() + ".bin: document " +
                                  std::to_string(segment.span.document) + " holds the token id " +
                                  std::to_string(static_cast<std::int32_t>(largest)) +
                                  ", but the vocabulary has " + std::to_string(size) + " ids");

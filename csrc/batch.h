@@ -10,6 +10,7 @@
 #include "indexed_dataset.h"
 #include "masking.h"
 #include "row_plan.h"
+#include "word_starts.h"
 
 namespace megatron_bert {
 
@@ -28,16 +29,21 @@ struct BatchArrays {
     float* weights = nullptr;            ///< [B, M] 1, or 0 in unused slots
 };
 
+/// A corpus' tokens and, where a dictionary found them, the beginnings of their words (else null).
+struct CorpusFiles {
+    std::shared_ptr<const IndexedDataset> dataset;
+    std::shared_ptr<const WordStarts> word_starts;
+};
+
 /// Assembles batches: [CLS] text [SEP] [CLS] text [SEP] ..., padded to the row's end, masked.
 /// The padding counts positions from 0 too, as a segment of its own that no text attends to.
 /// Const methods are thread-safe.
 class BatchAssembler {
   public:
     /// `probabilities` has the share of tokens to mask in each of the plan's stages.
-    /// Throws std::invalid_argument unless the plan is of these datasets and stages.
-    BatchAssembler(std::vector<std::shared_ptr<const IndexedDataset>> datasets,
-                   std::shared_ptr<const RowPlan> plan, Masker masker,
-                   std::vector<double> probabilities, std::uint64_t seed);
+    /// Throws std::invalid_argument unless the plan is of these corpora and stages.
+    BatchAssembler(std::vector<CorpusFiles> corpora, std::shared_ptr<const RowPlan> plan,
+                   Masker masker, std::vector<double> probabilities, std::uint64_t seed);
 
     /// Fills the arrays and returns the batch's hash: the sum, modulo 2^64, over its rows of a hash
     /// of the row's tokens, positions, masked positions and labels. So it depends neither on the
@@ -53,6 +59,7 @@ class BatchAssembler {
         std::vector<Segment> segments;
         std::vector<Segment> next_segments;  ///< of the row after
         std::vector<Text> texts;
+        std::vector<std::uint8_t> word_starts;  ///< one a slot
         Masker::Scratch masking;
     };
 
@@ -73,7 +80,7 @@ class BatchAssembler {
     std::size_t stage_of(std::int64_t row, std::size_t seq_length) const;
     void check_tokens(const Segment& segment, std::span<const std::int32_t> tokens) const;
 
-    std::vector<std::shared_ptr<const IndexedDataset>> datasets_;
+    std::vector<CorpusFiles> corpora_;
     std::shared_ptr<const RowPlan> plan_;
     Masker masker_;
     std::vector<double> probabilities_;

@@ -121,6 +121,9 @@ std::shared_ptr<const void> keep_alive(py::object object) {
 }
 
 CorpusLengths corpus_lengths(const py::object& source) {
+    if (py::isinstance<CorpusLengths>(source)) {
+        return source.cast<CorpusLengths>();
+    }
     if (py::isinstance<IndexedDataset>(source)) {
         return CorpusLengths(source.cast<std::shared_ptr<IndexedDataset>>());
     }
@@ -130,7 +133,8 @@ CorpusLengths corpus_lengths(const py::object& source) {
     if (py::isinstance<Array<std::int64_t>>(source)) {
         return {view(source.cast<Array<std::int64_t>>()), keep_alive(source)};
     }
-    throw py::type_error("lengths must be an IndexedDataset or a contiguous array of int32 or int64");
+    throw py::type_error("lengths must be an IndexedDataset, DocumentLengths, or a contiguous array of int32 or "
+                         "int64");
 }
 
 std::shared_ptr<RowPlan> make_row_plan(const std::vector<py::object>& lengths,
@@ -163,6 +167,14 @@ std::vector<SegmentTuple> segments(const RowPlan& plan, std::int64_t row) {
 }
 
 void bind_row_plan(py::module_& m) {
+    py::class_<CorpusLengths>(m, "DocumentLengths")
+        .def(py::init([](std::shared_ptr<IndexedDataset> dataset, double held_out_fraction,
+                         bool held_out) {
+                 return CorpusLengths(std::move(dataset), {held_out_fraction, held_out});
+             }),
+             "dataset"_a, py::kw_only(), "held_out_fraction"_a, "held_out"_a, NoGil())
+        .def_property_readonly("num_tokens", &CorpusLengths::num_tokens);
+
     py::class_<RowPlan, std::shared_ptr<RowPlan>>(m, "RowPlan")
         .def(py::init(&make_row_plan), "lengths"_a, "weights"_a, "stages"_a, "seed"_a)
         .def_property_readonly("num_rows", &RowPlan::num_rows)
@@ -237,7 +249,24 @@ std::uint64_t fill(const BatchAssembler& assembler, const Array<std::int64_t>& r
     return assembler.fill(batch);
 }
 
+std::vector<CorpusFiles> corpus_files(
+    const std::vector<std::shared_ptr<IndexedDataset>>& datasets,
+    const std::vector<std::shared_ptr<WordStarts>>& word_starts) {
+    if (!word_starts.empty() && datasets.size() != word_starts.size()) {
+        throw std::invalid_argument(std::to_string(word_starts.size()) + " word_starts for " +
+                                    std::to_string(datasets.size()) + " datasets");
+    }
+    std::vector<CorpusFiles> files;
+    for (std::size_t corpus = 0; corpus < datasets.size(); ++corpus) {
+        files.push_back({datasets[corpus], word_starts.empty() ? nullptr : word_starts[corpus]});
+    }
+    return files;
+}
+
 void bind_batch_assembler(py::module_& m) {
+    py::class_<WordStarts, std::shared_ptr<WordStarts>>(m, "WordStarts")
+        .def(py::init<const std::string&, std::int64_t>(), "path"_a, "num_tokens"_a);
+
     py::class_<BatchAssembler>(m, "BatchAssembler")
         .def(py::init([](const std::vector<std::shared_ptr<IndexedDataset>>& datasets,
                          std::shared_ptr<RowPlan> plan, std::int32_t cls_id, std::int32_t sep_id,
@@ -246,6 +275,7 @@ void bind_batch_assembler(py::module_& m) {
                          const Array<std::uint8_t>& first_class,
                          const Array<std::uint8_t>& last_class,
                          const Array<std::uint8_t>& starts_word,
+                         const std::vector<std::shared_ptr<WordStarts>>& word_starts,
                          std::vector<double> probabilities,
                          const std::string& unit, std::int64_t max_ngram, double mask_ratio,
                          double random_ratio, std::uint64_t seed) {
@@ -253,13 +283,12 @@ void bind_batch_assembler(py::module_& m) {
                                {mask_unit_of(unit), max_ngram, mask_ratio, random_ratio},
                                {copy(first_class), copy(last_class), copy(starts_word)});
                  return std::make_unique<BatchAssembler>(
-                     std::vector<std::shared_ptr<const IndexedDataset>>(datasets.begin(),
-                                                                        datasets.end()),
-                     std::move(plan), std::move(masker), std::move(probabilities), seed);
+                     corpus_files(datasets, word_starts), std::move(plan), std::move(masker), std::move(probabilities), seed);
              }),
              "datasets"_a, "plan"_a, py::kw_only(), "cls_id"_a, "sep_id"_a, "mask_id"_a,
              "pad_id"_a, "vocab_size"_a, "special_ids"_a, "first_class"_a, "last_class"_a,
-             "starts_word"_a, "probabilities"_a, "unit"_a, "max_ngram"_a, "mask_ratio"_a,
+             "starts_word"_a, "word_starts"_a = std::vector<std::shared_ptr<WordStarts>>(),
+             "probabilities"_a, "unit"_a, "max_ngram"_a, "mask_ratio"_a,
              "random_ratio"_a, "seed"_a)
         .def("fill", &fill, py::arg("rows").noconvert(), py::arg("tokens").noconvert(),
              py::arg("positions").noconvert(), py::arg("masked").noconvert(),

@@ -67,6 +67,13 @@ class IndexedDataset {
                                           : document_begin(document + 1) - document_begin(document);
     }
 
+    /// Number of the document's first token within .bin; for `num_documents()` that of the end.
+    std::int64_t document_begin(std::int64_t document) const noexcept {
+        const std::int64_t sequence =
+            one_sequence_per_document_ ? document : boundary(document);
+        return sequence == num_sequences_ ? num_tokens_ : sequence_offset(sequence) / token_bytes();
+    }
+
     /// The last end of a sequence (a sentence, where the set has them) within a document's first
     /// `tokens` tokens, in tokens from the document's begin; 0 if there is none.
     std::int64_t last_sequence_end(std::int64_t document, std::int64_t tokens) const noexcept;
@@ -105,12 +112,6 @@ class IndexedDataset {
     }
     std::int64_t boundary(std::int64_t document) const noexcept {
         return load<std::int64_t>(boundaries_ + document * 8);
-    }
-    /// Number of the document's first token within .bin; for `num_documents()` that of the end.
-    std::int64_t document_begin(std::int64_t document) const noexcept {
-        const std::int64_t sequence =
-            one_sequence_per_document_ ? document : boundary(document);
-        return sequence == num_sequences_ ? num_tokens_ : sequence_offset(sequence) / token_bytes();
     }
 
     std::string prefix_;
