@@ -63,10 +63,6 @@ std::int32_t smallest(std::span<const std::int32_t> tokens) noexcept {
     return found;
 }
 
-bool is_chosen(const Masker::Scratch& scratch, std::size_t position) noexcept {
-    return (scratch.chosen[position / 64] >> (position % 64) & 1) != 0;
-}
-
 void choose(Masker::Scratch& scratch, std::size_t position) noexcept {
     scratch.chosen[position / 64] |= std::uint64_t{1} << (position % 64);
 }
@@ -116,6 +112,11 @@ Masker::Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words)
         }
     }
     require(!ordinary_ids_.empty(), "every id of the vocabulary is special");
+    std::uint64_t shares = 0;
+    for (std::int64_t length = 1; length <= options_.max_ngram; ++length) {
+        shares += ngram_shares / static_cast<std::uint64_t>(length);
+        ngram_shares_end_.push_back(shares);
+    }
     mask_below_ = static_cast<std::uint64_t>(options_.mask_ratio * two_to_32);
     random_below_ = mask_below_ + static_cast<std::uint64_t>(options_.random_ratio * two_to_32);
 }
@@ -133,10 +134,11 @@ void Masker::mask(std::span<std::int32_t> tokens, std::span<const Text> texts, d
             break;
         case MaskUnit::whole_word:
             list_words(tokens, texts, scratch);
-            choose_words(target, slots.size, random, scratch);
+            choose_units(target, slots.size, random, scratch);
             break;
         case MaskUnit::ngram:
-            choose_ngrams(tokens, target, slots.size, random, scratch);
+            list_ngrams(random, scratch);
+            choose_units(target, slots.size, random, scratch);
             break;
     }
     std::size_t slot = 0;
@@ -221,50 +223,60 @@ void Masker::choose_tokens(std::int64_t target, CounterRandom& random, Scratch& 
     }
 }
 
-void Masker::choose_words(std::int64_t target, std::size_t num_slots, CounterRandom& random,
-                          Scratch& scratch) const {
-    std::int64_t num_chosen = 0;
-    for (std::size_t drawn = 0; num_chosen < target; ++drawn) {
-        const Scratch::Unit word = draw(scratch.units, drawn, random);
-        const auto room = static_cast<std::int64_t>(num_slots) - num_chosen;
-        const std::int64_t length = std::min<std::int64_t>(word.length, room);
-        for (std::int64_t i = 0; i < length; ++i) {
-            choose(scratch, static_cast<std::size_t>(word.begin + i));
+void Masker::list_ngrams(CounterRandom& random, Scratch& scratch) const {
+    scratch.units.clear();
+    std::int64_t left = 0;
+    for (const std::int32_t position : scratch.maskable) {
+        const bool adjoins = !scratch.units.empty() &&
+                             scratch.units.back().begin + scratch.units.back().length == position;
+        if (left > 0 && adjoins) {
+            ++scratch.units.back().length;
+        } else {
+            scratch.units.push_back({position, 1});
+            left = draw_ngram_length(random);
         }
-        num_chosen += length;
+        --left;
     }
 }
 
 std::int64_t Masker::draw_ngram_length(CounterRandom& random) const noexcept {
-    std::uint64_t total = 0;
-    for (std::int64_t length = 1; length <= options_.max_ngram; ++length) {
-        total += ngram_shares / static_cast<std::uint64_t>(length);
-    }
-    std::uint64_t draw = random.below(total);
-    std::int64_t length = 1;
-    for (; draw >= ngram_shares / static_cast<std::uint64_t>(length); ++length) {
-        draw -= ngram_shares / static_cast<std::uint64_t>(length);
-    }
-    return length;
+    const std::uint64_t drawn = random.below(ngram_shares_end_.back());
+    const auto end = std::ranges::upper_bound(ngram_shares_end_, drawn);
+    return end - ngram_shares_end_.begin() + 1;
 }
 
-void Masker::choose_ngrams(std::span<const std::int32_t> tokens, std::int64_t target,
-                           std::size_t num_slots, CounterRandom& random, Scratch& scratch) const {
+void Masker::choose_units(std::int64_t target, std::size_t num_slots, CounterRandom& random,
+                          Scratch& scratch) const {
+    if (target == 0) {
+        return;
+    }
     std::int64_t num_chosen = 0;
-    for (std::size_t drawn = 0; num_chosen < target; ++drawn) {
-        auto position = static_cast<std::size_t>(draw(scratch.maskable, drawn, random));
-        if (is_chosen(scratch, position)) {
-            continue;
-        }
+    const auto choose_unit = [&](const Scratch::Unit& unit) {
         const auto room = static_cast<std::int64_t>(num_slots) - num_chosen;
-        std::int64_t length = std::min(draw_ngram_length(random), room);
-        // Ends early at a special token, which bounds the segment, and at what is chosen already.
-        for (; length > 0 && position < tokens.size() && !is_special(tokens[position]) &&
-               !is_chosen(scratch, position);
-             --length, ++position) {
-            choose(scratch, position);
-            ++num_chosen;
+        const std::int64_t length = std::min<std::int64_t>(unit.length, room);
+        for (std::int64_t i = 0; i < length; ++i) {
+            choose(scratch, static_cast<std::size_t>(unit.begin + i));
         }
+        num_chosen += length;
+    };
+    std::vector<Scratch::Unit>& units = scratch.units;
+    const std::int32_t start =
+        scratch.maskable[static_cast<std::size_t>(random.below(scratch.maskable.size()))];
+    const auto after_first = std::ranges::upper_bound(units, start, {}, &Scratch::Unit::begin);
+    std::swap(units.front(), *(after_first - 1));
+    const Scratch::Unit first = units.front();
+    std::int64_t covered = first.begin + first.length - start;
+    if (first.begin == start) {
+        choose_unit(first);
+    }
+    for (std::size_t drawn = 1; covered < target && drawn < units.size(); ++drawn) {
+        const Scratch::Unit unit = draw(units, drawn, random);
+        choose_unit(unit);
+        covered += unit.length;
+    }
+    const bool comes_around = covered < target;
+    if (first.begin != start && (comes_around || num_chosen == 0)) {
+        choose_unit(first);
     }
 }
 

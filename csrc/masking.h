@@ -71,7 +71,7 @@ class Masker {
             std::int32_t length = 0;
         };
         std::vector<std::int32_t> maskable;  ///< positions that may be masked, ascending
-        std::vector<Unit> units;             ///< words of them
+        std::vector<Unit> units;             ///< words or spans of them
         std::vector<std::uint64_t> chosen;  ///< one bit a position
     };
 
@@ -83,9 +83,9 @@ class Masker {
     /// Masks a row, whose text stands in `texts`, in place and fills its slots: positions ascending,
     /// labels the tokens that stood there, weights 1; unused slots are 0.
     ///
-    /// max(1, round(probability * maskable)) tokens are masked (none if none is maskable), by units
-    /// other than tokens up to max_unit_tokens - 1 more, and never more than there are slots;
-    /// `check_probability` says which probabilities make sense.
+    /// round(probability * maskable) tokens are masked, at least one if one is maskable; by units
+    /// other than tokens on average so many, in a row up to max_unit_tokens - 1 more or fewer. There
+    /// are never more than slots. `check_probability` says which probabilities make sense.
     /// `tokens` must be valid ids; all that is drawn depends on `key` and the row's content alone.
     void mask(std::span<std::int32_t> tokens, std::span<const Text> texts, double probability,
               std::uint64_t key, const MaskedSlots& slots, Scratch& scratch) const;
@@ -99,14 +99,17 @@ class Masker {
                        Scratch& scratch) const;
     void list_words(std::span<const std::int32_t> tokens, std::span<const Text> texts,
                     Scratch& scratch) const;
+    /// Divides the maskable tokens into spans whose length k is drawn in proportion to 1/k, as long
+    /// as the text goes on.
+    void list_ngrams(CounterRandom& random, Scratch& scratch) const;
     std::int64_t draw_ngram_length(CounterRandom& random) const noexcept;
     std::int32_t replacement(std::int32_t token, CounterRandom& random) const noexcept;
 
     void choose_tokens(std::int64_t target, CounterRandom& random, Scratch& scratch) const;
-    void choose_words(std::int64_t target, std::size_t num_slots, CounterRandom& random,
+    /// Chooses units whole, each with the probability target / maskable however long it is: all are
+    /// laid on a circle in random order, and those that begin in an arc of `target` tokens are chosen.
+    void choose_units(std::int64_t target, std::size_t num_slots, CounterRandom& random,
                       Scratch& scratch) const;
-    void choose_ngrams(std::span<const std::int32_t> tokens, std::int64_t target,
-                       std::size_t num_slots, CounterRandom& random, Scratch& scratch) const;
 
     Vocabulary vocabulary_;
     MaskingOptions options_;
@@ -114,6 +117,7 @@ class Masker {
     std::vector<bool> is_special_;
     std::int32_t largest_special_ = 0;
     std::vector<std::int32_t> ordinary_ids_;
+    std::vector<std::uint64_t> ngram_shares_end_;  ///< summed up to each length
     std::uint64_t mask_below_ = 0;    ///< of 2^32
     std::uint64_t random_below_ = 0;  ///< of 2^32
 };

@@ -154,32 +154,47 @@ def choose_tokens(text: Sequence[int], wanted: int, random: CounterRandom) -> se
     return {next(order) for _ in range(wanted)}
 
 
-def choose_words(
-    words: Sequence[Sequence[int]], wanted: int, num_slots: int, random: CounterRandom
-) -> set[int]:
-    chosen: set[int] = set()
-    order = random.shuffled(words)
-    while len(chosen) < wanted:
-        chosen.update(next(order)[: num_slots - len(chosen)])
-    return chosen
+def ngrams_of(text: Sequence[int], max_ngram: int, random: CounterRandom) -> list[list[int]]:
+    """The positions cut into spans, whose lengths are drawn one by one; a gap ends a span."""
+    spans: list[list[int]] = []
+    length = 0
+    for position in text:
+        if spans and spans[-1][-1] == position - 1 and len(spans[-1]) < length:
+            spans[-1].append(position)
+        else:
+            spans.append([position])
+            length = ngram_length(max_ngram, random)
+    return spans
 
 
-def choose_ngrams(
-    text: Sequence[int], wanted: int, num_slots: int, max_ngram: int, random: CounterRandom
+def choose_units(
+    units: Sequence[Sequence[int]], wanted: int, num_slots: int, random: CounterRandom
 ) -> set[int]:
-    """Spans from random starts, which end before a special token and before a chosen one."""
-    chosen: set[int] = set()
-    starts = random.shuffled(text)
-    while len(chosen) < wanted:
-        start = next(starts)
-        if start in chosen:
-            continue
-        length = min(ngram_length(max_ngram, random), num_slots - len(chosen))
-        for position in range(start, start + length):
-            if position not in text or position in chosen:
-                break
-            chosen.add(position)
-    return chosen
+    """Units that begin in an arc of `wanted` tokens of the circle that all of them form.
+
+    The arc begins at a random token; the unit that holds it comes first on the circle, the others
+    follow in random order. If the arc holds no beginning, that first unit is chosen.
+    """
+    if wanted == 0:
+        return set()
+    text = [position for unit in units for position in unit]
+    start = text[random.below(len(text))]
+    at = next(number for number, unit in enumerate(units) if start in unit)
+    others = list(units)
+    others[0], others[at] = others[at], others[0]
+    first, others = others[0], others[1:]
+    # The arc's tokens, numbered from its begin; a unit is chosen at the number of its own begin.
+    place = len(first) - first.index(start)
+    chosen = [first] if first[0] == start else []
+    order = random.shuffled(others)
+    left = len(others)
+    while place < wanted and left > 0:
+        chosen.append(next(order))
+        place += len(chosen[-1])
+        left -= 1
+    if first[0] != start and (place < wanted or not chosen):
+        chosen.append(first)
+    return set([position for unit in chosen for position in unit][:num_slots])
 
 
 def masked_positions(
@@ -190,7 +205,7 @@ def masked_positions(
     masking: Masking,
     random: CounterRandom,
 ) -> list[int]:
-    """Positions to mask, ascending: the row's share, by larger units up to 7 more."""
+    """Positions to mask, ascending: the row's share, by larger units up to 7 more or fewer."""
     special = vocabulary.special
     text = [position for position, token in enumerate(tokens) if token not in special]
     share = max(1, floor(masking.probability * len(text) + 0.5))
@@ -198,9 +213,10 @@ def masked_positions(
     if masking.unit == "token":
         chosen = choose_tokens(text, wanted, random)
     elif masking.unit == "whole_word":
-        chosen = choose_words(words_of(tokens, special, tables), wanted, num_slots, random)
+        chosen = choose_units(words_of(tokens, special, tables), wanted, num_slots, random)
     else:
-        chosen = choose_ngrams(text, wanted, num_slots, masking.max_ngram, random)
+        spans = ngrams_of(text, masking.max_ngram, random)
+        chosen = choose_units(spans, wanted, num_slots, random)
     return sorted(chosen)
 
 

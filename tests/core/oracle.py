@@ -6,9 +6,10 @@ functions (SplitMix64, the Feistel network) and of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 WINDOW_ROWS = 16384
+SLOTS_PER_SLACK = 64
 WHOLE = 1 << 32
 MASK_64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -65,10 +66,20 @@ def document_order(num_documents: int, seed: int, corpus: int, epoch: int) -> li
 
 
 class CorpusStream:
-    """A corpus' tokens not yet read, of one epoch at a time."""
+    """A corpus' tokens not yet read, of one epoch at a time.
 
-    def __init__(self, lengths: Sequence[int], seed: int, corpus: int) -> None:
+    `sentence_ends` has for each document the offsets at which a sentence ends.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        seed: int,
+        corpus: int,
+        sentence_ends: Sequence[Collection[int]] | None = None,
+    ) -> None:
         self.lengths, self.seed, self.corpus = lengths, seed, corpus
+        self.sentence_ends = sentence_ends
         self.unread: list[tuple[int, int]] = []
         self.next_epoch = 0
 
@@ -107,11 +118,30 @@ class CorpusStream:
                     (document, offset + length)
                 ]:
                     length += 1
+                continues = self.unread[at + length : at + length + 1] == [
+                    (document, offset + length)
+                ]
+                if continues:
+                    length = self._cut_at_sentence_end(document, offset, length, seq_length)
+                    free = 0
                 row.append((document, offset, length))
                 at += length
                 free -= length + 2
             cut.append(row)
         return cut, at
+
+    def _cut_at_sentence_end(self, document: int, offset: int, room: int, seq_length: int) -> int:
+        if self.sentence_ends is None:
+            return room
+        shortest = max(1, room - seq_length // SLOTS_PER_SLACK)
+        for length in range(room, shortest - 1, -1):
+            if offset + length in self.sentence_ends[document]:
+                return length
+        return room
+
+
+def held_out(document: int, fraction: float) -> bool:
+    return mix((document + GOLDEN) & MASK_64) < int(fraction * 2**64)
 
 
 def shares(weights: Sequence[float]) -> list[int]:
@@ -138,9 +168,15 @@ def plan(
     weights: Sequence[float],
     stages: Sequence[tuple[int, int]],
     seed: int,
+    sentence_ends: Sequence[Sequence[Collection[int]]] | None = None,
 ) -> list[list[Segment]]:
     """Segments of all rows of a run."""
-    streams = [CorpusStream(lengths[corpus], seed, corpus) for corpus in range(len(lengths))]
+    streams = [
+        CorpusStream(
+            lengths[corpus], seed, corpus, None if sentence_ends is None else sentence_ends[corpus]
+        )
+        for corpus in range(len(lengths))
+    ]
     rows: list[list[Segment]] = []
     for stage, (seq_length, stage_rows) in enumerate(stages):
         choices = list(blend(weights, stage_rows))

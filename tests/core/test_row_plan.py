@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _megatron_bert_core import IndexedDataset, RowPlan, epoch_rows
+from _megatron_bert_core import DocumentLengths, IndexedDataset, RowPlan, epoch_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -57,6 +57,83 @@ def test_every_row_is_that_of_the_oracle(
     for row in range(plan.num_rows):
         stage = int(np.searchsorted(ends, row, side="right"))
         assert plan.stage_of(row) == (stage, row - int(ends[stage] - stages[stage][1]))
+
+
+def write_sentences(prefix: Path, documents: Sequence[Sequence[int]]) -> IndexedDataset:
+    """Documents of sentences with the given lengths; what the tokens are does not matter."""
+    sentences = [[9] * length for document in documents for length in document]
+    boundaries = np.cumsum([0, *map(len, documents)])
+    write_sequences(prefix, sentences, boundaries.tolist())
+    return IndexedDataset(str(prefix))
+
+
+# Rows of 64 slots and more may stay empty by a slot or a few for a sentence's end.
+sentence_stages = st.lists(st.tuples(st.integers(60, 260), st.integers(0, 12)), max_size=3)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 40), max_size=12), min_size=1, max_size=8).filter(
+        lambda documents: any(map(sum, documents))
+    ),
+    sentence_stages,
+    seeds,
+)
+def test_rows_of_a_set_of_sentences_are_those_of_the_oracle(
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: list[list[int]],
+    stages: Stages,
+    seed: int,
+) -> None:
+    dataset = write_sentences(tmp_path_factory.mktemp("sentences") / "a", documents)
+    lengths = [sum(document) for document in documents]
+    ends = [set(np.cumsum(document).tolist()) for document in documents]
+    # As many sentences as documents are taken for documents of one sequence each.
+    one_sequence_each = all(len(document) == 1 for document in documents)
+    expected = oracle.plan([lengths], [1.0], stages, seed, None if one_sequence_each else [ends])
+    assert all_rows(RowPlan([dataset], [1.0], stages, seed)) == expected
+
+
+def test_a_row_ends_with_a_sentence_where_that_leaves_few_slots_empty(tmp_path: Path) -> None:
+    # 30 slots of a row are text: two sentences and most of a third, or a part of one long one.
+    dataset = write_sentences(tmp_path / "a", [[40, 21, 400, 30]])
+    rows = all_rows(RowPlan([dataset], [1.0], [(64, 7)], 5))
+    cut_at = sorted(offset + length for ((_, _, offset, length),) in rows)
+    assert cut_at[0] == 61  # of 62: the second sentence's end
+    assert cut_at[1:4] == [123, 185, 247]  # no sentence ends near the row's end
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(lengths_of_a_corpus, st.floats(0.05, 0.95), stage_lists, seeds)
+def test_the_two_sides_of_a_split_have_every_document_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    fraction: float,
+    stages: Stages,
+    seed: int,
+) -> None:
+    dataset = write_documents(tmp_path_factory.mktemp("split") / "a", text_documents(lengths))
+    for side in (False, True):
+        on_side = [
+            length if oracle.held_out(document, fraction) == side else 0
+            for document, length in enumerate(lengths)
+        ]
+        half = DocumentLengths(dataset, held_out_fraction=fraction, held_out=side)
+        assert half.num_tokens == sum(on_side)
+        if any(on_side):
+            plan = RowPlan([half], [1.0], stages, seed)
+            assert all_rows(plan) == oracle.plan([on_side], [1.0], stages, seed)
+
+
+def test_about_the_asked_share_of_documents_is_held_out(tmp_path: Path) -> None:
+    dataset = write_documents(tmp_path / "a", [np.array([7], dtype=np.int32)] * 20_000)
+    held = DocumentLengths(dataset, held_out_fraction=0.1, held_out=True).num_tokens
+    assert abs(held - 2000) < 4 * np.sqrt(20_000 * 0.1 * 0.9)
+    rest = DocumentLengths(dataset, held_out_fraction=0.1, held_out=False).num_tokens
+    assert held + rest == 20_000
+    assert DocumentLengths(dataset, held_out_fraction=0.0, held_out=True).num_tokens == 0
+    with pytest.raises(ValueError, match="held-out fraction"):
+        DocumentLengths(dataset, held_out_fraction=1.0, held_out=False)
 
 
 @pytest.mark.parametrize("num_documents", [8191, 8192, 20_001, 131_075])
