@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -126,8 +127,15 @@ def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the whole shape of every tensor that the shards in `folder` make up."""
-    saved = HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
+    """Return the whole shape of every tensor that the shards in `folder` make up.
+
+    Raises:
+        CheckpointError: A shard's header cannot be read.
+    """
+    try:
+        saved = HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the shards in {folder}: {error}") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for name, entry in saved.items():
         assert isinstance(entry, TensorStorageMetadata)

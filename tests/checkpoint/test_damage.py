@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from megatron_bert.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_bert.checkpoint.store import CheckpointStore
+from megatron_bert.checkpoint.tensors import saved_shapes
 from megatron_bert.config.errors import CheckpointError
 from tests.checkpoint.sharded_state import assert_same_bits, blank, sharded, whole_state
 from tests.distributed_harness import run_ranks
@@ -232,3 +234,14 @@ def test_a_tensor_with_a_piece_missing_is_refused(root: Path) -> None:
     files = {name: record for name, record in manifest.files.items() if name != lost.name}
     Manifest(manifest.step, files, manifest.state).write(folder)
     assert "incomplete in the checkpoint: " in _load_error(root, blank(whole_state()))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0not json"], ids=["empty", "size", "json"]
+)
+def test_shards_whose_header_cannot_be_read_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=f"cannot read the shards in {re.escape(str(tmp_path))}"
+    ):
+        saved_shapes(tmp_path)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,22 @@ SHORT = (
     "batch.global_size=2",
     "model.hidden_size=32",
 )
+# A new network namespace has the loopback interface, but down; then runs what its arguments say.
+LOOPBACK_UP = """
+import fcntl, os, socket, struct, sys
+SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40
+request = struct.pack("16sh14x", b"lo", IFF_UP | IFF_RUNNING)
+fcntl.ioctl(socket.socket(), SIOCSIFFLAGS, request)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
-def quickstart(*arguments: str | Path, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
+def quickstart(
+    *arguments: str | Path, cwd: Path = CHECKOUT, through: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run the script to its end; `through` is a command that runs it."""
     return subprocess.run(
-        ["bash", CHECKOUT / "examples" / "quickstart.sh", *arguments],
+        [*through, "bash", CHECKOUT / "examples" / "quickstart.sh", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -64,6 +78,12 @@ def corpus(tiny_texts: list[str], tmp_path: Path) -> Iterator[Path]:
         shutil.rmtree(made)
 
 
+def place_of(stdout: str) -> Path:
+    """The folder that everything lands in."""
+    (place,) = (line.split()[-1] for line in stdout.splitlines() if "lands in" in line)
+    return CHECKOUT / place
+
+
 @pytest.mark.slow
 def test_own_text_becomes_a_model_that_fills_masks_and_a_second_call_reuses_it(
     corpus: Path,
@@ -71,10 +91,55 @@ def test_own_text_becomes_a_model_that_fills_masks_and_a_second_call_reuses_it(
     first = quickstart(corpus.name, *SHORT, cwd=corpus.parent)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "the right word was among the first 5 in" in first.stdout
-    (place,) = (line.split()[-1] for line in first.stdout.splitlines() if "lands in" in line)
     for name in ("loss.png", "report.html", "huggingface/model.safetensors", "run/FINISHED"):
-        assert (CHECKOUT / place / name).is_file(), name
+        assert (place_of(first.stdout) / name).is_file(), name
     again = quickstart(corpus.name, *SHORT, cwd=corpus.parent)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("stands already") == 6
     assert "token slots  " not in again.stdout.split("6/8")[0]
+
+
+@pytest.mark.slow
+def test_once_installed_it_needs_no_network(corpus: Path) -> None:
+    loopback_only = ("unshare", "--map-root-user", "--net", sys.executable, "-c", LOOPBACK_UP)
+    try:
+        subprocess.run([*loopback_only, "true"], check=True, capture_output=True, timeout=30)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespace can be made here: {error}")
+    result = quickstart(corpus.name, *SHORT, cwd=corpus.parent, through=loopback_only)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the right word was among the first 5 in" in result.stdout
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.faults
+def test_killed_in_mid_training_it_goes_on_from_the_last_checkpoint(corpus: Path) -> None:
+    keys = (*SHORT, "curriculum.0.steps=300", "checkpoint.interval=100")
+    command = ["bash", CHECKOUT / "examples" / "quickstart.sh", corpus.name, *keys]
+    with subprocess.Popen(
+        command,
+        cwd=corpus.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    ) as killed:
+        deadline = threading.Timer(240, os.killpg, (killed.pid, signal.SIGKILL))
+        deadline.start()
+        assert killed.stdout is not None
+        output = ""
+        # Ends with the script's death, which is this kill or the deadline's.
+        for line in killed.stdout:
+            output += line
+            if "saved" in line and "step_00000100" in line:
+                os.killpg(killed.pid, signal.SIGKILL)
+        deadline.cancel()
+    assert killed.returncode == -signal.SIGKILL, output
+
+    result = quickstart(corpus.name, *keys, cwd=corpus.parent)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("stands already") == 4
+    metrics = place_of(result.stdout) / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 304))
+    assert "step_00000100" in result.stdout.split("5/8")[1].split("6/8")[0]
