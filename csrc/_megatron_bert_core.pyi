@@ -13,12 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 class IndexedDataset:
-    """A dataset in Megatron-LM's format, PREFIX.idx and PREFIX.bin, opened for reading (mmap).
+    """A dataset in Megatron-LM's format, PREFIX.idx and PREFIX.bin, opened for reading.
 
     Everything later reads rely on is checked when it is opened.
+
+    Args:
+        prefix: path of the two files, without their suffixes.
+        mmap: whether to map the files; without it, and where the system refuses, the index is read
+            into memory and tokens are read (pread) when they are asked for.
     """
 
-    def __init__(self, prefix: str) -> None: ...
+    def __init__(self, prefix: str, *, mmap: bool = True) -> None: ...
     @property
     def prefix(self) -> str: ...
     @property
@@ -27,6 +32,10 @@ class IndexedDataset:
     def num_sequences(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
+    @property
+    def is_mapped(self) -> bool:
+        """Whether tokens are read from a memory map."""
+
     @property
     def token_bytes(self) -> int:
         """2 (unsigned) or 4 bytes a token."""
@@ -45,6 +54,13 @@ class IndexedDataset:
         """Largest token id in about that many evenly spaced documents (all, if fewer); -1: none.
 
         A negative id counts as its unsigned value, so that it is larger than any vocabulary.
+        """
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError, saying what happened, if a file changed since it was opened.
+
+        It was truncated, grew, was modified in place, replaced by another or removed. Costs two
+        system calls.
         """
 
 class IndexedDatasetWriter:

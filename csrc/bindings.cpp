@@ -56,7 +56,11 @@ Array<std::int32_t> document(const IndexedDataset& dataset, std::int64_t number)
     }
     const std::int64_t length = dataset.document_length(number);
     Array<std::int32_t> tokens(length);
-    dataset.copy_tokens(number, 0, length, tokens.mutable_data());
+    std::int32_t* out = tokens.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        dataset.copy_tokens(number, 0, length, out);
+    }
     return tokens;
 }
 
@@ -72,17 +76,24 @@ Array<std::int64_t> document_lengths(const IndexedDataset& dataset) {
 
 void bind_indexed_dataset(py::module_& m) {
     py::class_<IndexedDataset, std::shared_ptr<IndexedDataset>>(m, "IndexedDataset")
-        .def(py::init<std::string>(), "prefix"_a, NoGil())
+        .def(py::init([](std::string prefix, bool mmap) {
+                 return std::make_shared<IndexedDataset>(
+                     std::move(prefix), mmap ? FileAccess::map : FileAccess::read);
+             }),
+             "prefix"_a, py::kw_only(), "mmap"_a = true, NoGil())
         .def_property_readonly("prefix", &IndexedDataset::prefix)
         .def_property_readonly("num_documents", &IndexedDataset::num_documents)
         .def_property_readonly("num_sequences", &IndexedDataset::num_sequences)
         .def_property_readonly("num_tokens", &IndexedDataset::num_tokens)
-        .def_property_readonly("token_bytes", &IndexedDataset::token_bytes)
+        .def_property_readonly("is_mapped", &IndexedDataset::is_mapped)
+        .def_property_readonly(
+            "token_bytes", [](const IndexedDataset& d) { return bytes_of(d.token_type()); })
         .def_property_readonly(
             "dtype_code", [](const IndexedDataset& d) { return static_cast<int>(d.token_type()); })
         .def("document", &document, "document"_a)
         .def("document_lengths", &document_lengths)
-        .def("max_token_id", &IndexedDataset::max_token_id, "sample_documents"_a = 1024, NoGil());
+        .def("max_token_id", &IndexedDataset::max_token_id, "sample_documents"_a = 1024, NoGil())
+        .def("check_unchanged", &IndexedDataset::check_unchanged, NoGil());
 
     py::class_<IndexedDatasetWriter>(m, "IndexedDatasetWriter")
         .def(py::init([](std::string prefix, int token_bytes) {

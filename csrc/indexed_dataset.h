@@ -2,129 +2,91 @@
 // says where each sequence and each document begins.
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string>
 
-#include "mapped_file.h"
+#include "dataset_index.h"
+#include "stored_file.h"
 
 namespace megatron_bert {
 
-static_assert(std::endian::native == std::endian::little,
-              "the .idx and .bin formats are little endian and are read in place");
-
-/// Layout of a .idx file: the header, then three arrays, unaligned.
+/// A dataset opened for reading. Both files stay mapped and nothing is copied; where the system
+/// refuses to map them, the index is read into memory and tokens when they are asked for.
 ///
-///     0   "MMIDIDX\0\0"        9   u64 version        17  u8 token type
-///     18  u64 N sequences      26  u64 D boundaries   34  i32[N] sequence lengths in tokens
-///     then i64[N] byte offsets into .bin, then i64[D] document boundaries as sequence numbers
-///     (the first is 0, the last N), then, in multimodal sets only, i8[N] modes.
-namespace index_format {
-inline constexpr char magic[] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', '\0', '\0'};
-inline constexpr std::uint64_t version = 1;
-inline constexpr std::size_t version_offset = sizeof(magic);
-inline constexpr std::size_t token_type_offset = 17;
-inline constexpr std::size_t num_sequences_offset = 18;
-inline constexpr std::size_t num_boundaries_offset = 26;
-inline constexpr std::size_t header_size = 34;
-}  // namespace index_format
-
-/// Token types by their code in the .idx file. Megatron-LM writes text in these two.
-enum class TokenType : std::uint8_t { int32 = 4, uint16 = 8 };
-
-/// Reads a value from an address of any alignment.
-template <typename T>
-T load(const std::byte* address) noexcept {
-    T value;
-    std::memcpy(&value, address, sizeof(T));
-    return value;
-}
-
-/// A dataset opened for reading; both files stay mapped, nothing is copied.
-///
-/// Everything that later reads rely on is checked once, when the dataset is opened, so that a
-/// damaged or foreign file is refused and never read out of bounds. Const methods are thread-safe.
+/// A damaged or foreign file is refused when the dataset is opened. Const methods are thread-safe.
 class IndexedDataset {
   public:
     /// Opens `prefix`.idx and `prefix`.bin.
     ///
     /// Throws std::system_error when a file cannot be read and std::runtime_error, naming the file
     /// and what is wrong in it, when the files are not a valid dataset.
-    explicit IndexedDataset(std::string prefix);
+    explicit IndexedDataset(std::string prefix, FileAccess access = FileAccess::map);
 
     const std::string& prefix() const noexcept { return prefix_; }
-    std::int64_t num_documents() const noexcept { return num_documents_; }
-    std::int64_t num_sequences() const noexcept { return num_sequences_; }
-    std::int64_t num_tokens() const noexcept { return num_tokens_; }
-    TokenType token_type() const noexcept { return token_type_; }
-    int token_bytes() const noexcept { return token_type_ == TokenType::int32 ? 4 : 2; }
+    std::int64_t num_documents() const noexcept { return index_.num_documents(); }
+    std::int64_t num_sequences() const noexcept { return index_.num_sequences(); }
+    std::int64_t num_tokens() const noexcept { return index_.num_tokens(); }
+    TokenType token_type() const noexcept { return index_.token_type(); }
+
+    /// Whether tokens are read from a map rather than by system calls.
+    bool is_mapped() const noexcept { return token_file_.is_mapped(); }
 
     /// Tokens of a document: all its sequences joined.
     std::int64_t document_length(std::int64_t document) const noexcept {
-        return one_sequence_per_document_ ? sequence_length(document)
-                                          : document_begin(document + 1) - document_begin(document);
+        return index_.document_length(document);
     }
 
     /// Number of the document's first token within .bin; for `num_documents()` that of the end.
     std::int64_t document_begin(std::int64_t document) const noexcept {
-        const std::int64_t sequence =
-            one_sequence_per_document_ ? document : boundary(document);
-        return sequence == num_sequences_ ? num_tokens_ : sequence_offset(sequence) / token_bytes();
+        return index_.document_begin(document);
     }
 
     /// The last end of a sequence (a sentence, where the set has them) within a document's first
     /// `tokens` tokens, in tokens from the document's begin; 0 if there is none.
-    std::int64_t last_sequence_end(std::int64_t document, std::int64_t tokens) const noexcept;
+    std::int64_t last_sequence_end(std::int64_t document, std::int64_t tokens) const noexcept {
+        return index_.last_sequence_end(document, tokens);
+    }
 
-    /// Fetches the beginning of a range of tokens into the cache; `copy_tokens` then waits less.
+    /// Fetches the beginning of a range of tokens into the cache, if the file is mapped;
+    /// `copy_tokens` then waits less.
     void prefetch_tokens(std::int64_t document, std::int64_t offset,
                          std::int64_t length) const noexcept;
 
     /// Copies `length` tokens of a document, from its token `offset` on, to `tokens`.
     /// The range must lie within the document.
+    ///
+    /// Throws std::system_error or std::runtime_error, naming the file, when a file that is not
+    /// mapped cannot be read there.
     void copy_tokens(std::int64_t document, std::int64_t offset, std::int64_t length,
-                     std::int32_t* tokens) const noexcept;
+                     std::int32_t* tokens) const;
 
     /// The largest token id of about `sample_documents` evenly spaced documents (of all, if there
     /// are fewer), -1 if they hold no token. A negative id, never valid, counts as its unsigned
-    /// value, so that it is larger than any vocabulary.
-    std::int64_t max_token_id(std::int64_t sample_documents) const noexcept;
+    /// value, so that it is larger than any vocabulary. Throws as `copy_tokens`.
+    std::int64_t max_token_id(std::int64_t sample_documents) const;
+
+    /// Throws std::runtime_error, saying what happened, when a file was truncated, modified,
+    /// replaced or removed since the dataset was opened. Costs two system calls.
+    void check_unchanged() const;
 
     /// Whether every document is one sequence, which makes `lengths_data` the documents' lengths.
-    bool one_sequence_per_document() const noexcept { return one_sequence_per_document_; }
+    bool one_sequence_per_document() const noexcept { return index_.one_sequence_per_document(); }
 
     /// The stored i32 sequence lengths, at any alignment.
-    const std::byte* lengths_data() const noexcept { return lengths_; }
+    const std::byte* lengths_data() const noexcept { return index_.lengths_data(); }
 
   private:
-    void read_header();
-    void check_sequences();
-    void check_documents();
-    [[noreturn]] void refuse(const std::string& what) const;
-
-    std::int32_t sequence_length(std::int64_t sequence) const noexcept {
-        return load<std::int32_t>(lengths_ + sequence * 4);
-    }
-    std::int64_t sequence_offset(std::int64_t sequence) const noexcept {
-        return load<std::int64_t>(offsets_ + sequence * 8);
-    }
-    std::int64_t boundary(std::int64_t document) const noexcept {
-        return load<std::int64_t>(boundaries_ + document * 8);
+    /// Where a document's token stands in .bin.
+    std::size_t byte_of(std::int64_t document, std::int64_t offset) const noexcept {
+        return static_cast<std::size_t>((index_.document_begin(document) + offset) *
+                                        bytes_of(token_type()));
     }
 
     std::string prefix_;
-    MappedFile index_;
-    MappedFile tokens_;
-    TokenType token_type_{};
-    std::int64_t num_sequences_ = 0;
-    std::int64_t num_documents_ = 0;
-    std::int64_t num_tokens_ = 0;
-    bool one_sequence_per_document_ = true;
-    const std::byte* lengths_ = nullptr;
-    const std::byte* offsets_ = nullptr;
-    const std::byte* boundaries_ = nullptr;
+    StoredFile index_file_;
+    StoredFile token_file_;
+    DatasetIndex index_;
 };
 
 }  // namespace megatron_bert

@@ -7,8 +7,9 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "mapped_file.h"
+#include "stored_file.h"
 
 namespace megatron_bert {
 
@@ -17,7 +18,7 @@ class WordStarts {
   public:
     /// Throws std::system_error when the file cannot be read and std::runtime_error, naming it, when
     /// it has not one bit for each of `num_tokens` tokens.
-    WordStarts(const std::string& path, std::int64_t num_tokens) : bits_(path) {
+    WordStarts(const std::string& path, std::int64_t num_tokens) : bits_(path, FileAccess::map) {
         const auto expected = static_cast<std::size_t>((num_tokens + 7) / 8);
         if (bits_.size() != expected) {
             throw std::runtime_error(path + ": " + std::to_string(bits_.size()) +
@@ -27,17 +28,31 @@ class WordStarts {
         }
     }
 
-    /// Writes 1 or 0 for each token from number `first` on.
-    void copy(std::int64_t first, std::span<std::uint8_t> starts) const noexcept {
-        auto token = static_cast<std::size_t>(first);
+    /// Writes 1 or 0 for each token from number `first` on. Throws as `StoredFile::read`.
+    void copy(std::int64_t first, std::span<std::uint8_t> starts) const {
+        const auto token = static_cast<std::size_t>(first);
+        if (const std::byte* mapped = bits_.mapped(); mapped != nullptr) {
+            unpack(mapped + token / 8, token % 8, starts);
+            return;
+        }
+        std::vector<std::byte> bytes((token % 8 + starts.size() + 7) / 8);
+        bits_.read(token / 8, bytes);
+        unpack(bytes.data(), token % 8, starts);
+    }
+
+    /// Throws as `StoredFile::check_unchanged`.
+    void check_unchanged() const { bits_.check_unchanged(); }
+
+  private:
+    static void unpack(const std::byte* bytes, std::size_t bit,
+                       std::span<std::uint8_t> starts) noexcept {
         for (std::uint8_t& start : starts) {
-            start = static_cast<std::uint8_t>(bits_.data()[token / 8]) >> (token % 8) & 1;
-            ++token;
+            start = static_cast<std::uint8_t>(bytes[bit / 8]) >> (bit % 8) & 1;
+            ++bit;
         }
     }
 
-  private:
-    MappedFile bits_;
+    StoredFile bits_;
 };
 
 }  // namespace megatron_bert
