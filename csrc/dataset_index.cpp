@@ -9,12 +9,12 @@ namespace megatron_bert {
 namespace {
 
 /// Names of the format's token types by their code.
-constexpr std::array type_names{"none",  "uint8",   "int8",    "int16", "int32",
+constexpr std::array type_names{"unknown",  "uint8",   "int8",    "int16", "int32",
                                 "int64", "float64", "float32", "uint16"};
 
 std::string describe_type(std::uint8_t code) {
     return std::to_string(code) + " (" +
-           (code > 0 && code < type_names.size() ? type_names[code] : "unknown") + ")";
+           type_names[code < type_names.size() ? code : 0] + ")";
 }
 
 }  // namespace

@@ -8,6 +8,8 @@ from _megatron_bert_core import IndexedDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.indexed_dataset import open_dataset
 from tests.core.support import index_bytes
 
 LENGTHS, BOUNDARIES = [3, 1, 2], [0, 1, 3]
@@ -32,7 +34,6 @@ DAMAGED = {
         "not an indexed dataset",
     ),
     "other version": (index_bytes(LENGTHS, BOUNDARIES, version=2), "version 2"),
-    "unknown type": (index_bytes(LENGTHS, BOUNDARIES, type_code=7), "type code 7"),
     "a byte short": (index_bytes(LENGTHS, BOUNDARIES)[:-1], "truncated"),
     "a byte long": (index_bytes(LENGTHS, BOUNDARIES) + b"\0", "1 bytes more"),
     "multimodal": (index_bytes(LENGTHS, BOUNDARIES) + b"\0\1\0", "multimodal"),
@@ -47,7 +48,14 @@ DAMAGED = {
     "sequence beyond .bin": (index_bytes([3, 1, 3], BOUNDARIES), "sequence 2 ends beyond"),
     "longest sequence": (index_bytes([2**31 - 1, 1, 2], BOUNDARIES), "sequence 0 ends beyond"),
     "fewer tokens than .bin": (index_bytes([3, 1, 1], BOUNDARIES), "grown"),
-    "odd offset": (index_bytes(LENGTHS, BOUNDARIES, offsets=[0, 11, 16]), "starts at byte 11"),
+    "odd offset": (
+        index_bytes(LENGTHS, BOUNDARIES, offsets=[0, 11, 16]),
+        "sequence 1 starts at byte 11 .* the one before ends at byte 12 .*contiguous",
+    ),
+    "overlapping sequences": (
+        index_bytes(LENGTHS, BOUNDARIES, offsets=[0, 8, 16]),
+        "sequence 1 starts at byte 8",
+    ),
     "offset far away": (
         index_bytes(LENGTHS, BOUNDARIES, offsets=[0, 12, 2**63 - 4]),
         "starts at byte",
@@ -66,8 +74,35 @@ def test_a_damaged_index_is_refused_with_its_name_and_the_damage(
     tmp_path: Path, damage: str
 ) -> None:
     index, message = DAMAGED[damage]
-    with pytest.raises(RuntimeError, match=rf"set\.idx: .*{message}"):
-        IndexedDataset(write(tmp_path, index))
+    prefix = write(tmp_path, index)
+    for mmap in (True, False):
+        with pytest.raises(RuntimeError, match=rf"set\.idx: .*{message}"):
+            IndexedDataset(prefix, mmap=mmap)
+    remedy = r"; copy it again, or make it anew with tools/preprocess_data\.py"
+    with pytest.raises(DataError, match=rf"dataset .*set cannot be used: .*{message}.*{remedy}"):
+        open_dataset(prefix)
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (0, "unknown"),
+        (1, "uint8"),
+        (2, "int8"),
+        (3, "int16"),
+        (5, "int64"),
+        (6, "float64"),
+        (7, "float32"),
+        (9, "unknown"),
+        (255, "unknown"),
+    ],
+)
+def test_tokens_of_a_type_that_is_not_texts_are_refused_by_its_name(
+    tmp_path: Path, code: int, name: str
+) -> None:
+    prefix = write(tmp_path, index_bytes(LENGTHS, BOUNDARIES, type_code=code))
+    with pytest.raises(RuntimeError, match=rf"set\.idx: token type code {code} \({name}\)"):
+        IndexedDataset(prefix)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +111,21 @@ def test_a_damaged_index_is_refused_with_its_name_and_the_damage(
 def test_tokens_of_another_size_are_refused(tmp_path: Path, tokens: bytes, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         IndexedDataset(write(tmp_path, index_bytes(LENGTHS, BOUNDARIES), tokens))
+
+
+def test_the_index_of_another_set_is_refused_on_either_side(tmp_path: Path) -> None:
+    longer, shorter = index_bytes([4, 1, 2], BOUNDARIES), index_bytes([3, 1], [0, 2])
+    with pytest.raises(RuntimeError, match=r"beyond the 24 bytes of the \.bin .*another set"):
+        IndexedDataset(write(tmp_path, longer))
+    with pytest.raises(RuntimeError, match=r"describes 16 bytes .* has 24 .*another set"):
+        IndexedDataset(write(tmp_path, shorter))
+
+
+def test_an_index_that_takes_the_tokens_for_wider_ones_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="beyond the 24 bytes"):
+        IndexedDataset(write(tmp_path, index_bytes([6, 3, 3], BOUNDARIES, 4)))
+    with pytest.raises(RuntimeError, match=r"describes 12 bytes of tokens, but the \.bin has 24"):
+        IndexedDataset(write(tmp_path, index_bytes(LENGTHS, BOUNDARIES, 2)))
 
 
 @pytest.mark.parametrize("missing", [".idx", ".bin"])
