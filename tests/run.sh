@@ -11,7 +11,7 @@ usage: bash tests/run.sh [SUITE-FLAG ...] [--] [PYTEST-ARGUMENT ...]
 Runs every quick test that needs no GPU. Each flag adds a suite:
   --slow         minutes rather than seconds: longer trainings, fresh installations
   --faults       killed processes, damaged files, full disks
-  --peers        transformers' own tests, several versions of transformers
+  --peers        comparisons with other packages (Megatron-LM, transformers), which it installs
   --browser      the report in a real browser
   --schedulers   the cluster scripts against stand-in schedulers
   --gpu          needs CUDA
@@ -48,7 +48,9 @@ done
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=tools/bootstrap.sh
 . tools/bootstrap.sh
-bootstrap dev examples || exit 1
+extras=(dev examples)
+[[ " ${wanted[*]} " != *" peers "* ]] || extras+=(peers)
+bootstrap "${extras[@]}" || exit 1
 
 left_out=()
 for suite in "${suites[@]}"; do
