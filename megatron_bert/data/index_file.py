@@ -1,9 +1,11 @@
-"""Writing `.idx` files of Megatron-LM's format; csrc/indexed_dataset.h draws their layout."""
+"""Reading and writing `.idx` files of Megatron-LM's format; csrc/dataset_index.h draws it."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +13,43 @@ import numpy.typing as npt
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _TYPE_CODES = {2: 8, 4: 4}
-# Offsets are made piece by piece, so that they never stand in memory as a whole.
-_SEQUENCES_AT_A_TIME = 1 << 20
+_HEADER = struct.Struct("<9sQBQQ")
+# Arrays are made and copied piece by piece, so that they never stand in memory as a whole.
+_ITEMS_AT_A_TIME = 1 << 20
+
+
+class IndexArrays(NamedTuple):
+    """What an index says of N sequences that stand one after the other in a `.bin`.
+
+    Attributes:
+        lengths_N: tokens of each sequence.
+        boundaries_D: where documents begin, as sequence numbers, and at last N. None: every
+            sequence is a document.
+    """
+
+    lengths_N: npt.NDArray[np.int32]
+    boundaries_D: npt.NDArray[np.int64] | None = None
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the sequences."""
+        return len(self.lengths_N if self.boundaries_D is None else self.boundaries_D[1:])
+
+
+def map_index(path: Path) -> IndexArrays:
+    """Map the arrays of an index that `open_dataset` found whole.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    _, _, _, num_sequences, num_boundaries = _HEADER.unpack(content[: _HEADER.size].tobytes())
+    lengths_end = _HEADER.size + 4 * num_sequences
+    boundaries_begin = lengths_end + 8 * num_sequences
+    return IndexArrays(
+        content[_HEADER.size : lengths_end].view("<i4"),
+        content[boundaries_begin : boundaries_begin + 8 * num_boundaries].view("<i8"),
+    )
 
 
 def write_index(
@@ -33,19 +70,53 @@ def write_index(
     Raises:
         OSError: the file cannot be written.
     """
-    num_sequences = len(lengths_N)
-    num_boundaries = num_sequences + 1 if boundaries_D is None else len(boundaries_D)
+    write_joined_index(path, token_bytes, [IndexArrays(lengths_N, boundaries_D)])
+
+
+def write_joined_index(path: Path, token_bytes: int, indices: Sequence[IndexArrays]) -> None:
+    """Write the index of a `.bin` that joins those of several indices, in bounded memory.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    num_sequences = sum(len(index.lengths_N) for index in indices)
+    num_boundaries = 1 + sum(index.num_documents for index in indices)
     with path.open("wb") as file:
-        file.write(_MAGIC + struct.pack("<QB", _VERSION, _TYPE_CODES[token_bytes]))
-        file.write(struct.pack("<QQ", num_sequences, num_boundaries))
-        lengths_N.astype("<i4").tofile(file)
-        end = 0
-        for begin in range(0, num_sequences, _SEQUENCES_AT_A_TIME):
-            lengths = lengths_N[begin : begin + _SEQUENCES_AT_A_TIME].astype(np.int64)
-            ends = np.cumsum(lengths * token_bytes) + end
-            (ends - lengths * token_bytes).astype("<i8").tofile(file)
-            end = int(ends[-1])
-        for begin in range(0, num_boundaries, _SEQUENCES_AT_A_TIME):
-            end = min(begin + _SEQUENCES_AT_A_TIME, num_boundaries)
-            some = np.arange(begin, end) if boundaries_D is None else boundaries_D[begin:end]
-            some.astype("<i8").tofile(file)
+        file.write(
+            _HEADER.pack(_MAGIC, _VERSION, _TYPE_CODES[token_bytes], num_sequences, num_boundaries)
+        )
+        for lengths in _pieces(indices):
+            lengths.astype("<i4").tofile(file)
+        _write_offsets(file, token_bytes, indices)
+        _write_boundaries(file, indices)
+
+
+def _pieces(indices: Sequence[IndexArrays]) -> Iterator[npt.NDArray[np.int32]]:
+    for index in indices:
+        for begin in range(0, len(index.lengths_N), _ITEMS_AT_A_TIME):
+            yield index.lengths_N[begin : begin + _ITEMS_AT_A_TIME]
+
+
+def _write_offsets(file: BinaryIO, token_bytes: int, indices: Sequence[IndexArrays]) -> None:
+    begin = 0
+    for lengths in _pieces(indices):
+        sizes = lengths.astype(np.int64) * token_bytes
+        ends = np.cumsum(sizes) + begin
+        (ends - sizes).astype("<i8").tofile(file)
+        begin = int(ends[-1])
+
+
+def _write_boundaries(file: BinaryIO, indices: Sequence[IndexArrays]) -> None:
+    # Each index's first boundary is the last one of the index before, or 0.
+    file.write(struct.pack("<q", 0))
+    first_sequence = 0
+    for index in indices:
+        for begin in range(1, index.num_documents + 1, _ITEMS_AT_A_TIME):
+            end = min(begin + _ITEMS_AT_A_TIME, index.num_documents + 1)
+            some = (
+                np.arange(begin, end)
+                if index.boundaries_D is None
+                else index.boundaries_D[begin:end]
+            )
+            (some + first_sequence).astype("<i8").tofile(file)
+        first_sequence += len(index.lengths_N)

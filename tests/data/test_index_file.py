@@ -18,7 +18,7 @@ from tests.core.support import index_bytes
 def test_the_index_is_the_one_that_the_format_describes(
     tmp_path: Path, token_bytes: int, boundaries: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_file, "_SEQUENCES_AT_A_TIME", 4)
+    monkeypatch.setattr(index_file, "_ITEMS_AT_A_TIME", 4)
     lengths = [3, 0, 1, 7, 2, 5]
     given = None if boundaries is None else np.array(boundaries)
     expected_boundaries = boundaries or list(range(7))

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import open_dataset
+from megatron_bert.data.merge import merge_datasets
 from megatron_bert.data.tokenizer import Tokenizer
 from tests.distributed_harness import run_ranks
 from tests.training.runs import run_config, steps_of, train
@@ -135,3 +136,19 @@ def test_a_set_of_ours_is_read_by_megatron_token_for_token(
     sequences, boundaries = read_by_megatron(megatron, tmp_path / "ours")
     assert sequences == tiny_tokenizer.encode_batch(tiny_texts)
     assert boundaries == list(range(len(tiny_texts) + 1))
+
+
+def test_merging_gives_the_files_that_megatrons_merging_gives(
+    megatron: ModuleType, sentences: Documents, tmp_path: Path
+) -> None:
+    parts = [tmp_path / name for name in ("a", "b", "c")]
+    for number, part in enumerate(parts):
+        build(megatron, part, sentences[number * 100 : number * 100 + 100], np.uint16)
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for part in parts:
+        builder.add_index(str(part))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    merge_datasets(parts, tmp_path / "ours")
+    for suffix in (".bin", ".idx"):
+        theirs = (tmp_path / f"theirs{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == theirs

@@ -1,0 +1,279 @@
+"""Joining datasets into one: the work behind tools/merge_datasets.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from _megatron_bert_core import IndexedDataset, WordStarts
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.index_file import map_index, write_joined_index
+from megatron_bert.data.indexed_dataset import (
+    DatasetInfo,
+    open_dataset,
+    read_dataset_info,
+    write_dataset_info,
+)
+from megatron_bert.data.progress import Progress
+from megatron_bert.data.shards import in_shard_order
+from megatron_bert.data.staging import StagedDataset
+
+_BLOCK_BYTES = 1 << 26
+_BITS_AT_A_TIME = 1 << 23
+# What a filesystem answers that cannot copy within itself, or not from there to here.
+_CANNOT_COPY_INSIDE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+# Of these, a merged dataset has what its parts have in common.
+_COMMON_FIELDS = {"tokenizer_hash", "vocab_size", "version"}
+
+
+@dataclass(frozen=True)
+class _Part:
+    prefix: Path
+    dataset: IndexedDataset
+    info: DatasetInfo | None
+
+    def file(self, suffix: str) -> Path:
+        return self.prefix.with_name(self.prefix.name + suffix)
+
+    @property
+    def has_word_starts(self) -> bool:
+        return self.file(".words").exists()
+
+
+@dataclass(frozen=True)
+class MergeSummary:
+    """What was joined.
+
+    Attributes:
+        inputs: prefixes, in the order in which they were joined.
+        documents: of the result.
+        tokens: of the result.
+        without_info: inputs without a `.json`; if there are any, the result has none.
+        without_word_starts: inputs without a `.words`; if there are any, the result has none.
+    """
+
+    inputs: tuple[Path, ...]
+    documents: int
+    tokens: int
+    without_info: tuple[Path, ...]
+    without_word_starts: tuple[Path, ...]
+
+
+def merge_datasets(
+    inputs: Sequence[Path], output_prefix: Path, *, overwrite: bool = False
+) -> MergeSummary:
+    """Join datasets; the files are those of preprocessing all their texts at once.
+
+    Sequences and documents keep their order and boundaries. Memory is bounded, whatever the sizes.
+
+    Args:
+        inputs: prefixes (or `.idx` files), in order, but for shards: `S-00000-of-00004` and so on
+            are taken by number where the first of them stands.
+        output_prefix: P of `P.bin`, `P.idx` and, where all inputs have them, `P.json`, `P.words`.
+        overwrite: whether an existing dataset is replaced.
+
+    Raises:
+        DataError: an input cannot be used or does not go with the others, shards are missing, or
+            the result cannot be written. Nothing is left behind then.
+    """
+    prefixes = in_shard_order([_without_suffix(path) for path in inputs])
+    _check_places(prefixes, output_prefix)
+    parts = [_open(prefix) for prefix in prefixes]
+    _check_token_types(parts)
+    info = _merged_info(parts)
+    with StagedDataset(output_prefix, overwrite=overwrite) as staged, _named(output_prefix):
+        has_words = all(part.has_word_starts for part in parts)
+        suffixes = (".bin", ".idx", ".words") if has_words else (".bin", ".idx")
+        staged.check_space(
+            sum(part.file(suffix).stat().st_size for part in parts for suffix in suffixes)
+        )
+        _write_tokens(parts, staged.path(".bin"))
+        token_bytes = parts[0].dataset.token_bytes
+        indices = [map_index(part.file(".idx")) for part in parts]
+        write_joined_index(staged.path(".idx"), token_bytes, indices)
+        if has_words:
+            _write_word_starts(parts, staged.path(".words"))
+        if info is not None:
+            write_dataset_info(staged.prefix, info)
+        for part in parts:
+            part.dataset.check_unchanged()
+        staged.place()
+    return MergeSummary(
+        inputs=tuple(prefixes),
+        documents=sum(part.dataset.num_documents for part in parts),
+        tokens=sum(part.dataset.num_tokens for part in parts),
+        without_info=tuple(part.prefix for part in parts if part.info is None),
+        without_word_starts=tuple(part.prefix for part in parts if not part.has_word_starts),
+    )
+
+
+def merge_infos(infos: Sequence[DatasetInfo]) -> DatasetInfo:
+    """Describe the dataset that joins those described: numbers summed, lists joined.
+
+    Raises:
+        ValueError: they differ in what a dataset has one of, as its tokenizer.
+    """
+    merged = {
+        field.name: _merge_values(field.name, [getattr(info, field.name) for info in infos])
+        for field in fields(DatasetInfo)
+        # The same tokenizer may have had several names.
+        if field.name != "tokenizer_name"
+    }
+    return DatasetInfo(tokenizer_name=infos[0].tokenizer_name, **merged)
+
+
+def _merge_values(name: str, values: Sequence[Any]) -> Any:
+    first = values[0]
+    if name not in _COMMON_FIELDS:
+        if isinstance(first, int) and not isinstance(first, bool):
+            return sum(values)
+        if isinstance(first, tuple):
+            return tuple(item for value in values for item in value)
+        if isinstance(first, dict):
+            keys = dict.fromkeys(key for value in values for key in value)
+            return {
+                key: _merge_values(name, [value[key] for value in values if key in value])
+                for key in keys
+            }
+    for value in values:
+        if value != first:
+            raise ValueError(f"{name} is {first!r} in one and {value!r} in another")
+    return first
+
+
+def _without_suffix(path: Path) -> Path:
+    """Take `P.idx` for P, so that a shell can list a folder's datasets."""
+    return path.with_name(path.name.removesuffix(".idx"))
+
+
+def _check_places(prefixes: Sequence[Path], output_prefix: Path) -> None:
+    if output_prefix.resolve() in [prefix.resolve() for prefix in prefixes]:
+        raise DataError(
+            f"--output-prefix {output_prefix} is one of the inputs; choose another, so that the "
+            f"input stays as it is"
+        )
+
+
+def _open(prefix: Path) -> _Part:
+    dataset = open_dataset(prefix)
+    info = read_dataset_info(prefix)
+    if info is not None and (info.documents, info.tokens) != (
+        dataset.num_documents,
+        dataset.num_tokens,
+    ):
+        raise DataError(
+            f"{prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, but "
+            f"{prefix}.idx of {dataset.num_documents:,} and {dataset.num_tokens:,}: it belongs to "
+            f"another dataset; copy the right one, or remove it"
+        )
+    part = _Part(prefix, dataset, info)
+    if part.has_word_starts:
+        try:
+            WordStarts(str(part.file(".words")), dataset.num_tokens)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{error}; copy it again, or remove it") from error
+    return part
+
+
+def _check_token_types(parts: Sequence[_Part]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        if part.dataset.token_bytes != first.dataset.token_bytes:
+            raise DataError(
+                f"dataset {first.prefix} has tokens of {first.dataset.token_bytes} bytes and "
+                f"{part.prefix} of {part.dataset.token_bytes}, so they are not of one tokenizer; "
+                f"make one of them anew with the other's (tools/preprocess_data.py --tokenizer)"
+            )
+
+
+def _merged_info(parts: Sequence[_Part]) -> DatasetInfo | None:
+    """The merged description; None unless each part has one. Those that have must agree."""
+    known = [(part.prefix, part.info) for part in parts if part.info is not None]
+    if not known:
+        return None
+    (first_prefix, first), *others = known
+    for prefix, info in others:
+        if info.tokenizer_hash != first.tokenizer_hash:
+            raise DataError(
+                f"dataset {first_prefix} was made with tokenizer {first.tokenizer_name} of SHA-256 "
+                f"{first.tokenizer_hash}, but {prefix} with {info.tokenizer_name} of "
+                f"{info.tokenizer_hash}; make one of them anew with the other's tokenizer"
+            )
+        try:
+            merge_infos([first, info])
+        except ValueError as error:
+            raise DataError(
+                f"datasets {first_prefix} and {prefix} were not made alike ({error}); make one of "
+                f"them anew with the other's options"
+            ) from error
+    return merge_infos([info for _, info in known]) if len(known) == len(parts) else None
+
+
+@contextmanager
+def _named(output_prefix: Path) -> Iterator[None]:
+    """Give the dataset's name to what fails while it is written."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"cannot make dataset {output_prefix}: {error}; see to it and merge again"
+        ) from error
+
+
+def _write_tokens(parts: Sequence[_Part], path: Path) -> None:
+    total = sum(part.file(".bin").stat().st_size for part in parts)
+    with path.open("wb", buffering=0) as target, Progress("merging", total) as progress:
+        for part in parts:
+            with part.file(".bin").open("rb", buffering=0) as source:
+                while _copy_block(source.fileno(), target.fileno()):
+                    progress.show(target.tell(), part.prefix.name)
+        if target.tell() != total:
+            raise OSError(errno.EIO, f"{target.tell()} bytes of {total} were copied")
+
+
+def _copy_block(source: int, target: int) -> int:
+    """Copy some bytes from where both files stand; 0 at the source's end."""
+    try:
+        # Within a filesystem that shares blocks between files, this copies nothing at all.
+        return os.copy_file_range(source, target, _BLOCK_BYTES)
+    except OSError as error:
+        if error.errno not in _CANNOT_COPY_INSIDE:
+            raise
+    block = memoryview(os.read(source, _BLOCK_BYTES))
+    copied = len(block)
+    while block:
+        block = block[os.write(target, block) :]
+    return copied
+
+
+def _write_word_starts(parts: Sequence[_Part], path: Path) -> None:
+    """Join the parts' bit streams (csrc/word_starts.h), which end within a byte."""
+    carried = np.empty(0, dtype=np.uint8)
+    with path.open("wb") as target:
+        for part in parts:
+            for bits in _word_start_bits(part):
+                bits = np.concatenate([carried, bits])
+                whole = len(bits) // 8 * 8
+                np.packbits(bits[:whole], bitorder="little").tofile(target)
+                carried = bits[whole:]
+        np.packbits(carried, bitorder="little").tofile(target)
+
+
+def _word_start_bits(part: _Part) -> Iterator[npt.NDArray[np.uint8]]:
+    """One number a token, piece by piece."""
+    left = part.dataset.num_tokens
+    with part.file(".words").open("rb") as source:
+        while left:
+            count = min(left, _BITS_AT_A_TIME)
+            content = np.frombuffer(source.read(-(-count // 8)), dtype=np.uint8)
+            yield np.unpackbits(content, count=count, bitorder="little")
+            left -= count

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data import index_file, merge
+from megatron_bert.data.indexed_dataset import (
+    DatasetInfo,
+    SourceFile,
+    open_dataset,
+    read_dataset_info,
+    write_dataset_info,
+)
+from megatron_bert.data.merge import merge_datasets, merge_infos
+from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+from megatron_bert.data.shards import in_shard_order
+from tests.core.support import write_documents, write_sequences
+from tools import merge_datasets as tool
+
+INFO = DatasetInfo(
+    tokenizer_hash="ab" * 32,
+    tokenizer_name="a.model",
+    vocab_size=99,
+    documents=2,
+    tokens=3,
+    sources=(SourceFile("a.jsonl", 12),),
+    skipped_lines=1,
+    empty_documents=2,
+)
+
+
+def contents(prefix: Path) -> list[list[int]]:
+    dataset = open_dataset(prefix)
+    return [dataset.document(number).tolist() for number in range(dataset.num_documents)]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_set(prefix: Path, documents: Sequence[Sequence[int]], **changes: Any) -> Path:
+    """A dataset with a sidecar."""
+    dataset = write_documents(prefix, documents)
+    counts = {"documents": dataset.num_documents, "tokens": dataset.num_tokens}
+    write_dataset_info(prefix, replace(INFO, **counts, **changes))
+    return prefix
+
+
+def write_word_starts(prefix: Path, bits: Sequence[int]) -> None:
+    packed = np.packbits(np.array(bits, dtype=np.uint8), bitorder="little")
+    Path(f"{prefix}.words").write_bytes(packed.tobytes())
+
+
+def test_merged_shards_are_the_files_of_preprocessing_all_at_once(
+    tmp_path: Path, tiny_texts: list[str], tiny_tokenizer_path: Path
+) -> None:
+    files = []
+    for number, begin in enumerate(range(0, 300, 100)):
+        files.append(tmp_path / f"{number}.jsonl")
+        lines = [json.dumps({"text": text}) for text in [*tiny_texts[begin : begin + 100], ""]]
+        files[-1].write_text("\n".join([*lines, "{broken"]) + "\n")
+
+    def make(inputs: Sequence[Path], prefix: Path) -> None:
+        preprocess(PreprocessOptions(inputs, tiny_tokenizer_path, prefix, on_error="skip"))
+
+    make(files, tmp_path / "at_once")
+    shards = [tmp_path / f"shard-{number:05}-of-00003" for number in range(3)]
+    for file, shard in zip(files, shards, strict=True):
+        make([file], shard)
+    merge_datasets([shards[1], shards[2], shards[0]], tmp_path / "merged")
+    for suffix in (".bin", ".idx", ".json"):
+        expected = (tmp_path / f"at_once{suffix}").read_bytes()
+        assert (tmp_path / f"merged{suffix}").read_bytes() == expected
+    info = read_dataset_info(tmp_path / "merged")
+    assert info is not None
+    assert (info.skipped_lines, info.empty_documents) == (3, 3)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("token_bytes", [2, 4])
+def test_sequences_and_documents_keep_their_order_and_boundaries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token_bytes: int, inside: bool
+) -> None:
+    monkeypatch.setattr(index_file, "_ITEMS_AT_A_TIME", 3)
+    monkeypatch.setattr(merge, "_BLOCK_BYTES", 10)
+    if not inside:
+        # As between two filesystems, or on one that cannot.
+        monkeypatch.setattr(os, "copy_file_range", refuse_to_copy)
+    choose = random.Random(7)
+    all_sequences: list[list[int]] = []
+    all_boundaries = [0]
+    prefixes = []
+    for number in range(4):
+        sizes = [choose.randrange(4) for _ in range(choose.randrange(12))]
+        sequences = [[choose.randrange(60000) for _ in range(size)] for size in sizes]
+        boundaries = [0, *sorted(choose.choices(range(len(sizes) + 1), k=3)), len(sizes)]
+        prefixes.append(tmp_path / f"part{number}")
+        write_sequences(prefixes[-1], sequences, boundaries, token_bytes)
+        all_boundaries += [len(all_sequences) + boundary for boundary in boundaries[1:]]
+        all_sequences += sequences
+    write_sequences(tmp_path / "expected", all_sequences, all_boundaries, token_bytes)
+    merge_datasets(prefixes, tmp_path / "merged")
+    for suffix in (".bin", ".idx"):
+        expected = (tmp_path / f"expected{suffix}").read_bytes()
+        assert (tmp_path / f"merged{suffix}").read_bytes() == expected
+    assert contents(tmp_path / "merged") == [
+        document for prefix in prefixes for document in contents(prefix)
+    ]
+
+
+def refuse_to_copy(*_: Any) -> int:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+def test_empty_sets_join_to_what_the_others_hold(tmp_path: Path) -> None:
+    for name, documents in (("none", []), ("some", [[1], [2, 3]]), ("empty", [[]])):
+        write_documents(tmp_path / name, documents)
+    parts = [tmp_path / name for name in ("none", "some", "none2", "empty")]
+    write_documents(tmp_path / "none2", [])
+    merge_datasets(parts, tmp_path / "merged")
+    assert contents(tmp_path / "merged") == [[1], [2, 3], []]
+    merge_datasets([tmp_path / "none", tmp_path / "none2"], tmp_path / "nothing")
+    assert (tmp_path / "nothing.idx").stat().st_size == 42
+
+
+def test_word_starts_are_joined_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "_BITS_AT_A_TIME", 8)
+    choose = random.Random(3)
+    joined: list[int] = []
+    prefixes = []
+    for number, length in enumerate([3, 0, 21, 5, 8, 11]):
+        prefixes.append(tmp_path / f"part{number}")
+        write_documents(prefixes[-1], [[7] * length])
+        bits = [choose.randrange(2) for _ in range(length)]
+        write_word_starts(prefixes[-1], bits)
+        joined += bits
+    merge_datasets(prefixes, tmp_path / "merged")
+    write_word_starts(tmp_path / "expected", joined)
+    expected = (tmp_path / "expected.words").read_bytes()
+    assert (tmp_path / "merged.words").read_bytes() == expected
+
+
+def test_the_tool_says_which_sidecars_are_absent_and_writes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "a", [[1], [2]])
+    write_word_starts(tmp_path / "a", [1, 0])
+    write_documents(tmp_path / "b", [[3]])
+    arguments = ["--input", str(tmp_path / "a.idx"), str(tmp_path / "b.idx")]
+    tool.main([*arguments, "--output-prefix", str(tmp_path / "out" / "merged")])
+    assert capsys.readouterr().out == (
+        f"no {tmp_path}/out/merged.json, because there is no {tmp_path}/b.json\n"
+        f"no {tmp_path}/out/merged.words, because there is no {tmp_path}/b.words\n"
+        f"wrote {tmp_path}/out/merged: 2 datasets, 3 documents, 3 tokens\n"
+    )
+    assert names(tmp_path / "out") == ["merged.bin", "merged.idx"]
+
+
+def test_shards_are_taken_by_number_where_the_first_of_them_stands() -> None:
+    given = ["x", "s-2-of-3", "dir/s-1-of-2", "s-0-of-3", "y-1", "dir/s-0-of-2", "s-1-of-3"]
+    ordered = ["x", "s-0-of-3", "s-1-of-3", "s-2-of-3", "dir/s-0-of-2", "dir/s-1-of-2", "y-1"]
+    assert in_shard_order([Path(name) for name in given]) == [Path(name) for name in ordered]
+    many = [Path(f"s-{number}-of-11") for number in range(11)]
+    assert in_shard_order(sorted(many, key=str)) == many
+
+
+def test_a_missing_shard_and_one_given_twice_are_named() -> None:
+    shards = [Path(f"s-{number:05}-of-00005") for number in (0, 2, 4)]
+    with pytest.raises(DataError, match=r"s-\*-of-00005: shards 1, 3 .* missing"):
+        in_shard_order(shards)
+    with pytest.raises(DataError, match=r"s-00002-of-00005: given twice"):
+        in_shard_order([*shards, shards[1]])
+
+
+def test_sidecars_are_summed_and_joined() -> None:
+    other = replace(
+        INFO, tokenizer_name="renamed.model", documents=5, sources=(SourceFile("b.txt", 3, "cd"),)
+    )
+    assert merge_infos([INFO, other]) == replace(
+        INFO,
+        documents=7,
+        tokens=6,
+        sources=(SourceFile("a.jsonl", 12), SourceFile("b.txt", 3, "cd")),
+        skipped_lines=2,
+        empty_documents=4,
+    )
+
+
+def test_datasets_of_other_tokenizers_are_refused_with_both_hashes(tmp_path: Path) -> None:
+    write_set(tmp_path / "a", [[1]])
+    write_documents(tmp_path / "b", [[1]])
+    write_set(tmp_path / "c", [[1]], tokenizer_hash="cd" * 32, tokenizer_name="c.model")
+    with pytest.raises(DataError, match=rf"a\.model.*{'ab' * 32}.*c\.model.*{'cd' * 32}.*anew"):
+        merge_datasets([tmp_path / name for name in "abc"], tmp_path / "out" / "merged")
+    assert not (tmp_path / "out").exists()
+
+
+def test_datasets_that_differ_in_another_common_field_are_refused(tmp_path: Path) -> None:
+    write_set(tmp_path / "a", [[1]])
+    write_set(tmp_path / "b", [[1]], vocab_size=98)
+    with pytest.raises(DataError, match=r"not made alike \(vocab_size is 99 in one and 98 in anot"):
+        merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+
+
+def test_tokens_of_two_and_of_four_bytes_are_not_mixed(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a", [[1]], 2)
+    write_documents(tmp_path / "b", [[1]], 4)
+    with pytest.raises(DataError, match=r"/a has tokens of 2 bytes and .*/b of 4.*make one of the"):
+        merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+
+
+def test_a_sidecar_of_another_set_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path / "a", [[1]])
+    write_dataset_info(tmp_path / "a", replace(INFO, documents=1, tokens=2))
+    with pytest.raises(DataError, match=r"a\.json tells of 1 documents and 2 tokens, but .*a\.idx"):
+        merge_datasets([tmp_path / "a"], tmp_path / "merged")
+
+
+def test_word_starts_of_another_set_are_refused(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a", [[1]])
+    write_word_starts(tmp_path / "a", [1] * 9)
+    with pytest.raises(DataError, match=r"a\.words: 2 bytes, expected 1"):
+        merge_datasets([tmp_path / "a"], tmp_path / "merged")
+
+
+def test_a_dataset_is_replaced_only_when_asked_and_with_all_its_files(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a", [[1]])
+    write_set(tmp_path / "merged", [[9]])
+    write_word_starts(tmp_path / "merged", [1])
+    with pytest.raises(DataError, match=r"merged\.bin.*already there.*--overwrite"):
+        merge_datasets([tmp_path / "a"], tmp_path / "merged")
+    assert contents(tmp_path / "merged") == [[9]]
+    merge_datasets([tmp_path / "a"], tmp_path / "merged", overwrite=True)
+    assert names(tmp_path) == ["a.bin", "a.idx", "merged.bin", "merged.idx"]
+    assert contents(tmp_path / "merged") == [[1]]
+
+
+def test_an_input_is_not_written_over(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a", [[1]])
+    with pytest.raises(DataError, match="is one of the inputs"):
+        merge_datasets([tmp_path / "a"], tmp_path / "b" / ".." / "a", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [("merged.bin", r"leave off \.bin"), ("", "give a name"), ("a.idx/m", "cannot make .*choose")],
+)
+def test_an_unusable_output_prefix_is_refused(tmp_path: Path, prefix: str, message: str) -> None:
+    write_documents(tmp_path / "a", [[1]])
+    output = tmp_path / prefix if prefix else Path()
+    with pytest.raises(DataError, match=message):
+        merge_datasets([tmp_path / "a"], output)
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_documents(tmp_path / "a", [[1] * 100])
+    size = sum((tmp_path / f"a{suffix}").stat().st_size for suffix in (".bin", ".idx"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match=rf"merged needs {size} bytes and its disk has {size - 1} "):
+        merge_datasets([tmp_path / "a"], tmp_path / "merged")
+    assert names(tmp_path) == ["a.bin", "a.idx"]
+
+
+def test_an_input_that_changes_while_it_is_merged_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_documents(tmp_path / "a", [[1, 2]])
+
+    def write_and_change(path: Path, *arguments: Any) -> None:
+        index_file.write_joined_index(path, *arguments)
+        os.utime(tmp_path / "a.bin", ns=(1, 1))
+
+    monkeypatch.setattr(merge, "write_joined_index", write_and_change)
+    with pytest.raises(DataError, match=r"cannot make .*merged: .*a\.bin: was modified while in"):
+        merge_datasets([tmp_path / "a"], tmp_path / "merged")
+    assert names(tmp_path) == ["a.bin", "a.idx"]
+
+
+@pytest.mark.faults
+def test_a_disk_that_fills_up_leaves_the_old_dataset_as_it_was(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    write_documents(tmp_path / "a", [[1] * 2000])
+    write_documents(tmp_path / "merged", [[9]])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = ["--input", str(tmp_path / "a"), "--output-prefix", str(tmp_path / "merged")]
+    done = subprocess.run(
+        [sys.executable, tool.__file__, "--overwrite", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: cannot make dataset {tmp_path}/merged: ")
+    assert done.stderr.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
