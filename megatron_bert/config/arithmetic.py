@@ -1,11 +1,11 @@
-"""Sizes that follow from the configuration: parameters, steps, token slots, masked slots."""
+"""Sizes that follow from the configuration: parameters, steps, masked slots, vocabulary."""
 
 from __future__ import annotations
 
 import math
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.schema import DEFAULT_WARMUP_FRACTION, Config, MlmConfig, ModelConfig
+from megatron_bert.config.schema import DEFAULT_WARMUP_FRACTION, Config, MaskUnit, ModelConfig
 
 VOCABULARY_MULTIPLE = 128
 LONGEST_DEFAULT_EVAL = 512
@@ -37,20 +37,14 @@ def total_steps(config: Config) -> int:
     return sum(stage.steps for stage in config.curriculum)
 
 
-def total_token_slots(config: Config) -> int:
-    """Token slots of the whole curriculum: steps x rows x slots a row."""
-    rows = config.batch.global_size
-    return sum(stage.steps * rows * stage.seq_length for stage in config.curriculum)
-
-
-def masked_slots(mlm: MlmConfig, seq_length: int) -> int:
+def masked_slots(probability: float, unit: MaskUnit, seq_length: int) -> int:
     """Masked slots M of a row of `seq_length` slots: one fixed number, so that shapes are fixed.
 
-    A row holds at most `seq_length - 2` text tokens; their share is rounded half up. Units of
-    several tokens may run over by `LARGEST_OVERRUN`.
+    A row holds at most `seq_length - 2` text tokens; the share `probability` of them is rounded
+    half up. Units of several tokens may run over by `LARGEST_OVERRUN`.
     """
-    exact = max(1, math.floor(mlm.probability * (seq_length - 2) + 0.5))
-    return exact if mlm.unit == "token" else exact + LARGEST_OVERRUN
+    exact = max(1, math.floor(probability * (seq_length - 2) + 0.5))
+    return exact if unit == "token" else exact + LARGEST_OVERRUN
 
 
 def warmup_steps(config: Config) -> int:

@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_bert.config.arithmetic import total_steps, warmup_steps
+from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.diagnostics import format_value, raise_problems
 from megatron_bert.config.schema import Config, Corpus
 
 # The one value of each key that this version can do; the schema already knows the others.
 ONLY_AVAILABLE: dict[str, object] = {
+    "data.held_out_fraction": 0.0,
     "parallel.pipeline": 1,
     "parallel.pipeline_schedule": "1f1b",
     "parallel.sequence": False,
@@ -117,6 +119,7 @@ def _mlm_problems(config: Config) -> Iterator[str]:
 def _corpus_problems(config: Config) -> Iterator[str]:
     for name, corpora in (("train", config.data.train), ("valid", config.data.valid)):
         yield from _prefix_problems(f"data.{name}", corpora)
+    yield from _blend_problems(config.data.train)
 
 
 def _prefix_problems(key: str, corpora: Sequence[Corpus]) -> Iterator[str]:
@@ -133,6 +136,26 @@ def _prefix_problems(key: str, corpora: Sequence[Corpus]) -> Iterator[str]:
             yield (
                 f"{key}.{index}.prefix = {corpus.prefix}: the same corpus as {key}.{first}; "
                 "give it once, with the weights added"
+            )
+
+
+def _blend_problems(corpora: Sequence[Corpus]) -> Iterator[str]:
+    """Corpora are blended by epochs or by weight, all of them alike."""
+    by_epochs = next((i for i, corpus in enumerate(corpora) if corpus.epochs is not None), None)
+    if by_epochs is None:
+        return
+    given = f"data.train.{by_epochs}.epochs = {corpora[by_epochs].epochs:g}"
+    for index, corpus in enumerate(corpora):
+        key = f"data.train.{index}"
+        if corpus.weight is not None:
+            yield (
+                f"{key}.weight = {corpus.weight:g}: {given} is given too; give all corpora "
+                "epochs, or all of them weights"
+            )
+        elif corpus.epochs is None:
+            yield (
+                f"{key}.epochs is missing: {given} is given, and a corpus without epochs has a "
+                f"{key}.weight of 1; give all corpora epochs, or all of them weights"
             )
 
 
@@ -201,18 +224,27 @@ def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
         )
         return
     data_parallel = world_size // model_ranks
-    rows = config.batch.global_size
-    if rows < data_parallel:
-        yield (
-            f"batch.global_size = {rows}: no layout can hold it, as {data_parallel} data-parallel "
-            f"ranks need a row each; use at least {data_parallel} rows, or at most "
-            f"{rows * model_ranks} ranks"
-        )
+    yield from _too_few_rows(config, data_parallel, model_ranks)
     if data_parallel % config.parallel.replicate:
         yield (
             f"parallel.replicate = {config.parallel.replicate}: does not divide the "
             f"{data_parallel} data-parallel ranks; "
             f"use {_divisors(data_parallel, config.parallel.replicate)}"
+        )
+
+
+def _too_few_rows(config: Config, data_parallel: int, model_ranks: int) -> Iterator[str]:
+    too_few: dict[str, int] = {}
+    for span, stage in zip(Curriculum(config).spans, config.curriculum, strict=True):
+        if span.global_size < data_parallel:
+            own = stage.batch.global_size is not None
+            stage_key = f"curriculum.{span.index}." if own else ""
+            too_few[f"{stage_key}batch.global_size"] = span.global_size
+    for key, rows in too_few.items():
+        yield (
+            f"{key} = {rows}: no layout can hold it, as {data_parallel} data-parallel "
+            f"ranks need a row each; use at least {data_parallel} rows, or at most "
+            f"{rows * model_ranks} ranks"
         )
 
 

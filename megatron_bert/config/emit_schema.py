@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_bert.config.change_table import change_of
 from megatron_bert.config.errors import ConfigError, run_cli
-from megatron_bert.config.identity import change_of
 from megatron_bert.config.keys import Key, all_keys, json_schema
 from megatron_bert.files import write_atomically
 

@@ -2,80 +2,19 @@
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from megatron_bert.config.diagnostics import format_value, raise_problems
-from megatron_bert.config.keys import INDEX, all_keys, dotted, pattern
+from megatron_bert.config.change_table import ABSENT, Change, change_of, refusal
+from megatron_bert.config.diagnostics import raise_problems
+from megatron_bert.config.keys import all_keys, dotted, pattern
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
+from megatron_bert.config.stage_changes import curriculum_problems
 from megatron_bert.config.yaml_text import KeyPath
-
-ABSENT = "absent"
-"""Stands for the value of a list entry that one of two configurations does not have."""
-
-
-class Change(enum.Enum):
-    """When a key may change. The values are the words of the guide's table."""
-
-    FREE = "free"
-    NEW_RUN = "in a new run"
-    NEVER = "never"
-    CURRICULUM = "see below"
-
-
-# A whole section's class, or that of single keys in it.
-_CLASSES: Mapping[str, Change | Mapping[str, Change]] = MappingProxyType(
-    {
-        "run": {"seed": Change.NEW_RUN, "": Change.FREE},
-        "model": {
-            # Only a name for values that are compared themselves.
-            "preset": Change.FREE,
-            "hidden_dropout": Change.NEW_RUN,
-            "attention_dropout": Change.NEW_RUN,
-            "init_std": Change.NEW_RUN,
-            "": Change.NEVER,
-        },
-        "data.tokenizer": Change.NEVER,
-        "data.train": Change.NEW_RUN,
-        "data.valid": Change.FREE,
-        "mlm": Change.NEW_RUN,
-        "curriculum": Change.CURRICULUM,
-        # The stages' rows, and with them every row's number, are steps x global_size.
-        "batch": {"global_size": Change.NEVER, "": Change.FREE},
-        "optimizer": {"max_skipped": Change.FREE, "": Change.NEW_RUN},
-        "schedule": Change.NEW_RUN,
-        "parallel": Change.FREE,
-        "precision": Change.NEW_RUN,
-        "recompute": Change.FREE,
-        "checkpoint": Change.FREE,
-        "eval": Change.FREE,
-        "log": Change.FREE,
-        "compile": Change.FREE,
-        "distributed": Change.FREE,
-    }
-)
-
-
-def change_of(name: str) -> Change:
-    """When the key of this dotted name (`N` for list indices) may change.
-
-    Raises:
-        KeyError: The table has no such key.
-    """
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        found = _CLASSES.get(".".join(parts[:length]))
-        if isinstance(found, Change):
-            return found
-        if found is not None:
-            return found.get(".".join(parts[length:]), found[""])
-    raise KeyError(name)
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -100,77 +39,15 @@ def check_resume(old: Mapping[str, Any], new: Config, consumed_steps: int, new_r
         ConfigError: All forbidden changes in one message, each with old value, new value, remedy.
     """
     problems = []
-    for path, before, after in _differences(old, config_dict(new)):
+    tree = config_dict(new)
+    for path, before, after in _differences(old, tree):
         change = change_of(pattern(path))
-        if change is Change.CURRICULUM or _means_the_same(path, before, after):
+        if path[0] == "curriculum" or _means_the_same(path, before, after):
             continue
         if change is Change.NEVER or (change is Change.NEW_RUN and not new_run):
-            problems.append(_refusal(dotted(path), before, after, change))
-    before_stages = [(stage["seq_length"], stage["steps"]) for stage in old["curriculum"]]
-    after_stages = [(stage.seq_length, stage.steps) for stage in new.curriculum]
-    problems += _curriculum_problems(before_stages, after_stages, consumed_steps, new_run)
+            problems.append(refusal(dotted(path), before, after, change))
+    problems += curriculum_problems(old, tree, consumed_steps, new_run)
     raise_problems(problems, "the configuration of a resumed run")
-
-
-def _curriculum_problems(
-    old: Sequence[tuple[int, int]],
-    new: Sequence[tuple[int, int]],
-    consumed_steps: int,
-    new_run: bool,
-) -> Iterator[str]:
-    """Compare stages, each (seq_length, steps): the past is fixed, the rest may grow."""
-    begin = 0
-    for index in range(max(len(old), len(new))):
-        if index >= len(old):
-            if not new_run:
-                yield _refusal(f"curriculum.{index}", ABSENT, _stage(new[index]), Change.NEW_RUN)
-            continue
-        length, steps = old[index]
-        done = min(max(consumed_steps - begin, 0), steps)
-        # A stage is current up to the first step of the next one, so that a run that has just
-        # reached a stage's end can still lengthen it.
-        is_over = consumed_steps > begin + steps
-        may_grow = begin <= consumed_steps <= begin + steps or index == len(old) - 1
-        begin += steps
-        if index >= len(new):
-            change = Change.NEVER if done else Change.NEW_RUN
-            if done or not new_run:
-                yield _refusal(f"curriculum.{index}", _stage(old[index]), ABSENT, change)
-            continue
-        new_length, new_steps = new[index]
-        if new_length != length and (done or not new_run):
-            change = Change.NEVER if done else Change.NEW_RUN
-            yield _refusal(f"curriculum.{index}.seq_length", length, new_length, change)
-        key = f"curriculum.{index}.steps"
-        if new_steps == steps:
-            continue
-        if is_over:
-            yield _refusal(key, steps, new_steps, Change.NEVER)
-        elif new_steps < done:
-            yield (
-                f"{key}: was {steps}, is {new_steps}, but {done} steps of this stage are done; "
-                f"use at least {done}"
-            )
-        elif not new_run and not (new_steps > steps and may_grow):
-            yield _refusal(key, steps, new_steps, Change.NEW_RUN)
-
-
-def _stage(stage: tuple[int, int]) -> dict[str, int]:
-    return {"seq_length": stage[0], "steps": stage[1]}
-
-
-def _refusal(key: str, before: Any, after: Any, change: Change) -> str:
-    remedy = {
-        Change.NEW_RUN: (
-            "may change only in a new run: set checkpoint.resume to the checkpoint's path and "
-            "run.dir to a new directory, or restore the old value"
-        ),
-        Change.NEVER: (
-            "cannot change once training has begun: restore the old value, or start anew with "
-            "checkpoint.resume=none and a new run.dir"
-        ),
-    }[change]
-    return f"{key}: was {format_value(before)}, is {format_value(after)}; {remedy}"
 
 
 def _means_the_same(path: KeyPath, before: Any, after: Any) -> bool:
@@ -181,6 +58,9 @@ def _means_the_same(path: KeyPath, before: Any, after: Any) -> bool:
         return _same_content(before, after)
     if path[:2] == ("data", "train") and path[-1] == "prefix" and ABSENT not in (before, after):
         return os.path.normpath(str(before)) == os.path.normpath(str(after))
+    if path[:2] == ("data", "train") and path[-1] == "weight":
+        # Not given, it is 1; where it gave way to epochs, those are compared themselves.
+        return (before or 1.0) == (after or 1.0)
     return False
 
 
@@ -207,7 +87,7 @@ def _differences(
 
 def _value_at(leaves: Mapping[KeyPath, Any], path: KeyPath) -> Any:
     key = all_keys().get(pattern(path))
-    if path in leaves or key is None or INDEX in key.name.split("."):
+    if path in leaves or key is None or key.required:
         return leaves.get(path, ABSENT)
     return key.default
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bert.config.schema import BatchConfig
-
 
 @dataclass(frozen=True)
 class BatchLayout:
@@ -28,16 +26,16 @@ class BatchLayout:
     num_micro_batches: int
 
     @classmethod
-    def for_stage(cls, batch: BatchConfig, data_parallel: int, seq_length: int) -> BatchLayout:
-        """Divide a batch of rows of `seq_length` slots over `data_parallel` ranks.
+    def divide(cls, global_size: int, data_parallel: int, max_micro_rows: int) -> BatchLayout:
+        """Divide a batch of `global_size` rows over `data_parallel` ranks.
 
-        The micro-batches are as few as the limit on their size allows, and balanced: with 9 rows
-        and a limit of 8 they have 5 rows each, not 8 and 1.
+        The micro-batches are as few as their limit of `max_micro_rows` allows, and balanced: with
+        9 rows and a limit of 8 they have 5 rows each, not 8 and 1.
         """
-        rows = _ceil_div(batch.global_size, data_parallel)
-        num_micro_batches = _ceil_div(rows, batch.max_micro_rows(seq_length))
+        rows = _ceil_div(global_size, data_parallel)
+        num_micro_batches = _ceil_div(rows, max_micro_rows)
         return cls(
-            global_size=batch.global_size,
+            global_size=global_size,
             data_parallel=data_parallel,
             micro_size=_ceil_div(rows, num_micro_batches),
             num_micro_batches=num_micro_batches,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from megatron_bert.config.checks import value_problems
 from megatron_bert.config.diagnostics import explain, format_value, raise_problems
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.keys import all_keys, dotted
+from megatron_bert.config.keys import key_at
 from megatron_bert.config.overrides import apply_override
 from megatron_bert.config.schema import Config
 from megatron_bert.config.yaml_text import KeyPath, format_document, parse_document
@@ -107,11 +107,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
 
 def _fill_empty_sections(tree: dict[str, Any], path: KeyPath) -> None:
     """A section with every key commented out is an empty section, not the value null."""
-    for name in list(tree):
-        key = all_keys().get(dotted((*path, name)))
-        if key is None or not key.is_section:
+    for name, value in tree.items():
+        key = key_at((*path, name))
+        if key is None:
             continue
-        if tree[name] is None:
+        if key.is_section and value is None:
             tree[name] = {}
-        if isinstance(tree[name], dict):
-            _fill_empty_sections(tree[name], (*path, name))
+        elif key.is_section and isinstance(value, dict):
+            _fill_empty_sections(value, (*path, name))
+        elif key.is_list and isinstance(value, list):
+            for index, entry in enumerate(value):
+                if isinstance(entry, dict):
+                    _fill_empty_sections(entry, (*path, name, index))

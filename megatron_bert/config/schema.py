@@ -27,6 +27,8 @@ from megatron_bert.config.presets import PRESETS, PresetName
 Text = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+BetweenZeroAndOne = Annotated[float, Field(gt=0.0, lt=1.0)]
+MaskUnit = Literal["token", "whole_word", "ngram"]
 
 MIN_SEQ_LENGTH = 8
 DEFAULT_MICRO_TOKENS = 16384
@@ -125,8 +127,12 @@ class Corpus(Section):
 
     prefix: Text
     """Path of the dataset without its suffix: PREFIX.bin, PREFIX.idx, PREFIX.json."""
-    weight: PositiveFloat = 1.0
-    """Share of the rows, relative to the other corpora's weights (they need not sum to 1)."""
+    weight: PositiveFloat | None = None
+    """Share of the rows, relative to the other corpora's weights (they need not sum to 1).
+    Default: 1, unless `epochs` is given."""
+    epochs: PositiveFloat | None = None
+    """In place of weights, for every corpus: how often it is read, relative to the others; the
+    plan says when the curriculum is too short or too long to read that often."""
 
 
 class DataConfig(Section):
@@ -135,17 +141,24 @@ class DataConfig(Section):
     tokenizer: Text
     """Path of a SentencePiece `.model` or of a `tokenizer.json`: the one that made the data."""
     train: tuple[Corpus, ...] = Field(strict=False, min_length=1)
-    """Training corpora, blended by weight within every curriculum stage."""
+    """Training corpora, blended by weight or by epochs within every curriculum stage."""
     valid: tuple[Corpus, ...] = Field((), strict=False)
-    """Held-out corpora, each evaluated by itself (weights are not used). Default: none."""
+    """Held-out corpora, each evaluated by itself (neither weights nor epochs are used).
+    Default: none."""
+    held_out_fraction: float = Field(0.0, ge=0.0, lt=0.5)
+    """Share of each training corpus' documents, chosen by a hash of the document's number, that
+    is never trained on and is evaluated beside `data.valid`."""
+    threads: PositiveInt = 1
+    """Threads that assemble a rank's batches, ahead of the step that learns from them; the rows
+    are the same for any number."""
 
 
 class MlmConfig(Section):
     """Masked language modelling: what is hidden and by what it is replaced."""
 
-    probability: float = Field(0.15, gt=0.0, lt=1.0)
+    probability: BetweenZeroAndOne = 0.15
     """Share of a row's text tokens that are to be predicted."""
-    unit: Literal["token", "whole_word", "ngram"] = "token"
+    unit: MaskUnit = "token"
     """What is masked together: single tokens, whole words, or spans of up to `max_ngram` tokens."""
     max_ngram: int = Field(3, ge=1, le=8)
     """Longest span of the unit `ngram`, in tokens; length k is drawn in proportion to 1/k."""
@@ -155,20 +168,40 @@ class MlmConfig(Section):
     """Share that become a random token; the rest stay as they are."""
 
 
+class StageBatch(Section):
+    """The stage's global batch."""
+
+    global_size: PositiveInt | None = None
+    """Rows in one optimizer step of the stage. Default: `batch.global_size`."""
+
+
+class StageMlm(Section):
+    """The stage's masking."""
+
+    probability: BetweenZeroAndOne | None = None
+    """Share of a row's text tokens that are to be predicted. Default: `mlm.probability`."""
+
+
 class Stage(Section):
-    """One stretch of the curriculum with rows of one length."""
+    """One stretch of the curriculum with rows of one length and steps of one size."""
 
     seq_length: int = Field(ge=MIN_SEQ_LENGTH)
     """Token slots in a row."""
     steps: PositiveInt
     """Optimizer steps of the stage."""
+    batch: StageBatch = StageBatch()
+    """The stage's global batch."""
+    mlm: StageMlm = StageMlm()
+    """The stage's masking."""
+    lr_factor: PositiveFloat = 1.0
+    """What the scheduled learning rate is multiplied by in the stage."""
 
 
 class BatchConfig(Section):
     """The global batch and how much of it a rank takes at a time."""
 
     global_size: PositiveInt
-    """Rows in one optimizer step, over all ranks."""
+    """Rows in one optimizer step, over all ranks; a stage may have its own."""
     micro_size: PositiveInt | None = None
     """Most rows of one forward pass of one rank; give this or `micro_tokens`."""
     micro_tokens: PositiveInt | None = None
@@ -260,7 +293,8 @@ class EvalConfig(Section):
     interval: PositiveInt = 1000
     """Steps between evaluations; the last step is always evaluated."""
     batches: PositiveInt = 16
-    """Global batches per corpus and length, at most one epoch of the corpus."""
+    """Batches of `batch.global_size` rows per corpus and length, at most one epoch of the
+    corpus."""
     fixed_seq_length: Annotated[int, Field(ge=MIN_SEQ_LENGTH)] | None = None
     """Length evaluated in every stage beside the stage's own, in token slots; it makes stages
     comparable. Default: 512, or the longest stage if that is shorter."""
@@ -310,7 +344,8 @@ class Config(Section):
     mlm: MlmConfig = MlmConfig()
     """What is masked."""
     curriculum: tuple[Stage, ...] = Field(strict=False, min_length=1)
-    """Stages of the run, in order; each has rows of one length."""
+    """Stages of the run, in order; each has rows of one length and may have a batch size, a masking
+    rate and a learning-rate factor of its own."""
     batch: BatchConfig
     """The global batch and its division."""
     optimizer: OptimizerConfig = OptimizerConfig()

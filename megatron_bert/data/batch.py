@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows `[CLS] text [SEP] [CLS] text [SEP] ...`, padded and masked.
+class RowArrays:
+    """Memory of rows: what the data core writes into, and what the model reads.
 
     Attributes:
         tokens_BS: int32, the ids that the model sees.
@@ -24,8 +24,6 @@ class Batch:
         labels_BM: int32, the tokens that stood there; 0 where unused.
         weights_BM: float32, 1 where the slot is used, else 0.
         rows_B: int64, numbers of the rows within the run; -1 for a surplus row, all padding.
-        batch_hash: sum modulo 2^64 of a hash of every row's tokens, positions, masked and labels;
-            surplus rows add nothing.
     """
 
     tokens_BS: Tensor
@@ -34,23 +32,28 @@ class Batch:
     labels_BM: Tensor
     weights_BM: Tensor
     rows_B: Tensor
-    batch_hash: int
 
-    def to(self, device: torch.device) -> Batch:
-        """Copy to a device, without waiting for the copy where the memory is pinned."""
+    @classmethod
+    def empty(
+        cls, rows: int, seq_length: int, masked_slots: int, *, pin_memory: bool = False
+    ) -> RowArrays:
+        """Allocate `rows` rows on the host, of undefined content; pinned memory needs CUDA."""
 
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        def array(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
 
-        return Batch(
-            tokens_BS=copy(self.tokens_BS),
-            positions_BS=copy(self.positions_BS),
-            masked_BM=copy(self.masked_BM),
-            labels_BM=copy(self.labels_BM),
-            weights_BM=copy(self.weights_BM),
-            rows_B=copy(self.rows_B),
-            batch_hash=self.batch_hash,
+        return cls(
+            tokens_BS=array(torch.int32, rows, seq_length),
+            positions_BS=array(torch.int32, rows, seq_length),
+            masked_BM=array(torch.int32, rows, masked_slots),
+            labels_BM=array(torch.int32, rows, masked_slots),
+            weights_BM=array(torch.float32, rows, masked_slots),
+            rows_B=array(torch.int64, rows),
         )
+
+    def part(self, first: int, end: int) -> RowArrays:
+        """Rows `first` to `end`, without `end`, in the same memory."""
+        return RowArrays(*(tensor[first:end] for tensor in self.model_inputs()))
 
     def model_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return tokens, positions, masked, labels, weights and rows, as the model takes them."""
@@ -62,3 +65,25 @@ class Batch:
             self.weights_BM,
             self.rows_B,
         )
+
+
+@dataclass(frozen=True)
+class Batch(RowArrays):
+    """Rows `[CLS] text [SEP] [CLS] text [SEP] ...`, padded and masked.
+
+    Attributes:
+        batch_hash: sum modulo 2^64 of a hash of every row's tokens, positions, masked and labels;
+            surplus rows add nothing.
+    """
+
+    batch_hash: int
+
+    @classmethod
+    def of(cls, arrays: RowArrays, batch_hash: int) -> Batch:
+        """Rows that were assembled, in the memory that they lie in."""
+        return cls(*arrays.model_inputs(), batch_hash)
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to a device, without waiting for the copy where the memory is pinned."""
+        copies = RowArrays(*(t.to(device, non_blocking=True) for t in self.model_inputs()))
+        return Batch.of(copies, self.batch_hash)

@@ -102,22 +102,21 @@ def describe_steps(config: Config, first_step: int, last_step: int) -> Iterator[
     Raises:
         DataError: the steps do not lie in the run, or its data cannot be read.
     """
-    curriculum = Curriculum(config.curriculum)
+    curriculum = Curriculum(config)
     if not 1 <= first_step <= last_step <= curriculum.total_steps:
         raise DataError(
             f"steps {first_step}:{last_step} do not lie in the run, whose steps are "
             f"1:{curriculum.total_steps}; see --steps"
         )
     source = training_source(config, Tokenizer.load(config.data.tokenizer))
-    global_size = config.batch.global_size
     for step in range(first_step, last_step + 1):
         span = curriculum.at(step)
+        rows = span.rows_of(step)
         rows_at_a_time = max(1, _SLOTS_AT_A_TIME // span.seq_length)
-        end = step * global_size
         batch_hash = 0
-        for start in range(end - global_size, end, rows_at_a_time):
-            rows_B = np.arange(start, min(end, start + rows_at_a_time), dtype=np.int64)
-            batch_hash = (batch_hash + source.batch(rows_B).batch_hash) % 2**64
+        for first in rows[::rows_at_a_time]:
+            rows_B = np.arange(first, min(rows.stop, first + rows_at_a_time), dtype=np.int64)
+            batch_hash = (batch_hash + source.batch(rows_B, span.index).batch_hash) % 2**64
         yield f"step {step} stage {span.index} batch_hash {batch_hash:016x}"
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from _megatron_bert_core import BatchAssembler, IndexedDataset, RowPlan, epoch_rows
 from numpy.typing import NDArray
 
 from megatron_bert.config.arithmetic import masked_slots
+from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, Corpus, MlmConfig
-from megatron_bert.data.batch import Batch
+from megatron_bert.data.batch import Batch, RowArrays
+from megatron_bert.data.blending import blend_warnings, blend_weights
 from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.word_boundaries import word_tables
@@ -22,6 +24,21 @@ from megatron_bert.data.word_boundaries import word_tables
 # id is checked again when its row is assembled.)
 _SAMPLED_DOCUMENTS = 1024
 _FINGERPRINT_DOCUMENTS = 64
+
+
+@dataclass(frozen=True)
+class RowStage:
+    """Rows of one shape.
+
+    Attributes:
+        seq_length: slots of each row.
+        num_rows: how many there are.
+        probability: share of a row's text tokens that are masked.
+    """
+
+    seq_length: int
+    num_rows: int
+    probability: float
 
 
 class RowSource:
@@ -35,29 +52,34 @@ class RowSource:
         config: Config,
         tokenizer: Tokenizer,
         corpora: Sequence[Corpus],
-        stages: Sequence[tuple[int, int]],
+        stages: Sequence[RowStage],
         seed: int,
+        held_out_fraction: float = 0.0,
     ) -> None:
         """Open the corpora and plan the rows.
 
         Args:
-            config: its `mlm` section says how rows are masked.
+            config: its `mlm` section says how rows are masked, but for the stages' probability.
             tokenizer: must be the one that made the corpora.
-            corpora: blended by weight within each stage.
-            stages: (seq_length, rows) of each.
+            corpora: blended by weight or epochs within each stage.
+            stages: in the order of the rows' numbers.
             seed: of the order of documents and rows and of the masks.
+            held_out_fraction: share of each corpus' documents that no row is made of.
 
         Raises:
             DataError: a corpus is missing, damaged or empty, or another tokenizer made it.
         """
-        self._mlm = config.mlm
+        self._unit = config.mlm.unit
         self._corpora = tuple(corpora)
         self._stages = tuple(stages)
+        self._held_out_fraction = held_out_fraction
         self._datasets = [_open_corpus(corpus.prefix, tokenizer) for corpus in corpora]
-        weights = [corpus.weight for corpus in corpora]
-        self._plan = RowPlan(self._datasets, weights, self._stages, seed)
+        shapes = [(stage.seq_length, stage.num_rows) for stage in stages]
+        weights = blend_weights(corpora, self._datasets)
+        self._plan = RowPlan(self._datasets, weights, shapes, seed)
+        probabilities = [stage.probability for stage in stages]
         self._assembler = _assembler(
-            self._datasets, self._plan, tokenizer, config.mlm, len(self._stages), seed
+            self._datasets, self._plan, tokenizer, config.mlm, probabilities, seed
         )
 
     @property
@@ -65,56 +87,70 @@ class RowSource:
         """Rows of all stages."""
         return self._plan.num_rows
 
-    def seq_length_of(self, row: int) -> int:
-        """Slots of a row of the run."""
-        stage, _ = self._plan.stage_of(row)
-        return self._stages[stage][0]
+    def stage_of(self, row: int) -> int:
+        """Number, from 0, of the stage that a row of the run belongs to."""
+        return self._plan.stage_of(row)[0]
 
-    def batch(self, rows_B: NDArray[np.int64], seq_length: int | None = None) -> Batch:
-        """Assemble rows of one stage.
+    def row_shape(self, stage: int) -> tuple[int, int]:
+        """Slots and masked slots of a stage's rows."""
+        seq_length = self._stages[stage].seq_length
+        return seq_length, masked_slots(self._stages[stage].probability, self._unit, seq_length)
+
+    def fill(self, rows_B: NDArray[np.int64], arrays: RowArrays) -> int:
+        """Assemble rows of one stage into memory of their shape; return their hash.
 
         Args:
             rows_B: row numbers within the run; -1 makes a surplus row, all padding.
-            seq_length: slots of the rows; by default those of the first row that is not surplus
-                (of row 0, if all are).
+            arrays: host memory for as many rows of the stage's `row_shape`.
 
         Raises:
             DataError: a row holds an id that the tokenizer lacks.
         """
-        if seq_length is None:
-            seq_length = self.seq_length_of(int(max(rows_B.max(initial=0), 0)))
-        shape_BS = (len(rows_B), seq_length)
-        shape_BM = (len(rows_B), masked_slots(self._mlm, seq_length))
-        tokens_BS = torch.empty(shape_BS, dtype=torch.int32)
-        positions_BS = torch.empty(shape_BS, dtype=torch.int32)
-        masked_BM = torch.empty(shape_BM, dtype=torch.int32)
-        labels_BM = torch.empty(shape_BM, dtype=torch.int32)
-        weights_BM = torch.empty(shape_BM, dtype=torch.float32)
         try:
             batch_hash = self._assembler.fill(
                 rows_B,
-                tokens_BS.numpy(),
-                positions_BS.numpy(),
-                masked_BM.numpy(),
-                labels_BM.numpy(),
-                weights_BM.numpy(),
+                arrays.tokens_BS.numpy(),
+                arrays.positions_BS.numpy(),
+                arrays.masked_BM.numpy(),
+                arrays.labels_BM.numpy(),
+                arrays.weights_BM.numpy(),
             )
         except RuntimeError as error:
             raise DataError(
                 f"{error}; use the tokenizer that made the dataset, or make the dataset anew"
             ) from error
-        rows = torch.from_numpy(rows_B.copy())
-        return Batch(tokens_BS, positions_BS, masked_BM, labels_BM, weights_BM, rows, batch_hash)
+        arrays.rows_B.numpy()[:] = rows_B
+        return batch_hash
+
+    def batch(self, rows_B: NDArray[np.int64], stage: int | None = None) -> Batch:
+        """Assemble rows of one stage into memory of their own.
+
+        Args:
+            rows_B: row numbers within the run; -1 makes a surplus row, all padding.
+            stage: that of the rows; by default that of the last of them in number (of row 0, if
+                all are surplus).
+
+        Raises:
+            DataError: a row holds an id that the tokenizer lacks.
+        """
+        if stage is None:
+            stage = self.stage_of(int(max(rows_B.max(initial=0), 0)))
+        arrays = RowArrays.empty(len(rows_B), *self.row_shape(stage))
+        return Batch.of(arrays, self.fill(rows_B, arrays))
 
     def describe(self) -> list[str]:
         """Lines on each corpus: documents, tokens, and how many epochs the run reads."""
         return [
             f"{corpus.prefix}: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens, "
-            f"weight {corpus.weight:g}, read {epochs:.3f} times"
+            f"{_share(corpus)}, read {epochs:.3f} times"
             for corpus, dataset, epochs in zip(
                 self._corpora, self._datasets, self._plan.epochs(), strict=True
             )
         ]
+
+    def warnings(self) -> list[str]:
+        """What the user should know about how often the run reads each corpus."""
+        return blend_warnings(self._corpora, self._plan.epochs())
 
     def fingerprint(self) -> list[str]:
         """For each corpus a line that changes when its content does, wherever its files lie."""
@@ -128,13 +164,21 @@ def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
         DataError: as `RowSource`.
     """
     stages = [
-        (stage.seq_length, stage.steps * config.batch.global_size) for stage in config.curriculum
+        RowStage(span.seq_length, span.num_rows, span.probability)
+        for span in Curriculum(config).spans
     ]
-    return RowSource(config, tokenizer, config.data.train, stages, config.run.seed)
+    return RowSource(
+        config,
+        tokenizer,
+        config.data.train,
+        stages,
+        config.run.seed,
+        config.data.held_out_fraction,
+    )
 
 
 def validation_source(
-    config: Config, tokenizer: Tokenizer, corpus: Corpus, seq_length: int
+    config: Config, tokenizer: Tokenizer, corpus: Corpus, seq_length: int, probability: float
 ) -> RowSource:
     """Rows that evaluation reads of a held-out corpus: `eval.batches` batches, at most one epoch.
 
@@ -146,7 +190,8 @@ def validation_source(
         config.eval.batches * config.batch.global_size,
         epoch_rows(dataset, seq_length, config.run.seed),
     )
-    return RowSource(config, tokenizer, [corpus], [(seq_length, rows)], config.run.seed)
+    stage = RowStage(seq_length, rows, probability)
+    return RowSource(config, tokenizer, [corpus], [stage], config.run.seed)
 
 
 def _open_corpus(prefix: str, tokenizer: Tokenizer) -> IndexedDataset:
@@ -177,7 +222,7 @@ def _assembler(
     plan: RowPlan,
     tokenizer: Tokenizer,
     mlm: MlmConfig,
-    num_stages: int,
+    probabilities: Sequence[float],
     seed: int,
 ) -> BatchAssembler:
     no_table = np.empty(0, dtype=np.uint8)
@@ -201,13 +246,19 @@ def _assembler(
         first_class=first_class,
         last_class=last_class,
         starts_word=starts_word,
-        probabilities=[mlm.probability] * num_stages,
+        probabilities=probabilities,
         unit=mlm.unit,
         max_ngram=mlm.max_ngram,
         mask_ratio=mlm.mask_ratio,
         random_ratio=mlm.random_ratio,
         seed=seed,
     )
+
+
+def _share(corpus: Corpus) -> str:
+    if corpus.epochs is not None:
+        return f"{corpus.epochs:g} epochs asked for"
+    return f"weight {1.0 if corpus.weight is None else corpus.weight:g}"
 
 
 def _fingerprint(dataset: IndexedDataset) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_bert.config.arithmetic import total_steps, warmup_steps
+from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.schema import Config, ScheduleConfig
 
 
@@ -12,12 +13,17 @@ def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step.
 
     It rises linearly from 0 over the warm-up, whose last step has the peak, and then follows
-    `schedule.decay` so that the run's last step has `min_lr` (`constant` stays at the peak).
+    `schedule.decay` so that the run's last step has `min_lr` (`constant` stays at the peak). What
+    this schedule gives is multiplied by the stage's `lr_factor`.
 
     Args:
         step: 1-based number of the step about to be taken.
         config: The whole configuration; the curriculum gives the run's length.
     """
+    return Curriculum(config).at(step).lr_factor * _scheduled(step, config)
+
+
+def _scheduled(step: int, config: Config) -> float:
     optimizer, warmup, total = config.optimizer, warmup_steps(config), total_steps(config)
     if step <= warmup:
         return optimizer.lr * step / warmup

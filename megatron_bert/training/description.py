@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_bert.config.arithmetic import (
-    masked_slots,
-    parameter_count,
-    total_steps,
-    total_token_slots,
-)
-from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.arithmetic import parameter_count
+from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
@@ -49,14 +44,18 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
         f"layout      {world_size} {ranks}: data {data_parallel} x tensor "
         f"{config.parallel.tensor}; compute {config.precision.compute}"
     )
-    yield f"steps       {total_steps(config):,}"
-    yield f"token slots {total_token_slots(config):,} ({_rounded(total_token_slots(config))})"
-    for span in Curriculum(config.curriculum).spans:
-        layout = BatchLayout.for_stage(config.batch, data_parallel, span.seq_length)
+    curriculum = Curriculum(config)
+    yield f"steps       {curriculum.total_steps:,}"
+    yield f"token slots {curriculum.total_slots:,} ({_rounded(curriculum.total_slots)})"
+    for span in curriculum.spans:
+        layout = BatchLayout.divide(
+            span.global_size, data_parallel, config.batch.max_micro_rows(span.seq_length)
+        )
         surplus = f", {layout.surplus_rows} surplus rows" if layout.surplus_rows else ""
         yield (
             f"stage {span.index + 1:<5} length {span.seq_length}, steps {span.first_step:,} to "
-            f"{span.last_step:,}, {masked_slots(config.mlm, span.seq_length)} masked slots a row, "
+            f"{span.last_step:,}, {_own_values(span, curriculum)}"
+            f"{span.masked_slots} masked slots a row, "
             f"{layout.num_micro_batches} x {layout.micro_size} rows a rank{surplus}"
         )
     yield f"writes to   {config.run.directory}"
@@ -65,6 +64,27 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
 def describe_source(label: str, source: RowSource) -> list[str]:
     """Return a line a corpus: documents, tokens, and how often they are read."""
     return [f"{label:<11} {line}" for line in source.describe()]
+
+
+def describe_training_source(source: RowSource) -> list[str]:
+    """As `describe_source`, with what the user should know about how often corpora are read."""
+    return [
+        *describe_source("train", source),
+        *(f"warning     {warning}" for warning in source.warnings()),
+    ]
+
+
+def _own_values(span: StageSpan, curriculum: Curriculum) -> str:
+    """Of rows a step, masking rate and learning-rate factor those in which stages differ."""
+    spans = curriculum.spans
+    own = ""
+    if len({other.global_size for other in spans}) > 1:
+        own += f"{span.global_size:,} rows a step, "
+    if len({other.probability for other in spans}) > 1:
+        own += f"{100 * span.probability:g} % masked, "
+    if len({other.lr_factor for other in spans}) > 1:
+        own += f"learning rate x {span.lr_factor:g}, "
+    return own
 
 
 def _rounded(count: int) -> str:

@@ -16,7 +16,11 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.training.description import describe_plan, describe_source
+from megatron_bert.training.description import (
+    describe_plan,
+    describe_source,
+    describe_training_source,
+)
 from megatron_bert.training.resume import check_continuity, starting_point
 
 T = TypeVar("T")
@@ -55,10 +59,11 @@ def dry_run(config: Config, world_size: int) -> None:
 
 
 def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Open and plan all data; return a line a corpus."""
-    lines = describe_source("train", training_source(config, tokenizer))
+    """Open and plan all data; return a line a corpus, and warnings."""
+    lines = describe_training_source(training_source(config, tokenizer))
+    seq_length, probability = fixed_eval_length(config), config.mlm.probability
     for corpus in config.data.valid:
-        source = validation_source(config, tokenizer, corpus, fixed_eval_length(config))
+        source = validation_source(config, tokenizer, corpus, seq_length, probability)
         lines += describe_source("valid", source)
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.config.arithmetic import fixed_eval_length
+from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config, Corpus
 from megatron_bert.data.source import RowSource, validation_source
@@ -17,7 +19,16 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.bert import BertForPretraining
 from megatron_bert.parallel.data_parallel import free_gathered_weights
-from megatron_bert.training.batches import GlobalBatch
+from megatron_bert.training.batches import GlobalBatch, ReadAhead
+from megatron_bert.training.staging import HostMemory
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How held-out rows are made: their slots and the share of their tokens that is masked."""
+
+    seq_length: int
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -35,27 +46,28 @@ class Evaluator:
         self._config = config
         self._tokenizer = tokenizer
         self._topology = topology
-        self._sources: dict[tuple[str, int], RowSource] = {}
+        self._sources: dict[tuple[str, Measure], RowSource] = {}
+        # The same in every stage, so that stages can be compared.
+        self._fixed = Measure(fixed_eval_length(config), config.mlm.probability)
         for corpus in config.data.valid:
-            self._source(corpus, fixed_eval_length(config))  # bad data is refused at the start
+            self._source(corpus, self._fixed)  # bad data is refused at the start
 
-    def evaluate(self, model: BertForPretraining, seq_length: int) -> dict[str, object]:
-        """Score every corpus at `seq_length` and at the fixed length.
+    def evaluate(self, model: BertForPretraining, span: StageSpan) -> dict[str, object]:
+        """Score every corpus as the stage is trained, and at the fixed length and masking rate.
 
         Returns:
             The fields of a metrics line: `valid_loss` and `valid_accuracy` (means over the corpora
-            at `seq_length`), and under `valid` each corpus' scores at both lengths.
+            as the stage is trained), and under `valid` each corpus' scores both ways.
         """
-        fixed = fixed_eval_length(self._config)
         corpora = self._config.data.valid
-        here = [self._score(model, corpus, seq_length) for corpus in corpora]
-        same = fixed == seq_length
-        there = here if same else [self._score(model, corpus, fixed) for corpus in corpora]
+        own, fixed = Measure(span.seq_length, span.probability), self._fixed
+        here = [self._score(model, corpus, own) for corpus in corpora]
+        there = here if own == fixed else [self._score(model, corpus, fixed) for corpus in corpora]
         return {
             "valid_loss": _mean([score.loss for score in here]),
             "valid_accuracy": _mean([score.accuracy for score in here]),
-            "valid_seq_length": seq_length,
-            "fixed_seq_length": fixed,
+            "valid_seq_length": own.seq_length,
+            "fixed_seq_length": fixed.seq_length,
             "valid": {
                 name: {
                     "loss": at_stage.loss,
@@ -68,34 +80,46 @@ class Evaluator:
         }
 
     @torch.no_grad()
-    def _score(self, model: BertForPretraining, corpus: Corpus, seq_length: int) -> Score:
-        source = self._source(corpus, seq_length)
-        # A corpus smaller than the global batch is one batch of its own size.
-        rows = min(self._config.batch.global_size, source.num_rows)
-        layout = BatchLayout.for_stage(
-            self._config.batch.model_copy(update={"global_size": rows}),
-            self._topology.data_parallel_size,
-            seq_length,
-        )
-        sums = torch.zeros(3, dtype=torch.float64, device=self._topology.device)
+    def _score(self, model: BertForPretraining, corpus: Corpus, measure: Measure) -> Score:
+        device = self._topology.device
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
         model.eval()
-        for first_row in range(0, source.num_rows, layout.global_size):
-            end_row = min(first_row + layout.global_size, source.num_rows)
-            part = GlobalBatch(first_row, end_row, seq_length, layout)
-            for batch in part.micro_batches(source, self._topology.data_parallel_rank):
-                batch = batch.to(self._topology.device)
-                result = model(*batch.model_inputs())
-                sums += torch.stack([result.loss, result.correct, batch.weights_BM.sum()])
+        with closing(self._read(corpus, measure)) as steps:
+            for micro_batches in steps:
+                for batch in micro_batches:
+                    batch = batch.to(device)
+                    result = model(*batch.model_inputs())
+                    sums += torch.stack([result.loss, result.correct, batch.weights_BM.sum()])
         free_gathered_weights(model)
         dist.all_reduce(sums, group=self._topology.data_parallel_group)
         loss, correct, count = sums.tolist()
         return Score(loss / max(1.0, count), correct / max(1.0, count))
 
-    def _source(self, corpus: Corpus, seq_length: int) -> RowSource:
-        key = (corpus.prefix, seq_length)
+    def _read(self, corpus: Corpus, measure: Measure) -> ReadAhead:
+        """The corpus' rows in global batches of `batch.global_size` rows, whatever the stage."""
+        source, batch = self._source(corpus, measure), self._config.batch
+        # A corpus smaller than the global batch is one batch of its own size.
+        size = min(batch.global_size, source.num_rows)
+        layout = BatchLayout.divide(
+            size, self._topology.data_parallel_size, batch.max_micro_rows(measure.seq_length)
+        )
+        batches = (
+            GlobalBatch(range(first, min(first + size, source.num_rows)), 0, layout)
+            for first in range(0, source.num_rows, size)
+        )
+        return ReadAhead(
+            source,
+            self._topology.data_parallel_rank,
+            batches,
+            HostMemory.for_device(self._topology.device),
+            self._config.data.threads,
+        )
+
+    def _source(self, corpus: Corpus, measure: Measure) -> RowSource:
+        key = (corpus.prefix, measure)
         if key not in self._sources:
             self._sources[key] = validation_source(
-                self._config, self._tokenizer, corpus, seq_length
+                self._config, self._tokenizer, corpus, measure.seq_length, measure.probability
             )
         return self._sources[key]
 

@@ -17,10 +17,9 @@ logger = logging.getLogger(__name__)
 class ProgressLine:
     """Prints loss, learning rate, speed and time left every so many steps."""
 
-    def __init__(self, curriculum: Curriculum, interval: int, global_size: int) -> None:
+    def __init__(self, curriculum: Curriculum, interval: int) -> None:
         self._curriculum = curriculum
         self._interval = interval
-        self._global_size = global_size
         self._slots = 0
         self._seconds = 0.0
         self._bar: _Bar | None = None
@@ -36,7 +35,7 @@ class ProgressLine:
         seconds: float,
     ) -> None:
         """Count a step that took `seconds` and print the line when it is due."""
-        self._slots += self._global_size * span.seq_length
+        self._slots += span.slots_per_step
         self._seconds += seconds
         if self._bar is None and sys.stderr.isatty():
             self._bar = _Bar(step - 1, self._curriculum.total_steps)
@@ -68,9 +67,7 @@ class ProgressLine:
             self._bar = None
 
     def _slots_left(self, step: int) -> int:
-        curriculum = self._curriculum
-        slots = curriculum.slots_until(curriculum.total_steps) - curriculum.slots_until(step)
-        return slots * self._global_size
+        return self._curriculum.total_slots - self._curriculum.slots_until(step)
 
 
 class _Bar:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.schema import Config
 from megatron_bert.model.flops import row_flops
@@ -59,14 +58,12 @@ class StepRecorder:
         self._config = config
         self._curriculum = curriculum
         self._metrics = metrics
-        self._progress = ProgressLine(curriculum, config.log.interval, config.batch.global_size)
-        self._step_flops = {
-            span.seq_length: config.batch.global_size
-            * row_flops(
-                config.model, vocab_size, span.seq_length, masked_slots(config.mlm, span.seq_length)
-            )
+        self._progress = ProgressLine(curriculum, config.log.interval)
+        self._step_flops = [
+            span.global_size
+            * row_flops(config.model, vocab_size, span.seq_length, span.masked_slots)
             for span in curriculum.spans
-        }
+        ]
         self._world_size = world_size
         self._taken: _Taken | None = None
         self._skipped_in_a_row = 0
@@ -149,7 +146,7 @@ class StepRecorder:
     def _line(
         self, taken: _Taken, loss: float, grad_norm: float, skipped: bool
     ) -> dict[str, object]:
-        rows, span = self._config.batch.global_size, taken.span
+        span = taken.span
         line: dict[str, object] = {
             "step": taken.step,
             "stage": span.index,
@@ -159,14 +156,14 @@ class StepRecorder:
             "grad_norm": grad_norm,
             "skipped": skipped,
             "masked_tokens": taken.agreement.masked_tokens,
-            "consumed_rows": taken.step * rows,
+            "consumed_rows": self._curriculum.rows_until(taken.step),
             "batch_hash": f"{taken.agreement.batch_hash:016x}",
-            "tokens": rows * self._curriculum.slots_until(taken.step),
-            "tokens_per_second": rows * span.seq_length / taken.seconds,
+            "tokens": self._curriculum.slots_until(taken.step),
+            "tokens_per_second": span.slots_per_step / taken.seconds,
             "step_seconds": taken.seconds,
         }
         if torch.cuda.is_available() and taken.result.loss.is_cuda:
-            tflops = self._step_flops[span.seq_length] / taken.seconds / self._world_size / 1e12
+            tflops = self._step_flops[span.index] / taken.seconds / self._world_size / 1e12
             line["tflops_per_gpu"] = tflops
             line["mfu"] = _mfu(tflops)
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,11 +75,11 @@ class RunRecords:
 
     def stage_starts(self) -> list[tuple[int, int]]:
         """First recorded step and length of each stage."""
-        starts: list[tuple[int, int]] = []
-        for step in self.steps:
-            if not starts or starts[-1][1] != step["seq_length"]:
-                starts.append((step["step"], step["seq_length"]))
-        return starts
+        return [
+            (step["step"], step["seq_length"])
+            for before, step in itertools.pairwise([{}, *self.steps])
+            if before.get("stage") != step["stage"]
+        ]
 
     def _stages(self) -> list[str]:
         return [f"length {length} from step {step:,}" for step, length in self.stage_starts()]

@@ -25,12 +25,13 @@ from megatron_bert.model.build import build_model
 from megatron_bert.optim.adamw import ShardedAdamW
 from megatron_bert.optim.schedule import learning_rate
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
-from megatron_bert.training.description import describe_plan, describe_source
+from megatron_bert.training.description import describe_plan, describe_training_source
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.run_directory import RunDirectory
+from megatron_bert.training.staging import HostMemory
 from megatron_bert.training.state import load_state, save_state
 from megatron_bert.training.step import agree, take_step
 from megatron_bert.training.stops import StopRequests
@@ -78,7 +79,7 @@ class Trainer:
             config.model, self._tokenizer.vocab_size, config.parallel.tensor
         )
         check_config(config, world_size=dist.get_world_size(), vocab_size=vocab_size)
-        self._curriculum = Curriculum(config.curriculum)
+        self._curriculum = Curriculum(config)
         self._source = training_source(config, self._tokenizer)
         self._evaluator = Evaluator(config, self._tokenizer, self._topology)
         self._model = build_model(config, vocab_size, self._topology)
@@ -95,7 +96,7 @@ class Trainer:
             # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
             directory.write_config(dump_config(config))
             plan = describe_plan(config, vocab_size, dist.get_world_size())
-            for line in (*plan, *describe_source("train", self._source)):
+            for line in (*plan, *describe_training_source(self._source)):
                 logger.info("%s", line)
         self._recorder = StepRecorder(
             config, self._curriculum, vocab_size, dist.get_world_size(), metrics
@@ -104,14 +105,17 @@ class Trainer:
     def run(self, stops: StopRequests) -> RunEnd:
         """Train until the curriculum's end or until some rank is asked to stop."""
         config, topology = self._config, self._topology
-        reader = ReadAhead(self._source, topology.data_parallel_rank)
+        steps = range(self._step + 1, self._total_steps + 1)
+        reader = ReadAhead(
+            self._source,
+            topology.data_parallel_rank,
+            map(self._global_batch, steps),
+            HostMemory.for_device(topology.device),
+            config.data.threads,
+        )
         stop_reason: str | None = None
         try:
-            while self._step < self._total_steps and stop_reason is None:
-                step = self._step + 1
-                rows = self._global_batch(step)
-                assert rows is not None
-                batches = reader.get(rows, self._global_batch(step + 1))
+            for step, batches in zip(steps, reader, strict=True):
                 agreement = agree(batches, stops.reason is not None, topology)
                 rate = learning_rate(step, config)
                 result = take_step(
@@ -127,6 +131,8 @@ class Trainer:
                 if agreement.stop:
                     stop_reason = stops.reason or "another rank was asked to stop"
                 self._evaluate_and_save(is_last=stop_reason is not None)
+                if stop_reason is not None:
+                    break
         finally:
             reader.close()
             self._recorder.close()
@@ -141,20 +147,15 @@ class Trainer:
     def _total_steps(self) -> int:
         return self._curriculum.total_steps
 
-    def _global_batch(self, step: int) -> GlobalBatch | None:
-        """The rows of a step, None after the last one."""
-        if step > self._total_steps:
-            return None
-        seq_length = self._curriculum.at(step).seq_length
-        rows = self._config.batch.global_size
-        return GlobalBatch(
-            first_row=(step - 1) * rows,
-            end_row=step * rows,
-            seq_length=seq_length,
-            layout=BatchLayout.for_stage(
-                self._config.batch, self._topology.data_parallel_size, seq_length
-            ),
+    def _global_batch(self, step: int) -> GlobalBatch:
+        """The rows of a step."""
+        span, batch = self._curriculum.at(step), self._config.batch
+        layout = BatchLayout.divide(
+            span.global_size,
+            self._topology.data_parallel_size,
+            batch.max_micro_rows(span.seq_length),
         )
+        return GlobalBatch(span.rows_of(step), span.index, layout)
 
     def _evaluate_and_save(self, *, is_last: bool) -> None:
         """Do what is due after the step just taken; a job's last step is always saved."""
@@ -168,7 +169,7 @@ class Trainer:
         with self._recorder.paused():
             if evaluate:
                 span = self._curriculum.at(step)
-                scores = self._evaluator.evaluate(self._model, span.seq_length)
+                scores = self._evaluator.evaluate(self._model, span)
                 self._recorder.write_evaluation(step, span, scores)
             # Last, so that a resumed run does not miss the evaluation's line.
             if save:
@@ -180,7 +181,7 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         """What the checkpoint's manifest says beside the tensors."""
         return {
-            "consumed_rows": self._step * self._config.batch.global_size,
+            "consumed_rows": self._curriculum.rows_until(self._step),
             "config": config_dict(self._config),
             "tokenizer_hash": self._tokenizer.hash,
             "data": self._source.fingerprint(),

@@ -49,6 +49,19 @@ def refusal(build: Build, *overrides: str, world_size: int = 1) -> str:
         (["batch.micro_size=1", "batch.micro_tokens=64"], "set one of them to null"),
         (["data.train.1.prefix=./first"], "the same corpus as data.train.0; give it once"),
         (["data.train.0.prefix=a/b.idx"], "is one file of the dataset; give its prefix, a/b"),
+        (
+            ["data.train.0.epochs=2"],
+            "data.train.1.weight = 2: data.train.0.epochs = 2 is given too; give all corpora",
+        ),
+        (
+            ["data.train.0.epochs=2", "data.train.0.weight=1", "data.train.1.weight=null"],
+            "data.train.0.weight = 1: data.train.0.epochs = 2 is given too",
+        ),
+        (
+            ["data.train.1.epochs=2", "data.train.1.weight=null"],
+            "data.train.0.epochs is missing: data.train.1.epochs = 2 is given, and a corpus "
+            "without epochs has a data.train.0.weight of 1",
+        ),
     ],
 )
 def test_contradicting_values_are_refused_with_values_that_work(
@@ -67,6 +80,11 @@ def test_contradicting_values_are_refused_with_values_that_work(
         ),
         (["parallel.tensor=4"], 6, "does not divide the 6 ranks of this job; start 4 or 8 ranks"),
         ([], 9, "batch.global_size = 8: no layout can hold it, as 9 data-parallel ranks need"),
+        (
+            ["curriculum.1.batch.global_size=2"],
+            4,
+            "curriculum.1.batch.global_size = 2: no layout can hold it, as 4 data-parallel ranks",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_the_ranks_is_refused(
@@ -93,6 +111,17 @@ def test_ranks_that_do_not_divide_the_batch_are_fine(build: Build) -> None:
     check_config(build(), world_size=3)
 
 
+def test_only_the_sizes_that_a_stage_uses_must_hold_the_ranks(build: Build) -> None:
+    own = [f"curriculum.{stage}.batch.global_size=16" for stage in range(3)]
+    check_config(build("batch.global_size=2", *own), world_size=16)
+
+
+def test_corpora_may_all_be_blended_by_epochs(build: Build) -> None:
+    check_config(
+        build("data.train=[{prefix: a, epochs: 1}, {prefix: b, epochs: 0.5}]"), world_size=1
+    )
+
+
 def test_evaluation_without_held_out_data_is_fine(build: Build) -> None:
     check_config(build("data.valid=[]", "eval.interval=5"), world_size=1)
 
@@ -100,6 +129,7 @@ def test_evaluation_without_held_out_data_is_fine(build: Build) -> None:
 @pytest.mark.parametrize(
     ("override", "remedy"),
     [
+        ("data.held_out_fraction=0.1", "use 0.0"),
         ("parallel.pipeline=2", "use 1"),
         ("parallel.pipeline_schedule=zero_bubble", "use 1f1b"),
         ("parallel.sequence=true", "use false"),

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert.config.change_table import Change, change_of
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.identity import Change, change_of, changed_keys, check_resume
+from megatron_bert.config.identity import changed_keys, check_resume
 from megatron_bert.config.keys import all_keys
 from megatron_bert.config.load import config_dict
 from tests.config.conftest import Build
@@ -31,9 +32,13 @@ def refusal(
 def test_every_key_of_the_schema_has_a_class_of_change() -> None:
     leaves = [key.name for key in all_keys().values() if key.is_leaf]
     assert len(leaves) > 50
-    for name in leaves:
-        expects_curriculum = name.startswith("curriculum")
-        assert (change_of(name) is Change.CURRICULUM) == expects_curriculum
+    with_rules_of_their_own = [name for name in leaves if change_of(name) is Change.CURRICULUM]
+    assert with_rules_of_their_own == [
+        "curriculum.N.seq_length",
+        "curriculum.N.steps",
+        "curriculum.N.batch.global_size",
+        "batch.global_size",
+    ]
 
 
 def test_a_key_that_the_schema_lacks_has_no_class() -> None:
@@ -48,20 +53,31 @@ def test_changed_keys_are_named_as_the_user_writes_them(build: Build) -> None:
     assert changed_keys(old, new) == ["data.train.1.weight", "optimizer.lr", "checkpoint.async"]
 
 
-def test_added_list_entries_are_changes(build: Build) -> None:
+def test_added_list_entries_are_changes_in_what_they_set(build: Build) -> None:
     new = config_dict(build("data.valid=[{prefix: v}]"))
-    assert changed_keys(config_dict(build()), new) == [
-        "data.valid.0.prefix",
-        "data.valid.0.weight",
-    ]
+    assert changed_keys(config_dict(build()), new) == ["data.valid.0.prefix"]
 
 
 def test_keys_of_other_versions_count_as_their_defaults_or_not_at_all(build: Build) -> None:
     old = config_dict(build())
     del old["compile"], old["optimizer"]["max_skipped"]
     old["retired"] = {"key": 1}
+    for stage in old["curriculum"]:
+        del stage["batch"], stage["mlm"], stage["lr_factor"]
     assert changed_keys(old, config_dict(build())) == []
     assert changed_keys(old, config_dict(build("compile.enabled=true"))) == ["compile.enabled"]
+    check_resume(old, build(), IN_THE_SECOND_STAGE, new_run=False)
+    with pytest.raises(ConfigError, match=r"curriculum\.2\.lr_factor: was 1\.0, is 2"):
+        check_resume(old, build("curriculum.2.lr_factor=2"), IN_THE_SECOND_STAGE, new_run=False)
+
+
+def test_the_weight_that_corpora_had_before_it_could_be_left_out_is_no_change(
+    build: Build,
+) -> None:
+    old = config_dict(build())
+    assert old["data"]["train"][0]["weight"] is None
+    old["data"]["train"][0]["weight"] = 1.0
+    check_resume(old, build(), IN_THE_SECOND_STAGE, new_run=False)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +93,11 @@ def test_keys_of_other_versions_count_as_their_defaults_or_not_at_all(build: Bui
         "data.valid=[{prefix: held_out}]",
         "run.max_minutes=5",
         "data.train.0.prefix=./first",
+        "data.train.0.weight=1",
+        "data.threads=4",
+        "curriculum.1.batch.global_size=8",
+        "curriculum.2.mlm.probability=0.15",
+        "curriculum.0.lr_factor=1.0",
     ],
 )
 def test_free_keys_change_within_a_run(build: Build, override: str) -> None:
@@ -95,6 +116,14 @@ def test_free_keys_change_within_a_run(build: Build, override: str) -> None:
         "run.seed=1",
         "model.hidden_dropout=0",
         "precision.compute=fp32",
+        "data.train=[{prefix: first, epochs: 1}, {prefix: second, epochs: 1}]",
+        "data.held_out_fraction=0.1",
+        "curriculum.2.batch.global_size=16",
+        "curriculum.0.mlm.probability=0.3",
+        "curriculum.1.mlm.probability=0.3",
+        "curriculum.2.mlm.probability=0.3",
+        "curriculum.1.lr_factor=0.5",
+        "curriculum.2.lr_factor=0.5",
         "curriculum.2.seq_length=96",
         "curriculum.2.steps=40",
         "curriculum.1.steps=180",
@@ -112,6 +141,41 @@ def test_other_keys_change_only_in_a_new_run(build: Build, override: str) -> Non
 )
 def test_shape_tokenizer_and_batch_never_change(build: Build, override: str) -> None:
     assert "cannot change once training has begun" in refusal(build, override, new_run=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_batch_size_of_a_stage_that_was_begun_never_changes(build: Build, stage: int) -> None:
+    message = refusal(build, f"curriculum.{stage}.batch.global_size=16", new_run=True)
+    assert f"curriculum.{stage}.batch.global_size: was 8, is 16; cannot change" in message
+
+
+def test_a_stage_that_the_run_is_just_about_to_begin_may_have_another_batch_size(
+    build: Build,
+) -> None:
+    override = "curriculum.1.batch.global_size=16"
+    resume(build, override, steps=100, new_run=True)
+    assert "only in a new run" in refusal(build, override, steps=100)
+    assert "cannot change" in refusal(build, override, steps=101, new_run=True)
+
+
+def test_what_a_stages_batch_size_is_counts_and_not_where_it_is_set(build: Build) -> None:
+    sizes = [f"curriculum.{stage}.batch.global_size=8" for stage in range(3)]
+    resume(build, "batch.global_size=32", *sizes)
+    begun = "batch.global_size=32", *sizes[:2]
+    assert "curriculum" not in refusal(build, *begun)
+    assert "batch.global_size: was 8, is 32; may change only in a new run" in refusal(build, *begun)
+    resume(build, *begun, new_run=True)
+
+
+def test_another_batch_size_of_the_run_is_one_problem_and_not_one_a_stage(build: Build) -> None:
+    message = refusal(build, "batch.global_size=16")
+    assert "\n" not in message
+    assert "batch.global_size: was 8, is 16; cannot change" in message
+
+
+def test_another_masking_rate_of_the_run_is_one_problem_and_not_one_a_stage(build: Build) -> None:
+    message = refusal(build, "mlm.probability=0.3")
+    assert message.startswith("mlm.probability: was 0.15, is 0.3; may change only in a new run")
 
 
 def test_a_refusal_gives_key_old_value_new_value_and_all_at_once(build: Build) -> None:
@@ -171,7 +235,7 @@ def test_stages_are_added_and_removed_in_a_new_run_only(build: Build) -> None:
         "curriculum=[{seq_length: 32, steps: 100}, {seq_length: 64, steps: 200}, "
         "{seq_length: 128, steps: 50}, {seq_length: 128, steps: 5}]"
     )
-    assert "curriculum.3: was absent, is" in refusal(build, added)
+    assert refusal(build, added).startswith("curriculum.3: was absent, is")
     resume(build, added, new_run=True)
     removed = "curriculum=[{seq_length: 32, steps: 100}, {seq_length: 64, steps: 200}]"
     assert "only in a new run" in refusal(build, removed)

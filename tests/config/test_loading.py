@@ -68,6 +68,13 @@ def test_overrides_apply_in_order_and_reach_list_entries(build: Build) -> None:
     assert config.log.wandb.mode == "offline"
 
 
+def test_overrides_reach_what_a_stage_sets_itself(build: Build) -> None:
+    config = build("curriculum.0.batch.global_size=256", "curriculum.2.mlm.probability=0.3")
+    assert config.curriculum[0].batch.global_size == 256
+    assert config.curriculum[2].mlm.probability == 0.3
+    assert config.curriculum[1].batch.global_size is None
+
+
 def test_an_override_of_an_alias_leaves_its_anchor_alone(small_file: Path) -> None:
     text = yaml.safe_dump({key: SMALL[key] for key in ("model", "curriculum", "batch")})
     text += "data:\n  tokenizer: t\n  train: &corpora [{prefix: a}]\n  valid: *corpora\n"
@@ -82,6 +89,12 @@ def test_a_section_whose_keys_are_all_commented_out_is_empty(small_file: Path) -
     assert load_config(small_file).log.interval == 10
 
 
+def test_a_stages_section_whose_keys_are_all_commented_out_is_empty(small_file: Path) -> None:
+    tree = SMALL | {"curriculum": [{"seq_length": 32, "steps": 1, "batch": None}]}
+    small_file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert load_config(small_file).curriculum[0].batch.global_size is None
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -91,6 +104,7 @@ def test_a_section_whose_keys_are_all_commented_out_is_empty(small_file: Path) -
         ("run.interval=1", r"one of checkpoint\.interval, eval\.interval, log\.interval\?"),
         ("data.trian.0.prefix=x", r"did you mean data\.train\.0\.prefix\?"),
         ("data.train.0.prefx=x", r"data\.train\.0\.prefx .* data\.train\.0\.prefix\?"),
+        ("curriculum.0.batch.globl_size=1", r"did you mean curriculum\.0\.batch\.global_size\?"),
         ("batch.qqq=1", r"batch\.qqq = 1 .* batch has global_size, micro_size, micro_tokens"),
         ("optimizer.learning_rate=1", r"unknown key; optimizer has lr, min_lr, weight_decay"),
         ("optimizer.warmup_frac=0.1", r"did you mean schedule\.warmup_fraction\?"),
@@ -120,8 +134,11 @@ def test_an_unknown_name_is_refused_with_the_nearest_right_one(
         ("optimizer.beta1=1", "expected a number >= 0 and < 1"),
         ("optimizer.lr=.inf", "expected a number > 0"),
         ("optimizer.lr=fast", 'optimizer.lr = "fast" (command line): expected a number > 0'),
-        ("curriculum=[]", "curriculum = [] (command line): expected a list of {seq_length, steps}"),
+        ("curriculum=[]", "curriculum = [] (command line): expected a list of {seq_length, steps,"),
         ("curriculum.0.seq_length=7", "expected an integer >= 8"),
+        ("curriculum.0.batch.global_size=0", "expected an integer > 0 or null"),
+        ("curriculum.0.mlm.probability=1", "expected a number > 0 and < 1 or null"),
+        ("curriculum.0.lr_factor=0", "expected a number > 0"),
         ("eval=3", "expected a section with interval, batches, fixed_seq_length"),
         ("recompute.x=1", "expected one of none, selective, full"),
         ('run.dir=""', 'run.dir = "" (command line): expected non-empty text or null'),

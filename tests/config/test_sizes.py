@@ -11,13 +11,13 @@ from megatron_bert.config.arithmetic import (
     masked_slots,
     parameter_count,
     total_steps,
-    total_token_slots,
     warmup_steps,
 )
 from megatron_bert.config.checks import check_config
+from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import load_config
-from megatron_bert.config.schema import BatchConfig, Config, MlmConfig, ModelConfig
+from megatron_bert.config.schema import BatchConfig, Config, ModelConfig
 from tests.config.conftest import Build
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
@@ -34,7 +34,7 @@ def test_the_published_run_has_its_parameters_steps_and_slots(retrievabert: Conf
     assert model.vocab_size is not None
     assert parameter_count(model, model.vocab_size) == 1_301_388_032
     assert total_steps(retrievabert) == 454_000
-    assert total_token_slots(retrievabert) == 187_301_888_000
+    assert Curriculum(retrievabert).total_slots == 187_301_888_000
     assert warmup_steps(retrievabert) == 4_540
 
 
@@ -55,10 +55,10 @@ def test_the_published_masking_hides_15_percent_in_ngrams_up_to_3(retrievabert: 
 
 
 def test_masked_slots_round_half_up_and_leave_room_for_an_overrun() -> None:
-    assert masked_slots(MlmConfig(), 128) == 19
-    assert masked_slots(MlmConfig(), 12) == 2
-    assert masked_slots(MlmConfig(probability=0.01), 8) == 1
-    assert masked_slots(MlmConfig(unit="ngram"), 128) == 26
+    assert masked_slots(0.15, "token", 128) == 19
+    assert masked_slots(0.15, "token", 12) == 2
+    assert masked_slots(0.01, "token", 8) == 1
+    assert masked_slots(0.15, "ngram", 128) == 26
 
 
 def test_warmup_is_a_share_of_all_steps_or_a_number_of_them(build: Build) -> None:
@@ -82,7 +82,7 @@ def test_micro_batches_hold_micro_tokens_but_at_least_one_row() -> None:
 
 
 def test_micro_batches_are_as_few_as_possible_and_balanced() -> None:
-    layout = BatchLayout.for_stage(BatchConfig(global_size=27, micro_size=8), 3, 128)
+    layout = BatchLayout.divide(27, 3, 8)
     assert (layout.micro_size, layout.num_micro_batches) == (5, 2)
     assert (layout.rows_per_rank, layout.surplus_rows) == (10, 3)
 
@@ -92,7 +92,7 @@ def test_micro_batches_are_as_few_as_possible_and_balanced() -> None:
 def test_every_row_of_the_batch_is_taken_by_exactly_one_rank(
     rows: int, ranks: int, limit: int
 ) -> None:
-    layout = BatchLayout.for_stage(BatchConfig(global_size=rows, micro_size=limit), ranks, 128)
+    layout = BatchLayout.divide(rows, ranks, limit)
     taken = [
         offset
         for rank in range(ranks)
@@ -107,7 +107,7 @@ def test_every_row_of_the_batch_is_taken_by_exactly_one_rank(
 @settings(max_examples=100, derandomize=True)
 @given(rows=SMALL_INTEGERS, ranks=SMALL_INTEGERS, limit=SMALL_INTEGERS)
 def test_ranks_differ_by_at_most_one_real_row_per_step(rows: int, ranks: int, limit: int) -> None:
-    layout = BatchLayout.for_stage(BatchConfig(global_size=rows, micro_size=limit), ranks, 128)
+    layout = BatchLayout.divide(rows, ranks, limit)
     real = [
         sum(
             offset < rows

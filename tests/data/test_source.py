@@ -11,7 +11,7 @@ from _megatron_bert_core import IndexedDatasetWriter, epoch_rows
 
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.errors import DataError
-from megatron_bert.config.schema import Config
+from megatron_bert.config.schema import Config, MaskUnit
 from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset, write_dataset_info
 from megatron_bert.data.source import training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -65,15 +65,15 @@ def corpus(tmp_path: Path, tiny_texts: list[str], tiny_tokenizer: Tokenizer) -> 
 
 @pytest.mark.parametrize("unit", ["token", "whole_word", "ngram"])
 def test_a_batch_has_the_shapes_and_types_of_its_stage(
-    corpus: Path, tiny_tokenizer: Tokenizer, unit: str
+    corpus: Path, tiny_tokenizer: Tokenizer, unit: MaskUnit
 ) -> None:
     config = make_config(corpus, mlm={"unit": unit})
     source = training_source(config, tiny_tokenizer)
     assert source.num_rows == 5 * GLOBAL_SIZE
     for first, seq_length in ((0, 32), (3 * GLOBAL_SIZE, 64)):
         batch = source.batch(np.array([first, -1, first + 1]))
-        assert source.seq_length_of(first) == seq_length
-        slots = masked_slots(config.mlm, seq_length)
+        assert source.row_shape(source.stage_of(first))[0] == seq_length
+        slots = masked_slots(config.mlm.probability, unit, seq_length)
         shapes = [tuple(tensor.shape) for tensor in batch.model_inputs()]
         assert shapes == [(3, seq_length)] * 2 + [(3, slots)] * 3 + [(3,)]
         dtypes = [tensor.dtype for tensor in batch.model_inputs()]
@@ -101,13 +101,13 @@ def test_a_row_is_the_tokenizers_text(corpus: Path, tiny_tokenizer: Tokenizer) -
             assert segment.split(f" {tiny_tokenizer.sep_id}")[0] in text
 
 
-def test_a_batch_of_surplus_rows_takes_the_length_it_is_given(
+def test_a_batch_of_surplus_rows_takes_the_stage_it_is_given(
     corpus: Path, tiny_tokenizer: Tokenizer
 ) -> None:
     source = training_source(make_config(corpus), tiny_tokenizer)
     surplus = np.array([-1, -1])
     assert source.batch(surplus).tokens_BS.shape == (2, 32)
-    batch = source.batch(surplus, seq_length=64)
+    batch = source.batch(surplus, stage=1)
     assert batch.tokens_BS.shape == (2, 64)
     assert batch.weights_BM.sum() == 0
     assert batch.batch_hash == 0
@@ -121,6 +121,23 @@ def test_a_batch_keeps_its_content_when_it_is_copied(
     assert copied.batch_hash == batch.batch_hash
     for a, b in zip(copied.model_inputs(), batch.model_inputs(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_stages_have_the_rows_and_the_masking_rate_that_they_set(
+    corpus: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    stages = [
+        {"seq_length": 64, "steps": 2, "mlm": {"probability": 0.3}, "batch": {"global_size": 6}},
+        {"seq_length": 64, "steps": 3},
+    ]
+    source = training_source(make_config(corpus, curriculum=stages), tiny_tokenizer)
+    assert source.num_rows == 2 * 6 + 3 * GLOBAL_SIZE
+    assert [source.stage_of(row) for row in (0, 11, 12, 23)] == [0, 0, 1, 1]
+    assert source.row_shape(0) == (64, masked_slots(0.3, "token", 64))
+    often, seldom = (source.batch(np.arange(first, first + 12)) for first in (0, 12))
+    text = (often.tokens_BS != tiny_tokenizer.pad_id).sum()
+    assert float(often.weights_BM.sum() / text) == pytest.approx(0.28, abs=0.03)
+    assert float(seldom.weights_BM.sum() / text) == pytest.approx(0.14, abs=0.02)
 
 
 def test_the_same_configuration_makes_the_same_rows(
@@ -137,7 +154,7 @@ def test_the_same_configuration_makes_the_same_rows(
 def test_validation_reads_at_most_one_epoch(corpus: Path, tiny_tokenizer: Tokenizer) -> None:
     def rows(batches: int) -> int:
         config = make_config(corpus, eval={"batches": batches})
-        return validation_source(config, tiny_tokenizer, config.data.valid[0], 64).num_rows
+        return validation_source(config, tiny_tokenizer, config.data.valid[0], 64, 0.15).num_rows
 
     seed = make_config(corpus).run.seed
     assert rows(3) == 3 * GLOBAL_SIZE

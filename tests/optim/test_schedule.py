@@ -56,3 +56,12 @@ def test_wsd_stays_at_the_peak_until_its_share_of_the_steps_is_left() -> None:
 def test_without_a_warm_up_the_first_step_is_already_on_the_decay() -> None:
     config = _config(warmup_steps=0)
     assert learning_rate(1, config) == pytest.approx(0.1 + 0.9 * 99 / 100)
+
+
+def test_a_stages_factor_multiplies_what_the_schedule_gives_in_that_stage_alone() -> None:
+    plain = _config()
+    factor = plain.curriculum[1].model_copy(update={"lr_factor": 0.5})
+    scaled = plain.model_copy(update={"curriculum": (plain.curriculum[0], factor)})
+    for step in range(1, STEPS + 1):
+        expected = learning_rate(step, plain) * (0.5 if step > 60 else 1.0)
+        assert learning_rate(step, scaled) == pytest.approx(expected)

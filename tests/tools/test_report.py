@@ -24,10 +24,10 @@ def write_run(
     folder.mkdir()
     file = MetricsFile(folder / "metrics.jsonl")
     for step in range(1, steps + 1):
-        length = LENGTHS[1] if step < 7 else LENGTHS[7]
+        stage, length = (0, LENGTHS[1]) if step < 7 else (1, LENGTHS[7])
         loss = math.nan if step == nan_at else 10.0 - step / 2
-        record = {"step": step, "seq_length": length, "tokens": 1000 * step, "loss": loss}
-        file.write({**record, "lr": 1e-3 / step, "step_seconds": 10.0})
+        record = {"step": step, "stage": stage, "seq_length": length, "loss": loss}
+        file.write({**record, "tokens": 1000 * step, "lr": 1e-3 / step, "step_seconds": 10.0})
         if evaluations and step % 6 == 0:
             valid = {"step": step, "valid_loss": 7.25, "valid_accuracy": 0.125}
             file.write({**valid, "valid_seq_length": length})

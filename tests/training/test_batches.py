@@ -1,34 +1,39 @@
+"""Rows are dealt to ranks, and read ahead by any number of threads into memory used in turn."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from megatron_bert.config.errors import DataError
 from megatron_bert.config.layout import BatchLayout
-from megatron_bert.config.schema import BatchConfig, Corpus
+from megatron_bert.config.schema import Config, Corpus
+from megatron_bert.data.batch import Batch, RowArrays
+from megatron_bert.data.source import RowSource, training_source
+from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.training.batches import SURPLUS_ROW, GlobalBatch, ReadAhead
 from megatron_bert.training.evaluation import corpus_names
+from megatron_bert.training.staging import HostMemory
+from tests.core.support import write_documents
+from tests.distributed_harness import run_ranks
+from tests.small_model import small_config
+from tests.training.runs import train
+
+CPU = torch.device("cpu")
+ROWS = 10
 
 
-class _Source:
-    """Returns the row numbers in place of their content, and remembers what was read."""
-
-    def __init__(self) -> None:
-        self.read: list[list[int]] = []
-
-    def batch(self, rows_B: NDArray[np.int64], seq_length: int) -> Any:
-        self.read.append(rows_B.tolist())
-        return rows_B.tolist()
-
-
-def _global_batch(step: int, ranks: int, micro_size: int, rows: int = 10) -> GlobalBatch:
-    layout = BatchLayout.for_stage(
-        BatchConfig(global_size=rows, micro_size=micro_size), ranks, seq_length=32
-    )
-    return GlobalBatch((step - 1) * rows, step * rows, 32, layout)
+def _global_batch(step: int, ranks: int, micro_size: int) -> GlobalBatch:
+    rows = range((step - 1) * ROWS, step * ROWS)
+    return GlobalBatch(rows, 0, BatchLayout.divide(ROWS, ranks, micro_size))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
@@ -37,28 +42,245 @@ def test_ranks_and_micro_batches_of_one_shape_share_out_every_row_once(
     ranks: int, micro_size: int
 ) -> None:
     part = _global_batch(3, ranks, micro_size)
-    shares: Sequence[Any] = [list(part.micro_batches(_Source(), rank)) for rank in range(ranks)]
-    assert {len(micro) for share in shares for micro in share} == {part.layout.micro_size}
-    rows = [row for share in shares for micro in share for row in micro]
+    shares = [
+        part.share(rank, micro_batch).tolist()
+        for rank in range(ranks)
+        for micro_batch in range(part.layout.num_micro_batches)
+    ]
+    assert {len(share) for share in shares} == {part.layout.micro_size}
+    rows = [row for share in shares for row in share]
     assert sorted(row for row in rows if row != SURPLUS_ROW) == list(range(20, 30))
     assert rows.count(SURPLUS_ROW) == part.layout.surplus_rows
 
 
-def test_the_following_step_is_read_ahead_and_not_again() -> None:
+class _Source:
+    """Rows of two slots that hold their own number; remembers what was assembled, in turn."""
+
+    def __init__(self) -> None:
+        self.filled: list[int] = []
+
+    def row_shape(self, stage: int) -> tuple[int, int]:
+        return 2 + stage, 1
+
+    def fill(self, rows_B: NDArray[np.int64], arrays: RowArrays) -> int:
+        self.filled += rows_B.tolist()
+        arrays.tokens_BS[:] = torch.from_numpy(rows_B)[:, None]
+        arrays.rows_B[:] = torch.from_numpy(rows_B)
+        return int(rows_B.sum())
+
+
+class _Memory:
+    """Stands for pinned memory: counts allocations, and notes who waited for the copies of whom.
+
+    The copies of a step are done when somebody waits for them, and not before.
+    """
+
+    def __init__(self) -> None:
+        self.allocated: list[tuple[int, int, int]] = []
+        self.fences = 0
+        self.passed: list[int] = []
+
+    def allocate(self, rows: int, seq_length: int, masked_slots: int) -> RowArrays:
+        self.allocated.append((rows, seq_length, masked_slots))
+        return RowArrays.empty(rows, seq_length, masked_slots)
+
+    def fence(self) -> Any:
+        self.fences += 1
+        return _Fence(self, self.fences)
+
+    def host_memory(self) -> HostMemory:
+        return HostMemory(self.allocate, self.fence)
+
+
+class _Fence:
+    def __init__(self, memory: _Memory, number: int) -> None:
+        self._memory = memory
+        self._number = number
+
+    def synchronize(self) -> None:
+        self._memory.passed.append(self._number)
+
+
+def _read_ahead(
+    source: Any, batches: list[GlobalBatch], memory: HostMemory | None = None, threads: int = 1
+) -> ReadAhead:
+    return ReadAhead(source, 0, batches, memory or HostMemory.for_device(CPU), threads)
+
+
+def test_steps_come_in_turn_each_read_once_and_one_step_ahead() -> None:
     source = _Source()
-    reader = ReadAhead(source, rank=0)  # type: ignore[arg-type]
-    first, second = (_global_batch(step, 1, 10) for step in (1, 2))
-    assert reader.get(first, second) == [list(range(10))]
-    assert reader.get(second, None) == [list(range(10, 20))]
-    reader.close()
-    assert source.read == [list(range(10)), list(range(10, 20))]
+    batches = [_global_batch(step, 1, 5) for step in range(1, 5)]
+    with closing(_read_ahead(source, batches)) as reader:
+        for step, micro_batches in enumerate(reader, start=1):
+            rows = [micro_batch.rows_B.tolist() for micro_batch in micro_batches]
+            first = (step - 1) * ROWS
+            assert rows == [list(range(first, first + 5)), list(range(first + 5, first + ROWS))]
+            assert [micro_batch.batch_hash for micro_batch in micro_batches] == list(map(sum, rows))
+        with pytest.raises(StopIteration):
+            next(reader)
+    assert source.filled == list(range(4 * ROWS))
 
 
-def test_another_step_than_the_one_read_ahead_is_read_all_the_same() -> None:
-    reader = ReadAhead(_Source(), rank=0)  # type: ignore[arg-type]
-    reader.get(_global_batch(1, 1, 10), _global_batch(2, 1, 10))
-    assert reader.get(_global_batch(5, 1, 10), None) == [list(range(40, 50))]
-    reader.close()
+def test_the_following_step_is_assembled_without_being_asked_for() -> None:
+    last_row_filled = threading.Event()
+
+    class _Watched(_Source):
+        def fill(self, rows_B: NDArray[np.int64], arrays: RowArrays) -> int:
+            batch_hash = super().fill(rows_B, arrays)
+            if 2 * ROWS - 1 in rows_B:
+                last_row_filled.set()
+            return batch_hash
+
+    source = _Watched()
+    batches = [_global_batch(step, 1, 5) for step in range(1, 4)]
+    with closing(_read_ahead(source, batches)) as reader:
+        next(reader)
+        assert last_row_filled.wait(timeout=60)
+    assert source.filled == list(range(2 * ROWS))
+
+
+def test_memory_is_allocated_for_two_steps_and_then_used_in_turn() -> None:
+    memory = _Memory()
+    batches = [_global_batch(step, 1, 5) for step in range(1, 7)]
+    with closing(_read_ahead(_Source(), batches, memory.host_memory())) as reader:
+        places = [batches_[0].tokens_BS.data_ptr() for batches_ in reader]
+    assert memory.allocated == [(ROWS, 2, 1)] * 2
+    assert len(set(places)) == 2
+    assert places[:2] * 3 == places
+
+
+def test_memory_is_written_again_only_after_the_device_has_read_it() -> None:
+    memory = _Memory()
+    batches = [_global_batch(step, 1, 10) for step in range(1, 6)]
+    with closing(_read_ahead(_Source(), batches, memory.host_memory())) as reader:
+        next(reader)
+        assert memory.fences == 0
+        next(reader)  # the copies of step 1 were asked for: its memory is free for step 3
+        assert memory.fences == 1
+        third = next(reader)
+        assert third[0].rows_B[0] == 2 * ROWS
+        assert memory.passed[0] == 1
+        list(reader)
+    assert memory.passed == [1, 2, 3]
+
+
+def test_another_shape_gets_memory_of_its_own_and_waits_for_nothing() -> None:
+    memory = _Memory()
+    layout = BatchLayout.divide(ROWS, 1, 5)
+    batches = [
+        GlobalBatch(range(step * ROWS, (step + 1) * ROWS), int(step >= 2), layout)
+        for step in range(5)
+    ]
+    with closing(_read_ahead(_Source(), batches, memory.host_memory())) as reader:
+        shapes = [tuple(micro_batches[0].tokens_BS.shape) for micro_batches in reader]
+    assert shapes == [(5, 2), (5, 2), (5, 3), (5, 3), (5, 3)]
+    assert memory.allocated == [(ROWS, 2, 1)] * 2 + [(ROWS, 3, 1)] * 2
+    # Only step 5 is written where another step, the third, had been.
+    assert set(memory.passed) == {3}
+
+
+def test_an_error_in_a_thread_reaches_the_one_who_asks_for_the_step() -> None:
+    class _Damaged(_Source):
+        def fill(self, rows_B: NDArray[np.int64], arrays: RowArrays) -> int:
+            if 17 in rows_B:
+                raise DataError("document 3 holds the token id 600")
+            return super().fill(rows_B, arrays)
+
+    batches = [_global_batch(step, 1, 5) for step in range(1, 4)]
+    with closing(_read_ahead(_Damaged(), batches, threads=2)) as reader:
+        next(reader)
+        with pytest.raises(DataError, match="token id 600"):
+            next(reader)
+
+
+def _ends_with_a_data_error(config: Config) -> str:
+    with pytest.raises(DataError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_id_that_the_vocabulary_lacks_ends_the_training_as_a_data_error(
+    tiny_run: Callable[..., Config], tmp_path: Path, threads: int
+) -> None:
+    # Among so many documents no sample of them meets this one before its row is assembled.
+    documents = [[9]] * 5000
+    documents[3] = [600]
+    write_documents(tmp_path / "set", documents)
+    data = {"train": [{"prefix": str(tmp_path / "set")}], "threads": threads}
+    stages = [{"seq_length": 32, "steps": 4, "batch": {"global_size": 125}}]
+    config = tiny_run(data=data, curriculum=stages, batch={"micro_size": 125}, valid=False)
+    message = run_ranks(1, _ends_with_a_data_error, config)[0]
+    assert "document 3 holds the token id 600" in message
+    assert "make the dataset anew" in message
+
+
+@pytest.fixture
+def real_config(tmp_path: Path) -> Config:
+    """Two stages of one row length, of other sizes and masking rates."""
+    random = np.random.default_rng(5)
+    write_documents(
+        tmp_path / "set", [random.integers(8, 500, size).tolist() for size in range(1, 60)]
+    )
+    return small_config(
+        data={"train": [{"prefix": str(tmp_path / "set")}]},
+        curriculum=[
+            {"seq_length": 32, "steps": 2, "batch": {"global_size": 7}},
+            {"seq_length": 32, "steps": 2, "mlm": {"probability": 0.4}},
+        ],
+    )
+
+
+def _contents(source: RowSource, threads: int, device: torch.device) -> Iterator[tuple[int, Batch]]:
+    """Stages and copies of all micro-batches, of three ranks: some have surplus rows, or none."""
+    batches = [
+        GlobalBatch(range(0, 7), 0, BatchLayout.divide(7, 3, 2)),
+        GlobalBatch(range(7, 14), 0, BatchLayout.divide(7, 3, 2)),
+        GlobalBatch(range(14, 22), 1, BatchLayout.divide(8, 3, 2)),
+        GlobalBatch(range(22, 30), 1, BatchLayout.divide(8, 3, 2)),
+    ]
+    for rank in range(3):
+        memory = HostMemory.for_device(device)
+        with closing(ReadAhead(source, rank, batches, memory, threads)) as reader:
+            for batch, micro_batches in zip(batches, reader, strict=True):
+                for micro_batch in micro_batches:
+                    on_device = micro_batch.to(device)
+                    copies = (tensor.clone() for tensor in on_device.model_inputs())
+                    yield batch.stage, Batch.of(RowArrays(*copies), on_device.batch_hash)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_any_number_of_threads_makes_the_batches_that_the_source_makes(
+    real_config: Config, tiny_tokenizer: Tokenizer, threads: int
+) -> None:
+    source = training_source(real_config, tiny_tokenizer)
+    total = 0
+    for stage, found in _contents(source, threads, CPU):
+        expected = source.batch(found.rows_B.numpy(), stage)
+        assert found.batch_hash == expected.batch_hash
+        for a, b in zip(found.model_inputs(), expected.model_inputs(), strict=True):
+            assert torch.equal(a, b)
+        total += found.batch_hash
+    whole = (source.batch(np.arange(14)), source.batch(np.arange(14, 30)))
+    assert total % 2**64 == sum(batch.batch_hash for batch in whole) % 2**64
+
+
+@pytest.mark.gpu
+def test_what_reaches_the_gpu_through_pinned_memory_is_what_was_assembled(
+    real_config: Config, tiny_tokenizer: Tokenizer
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    source = training_source(real_config, tiny_tokenizer)
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    assert HostMemory.for_device(gpu).allocate(1, 32, 5).tokens_BS.is_pinned()
+    # Keeps the GPU busy, so that copies wait while the host assembles ahead.
+    torch.cuda._sleep(10**9)  # type: ignore[no-untyped-call]
+    found = list(_contents(source, 2, gpu))
+    for (_, batch), (_, expected) in zip(found, _contents(source, 1, CPU), strict=True):
+        assert batch.batch_hash == expected.batch_hash
+        for a, b in zip(batch.model_inputs(), expected.model_inputs(), strict=True):
+            assert torch.equal(a.cpu(), b)
 
 
 def test_corpora_of_one_name_in_two_folders_are_told_apart_in_metrics() -> None:

@@ -52,3 +52,15 @@ def test_compiled_blocks_train_alike_with_one_graph_a_length(
     )[0]
     assert losses == pytest.approx(expected, rel=1e-4)
     assert graphs == 2
+
+
+def test_stages_of_one_length_share_the_graph(tiny_run: Callable[..., Config]) -> None:
+    stages = [
+        {"seq_length": 32, "steps": 2, "batch": {"global_size": 4}, "mlm": {"probability": 0.3}},
+        {"seq_length": 32, "steps": 2, "batch": {"global_size": 8}, "lr_factor": 0.5},
+        {"seq_length": 32, "steps": 2},
+    ]
+    config = tiny_run(curriculum=stages, valid=False, compile={"enabled": True})
+    losses, graphs = run_ranks(1, _train_counting_graphs, config, "aot_eager")[0]
+    assert len(losses) == 6
+    assert graphs == 1

@@ -32,10 +32,13 @@ def terminal() -> Iterator[_Terminal]:
 
 def progress_line(interval: int) -> tuple[ProgressLine, Curriculum]:
     config = small_config(
-        curriculum=[{"seq_length": 32, "steps": 4}, {"seq_length": 64, "steps": 3}]
+        curriculum=[
+            {"seq_length": 32, "steps": 4},
+            {"seq_length": 64, "steps": 3, "batch": {"global_size": 4}},
+        ]
     )
-    curriculum = Curriculum(config.curriculum)
-    return ProgressLine(curriculum, interval, 8), curriculum
+    curriculum = Curriculum(config)
+    return ProgressLine(curriculum, interval), curriculum
 
 
 def take(progress: ProgressLine, curriculum: Curriculum, step: int) -> None:
@@ -59,11 +62,11 @@ def test_without_a_terminal_a_plain_line_comes_every_interval_and_at_the_end(
         take(progress, curriculum, step)
     progress.close()
     assert caplog.messages == [
-        "step 3/7 · stage 1/2 (32) · loss 1.5000 · lr 1.00e-03 · grad 2.00 · 512 tokens/s · 4 s "
+        "step 3/7 · stage 1/2 (32) · loss 1.5000 · lr 1.00e-03 · grad 2.00 · 512 tokens/s · 2 s "
         "left",
-        "step 6/7 · stage 2/2 (64) · loss 3.0000 · lr 1.00e-03 · grad 2.00 · 853 tokens/s · 1 s "
+        "step 6/7 · stage 2/2 (64) · loss 3.0000 · lr 1.00e-03 · grad 2.00 · 512 tokens/s · 0 s "
         "left",
-        "step 7/7 · stage 2/2 (64) · loss 3.5000 · lr 1.00e-03 · grad 2.00 · 1,024 tokens/s · 0 s "
+        "step 7/7 · stage 2/2 (64) · loss 3.5000 · lr 1.00e-03 · grad 2.00 · 512 tokens/s · 0 s "
         "left",
     ]
     assert capsys.readouterr().err == ""

@@ -20,10 +20,13 @@ class _Run:
 
     def __init__(self, metrics: Path | None, max_skipped: int = 2) -> None:
         config = small_config(
-            curriculum=[{"seq_length": 32, "steps": 4}, {"seq_length": 64, "steps": 4}],
+            curriculum=[
+                {"seq_length": 32, "steps": 4, "batch": {"global_size": 2}},
+                {"seq_length": 64, "steps": 4},
+            ],
             optimizer={"max_skipped": max_skipped},
         )
-        self.curriculum = Curriculum(config.curriculum)
+        self.curriculum = Curriculum(config)
         file = None if metrics is None else MetricsFile(metrics)
         self.recorder = StepRecorder(config, self.curriculum, VOCABULARY, 1, file)
 
@@ -59,8 +62,9 @@ def test_a_line_counts_rows_and_tokens_over_all_stages_and_keeps_the_losss_bits(
     run.recorder.close()
     line: dict[str, Any] = read(tmp_path / "metrics.jsonl")[-1]
     assert (line["step"], line["stage"], line["seq_length"]) == (6, 1, 64)
-    assert line["consumed_rows"] == 6 * 8
-    assert line["tokens"] == 8 * (4 * 32 + 2 * 64)
+    assert line["consumed_rows"] == 4 * 2 + 2 * 8
+    assert line["tokens"] == 4 * 2 * 32 + 2 * 8 * 64
+    assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(8 * 64)
     assert line["batch_hash"] == f"{2**64 - 6:016x}"
     # fp32 widened, not rounded: the same bits come back.
     assert line["loss"] == torch.tensor(0.6).item()

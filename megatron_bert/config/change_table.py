@@ -1,0 +1,92 @@
+"""When each key may change between the jobs of one run, and how a change is refused."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from megatron_bert.config.diagnostics import format_value
+
+ABSENT = "absent"
+"""Stands for the value of a list entry that one of two configurations does not have."""
+
+
+class Change(enum.Enum):
+    """When a key may change. The values are the words of the guide's table."""
+
+    FREE = "free"
+    NEW_RUN = "in a new run"
+    NEVER = "never"
+    CURRICULUM = "see above"
+
+
+# A whole section's class, or that of single keys in it.
+_CLASSES: Mapping[str, Change | Mapping[str, Change]] = MappingProxyType(
+    {
+        "run": {"seed": Change.NEW_RUN, "": Change.FREE},
+        "model": {
+            # Only a name for values that are compared themselves.
+            "preset": Change.FREE,
+            "hidden_dropout": Change.NEW_RUN,
+            "attention_dropout": Change.NEW_RUN,
+            "init_std": Change.NEW_RUN,
+            "": Change.NEVER,
+        },
+        "data.tokenizer": Change.NEVER,
+        "data.train": Change.NEW_RUN,
+        "data.valid": Change.FREE,
+        "data.held_out_fraction": Change.NEW_RUN,
+        "data.threads": Change.FREE,
+        "mlm": Change.NEW_RUN,
+        "curriculum": {
+            "N.mlm.probability": Change.NEW_RUN,
+            "N.lr_factor": Change.NEW_RUN,
+            "": Change.CURRICULUM,
+        },
+        # A stage's rows, and with them every later row's number, are steps x global_size.
+        "batch": {"global_size": Change.CURRICULUM, "": Change.FREE},
+        "optimizer": {"max_skipped": Change.FREE, "": Change.NEW_RUN},
+        "schedule": Change.NEW_RUN,
+        "parallel": Change.FREE,
+        "precision": Change.NEW_RUN,
+        "recompute": Change.FREE,
+        "checkpoint": Change.FREE,
+        "eval": Change.FREE,
+        "log": Change.FREE,
+        "compile": Change.FREE,
+        "distributed": Change.FREE,
+    }
+)
+
+
+def change_of(name: str) -> Change:
+    """When the key of this dotted name (`N` for list indices) may change.
+
+    Raises:
+        KeyError: The table has no such key.
+    """
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        found = _CLASSES.get(".".join(parts[:length]))
+        if isinstance(found, Change):
+            return found
+        if found is not None:
+            return found.get(".".join(parts[length:]), found[""])
+    raise KeyError(name)
+
+
+def refusal(key: str, before: Any, after: Any, change: Change) -> str:
+    """A line on a change that is not allowed: the key, both values, and the way out."""
+    remedy = {
+        Change.NEW_RUN: (
+            "may change only in a new run: set checkpoint.resume to the checkpoint's path and "
+            "run.dir to a new directory, or restore the old value"
+        ),
+        Change.NEVER: (
+            "cannot change once training has begun: restore the old value, or start anew with "
+            "checkpoint.resume=none and a new run.dir"
+        ),
+    }[change]
+    return f"{key}: was {format_value(before)}, is {format_value(after)}; {remedy}"

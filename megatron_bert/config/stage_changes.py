@@ -1,0 +1,147 @@
+"""Which changes of the curriculum a run survives: its past is fixed, what is to come may grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bert.config.change_table import ABSENT, Change, refusal
+
+Tree = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How far a checkpoint is in one stage.
+
+    Attributes:
+        done: steps of the stage that were taken.
+        is_over: steps of the next stage were taken.
+        may_grow: it may be lengthened within the run, as the current stage or the last one.
+        new_run: the job branches off into a new run.
+    """
+
+    done: int
+    is_over: bool
+    may_grow: bool
+    new_run: bool
+
+    @property
+    def forbidden(self) -> Change | None:
+        """The class of a change that would alter the stage's rows; None where it may change."""
+        if self.done:
+            return Change.NEVER
+        return None if self.new_run else Change.NEW_RUN
+
+
+def curriculum_problems(old: Tree, new: Tree, consumed_steps: int, new_run: bool) -> Iterator[str]:
+    """Compare the stages of two configurations, and with them the batch size.
+
+    Args:
+        old: the whole configuration that the checkpoint was trained with, as plain values.
+        new: that of the job.
+        consumed_steps: optimizer steps behind the checkpoint.
+        new_run: whether the job branches off into a new `run.dir`.
+
+    Yields:
+        A line for every change that is not allowed.
+    """
+    before, after = old["curriculum"], new["curriculum"]
+    places = _places(before, consumed_steps, new_run)
+    for index, place in enumerate(places):
+        key = f"curriculum.{index}"
+        if index < len(after):
+            yield from _length_problems(key, before[index], after[index], place)
+            if not new_run:
+                yield from _learning_problems(old, new, index)
+        elif place.forbidden:
+            yield refusal(key, _shown(before[index]), ABSENT, place.forbidden)
+    if not new_run:
+        for index in range(len(before), len(after)):
+            yield refusal(f"curriculum.{index}", ABSENT, _shown(after[index]), Change.NEW_RUN)
+    yield from _batch_size_problems(old, new, places)
+
+
+def _places(stages: Sequence[Tree], consumed_steps: int, new_run: bool) -> list[_Progress]:
+    places = []
+    begin = 0
+    for index, stage in enumerate(stages):
+        end = begin + stage["steps"]
+        # A stage is current up to the first step of the next one, so that a run that has just
+        # reached a stage's end can still lengthen it.
+        is_current = begin <= consumed_steps <= end
+        places.append(
+            _Progress(
+                done=min(max(consumed_steps - begin, 0), stage["steps"]),
+                is_over=consumed_steps > end,
+                may_grow=is_current or index == len(stages) - 1,
+                new_run=new_run,
+            )
+        )
+        begin = end
+    return places
+
+
+def _length_problems(key: str, before: Tree, after: Tree, place: _Progress) -> Iterator[str]:
+    """Compare a stage's row length and number of steps."""
+    if after["seq_length"] != before["seq_length"] and place.forbidden:
+        yield refusal(
+            f"{key}.seq_length", before["seq_length"], after["seq_length"], place.forbidden
+        )
+    steps, new_steps = before["steps"], after["steps"]
+    if new_steps == steps:
+        return
+    if place.is_over:
+        yield refusal(f"{key}.steps", steps, new_steps, Change.NEVER)
+    elif new_steps < place.done:
+        yield (
+            f"{key}.steps: was {steps}, is {new_steps}, but {place.done} steps of this stage are "
+            f"done; use at least {place.done}"
+        )
+    elif not place.new_run and not (new_steps > steps and place.may_grow):
+        yield refusal(f"{key}.steps", steps, new_steps, Change.NEW_RUN)
+
+
+def _learning_problems(old: Tree, new: Tree, index: int) -> Iterator[str]:
+    """Compare what a stage sets itself of masking and learning rate."""
+    key = f"curriculum.{index}"
+    before, after = (_setting(tree, index, "mlm", "probability") for tree in (old, new))
+    # Where neither stage has its own, the run's is compared under its own name.
+    if before.value != after.value and (before.own or after.own):
+        yield refusal(f"{key}.mlm.probability", before.value, after.value, Change.NEW_RUN)
+    first, second = (tree["curriculum"][index].get("lr_factor", 1.0) for tree in (old, new))
+    if first != second:
+        yield refusal(f"{key}.lr_factor", first, second, Change.NEW_RUN)
+
+
+def _batch_size_problems(old: Tree, new: Tree, places: Sequence[_Progress]) -> Iterator[str]:
+    """Compare the sizes that hold in the stages, wherever they are set."""
+    problems: dict[str, str] = {}
+    for index, place in enumerate(places[: len(new["curriculum"])]):
+        before, after = (_setting(tree, index, "batch", "global_size") for tree in (old, new))
+        if before.value == after.value or not place.forbidden:
+            continue
+        stage_key = f"curriculum.{index}." if before.own or after.own else ""
+        key = f"{stage_key}batch.global_size"
+        # The first stage's: what was begun is refused more strictly than what is to come.
+        problems.setdefault(key, refusal(key, before.value, after.value, place.forbidden))
+    yield from problems.values()
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A value that holds in a stage, and whether it is the stage's own or the run's."""
+
+    value: Any
+    own: bool
+
+
+def _setting(tree: Tree, index: int, section: str, key: str) -> _Setting:
+    # Configurations older than the key have no such section in their stages.
+    own = tree["curriculum"][index].get(section, {}).get(key)
+    return _Setting(tree[section][key] if own is None else own, own is not None)
+
+
+def _shown(stage: Tree) -> dict[str, int]:
+    return {"seq_length": stage["seq_length"], "steps": stage["steps"]}

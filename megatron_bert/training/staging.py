@@ -1,0 +1,84 @@
+"""Host memory in which batches are assembled on their way to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from megatron_bert.data.batch import RowArrays
+
+
+class Fence(Protocol):
+    """A point in the device's work."""
+
+    def synchronize(self) -> object:
+        """Wait until the device has passed it."""
+        ...
+
+
+class _NoFence:
+    """The CPU has read what it was given by the time it asks for more."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """How host memory is had, and how to tell that the device has read it.
+
+    Attributes:
+        allocate: makes arrays of so many rows, slots and masked slots.
+        fence: stands behind all copies to the device that were asked for so far.
+    """
+
+    allocate: Callable[[int, int, int], RowArrays]
+    fence: Callable[[], Fence]
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> HostMemory:
+        """Pinned memory for CUDA, which copies from it while the host goes on; else any."""
+        if device.type == "cuda":
+            return cls(partial(RowArrays.empty, pin_memory=True), _event)
+        return cls(RowArrays.empty, _NoFence)
+
+
+class StagingBuffer:
+    """Memory for one step's rows, written again and again; allocated anew for another shape.
+
+    One thread claims and releases it, others may write between the two.
+    """
+
+    def __init__(self, memory: HostMemory) -> None:
+        self._memory = memory
+        self._arrays: RowArrays | None = None
+        self._shape: tuple[int, int, int] | None = None
+        self._fence: Fence = _NoFence()
+
+    def claim(self, rows: int, seq_length: int, masked_slots: int) -> RowArrays:
+        """Return the memory; write only after `wait_until_read`."""
+        shape = (rows, seq_length, masked_slots)
+        if self._arrays is None or self._shape != shape:
+            # PyTorch's allocator keeps pinned memory until the copies from it are done.
+            self._arrays = self._memory.allocate(*shape)
+            self._shape, self._fence = shape, _NoFence()
+        return self._arrays
+
+    def wait_until_read(self) -> None:
+        """Wait until the device has copied what the memory held when it was released."""
+        self._fence.synchronize()
+
+    def release(self) -> None:
+        """Give the memory back; the copies from it are asked for, though not done yet."""
+        self._fence = self._memory.fence()
+
+
+def _event() -> torch.cuda.Event:
+    # A blocking one: the thread that waits for it leaves its core to others.
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

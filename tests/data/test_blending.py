@@ -1,0 +1,87 @@
+"""Blends by epochs, and what is said of corpora that are read too often or not as asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_bert.config.schema import Corpus
+from megatron_bert.data.blending import blend_warnings
+from megatron_bert.data.source import RowSource, RowStage
+from megatron_bert.data.tokenizer import Tokenizer
+from tests.core.support import write_documents
+from tests.small_model import small_config
+
+
+@pytest.fixture
+def corpora(tmp_path: Path) -> tuple[Path, Path]:
+    """One of short documents, one of long ones: rows hold fewer tokens of the first."""
+    random = np.random.default_rng(9)
+    for name, documents, longest in (("short", 4000, 24), ("long", 400, 400)):
+        lengths = random.integers(longest // 2, longest, documents)
+        write_documents(
+            tmp_path / name, [random.integers(8, 500, length).tolist() for length in lengths]
+        )
+    return tmp_path / "short", tmp_path / "long"
+
+
+def _source(tokenizer: Tokenizer, corpora: list[Corpus], *stages: tuple[int, int]) -> RowSource:
+    row_stages = [RowStage(seq_length, rows, 0.15) for seq_length, rows in stages]
+    return RowSource(small_config(), tokenizer, corpora, row_stages, seed=1)
+
+
+def _epochs(source: RowSource) -> list[float]:
+    return [float(line.split("read ")[1].split()[0]) for line in source.describe()]
+
+
+@pytest.mark.parametrize("asked", [(1.0, 1.0), (3.0, 1.0), (0.5, 2.0)])
+def test_corpora_are_read_in_the_proportion_of_the_epochs_asked_for(
+    corpora: tuple[Path, Path], tiny_tokenizer: Tokenizer, asked: tuple[float, float]
+) -> None:
+    blend = [
+        Corpus(prefix=str(prefix), epochs=epochs)
+        for prefix, epochs in zip(corpora, asked, strict=True)
+    ]
+    source = _source(tiny_tokenizer, blend, (64, 2000), (128, 2000), (256, 500))
+    short, long = _epochs(source)
+    assert short / long == pytest.approx(asked[0] / asked[1], rel=0.01)
+    assert f"{asked[0]:g} epochs asked for" in source.describe()[0]
+
+
+def test_a_curriculum_of_another_length_than_the_epochs_need_is_told_with_the_factor(
+    corpora: tuple[Path, Path], tiny_tokenizer: Tokenizer
+) -> None:
+    blend = [Corpus(prefix=str(prefix), epochs=2.0) for prefix in corpora]
+    source = _source(tiny_tokenizer, blend, (64, 3000))
+    (warning,) = source.warnings()
+    assert "data.train.0.epochs = 2" in warning
+    assert "data.train.1.epochs = 2" in warning
+    factor = float(warning.rpartition(" by ")[2])
+    as_asked = _source(tiny_tokenizer, blend, (64, round(3000 * factor)))
+    assert _epochs(as_asked) == pytest.approx([2.0, 2.0], rel=0.01)
+    assert as_asked.warnings() == []
+
+
+def test_a_corpus_that_is_read_more_than_four_times_is_told_once_with_the_remedy() -> None:
+    blend = [Corpus(prefix="crawl", weight=0.9), Corpus(prefix="wiki", weight=0.1)]
+    assert blend_warnings(blend, [0.7, 4.0]) == []
+    (warning,) = blend_warnings(blend, [0.7, 6.53])
+    assert warning.startswith("wiki is read 6.5 times; beyond 4 times")
+    assert "Muennighoff et al. 2023" in warning
+    assert "lower data.train.1.weight" in warning
+
+
+def test_a_single_corpus_that_is_read_too_often_needs_text_and_not_another_weight() -> None:
+    (warning,) = blend_warnings([Corpus(prefix="wiki")], [5.0])
+    assert "add text, or shorten the curriculum" in warning
+    assert "weight" not in warning
+
+
+def test_epochs_within_one_percent_of_those_asked_for_are_as_asked() -> None:
+    blend = [Corpus(prefix="crawl", epochs=1.0), Corpus(prefix="wiki", epochs=3.0)]
+    assert blend_warnings(blend, [1.009, 2.98]) == []
+    (warning,) = blend_warnings(blend, [1.002, 2.9])
+    assert "crawl" not in warning
+    assert "wiki 2.9 times (data.train.1.epochs = 3)" in warning
