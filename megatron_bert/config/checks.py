@@ -13,7 +13,6 @@ from megatron_bert.config.schema import Config, Corpus
 
 # The one value of each key that this version can do; the schema already knows the others.
 ONLY_AVAILABLE: dict[str, object] = {
-    "data.held_out_fraction": 0.0,
     "parallel.pipeline": 1,
     "parallel.pipeline_schedule": "1f1b",
     "parallel.sequence": False,

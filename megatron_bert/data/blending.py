@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from _megatron_bert_core import IndexedDataset
-
 from megatron_bert.config.schema import Corpus
+from megatron_bert.data.corpora import OpenCorpus
 
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models".
 _MOST_USEFUL_EPOCHS = 4.0
 _TOLERANCE = 0.01
 
 
-def blend_weights(corpora: Sequence[Corpus], datasets: Sequence[IndexedDataset]) -> list[float]:
+def blend_weights(corpora: Sequence[OpenCorpus]) -> list[float]:
     """Each corpus' share of the rows, relative to the others.
 
     Args:
         corpora: all with epochs, or none.
-        datasets: the opened corpora.
 
     Returns:
         The weights as given, or epochs times what one epoch takes of rows. That is in proportion
@@ -27,12 +25,16 @@ def blend_weights(corpora: Sequence[Corpus], datasets: Sequence[IndexedDataset])
         R = (tokens + 2 documents) / (S - 2). Rows that end with a document need no such pair:
         for documents of 6 tokens in rows of 64 slots R is 0.6 % smaller, for others less.
     """
-    return [
-        (1.0 if corpus.weight is None else corpus.weight)
-        if corpus.epochs is None
-        else corpus.epochs * (dataset.num_tokens + 2 * dataset.num_documents)
-        for corpus, dataset in zip(corpora, datasets, strict=True)
-    ]
+    return [_blend_weight(opened) for opened in corpora]
+
+
+def _blend_weight(opened: OpenCorpus) -> float:
+    corpus = opened.part.corpus
+    if corpus.epochs is None:
+        return 1.0 if corpus.weight is None else corpus.weight
+    # Documents that are held out have no tokens here, and as good as the same share of them all.
+    share = opened.num_tokens / opened.dataset.num_tokens
+    return corpus.epochs * (opened.num_tokens + 2 * opened.dataset.num_documents * share)
 
 
 def blend_warnings(corpora: Sequence[Corpus], epochs: Sequence[float]) -> list[str]:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from _megatron_bert_core import BatchAssembler, IndexedDataset, RowPlan, epoch_rows
+from _megatron_bert_core import BatchAssembler, RowPlan, epoch_rows
 from numpy.typing import NDArray
 
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
-from megatron_bert.config.schema import Config, Corpus, MlmConfig
+from megatron_bert.config.schema import Config, MlmConfig
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.blending import blend_warnings, blend_weights
-from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
+from megatron_bert.data.corpora import CorpusPart, OpenCorpus, open_corpus, training_parts
 from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.data.word_boundaries import word_tables
-
-# Enough to meet an id that a smaller vocabulary lacks, few enough to open a corpus at once. (Every
-# id is checked again when its row is assembled.)
-_SAMPLED_DOCUMENTS = 1024
-_FINGERPRINT_DOCUMENTS = 64
+from megatron_bert.data.word_boundaries import WordTables, word_tables
 
 
 @dataclass(frozen=True)
@@ -51,35 +45,32 @@ class RowSource:
         self,
         config: Config,
         tokenizer: Tokenizer,
-        corpora: Sequence[Corpus],
+        parts: Sequence[CorpusPart],
         stages: Sequence[RowStage],
         seed: int,
-        held_out_fraction: float = 0.0,
     ) -> None:
         """Open the corpora and plan the rows.
 
         Args:
             config: its `mlm` section says how rows are masked, but for the stages' probability.
             tokenizer: must be the one that made the corpora.
-            corpora: blended by weight or epochs within each stage.
+            parts: blended by weight or epochs within each stage.
             stages: in the order of the rows' numbers.
             seed: of the order of documents and rows and of the masks.
-            held_out_fraction: share of each corpus' documents that no row is made of.
 
         Raises:
             DataError: a corpus is missing, damaged or empty, or another tokenizer made it.
         """
         self._unit = config.mlm.unit
-        self._corpora = tuple(corpora)
         self._stages = tuple(stages)
-        self._held_out_fraction = held_out_fraction
-        self._datasets = [_open_corpus(corpus.prefix, tokenizer) for corpus in corpora]
+        with_words = config.mlm.unit == "whole_word"
+        self._corpora = [open_corpus(part, tokenizer, with_words=with_words) for part in parts]
         shapes = [(stage.seq_length, stage.num_rows) for stage in stages]
-        weights = blend_weights(corpora, self._datasets)
-        self._plan = RowPlan(self._datasets, weights, shapes, seed)
+        lengths = [corpus.lengths for corpus in self._corpora]
+        self._plan = RowPlan(lengths, blend_weights(self._corpora), shapes, seed)
         probabilities = [stage.probability for stage in stages]
         self._assembler = _assembler(
-            self._datasets, self._plan, tokenizer, config.mlm, probabilities, seed
+            self._corpora, self._plan, tokenizer, config.mlm, probabilities, seed
         )
 
     @property
@@ -104,8 +95,11 @@ class RowSource:
             arrays: host memory for as many rows of the stage's `row_shape`.
 
         Raises:
-            DataError: a row holds an id that the tokenizer lacks.
+            DataError: a row holds an id that the tokenizer lacks, or a file of a corpus changed
+                since it was opened.
         """
+        for corpus in self._corpora:
+            corpus.check_unchanged()
         try:
             batch_hash = self._assembler.fill(
                 rows_B,
@@ -131,7 +125,7 @@ class RowSource:
                 all are surplus).
 
         Raises:
-            DataError: a row holds an id that the tokenizer lacks.
+            DataError: as `fill`.
         """
         if stage is None:
             stage = self.stage_of(int(max(rows_B.max(initial=0), 0)))
@@ -141,20 +135,18 @@ class RowSource:
     def describe(self) -> list[str]:
         """Lines on each corpus: documents, tokens, and how many epochs the run reads."""
         return [
-            f"{corpus.prefix}: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens, "
-            f"{_share(corpus)}, read {epochs:.3f} times"
-            for corpus, dataset, epochs in zip(
-                self._corpora, self._datasets, self._plan.epochs(), strict=True
-            )
+            f"{corpus.part.prefix}: {corpus.dataset.num_documents:,} documents, "
+            f"{corpus.num_tokens:,} tokens{_share(corpus.part)}, read {epochs:.3f} times"
+            for corpus, epochs in zip(self._corpora, self._plan.epochs(), strict=True)
         ]
 
     def warnings(self) -> list[str]:
         """What the user should know about how often the run reads each corpus."""
-        return blend_warnings(self._corpora, self._plan.epochs())
+        return blend_warnings([c.part.corpus for c in self._corpora], self._plan.epochs())
 
     def fingerprint(self) -> list[str]:
         """For each corpus a line that changes when its content does, wherever its files lie."""
-        return [_fingerprint(dataset) for dataset in self._datasets]
+        return [corpus.fingerprint() for corpus in self._corpora]
 
 
 def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
@@ -167,75 +159,38 @@ def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
         RowStage(span.seq_length, span.num_rows, span.probability)
         for span in Curriculum(config).spans
     ]
-    return RowSource(
-        config,
-        tokenizer,
-        config.data.train,
-        stages,
-        config.run.seed,
-        config.data.held_out_fraction,
-    )
+    return RowSource(config, tokenizer, training_parts(config), stages, config.run.seed)
 
 
 def validation_source(
-    config: Config, tokenizer: Tokenizer, corpus: Corpus, seq_length: int, probability: float
+    config: Config, tokenizer: Tokenizer, part: CorpusPart, seq_length: int, probability: float
 ) -> RowSource:
-    """Rows that evaluation reads of a held-out corpus: `eval.batches` batches, at most one epoch.
+    """Rows that evaluation reads of held-out text: `eval.batches` batches, at most one epoch.
 
     Raises:
         DataError: as `RowSource`.
     """
-    dataset = _open_corpus(corpus.prefix, tokenizer)
     rows = min(
         config.eval.batches * config.batch.global_size,
-        epoch_rows(dataset, seq_length, config.run.seed),
+        epoch_rows(open_corpus(part, tokenizer).lengths, seq_length, config.run.seed),
     )
     stage = RowStage(seq_length, rows, probability)
-    return RowSource(config, tokenizer, [corpus], [stage], config.run.seed)
-
-
-def _open_corpus(prefix: str, tokenizer: Tokenizer) -> IndexedDataset:
-    dataset = open_dataset(prefix)
-    if dataset.num_tokens == 0:
-        raise DataError(
-            f"dataset {prefix} holds no token ({dataset.num_documents} documents); remove it from "
-            f"the configuration, or make it from files that hold text"
-        )
-    info = read_dataset_info(prefix)
-    if info is not None and info.tokenizer_hash != tokenizer.hash:
-        raise DataError(
-            f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
-            f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; set data.tokenizer "
-            f"to the one that made the dataset, or make the dataset anew"
-        )
-    largest = dataset.max_token_id(_SAMPLED_DOCUMENTS)
-    if largest >= tokenizer.vocab_size:
-        raise DataError(
-            f"dataset {prefix} holds token id {largest}, but tokenizer {tokenizer.name} has only "
-            f"{tokenizer.vocab_size} pieces; set data.tokenizer to the one that made the dataset"
-        )
-    return dataset
+    return RowSource(config, tokenizer, [part], [stage], config.run.seed)
 
 
 def _assembler(
-    datasets: Sequence[IndexedDataset],
+    corpora: Sequence[OpenCorpus],
     plan: RowPlan,
     tokenizer: Tokenizer,
     mlm: MlmConfig,
     probabilities: Sequence[float],
     seed: int,
 ) -> BatchAssembler:
-    no_table = np.empty(0, dtype=np.uint8)
-    first_class, last_class, starts_word = no_table, no_table, no_table
-    if mlm.unit == "whole_word":
+    words = WordTables.blank(tokenizer.vocab_size)
+    if mlm.unit == "whole_word" and not all(corpus.word_starts for corpus in corpora):
         words = word_tables(tokenizer)
-        first_class, last_class, starts_word = (
-            words.first_class,
-            words.last_class,
-            words.starts_word,
-        )
     return BatchAssembler(
-        datasets,
+        [corpus.dataset for corpus in corpora],
         plan,
         cls_id=tokenizer.cls_id,
         sep_id=tokenizer.sep_id,
@@ -243,9 +198,10 @@ def _assembler(
         pad_id=tokenizer.pad_id,
         vocab_size=tokenizer.vocab_size,
         special_ids=np.array(tokenizer.special_ids, dtype=np.int32),
-        first_class=first_class,
-        last_class=last_class,
-        starts_word=starts_word,
+        first_class=words.first_class,
+        last_class=words.last_class,
+        starts_word=words.starts_word,
+        word_starts=[corpus.word_starts for corpus in corpora],
         probabilities=probabilities,
         unit=mlm.unit,
         max_ngram=mlm.max_ngram,
@@ -255,20 +211,9 @@ def _assembler(
     )
 
 
-def _share(corpus: Corpus) -> str:
-    if corpus.epochs is not None:
-        return f"{corpus.epochs:g} epochs asked for"
-    return f"weight {1.0 if corpus.weight is None else corpus.weight:g}"
-
-
-def _fingerprint(dataset: IndexedDataset) -> str:
-    """Counts and a digest of evenly spaced documents: all of a large corpus would take minutes."""
-    digest = hashlib.sha256()
-    count = min(dataset.num_documents, _FINGERPRINT_DOCUMENTS)
-    for number in np.linspace(0, dataset.num_documents - 1, count, dtype=np.int64):
-        tokens = dataset.document(int(number))
-        digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
-    return (
-        f"{dataset.num_documents} documents, {dataset.num_tokens} tokens, "
-        f"sample {digest.hexdigest()[:16]}"
-    )
+def _share(part: CorpusPart) -> str:
+    if part.held_out:
+        return ""
+    if part.corpus.epochs is not None:
+        return f", {part.corpus.epochs:g} epochs asked for"
+    return f", weight {1.0 if part.corpus.weight is None else part.corpus.weight:g}"

@@ -109,6 +109,11 @@ class WordTables:
     last_class: UInt8Array
     starts_word: UInt8Array
 
+    @classmethod
+    def blank(cls, size: int) -> WordTables:
+        """Tables of `size` ids for one who does not look into them."""
+        return cls(*(np.zeros(size, dtype=np.uint8) for _ in range(3)))
+
 
 def character_class(character: str) -> CharacterClass:
     """Class of one character."""
@@ -129,7 +134,7 @@ def word_tables(tokenizer: Tokenizer) -> WordTables:
         DataError: the pieces mark words in another way than by `▁` (byte-level BPE, WordPiece).
     """
     size = tokenizer.vocab_size
-    tables = WordTables(*(np.zeros(size, dtype=np.uint8) for _ in range(3)))
+    tables = WordTables.blank(size)
     special = frozenset(tokenizer.special_ids)
     foreign = 0
     for token in range(size):

@@ -13,6 +13,7 @@ from megatron_bert.config.arithmetic import fixed_eval_length, resolve_vocab_siz
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.schema import Config
+from megatron_bert.data.corpora import evaluation_parts
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -62,8 +63,8 @@ def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Open and plan all data; return a line a corpus, and warnings."""
     lines = describe_training_source(training_source(config, tokenizer))
     seq_length, probability = fixed_eval_length(config), config.mlm.probability
-    for corpus in config.data.valid:
-        source = validation_source(config, tokenizer, corpus, seq_length, probability)
+    for part in evaluation_parts(config):
+        source = validation_source(config, tokenizer, part, seq_length, probability)
         lines += describe_source("valid", source)
     return lines
 

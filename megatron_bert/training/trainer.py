@@ -161,7 +161,7 @@ class Trainer:
         """Do what is due after the step just taken; a job's last step is always saved."""
         config, step = self._config, self._step
         finished = step == self._total_steps
-        evaluate = bool(config.data.valid) and (finished or step % config.eval.interval == 0)
+        evaluate = self._evaluator.has_text and (finished or step % config.eval.interval == 0)
         save = finished or is_last or step % config.checkpoint.interval == 0
         if not (evaluate or save):
             return

@@ -129,7 +129,6 @@ def test_evaluation_without_held_out_data_is_fine(build: Build) -> None:
 @pytest.mark.parametrize(
     ("override", "remedy"),
     [
-        ("data.held_out_fraction=0.1", "use 0.0"),
         ("parallel.pipeline=2", "use 1"),
         ("parallel.pipeline_schedule=zero_bubble", "use 1f1b"),
         ("parallel.sequence=true", "use false"),

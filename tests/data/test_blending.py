@@ -9,6 +9,7 @@ import pytest
 
 from megatron_bert.config.schema import Corpus
 from megatron_bert.data.blending import blend_warnings
+from megatron_bert.data.corpora import CorpusPart
 from megatron_bert.data.source import RowSource, RowStage
 from megatron_bert.data.tokenizer import Tokenizer
 from tests.core.support import write_documents
@@ -29,7 +30,8 @@ def corpora(tmp_path: Path) -> tuple[Path, Path]:
 
 def _source(tokenizer: Tokenizer, corpora: list[Corpus], *stages: tuple[int, int]) -> RowSource:
     row_stages = [RowStage(seq_length, rows, 0.15) for seq_length, rows in stages]
-    return RowSource(small_config(), tokenizer, corpora, row_stages, seed=1)
+    parts = [CorpusPart(corpus) for corpus in corpora]
+    return RowSource(small_config(), tokenizer, parts, row_stages, seed=1)
 
 
 def _epochs(source: RowSource) -> list[float]:

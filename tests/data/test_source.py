@@ -12,6 +12,7 @@ from _megatron_bert_core import IndexedDatasetWriter, epoch_rows
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, MaskUnit
+from megatron_bert.data.corpora import evaluation_parts
 from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset, write_dataset_info
 from megatron_bert.data.source import training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -154,7 +155,8 @@ def test_the_same_configuration_makes_the_same_rows(
 def test_validation_reads_at_most_one_epoch(corpus: Path, tiny_tokenizer: Tokenizer) -> None:
     def rows(batches: int) -> int:
         config = make_config(corpus, eval={"batches": batches})
-        return validation_source(config, tiny_tokenizer, config.data.valid[0], 64, 0.15).num_rows
+        (part,) = evaluation_parts(config)
+        return validation_source(config, tiny_tokenizer, part, 64, 0.15).num_rows
 
     seed = make_config(corpus).run.seed
     assert rows(3) == 3 * GLOBAL_SIZE

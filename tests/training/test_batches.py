@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.layout import BatchLayout
-from megatron_bert.config.schema import Config, Corpus
+from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.training.batches import SURPLUS_ROW, GlobalBatch, ReadAhead
-from megatron_bert.training.evaluation import corpus_names
 from megatron_bert.training.staging import HostMemory
 from tests.core.support import write_documents
 from tests.distributed_harness import run_ranks
@@ -281,8 +280,3 @@ def test_what_reaches_the_gpu_through_pinned_memory_is_what_was_assembled(
         assert batch.batch_hash == expected.batch_hash
         for a, b in zip(batch.model_inputs(), expected.model_inputs(), strict=True):
             assert torch.equal(a.cpu(), b)
-
-
-def test_corpora_of_one_name_in_two_folders_are_told_apart_in_metrics() -> None:
-    corpora = [Corpus(prefix=prefix) for prefix in ("ja/valid", "en/valid", "en/code")]
-    assert corpus_names(corpora) == ["ja/valid", "en/valid", "code"]

@@ -1,0 +1,184 @@
+"""The corpora that rows are made of: which documents are read, opened and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+from _megatron_bert_core import DocumentLengths, IndexedDataset, WordStarts
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.config.schema import Config, Corpus
+from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
+from megatron_bert.data.tokenizer import Tokenizer
+
+# Enough to meet an id that a smaller vocabulary lacks, few enough to open a corpus at once. (Every
+# id is checked again when its row is assembled.)
+_SAMPLED_DOCUMENTS = 1024
+_FINGERPRINT_DOCUMENTS = 64
+_FINGERPRINT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class CorpusPart:
+    """The documents of a corpus that are read: all, or one side of its held-out split.
+
+    Attributes:
+        corpus: as configured.
+        held_out_fraction: share of the documents that is held out; 0 where nothing is divided.
+        held_out: whether that share is meant, or the rest.
+    """
+
+    corpus: Corpus
+    held_out_fraction: float = 0.0
+    held_out: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """Path of the dataset without its suffix, marked where only the held-out part is read."""
+        return f"{self.corpus.prefix} (held out)" if self.held_out else self.corpus.prefix
+
+
+def training_parts(config: Config) -> list[CorpusPart]:
+    """What is trained on."""
+    fraction = config.data.held_out_fraction
+    return [CorpusPart(corpus, fraction) for corpus in config.data.train]
+
+
+def evaluation_parts(config: Config) -> list[CorpusPart]:
+    """What is evaluated: `data.valid`, and what the training corpora hold out."""
+    fraction = config.data.held_out_fraction
+    parts = [CorpusPart(corpus) for corpus in config.data.valid]
+    if fraction:
+        parts += [CorpusPart(corpus, fraction, held_out=True) for corpus in config.data.train]
+    return parts
+
+
+def part_names(parts: Sequence[CorpusPart]) -> list[str]:
+    """Name each part in metrics: the last part of its prefix, or all of it where two share it."""
+    short = [PurePath(part.prefix).name for part in parts]
+    return [
+        name if short.count(name) == 1 else part.prefix
+        for part, name in zip(parts, short, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class OpenCorpus:
+    """A corpus opened for reading.
+
+    Attributes:
+        part: which documents are read.
+        dataset: all of its documents.
+        lengths: those of the documents that are read, 0 for the others.
+        num_tokens: tokens of the documents that are read.
+        word_starts: where a dictionary saw words begin; None where it was not asked, or is not
+            needed.
+    """
+
+    part: CorpusPart
+    dataset: IndexedDataset
+    lengths: IndexedDataset | DocumentLengths
+    num_tokens: int
+    word_starts: WordStarts | None
+
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if a file of the dataset changed since it was opened."""
+        try:
+            self.dataset.check_unchanged()
+        except RuntimeError as error:
+            raise DataError(
+                f"{error}; rows can no longer be told: put the file back as it was and start the "
+                f"job again, or begin a new run with the new data"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """A line that changes when the content does, wherever the files lie.
+
+        It has counts and a digest of evenly spaced documents: all of a large corpus would take
+        minutes.
+        """
+        digest = hashlib.sha256()
+        count = min(self.dataset.num_documents, _FINGERPRINT_DOCUMENTS)
+        for number in np.linspace(0, self.dataset.num_documents - 1, count, dtype=np.int64):
+            tokens = self.dataset.document(int(number))
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
+        if self.word_starts is not None:
+            with _words_file(self.part.corpus.prefix).open("rb") as file:
+                digest.update(file.read(_FINGERPRINT_BYTES))
+        return (
+            f"{self.dataset.num_documents} documents, {self.dataset.num_tokens} tokens, "
+            f"sample {digest.hexdigest()[:16]}"
+        )
+
+
+def open_corpus(part: CorpusPart, tokenizer: Tokenizer, *, with_words: bool = False) -> OpenCorpus:
+    """Open a corpus and check that it can be read with a tokenizer.
+
+    Args:
+        part: the corpus, and which of its documents are read.
+        tokenizer: must be the one that made it.
+        with_words: whether to open `PREFIX.words` too, where it exists.
+
+    Raises:
+        DataError: it is missing, damaged or empty, another tokenizer made it, or no document is on
+            the side that is read.
+    """
+    prefix = part.corpus.prefix
+    dataset = open_dataset(prefix)
+    if dataset.num_tokens == 0:
+        raise DataError(
+            f"dataset {prefix} holds no token ({dataset.num_documents} documents); remove it from "
+            f"the configuration, or make it from files that hold text"
+        )
+    _check_tokenizer(dataset, prefix, tokenizer)
+    lengths: IndexedDataset | DocumentLengths = dataset
+    if part.held_out_fraction:
+        lengths = DocumentLengths(
+            dataset, held_out_fraction=part.held_out_fraction, held_out=part.held_out
+        )
+        if lengths.num_tokens == 0:
+            raise DataError(
+                f"data.held_out_fraction = {part.held_out_fraction:g} holds out "
+                f"{'no' if part.held_out else 'every'} document of {prefix} "
+                f"({dataset.num_documents} documents); change it, or set it to 0 and name held-out "
+                f"text in data.valid"
+            )
+    words = _open_words(dataset, prefix) if with_words else None
+    return OpenCorpus(part, dataset, lengths, lengths.num_tokens, words)
+
+
+def _check_tokenizer(dataset: IndexedDataset, prefix: str, tokenizer: Tokenizer) -> None:
+    info = read_dataset_info(prefix)
+    if info is not None and info.tokenizer_hash != tokenizer.hash:
+        raise DataError(
+            f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
+            f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; set data.tokenizer "
+            f"to the one that made the dataset, or make the dataset anew"
+        )
+    largest = dataset.max_token_id(_SAMPLED_DOCUMENTS)
+    if largest >= tokenizer.vocab_size:
+        raise DataError(
+            f"dataset {prefix} holds token id {largest}, but tokenizer {tokenizer.name} has only "
+            f"{tokenizer.vocab_size} pieces; set data.tokenizer to the one that made the dataset"
+        )
+
+
+def _open_words(dataset: IndexedDataset, prefix: str) -> WordStarts | None:
+    path = _words_file(prefix)
+    if not path.exists():
+        return None
+    try:
+        return WordStarts(str(path), dataset.num_tokens)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"{error}; make the dataset anew with tools/preprocess_data.py --word-boundaries, or "
+            f"remove the file: words are then told by the vocabulary"
+        ) from error
+
+
+def _words_file(prefix: str) -> Path:
+    return Path(f"{prefix}.words")
