@@ -48,6 +48,9 @@ void IndexedDataset::prefetch_tokens(std::int64_t document, std::int64_t offset,
 
 void IndexedDataset::copy_tokens(std::int64_t document, std::int64_t offset, std::int64_t length,
                                  std::int32_t* tokens) const {
+    if (length == 0) {
+        return;  // The place of no tokens may be null, which memcpy does not take.
+    }
     const auto count = static_cast<std::size_t>(length);
     const std::size_t begin = byte_of(document, offset);
     if (const std::byte* mapped = token_file_.mapped(); mapped != nullptr) {

@@ -18,7 +18,9 @@ class WordStarts {
   public:
     /// Throws std::system_error when the file cannot be read and std::runtime_error, naming it, when
     /// it has not one bit for each of `num_tokens` tokens.
-    WordStarts(const std::string& path, std::int64_t num_tokens) : bits_(path, FileAccess::map) {
+    WordStarts(const std::string& path, std::int64_t num_tokens,
+               FileAccess access = FileAccess::map)
+        : bits_(path, access) {
         const auto expected = static_cast<std::size_t>((num_tokens + 7) / 8);
         if (bits_.size() != expected) {
             throw std::runtime_error(path + ": " + std::to_string(bits_.size()) +
