@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -310,3 +311,45 @@ def test_a_disk_that_fills_up_leaves_the_old_dataset_as_it_was(tmp_path: Path) -
     assert done.stderr.startswith(f"error: cannot make dataset {tmp_path}/merged: ")
     assert done.stderr.count("\n") == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+STOPPED_MIDWAY = """
+import signal, sys, threading
+from pathlib import Path
+from megatron_bert.data import merge
+
+# Tests that run in the background of a script inherit an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def write_and_wait(*arguments):
+    merge_index(*arguments)
+    print("begun", flush=True)
+    threading.Event().wait()
+
+merge_index, merge.write_joined_index = merge.write_joined_index, write_and_wait
+merge.merge_datasets([Path(sys.argv[1])], Path(sys.argv[2]), overwrite=True)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_merge_leaves_the_old_dataset_as_it_was(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    write_documents(tmp_path / "a", [[1, 2]])
+    write_documents(tmp_path / "merged", [[9]])
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED_MIDWAY, str(tmp_path / "a"), str(tmp_path / "merged")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(tool.__file__).parents[1],
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(number)
+        assert process.wait(timeout=60) != 0
+    assert contents(tmp_path / "merged") == [[9]]
+    left_over = set(names(tmp_path)) - {"a.bin", "a.idx", "merged.bin", "merged.idx"}
+    assert all(name.startswith("merged.tmp-") for name in left_over)
+    if number == signal.SIGINT:
+        assert not left_over
