@@ -11,6 +11,7 @@ import pytest
 from _megatron_bert_core import IndexedDatasetWriter
 
 from megatron_bert.config.schema import Config
+from megatron_bert.data.indexed_dataset import open_dataset
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
@@ -62,13 +63,16 @@ def test_bf16_stays_within_its_rounding(tiny_run: Callable[..., Config], world_s
 
 def test_the_model_learns(tiny_run: Callable[..., Config]) -> None:
     longer = [{"seq_length": 32, "steps": 60}, {"seq_length": 64, "steps": 20}]
-    config = tiny_run(curriculum=longer, eval={"interval": 80, "batches": 1})
+    config = tiny_run(curriculum=longer, eval={"interval": 80, "batches": 16})
     lines = run_ranks(1, _train, config)[0]
     losses = [line["loss"] for line in steps_of(lines).values()]
     evaluation = next(line for line in lines if "valid_loss" in line)
     assert losses[0] > 6.0 > 4.5 > losses[-1]
     assert evaluation["valid_loss"] < 4.5
-    assert evaluation["valid_accuracy"] > 0.1
+    # Better than always naming the most frequent token.
+    dataset = open_dataset(config.data.valid[0].prefix)
+    tokens = np.concatenate([dataset.document(i) for i in range(dataset.num_documents)])
+    assert evaluation["valid_accuracy"] > np.bincount(tokens).max() / len(tokens)
     assert evaluation["valid"]["valid"]["loss"] == evaluation["valid_loss"]
 
 
