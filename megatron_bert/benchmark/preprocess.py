@@ -1,0 +1,151 @@
+"""From text to a dataset, against SentencePiece's own speed on the same documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_bert.benchmark.timing import time_in_turns
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.preprocess import PreprocessCounts, PreprocessOptions, preprocess
+from megatron_bert.data.text import DocumentReader, iterate_documents
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+
+WORKERS = 2
+_TRAINED_PIECES = 8000
+_TRAINING_LINES = 20_000
+
+
+@dataclass(frozen=True)
+class PreprocessFigures:
+    """Two threads each, the shortest of several times.
+
+    Attributes:
+        tokens_per_second: of `preprocess`, from the file to the dataset on disk, opening the
+            tokenizer included.
+        sentencepiece_tokens_per_second: of SentencePiece's own call for many documents, from text
+            in memory to ids in memory.
+        median_tokens_per_second: of `preprocess`, by the time in the middle.
+        median_sentencepiece_tokens_per_second: of SentencePiece, by the time in the middle.
+        start_seconds: what `preprocess` takes for one word, most of it to open the tokenizer.
+        documents: in the file.
+        tokens: in the file.
+        text_bytes: of UTF-8.
+        tokenizer: the file's name.
+        pieces: of the tokenizer.
+    """
+
+    tokens_per_second: float
+    sentencepiece_tokens_per_second: float
+    median_tokens_per_second: float
+    median_sentencepiece_tokens_per_second: float
+    start_seconds: float
+    documents: int
+    tokens: int
+    text_bytes: int
+    tokenizer: str
+    pieces: int
+
+
+def read_documents(paths: Sequence[Path], json_key: str, text_bytes: int) -> list[str]:
+    """Documents to measure on; lines that cannot be used are left out.
+
+    Args:
+        paths: text files; no more is read than is needed.
+        json_key: key of the text in `.jsonl`.
+        text_bytes: about how much, in UTF-8; a smaller corpus is repeated.
+
+    Raises:
+        DataError: a file is missing or damaged, or none holds text.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"--corpus {path}: no such file; name .jsonl or .txt files")
+    texts: list[str] = []
+    total = 0
+    for text in iterate_documents(DocumentReader(paths), json_key, "skip"):
+        texts.append(text)
+        total += len(text.encode())
+        if total >= text_bytes:
+            break
+    if not total:
+        raise DataError(
+            f"--corpus {' '.join(map(str, paths))}: no text under the key {json_key!r}; give "
+            f"files that hold text, or its key with --json-key"
+        )
+    return texts * -(-text_bytes // total)
+
+
+def tokenizer_for(given: Path | None, texts: Sequence[str], folder: Path) -> Path:
+    """The tokenizer given, or one trained on the documents and written into the folder.
+
+    Raises:
+        DataError: it is missing or damaged, or not a SentencePiece model.
+    """
+    if given is None:
+        path = folder / "trained.model"
+        model = train_tokenizer(
+            # A repeated corpus has each text many times, which teaches nothing.
+            dict.fromkeys(texts),
+            _TRAINED_PIECES,
+            max_sentences=_TRAINING_LINES,
+            allow_fewer=True,
+        )
+        write_model(model, path)
+        return path
+    if given.suffix != ".model":
+        raise DataError(
+            f"--tokenizer {given}: preprocessing is measured against SentencePiece itself; give a "
+            f"SentencePiece .model"
+        )
+    Tokenizer.load(given)
+    return given
+
+
+def measure_preprocessing(
+    texts: Sequence[str], tokenizer: Path, folder: Path, repetitions: int
+) -> PreprocessFigures:
+    """Write the documents as .jsonl into the folder, and time both in turns.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    ours = _preprocessing(texts, tokenizer, folder / "corpus.jsonl")
+    start = _preprocessing(["word"], tokenizer, folder / "word.jsonl")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    # Of its ways to give back the ids of many documents, the fastest.
+    theirs = partial(processor.encode, list(texts), out_type="numpy", num_threads=WORKERS)
+    counts = ours()
+    their_tokens = sum(map(len, theirs()))
+    our_time, start_time, their_time = time_in_turns([ours, start, theirs], repetitions)
+    return PreprocessFigures(
+        tokens_per_second=round(counts.tokens / our_time.best),
+        sentencepiece_tokens_per_second=round(their_tokens / their_time.best),
+        median_tokens_per_second=round(counts.tokens / our_time.median),
+        median_sentencepiece_tokens_per_second=round(their_tokens / their_time.median),
+        start_seconds=round(start_time.best, 3),
+        documents=counts.documents,
+        tokens=counts.tokens,
+        text_bytes=sum(len(text.encode()) for text in texts),
+        tokenizer=tokenizer.name,
+        pieces=len(processor),
+    )
+
+
+def _preprocessing(
+    texts: Sequence[str], tokenizer: Path, corpus: Path
+) -> Callable[[], PreprocessCounts]:
+    """What preprocesses the documents, which are written as .jsonl, as the tool does."""
+    with corpus.open("w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    options = PreprocessOptions(
+        [corpus], tokenizer, corpus.with_suffix(""), workers=WORKERS, overwrite=True
+    )
+    return partial(preprocess, options)

@@ -1,0 +1,156 @@
+"""Made-up corpora: document lengths of a given mean, and datasets of random tokens with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from _megatron_bert_core import BatchAssembler, IndexedDataset, RowPlan
+from numpy.typing import NDArray
+
+from megatron_bert.config.schema import MlmConfig
+from megatron_bert.data.index_file import write_index
+
+LENGTH_SPREAD = 1.0
+"""Standard deviation of the logarithm of a document's length."""
+
+VOCAB_SIZE = 99_574
+"""Of the LLM-jp tokenizer v3.0, whose first eight ids are special."""
+
+MASK, PAD, CLS, SEP = 3, 4, 5, 6
+_NUM_SPECIAL = 8
+_TOKEN_BYTES = 4
+
+# What is drawn at a time, so that no temporary array is as large as a corpus.
+_DRAWN_AT_A_TIME = 1 << 20
+
+
+@dataclass(frozen=True)
+class DocumentKind:
+    """What a corpus' documents are.
+
+    Attributes:
+        name: of the kind.
+        mean_tokens: a document's length, on average.
+    """
+
+    name: str
+    mean_tokens: float
+
+
+PARAGRAPHS = DocumentKind("paragraphs", 111)
+ARTICLES = DocumentKind("articles", 2166)
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Datasets on disk and their weights in a blend."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def open(self) -> list[IndexedDataset]:
+        """Open all of them."""
+        return [IndexedDataset(prefix) for prefix in self.prefixes]
+
+
+def draw_lengths(num_documents: int, mean_tokens: float, seed: int) -> NDArray[np.int32]:
+    """Log-normal document lengths, at least 1, made in place: int32 [D] and nothing beside it.
+
+    Args:
+        num_documents: D.
+        mean_tokens: their mean.
+        seed: the same numbers give the same lengths.
+    """
+    random = np.random.default_rng(seed)
+    mean_of_logarithm = math.log(mean_tokens) - LENGTH_SPREAD**2 / 2
+    lengths_D = np.empty(num_documents, dtype=np.int32)
+    for begin in range(0, num_documents, _DRAWN_AT_A_TIME):
+        some = lengths_D[begin : begin + _DRAWN_AT_A_TIME]
+        drawn = random.lognormal(mean_of_logarithm, LENGTH_SPREAD, len(some))
+        some[:] = np.maximum(np.rint(drawn), 1)
+    return lengths_D
+
+
+def divide_documents(num_documents: int, weights: Sequence[float]) -> list[int]:
+    """Documents of each corpus, in proportion to its weight and at least 1."""
+    return [max(1, round(num_documents * weight / sum(weights))) for weight in weights]
+
+
+def write_corpora(
+    folder: Path, kind: DocumentKind, num_tokens: int, weights: Sequence[float]
+) -> Corpora:
+    """Write datasets of random tokens, about `num_tokens` together, in proportion to the weights.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    prefixes = []
+    num_documents = divide_documents(round(num_tokens / kind.mean_tokens), weights)
+    for number, documents in enumerate(num_documents):
+        prefix = f"{folder}/{kind.name}_{number}"
+        lengths_D = draw_lengths(documents, kind.mean_tokens, seed=number)
+        _write_tokens(Path(f"{prefix}.bin"), int(lengths_D.sum(dtype=np.int64)), seed=number)
+        write_index(Path(f"{prefix}.idx"), _TOKEN_BYTES, lengths_D)
+        prefixes.append(prefix)
+    return Corpora(tuple(prefixes), tuple(weights))
+
+
+def write_sentences(prefix: str, num_tokens: int, mean_tokens: float, sentences: int) -> int:
+    """Write a dataset whose documents are several sentences each, about `num_tokens` in all.
+
+    Args:
+        prefix: of its files.
+        num_tokens: of all documents.
+        mean_tokens: of a sentence.
+        sentences: of a document.
+
+    Returns:
+        The number of documents.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    num_documents = max(1, round(num_tokens / (mean_tokens * sentences)))
+    lengths_N = draw_lengths(num_documents * sentences, mean_tokens, seed=0)
+    _write_tokens(Path(f"{prefix}.bin"), int(lengths_N.sum(dtype=np.int64)), seed=0)
+    boundaries_D = np.arange(0, len(lengths_N) + 1, sentences)
+    write_index(Path(f"{prefix}.idx"), _TOKEN_BYTES, lengths_N, boundaries_D)
+    return num_documents
+
+
+def _write_tokens(path: Path, num_tokens: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    with path.open("wb") as file:
+        for begin in range(0, num_tokens, _DRAWN_AT_A_TIME):
+            size = min(_DRAWN_AT_A_TIME, num_tokens - begin)
+            random.integers(_NUM_SPECIAL, VOCAB_SIZE, size, dtype=np.int32).tofile(file)
+
+
+def make_assembler(
+    datasets: Sequence[IndexedDataset], plan: RowPlan, mlm: MlmConfig, num_stages: int
+) -> BatchAssembler:
+    """An assembler over datasets that `write_corpora` wrote, for units that need no word table."""
+    no_table = np.empty(0, dtype=np.uint8)
+    return BatchAssembler(
+        datasets,
+        plan,
+        cls_id=CLS,
+        sep_id=SEP,
+        mask_id=MASK,
+        pad_id=PAD,
+        vocab_size=VOCAB_SIZE,
+        special_ids=np.arange(_NUM_SPECIAL, dtype=np.int32),
+        first_class=no_table,
+        last_class=no_table,
+        starts_word=no_table,
+        probabilities=[mlm.probability] * num_stages,
+        unit=mlm.unit,
+        max_ngram=mlm.max_ngram,
+        mask_ratio=mlm.mask_ratio,
+        random_ratio=mlm.random_ratio,
+        seed=0,
+    )

@@ -1,0 +1,94 @@
+"""Measure how fast and how large the parts are on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_bert.benchmark.data import FULL, QUICK, DataOptions, measure_data
+from megatron_bert.benchmark.table import data_table
+from megatron_bert.config.errors import run_cli
+from megatron_bert.config.load import load_config
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+_RECIPE = _CHECKOUT / "examples" / "retrievabert_1.3b.yaml"
+_CORPUS = [_CHECKOUT / "examples" / "corpus" / f"{name}.jsonl" for name in ("english", "japanese")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    data = kinds.add_parser(
+        "data",
+        help="the data side: planning a run's rows, assembling and masking them, how full they "
+        "are, memory, preprocessing against SentencePiece (some minutes, 2 cores, 2 GB)",
+        description="Plan RetrievaBERT's 465 M rows over 200 M documents of made-up lengths; "
+        "assemble random rows of 128, 512 and 2048 slots from made-up datasets, single-threaded; "
+        "count how full an epoch's rows are; watch the memory; preprocess text with two workers, "
+        "and time SentencePiece's own call on the same text.",
+        epilog="Takes some minutes. Temporary files (1 GB) go where TMPDIR says. On a machine that "
+        "does other work too the figures are lower.",
+    )
+    data.add_argument("--json", action="store_true", help="print one JSON document, not a table")
+    data.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="MODEL",
+        help="SentencePiece .model to preprocess with (default: one trained on the corpus)",
+    )
+    data.add_argument(
+        "--corpus",
+        nargs="+",
+        type=Path,
+        default=_CORPUS,
+        metavar="FILE",
+        help=".jsonl or .txt, also .gz or .zst: 100 MB of text to preprocess; less is repeated, "
+        "more is not read (default: the corpus in examples/)",
+    )
+    data.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in .jsonl (default: %(default)s)",
+    )
+    data.add_argument(
+        "--quick",
+        action="store_true",
+        help="a thousandth of the work, to see that everything runs; its figures mean nothing",
+    )
+    return parser
+
+
+def _say(what: str) -> None:
+    sys.stderr.write(f"{what} ...\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    logging.basicConfig(format="%(message)s")
+    given = _parser().parse_args(arguments)
+    figures = measure_data(
+        DataOptions(
+            recipe=load_config(_RECIPE),
+            corpus=given.corpus,
+            json_key=given.json_key,
+            tokenizer=given.tokenizer,
+            sizes=QUICK if given.quick else FULL,
+        ),
+        _say,
+    )
+    if given.json:
+        lines = [json.dumps(figures.document(), ensure_ascii=False, indent=2)]
+    else:
+        lines = data_table(figures)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+if __name__ == "__main__":
+    run_cli(main)
