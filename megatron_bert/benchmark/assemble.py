@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,11 +44,14 @@ class AssembleFigures:
         tokens_per_second_per_core: in the shortest repetition.
         median_tokens_per_second_per_core: in the one in the middle.
         rows: made in each.
+        core_share: share of the time in which the core was at work on it; less than 1 where other
+            processes took it away, and all figures are too low then.
     """
 
-    tokens_per_second_per_core: float
-    median_tokens_per_second_per_core: float
+    tokens_per_second_per_core: int
+    median_tokens_per_second_per_core: int
     rows: int
+    core_share: float
 
 
 class RowBuffers:
@@ -102,10 +106,15 @@ def measure_assembly(work: AssembleWork) -> dict[int, AssembleFigures]:
         assemble = _pass_over(assembler, RowBuffers(work.mlm, seq_length), numbers)
         # Once beforehand: a page of the mapped file costs a fault when it is first touched.
         assemble()
+        begin = time.process_time()
         (timing,) = time_in_turns([assemble], work.repetitions)
+        core_seconds = time.process_time() - begin
         slots = rows * seq_length
         figures[seq_length] = AssembleFigures(
-            round(slots / timing.best), round(slots / timing.median), rows
+            tokens_per_second_per_core=round(slots / timing.best),
+            median_tokens_per_second_per_core=round(slots / timing.median),
+            rows=rows,
+            core_share=round(core_seconds / sum(timing.seconds), 3),
         )
         first_row += rows
     return figures

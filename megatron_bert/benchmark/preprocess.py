@@ -41,10 +41,10 @@ class PreprocessFigures:
         pieces: of the tokenizer.
     """
 
-    tokens_per_second: float
-    sentencepiece_tokens_per_second: float
-    median_tokens_per_second: float
-    median_sentencepiece_tokens_per_second: float
+    tokens_per_second: int
+    sentencepiece_tokens_per_second: int
+    median_tokens_per_second: int
+    median_sentencepiece_tokens_per_second: int
     start_seconds: float
     documents: int
     tokens: int

@@ -54,16 +54,12 @@ def _plan(plan: PlanFigures) -> Iterator[Row]:
 
 def _assemble(what: str, figures: dict[int, AssembleFigures]) -> Iterator[Row]:
     for length, of_length in figures.items():
-        best, median = (
-            rate / 1e6
-            for rate in (
-                of_length.tokens_per_second_per_core,
-                of_length.median_tokens_per_second_per_core,
-            )
-        )
+        best = of_length.tokens_per_second_per_core / 1e6
+        median = of_length.median_tokens_per_second_per_core / 1e6
         yield (
             f"random rows of {length}, {what}",
-            f"{best:.1f} M tokens/s a core (median {median:.1f})",
+            f"{best:.1f} M tokens/s a core (median {median:.1f}, {of_length.core_share:.0%} of the "
+            f"core's time)",
         )
 
 

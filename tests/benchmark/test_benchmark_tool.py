@@ -26,7 +26,7 @@ def by_length(schema: dict[str, Any]) -> dict[str, Any]:
     return fields(**dict.fromkeys(("128", "512", "2048"), schema))
 
 
-ASSEMBLE = by_length(fields(tokens_per_second_per_core=RATE))
+ASSEMBLE = by_length(fields(tokens_per_second_per_core=RATE, core_share=RATE))
 BY_KIND = fields(paragraphs=by_length(SHARE), articles=by_length(SHARE))
 SCHEMA = fields(
     hardware=fields(processor=TEXT, cores=RATE, memory_gb=RATE),
