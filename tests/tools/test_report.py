@@ -48,6 +48,14 @@ def test_a_runs_facts_are_those_of_its_metrics(tmp_path: Path) -> None:
     }
 
 
+def test_stages_of_one_length_are_told_apart(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(1, 7):
+        file.write({"step": step, "stage": (step - 1) // 2, "seq_length": 512, "loss": 1.0})
+    file.close()
+    assert RunRecords.read(tmp_path).stage_starts() == [(1, 512), (3, 512), (5, 512)]
+
+
 def test_a_run_without_evaluations_has_no_held_out_loss_and_can_be_drawn(tmp_path: Path) -> None:
     run = RunRecords.read(write_run(tmp_path / "run", evaluations=False))
     assert "held-out loss" not in run.facts()
