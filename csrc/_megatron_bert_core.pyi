@@ -221,3 +221,22 @@ class BatchAssembler:
         Returns:
             The sum modulo 2^64 of a hash of each row's tokens, positions, masked and labels.
         """
+
+class HashSet:
+    """A set of 128-bit hashes in 19 to 24 bytes each (16 KiB and more for few).
+
+    Each hash is a row of two uint64, whose bits must be as good as random: whoever chooses them can
+    make the set slow. Calls from several threads come one after the other.
+    """
+
+    def __init__(self) -> None: ...
+    def insert(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Add hashes, [n, 2]; tell, [n], which were neither there nor among those before.
+
+        Raises MemoryError where memory runs out, having added the hashes before.
+        """
+
+    def __len__(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the set takes."""

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "hash_set.h"
 #include "indexed_dataset.h"
 #include "indexed_dataset_writer.h"
 #include "row_plan.h"
@@ -306,6 +307,29 @@ void bind_batch_assembler(py::module_& m) {
              py::arg("labels").noconvert(), py::arg("weights").noconvert());
 }
 
+Array<bool> insert(HashSet& set, const Array<std::uint64_t>& hashes) {
+    if (hashes.ndim() != 2 || hashes.shape(1) != 2) {
+        throw std::invalid_argument("hashes must have the shape [n, 2]");
+    }
+    const std::span<const std::uint64_t> words(hashes.data(),
+                                               static_cast<std::size_t>(hashes.size()));
+    Array<bool> is_new(hashes.shape(0));
+    const std::span<bool> out(is_new.mutable_data(), static_cast<std::size_t>(is_new.size()));
+    {
+        const py::gil_scoped_release release;
+        set.insert(words, out);
+    }
+    return is_new;
+}
+
+void bind_hash_set(py::module_& m) {
+    py::class_<HashSet>(m, "HashSet")
+        .def(py::init<>())
+        .def("insert", &insert, py::arg("hashes").noconvert())
+        .def("__len__", &HashSet::size, NoGil())
+        .def_property_readonly("memory_bytes", &HashSet::memory_bytes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_megatron_bert_core, m) {
@@ -313,4 +337,5 @@ PYBIND11_MODULE(_megatron_bert_core, m) {
     bind_indexed_dataset(m);
     bind_row_plan(m);
     bind_batch_assembler(m);
+    bind_hash_set(m);
 }

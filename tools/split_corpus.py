@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_bert.config.errors import run_cli
 from megatron_bert.data.split import split_documents
-from megatron_bert.data.text import DocumentReader
+from megatron_bert.data.text_arguments import add_text_arguments, open_texts
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,9 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="Equal texts stay together. Both files are .jsonl with the key `text`.",
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl or .txt"
-    )
+    add_text_arguments(parser)
     parser.add_argument("--train", required=True, type=Path, metavar="FILE.jsonl")
     parser.add_argument("--valid", required=True, type=Path, metavar="FILE.jsonl")
     parser.add_argument(
@@ -32,18 +30,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="share of the documents to hold out, at least one (default: %(default)s)",
     )
-    parser.add_argument(
-        "--json-key",
-        default="text",
-        metavar="KEY",
-        help="key of the text in .jsonl (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="at a line that cannot be read: stop, or leave it out (default: %(default)s)",
-    )
     return parser
 
 
@@ -52,11 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     options = _parser().parse_args(arguments)
     counts = split_documents(
-        DocumentReader(options.input),
+        open_texts(options),
         options.train,
         options.valid,
         options.fraction,
-        json_key=options.json_key,
         on_error=options.on_error,
     )
     sys.stdout.write(

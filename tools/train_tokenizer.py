@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import DataError, run_cli
 from megatron_bert.data.progress import Progress
 from megatron_bert.data.text import DocumentReader, iterate_documents
+from megatron_bert.data.text_arguments import add_text_arguments, open_texts
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import (
     DEFAULT_MAX_SENTENCES,
@@ -28,14 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The model is a unigram model with byte fallback whose ids 0 to 7 are <unk> <s> "
         "</s> <MASK> <PAD> <CLS> <SEP> <EOD>. The same input gives the same model.",
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="text files: .jsonl or .txt, also .gz or .zst",
-    )
+    add_text_arguments(parser)
     parser.add_argument(
         "--vocab-size",
         required=True,
@@ -49,18 +43,6 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="MODEL",
         help="file to write, ending in .model",
-    )
-    parser.add_argument(
-        "--json-key",
-        default="text",
-        metavar="KEY",
-        help="key of the text in .jsonl (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="at a line that cannot be read: stop, or leave it out (default: %(default)s)",
     )
     parser.add_argument(
         "--normalization",
@@ -86,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _documents(reader: DocumentReader, options: argparse.Namespace) -> Iterator[str]:
     with Progress("reading", reader.total_bytes) as progress:
-        for text in iterate_documents(reader, options.json_key, options.on_error):
+        for text in iterate_documents(reader, options.on_error):
             yield text
             progress.show(reader.bytes_read)
     sys.stderr.write("training the tokenizer\n")
@@ -103,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--output {options.output}: exists already, and datasets may depend on it; choose "
             "another, or replace it with --overwrite"
         )
-    reader = DocumentReader(options.input)
+    reader = open_texts(options)
     check_writable(options.output)
     model = train_tokenizer(
         _documents(reader, options),

@@ -100,7 +100,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
     """
     if options.workers < 1:
         raise DataError(f"--workers {options.workers}: give at least 1")
-    reader = DocumentReader(options.inputs, options.txt_documents)
+    reader = DocumentReader(options.inputs, options.txt_documents, options.json_key)
     tokenizer = Tokenizer.load(options.tokenizer)
     outputs = _check_outputs(options)
     writer = _open_writer(options.output_prefix, tokenizer)
@@ -211,7 +211,7 @@ def _encode(
     skipped: list[LineError] = []
     for document in batch:
         try:
-            texts.append(parse(document, options.json_key))
+            texts.append(parse(document, options.json_key).text)
         except LineError as error:
             if options.on_error == "fail":
                 raise

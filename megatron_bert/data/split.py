@@ -33,7 +33,6 @@ def split_documents(
     held_out: Path,
     fraction: float,
     *,
-    json_key: str = "text",
     on_error: OnError = "fail",
 ) -> SplitCounts:
     """Write the documents as `{"text": ...}` lines into two `.jsonl` files.
@@ -43,7 +42,6 @@ def split_documents(
         train: file of the documents to train on.
         held_out: file of the `fraction` (at least one document) with the smallest hashes.
         fraction: share of the documents to hold out, above 0 and below 1.
-        json_key: key of the text in `.jsonl` files.
         on_error: what to do at a line that cannot be used.
 
     Raises:
@@ -60,7 +58,7 @@ def split_documents(
     for place in (train, held_out):
         if place.is_dir():
             raise DataError(f"cannot write {place}: it is a folder; name a file in it")
-    hashes = {_hash(text) for text in iterate_documents(reader, json_key, on_error) if text}
+    hashes = {_hash(text) for text in iterate_documents(reader, on_error) if text}
     if len(hashes) < 2:
         raise DataError(
             f"{', '.join(map(str, reader.paths))}: {len(hashes)} different document(s), too few "
@@ -75,7 +73,7 @@ def split_documents(
             staged[False].open("w", encoding="utf-8") as train_file,
             staged[True].open("w", encoding="utf-8") as held_out_file,
         ):
-            for text in filter(None, iterate_documents(reader, json_key, on_error)):
+            for text in filter(None, iterate_documents(reader, on_error)):
                 side = _hash(text) in chosen
                 kept[side] += 1
                 line = json.dumps({"text": text}, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""Documents out of text files: `.jsonl` and `.txt`, plain or packed as `.gz` or `.zst`.
+"""Documents out of text files: `.jsonl` and `.txt`, plain or packed as `.gz` or `.zst`, `.parquet`.
 
 Reading is split in two, so that a reader can stay ahead of the threads that parse: a
 `DocumentReader` yields raw documents in file order with their line numbers, `parse` turns one
@@ -8,18 +8,20 @@ into text.
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import logging
+import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import zstandard
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data.decompression import decompressed
+from megatron_bert.data.parquet_text import ParquetText
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +31,16 @@ TextDocuments = Literal["line", "blank-line"]
 OnError = Literal["skip", "fail"]
 """What happens at a line that cannot be used: it is left out and counted, or the work ends."""
 
+Normalization = Literal["none", "nfkc"]
+"""Text as it stands, or in Unicode's normalization form KC: full-width letters as ASCII, half-width
+kana as full-width, `㌔` as `キロ`; it cannot be undone."""
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_READ_BYTES = 1 << 20
 _SKIPS_SHOWN = 20
 
 
 class LineError(DataError):
-    """One line of a text file cannot be used; the message names file, line number and remedy."""
+    """A line or row of a file cannot be used; the message names file, number and remedy."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,32 @@ class RawDocument:
 
     Attributes:
         path: the file.
-        line: number of the document's first line, from 1.
+        line: number of the document's first line, or of its row, from 1.
         data: the bytes, without the last line end.
         json: whether they are a JSON object rather than the text itself.
+        unit: what `line` counts.
+        fields: of a row: values by field key, strings as UTF-8.
+        problem: what the reader found to be wrong with it; `parse` raises it.
     """
 
     path: Path
     line: int
     data: bytes
     json: bool
+    unit: Literal["line", "row"] = "line"
+    fields: Mapping[str, object] = field(default_factory=dict)
+    problem: str = ""
+
+
+class ParsedText(NamedTuple):
+    """A document's text and, in the order of the field keys, the values of its fields.
+
+    A string stands as it is, a number or boolean as its JSON text, None for a field that is absent
+    or null.
+    """
+
+    text: str
+    fields: tuple[str | None, ...] = ()
 
 
 class DocumentReader:
@@ -60,37 +82,57 @@ class DocumentReader:
 
     Attributes:
         paths: the files.
-        sizes: bytes of each on disk.
+        json_key: key of the text in `.jsonl`, name of its column in `.parquet`.
+        field_keys: keys of the fields that `parse` will be asked for.
+        sizes: bytes of each file on disk.
         total_bytes: their sum.
     """
 
-    def __init__(self, paths: Sequence[Path], txt_documents: TextDocuments = "line") -> None:
-        """Check that every file can be opened and has a known kind; `DataError` otherwise."""
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        txt_documents: TextDocuments = "line",
+        json_key: str = "text",
+        field_keys: Sequence[str] = (),
+    ) -> None:
+        """Check that every file can be opened, has a known kind and, as `.parquet`, the columns.
+
+        Raises:
+            DataError: one cannot be used, or pyarrow is missing.
+        """
         self.paths = list(paths)
+        self.json_key = json_key
+        self.field_keys = tuple(field_keys)
         self._txt_documents = txt_documents
         for path in self.paths:
             _kind(path)
         self.sizes = [_size(path) for path in self.paths]
         self.total_bytes = sum(self.sizes)
+        for path in self.paths:
+            if _kind(path) == ".parquet":
+                self._rows_of(path)
         self._finished_bytes = 0
-        self._current: BinaryIO | None = None
+        self._current_bytes: Callable[[], int] | None = None
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the files on disk read so far, for a progress bar."""
-        current = self._current
-        return self._finished_bytes + (0 if current is None else current.tell())
+        current = self._current_bytes
+        return self._finished_bytes + (0 if current is None else current())
 
     def __iter__(self) -> Iterator[RawDocument]:
         """Raw documents in order.
 
         Raises:
-            DataError: a file cannot be read, or its compressed stream is damaged or cut short.
+            DataError: a file cannot be read, or is damaged or cut short.
         """
         self._finished_bytes = 0
         for path, size in zip(self.paths, self.sizes, strict=True):
             try:
-                yield from self._documents_of(path)
+                if _kind(path) == ".parquet":
+                    yield from self._documents_of_rows(path, size)
+                else:
+                    yield from self._documents_of_lines(path)
             except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
                 raise DataError(
                     f"{path} is damaged or cut short ({error}); make or copy it again"
@@ -99,41 +141,90 @@ class DocumentReader:
                 raise DataError(
                     f"cannot read {path}: {error.strerror or error}; check the disk that holds it"
                 ) from error
+            finally:
+                self._current_bytes = None
             self._finished_bytes += size
 
-    def _documents_of(self, path: Path) -> Iterator[RawDocument]:
+    def _documents_of_lines(self, path: Path) -> Iterator[RawDocument]:
         with path.open("rb") as file:
-            self._current = file
-            try:
-                lines = _lines(_decompressed(file, path.suffix))
-                if _kind(path) == ".jsonl":
-                    for number, line in lines:
-                        if line and not line.isspace():
-                            yield RawDocument(path, number, line, json=True)
-                elif self._txt_documents == "line":
-                    for number, line in lines:
-                        yield RawDocument(path, number, line, json=False)
-                else:
-                    yield from _blocks(path, lines)
-            finally:
-                self._current = None
+            self._current_bytes = file.tell
+            lines = _lines(decompressed(file, path.suffix))
+            if _kind(path) == ".jsonl":
+                for number, line in lines:
+                    if line and not line.isspace():
+                        yield RawDocument(path, number, line, json=True)
+            elif self._txt_documents == "line":
+                for number, line in lines:
+                    yield RawDocument(path, number, line, json=False)
+            else:
+                yield from _blocks(path, lines)
+
+    def _documents_of_rows(self, path: Path, size: int) -> Iterator[RawDocument]:
+        rows = self._rows_of(path)
+        number = 0
+        self._current_bytes = lambda: size * number // rows.num_rows
+        for number, text, fields in rows:
+            problem = f"{self.json_key!r} is null" if text is None else ""
+            yield RawDocument(path, number, text or b"", False, "row", fields, problem)
+
+    def _rows_of(self, path: Path) -> ParquetText:
+        return ParquetText(path, self.json_key, self.field_keys)
 
 
-def parse(document: RawDocument, json_key: str) -> str:
-    """Text of a raw document.
+def parse(
+    document: RawDocument,
+    json_key: str,
+    field_keys: Sequence[str] = (),
+    normalize: Normalization = "none",
+) -> ParsedText:
+    """Text and fields of a raw document.
+
+    A key that the object does not have is taken for a path of keys with dots in between, into
+    objects inside it. Both sorts of keys are those of the document's reader.
 
     Raises:
-        LineError: invalid UTF-8, broken JSON, no such key, a value that is no string, or a text
-            with half a surrogate pair, which no UTF-8 file can hold.
+        LineError: invalid UTF-8, broken JSON, no such key, a text that is no string, a field that
+            is an object or a list, or half a surrogate pair, which no UTF-8 file can hold.
     """
+    if document.problem:
+        raise _line_error(document, document.problem)
+    text = _decode(document)
+    values = document.fields
+    if document.json:
+        values = _json_object(document, text)
+        text = _json_text(document, values, json_key)
+    fields = tuple([_field(document, key, find_value(values, key)) for key in field_keys])
+    # Only an escape can bring in a lone surrogate: decoded UTF-8 has none.
+    if b"\\u" in document.data:
+        for key, value in zip((json_key, *field_keys), (text, *fields), strict=True):
+            if value is not None and not _is_encodable(value):
+                raise _line_error(document, f"{key!r} holds half a surrogate pair")
+    if normalize == "nfkc":
+        # It gives text back that is normalized already, found out in one quick pass.
+        text = unicodedata.normalize("NFKC", text)
+    return ParsedText(text, fields)
+
+
+def find_value(values: Mapping[str, Any], key: str) -> Any:
+    """Value of a key, or of a path `key.key` into objects inside; None where there is none."""
+    if key in values:
+        return values[key]
+    name, _, rest = key.partition(".")
+    inner = values.get(name) if rest else None
+    return find_value(inner, rest) if isinstance(inner, dict) else None
+
+
+def _decode(document: RawDocument) -> str:
     try:
-        decoded = document.data.decode("utf-8")
+        return document.data.decode("utf-8")
     except UnicodeDecodeError as error:
         # Offsets count from the document's start, which for a block is not the line's.
-        line = document.line + document.data[: error.start].count(b"\n")
-        raise _line_error(document, f"invalid UTF-8 ({error.reason})", line) from error
-    if not document.json:
-        return decoded
+        lines = document.data[: error.start].count(b"\n") if document.unit == "line" else 0
+        problem = f"invalid UTF-8 ({error.reason})"
+        raise _line_error(document, problem, document.line + lines) from error
+
+
+def _json_object(document: RawDocument, decoded: str) -> dict[str, Any]:
     try:
         value = json.loads(decoded)
     # Beside JSONDecodeError: a number of more digits than Python converts, brackets too deep.
@@ -141,21 +232,35 @@ def parse(document: RawDocument, json_key: str) -> str:
         raise _line_error(document, f"broken JSON ({error})") from error
     if not isinstance(value, dict):
         raise _line_error(document, "not a JSON object")
-    if json_key not in value:
-        keys = ", ".join(repr(key) for key in list(value)[:8]) or "none"
+    return value
+
+
+def _json_text(document: RawDocument, values: Mapping[str, Any], json_key: str) -> str:
+    text = find_value(values, json_key)
+    if isinstance(text, str):
+        return text
+    if text is None and json_key not in values:
+        keys = ", ".join(repr(key) for key in list(values)[:8]) or "none"
         raise _line_error(document, f"no key {json_key!r} (keys here: {keys}); see --json-key")
-    text = value[json_key]
-    if not isinstance(text, str):
-        raise _line_error(document, f"{json_key!r} is not a string but {type(text).__name__}")
-    # Only an escape can bring in a lone surrogate: decoded UTF-8 has none.
-    if b"\\u" in document.data and not _is_encodable(text):
-        raise _line_error(document, f"{json_key!r} holds half a surrogate pair")
-    return text
+    raise _line_error(document, f"{json_key!r} is not a string but {type(text).__name__}")
 
 
-def iterate_documents(
-    reader: DocumentReader, json_key: str = "text", on_error: OnError = "fail"
-) -> Iterator[str]:
+def _field(document: RawDocument, key: str, value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _line_error(document, f"invalid UTF-8 in {key!r} ({error.reason})") from error
+    raise _line_error(
+        document, f"field {key!r} is no string, number or boolean but {type(value).__name__}"
+    )
+
+
+def iterate_documents(reader: DocumentReader, on_error: OnError = "fail") -> Iterator[str]:
     """Text of each document of a reader; lines that cannot be used are left out or end it.
 
     Those left out are reported in the log.
@@ -166,7 +271,7 @@ def iterate_documents(
     skipped = 0
     for document in reader:
         try:
-            text = parse(document, json_key)
+            text = parse(document, reader.json_key).text
         except LineError as error:
             if on_error == "fail":
                 raise
@@ -185,9 +290,10 @@ def report_skipped(error: LineError, skipped_before: int) -> None:
 
 
 def _line_error(document: RawDocument, problem: str, line: int | None = None) -> LineError:
+    unit = document.unit
     return LineError(
-        f"{document.path}, line {line or document.line}: {problem}; "
-        f"mend the line, or leave such lines out with --on-error skip"
+        f"{document.path}, {unit} {line or document.line}: {problem}; "
+        f"mend the {unit}, or leave such {unit}s out with --on-error skip"
     )
 
 
@@ -201,10 +307,10 @@ def _is_encodable(text: str) -> bool:
 
 def _kind(path: Path) -> str:
     name = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-    if name.suffix not in (".jsonl", ".txt"):
+    if name.suffix not in (".jsonl", ".txt") and path.suffix != ".parquet":
         raise DataError(
             f"{path}: unknown kind of text file; expected .jsonl or .txt, or either with .gz or "
-            f".zst"
+            f".zst, or .parquet"
         )
     return name.suffix
 
@@ -220,48 +326,6 @@ def _size(path: Path) -> int:
         raise DataError(
             f"cannot read {path}: {error.strerror}; check the --input paths and who may read them"
         ) from error
-
-
-def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
-    if suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstandardReader(file), _READ_BYTES))
-    return file
-
-
-class _ZstandardReader(io.RawIOBase):
-    """All frames of a zstd stream; zstandard's own reader takes a cut stream for its end."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        # Files packed with `zstd --long=31` need the format's largest window.
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame = self._decompressor.decompressobj()
-        self._pending = memoryview(b"")
-        self._inside_frame = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._pending:
-            chunk = b""
-            if self._frame.eof:
-                chunk = self._frame.unused_data
-                self._frame = self._decompressor.decompressobj()
-                self._inside_frame = False
-            chunk = chunk or self._file.read(zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE)
-            if not chunk:
-                if self._inside_frame:
-                    raise EOFError("the last zstd frame has no end")
-                return 0
-            self._inside_frame = True
-            self._pending = memoryview(self._frame.decompress(chunk))
-        count = min(len(buffer), len(self._pending))
-        buffer[:count] = self._pending[:count]
-        self._pending = self._pending[count:]
-        return count
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:

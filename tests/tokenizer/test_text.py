@@ -14,8 +14,11 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.text import (
     DocumentReader,
     LineError,
+    ParsedText,
+    RawDocument,
     TextDocuments,
     iterate_documents,
+    parse,
 )
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -24,6 +27,10 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".zst": zstandard.ZstdCompressor().compress,
 }
 TEXTS = ["吾輩は猫である。\n名前はまだ無い。", "", "The fox", "  spaces  "]
+
+
+def raw_json(content: str) -> RawDocument:
+    return RawDocument(Path("corpus.jsonl"), 7, content.encode(), json=True)
 
 
 def jsonl(texts: list[str]) -> bytes:
@@ -145,7 +152,7 @@ def test_a_damaged_packed_file_is_an_error(tmp_path: Path, suffix: str, damage: 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.jsonl", "no such file"), ("corpus.parquet", "unknown kind"), ("a.gz", "unknown kind")],
+    [("none.jsonl", "no such file"), ("corpus.csv", "unknown kind"), ("a.gz", "unknown kind")],
 )
 def test_a_missing_or_unknown_file_is_refused_before_any_is_read(
     tmp_path: Path, name: str, message: str
@@ -165,3 +172,55 @@ def test_progress_ends_at_the_size_of_all_files(tmp_path: Path, suffix: str) -> 
     seen = [reader.bytes_read for _ in reader]
     assert seen == sorted(seen)
     assert reader.bytes_read == reader.total_bytes == sum(p.stat().st_size for p in paths)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('"ja"', "ja"),
+        ('""', ""),
+        ("null", None),
+        ("7", "7"),
+        ("-1.5", "-1.5"),
+        ("1.0", "1.0"),
+        ("true", "true"),
+        ("false", "false"),
+    ],
+)
+def test_the_value_of_a_field_is_its_string_or_its_json_text(
+    value: str, expected: str | None
+) -> None:
+    document = raw_json(f'{{"text": "猫", "a": {value}}}')
+    assert parse(document, "text", ["a", "b"]) == ParsedText("猫", (expected, None))
+
+
+def test_a_dot_leads_into_objects_unless_the_whole_name_is_a_key() -> None:
+    document = raw_json('{"a": {"b": {"c": "deep"}, "b.c": "inner"}, "a.b": "whole", "s": "x"}')
+    keys = ["a.b", "a.b.c", "a.d", "s.x", "a.b.c.d"]
+    assert parse(document, "a.b.c", keys) == ParsedText(
+        "inner", ("whole", "inner", None, None, None)
+    )
+
+
+def test_a_line_of_txt_has_no_fields() -> None:
+    document = RawDocument(Path("corpus.txt"), 1, b"a", json=False)
+    assert parse(document, "text", ["lang"]) == ParsedText("a", (None,))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("{}", "field 'a' is no string, number or boolean but dict"),
+        ("[1]", "field 'a' is no string, number or boolean but list"),
+        ('"\\ud83d"', "'a' holds half a surrogate pair"),
+    ],
+)
+def test_a_field_that_cannot_be_counted_is_an_error_of_its_line(value: str, problem: str) -> None:
+    with pytest.raises(LineError, match=rf"corpus\.jsonl, line 7: {problem}"):
+        parse(raw_json(f'{{"text": "b", "a": {value}}}'), "text", ["a"])
+
+
+def test_nfkc_normalizes_the_text_and_no_field() -> None:
+    document = raw_json('{"text": "ﾈｺ㌔Ａ１ か\\u3099", "a": "Ａ"}')
+    assert parse(document, "text", ["a"], "nfkc") == ParsedText("ネコキロA1 が", ("Ａ",))
+    assert parse(document, "text").text == "ﾈｺ㌔Ａ１ か\u3099"

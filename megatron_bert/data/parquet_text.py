@@ -1,0 +1,219 @@
+"""Rows of Parquet files: the text column and the fields asked for, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megatron_bert.config.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# Of decoded text at a time; what the row group says of its size decides on the rows.
+_BATCH_BYTES = 4 << 20
+_BATCH_ROWS = 4096
+# Without a buffer the columns of a whole row group, which may be gigabytes, are read at once.
+_READ_BYTES = 1 << 20
+
+
+class ParquetRow(NamedTuple):
+    """One row.
+
+    Attributes:
+        number: of the row in the file, from 1.
+        text: UTF-8, not checked; None for a null.
+        fields: values by key: str as bytes of UTF-8, bool, int, float, or None for a null. Keys
+            for which the file has no column are left out.
+    """
+
+    number: int
+    text: bytes | None
+    fields: Mapping[str, object]
+
+
+class ParquetText:
+    """A Parquet file whose rows are documents.
+
+    Attributes:
+        num_rows: of the whole file.
+    """
+
+    def __init__(self, path: Path, json_key: str, field_keys: Sequence[str] = ()) -> None:
+        """Check the columns; no row is read yet, and the file is closed again.
+
+        Args:
+            path: the file.
+            json_key: name of the text column. A name that no column has is taken for a path of
+                names with dots in between, into columns of structs.
+            field_keys: names of the fields' columns, which may be missing.
+
+        Raises:
+            DataError: pyarrow is not installed, the file cannot be read, there is no such column,
+                or its type is none of those that go.
+        """
+        self._path = path
+        self._parquet = _import_parquet(path)
+        with self._open() as file:
+            self.num_rows: int = file.metadata.num_rows
+            schema = file.schema_arrow
+        self._text_path = _text_path(path, schema, json_key)
+        self._field_paths = _field_paths(path, schema, field_keys)
+
+    def __iter__(self) -> Iterator[ParquetRow]:
+        """Rows in order.
+
+        Raises:
+            DataError: the file cannot be read or is damaged.
+        """
+        paths = {self._text_path, *self._field_paths.values()}
+        columns = [".".join(path) for path in paths]
+        first = 1
+        with self._open() as file:
+            for group in range(file.num_row_groups):
+                batches = file.iter_batches(
+                    batch_size=_batch_rows(file.metadata.row_group(group), self._text_path),
+                    row_groups=[group],
+                    columns=columns,
+                    use_threads=False,
+                )
+                for batch in batches:
+                    yield from self._rows(batch, first)
+                    first += batch.num_rows
+        if first - 1 != self.num_rows:
+            raise DataError(
+                f"{self._path} is damaged: it has {first - 1:,} rows and tells of "
+                f"{self.num_rows:,}; make or copy it again"
+            )
+
+    def _rows(self, batch: pyarrow.RecordBatch, first: int) -> Iterator[ParquetRow]:
+        texts = _values(batch, self._text_path)
+        fields = {key: _values(batch, path) for key, path in self._field_paths.items()}
+        for number, text in enumerate(texts):
+            yield ParquetRow(
+                first + number, text, {key: values[number] for key, values in fields.items()}
+            )
+
+    @contextmanager
+    def _open(self) -> Iterator[pyarrow.parquet.ParquetFile]:
+        import pyarrow
+
+        try:
+            with self._parquet.ParquetFile(
+                self._path,
+                buffer_size=_READ_BYTES,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            ) as file:
+                yield file
+        except (pyarrow.ArrowException, OSError) as error:
+            # pyarrow's own errors of reading are OSErrors too, but for the system's number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = str(error).partition("\n")[0]
+            raise DataError(
+                f"{self._path} is damaged, cut short or no Parquet file ({reason}); make or copy "
+                f"it again"
+            ) from error
+
+
+def _import_parquet(path: Path) -> ModuleType:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow, which cannot be imported ({error}); install "
+            f"it: pip install -c constraints.txt -e '.[parquet]'"
+        ) from error
+    parquet: ModuleType = pyarrow.parquet
+    return parquet
+
+
+def _text_path(path: Path, schema: pyarrow.Schema, json_key: str) -> tuple[str, ...]:
+    column = _find(schema, json_key)
+    if column is None:
+        there = ", ".join(repr(name) for name in schema.names) or "none"
+        raise DataError(f"{path}: no column {json_key!r} (columns here: {there}); see --json-key")
+    names, kind = column
+    if not _is_string(kind):
+        raise DataError(
+            f"{path}: column {json_key!r} is not of strings but of type {kind}; name the text's "
+            f"column with --json-key"
+        )
+    return names
+
+
+def _field_paths(
+    path: Path, schema: pyarrow.Schema, field_keys: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    found = {key: column for key in field_keys if (column := _find(schema, key)) is not None}
+    for key, (_, kind) in found.items():
+        if not (_is_string(kind) or _is_plain(kind)):
+            raise DataError(
+                f"{path}: field {key!r} is of type {kind}; only strings, numbers and booleans can "
+                f"be counted, so name another column"
+            )
+    return {key: names for key, (names, _) in found.items()}
+
+
+def _find(
+    schema: pyarrow.Schema | pyarrow.StructType, key: str
+) -> tuple[tuple[str, ...], pyarrow.DataType] | None:
+    """Names that lead to a column, and its type: as `find_value` in objects of JSON."""
+    from pyarrow import types
+
+    # -1 also where two columns share the name.
+    index = schema.get_field_index(key)
+    if index >= 0:
+        return (key,), schema.field(index).type
+    name, _, rest = key.partition(".")
+    index = schema.get_field_index(name) if rest else -1
+    if index < 0 or not types.is_struct(schema.field(index).type):
+        return None
+    inner = _find(schema.field(index).type, rest)
+    return None if inner is None else ((name, *inner[0]), inner[1])
+
+
+def _is_string(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_plain(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    return bool(
+        types.is_boolean(kind)
+        or types.is_integer(kind)
+        or types.is_floating(kind)
+        or types.is_null(kind)
+    )
+
+
+def _values(batch: pyarrow.RecordBatch, path: tuple[str, ...]) -> list[Any]:
+    import pyarrow
+    from pyarrow import compute, types
+
+    name, *inner = path
+    array = batch.column(name)
+    for name in inner:
+        array = compute.struct_field(array, name)
+    if not _is_string(array.type):
+        return list(array.to_pylist())
+    if types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    # As bytes: parse names the row whose text is no UTF-8, where to_pylist would fail for all.
+    return list(array.cast(pyarrow.large_binary()).to_pylist())
+
+
+def _batch_rows(group: pyarrow.parquet.RowGroupMetaData, text_path: tuple[str, ...]) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    name = ".".join(text_path)
+    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
+    return int(max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, size))))
