@@ -18,7 +18,7 @@ namespace {
 constexpr double two_to_32 = 4294967296.0;
 
 /// Least common multiple of 1..max_unit_tokens: makes the shares 1/k whole numbers.
-constexpr std::uint64_t ngram_shares = 840;
+constexpr std::int32_t ngram_shares = 840;
 
 void require(bool holds, const std::string& message) {
     if (!holds) {
@@ -87,13 +87,13 @@ void clear_slots(const MaskedSlots& slots, std::size_t used) noexcept {
     std::fill(slots.weights + used, slots.weights + slots.size, 0.0F);
 }
 
-Masker::Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words)
-    : vocabulary_(std::move(vocabulary)), options_(options), words_(std::move(words)) {
+Masker::Masker(Vocabulary vocabulary, MaskingOptions options, const WordTables& words)
+    : vocabulary_(std::move(vocabulary)), options_(options) {
     check_options(options_);
     require(vocabulary_.size > 0, "the vocabulary is empty");
     const auto size = static_cast<std::size_t>(vocabulary_.size);
     if (options_.unit == MaskUnit::whole_word) {
-        check_tables(words_, size);
+        check_tables(words, size);
     }
     is_special_.assign(size, false);
     std::vector<std::int32_t> special_ids = vocabulary_.special_ids;
@@ -112,10 +112,15 @@ Masker::Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words)
         }
     }
     require(!ordinary_ids_.empty(), "every id of the vocabulary is special");
-    std::uint64_t shares = 0;
-    for (std::int64_t length = 1; length <= options_.max_ngram; ++length) {
-        shares += ngram_shares / static_cast<std::uint64_t>(length);
-        ngram_shares_end_.push_back(shares);
+    ngram_shares_end_.fill(std::numeric_limits<std::int32_t>::max());
+    std::int32_t shares = 0;
+    for (std::int32_t length = 1; length <= options_.max_ngram; ++length) {
+        shares += ngram_shares / length;
+        ngram_shares_end_[static_cast<std::size_t>(length) - 1] = shares;
+    }
+    num_ngram_shares_ = static_cast<std::uint64_t>(shares);
+    for (std::size_t id = 0; id < words.first_class.size(); ++id) {
+        word_ends_.push_back({words.first_class[id], words.last_class[id], words.starts_word[id]});
     }
     mask_below_ = static_cast<std::uint64_t>(options_.mask_ratio * two_to_32);
     random_below_ = mask_below_ + static_cast<std::uint64_t>(options_.random_ratio * two_to_32);
@@ -133,7 +138,7 @@ void Masker::mask(std::span<std::int32_t> tokens, std::span<const Text> texts, d
             choose_tokens(target, random, scratch);
             break;
         case MaskUnit::whole_word:
-            list_words(tokens, texts, scratch);
+            list_words(tokens, scratch);
             choose_units(target, slots.size, random, scratch);
             break;
         case MaskUnit::ngram:
@@ -169,80 +174,79 @@ std::int32_t Masker::replacement(std::int32_t token, CounterRandom& random) cons
 void Masker::list_maskable(std::span<const std::int32_t> tokens, std::span<const Text> texts,
                            Scratch& scratch) const {
     scratch.maskable.resize(tokens.size());
+    scratch.runs.clear();
     std::int32_t* next = scratch.maskable.data();
     for (const Text& text : texts) {
-        const auto begin = static_cast<std::int32_t>(text.begin);
         const auto words = tokens.subspan(text.begin, text.length);
         if (smallest(words) > largest_special_) {
             // As good as always: special ids are the first ones, and text holds none.
-            std::iota(next, next + words.size(), begin);
+            std::iota(next, next + words.size(), static_cast<std::int32_t>(text.begin));
             next += words.size();
+            scratch.runs.push_back(text);
             continue;
         }
-        // Written without a branch: where specials stand is hard to predict.
         for (std::size_t i = 0; i < words.size(); ++i) {
-            *next = begin + static_cast<std::int32_t>(i);
-            next += is_special(words[i]) ? 0 : 1;
+            if (is_special(words[i])) {
+                continue;
+            }
+            if (i == 0 || is_special(words[i - 1])) {
+                scratch.runs.push_back(text.from(i));
+                scratch.runs.back().length = 0;
+            }
+            ++scratch.runs.back().length;
+            *next++ = static_cast<std::int32_t>(text.begin + i);
         }
     }
     scratch.maskable.resize(static_cast<std::size_t>(next - scratch.maskable.data()));
 }
 
-bool Masker::starts_word(std::int32_t previous, std::int32_t token) const noexcept {
-    const auto before = static_cast<std::size_t>(previous);
-    const auto after = static_cast<std::size_t>(token);
-    return words_.starts_word[after] != 0 ||
-           words_.last_class[before] != words_.first_class[after];
-}
-
-void Masker::list_words(std::span<const std::int32_t> tokens, std::span<const Text> texts,
-                        Scratch& scratch) const {
+void Masker::list_words(std::span<const std::int32_t> tokens, Scratch& scratch) const {
     scratch.units.clear();
-    auto text = texts.begin();
-    for (const std::int32_t position : scratch.maskable) {
-        const auto place = static_cast<std::size_t>(position);
-        while (place >= text->begin + text->length) {
-            ++text;
-        }
-        const bool continues = !scratch.units.empty() && place > text->begin &&
-                               scratch.units.back().begin + scratch.units.back().length == position &&
-                               scratch.units.back().length < max_unit_tokens;
-        if (continues && !(text->word_starts != nullptr
-                               ? text->word_starts[place - text->begin] != 0
-                               : starts_word(tokens[place - 1], tokens[place]))) {
-            ++scratch.units.back().length;
-        } else {
-            scratch.units.push_back({position, 1});
+    for (const Text& run : scratch.runs) {
+        WordEnds before;
+        for (std::size_t i = 0; i < run.length; ++i) {
+            const std::size_t place = run.begin + i;
+            const WordEnds ends = word_ends_[static_cast<std::size_t>(tokens[place])];
+            const bool starts = run.word_starts != nullptr
+                                    ? run.word_starts[i] != 0
+                                    : ends.starts_word != 0 || before.last != ends.first;
+            if (i == 0 || starts || scratch.units.back().length == max_unit_tokens) {
+                scratch.units.push_back({static_cast<std::int32_t>(place), 1});
+            } else {
+                ++scratch.units.back().length;
+            }
+            before = ends;
         }
     }
+}
+
+void Masker::list_ngrams(CounterRandom& random, Scratch& scratch) const {
+    scratch.units.clear();
+    for (const Text& run : scratch.runs) {
+        auto begin = static_cast<std::int32_t>(run.begin);
+        const std::int32_t end = begin + static_cast<std::int32_t>(run.length);
+        while (begin < end) {
+            const std::int32_t length = std::min(draw_ngram_length(random), end - begin);
+            scratch.units.push_back({begin, length});
+            begin += length;
+        }
+    }
+}
+
+std::int32_t Masker::draw_ngram_length(CounterRandom& random) const noexcept {
+    const auto drawn = static_cast<std::int32_t>(random.below(num_ngram_shares_));
+    // Without a branch: lengths are hard to predict.
+    std::int32_t length = 1;
+    for (const std::int32_t end : ngram_shares_end_) {
+        length += drawn >= end ? 1 : 0;
+    }
+    return length;
 }
 
 void Masker::choose_tokens(std::int64_t target, CounterRandom& random, Scratch& scratch) const {
     for (std::size_t drawn = 0; drawn < static_cast<std::size_t>(target); ++drawn) {
         choose(scratch, static_cast<std::size_t>(draw(scratch.maskable, drawn, random)));
     }
-}
-
-void Masker::list_ngrams(CounterRandom& random, Scratch& scratch) const {
-    scratch.units.clear();
-    std::int64_t left = 0;
-    for (const std::int32_t position : scratch.maskable) {
-        const bool adjoins = !scratch.units.empty() &&
-                             scratch.units.back().begin + scratch.units.back().length == position;
-        if (left > 0 && adjoins) {
-            ++scratch.units.back().length;
-        } else {
-            scratch.units.push_back({position, 1});
-            left = draw_ngram_length(random);
-        }
-        --left;
-    }
-}
-
-std::int64_t Masker::draw_ngram_length(CounterRandom& random) const noexcept {
-    const std::uint64_t drawn = random.below(ngram_shares_end_.back());
-    const auto end = std::ranges::upper_bound(ngram_shares_end_, drawn);
-    return end - ngram_shares_end_.begin() + 1;
 }
 
 void Masker::choose_units(std::int64_t target, std::size_t num_slots, CounterRandom& random,

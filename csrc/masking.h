@@ -1,6 +1,7 @@
 // Masked language modelling: which tokens of a row are hidden, and what stands in their place.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -45,6 +46,12 @@ struct Text {
     std::size_t length = 0;
     /// One byte a token, whether a word begins there; null where the vocabulary is to tell.
     const std::uint8_t* word_starts = nullptr;
+
+    /// What is left of the text from its token number `offset` on.
+    Text from(std::size_t offset) const noexcept {
+        return {begin + offset, length - offset,
+                word_starts == nullptr ? nullptr : word_starts + offset};
+    }
 };
 
 /// Where a row's masked tokens are written: arrays of `size` slots.
@@ -71,12 +78,13 @@ class Masker {
             std::int32_t length = 0;
         };
         std::vector<std::int32_t> maskable;  ///< positions that may be masked, ascending
+        std::vector<Text> runs;              ///< the same as stretches without a gap
         std::vector<Unit> units;             ///< words or spans of them
         std::vector<std::uint64_t> chosen;  ///< one bit a position
     };
 
     /// Throws std::invalid_argument for options or tables that make no sense together.
-    Masker(Vocabulary vocabulary, MaskingOptions options, WordTables words);
+    Masker(Vocabulary vocabulary, MaskingOptions options, const WordTables& words);
 
     const Vocabulary& vocabulary() const noexcept { return vocabulary_; }
 
@@ -94,15 +102,13 @@ class Masker {
     bool is_special(std::int32_t token) const noexcept {
         return is_special_[static_cast<std::size_t>(token)];
     }
-    bool starts_word(std::int32_t previous, std::int32_t token) const noexcept;
     void list_maskable(std::span<const std::int32_t> tokens, std::span<const Text> texts,
                        Scratch& scratch) const;
-    void list_words(std::span<const std::int32_t> tokens, std::span<const Text> texts,
-                    Scratch& scratch) const;
+    void list_words(std::span<const std::int32_t> tokens, Scratch& scratch) const;
     /// Divides the maskable tokens into spans whose length k is drawn in proportion to 1/k, as long
     /// as the text goes on.
     void list_ngrams(CounterRandom& random, Scratch& scratch) const;
-    std::int64_t draw_ngram_length(CounterRandom& random) const noexcept;
+    std::int32_t draw_ngram_length(CounterRandom& random) const noexcept;
     std::int32_t replacement(std::int32_t token, CounterRandom& random) const noexcept;
 
     void choose_tokens(std::int64_t target, CounterRandom& random, Scratch& scratch) const;
@@ -111,13 +117,21 @@ class Masker {
     void choose_units(std::int64_t target, std::size_t num_slots, CounterRandom& random,
                       Scratch& scratch) const;
 
+    /// A row of the word tables.
+    struct WordEnds {
+        std::uint8_t first = 0;
+        std::uint8_t last = 0;
+        std::uint8_t starts_word = 0;
+    };
+
     Vocabulary vocabulary_;
     MaskingOptions options_;
-    WordTables words_;
     std::vector<bool> is_special_;
     std::int32_t largest_special_ = 0;
     std::vector<std::int32_t> ordinary_ids_;
-    std::vector<std::uint64_t> ngram_shares_end_;  ///< summed up to each length
+    std::vector<WordEnds> word_ends_;  ///< of each id
+    std::array<std::int32_t, max_unit_tokens> ngram_shares_end_{};  ///< summed up to each length
+    std::uint64_t num_ngram_shares_ = 0;
     std::uint64_t mask_below_ = 0;    ///< of 2^32
     std::uint64_t random_below_ = 0;  ///< of 2^32
 };

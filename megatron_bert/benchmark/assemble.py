@@ -58,7 +58,7 @@ class RowBuffers:
     """Arrays of one batch: B rows of S slots, M of them masked."""
 
     def __init__(self, mlm: MlmConfig, seq_length: int) -> None:
-        shape_BM = (ROWS_AT_A_TIME, masked_slots(mlm, seq_length))
+        shape_BM = (ROWS_AT_A_TIME, masked_slots(mlm.probability, mlm.unit, seq_length))
         self._tokens_BS = np.empty((ROWS_AT_A_TIME, seq_length), dtype=np.int32)
         self._positions_BS = np.empty_like(self._tokens_BS)
         self._masked_BM = np.empty(shape_BM, dtype=np.int32)

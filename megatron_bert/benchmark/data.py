@@ -180,7 +180,7 @@ def _measure(
     versions: dict[str, str],
     say: Callable[[str], None],
 ) -> DataFigures:
-    sizes, weights = options.sizes, [corpus.weight for corpus in options.recipe.data.train]
+    sizes, weights = options.sizes, [c.weight_or_default for c in options.recipe.data.train]
     # First, because the user's files can be wrong.
     say("preparing the corpus and the tokenizer")
     texts = read_documents(options.corpus, options.json_key, sizes.text_bytes)
@@ -230,7 +230,7 @@ def _plan_work(recipe: Config, sizes: DataSizes) -> PlanWork:
     return PlanWork(
         documents=sizes.plan_documents,
         tokens=sizes.plan_tokens,
-        weights=[corpus.weight for corpus in recipe.data.train],
+        weights=[corpus.weight_or_default for corpus in recipe.data.train],
         stages=[
             (stage.seq_length, max(1, stage.steps // sizes.plan_shortening) * rows)
             for stage in recipe.curriculum

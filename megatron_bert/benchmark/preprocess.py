@@ -69,7 +69,7 @@ def read_documents(paths: Sequence[Path], json_key: str, text_bytes: int) -> lis
             raise DataError(f"--corpus {path}: no such file; name .jsonl or .txt files")
     texts: list[str] = []
     total = 0
-    for text in iterate_documents(DocumentReader(paths), json_key, "skip"):
+    for text in iterate_documents(DocumentReader(paths, json_key=json_key), "skip"):
         texts.append(text)
         total += len(text.encode())
         if total >= text_bytes:

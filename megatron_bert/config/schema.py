@@ -134,6 +134,11 @@ class Corpus(Section):
     """In place of weights, for every corpus: how often it is read, relative to the others; the
     plan says when the curriculum is too short or too long to read that often."""
 
+    @property
+    def weight_or_default(self) -> float:
+        """The weight that holds where corpora are blended by weight."""
+        return 1.0 if self.weight is None else self.weight
+
 
 class DataConfig(Section):
     """The tokenizer and the tokenized datasets."""

@@ -31,7 +31,7 @@ def blend_weights(corpora: Sequence[OpenCorpus]) -> list[float]:
 def _blend_weight(opened: OpenCorpus) -> float:
     corpus = opened.part.corpus
     if corpus.epochs is None:
-        return 1.0 if corpus.weight is None else corpus.weight
+        return corpus.weight_or_default
     # Documents that are held out have no tokens here, and as good as the same share of them all.
     share = opened.num_tokens / opened.dataset.num_tokens
     return corpus.epochs * (opened.num_tokens + 2 * opened.dataset.num_documents * share)

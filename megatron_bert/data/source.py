@@ -216,4 +216,4 @@ def _share(part: CorpusPart) -> str:
         return ""
     if part.corpus.epochs is not None:
         return f", {part.corpus.epochs:g} epochs asked for"
-    return f", weight {1.0 if part.corpus.weight is None else part.corpus.weight:g}"
+    return f", weight {part.corpus.weight_or_default:g}"
