@@ -12,6 +12,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+MAX_UNIT_TOKENS: int
+"""Most tokens of a word or span that is masked together; longer ones are divided."""
+
 class IndexedDataset:
     """A dataset in Megatron-LM's format, PREFIX.idx and PREFIX.bin, opened for reading.
 
@@ -81,9 +84,10 @@ class IndexedDatasetWriter:
         """Finish the dataset and give it its name, in place of a dataset that has it."""
 
 class DocumentLengths:
-    """The lengths of a dataset's documents on one side of a held-out split; 0 for the others.
+    """The lengths of a dataset's documents on one side of a held-out split.
 
-    A document's side follows from its number alone: no seed changes it.
+    A document's side follows from its number alone: no seed changes it. A fraction of 0 leaves all
+    documents on the side that is trained on.
 
     Args:
         dataset: the documents.
@@ -97,6 +101,10 @@ class DocumentLengths:
     @property
     def num_tokens(self) -> int:
         """Tokens of that side."""
+
+    @property
+    def num_nonempty_documents(self) -> int:
+        """Documents of that side that have a token; counted anew at each call."""
 
 class RowPlan:
     """The content of every row of a run, as a function of the row's number.
@@ -134,21 +142,24 @@ def epoch_rows(
     seq_length: int,
     seed: int = 0,
     corpus: int = 0,
+    limit: int | None = None,
 ) -> int:
     """Rows that the first epoch of corpus number `corpus` makes in a plan with this seed.
 
     Other seeds and epochs visit the documents in another order, which can change the number a
-    little.
+    little. Counting stops at `limit`.
     """
 
 class WordStarts:
     """A `.words` file beside a `.bin`: for each token a bit, 1 where a word begins.
 
     Bit k % 8 of byte k / 8 belongs to token k. Raises RuntimeError, naming the file, for another
-    size than `num_tokens` need, and OSError when it cannot be read.
+    size than `num_tokens` need and when it cannot be read.
     """
 
     def __init__(self, path: str, num_tokens: int) -> None: ...
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError, saying what happened, if the file changed since it was opened."""
 
 class BatchAssembler:
     """Turns row numbers into batches: packed, padded, masked.

@@ -71,12 +71,12 @@ BatchAssembler::BatchAssembler(std::vector<CorpusFiles> corpora,
       seed_(seed) {
     const bool matches = std::ranges::equal(
         plan_->corpora(), corpora_, [](const CorpusLengths& lengths, const CorpusFiles& files) {
-            return lengths.num_documents() == files.dataset->num_documents() &&
-                   (lengths.dataset() == files.dataset.get() ||
-                    lengths.num_tokens() == files.dataset->num_tokens());
+            return lengths.are_of(*files.dataset) &&
+                   (files.word_starts == nullptr ||
+                    files.word_starts->num_tokens() == files.dataset->num_tokens());
         });
     if (!matches) {
-        throw std::invalid_argument("the row plan was not made from these datasets");
+        throw std::invalid_argument("the row plan or the word starts are not of these datasets");
     }
     if (probabilities_.size() != plan_->stages().size()) {
         throw std::invalid_argument(std::to_string(probabilities_.size()) +

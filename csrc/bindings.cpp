@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -145,13 +147,15 @@ CorpusLengths corpus_lengths(const py::object& source) {
     if (py::isinstance<Array<std::int64_t>>(source)) {
         return {view(source.cast<Array<std::int64_t>>()), keep_alive(source)};
     }
-    throw py::type_error("lengths must be an IndexedDataset, DocumentLengths, or a contiguous array of int32 or "
-                         "int64");
+    throw py::type_error(
+        "lengths must be an IndexedDataset, DocumentLengths, or a contiguous array of int32 or "
+        "int64");
 }
 
+using StageTuples = std::vector<std::pair<std::int64_t, std::int64_t>>;
+
 std::shared_ptr<RowPlan> make_row_plan(const std::vector<py::object>& lengths,
-                                       std::vector<double> weights,
-                                       const std::vector<std::pair<std::int64_t, std::int64_t>>& stages,
+                                       std::vector<double> weights, const StageTuples& stages,
                                        std::uint64_t seed) {
     std::vector<CorpusLengths> corpora;
     for (const py::object& source : lengths) {
@@ -185,7 +189,10 @@ void bind_row_plan(py::module_& m) {
                  return CorpusLengths(std::move(dataset), {held_out_fraction, held_out});
              }),
              "dataset"_a, py::kw_only(), "held_out_fraction"_a, "held_out"_a, NoGil())
-        .def_property_readonly("num_tokens", &CorpusLengths::num_tokens);
+        .def_property_readonly("num_tokens", &CorpusLengths::num_tokens)
+        .def_property_readonly(
+            "num_nonempty_documents",
+            py::cpp_function(&CorpusLengths::count_nonempty_documents, NoGil()));
 
     py::class_<RowPlan, std::shared_ptr<RowPlan>>(m, "RowPlan")
         .def(py::init(&make_row_plan), "lengths"_a, "weights"_a, "stages"_a, "seed"_a)
@@ -202,12 +209,13 @@ void bind_row_plan(py::module_& m) {
     m.def(
         "epoch_rows",
         [](const py::object& source, std::int64_t seq_length, std::uint64_t seed,
-           std::size_t corpus) {
+           std::size_t corpus, std::optional<std::int64_t> limit) {
             const CorpusLengths lengths = corpus_lengths(source);
             const py::gil_scoped_release release;
-            return epoch_rows(lengths, seq_length, seed, corpus);
+            return epoch_rows(lengths, seq_length, seed, corpus,
+                              limit.value_or(std::numeric_limits<std::int64_t>::max()));
         },
-        "lengths"_a, "seq_length"_a, "seed"_a = 0, "corpus"_a = 0);
+        "lengths"_a, "seq_length"_a, "seed"_a = 0, "corpus"_a = 0, "limit"_a = py::none());
 }
 
 MaskUnit mask_unit_of(const std::string& name) {
@@ -277,7 +285,8 @@ std::vector<CorpusFiles> corpus_files(
 
 void bind_batch_assembler(py::module_& m) {
     py::class_<WordStarts, std::shared_ptr<WordStarts>>(m, "WordStarts")
-        .def(py::init<const std::string&, std::int64_t>(), "path"_a, "num_tokens"_a);
+        .def(py::init<const std::string&, std::int64_t>(), "path"_a, "num_tokens"_a)
+        .def("check_unchanged", &WordStarts::check_unchanged, NoGil());
 
     py::class_<BatchAssembler>(m, "BatchAssembler")
         .def(py::init([](const std::vector<std::shared_ptr<IndexedDataset>>& datasets,
@@ -295,7 +304,8 @@ void bind_batch_assembler(py::module_& m) {
                                {mask_unit_of(unit), max_ngram, mask_ratio, random_ratio},
                                {copy(first_class), copy(last_class), copy(starts_word)});
                  return std::make_unique<BatchAssembler>(
-                     corpus_files(datasets, word_starts), std::move(plan), std::move(masker), std::move(probabilities), seed);
+                     corpus_files(datasets, word_starts), std::move(plan), std::move(masker),
+                     std::move(probabilities), seed);
              }),
              "datasets"_a, "plan"_a, py::kw_only(), "cls_id"_a, "sep_id"_a, "mask_id"_a,
              "pad_id"_a, "vocab_size"_a, "special_ids"_a, "first_class"_a, "last_class"_a,
@@ -334,6 +344,7 @@ void bind_hash_set(py::module_& m) {
 
 PYBIND11_MODULE(_megatron_bert_core, m) {
     m.doc() = "The C++ data core of megatron_bert.";
+    m.attr("MAX_UNIT_TOKENS") = max_unit_tokens;
     bind_indexed_dataset(m);
     bind_row_plan(m);
     bind_batch_assembler(m);

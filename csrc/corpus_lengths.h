@@ -8,45 +8,19 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "held_out_split.h"
 #include "indexed_dataset.h"
-#include "random.h"
 
 namespace megatron_bert {
 
-/// Divides documents into a part to train on and a held-out one, by a hash of their number that no
-/// seed changes: a document stays on its side whatever the run.
-class HeldOutSplit {
-  public:
-    /// All documents are on one side.
-    HeldOutSplit() = default;
-
-    /// The held-out side has about `fraction` of the documents, the other the rest.
-    /// Throws std::invalid_argument unless 0 <= fraction < 1.
-    HeldOutSplit(double fraction, bool held_out) : held_out_(held_out) {
-        if (!(fraction >= 0 && fraction < 1)) {
-            throw std::invalid_argument("the held-out fraction must be in [0, 1), got " +
-                                        std::to_string(fraction));
-        }
-        held_out_below_ = static_cast<std::uint64_t>(fraction * 18446744073709551616.0);
-    }
-
-    bool is_whole() const noexcept { return held_out_below_ == 0 && !held_out_; }
-
-    bool has(std::int64_t document) const noexcept {
-        return is_whole() ||
-               (mix(static_cast<std::uint64_t>(document) + golden_step) < held_out_below_) ==
-                   held_out_;
-    }
-
-  private:
-    std::uint64_t held_out_below_ = 0;
-    bool held_out_ = false;
-};
-
-/// The lengths, in tokens, of a corpus' documents: those of an opened dataset or of an array (a
-/// length-only source). Documents of the other side of a split have none. Views, without copying,
-/// what it keeps alive.
+/// The lengths, in tokens, of a corpus' documents: those of an opened dataset, of one side of its
+/// held-out split, or of an array (a length-only source). Views, without copying, what it keeps
+/// alive.
+///
+/// On the side that is trained on, documents that are held out have no tokens. The held-out side,
+/// which is the smaller one, has a list of its documents: they are numbered within it.
 class CorpusLengths {
   public:
     explicit CorpusLengths(std::shared_ptr<const IndexedDataset> dataset, HeldOutSplit split = {})
@@ -58,6 +32,9 @@ class CorpusLengths {
         if (split.is_whole()) {
             num_tokens_ = dataset->num_tokens();
         } else {
+            if (split.is_held_out()) {
+                list_held_out();
+            }
             add_up();
         }
         owner_ = std::move(dataset);
@@ -75,39 +52,58 @@ class CorpusLengths {
     std::int64_t num_documents() const noexcept { return num_documents_; }
     std::int64_t num_tokens() const noexcept { return num_tokens_; }
 
-    /// The dataset that the lengths are of; null for a length-only source.
-    const IndexedDataset* dataset() const noexcept { return dataset_; }
+    /// Documents that have a token. Reads all lengths.
+    std::int64_t count_nonempty_documents() const noexcept {
+        std::int64_t count = 0;
+        for (std::int64_t document = 0; document < num_documents_; ++document) {
+            count += (*this)[document] > 0 ? 1 : 0;
+        }
+        return count;
+    }
+
+    /// The document's number in its dataset.
+    std::int64_t number_of(std::int64_t document) const noexcept {
+        return held_out_ == nullptr ? document : (*held_out_)[static_cast<std::size_t>(document)];
+    }
 
     std::int64_t operator[](std::int64_t document) const noexcept {
+        if (held_out_ != nullptr) {
+            return length(number_of(document));
+        }
         return split_.has(document) ? length(document) : 0;
     }
 
-    /// How many of a document's tokens from `offset` on to take where there is room for `room`, fewer
-    /// than are left: up to the end of a sentence, if the set has sentences and one ends among the
-    /// last `slack` tokens; else all that there is room for.
+    /// How many of a document's tokens from `offset` on to take where there is room for `room`,
+    /// fewer than are left: up to the end of a sentence, if the set has sentences and one ends among
+    /// the last `slack` tokens; else all that there is room for.
     std::int64_t cut(std::int64_t document, std::int64_t offset, std::int64_t room,
                      std::int64_t slack) const noexcept {
         if (layout_ != Layout::dataset) {
             return room;
         }
-        const std::int64_t end = dataset_->last_sequence_end(document, offset + room) - offset;
+        const std::int64_t end =
+            dataset_->last_sequence_end(number_of(document), offset + room) - offset;
         return end > 0 && end >= room - slack ? end : room;
+    }
+
+    /// Whether these are lengths of that dataset's documents. Reads all lengths of an array.
+    bool are_of(const IndexedDataset& dataset) const noexcept {
+        if (dataset_ != nullptr) {
+            return dataset_ == &dataset;
+        }
+        if (num_documents_ != dataset.num_documents()) {
+            return false;
+        }
+        for (std::int64_t document = 0; document < num_documents_; ++document) {
+            if (length(document) != dataset.document_length(document)) {
+                return false;
+            }
+        }
+        return true;
     }
 
   private:
     enum class Layout { int32, int64, dataset };
-
-    std::int64_t length(std::int64_t document) const noexcept {
-        switch (layout_) {
-            case Layout::int32:
-                return load<std::int32_t>(data_ + 4 * document);
-            case Layout::int64:
-                return load<std::int64_t>(data_ + 8 * document);
-            case Layout::dataset:
-                break;
-        }
-        return dataset_->document_length(document);
-    }
 
     CorpusLengths(Layout layout, const std::byte* data, std::size_t size,
                   std::shared_ptr<const void> owner)
@@ -116,6 +112,17 @@ class CorpusLengths {
           num_documents_(static_cast<std::int64_t>(size)),
           owner_(std::move(owner)) {
         add_up();
+    }
+
+    void list_held_out() {
+        auto documents = std::make_shared<std::vector<std::int64_t>>();
+        for (std::int64_t document = 0; document < num_documents_; ++document) {
+            if (split_.has(document)) {
+                documents->push_back(document);
+            }
+        }
+        num_documents_ = static_cast<std::int64_t>(documents->size());
+        held_out_ = std::move(documents);
     }
 
     void add_up() {
@@ -129,6 +136,18 @@ class CorpusLengths {
         }
     }
 
+    std::int64_t length(std::int64_t number) const noexcept {
+        switch (layout_) {
+            case Layout::int32:
+                return load<std::int32_t>(data_ + 4 * number);
+            case Layout::int64:
+                return load<std::int64_t>(data_ + 8 * number);
+            case Layout::dataset:
+                break;
+        }
+        return dataset_->document_length(number);
+    }
+
     /// Far above any corpus, low enough for sums of several to stay in range.
     static constexpr std::int64_t max_tokens = std::int64_t{1} << 56;
 
@@ -136,6 +155,7 @@ class CorpusLengths {
     const std::byte* data_ = nullptr;
     const IndexedDataset* dataset_ = nullptr;
     HeldOutSplit split_;
+    std::shared_ptr<const std::vector<std::int64_t>> held_out_;
     std::int64_t num_documents_ = 0;
     std::int64_t num_tokens_ = 0;
     std::shared_ptr<const void> owner_;

@@ -278,8 +278,8 @@ void Masker::choose_units(std::int64_t target, std::size_t num_slots, CounterRan
         choose_unit(unit);
         covered += unit.length;
     }
-    const bool comes_around = covered < target;
-    if (first.begin != start && (comes_around || num_chosen == 0)) {
+    // Only when all units are covered does the arc come around to where the first one begins.
+    if (first.begin != start && covered < target) {
         choose_unit(first);
     }
 }

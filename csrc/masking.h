@@ -92,8 +92,8 @@ class Masker {
     /// labels the tokens that stood there, weights 1; unused slots are 0.
     ///
     /// round(probability * maskable) tokens are masked, at least one if one is maskable; by units
-    /// other than tokens on average so many, in a row up to max_unit_tokens - 1 more or fewer. There
-    /// are never more than slots. `check_probability` says which probabilities make sense.
+    /// other than tokens on average so many, in a row up to max_unit_tokens - 1 more or fewer (maybe
+    /// none). There are never more than slots. `check_probability` says which probabilities make sense.
     /// `tokens` must be valid ids; all that is drawn depends on `key` and the row's content alone.
     void mask(std::span<std::int32_t> tokens, std::span<const Text> texts, double probability,
               std::uint64_t key, const MaskedSlots& slots, Scratch& scratch) const;

@@ -1,9 +1,11 @@
 #include "row_plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <future>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 namespace megatron_bert {
@@ -104,7 +106,10 @@ void CorpusStage::append_segments(std::int64_t row, std::vector<Segment>& segmen
         rows.cut_row(stage_.seq_length, [](const Span&) {});
     }
     rows.cut_row(stage_.seq_length,
-                 [&](const Span& span) { segments.push_back({id_.corpus, span}); });
+                 [&](const Span& span) {
+                     segments.push_back({id_.corpus, span});
+                     segments.back().span.document = lengths_->number_of(span.document);
+                 });
 }
 
 std::vector<bool> CorpusStage::unread_rows_of_last_window() const {
@@ -158,13 +163,24 @@ RowPlan::RowPlan(std::vector<CorpusLengths> corpora, std::vector<double> weights
         blends_.emplace_back(weights_, stage.rows);
         first_rows_.push_back(first_rows_.back() + stage.rows);
     }
-    std::vector<std::future<std::vector<CorpusStage>>> plans;
-    for (std::size_t corpus = 0; corpus < corpora_.size(); ++corpus) {
-        plans.push_back(std::async(std::launch::async,
-                                   [this, corpus, seed] { return plan_corpus(corpus, seed); }));
+    plan_corpora(seed);
+}
+
+void RowPlan::plan_corpora(std::uint64_t seed) {
+    corpus_stages_.resize(corpora_.size());
+    std::atomic<std::size_t> next{0};
+    const auto plan_some = [&] {
+        for (std::size_t corpus = next++; corpus < corpora_.size(); corpus = next++) {
+            corpus_stages_[corpus] = plan_corpus(corpus, seed);
+        }
+    };
+    const std::size_t num_cores = std::max(1U, std::thread::hardware_concurrency());
+    std::vector<std::future<void>> workers;
+    for (std::size_t worker = 0; worker < std::min(num_cores, corpora_.size()); ++worker) {
+        workers.push_back(std::async(std::launch::async, plan_some));
     }
-    for (auto& plan : plans) {
-        corpus_stages_.push_back(plan.get());
+    for (auto& worker : workers) {
+        worker.get();
     }
 }
 
@@ -229,13 +245,13 @@ std::vector<double> RowPlan::epochs() const {
 }
 
 std::int64_t epoch_rows(const CorpusLengths& lengths, std::int64_t seq_length, std::uint64_t seed,
-                        std::size_t corpus) {
+                        std::size_t corpus, std::int64_t limit) {
     if (seq_length < min_segment_slots) {
         throw std::invalid_argument("rows need at least 3 slots, got " + std::to_string(seq_length));
     }
     RowCutter rows(EpochPieces(lengths, StreamStart{}, 0, document_order_key(seed, corpus, 0)), {});
     std::int64_t count = 0;
-    for (; !rows.at_end(); ++count) {
+    for (; count < limit && !rows.at_end(); ++count) {
         rows.cut_row(seq_length, [](const Span&) {});
     }
     return count;

@@ -121,6 +121,7 @@ class RowPlan {
 
   private:
     void check() const;
+    void plan_corpora(std::uint64_t seed);
     std::vector<CorpusStage> plan_corpus(std::size_t corpus, std::uint64_t seed) const;
 
     std::vector<CorpusLengths> corpora_;
@@ -132,8 +133,8 @@ class RowPlan {
 };
 
 /// How many rows of `seq_length` slots hold the first epoch of a corpus, as the plan of a run with
-/// `seed` in which it is corpus number `corpus` cuts them.
+/// `seed` in which it is corpus number `corpus` cuts them; `limit` if there are more.
 std::int64_t epoch_rows(const CorpusLengths& lengths, std::int64_t seq_length, std::uint64_t seed,
-                        std::size_t corpus);
+                        std::size_t corpus, std::int64_t limit);
 
 }  // namespace megatron_bert

@@ -1,5 +1,5 @@
-// Where words begin, as a dictionary saw it when the text was tokenized: one bit for each token of a
-// dataset, beside its .bin.
+// Where words begin, as a dictionary saw it when the text was tokenized: one bit for each token of
+// a dataset, beside its .bin.
 #pragma once
 
 #include <cstddef>
@@ -16,11 +16,12 @@ namespace megatron_bert {
 /// A `.words` file: bit `k % 8` of byte `k / 8` is 1 if a word begins at token k of the .bin.
 class WordStarts {
   public:
-    /// Throws std::system_error when the file cannot be read and std::runtime_error, naming it, when
-    /// it has not one bit for each of `num_tokens` tokens.
+    /// Throws std::system_error when the file cannot be read and std::runtime_error, naming it,
+    /// when it has not one bit for each of `num_tokens` tokens.
     WordStarts(const std::string& path, std::int64_t num_tokens,
                FileAccess access = FileAccess::map)
-        : bits_(path, access) {
+        : bits_(path, access), num_tokens_(num_tokens) {
+        bits_.expect_random_reads();
         const auto expected = static_cast<std::size_t>((num_tokens + 7) / 8);
         if (bits_.size() != expected) {
             throw std::runtime_error(path + ": " + std::to_string(bits_.size()) +
@@ -29,6 +30,8 @@ class WordStarts {
                                      " tokens (truncated, or of another set)");
         }
     }
+
+    std::int64_t num_tokens() const noexcept { return num_tokens_; }
 
     /// Writes 1 or 0 for each token from number `first` on. Throws as `StoredFile::read`.
     void copy(std::int64_t first, std::span<std::uint8_t> starts) const {
@@ -55,6 +58,7 @@ class WordStarts {
     }
 
     StoredFile bits_;
+    std::int64_t num_tokens_;
 };
 
 }  // namespace megatron_bert

@@ -173,7 +173,7 @@ def choose_units(
     """Units that begin in an arc of `wanted` tokens of the circle that all of them form.
 
     The arc begins at a random token; the unit that holds it comes first on the circle, the others
-    follow in random order. If the arc holds no beginning, that first unit is chosen.
+    follow in random order.
     """
     if wanted == 0:
         return set()
@@ -192,7 +192,7 @@ def choose_units(
         chosen.append(next(order))
         place += len(chosen[-1])
         left -= 1
-    if first[0] != start and (place < wanted or not chosen):
+    if first[0] != start and place < wanted:
         chosen.append(first)
     return set([position for unit in chosen for position in unit][:num_slots])
 

@@ -181,8 +181,16 @@ def test_a_token_outside_the_vocabulary_is_refused_with_its_document(
 def test_a_plan_of_other_datasets_is_refused(datasets: list[IndexedDataset]) -> None:
     plan = RowPlan(datasets[:1], [1.0], STAGES, 0)
     for others in (datasets, datasets[1:]):
-        with pytest.raises(ValueError, match="not made from these datasets"):
+        with pytest.raises(ValueError, match="not of these datasets"):
             make_assembler(others, plan)
+
+
+def test_a_plan_of_other_lengths_with_the_same_total_is_refused(tmp_path: Path) -> None:
+    dataset = write_documents(tmp_path / "set", text_documents([5, 1]))
+    right, wrong = (np.array(lengths, dtype=np.int32) for lengths in ([5, 1], [1, 5]))
+    make_assembler([dataset], RowPlan([right], [1.0], [(16, 1)], 0))
+    with pytest.raises(ValueError, match="not of these datasets"):
+        make_assembler([dataset], RowPlan([wrong], [1.0], [(16, 1)], 0))
 
 
 def test_arrays_of_another_shape_or_type_are_refused(assembler: BatchAssembler) -> None:

@@ -7,7 +7,7 @@ chance once in a million seeds; the seed is fixed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 import numpy as np
@@ -28,6 +28,7 @@ from tests.core.support import (
 
 NUM_TOKENS = 10_000_000
 SEQ_LENGTH = 512
+SHORT_LENGTH = 16
 PROBABILITY = 0.15
 VOCAB_SIZE = 2000
 LEVEL = 1e-6
@@ -61,9 +62,9 @@ def word_tables() -> dict[str, NDArray[np.uint8]]:
     return {"first_class": no_class, "last_class": no_class, "starts_word": starts_word}
 
 
-def mask(dataset: IndexedDataset, unit: str) -> Masked:
-    num_rows = NUM_TOKENS // SEQ_LENGTH + 1
-    plan = RowPlan([dataset], [1.0], [(SEQ_LENGTH, num_rows)], 0)
+def mask(dataset: IndexedDataset, unit: str, seq_length: int = SEQ_LENGTH) -> Masked:
+    num_rows = NUM_TOKENS // seq_length + 1
+    plan = RowPlan([dataset], [1.0], [(seq_length, num_rows)], 0)
     assembler = make_assembler(
         [dataset],
         plan,
@@ -73,8 +74,8 @@ def mask(dataset: IndexedDataset, unit: str) -> Masked:
         seed=99,
         **word_tables(),
     )
-    slots = SEQ_LENGTH // 4
-    tokens = np.empty((num_rows, SEQ_LENGTH), dtype=np.int32)
+    slots = seq_length // 4 + MAX_UNIT_TOKENS
+    tokens = np.empty((num_rows, seq_length), dtype=np.int32)
     positions = np.empty_like(tokens)
     masked = np.empty((num_rows, slots), dtype=np.int32)
     labels = np.empty_like(masked)
@@ -177,6 +178,20 @@ def test_words_are_masked_as_often_whatever_their_length(dataset: IndexedDataset
     assert len(trials) == MAX_UNIT_TOKENS
     assert (trials > 1000).all()
     assert_rates(hits, trials, PROBABILITY)
+
+
+def test_words_longer_than_a_short_rows_share_are_masked_no_more_than_others(
+    dataset: IndexedDataset,
+) -> None:
+    # 14 tokens of text, of which two are the share: most words of a row have more or as many.
+    masked = mask(dataset, "whole_word", SHORT_LENGTH)
+    full = masked.is_text_BS.sum(1) == SHORT_LENGTH - 2
+    masked = Masked(*(getattr(masked, field.name)[full] for field in fields(Masked)))
+    lengths, chosen = units_begun_by(masked, word_starts(masked))
+    trials = np.bincount(lengths, minlength=MAX_UNIT_TOKENS + 1)[1:]
+    hits = np.bincount(lengths[chosen], minlength=MAX_UNIT_TOKENS + 1)[1:]
+    assert (trials > 1000).all()
+    assert_rates(hits, trials, 2 / (SHORT_LENGTH - 2))
 
 
 def test_what_stands_in_a_masked_tokens_place_does_not_depend_on_the_token(

@@ -114,15 +114,19 @@ def test_the_two_sides_of_a_split_have_every_document_once(
 ) -> None:
     dataset = write_documents(tmp_path_factory.mktemp("split") / "a", text_documents(lengths))
     for side in (False, True):
-        on_side = [
-            length if oracle.held_out(document, fraction) == side else 0
-            for document, length in enumerate(lengths)
-        ]
+        # The held-out side has its documents alone, the other all, some of them without tokens.
+        has = [oracle.held_out(document, fraction) == side for document in range(len(lengths))]
+        numbers = [number for number, on_side in enumerate(has) if on_side or not side]
+        on_side = [lengths[number] if has[number] else 0 for number in numbers]
         half = DocumentLengths(dataset, held_out_fraction=fraction, held_out=side)
         assert half.num_tokens == sum(on_side)
+        assert half.num_nonempty_documents == sum(length > 0 for length in on_side)
         if any(on_side):
-            plan = RowPlan([half], [1.0], stages, seed)
-            assert all_rows(plan) == oracle.plan([on_side], [1.0], stages, seed)
+            rows = all_rows(RowPlan([half], [1.0], stages, seed))
+            assert rows == [
+                [(corpus, numbers[document], *span) for corpus, document, *span in row]
+                for row in oracle.plan([on_side], [1.0], stages, seed)
+            ]
 
 
 def test_about_the_asked_share_of_documents_is_held_out(tmp_path: Path) -> None:
