@@ -48,14 +48,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=_CORPUS,
         metavar="FILE",
-        help=".jsonl or .txt, also .gz or .zst: 100 MB of text to preprocess; less is repeated, "
-        "more is not read (default: the corpus in examples/)",
+        help=".jsonl or .txt, also as .gz or .zst, or .parquet: 100 MB of text to preprocess; less "
+        "is repeated, more is not read (default: the corpus in examples/)",
     )
     data.add_argument(
         "--json-key",
         default="text",
         metavar="KEY",
-        help="key of the text in .jsonl (default: %(default)s)",
+        help="key of the text in .jsonl, its column in .parquet (default: %(default)s)",
     )
     data.add_argument(
         "--quick",

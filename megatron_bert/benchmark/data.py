@@ -32,6 +32,7 @@ from megatron_bert.benchmark.synthetic import (
     draw_lengths,
     write_corpora,
 )
+from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, MlmConfig
 
@@ -46,7 +47,7 @@ class DataSizes:
     Attributes:
         plan_documents: of all corpora of the plan.
         plan_tokens: of them.
-        plan_shortening: the recipe's stages have their steps divided by it.
+        plan_shortening: the recipe's stages have their rows divided by it.
         assemble_tokens: of the datasets that rows are assembled from.
         epoch_tokens: of the corpora whose first epoch is counted.
         text_bytes: of the text to preprocess, about.
@@ -180,7 +181,7 @@ def _measure(
     versions: dict[str, str],
     say: Callable[[str], None],
 ) -> DataFigures:
-    sizes, weights = options.sizes, [c.weight_or_default for c in options.recipe.data.train]
+    sizes, weights = options.sizes, _weights(options.recipe)
     # First, because the user's files can be wrong.
     say("preparing the corpus and the tokenizer")
     texts = read_documents(options.corpus, options.json_key, sizes.text_bytes)
@@ -225,15 +226,18 @@ def _measure(
     )
 
 
+def _weights(recipe: Config) -> list[float]:
+    return [corpus.weight or 1.0 for corpus in recipe.data.train]
+
+
 def _plan_work(recipe: Config, sizes: DataSizes) -> PlanWork:
-    rows = recipe.batch.global_size
     return PlanWork(
         documents=sizes.plan_documents,
         tokens=sizes.plan_tokens,
-        weights=[corpus.weight_or_default for corpus in recipe.data.train],
+        weights=_weights(recipe),
         stages=[
-            (stage.seq_length, max(1, stage.steps // sizes.plan_shortening) * rows)
-            for stage in recipe.curriculum
+            (span.seq_length, max(1, span.num_rows // sizes.plan_shortening))
+            for span in Curriculum(recipe).spans
         ],
         repetitions=sizes.repetitions,
     )

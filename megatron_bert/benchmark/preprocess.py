@@ -58,7 +58,7 @@ def read_documents(paths: Sequence[Path], json_key: str, text_bytes: int) -> lis
 
     Args:
         paths: text files; no more is read than is needed.
-        json_key: key of the text in `.jsonl`.
+        json_key: key of the text in `.jsonl`, its column in `.parquet`.
         text_bytes: about how much, in UTF-8; a smaller corpus is repeated.
 
     Raises:
@@ -66,7 +66,7 @@ def read_documents(paths: Sequence[Path], json_key: str, text_bytes: int) -> lis
     """
     for path in paths:
         if not path.is_file():
-            raise DataError(f"--corpus {path}: no such file; name .jsonl or .txt files")
+            raise DataError(f"--corpus {path}: no such file; name .jsonl, .txt or .parquet files")
     texts: list[str] = []
     total = 0
     for text in iterate_documents(DocumentReader(paths, json_key=json_key), "skip"):
