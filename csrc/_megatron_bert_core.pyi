@@ -251,3 +251,31 @@ class HashSet:
     @property
     def memory_bytes(self) -> int:
         """Bytes that the set takes."""
+
+class UnigramEncoder:
+    """SentencePiece's unigram segmentation, ids included, several times as fast.
+
+    Texts are taken as they are but for spaces, which become `▁`. A character that no piece covers
+    is given as its bytes in UTF-8.
+
+    Args:
+        pieces: what text can be cut into: at most 255 characters each, none twice.
+        scores: [pieces] log probabilities.
+        ids: [pieces] below 2^24 - 1.
+        byte_ids: [256] id of each byte.
+        space_in_front: put a space before every text that is not empty.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[str],
+        scores: npt.NDArray[np.float32],
+        ids: npt.NDArray[np.int32],
+        byte_ids: npt.NDArray[np.int32],
+        space_in_front: bool,
+    ) -> None: ...
+    def encode(self, texts: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Ids of texts one after the other, and the number of each text's ids.
+
+        ValueError for half a surrogate pair, which no UTF-8 can hold.
+        """

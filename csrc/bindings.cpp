@@ -19,6 +19,7 @@
 #include "indexed_dataset.h"
 #include "indexed_dataset_writer.h"
 #include "row_plan.h"
+#include "text_bindings.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -349,4 +350,5 @@ PYBIND11_MODULE(_megatron_bert_core, m) {
     bind_row_plan(m);
     bind_batch_assembler(m);
     bind_hash_set(m);
+    bind_text(m);
 }

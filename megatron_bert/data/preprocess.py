@@ -216,11 +216,12 @@ def _encode(
             if options.on_error == "fail":
                 raise
             skipped.append(error)
-    encoded = [tokens for tokens in tokenizer.encode_arrays(texts) if len(tokens)]
+    ids, lengths = tokenizer.encode(texts)
+    has_tokens = lengths > 0
     return _EncodedBatch(
-        tokens=np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32),
-        lengths=np.array([len(tokens) for tokens in encoded], dtype=np.int64),
-        empty=len(texts) - len(encoded),
+        tokens=ids,
+        lengths=lengths[has_tokens],
+        empty=len(texts) - int(has_tokens.sum()),
         skipped=skipped,
     )
 

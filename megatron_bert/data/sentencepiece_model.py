@@ -24,8 +24,11 @@ UNIGRAM = 1
 # Field numbers of sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
-_MODEL_TYPE, _USER_DEFINED_SYMBOLS, _BYTE_FALLBACK = 3, 31, 35
-_CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 2, 3, 4
+_MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _USER_DEFINED_SYMBOLS, _BYTE_FALLBACK = 3, 24, 31, 35
+_CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5
+
+# A piece's type field when it says so; the same bytes can stand in its text or score.
+_AS_USER_DEFINED = bytes([_TYPE << 3 | _VARINT, USER_DEFINED])
 
 _Body: TypeAlias = "int | bytes"
 
@@ -40,50 +43,69 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class SentencePieceModel:
-    """What a `.model` holds.
+class SentencePieceSettings:
+    """How a `.model` treats text.
 
     Attributes:
-        pieces: the vocabulary, by id.
         is_unigram: whether it is a unigram model (else BPE, word or char).
         byte_fallback: unknown characters become byte pieces.
         user_defined_symbols: pieces declared as such when the model was trained.
+        has_user_defined_pieces: whether the vocabulary has pieces of that type (another thing).
         charsmap: the compiled normalisation rules, empty for `identity`.
-        add_dummy_prefix: a space is put before every text.
+        add_dummy_prefix: a space is put before every text (behind it: `whitespace_as_suffix`).
         remove_extra_whitespaces: spaces are stripped, and runs of them made one.
+        escape_whitespaces: spaces become `▁`.
+        whitespace_as_suffix: spaces belong to the word before them.
     """
 
-    pieces: tuple[Piece, ...]
     is_unigram: bool
     byte_fallback: bool
     user_defined_symbols: frozenset[str]
+    has_user_defined_pieces: bool
     charsmap: bytes
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
+    escape_whitespaces: bool
+    whitespace_as_suffix: bool
+
+
+@dataclass(frozen=True)
+class SentencePieceModel(SentencePieceSettings):
+    """What a `.model` holds: settings, and the vocabulary, by id."""
+
+    pieces: tuple[Piece, ...]
 
 
 def parse_model(content: bytes) -> SentencePieceModel:
     """Read a serialized ModelProto that SentencePiece itself has loaded before."""
-    pieces: list[Piece] = []
+    pieces = tuple(
+        _parse_piece(_bytes(body)) for number, _, body in _fields(content) if number == _PIECES
+    )
+    return SentencePieceModel(**vars(parse_settings(content)), pieces=pieces)
+
+
+def parse_settings(content: bytes) -> SentencePieceSettings:
+    """Read all but the vocabulary, as `parse_model`, in a small part of its time."""
     trainer: dict[int, list[_Body]] = {}
     normalizer: dict[int, list[_Body]] = {}
-    for number, _, body in _fields(content):
-        if number == _PIECES:
-            pieces.append(_parse_piece(_bytes(body)))
-        elif number == _TRAINER:
+    end_of_pieces, has_user_defined_pieces = _skip_pieces(content)
+    for number, _, body in _fields(content[end_of_pieces:]):
+        if number == _TRAINER:
             trainer = _by_number(_bytes(body))
         elif number == _NORMALIZER:
             normalizer = _by_number(_bytes(body))
-    return SentencePieceModel(
-        pieces=tuple(pieces),
+    return SentencePieceSettings(
         is_unigram=_last(trainer, _MODEL_TYPE, UNIGRAM) == UNIGRAM,
         byte_fallback=bool(_last(trainer, _BYTE_FALLBACK, 0)),
         user_defined_symbols=frozenset(
             _bytes(symbol).decode() for symbol in trainer.get(_USER_DEFINED_SYMBOLS, [])
         ),
+        has_user_defined_pieces=has_user_defined_pieces,
         charsmap=_bytes(_last(normalizer, _CHARSMAP, b"")),
         add_dummy_prefix=bool(_last(normalizer, _ADD_DUMMY_PREFIX, 1)),
         remove_extra_whitespaces=bool(_last(normalizer, _REMOVE_EXTRA_WHITESPACES, 1)),
+        escape_whitespaces=bool(_last(normalizer, _ESCAPE_WHITESPACES, 1)),
+        whitespace_as_suffix=bool(_last(trainer, _WHITESPACE_AS_SUFFIX, 0)),
     )
 
 
@@ -99,6 +121,25 @@ def as_control_pieces(content: bytes, names: set[str]) -> bytes:
             data += _varint(_TYPE << 3 | _VARINT) + _varint(CONTROL)
         rebuilt += _varint(number << 3 | wire) + _varint(len(data)) + data
     return bytes(rebuilt)
+
+
+def _skip_pieces(content: bytes) -> tuple[int, bool]:
+    """Where the pieces end, with which every model begins, and whether one is user-defined."""
+    position = 0
+    user_defined = False
+    candidate = content.find(_AS_USER_DEFINED)
+    # No slice and no call for each piece: there can be hundreds of thousands.
+    while position < len(content) and content[position] == _PIECES << 3 | _LENGTH_DELIMITED:
+        length = content[position + 1]
+        position += 2
+        if length >= 0x80:
+            length, position = _read_varint(content, position - 1)
+        if position <= candidate < position + length:
+            piece = _parse_piece(content[position : position + length])
+            user_defined |= piece.kind == USER_DEFINED
+            candidate = content.find(_AS_USER_DEFINED, position + length)
+        position += length
+    return position, user_defined
 
 
 def _parse_piece(message: bytes) -> Piece:

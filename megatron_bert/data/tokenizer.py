@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer_backends import (
     Backend,
+    EncodedTexts,
     SentencePieceBackend,
     TokenizersBackend,
 )
@@ -27,8 +27,6 @@ SPECIAL_PIECES = ("<unk>", "<s>", "</s>", MASK, PAD, CLS, SEP, EOD)
 """Every special piece in LLM-jp's order, so that a tokenizer trained here has its ids 0 to 7."""
 
 _REQUIRED = (MASK, CLS, SEP, PAD, EOD)
-
-Int32Array = npt.NDArray[np.int32]
 
 
 class Tokenizer:
@@ -49,6 +47,7 @@ class Tokenizer:
         pad_id: id of `<PAD>`.
         eod_id: id of `<EOD>`.
         special_ids: ids of every special piece (control, unknown and the five above), ascending.
+        never_in_text: those of them that no text gives: all but `<unk>`.
     """
 
     def __init__(self, backend: Backend, name: str, digest: str) -> None:
@@ -71,6 +70,7 @@ class Tokenizer:
         self.pad_id = found[PAD]
         self.eod_id = found[EOD]
         self.special_ids = sorted(set(backend.special_ids) | set(found.values()))
+        self.never_in_text = [i for i in self.special_ids if i not in backend.unknown_ids]
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -106,11 +106,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without any special token."""
-        return [tokens.tolist() for tokens in self._backend.encode_arrays(list(texts))]
+        ids, lengths = self._backend.encode(list(texts))
+        return [some.tolist() for some in np.split(ids, np.cumsum(lengths))[:-1]]
 
-    def encode_arrays(self, texts: list[str]) -> list[Int32Array]:
-        """The same as `encode_batch` in int32 arrays `[length]`; other threads run meanwhile."""
-        return self._backend.encode_arrays(texts)
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        """The same as `encode_batch`, joined in one array; other threads run meanwhile."""
+        return self._backend.encode(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a sequence of ids; special tokens are left out."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,16 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.sentencepiece_model import as_control_pieces
-
-Int32Array = npt.NDArray[np.int32]
+from megatron_bert.data.unigram import unigram_encoder
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class EncodedTexts(NamedTuple):
+    """Ids of several texts joined, `[sum(lengths)]`, and how many are each text's."""
+
+    ids: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
 
 
 class Backend(Protocol):
@@ -33,13 +39,14 @@ class Backend(Protocol):
 
     pieces: list[str]
     special_ids: frozenset[int]
+    unknown_ids: frozenset[int]
     byte_ids: frozenset[int]
 
     def piece_to_id(self, piece: str) -> int | None:
         """Id of a piece, None where the vocabulary lacks it."""
 
-    def encode_arrays(self, texts: list[str]) -> list[Int32Array]:
-        """Ids of each text, int32 `[length]`, without special tokens."""
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        """Ids of texts, without special tokens."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
@@ -55,24 +62,31 @@ class SentencePieceBackend:
         matchable = {i for i in named if not (processor.is_control(i) or processor.is_unknown(i))}
         if matchable:
             names = {processor.id_to_piece(i) for i in matchable}
-            processor = _load_sentencepiece(as_control_pieces(content, names), path)
+            content = as_control_pieces(content, names)
+            processor = _load_sentencepiece(content, path)
         self._processor = processor
         everything = list(range(len(processor)))
         self.pieces: list[str] = processor.id_to_piece(everything)
-        control = processor.is_control(everything)
-        unknown = processor.is_unknown(everything)
-        self.special_ids = frozenset(i for i in everything if control[i] or unknown[i])
-        byte = processor.is_byte(everything)
-        self.byte_ids = frozenset(i for i in everything if byte[i])
+        control = np.array(processor.is_control(everything))
+        unknown = np.array(processor.is_unknown(everything))
+        byte = np.array(processor.is_byte(everything))
+        unused = np.array(processor.is_unused(everything))
+        self.special_ids = _numbers(control | unknown)
+        self.unknown_ids = _numbers(unknown)
+        self.byte_ids = _numbers(byte)
+        self._encoder = unigram_encoder(
+            content, processor, self.pieces, ~(control | unknown | byte | unused)
+        )
 
     def piece_to_id(self, piece: str) -> int | None:
         """Id of a piece, None where the vocabulary lacks it."""
         return _sentencepiece_id(self._processor, piece)
 
-    def encode_arrays(self, texts: list[str]) -> list[Int32Array]:
-        """Ids of each text on the calling thread, without the GIL."""
-        arrays: list[Int32Array] = self._processor.encode(texts, out_type="numpy", num_threads=1)
-        return arrays
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        """Ids of texts, on the calling thread, without the GIL."""
+        if self._encoder is not None:
+            return EncodedTexts(*self._encoder.encode(texts))
+        return _joined(self._processor.encode(texts, out_type="numpy", num_threads=1))
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
@@ -96,6 +110,15 @@ def _sentencepiece_id(processor: Any, piece: str) -> int | None:
     # An absent piece gets the unknown id, so the way back decides.
     number: int = processor.piece_to_id(piece)
     return number if processor.id_to_piece(number) == piece else None
+
+
+def _numbers(chosen: npt.NDArray[np.bool_]) -> frozenset[int]:
+    return frozenset(np.flatnonzero(chosen).tolist())
+
+
+def _joined(ids: list[npt.NDArray[np.int32]]) -> EncodedTexts:
+    lengths = np.array([len(some) for some in ids], dtype=np.int64)
+    return EncodedTexts(np.concatenate(ids) if ids else np.empty(0, dtype=np.int32), lengths)
 
 
 class TokenizersBackend:
@@ -127,8 +150,9 @@ class TokenizersBackend:
         self.pieces = [""] * (max(vocabulary.values(), default=-1) + 1)
         for piece, number in vocabulary.items():
             self.pieces[number] = piece
-        special |= {piece for piece in (_unknown_piece(description),) if piece in vocabulary}
-        self.special_ids = frozenset(vocabulary[piece] for piece in special)
+        unknown = {piece for piece in (_unknown_piece(description),) if piece in vocabulary}
+        self.unknown_ids = frozenset(vocabulary[piece] for piece in unknown)
+        self.special_ids = frozenset(vocabulary[piece] for piece in special | unknown)
         self.byte_ids = frozenset(
             number for piece, number in vocabulary.items() if _BYTE_PIECE.fullmatch(piece)
         )
@@ -137,10 +161,10 @@ class TokenizersBackend:
         """Id of a piece, None where the vocabulary lacks it."""
         return self._tokenizer.token_to_id(piece)
 
-    def encode_arrays(self, texts: list[str]) -> list[Int32Array]:
-        """Ids of each text, without the GIL, on the threads of the tokenizers library."""
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        """Ids of texts, without the GIL, on the threads of the tokenizers library."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return _joined([np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
