@@ -200,7 +200,7 @@ def parse(
             if value is not None and not _is_encodable(value):
                 raise _line_error(document, f"{key!r} holds half a surrogate pair")
     if normalize == "nfkc":
-        # It gives text back that is normalized already, found out in one quick pass.
+        # Text that is normalized already is found out in one quick pass, and given back.
         text = unicodedata.normalize("NFKC", text)
     return ParsedText(text, fields)
 

@@ -197,7 +197,9 @@ def test_without_pyarrow_the_error_says_how_to_install_it(
 def test_a_large_row_group_is_read_in_little_memory(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     texts = ["".join(map(chr, random.integers(0x4E00, 0x9000, 20_000))) for _ in range(200)] * 5
-    path = write(tmp_path / "a.parquet", {"text": texts}, use_dictionary=False)
+    # The page is the least that can be read, and this writer ends one after so many rows at least.
+    options = {"use_dictionary": False, "write_batch_size": 10}
+    path = write(tmp_path / "a.parquet", {"text": texts}, **options)
     assert pq.ParquetFile(path).num_row_groups == 1
     reader = DocumentReader([path])
     before = pa.total_allocated_bytes()

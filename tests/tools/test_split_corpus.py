@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_bert.config.errors import DataError, run_cli
@@ -167,3 +169,14 @@ def test_empty_documents_are_left_out(tmp_path: Path) -> None:
     counts, train, valid = split(tmp_path, ["", "一", "二", ""], 0.5)
     assert counts == SplitCounts(train=1, held_out=1)
     assert "" not in train + valid
+
+
+def test_the_tool_reads_blocks_of_txt_and_columns_of_parquet(tmp_path: Path) -> None:
+    blocks, table = tmp_path / "a.txt", tmp_path / "b.parquet"
+    blocks.write_text("a\nb\n\nc\n")
+    pq.write_table(pa.table({"meta": [{"body": "d"}, {"body": "e"}]}), table)
+    train, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    arguments = ["--input", str(blocks), str(table), "--txt-documents", "blank-line"]
+    arguments += ["--json-key", "meta.body", "--train", str(train), "--valid", str(valid)]
+    tool.main(arguments)
+    assert sorted(texts_of(train) + texts_of(valid)) == ["a\nb", "c", "d", "e"]
