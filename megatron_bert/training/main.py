@@ -99,13 +99,15 @@ def _train(config: Config) -> None:
         _run(config, device, stops)
     except BaseException:
         abandon_process_group()
+        if stops.interrupt is not None:
+            raise stops.interrupt from None
         raise
     end_process_group()
 
 
 def _run(config: Config, device: torch.device, stops: StopRequests) -> None:
     directory = _open_run_directory(config)
-    with _failure_recorded(config):
+    with _failure_recorded(config, stops):
         # Here, not before: a refusal must replace what an earlier job left in the run directory.
         check_config(config, world_size=requested_world_size())
         trainer = Trainer(config, device, directory)
@@ -134,10 +136,10 @@ def _open_run_directory(config: Config) -> RunDirectory | None:
 
 
 @contextmanager
-def _failure_recorded(config: Config) -> Iterator[None]:
+def _failure_recorded(config: Config, stops: StopRequests) -> Iterator[None]:
     """Leave FAILED in the run directory whichever rank fails: torchrun may end the first one."""
     try:
         yield
     except BaseException as error:
-        record_failure(config.run.directory, dist.get_rank(), error)
+        record_failure(config.run.directory, dist.get_rank(), stops.interrupt or error)
         raise

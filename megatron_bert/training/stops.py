@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -12,20 +14,41 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class StopRequests:
     """Remembers that this rank was asked to stop; all ranks then agree on the step.
 
-    Signals are only noted: the step in hand is finished and a checkpoint written. A second
-    SIGINT, from someone who does not want to wait, interrupts at once.
+    Signals are noted, and the first one answered: the step in hand is finished and a checkpoint
+    written. A second SIGINT, from someone who does not want to wait, interrupts at once.
+
+    Attributes:
+        interrupt: what that second SIGINT raised. Layers between may have turned it into an error
+            of their own.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
         self._deadline = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self._signal: signal.Signals | None = None
+        self._settled = False
+        self.interrupt: KeyboardInterrupt | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal is not None:
-            raise KeyboardInterrupt
-        self._signal = signal.Signals(number)
+        if self._settled:
+            return
+        if self._signal is None:
+            self._signal = signal.Signals(number)
+            _answer(
+                f"{self._signal.name}: stopping after this step, and saving; Ctrl-C (again) ends "
+                "at once, without saving"
+            )
+        elif number == signal.SIGINT:
+            self.interrupt = KeyboardInterrupt(
+                "interrupted before the step was saved; the same command goes on from the last "
+                "checkpoint"
+            )
+            raise self.interrupt
+
+    def settle(self) -> None:
+        """Disregard signals from here on: the last step is saved, nothing is left to cut short."""
+        self._settled = True
 
     @property
     def reason(self) -> str | None:
@@ -35,3 +58,15 @@ class StopRequests:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return "run.max_minutes"
         return None
+
+
+def _answer(text: str) -> None:
+    """Tell a terminal or log from a signal handler; the first rank speaks for all.
+
+    Not through `sys.stderr`: the signal may have come in the middle of a write to it, which cannot
+    be entered again.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        # Ctrl-C ends a `| tee` as well: that nobody hears must not keep the run from saving.
+        with suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())

@@ -133,6 +133,7 @@ class Trainer:
                 self._evaluate_and_save(is_last=stop_reason is not None)
                 if stop_reason is not None:
                     break
+            stops.settle()
         finally:
             reader.close()
             self._recorder.close()

@@ -26,6 +26,31 @@ def test_a_user_error_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "error: no such thing; use another\n"
 
 
+def test_each_line_of_a_user_error_is_marked_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise DataError("2 problems:\n  this\n  that")
+
+    with pytest.raises(SystemExit):
+        run_cli(refuse)
+    assert capsys.readouterr().err == "error: 2 problems:\nerror:   this\nerror:   that\n"
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "line"),
+    [(KeyboardInterrupt(), "interrupted"), (KeyboardInterrupt("nothing saved"), "nothing saved")],
+)
+def test_an_interrupt_is_one_line_and_exit_code_one(
+    interrupt: KeyboardInterrupt, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait() -> None:
+        raise interrupt
+
+    with pytest.raises(SystemExit) as left:
+        run_cli(wait)
+    assert left.value.code == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
 def test_success_is_exit_code_zero() -> None:
     with pytest.raises(SystemExit) as left:
         run_cli(_succeed)

@@ -65,6 +65,9 @@ class Stops:
         self._step = step
         return self
 
+    def settle(self) -> None:
+        """Told that the last step is saved."""
+
     @property
     def reason(self) -> str | None:
         """Asked once a step, when its rows are read and nothing is learned yet."""
