@@ -15,11 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressLine:
-    """Prints loss, learning rate, speed and time left every so many steps."""
+    """Prints loss, learning rate, speed and time left every so many steps.
+
+    The first step of a job and of each stage has a line as well: with few steps nothing would be
+    heard of a stage, and after the first one it is known whether the rest can work.
+    """
 
     def __init__(self, curriculum: Curriculum, interval: int) -> None:
         self._curriculum = curriculum
         self._interval = interval
+        self._stage: int | None = None
         self._slots = 0
         self._seconds = 0.0
         self._bar: _Bar | None = None
@@ -41,7 +46,8 @@ class ProgressLine:
             self._bar = _Bar(step - 1, self._curriculum.total_steps)
         if self._bar is not None:
             self._bar.move(step, loss)
-        if step % self._interval and step != self._curriculum.total_steps:
+        enters, self._stage = span.index != self._stage, span.index
+        if not enters and step % self._interval and step != self._curriculum.total_steps:
             return
         speed = self._slots / self._seconds
         self._slots, self._seconds = 0, 0.0

@@ -52,7 +52,7 @@ def take(progress: ProgressLine, curriculum: Curriculum, step: int) -> None:
     )
 
 
-def test_without_a_terminal_a_plain_line_comes_every_interval_and_at_the_end(
+def test_without_a_terminal_a_plain_line_comes_with_each_stage_every_interval_and_at_the_end(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -62,7 +62,11 @@ def test_without_a_terminal_a_plain_line_comes_every_interval_and_at_the_end(
         take(progress, curriculum, step)
     progress.close()
     assert caplog.messages == [
+        "step 1/7 · stage 1/2 (32) · loss 0.5000 · lr 1.00e-03 · grad 2.00 · 512 tokens/s · 3 s "
+        "left",
         "step 3/7 · stage 1/2 (32) · loss 1.5000 · lr 1.00e-03 · grad 2.00 · 512 tokens/s · 2 s "
+        "left",
+        "step 5/7 · stage 2/2 (64) · loss 2.5000 · lr 1.00e-03 · grad 2.00 · 512 tokens/s · 1 s "
         "left",
         "step 6/7 · stage 2/2 (64) · loss 3.0000 · lr 1.00e-03 · grad 2.00 · 512 tokens/s · 0 s "
         "left",
@@ -70,6 +74,15 @@ def test_without_a_terminal_a_plain_line_comes_every_interval_and_at_the_end(
         "left",
     ]
     assert capsys.readouterr().err == ""
+
+
+def test_a_resumed_job_says_at_once_where_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    progress, curriculum = progress_line(100)
+    for step in (2, 3):
+        take(progress, curriculum, step)
+    progress.close()
+    assert [message.split(" · ")[0] for message in caplog.messages] == ["step 2/7"]
 
 
 def test_on_a_terminal_a_bar_stands_below_whole_lines(
