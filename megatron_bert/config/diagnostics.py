@@ -101,8 +101,9 @@ def _missing_key(path: KeyPath) -> str:
 
 
 def _wrong_value(path: KeyPath, value: Any, places: Mapping[KeyPath, str]) -> str:
-    expected = expected_at(path)
-    return f"{_given(path, value, places)}: expected {expected}{_hint(expected, value)}"
+    expected, key = expected_at(path), key_at(path)
+    hint = _hint(expected, value, key.default if key else None)
+    return f"{_given(path, value, places)}: expected {expected}{hint}"
 
 
 def _given(path: KeyPath, value: Any, places: Mapping[KeyPath, str]) -> str:
@@ -114,15 +115,15 @@ def _given(path: KeyPath, value: Any, places: Mapping[KeyPath, str]) -> str:
     return f"{dotted(path)} = {shown}"
 
 
-def _hint(expected: str, value: Any) -> str:
-    """The remedy for values that look right but are of another type in YAML."""
+def _hint(expected: str, value: Any, default: Any) -> str:
+    """The remedy for values that look right but are of another type in YAML, or an example."""
     if expected.startswith("true or false") and isinstance(value, str):
         meant = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(value.lower())
         return f"; write {meant}" if meant else ""
     if expected.startswith("an integer") and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     if expected.startswith(("an integer", "a number")) and isinstance(value, str):
-        return "; write it without quotes" if _is_number(value) else ""
+        return "; write it without quotes" if _is_number(value) else _example(default)
     if expected.startswith("non-empty text") and isinstance(value, bool | int | float):
         return f'; quote it: "{format_value(value)}"'
     if expected.startswith("one of") and isinstance(value, str):
@@ -130,6 +131,10 @@ def _hint(expected: str, value: Any) -> str:
         near = difflib.get_close_matches(value, options, n=1)
         return f"; did you mean {near[0]}?" if near else ""
     return ""
+
+
+def _example(default: Any) -> str:
+    return "" if default is None else f", e.g. {format_value(default)}"
 
 
 def _cut(text: str) -> str:

@@ -133,7 +133,10 @@ def test_an_unknown_name_is_refused_with_the_nearest_right_one(
         ("precision.compute=fp16", "expected one of bf16, fp32; did you mean bf16?"),
         ("optimizer.beta1=1", "expected a number >= 0 and < 1"),
         ("optimizer.lr=.inf", "expected a number > 0"),
-        ("optimizer.lr=fast", 'optimizer.lr = "fast" (command line): expected a number > 0'),
+        (
+            "optimizer.lr=fast",
+            'optimizer.lr = "fast" (command line): expected a number > 0, e.g. 0.00015',
+        ),
         ("curriculum=[]", "curriculum = [] (command line): expected a list of {seq_length, steps,"),
         ("curriculum.0.seq_length=7", "expected an integer >= 8"),
         ("curriculum.0.batch.global_size=0", "expected an integer > 0 or null"),
