@@ -26,6 +26,8 @@ _END = re.compile(r"(?<=[。！？])|(?<=[.!?])\s|\n")
 # In characters; what is longer may not fit into a row.
 _SHORTEST_SENTENCE, _LONGEST_SENTENCE = 15, 400
 _SHORTEST_WORD = 2
+# Stands for a piece of blanks only, as in the vocabulary.
+_BLANK = "▁"
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,18 @@ def _answer(fill: FillMaskPipeline, question: Question) -> bool:
     guesses = fill(question.text, top_k=TOP)
     hit = question.answer in [guess["token"] for guess in guesses]
     right = fill.tokenizer.decode([question.answer]).strip()
-    told = "  ".join(f"{guess['token_str'].strip()} {guess['score']:.2f}" for guess in guesses)
+    told = "  ".join(
+        f"{_shown(guess['token_str'], guess['token'] == question.answer)} {guess['score']:.2f}"
+        for guess in guesses
+    )
     sys.stdout.write(f"{'yes' if hit else 'no '}  {question.text}\n     {right} <- {told}\n")
     return hit
+
+
+def _shown(token: str, is_right: bool) -> str:
+    """A guess without the blanks around it, in brackets where it is the right one."""
+    word = token.strip() or _BLANK
+    return f"[{word}]" if is_right else word
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,50 +1,82 @@
 #!/usr/bin/env bash
 # From nothing to a filled mask: sets itself up, pretrains a small RetrievaBERT, exports it.
+
+# Called as `sh quickstart.sh`: another shell would stumble over what follows.
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
+set +o posix
 set -u
 
 usage() {
     cat <<'TEXT'
-usage: bash examples/quickstart.sh [CORPUS.jsonl|CORPUS.txt ...] [key.path=value ...]
+usage: bash examples/quickstart.sh [--json-key KEY] [--on-error fail|skip]
+                                   [CORPUS.jsonl|CORPUS.txt ...] [key.path=value ...]
 
 Trains a tokenizer, builds the datasets, pretrains a small RetrievaBERT through all four row
 lengths, evaluates it, exports it to Hugging Face, fills masks with transformers, and writes a
 report. Without a corpus it takes the one in examples/corpus. A .jsonl file has an object with the
 key "text" a line, a .txt file one document a line; .gz and .zst are read too.
 
-key.path=value replaces a key of examples/quickstart.yaml, e.g. curriculum.0.steps=500.
+  --json-key KEY        the key of the text in .jsonl files, where it is not "text"
+  --on-error fail|skip  at a line that cannot be read: stop (as by default), or leave it out
+  key.path=value        replaces a key of examples/quickstart.yaml, e.g. curriculum.0.steps=500
 
-Everything lands in one folder under runs/, named after the input: run again it reuses what stands,
-interrupted it goes on.
+Everything lands in one folder under runs/, named after the input and the options: called again with
+the same ones it reuses what stands, and goes on where it was interrupted.
 TEXT
+}
+
+# refuse WHAT: before anything is set up.
+refuse() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+check_corpus() {
+    [ ! -d "$1" ] || refuse "$1: a folder; name the .jsonl or .txt files in it"
+    [[ $1 =~ \.(jsonl|txt)(\.gz|\.zst)?$ ]] ||
+        refuse "$1: unknown kind of text file; expected .jsonl or .txt, or either with .gz or .zst"
+    [ -r "$1" ] || refuse "$1: cannot be read; check who may"
 }
 
 corpora=()
 overrides=()
-for argument in "$@"; do
-    case $argument in
+# How the files are read; see tools/split_corpus.py.
+reading=()
+while [ $# -gt 0 ]; do
+    case $1 in
         -h | --help)
             usage
             exit 0
             ;;
+        --json-key=* | --on-error=*)
+            set -- "${1%%=*}" "${1#*=}" "${@:2}"
+            continue
+            ;;
+        --json-key | --on-error)
+            [ -n "${2:-}" ] || refuse "$1: give a value behind it; --help says which"
+            [ "$1" != --on-error ] || [[ $2 =~ ^(fail|skip)$ ]] ||
+                refuse "--on-error $2: give fail or skip"
+            reading+=("$1" "$2")
+            shift
+            ;;
         -*)
-            printf 'error: unknown flag %s\n\n' "$argument" >&2
             usage >&2
-            exit 2
+            refuse "unknown flag $1"
+            ;;
+        *)
+            if [ -e "$1" ]; then
+                check_corpus "$1"
+                corpora+=("$(realpath -- "$1")")
+            elif [[ $1 =~ ^(run(\.dir)?|data(\..*)?)= ]]; then
+                refuse "$1: run.dir and data are set by this script; name your text as files"
+            elif [[ $1 =~ ^[a-z_]+(\.[a-z0-9_]+)*= ]]; then
+                overrides+=("$1")
+            else
+                refuse "$1: no such file; name .jsonl or .txt files, or keys as key.path=value"
+            fi
             ;;
     esac
-    if [ -e "$argument" ]; then
-        corpora+=("$(realpath -- "$argument")")
-    elif [[ $argument =~ ^(run\.dir|data\..*)= ]]; then
-        printf 'error: %s: run.dir and data are set by this script; name your text as files\n' \
-            "$argument" >&2
-        exit 2
-    elif [[ $argument =~ ^[a-z_]+(\.[a-z0-9_]+)+= ]]; then
-        overrides+=("$argument")
-    else
-        printf 'error: %s: no such file; name .jsonl or .txt files, or keys as key.path=value\n' \
-            "$argument" >&2
-        exit 2
-    fi
+    shift
 done
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
@@ -60,8 +92,8 @@ run() {
     printf '  $ python%s\n' "$words"
     "$python" "$@" || {
         status=$?
-        printf '\nThe command above ended with %s. Mended, the same call goes on from there.\n' \
-            "$status" >&2
+        printf '\nThe command above ended with %s. The same call, with the same input and options, %s\n' \
+            "$status" "goes on from there; with others it begins in another folder." >&2
         exit "$status"
     }
 }
@@ -76,6 +108,9 @@ say "1/8 Set-up: a virtual environment with PyTorch, transformers and the C++ da
 # shellcheck source=tools/bootstrap.sh
 . tools/bootstrap.sh
 bootstrap examples || exit 1
+# Refused now, not after minutes of work on the text.
+"$python" pretrain_bert.py --config examples/quickstart.yaml "${overrides[@]}" --print-config \
+    >/dev/null || exit
 
 # The folder's name follows from what the result depends on, so that nothing stale is reused.
 set -o pipefail
@@ -83,7 +118,7 @@ fingerprint=$(
     for input in "${corpora[@]}" examples/quickstart.yaml; do
         printf '%s ' "${input##*/}"
         sha256sum <"$input" || exit 1
-    done | cat - <(printf '%s\n' "${overrides[@]:-}") | sha256sum | cut -c 1-8
+    done | cat - <(printf '%s\n' "${reading[@]}" "${overrides[@]:-}") | sha256sum | cut -c 1-8
 ) || exit 1
 folder=runs/quickstart-$fingerprint
 mkdir -p -- "$folder" || exit 1
@@ -91,7 +126,7 @@ printf '  everything lands in %s\n' "$folder"
 
 say "2/8 Held-out text: one document in twenty is never trained on, to measure what was learned"
 stands "$folder/train.jsonl" "The split" || run tools/split_corpus.py --input "${corpora[@]}" \
-    --train "$folder/train.jsonl" --valid "$folder/valid.jsonl"
+    --train "$folder/train.jsonl" --valid "$folder/valid.jsonl" "${reading[@]}"
 
 say "3/8 Tokenizer: the vocabulary, learned from the text itself (SentencePiece, unigram)"
 # About one piece for every 60 bytes of text, between 1,000 and 16,000.
@@ -129,20 +164,32 @@ say "7/8 Export: a directory that transformers loads"
 stands "$folder/huggingface" "The export" || run tools/convert_checkpoint.py to-hf \
     --checkpoint "$folder/run" --output "$folder/huggingface"
 
-say "8/8 Fill masks: in sentences of the corpus a word is hidden; the model's five best guesses"
-run examples/fill_masks.py --model "$folder/huggingface" --input "$folder/train.jsonl" ||
-    exit 1
+say "8/8 Fill masks: a word of a sentence is hidden; five guesses, the right one in [brackets]"
+run examples/fill_masks.py --model "$folder/huggingface" --input "$folder/train.jsonl" |
+    tee "$folder/guesses.txt" || exit
 
+# quoted TEXT: as one word of a shell, in quotes whatever is in it.
+quoted() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
+
+place=$PWD/$folder
 say "Done. What lies where:"
 cat <<TEXT
-  $folder/loss.png         the loss curve
-  $folder/report.html      the run's report: open it in a browser
-  $folder/huggingface/     the model, for transformers
-  $folder/run/             metrics.jsonl, checkpoints, the resolved configuration
+  $place/loss.png         the loss curve
+  $place/report.html      the run's report: open it in a browser
+  $place/huggingface/     the model, for transformers
+  $place/guesses.txt      what it put at the masks
+  $place/run/             metrics.jsonl, checkpoints, the resolved configuration
+  $PWD/README.md, docs/   larger models, several GPUs, other options
 
-Next:
-  python -c "from transformers import pipeline; print(pipeline('fill-mask', '$folder/huggingface', trust_remote_code=True)('日本の首都は<MASK>です。'))"
-  bash examples/quickstart.sh YOUR_TEXT.jsonl       the same on your own text
-  less README.md docs/training.md                   larger models, several GPUs, other options
-(in the environment: source $(printf '%q' "${python%/python}/activate"))
+Next, each line can be pasted as it stands:
 TEXT
+# A sentence that was guessed right, else any; with the model's own mask token in it.
+sentence=$({ grep '^yes  ' "$folder/guesses.txt" || grep '^no   ' "$folder/guesses.txt"; } |
+    head -n 1 | cut -c 6-)
+fill='import sys, transformers; fill = transformers.pipeline("fill-mask", sys.argv[1], trust_remote_code=True); print(*fill(sys.argv[2]), sep="\n")'
+[ -z "$sentence" ] || printf '  %s -c %s %s %s  # the model in transformers\n' "$(quoted "$python")" \
+    "$(quoted "$fill")" "$(quoted "$place/huggingface")" "$(quoted "$sentence")"
+printf '  bash %s --help  # the same on your own text\n' "$(quoted "$PWD/examples/quickstart.sh")"
+activate=${python%/python}/activate
+[ ! -e "$activate" ] || printf '  source %s  # the environment, for the commands of README.md\n' \
+    "$(quoted "$activate")"

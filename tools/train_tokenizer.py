@@ -96,7 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     write_model(model, options.output)
     pieces = Tokenizer.load(options.output).vocab_size
-    sys.stdout.write(f"wrote {options.output}: {pieces} pieces\n")
+    told = f"wrote {options.output}: {pieces:,} pieces"
+    if pieces < options.vocab_size:
+        told += f", not {options.vocab_size:,}: this text has no more that occur often enough"
+    sys.stdout.write(told + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHORT = (
+    "--json-key=body",
+    *("--on-error", "skip"),
     *(f"curriculum.{stage}.steps=1" for stage in range(4)),
     "batch.global_size=2",
     "model.hidden_size=32",
@@ -31,11 +33,14 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def quickstart(
-    *arguments: str | Path, cwd: Path = CHECKOUT, through: Sequence[str] = ()
+    *arguments: str | Path,
+    cwd: Path = CHECKOUT,
+    through: Sequence[str] = (),
+    shell: str = "bash",
 ) -> subprocess.CompletedProcess[str]:
     """Run the script to its end; `through` is a command that runs it."""
     return subprocess.run(
-        [*through, "bash", CHECKOUT / "examples" / "quickstart.sh", *arguments],
+        [*through, shell, CHECKOUT / "examples" / "quickstart.sh", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -44,34 +49,49 @@ def quickstart(
     )
 
 
-def test_it_explains_itself() -> None:
-    result = quickstart("--help")
-    assert result.returncode == 0
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_it_explains_itself_in_whatever_shell(shell: str) -> None:
+    result = quickstart("--help", shell=shell)
+    assert (result.returncode, result.stderr) == (0, "")
     assert "usage: bash examples/quickstart.sh" in result.stdout
 
 
-@pytest.mark.parametrize("argument", ["--gpu", "nowhere.jsonl"])
-def test_what_it_does_not_know_is_refused_before_anything_is_installed(argument: str) -> None:
-    result = quickstart(argument)
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--gpu"], "unknown flag --gpu"),
+        (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        ([".", "nowhere.jsonl"], ".: a folder; name the .jsonl or .txt files in it"),
+        (["table.csv"], "table.csv: unknown kind of text file; expected .jsonl or .txt"),
+        (["--json-key"], "--json-key: give a value behind it"),
+        (["--on-error=ask"], "--on-error ask: give fail or skip"),
+        (["run.dir=elsewhere"], "run.dir=elsewhere: run.dir and data are set by this script"),
+        (["data={}"], "data={}: run.dir and data are set by this script"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_installed(
+    arguments: list[str], error: str, tmp_path: Path
+) -> None:
+    (tmp_path / "table.csv").write_text("a,b\n")
+    result = quickstart(*arguments, cwd=tmp_path)
     assert result.returncode == 2
-    assert f"error: {'unknown flag ' if argument[0] == '-' else ''}{argument}" in result.stderr
-
-
-def test_keys_that_the_script_sets_itself_are_refused() -> None:
-    result = quickstart("run.dir=elsewhere")
-    assert result.returncode == 2
-    assert "error: run.dir=elsewhere: run.dir and data are set by this script" in result.stderr
+    assert result.stdout == ""
+    assert f"error: {error}" in result.stderr
 
 
 @pytest.fixture
 def corpus(tiny_texts: list[str], tmp_path: Path) -> Iterator[Path]:
-    """Own text in a folder whose name has blanks and kanji; what is made of it is removed."""
+    """Own text in a folder whose name has blanks and kanji; what is made of it is removed.
+
+    The text stands under another key than `text`, and one line is broken.
+    """
     if sys.prefix == sys.base_prefix:
         pytest.skip("no virtual environment is active: the script would make one")
     folder = tmp_path / "作業 場所"
     folder.mkdir()
     path = folder / "my text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
+    lines = [json.dumps({"body": text}) for text in tiny_texts]
+    path.write_text("".join(f"{line}\n" for line in [*lines, "{broken"]))
     before = set((CHECKOUT / "runs").glob("quickstart-*"))
     yield path
     for made in set((CHECKOUT / "runs").glob("quickstart-*")) - before:
@@ -84,6 +104,25 @@ def place_of(stdout: str) -> Path:
     return CHECKOUT / place
 
 
+def test_a_misspelt_key_is_refused_before_the_text_is_read(corpus: Path) -> None:
+    result = quickstart(corpus, "curiculum.0.steps=2")
+    assert result.returncode == 2
+    assert "error: curiculum" in result.stderr
+    assert "did you mean curriculum" in result.stderr
+    assert "2/8" not in result.stdout
+
+
+def test_a_refused_text_names_options_that_the_script_takes(corpus: Path) -> None:
+    keyless = quickstart(corpus)
+    assert keyless.returncode == 2
+    assert "see --json-key" in keyless.stderr
+    assert "The same call, with the same input and options, goes on from there" in keyless.stderr
+    broken = quickstart("--json-key", "body", corpus)
+    assert broken.returncode == 2
+    assert "--on-error skip" in broken.stderr
+    assert place_of(keyless.stdout) != place_of(broken.stdout)
+
+
 @pytest.mark.slow
 def test_own_text_becomes_a_model_that_fills_masks_and_a_second_call_reuses_it(
     corpus: Path,
@@ -93,6 +132,18 @@ def test_own_text_becomes_a_model_that_fills_masks_and_a_second_call_reuses_it(
     assert "the right word was among the first 5 in" in first.stdout
     for name in ("loss.png", "report.html", "huggingface/model.safetensors", "run/FINISHED"):
         assert (place_of(first.stdout) / name).is_file(), name
+    _, suggestions = first.stdout.split("as it stands:\n")
+    for line in suggestions.splitlines():
+        pasted = subprocess.run(
+            ["bash", "-c", line],
+            cwd=corpus.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert pasted.returncode == 0, line + pasted.stderr
+    assert len(suggestions.splitlines()) == 3
     again = quickstart(corpus.name, *SHORT, cwd=corpus.parent)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("stands already") == 6

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,3 +104,15 @@ def test_a_folder_without_a_model_is_refused_with_exit_code_2(
     error = capsys.readouterr().err
     assert error.startswith(f"error: --model {tmp_path}: holds no config.json")
     assert "tools/convert_checkpoint.py" in error
+
+
+def test_the_right_guess_stands_in_brackets_and_one_of_blanks_alone_is_visible(
+    example: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(_text: str, top_k: int) -> list[dict[str, Any]]:
+        words = [" London", " ", "Paris"][:top_k]
+        return [{"token": n, "token_str": word, "score": 0.5} for n, word in enumerate(words)]
+
+    fill.tokenizer = SimpleNamespace(decode=lambda ids: [" London", " ", "Paris"][ids[0]])
+    assert example._answer(fill, example.Question("I live in<MASK>.", 0))
+    assert "London <- [London] 0.50  ▁ 0.50  Paris 0.50\n" in capsys.readouterr().out

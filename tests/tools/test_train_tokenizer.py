@@ -147,6 +147,6 @@ def test_with_allow_fewer_the_vocabulary_size_is_an_upper_limit(
     tool.main([*arguments, "100000", "--allow-fewer"])
     pieces = Tokenizer.load(output).vocab_size
     assert 500 < pieces < 100_000
-    assert f"{pieces} pieces" in capsys.readouterr().out
+    assert f"{pieces:,} pieces, not 100,000: this text has no more" in capsys.readouterr().out
     tool.main([*arguments, "480", "--allow-fewer", "--overwrite"])
     assert Tokenizer.load(output).vocab_size == 480
