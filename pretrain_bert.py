@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+# OpenMP's threads wait for each other after every loop. GNU's spin for milliseconds before they
+# sleep: once anything else takes a core, they spin while the thread they wait for does not run, and
+# steps take several times as long. A thousand turns (microseconds) are as fast on an idle machine.
+# Read once, when torch loads the library; whoever set either variable is obeyed.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from megatron_bert.config.errors import run_cli
 from megatron_bert.training.main import main
 

@@ -196,6 +196,51 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_code_zero(
     assert max(steps_of(read(tmp_path / "run" / "metrics.jsonl"))) == stopped["step"]
 
 
+def test_a_second_interrupt_ends_the_run_with_one_line_and_without_a_traceback(
+    config_file: Path, tmp_path: Path
+) -> None:
+    # A step of a thousand micro-batches: both signals come within it.
+    slow = ["batch.global_size=8192", "batch.micro_size=8"]
+    with _started(_command(config_file, *slow)) as job:
+        assert job.stdout is not None
+        _read_until(job, "token slots")
+        job.send_signal(signal.SIGINT)
+        _read_until(job, "SIGINT: stopping after this step, and saving")
+        job.send_signal(signal.SIGINT)
+        rest = job.stdout.read()
+        assert job.wait(DEADLINE_SECONDS) == 1
+    assert rest.splitlines()[-1].startswith("error: interrupted before the step was saved")
+    assert "Traceback" not in rest
+    failed = json.loads((tmp_path / "run" / "FAILED").read_text())
+    assert failed["error"] == "KeyboardInterrupt"
+    assert "goes on from the last checkpoint" in failed["reason"]
+
+
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "30"}, "30"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_openmp_is_told_before_torch_is_loaded_not_to_spin_for_long_unless_the_user_has(
+    given: dict[str, str], spin_count: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os\nprint(os.environ.get('GOMP_SPINCOUNT'))\nraise SystemExit(0)\n"
+    )
+    own = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    shown = subprocess.run(
+        [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--help"],
+        env={**own, **given, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout == f"{spin_count}\n"
+
+
 def _exact(run: Path) -> list[tuple[Any, ...]]:
     lines = steps_of(read(run / "metrics.jsonl")).values()
     return [(line["step"], line["loss"], line["batch_hash"], line["grad_norm"]) for line in lines]
