@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.schema import DEFAULT_WARMUP_FRACTION, Config, MaskUnit, ModelConfig
+from megatron_bert.config.schema import (
+    DEFAULT_WARMUP_FRACTION,
+    MAX_UNIT_TOKENS,
+    Config,
+    MaskUnit,
+    ModelConfig,
+)
 
 VOCABULARY_MULTIPLE = 128
 LONGEST_DEFAULT_EVAL = 512
-# Words and spans are masked whole, so that the last one may run over by all but one of its
-# tokens; a unit has at most 8.
-LARGEST_OVERRUN = 7
+# Words and spans are masked whole, so that the last one may run over by all but one of its tokens.
+LARGEST_OVERRUN = MAX_UNIT_TOKENS - 1
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:

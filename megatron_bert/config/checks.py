@@ -117,11 +117,11 @@ def _mlm_problems(config: Config) -> Iterator[str]:
 
 def _corpus_problems(config: Config) -> Iterator[str]:
     for name, corpora in (("train", config.data.train), ("valid", config.data.valid)):
-        yield from _prefix_problems(f"data.{name}", corpora)
+        yield from _prefix_problems(f"data.{name}", corpora, is_blend=name == "train")
     yield from _blend_problems(config.data.train)
 
 
-def _prefix_problems(key: str, corpora: Sequence[Corpus]) -> Iterator[str]:
+def _prefix_problems(key: str, corpora: Sequence[Corpus], *, is_blend: bool) -> Iterator[str]:
     first_use: dict[str, int] = {}
     for index, corpus in enumerate(corpora):
         stem, suffix = os.path.splitext(corpus.prefix)  # noqa: PTH122 (it is no path of a file)
@@ -132,9 +132,10 @@ def _prefix_problems(key: str, corpora: Sequence[Corpus]) -> Iterator[str]:
             )
         first = first_use.setdefault(os.path.normpath(corpus.prefix), index)
         if first != index:
+            shares = "weights" if corpus.epochs is None else "epochs"
             yield (
                 f"{key}.{index}.prefix = {corpus.prefix}: the same corpus as {key}.{first}; "
-                "give it once, with the weights added"
+                f"give it once{f', with the {shares} added' if is_blend else ''}"
             )
 
 

@@ -33,6 +33,8 @@ MaskUnit = Literal["token", "whole_word", "ngram"]
 MIN_SEQ_LENGTH = 8
 DEFAULT_MICRO_TOKENS = 16384
 DEFAULT_WARMUP_FRACTION = 0.01
+# The data core's bound on what is masked together; the two must be equal.
+MAX_UNIT_TOKENS = 8
 
 
 class Section(BaseModel):
@@ -165,7 +167,7 @@ class MlmConfig(Section):
     """Share of a row's text tokens that are to be predicted."""
     unit: MaskUnit = "token"
     """What is masked together: single tokens, whole words, or spans of up to `max_ngram` tokens."""
-    max_ngram: int = Field(3, ge=1, le=8)
+    max_ngram: int = Field(3, ge=1, le=MAX_UNIT_TOKENS)
     """Longest span of the unit `ngram`, in tokens; length k is drawn in proportion to 1/k."""
     mask_ratio: Fraction = 0.8
     """Share of the chosen tokens that become the mask token."""

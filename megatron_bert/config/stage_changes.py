@@ -60,7 +60,7 @@ def curriculum_problems(old: Tree, new: Tree, consumed_steps: int, new_run: bool
     if not new_run:
         for index in range(len(before), len(after)):
             yield refusal(f"curriculum.{index}", ABSENT, _shown(after[index]), Change.NEW_RUN)
-    yield from _batch_size_problems(old, new, places)
+    yield from _batch_size_problems(old, new, places, new_run)
 
 
 def _places(stages: Sequence[Tree], consumed_steps: int, new_run: bool) -> list[_Progress]:
@@ -115,9 +115,12 @@ def _learning_problems(old: Tree, new: Tree, index: int) -> Iterator[str]:
         yield refusal(f"{key}.lr_factor", first, second, Change.NEW_RUN)
 
 
-def _batch_size_problems(old: Tree, new: Tree, places: Sequence[_Progress]) -> Iterator[str]:
+def _batch_size_problems(
+    old: Tree, new: Tree, places: Sequence[_Progress], new_run: bool
+) -> Iterator[str]:
     """Compare the sizes that hold in the stages, wherever they are set."""
     problems: dict[str, str] = {}
+    first, second = (tree["batch"]["global_size"] for tree in (old, new))
     for index, place in enumerate(places[: len(new["curriculum"])]):
         before, after = (_setting(tree, index, "batch", "global_size") for tree in (old, new))
         if before.value == after.value or not place.forbidden:
@@ -126,6 +129,10 @@ def _batch_size_problems(old: Tree, new: Tree, places: Sequence[_Progress]) -> I
         key = f"{stage_key}batch.global_size"
         # The first stage's: what was begun is refused more strictly than what is to come.
         problems.setdefault(key, refusal(key, before.value, after.value, place.forbidden))
+    if first != second and not new_run:
+        # Evaluation reads batches of this size, whatever the stages set.
+        key = "batch.global_size"
+        problems.setdefault(key, refusal(key, first, second, Change.NEW_RUN))
     yield from problems.values()
 
 

@@ -47,7 +47,14 @@ def refusal(build: Build, *overrides: str, world_size: int = 1) -> str:
             "than the run's 350; use at most 0.5",
         ),
         (["batch.micro_size=1", "batch.micro_tokens=64"], "set one of them to null"),
-        (["data.train.1.prefix=./first"], "the same corpus as data.train.0; give it once"),
+        (
+            ["data.train.1.prefix=./first"],
+            "the same corpus as data.train.0; give it once, with the weights added",
+        ),
+        (
+            ["data.train=[{prefix: a, epochs: 1}, {prefix: a, epochs: 2}]"],
+            "the same corpus as data.train.0; give it once, with the epochs added",
+        ),
         (["data.train.0.prefix=a/b.idx"], "is one file of the dataset; give its prefix, a/b"),
         (
             ["data.train.0.epochs=2"],
@@ -119,6 +126,13 @@ def test_only_the_sizes_that_a_stage_uses_must_hold_the_ranks(build: Build) -> N
 def test_corpora_may_all_be_blended_by_epochs(build: Build) -> None:
     check_config(
         build("data.train=[{prefix: a, epochs: 1}, {prefix: b, epochs: 0.5}]"), world_size=1
+    )
+
+
+def test_a_held_out_corpus_given_twice_has_no_weights_to_add(build: Build) -> None:
+    message = refusal(build, "data.valid=[{prefix: a}, {prefix: a}]")
+    assert message.endswith(
+        "data.valid.1.prefix = a: the same corpus as data.valid.0; give it once"
     )
 
 

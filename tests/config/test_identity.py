@@ -160,11 +160,21 @@ def test_a_stage_that_the_run_is_just_about_to_begin_may_have_another_batch_size
 
 def test_what_a_stages_batch_size_is_counts_and_not_where_it_is_set(build: Build) -> None:
     sizes = [f"curriculum.{stage}.batch.global_size=8" for stage in range(3)]
-    resume(build, "batch.global_size=32", *sizes)
+    resume(build, *sizes)
     begun = "batch.global_size=32", *sizes[:2]
     assert "curriculum" not in refusal(build, *begun)
     assert "batch.global_size: was 8, is 32; may change only in a new run" in refusal(build, *begun)
     resume(build, *begun, new_run=True)
+
+
+def test_the_size_of_evaluated_batches_changes_only_in_a_new_run(build: Build) -> None:
+    overrides = (
+        "batch.global_size=32",
+        *(f"curriculum.{stage}.batch.global_size=8" for stage in range(3)),
+    )
+    message = refusal(build, *overrides)
+    assert message.startswith("batch.global_size: was 8, is 32; may change only in a new run")
+    resume(build, *overrides, new_run=True)
 
 
 def test_another_batch_size_of_the_run_is_one_problem_and_not_one_a_stage(build: Build) -> None:
