@@ -109,6 +109,7 @@ def describe_steps(config: Config, first_step: int, last_step: int) -> Iterator[
             f"1:{curriculum.total_steps}; see --steps"
         )
     source = training_source(config, Tokenizer.load(config.data.tokenizer))
+    source.check_unchanged()  # planning a large corpus takes a while
     for step in range(first_step, last_step + 1):
         span = curriculum.at(step)
         rows = span.rows_of(step)

@@ -78,9 +78,13 @@ class RowSource:
         """Rows of all stages."""
         return self._plan.num_rows
 
-    def stage_of(self, row: int) -> int:
-        """Number, from 0, of the stage that a row of the run belongs to."""
-        return self._plan.stage_of(row)[0]
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if a file of a corpus changed since it was opened.
+
+        A system call a file, which a file server may have to answer: not for every batch.
+        """
+        for corpus in self._corpora:
+            corpus.check_unchanged()
 
     def row_shape(self, stage: int) -> tuple[int, int]:
         """Slots and masked slots of a stage's rows."""
@@ -95,11 +99,8 @@ class RowSource:
             arrays: host memory for as many rows of the stage's `row_shape`.
 
         Raises:
-            DataError: a row holds an id that the tokenizer lacks, or a file of a corpus changed
-                since it was opened.
+            DataError: a row holds an id that the tokenizer lacks, or cannot be read.
         """
-        for corpus in self._corpora:
-            corpus.check_unchanged()
         try:
             batch_hash = self._assembler.fill(
                 rows_B,
@@ -116,19 +117,16 @@ class RowSource:
         arrays.rows_B.numpy()[:] = rows_B
         return batch_hash
 
-    def batch(self, rows_B: NDArray[np.int64], stage: int | None = None) -> Batch:
+    def batch(self, rows_B: NDArray[np.int64], stage: int) -> Batch:
         """Assemble rows of one stage into memory of their own.
 
         Args:
             rows_B: row numbers within the run; -1 makes a surplus row, all padding.
-            stage: that of the rows; by default that of the last of them in number (of row 0, if
-                all are surplus).
+            stage: number, from 0, of the stage that they belong to.
 
         Raises:
             DataError: as `fill`.
         """
-        if stage is None:
-            stage = self.stage_of(int(max(rows_B.max(initial=0), 0)))
         arrays = RowArrays.empty(len(rows_B), *self.row_shape(stage))
         return Batch.of(arrays, self.fill(rows_B, arrays))
 

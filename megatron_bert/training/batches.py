@@ -5,7 +5,9 @@ Shape suffix: B rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +20,9 @@ from megatron_bert.data.source import RowSource
 from megatron_bert.training.staging import HostMemory, StagingBuffer
 
 SURPLUS_ROW = -1
+
+# A check asks a file server about every file: once a step would be too often for short steps.
+_SECONDS_BETWEEN_CHECKS = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class ReadAhead(Iterator[list[Batch]]):
         rank: within data parallelism.
         batches: of the steps, in turn.
         memory: where the rows are assembled.
-        threads: how many assemble at a time, each other rows; the result is the same.
+        threads: how many share each step's rows; the result is the same for any number.
+        clock: seconds that never go back; tells when to look again whether the data's files are
+            as they were.
     """
 
     def __init__(
@@ -64,11 +71,14 @@ class ReadAhead(Iterator[list[Batch]]):
         batches: Iterable[GlobalBatch],
         memory: HostMemory,
         threads: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
         self._rank = rank
         self._batches = iter(batches)
         self._threads = threads
+        self._clock = clock
+        self._next_check = -math.inf
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="read-ahead")
         self._free = [StagingBuffer(memory), StagingBuffer(memory)]
         self._in_use: StagingBuffer | None = None
@@ -80,7 +90,7 @@ class ReadAhead(Iterator[list[Batch]]):
         The caller has asked for all copies that it makes of the batches before.
 
         Raises:
-            DataError: a row cannot be assembled.
+            DataError: a row cannot be assembled, or a file of the data has changed.
         """
         ahead = self._ahead
         if ahead is None:
@@ -106,11 +116,20 @@ class ReadAhead(Iterator[list[Batch]]):
             arrays.part(first, first + layout.micro_size)
             for first in range(0, layout.rows_per_rank, layout.micro_size)
         ]
+        # Before the rows, so that damage is told by what happened to the file.
+        checks = [self._pool.submit(self._source.check_unchanged)] if self._check_is_due() else []
         hashes = [
             self._pool.submit(self._assemble, batch, micro_batches, buffer, thread)
             for thread in range(self._threads)
         ]
-        return _Step(buffer, micro_batches, hashes)
+        return _Step(buffer, micro_batches, checks, hashes)
+
+    def _check_is_due(self) -> bool:
+        now = self._clock()
+        if now < self._next_check:
+            return False
+        self._next_check = now + _SECONDS_BETWEEN_CHECKS
+        return True
 
     def _assemble(
         self,
@@ -118,15 +137,24 @@ class ReadAhead(Iterator[list[Batch]]):
         micro_batches: Sequence[RowArrays],
         buffer: StagingBuffer,
         thread: int,
-    ) -> list[int]:
-        """Assemble one thread's part of every micro-batch; return the parts' hashes."""
+    ) -> dict[int, int]:
+        """Assemble one thread's part of the step's rows.
+
+        Returns:
+            Of each micro-batch that the part reaches into, by its number: the hash of the rows
+            assembled there.
+        """
         buffer.wait_until_read()
-        size = batch.layout.micro_size
-        first, end = (size * part // self._threads for part in (thread, thread + 1))
-        return [
-            self._source.fill(batch.share(self._rank, number)[first:end], rows.part(first, end))
-            for number, rows in enumerate(micro_batches)
-        ]
+        size, num_rows = batch.layout.micro_size, batch.layout.rows_per_rank
+        first, end = (num_rows * part // self._threads for part in (thread, thread + 1))
+        hashes = {}
+        while first < end:
+            number, begin = divmod(first, size)
+            stop = min(size, begin + end - first)
+            rows_B = batch.share(self._rank, number)[begin:stop]
+            hashes[number] = self._source.fill(rows_B, micro_batches[number].part(begin, stop))
+            first += stop - begin
+        return hashes
 
 
 @dataclass(frozen=True)
@@ -136,17 +164,21 @@ class _Step:
     Attributes:
         buffer: what it is assembled into.
         micro_batches: parts of the buffer.
-        hashes: of each thread, once it is done: those of its parts of the micro-batches.
+        checks: whether the data's files are as they were, where that was asked.
+        hashes: of each thread, once it is done: what it adds to those of the micro-batches.
     """
 
     buffer: StagingBuffer
     micro_batches: list[RowArrays]
-    hashes: list[Future[list[int]]]
+    checks: list[Future[None]]
+    hashes: list[Future[dict[int, int]]]
 
     def result(self) -> list[Batch]:
-        """Wait for the threads; raises what assembling raised."""
+        """Wait for the threads; raises what checking and assembling raised."""
+        for check in self.checks:
+            check.result()
         by_thread = [future.result() for future in self.hashes]
         return [
-            Batch.of(rows, sum(parts) % 2**64)
-            for rows, *parts in zip(self.micro_batches, *by_thread, strict=True)
+            Batch.of(rows, sum(hashes.get(number, 0) for hashes in by_thread) % 2**64)
+            for number, rows in enumerate(self.micro_batches)
         ]

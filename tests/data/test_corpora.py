@@ -41,7 +41,7 @@ def _documents_in(source: RowSource) -> set[int]:
     """The documents that a source's rows read."""
     found = set[int]()
     for row in range(source.num_rows):
-        batch = source.batch(np.array([row]))
+        batch = source.batch(np.array([row]), 0)
         tokens = batch.tokens_BS.numpy().copy()
         tokens[0, batch.masked_BM.numpy()[0]] = batch.labels_BM.numpy()[0]
         found |= set((tokens[tokens >= 10] - 10).tolist())
@@ -107,10 +107,10 @@ def test_a_file_that_changes_during_a_run_ends_it_with_a_word(
     prefix: Path, tiny_tokenizer: Tokenizer, how: str, suffix: str
 ) -> None:
     source = training_source(_config(prefix), tiny_tokenizer)
-    source.batch(np.arange(4))
+    source.check_unchanged()
     _change(Path(f"{prefix}{suffix}"), how)
     with pytest.raises(DataError, match=rf"set\{suffix}.* begin a new run with the new data"):
-        source.batch(np.arange(4))
+        source.check_unchanged()
 
 
 def _words(prefix: Path, starts: list[int]) -> None:
@@ -119,7 +119,7 @@ def _words(prefix: Path, starts: list[int]) -> None:
 
 
 def _chosen(source: RowSource) -> list[list[int]]:
-    batch = source.batch(np.arange(source.num_rows))
+    batch = source.batch(np.arange(source.num_rows), 0)
     return [
         positions[weights > 0].tolist()
         for positions, weights in zip(

@@ -71,9 +71,9 @@ def test_a_batch_has_the_shapes_and_types_of_its_stage(
     config = make_config(corpus, mlm={"unit": unit})
     source = training_source(config, tiny_tokenizer)
     assert source.num_rows == 5 * GLOBAL_SIZE
-    for first, seq_length in ((0, 32), (3 * GLOBAL_SIZE, 64)):
-        batch = source.batch(np.array([first, -1, first + 1]))
-        assert source.row_shape(source.stage_of(first))[0] == seq_length
+    for stage, first, seq_length in ((0, 0, 32), (1, 3 * GLOBAL_SIZE, 64)):
+        batch = source.batch(np.array([first, -1, first + 1]), stage)
+        assert source.row_shape(stage)[0] == seq_length
         slots = masked_slots(config.mlm.probability, unit, seq_length)
         shapes = [tuple(tensor.shape) for tensor in batch.model_inputs()]
         assert shapes == [(3, seq_length)] * 2 + [(3, slots)] * 3 + [(3,)]
@@ -88,7 +88,7 @@ def test_a_batch_has_the_shapes_and_types_of_its_stage(
 
 def test_a_row_is_the_tokenizers_text(corpus: Path, tiny_tokenizer: Tokenizer) -> None:
     source = training_source(make_config(corpus), tiny_tokenizer)
-    batch = source.batch(np.arange(GLOBAL_SIZE))
+    batch = source.batch(np.arange(GLOBAL_SIZE), 0)
     dataset = open_dataset(corpus)
     streams = [dataset.document(number).tolist() for number in range(dataset.num_documents)]
     text = " ".join(" ".join(map(str, tokens)) for tokens in streams)
@@ -106,9 +106,7 @@ def test_a_batch_of_surplus_rows_takes_the_stage_it_is_given(
     corpus: Path, tiny_tokenizer: Tokenizer
 ) -> None:
     source = training_source(make_config(corpus), tiny_tokenizer)
-    surplus = np.array([-1, -1])
-    assert source.batch(surplus).tokens_BS.shape == (2, 32)
-    batch = source.batch(surplus, stage=1)
+    batch = source.batch(np.array([-1, -1]), 1)
     assert batch.tokens_BS.shape == (2, 64)
     assert batch.weights_BM.sum() == 0
     assert batch.batch_hash == 0
@@ -117,7 +115,7 @@ def test_a_batch_of_surplus_rows_takes_the_stage_it_is_given(
 def test_a_batch_keeps_its_content_when_it_is_copied(
     corpus: Path, tiny_tokenizer: Tokenizer
 ) -> None:
-    batch = training_source(make_config(corpus), tiny_tokenizer).batch(np.arange(2))
+    batch = training_source(make_config(corpus), tiny_tokenizer).batch(np.arange(2), 0)
     copied = batch.to(torch.device("cpu"))
     assert copied.batch_hash == batch.batch_hash
     for a, b in zip(copied.model_inputs(), batch.model_inputs(), strict=True):
@@ -133,9 +131,8 @@ def test_stages_have_the_rows_and_the_masking_rate_that_they_set(
     ]
     source = training_source(make_config(corpus, curriculum=stages), tiny_tokenizer)
     assert source.num_rows == 2 * 6 + 3 * GLOBAL_SIZE
-    assert [source.stage_of(row) for row in (0, 11, 12, 23)] == [0, 0, 1, 1]
     assert source.row_shape(0) == (64, masked_slots(0.3, "token", 64))
-    often, seldom = (source.batch(np.arange(first, first + 12)) for first in (0, 12))
+    often, seldom = (source.batch(np.arange(12) + 12 * stage, stage) for stage in (0, 1))
     text = (often.tokens_BS != tiny_tokenizer.pad_id).sum()
     assert float(often.weights_BM.sum() / text) == pytest.approx(0.28, abs=0.03)
     assert float(seldom.weights_BM.sum() / text) == pytest.approx(0.14, abs=0.02)
@@ -146,7 +143,7 @@ def test_the_same_configuration_makes_the_same_rows(
 ) -> None:
     def batch_hash(seed: int) -> int:
         config = make_config(corpus, run={"seed": seed})
-        return training_source(config, tiny_tokenizer).batch(np.arange(8)).batch_hash
+        return training_source(config, tiny_tokenizer).batch(np.arange(8), 0).batch_hash
 
     assert batch_hash(1) == batch_hash(1)
     assert batch_hash(1) != batch_hash(2)
@@ -225,7 +222,7 @@ def test_an_id_that_sampling_missed_is_refused_when_its_row_is_read(
         tiny_tokenizer,
     )
     with pytest.raises(DataError, match="document 3 holds the token id 600"):
-        source.batch(np.arange(500))
+        source.batch(np.arange(500), 0)
 
 
 @pytest.mark.parametrize("documents", [[], [[], []]])

@@ -120,7 +120,7 @@ def test_each_step_has_the_hash_of_its_rows(
     expected = []
     for step, stage in enumerate((0, 0, 0, 1, 1), start=1):
         rows = np.arange((step - 1) * 5, step * 5)
-        batch_hash = source.batch(rows).batch_hash
+        batch_hash = source.batch(rows, stage).batch_hash
         expected.append(f"step {step} stage {stage} batch_hash {batch_hash:016x}")
     assert run(capsys, "--config", config, "--steps", "1:5") == expected
     assert run(capsys, "--config", config, "--steps", "4:5") == expected[3:]

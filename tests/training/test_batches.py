@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -53,15 +54,24 @@ def test_ranks_and_micro_batches_of_one_shape_share_out_every_row_once(
 
 
 class _Source:
-    """Rows of two slots that hold their own number; remembers what was assembled, in turn."""
+    """Rows of two slots that hold their own number.
 
-    def __init__(self) -> None:
+    Remembers what was assembled, in turn, notes each row in `events`, and counts checks.
+    """
+
+    def __init__(self, events: list[str] | None = None) -> None:
         self.filled: list[int] = []
+        self.checks = 0
+        self._events = [] if events is None else events
 
     def row_shape(self, stage: int) -> tuple[int, int]:
         return 2 + stage, 1
 
+    def check_unchanged(self) -> None:
+        self.checks += 1
+
     def fill(self, rows_B: NDArray[np.int64], arrays: RowArrays) -> int:
+        self._events += [f"row {row} written" for row in rows_B.tolist()]
         self.filled += rows_B.tolist()
         arrays.tokens_BS[:] = torch.from_numpy(rows_B)[:, None]
         arrays.rows_B[:] = torch.from_numpy(rows_B)
@@ -69,15 +79,15 @@ class _Source:
 
 
 class _Memory:
-    """Stands for pinned memory: counts allocations, and notes who waited for the copies of whom.
+    """Stands for pinned memory: counts allocations, and notes in `events` whose copies are done.
 
     The copies of a step are done when somebody waits for them, and not before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, events: list[str] | None = None) -> None:
+        self.events = [] if events is None else events
         self.allocated: list[tuple[int, int, int]] = []
         self.fences = 0
-        self.passed: list[int] = []
 
     def allocate(self, rows: int, seq_length: int, masked_slots: int) -> RowArrays:
         self.allocated.append((rows, seq_length, masked_slots))
@@ -97,13 +107,17 @@ class _Fence:
         self._number = number
 
     def synchronize(self) -> None:
-        self._memory.passed.append(self._number)
+        self._memory.events.append(f"step {self._number} read")
 
 
 def _read_ahead(
-    source: Any, batches: list[GlobalBatch], memory: HostMemory | None = None, threads: int = 1
+    source: Any,
+    batches: list[GlobalBatch],
+    memory: HostMemory | None = None,
+    threads: int = 1,
+    clock: Callable[[], float] = time.monotonic,
 ) -> ReadAhead:
-    return ReadAhead(source, 0, batches, memory or HostMemory.for_device(CPU), threads)
+    return ReadAhead(source, 0, batches, memory or HostMemory.for_device(CPU), threads, clock)
 
 
 def test_steps_come_in_turn_each_read_once_and_one_step_ahead() -> None:
@@ -149,18 +163,22 @@ def test_memory_is_allocated_for_two_steps_and_then_used_in_turn() -> None:
 
 
 def test_memory_is_written_again_only_after_the_device_has_read_it() -> None:
-    memory = _Memory()
+    events: list[str] = []
+    memory = _Memory(events)
     batches = [_global_batch(step, 1, 10) for step in range(1, 6)]
-    with closing(_read_ahead(_Source(), batches, memory.host_memory())) as reader:
+    with closing(_read_ahead(_Source(events), batches, memory.host_memory())) as reader:
         next(reader)
         assert memory.fences == 0
         next(reader)  # the copies of step 1 were asked for: its memory is free for step 3
         assert memory.fences == 1
-        third = next(reader)
-        assert third[0].rows_B[0] == 2 * ROWS
-        assert memory.passed[0] == 1
         list(reader)
-    assert memory.passed == [1, 2, 3]
+    written = [[f"row {row} written" for row in batch.rows] for batch in batches]
+    assert events == [
+        *(*written[0], *written[1]),
+        *("step 1 read", *written[2]),
+        *("step 2 read", *written[3]),
+        *("step 3 read", *written[4]),
+    ]
 
 
 def test_another_shape_gets_memory_of_its_own_and_waits_for_nothing() -> None:
@@ -175,7 +193,51 @@ def test_another_shape_gets_memory_of_its_own_and_waits_for_nothing() -> None:
     assert shapes == [(5, 2), (5, 2), (5, 3), (5, 3), (5, 3)]
     assert memory.allocated == [(ROWS, 2, 1)] * 2 + [(ROWS, 3, 1)] * 2
     # Only step 5 is written where another step, the third, had been.
-    assert set(memory.passed) == {3}
+    assert memory.events == ["step 3 read"]
+
+
+def test_threads_share_a_steps_rows_also_where_micro_batches_have_one_each() -> None:
+    class _Meeting(_Source):
+        """Nobody goes on before four threads have a row in hand."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._barrier = threading.Barrier(4)
+
+        def fill(self, rows_B: NDArray[np.int64], arrays: RowArrays) -> int:
+            self._barrier.wait(timeout=30)
+            return super().fill(rows_B, arrays)
+
+    batches = [GlobalBatch(range(8), 0, BatchLayout.divide(8, 1, 1))]
+    source = _Meeting()
+    with closing(_read_ahead(source, batches, threads=4)) as reader:
+        (micro_batches,) = reader
+    assert [batch.rows_B.tolist() for batch in micro_batches] == [[row] for row in range(8)]
+    assert sorted(source.filled) == list(range(8))
+
+
+def test_files_are_checked_once_a_step_and_at_most_once_a_second() -> None:
+    source = _Source()
+    seconds = iter([10.0, 10.5, 10.9, 11.0, 11.5, 12.5, 12.6])
+    batches = [_global_batch(step, 1, 1) for step in range(1, 8)]
+    with closing(_read_ahead(source, batches, threads=3, clock=seconds.__next__)) as reader:
+        assert len(list(reader)) == 7
+    assert source.checks == 3
+
+
+def test_a_file_that_changed_ends_the_reading_of_the_step_that_finds_it() -> None:
+    class _Changed(_Source):
+        def check_unchanged(self) -> None:
+            super().check_unchanged()
+            if self.checks == 2:
+                raise DataError("set.bin: was replaced by another file while in use")
+
+    seconds = iter([0.0, 1.0, 2.0])
+    batches = [_global_batch(step, 1, 5) for step in range(1, 4)]
+    with closing(_read_ahead(_Changed(), batches, clock=seconds.__next__)) as reader:
+        next(reader)
+        with pytest.raises(DataError, match="was replaced"):
+            next(reader)
 
 
 def test_an_error_in_a_thread_reaches_the_one_who_asks_for_the_step() -> None:
@@ -260,7 +322,7 @@ def test_any_number_of_threads_makes_the_batches_that_the_source_makes(
         for a, b in zip(found.model_inputs(), expected.model_inputs(), strict=True):
             assert torch.equal(a, b)
         total += found.batch_hash
-    whole = (source.batch(np.arange(14)), source.batch(np.arange(14, 30)))
+    whole = (source.batch(np.arange(14), 0), source.batch(np.arange(14, 30), 1))
     assert total % 2**64 == sum(batch.batch_hash for batch in whole) % 2**64
 
 
