@@ -172,14 +172,15 @@ run examples/fill_masks.py --model "$folder/huggingface" --input "$folder/train.
 quoted() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
 
 place=$PWD/$folder
-say "Done. What lies where:"
+say "Done. What lies in $place:"
 cat <<TEXT
-  $place/loss.png         the loss curve
-  $place/report.html      the run's report: open it in a browser
-  $place/huggingface/     the model, for transformers
-  $place/guesses.txt      what it put at the masks
-  $place/run/             metrics.jsonl, checkpoints, the resolved configuration
-  $PWD/README.md, docs/   larger models, several GPUs, other options
+  loss.png         the loss curve
+  report.html      the run's report: open it in a browser
+  huggingface/     the model, for transformers
+  guesses.txt      what it put at the masks
+  run/             metrics.jsonl, checkpoints, the resolved configuration
+
+Larger models, several GPUs, other options: $PWD/README.md
 
 Next, each line can be pasted as it stands:
 TEXT
