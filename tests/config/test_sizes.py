@@ -3,10 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from _megatron_bert_core import MAX_UNIT_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bert.config import schema
 from megatron_bert.config.arithmetic import (
+    LARGEST_OVERRUN,
     fixed_eval_length,
     masked_slots,
     parameter_count,
@@ -15,6 +18,7 @@ from megatron_bert.config.arithmetic import (
 )
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import BatchConfig, Config, ModelConfig
@@ -52,6 +56,13 @@ def test_the_published_masking_hides_15_percent_in_ngrams_up_to_3(retrievabert: 
     mlm = retrievabert.mlm
     assert (mlm.probability, mlm.mask_ratio, mlm.random_ratio) == (0.15, 0.8, 0.1)
     assert (mlm.unit, mlm.max_ngram) == ("ngram", 3)
+
+
+def test_the_data_core_masks_no_longer_units_than_the_slots_allow_for(build: Build) -> None:
+    assert schema.MAX_UNIT_TOKENS == MAX_UNIT_TOKENS == LARGEST_OVERRUN + 1
+    assert build(f"mlm.max_ngram={MAX_UNIT_TOKENS}").mlm.max_ngram == MAX_UNIT_TOKENS
+    with pytest.raises(ConfigError, match=rf"mlm\.max_ngram = {MAX_UNIT_TOKENS + 1}"):
+        build(f"mlm.max_ngram={MAX_UNIT_TOKENS + 1}")
 
 
 def test_masked_slots_round_half_up_and_leave_room_for_an_overrun() -> None:
