@@ -15,6 +15,9 @@ import numpy.typing as npt
 MAX_UNIT_TOKENS: int
 """Most tokens of a word or span that is masked together; longer ones are divided."""
 
+class TokenIdError(RuntimeError):
+    """A dataset holds a token id that the vocabulary lacks."""
+
 class IndexedDataset:
     """A dataset in Megatron-LM's format, PREFIX.idx and PREFIX.bin, opened for reading.
 
@@ -231,6 +234,10 @@ class BatchAssembler:
 
         Returns:
             The sum modulo 2^64 of a hash of each row's tokens, positions, masked and labels.
+
+        Raises:
+            TokenIdError: a row holds an id outside the vocabulary.
+            RuntimeError: a file cannot be read.
         """
 
 class HashSet:

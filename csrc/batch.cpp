@@ -181,10 +181,10 @@ void BatchAssembler::check_tokens(const Segment& segment,
     const std::uint32_t largest = largest_id(tokens);
     const auto size = static_cast<std::uint32_t>(masker_.vocabulary().size);
     if (largest >= size) {
-        throw std::runtime_error(corpora_[segment.corpus].dataset->prefix() + ".bin: document " +
-                                 std::to_string(segment.span.document) + " holds the token id " +
-                                 std::to_string(static_cast<std::int32_t>(largest)) +
-                                 ", but the vocabulary has " + std::to_string(size) + " ids");
+        throw TokenIdError(corpora_[segment.corpus].dataset->prefix() + ".bin: document " +
+                           std::to_string(segment.span.document) + " holds the token id " +
+                           std::to_string(static_cast<std::int32_t>(largest)) +
+                           ", but the vocabulary has " + std::to_string(size) + " ids");
     }
 }
 

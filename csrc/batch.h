@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <vector>
 
 #include "indexed_dataset.h"
@@ -13,6 +14,12 @@
 #include "word_starts.h"
 
 namespace megatron_bert {
+
+/// A dataset holds a token id that the vocabulary lacks.
+class TokenIdError : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
 
 /// Stands in a batch's list of rows for a row that no data belongs to.
 inline constexpr std::int64_t surplus_row = -1;
@@ -51,7 +58,8 @@ class BatchAssembler {
     /// nothing and adds 0.
     ///
     /// Throws std::out_of_range for a row outside the plan, std::invalid_argument for a row of
-    /// another length than `seq_length` and std::runtime_error for a token outside the vocabulary.
+    /// another length than `seq_length`, TokenIdError for a token outside the vocabulary, and as
+    /// `IndexedDataset::copy_tokens` and `WordStarts::copy`.
     std::uint64_t fill(const BatchArrays& batch) const;
 
   private:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _megatron_bert_core import BatchAssembler, IndexedDataset, RowPlan
+from _megatron_bert_core import BatchAssembler, IndexedDataset, RowPlan, TokenIdError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,7 +174,7 @@ def test_a_token_outside_the_vocabulary_is_refused_with_its_document(
 ) -> None:
     dataset = write_documents(tmp_path / "set", [[7], [8, token]])
     assembler = make_assembler([dataset], RowPlan([dataset], [1.0], [(SEQ_LENGTH, 1)], 0))
-    with pytest.raises(RuntimeError, match=rf"set\.bin: document 1 holds the token id {token}"):
+    with pytest.raises(TokenIdError, match=rf"set\.bin: document 1 holds the token id {token}"):
         fill(assembler, [0], SEQ_LENGTH, MASKED_SLOTS)
 
 

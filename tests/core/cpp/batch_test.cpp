@@ -220,8 +220,8 @@ void a_token_outside_the_vocabulary_is_refused_with_its_document() {
     const BatchAssembler assembler({{dataset, nullptr}}, plan, make_masker(MaskUnit::token), {0.2},
                                    0);
     Arrays arrays({0});
-    check_throws<std::runtime_error>("document 1 holds the token id 300",
-                                     [&] { assembler.fill(arrays.view()); });
+    check_throws<TokenIdError>("document 1 holds the token id 300",
+                               [&] { assembler.fill(arrays.view()); });
     Arrays outside({1});
     check_throws<std::out_of_range>("row 1 of 1", [&] { assembler.fill(outside.view()); });
 }
