@@ -20,10 +20,11 @@ def blend_weights(corpora: Sequence[OpenCorpus]) -> list[float]:
 
     Returns:
         The weights as given, or epochs times what one epoch takes of rows. That is in proportion
-        to tokens + 2 documents whatever the rows' length S: each document needs [CLS] and [SEP],
-        and each of the R rows one pair more for the document that it breaks off, so that
-        R = (tokens + 2 documents) / (S - 2). Rows that end with a document need no such pair:
-        for documents of 6 tokens in rows of 64 slots R is 0.6 % smaller, for others less.
+        to tokens + 2 documents whatever the rows' length S: each document that is read (an empty
+        one is not) needs [CLS] and [SEP], and each of the R rows one pair more for the document
+        that it breaks off, so that R = (tokens + 2 documents) / (S - 2). Rows that end with a
+        document need no such pair: for documents of 6 tokens in rows of 64 slots R is 0.6 %
+        smaller, for others less.
     """
     return [_blend_weight(opened) for opened in corpora]
 
@@ -32,9 +33,7 @@ def _blend_weight(opened: OpenCorpus) -> float:
     corpus = opened.part.corpus
     if corpus.epochs is None:
         return corpus.weight_or_default
-    # Documents that are held out have no tokens here, and as good as the same share of them all.
-    share = opened.num_tokens / opened.dataset.num_tokens
-    return corpus.epochs * (opened.num_tokens + 2 * opened.dataset.num_documents * share)
+    return corpus.epochs * (opened.num_tokens + 2 * opened.num_documents)
 
 
 def blend_warnings(corpora: Sequence[Corpus], epochs: Sequence[float]) -> list[str]:
@@ -52,12 +51,8 @@ def blend_warnings(corpora: Sequence[Corpus], epochs: Sequence[float]) -> list[s
             f"{corpora[i].prefix} {epochs[i]:.3g} times (data.train.{i}.epochs = {asked[i]:g})"
             for i in missed
         )
-        # Steps move all corpora alike; where rounding to whole rows parts them, the mean counts.
-        factor = sum(asked.values()) / sum(epochs[i] for i in asked)
-        warnings.append(
-            f"the curriculum reads {corpora_missed}; to read as often as asked, multiply the "
-            f"stages' steps by {factor:.3g}"
-        )
+        remedy = _remedy([wanted / epochs[i] for i, wanted in asked.items()])
+        warnings.append(f"the curriculum reads {corpora_missed}; {remedy}")
     for index, (corpus, times) in enumerate(zip(corpora, epochs, strict=True)):
         if times > _MOST_USEFUL_EPOCHS:
             key = f"data.train.{index}.{'weight' if corpus.epochs is None else 'epochs'}"
@@ -68,3 +63,15 @@ def blend_warnings(corpora: Sequence[Corpus], epochs: Sequence[float]) -> list[s
                 f"Data-Constrained Language Models): {remedy}, or shorten the curriculum"
             )
     return warnings
+
+
+def _remedy(factors: Sequence[float]) -> str:
+    """What to do about corpora that are to be read these times as often."""
+    factor = sum(factors) / len(factors)
+    if all(abs(each / factor - 1.0) <= _TOLERANCE for each in factors):
+        return f"to read as often as asked, multiply the stages' steps by {factor:.3g}"
+    # Steps move all corpora alike: what parts them is that each gets whole rows of every stage.
+    return (
+        "no number of steps mends it for all of them, as shares of few rows are rounded to whole "
+        "ones: take it as it is, or join small corpora with tools/merge_datasets.py"
+    )

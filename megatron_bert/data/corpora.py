@@ -19,7 +19,8 @@ from megatron_bert.data.tokenizer import Tokenizer
 # id is checked again when its row is assembled.)
 _SAMPLED_DOCUMENTS = 1024
 _FINGERPRINT_DOCUMENTS = 64
-_FINGERPRINT_BYTES = 1 << 20
+_FINGERPRINT_BLOCKS = 64
+_FINGERPRINT_BLOCK_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -73,22 +74,29 @@ class OpenCorpus:
     Attributes:
         part: which documents are read.
         dataset: all of its documents.
-        lengths: those of the documents that are read, 0 for the others.
-        num_tokens: tokens of the documents that are read.
+        lengths: those of the documents that are read.
+        num_documents: documents that are read; empty ones are not.
         word_starts: where a dictionary saw words begin; None where it was not asked, or is not
             needed.
     """
 
     part: CorpusPart
     dataset: IndexedDataset
-    lengths: IndexedDataset | DocumentLengths
-    num_tokens: int
+    lengths: DocumentLengths
+    num_documents: int
     word_starts: WordStarts | None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the documents that are read."""
+        return self.lengths.num_tokens
+
     def check_unchanged(self) -> None:
-        """Raise `DataError` if a file of the dataset changed since it was opened."""
+        """Raise `DataError` if a file that is read changed since it was opened."""
         try:
             self.dataset.check_unchanged()
+            if self.word_starts is not None:
+                self.word_starts.check_unchanged()
         except RuntimeError as error:
             raise DataError(
                 f"{error}; rows can no longer be told: put the file back as it was and start the "
@@ -98,8 +106,8 @@ class OpenCorpus:
     def fingerprint(self) -> str:
         """A line that changes when the content does, wherever the files lie.
 
-        It has counts and a digest of evenly spaced documents: all of a large corpus would take
-        minutes.
+        It has counts and a digest of evenly spaced documents and blocks of the words: all of a
+        large corpus would take minutes.
         """
         digest = hashlib.sha256()
         count = min(self.dataset.num_documents, _FINGERPRINT_DOCUMENTS)
@@ -107,8 +115,7 @@ class OpenCorpus:
             tokens = self.dataset.document(int(number))
             digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
         if self.word_starts is not None:
-            with _words_file(self.part.corpus.prefix).open("rb") as file:
-                digest.update(file.read(_FINGERPRINT_BYTES))
+            _add_blocks(digest, _words_file(self.part.corpus.prefix))
         return (
             f"{self.dataset.num_documents} documents, {self.dataset.num_tokens} tokens, "
             f"sample {digest.hexdigest()[:16]}"
@@ -127,6 +134,50 @@ def open_corpus(part: CorpusPart, tokenizer: Tokenizer, *, with_words: bool = Fa
         DataError: it is missing, damaged or empty, another tokenizer made it, or no document is on
             the side that is read.
     """
+    corpus = _open(part, tokenizer, with_words=with_words)
+    if corpus.num_tokens == 0:
+        raise DataError(
+            f"data.held_out_fraction = {part.held_out_fraction:g} holds out "
+            f"{'no' if part.held_out else 'every'} document of "
+            f"{part.corpus.prefix} ({corpus.dataset.num_documents} documents); change it, or set "
+            f"it to 0 and name held-out text in data.valid"
+        )
+    return corpus
+
+
+def open_evaluation_corpora(
+    config: Config, tokenizer: Tokenizer
+) -> tuple[list[OpenCorpus], list[str]]:
+    """Open what is evaluated.
+
+    A training corpus so small that nothing of it is held out is left out, as long as there is
+    other text to evaluate.
+
+    Returns:
+        The corpora, and a warning on each that is left out.
+
+    Raises:
+        DataError: as `open_corpus`, for one corpus or for all of them.
+    """
+    parts = evaluation_parts(config)
+    with_words = config.mlm.unit == "whole_word"
+    opened = [_open(part, tokenizer, with_words=with_words) for part in parts]
+    kept = [corpus for corpus in opened if corpus.num_tokens]
+    if opened and not kept:
+        raise DataError(
+            f"data.held_out_fraction = {config.data.held_out_fraction:g} holds out no document of "
+            f"any training corpus; raise it, or set it to 0 and name held-out text in data.valid"
+        )
+    return kept, [
+        f"{corpus.part.corpus.prefix} is not evaluated: data.held_out_fraction = "
+        f"{corpus.part.held_out_fraction:g} holds out none of its documents"
+        for corpus in opened
+        if not corpus.num_tokens
+    ]
+
+
+def _open(part: CorpusPart, tokenizer: Tokenizer, *, with_words: bool) -> OpenCorpus:
+    """As `open_corpus`, but the side that is read may have no token."""
     prefix = part.corpus.prefix
     dataset = open_dataset(prefix)
     if dataset.num_tokens == 0:
@@ -135,20 +186,11 @@ def open_corpus(part: CorpusPart, tokenizer: Tokenizer, *, with_words: bool = Fa
             f"the configuration, or make it from files that hold text"
         )
     _check_tokenizer(dataset, prefix, tokenizer)
-    lengths: IndexedDataset | DocumentLengths = dataset
-    if part.held_out_fraction:
-        lengths = DocumentLengths(
-            dataset, held_out_fraction=part.held_out_fraction, held_out=part.held_out
-        )
-        if lengths.num_tokens == 0:
-            raise DataError(
-                f"data.held_out_fraction = {part.held_out_fraction:g} holds out "
-                f"{'no' if part.held_out else 'every'} document of {prefix} "
-                f"({dataset.num_documents} documents); change it, or set it to 0 and name held-out "
-                f"text in data.valid"
-            )
+    lengths = DocumentLengths(
+        dataset, held_out_fraction=part.held_out_fraction, held_out=part.held_out
+    )
     words = _open_words(dataset, prefix) if with_words else None
-    return OpenCorpus(part, dataset, lengths, lengths.num_tokens, words)
+    return OpenCorpus(part, dataset, lengths, lengths.num_nonempty_documents, words)
 
 
 def _check_tokenizer(dataset: IndexedDataset, prefix: str, tokenizer: Tokenizer) -> None:
@@ -182,3 +224,14 @@ def _open_words(dataset: IndexedDataset, prefix: str) -> WordStarts | None:
 
 def _words_file(prefix: str) -> Path:
     return Path(f"{prefix}.words")
+
+
+def _add_blocks(digest: hashlib._Hash, path: Path) -> None:
+    """Add a file's size and evenly spaced blocks of it, its ends among them."""
+    size = path.stat().st_size
+    last = max(0, size - _FINGERPRINT_BLOCK_BYTES)
+    digest.update(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        for begin in np.unique(np.linspace(0, last, _FINGERPRINT_BLOCKS, dtype=np.int64)):
+            file.seek(int(begin))
+            digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from _megatron_bert_core import BatchAssembler, RowPlan, epoch_rows
+from _megatron_bert_core import BatchAssembler, RowPlan, TokenIdError, epoch_rows
 from numpy.typing import NDArray
 
 from megatron_bert.config.arithmetic import masked_slots
@@ -45,26 +45,22 @@ class RowSource:
         self,
         config: Config,
         tokenizer: Tokenizer,
-        parts: Sequence[CorpusPart],
+        corpora: Sequence[OpenCorpus],
         stages: Sequence[RowStage],
         seed: int,
     ) -> None:
-        """Open the corpora and plan the rows.
+        """Plan the rows.
 
         Args:
             config: its `mlm` section says how rows are masked, but for the stages' probability.
-            tokenizer: must be the one that made the corpora.
-            parts: blended by weight or epochs within each stage.
+            tokenizer: the one that made the corpora.
+            corpora: blended by weight or epochs within each stage.
             stages: in the order of the rows' numbers.
             seed: of the order of documents and rows and of the masks.
-
-        Raises:
-            DataError: a corpus is missing, damaged or empty, or another tokenizer made it.
         """
         self._unit = config.mlm.unit
         self._stages = tuple(stages)
-        with_words = config.mlm.unit == "whole_word"
-        self._corpora = [open_corpus(part, tokenizer, with_words=with_words) for part in parts]
+        self._corpora = tuple(corpora)
         shapes = [(stage.seq_length, stage.num_rows) for stage in stages]
         lengths = [corpus.lengths for corpus in self._corpora]
         self._plan = RowPlan(lengths, blend_weights(self._corpora), shapes, seed)
@@ -110,9 +106,13 @@ class RowSource:
                 arrays.labels_BM.numpy(),
                 arrays.weights_BM.numpy(),
             )
-        except RuntimeError as error:
+        except TokenIdError as error:
             raise DataError(
                 f"{error}; use the tokenizer that made the dataset, or make the dataset anew"
+            ) from error
+        except RuntimeError as error:
+            raise DataError(
+                f"{error}; check the disk, put the file back as it was and start the job again"
             ) from error
         arrays.rows_B.numpy()[:] = rows_B
         return batch_hash
@@ -133,7 +133,7 @@ class RowSource:
     def describe(self) -> list[str]:
         """Lines on each corpus: documents, tokens, and how many epochs the run reads."""
         return [
-            f"{corpus.part.prefix}: {corpus.dataset.num_documents:,} documents, "
+            f"{corpus.part.prefix}: {corpus.num_documents:,} documents, "
             f"{corpus.num_tokens:,} tokens{_share(corpus.part)}, read {epochs:.3f} times"
             for corpus, epochs in zip(self._corpora, self._plan.epochs(), strict=True)
         ]
@@ -151,29 +151,27 @@ def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
     """Rows of the whole curriculum.
 
     Raises:
-        DataError: as `RowSource`.
+        DataError: a corpus is missing, damaged or empty, or another tokenizer made it.
     """
+    with_words = config.mlm.unit == "whole_word"
+    corpora = [
+        open_corpus(part, tokenizer, with_words=with_words) for part in training_parts(config)
+    ]
     stages = [
         RowStage(span.seq_length, span.num_rows, span.probability)
         for span in Curriculum(config).spans
     ]
-    return RowSource(config, tokenizer, training_parts(config), stages, config.run.seed)
+    return RowSource(config, tokenizer, corpora, stages, config.run.seed)
 
 
 def validation_source(
-    config: Config, tokenizer: Tokenizer, part: CorpusPart, seq_length: int, probability: float
+    config: Config, tokenizer: Tokenizer, corpus: OpenCorpus, seq_length: int, probability: float
 ) -> RowSource:
-    """Rows that evaluation reads of held-out text: `eval.batches` batches, at most one epoch.
-
-    Raises:
-        DataError: as `RowSource`.
-    """
-    rows = min(
-        config.eval.batches * config.batch.global_size,
-        epoch_rows(open_corpus(part, tokenizer).lengths, seq_length, config.run.seed),
-    )
+    """Rows that evaluation reads of held-out text: `eval.batches` batches, at most one epoch."""
+    wanted = config.eval.batches * config.batch.global_size
+    rows = epoch_rows(corpus.lengths, seq_length, config.run.seed, limit=wanted)
     stage = RowStage(seq_length, rows, probability)
-    return RowSource(config, tokenizer, [part], [stage], config.run.seed)
+    return RowSource(config, tokenizer, [corpus], [stage], config.run.seed)
 
 
 def _assembler(

@@ -9,6 +9,7 @@ from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
+from megatron_bert.training.held_out import HeldOutRows
 
 # fp32 weight, gradient and two moments, sharded over all ranks.
 _STATE_BYTES_PER_PARAMETER = 16
@@ -61,17 +62,13 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
     yield f"writes to   {config.run.directory}"
 
 
-def describe_source(label: str, source: RowSource) -> list[str]:
-    """Return a line a corpus: documents, tokens, and how often they are read."""
-    return [f"{label:<11} {line}" for line in source.describe()]
-
-
-def describe_training_source(source: RowSource) -> list[str]:
-    """As `describe_source`, with what the user should know about how often corpora are read."""
-    return [
-        *describe_source("train", source),
-        *(f"warning     {warning}" for warning in source.warnings()),
-    ]
+def describe_data(training: RowSource, held_out: HeldOutRows) -> Iterator[str]:
+    """Yield a line a corpus: documents, tokens, how often they are read; and warnings."""
+    yield from (f"train       {line}" for line in training.describe())
+    for source in held_out.sources[held_out.fixed]:
+        yield from (f"valid       {line}" for line in source.describe())
+    for warning in (*training.warnings(), *held_out.warnings):
+        yield f"warning     {warning}"
 
 
 def _own_values(span: StageSpan, curriculum: Curriculum) -> str:

@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.arithmetic import fixed_eval_length, resolve_vocab_size
+from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.schema import Config
-from megatron_bert.data.corpora import evaluation_parts
 from megatron_bert.data.indexed_dataset import open_dataset
-from megatron_bert.data.source import training_source, validation_source
+from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.training.description import (
-    describe_plan,
-    describe_source,
-    describe_training_source,
-)
+from megatron_bert.training.description import describe_data, describe_plan
+from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.resume import check_continuity, starting_point
 
 T = TypeVar("T")
@@ -61,12 +57,8 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Open and plan all data; return a line a corpus, and warnings."""
-    lines = describe_training_source(training_source(config, tokenizer))
-    seq_length, probability = fixed_eval_length(config), config.mlm.probability
-    for part in evaluation_parts(config):
-        source = validation_source(config, tokenizer, part, seq_length, probability)
-        lines += describe_source("valid", source)
-    return lines
+    training = training_source(config, tokenizer)
+    return list(describe_data(training, HeldOutRows.plan(config, tokenizer)))
 
 
 def _describe_start(config: Config, tokenizer: Tokenizer) -> list[str]:

@@ -9,26 +9,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_bert.config.arithmetic import fixed_eval_length
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
-from megatron_bert.data.corpora import CorpusPart, evaluation_parts, part_names
-from megatron_bert.data.source import RowSource, validation_source
-from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.source import RowSource
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.bert import BertForPretraining
 from megatron_bert.parallel.data_parallel import free_gathered_weights
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
+from megatron_bert.training.held_out import HeldOutRows, Measure
 from megatron_bert.training.staging import HostMemory
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How held-out rows are made: their slots and the share of their tokens that is masked."""
-
-    seq_length: int
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -42,21 +32,15 @@ class Score:
 class Evaluator:
     """Scores the model on each held-out text, always on the same rows and masks."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, topology: Topology) -> None:
+    def __init__(self, config: Config, held_out: HeldOutRows, topology: Topology) -> None:
         self._config = config
-        self._tokenizer = tokenizer
+        self._held_out = held_out
         self._topology = topology
-        self._sources: dict[tuple[CorpusPart, Measure], RowSource] = {}
-        # The same in every stage, so that stages can be compared.
-        self._fixed = Measure(fixed_eval_length(config), config.mlm.probability)
-        self._parts = evaluation_parts(config)
-        for part in self._parts:
-            self._source(part, self._fixed)  # bad data is refused at the start
 
     @property
     def has_text(self) -> bool:
         """Whether anything is evaluated."""
-        return bool(self._parts)
+        return bool(self._held_out.names)
 
     def evaluate(self, model: BertForPretraining, span: StageSpan) -> dict[str, object]:
         """Score every corpus as the stage is trained, and at the fixed length and masking rate.
@@ -65,9 +49,10 @@ class Evaluator:
             The fields of a metrics line: `valid_loss` and `valid_accuracy` (means over the corpora
             as the stage is trained), and under `valid` each corpus' scores both ways.
         """
-        own, fixed = Measure(span.seq_length, span.probability), self._fixed
-        here = [self._score(model, part, own) for part in self._parts]
-        there = here if own == fixed else [self._score(model, part, fixed) for part in self._parts]
+        held_out = self._held_out
+        own, fixed = Measure(span.seq_length, span.probability), held_out.fixed
+        here = self._scores(model, own)
+        there = here if own == fixed else self._scores(model, fixed)
         return {
             "valid_loss": _mean([score.loss for score in here]),
             "valid_accuracy": _mean([score.accuracy for score in here]),
@@ -80,18 +65,19 @@ class Evaluator:
                     "fixed_loss": at_fixed.loss,
                     "fixed_accuracy": at_fixed.accuracy,
                 }
-                for name, at_stage, at_fixed in zip(
-                    part_names(self._parts), here, there, strict=True
-                )
+                for name, at_stage, at_fixed in zip(held_out.names, here, there, strict=True)
             },
         }
 
+    def _scores(self, model: BertForPretraining, measure: Measure) -> list[Score]:
+        return [self._score(model, source) for source in self._held_out.sources[measure]]
+
     @torch.no_grad()
-    def _score(self, model: BertForPretraining, part: CorpusPart, measure: Measure) -> Score:
+    def _score(self, model: BertForPretraining, source: RowSource) -> Score:
         device = self._topology.device
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         model.eval()
-        with closing(self._read(part, measure)) as steps:
+        with closing(self._read(source)) as steps:
             for micro_batches in steps:
                 for batch in micro_batches:
                     batch = batch.to(device)
@@ -102,13 +88,13 @@ class Evaluator:
         loss, correct, count = sums.tolist()
         return Score(loss / max(1.0, count), correct / max(1.0, count))
 
-    def _read(self, part: CorpusPart, measure: Measure) -> ReadAhead:
-        """The part's rows in global batches of `batch.global_size` rows, whatever the stage."""
-        source, batch = self._source(part, measure), self._config.batch
+    def _read(self, source: RowSource) -> ReadAhead:
+        """A text's rows in global batches of `batch.global_size` rows, whatever the stage."""
+        batch, (seq_length, _) = self._config.batch, source.row_shape(0)
         # Text shorter than the global batch is one batch of its own size.
         size = min(batch.global_size, source.num_rows)
         layout = BatchLayout.divide(
-            size, self._topology.data_parallel_size, batch.max_micro_rows(measure.seq_length)
+            size, self._topology.data_parallel_size, batch.max_micro_rows(seq_length)
         )
         batches = (
             GlobalBatch(range(first, min(first + size, source.num_rows)), 0, layout)
@@ -121,14 +107,6 @@ class Evaluator:
             HostMemory.for_device(self._topology.device),
             self._config.data.threads,
         )
-
-    def _source(self, part: CorpusPart, measure: Measure) -> RowSource:
-        key = (part, measure)
-        if key not in self._sources:
-            self._sources[key] = validation_source(
-                self._config, self._tokenizer, part, measure.seq_length, measure.probability
-            )
-        return self._sources[key]
 
 
 def _mean(values: Sequence[float]) -> float:

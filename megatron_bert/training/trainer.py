@@ -25,8 +25,9 @@ from megatron_bert.model.build import build_model
 from megatron_bert.optim.adamw import ShardedAdamW
 from megatron_bert.optim.schedule import learning_rate
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
-from megatron_bert.training.description import describe_plan, describe_training_source
+from megatron_bert.training.description import describe_data, describe_plan
 from megatron_bert.training.evaluation import Evaluator
+from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.resume import check_continuity, starting_point
@@ -81,7 +82,8 @@ class Trainer:
         check_config(config, world_size=dist.get_world_size(), vocab_size=vocab_size)
         self._curriculum = Curriculum(config)
         self._source = training_source(config, self._tokenizer)
-        self._evaluator = Evaluator(config, self._tokenizer, self._topology)
+        held_out = HeldOutRows.plan(config, self._tokenizer)
+        self._evaluator = Evaluator(config, held_out, self._topology)
         self._model = build_model(config, vocab_size, self._topology)
         self._optimizer = ShardedAdamW(
             self._model, config.optimizer, self._topology.tensor_parallel.rank
@@ -96,7 +98,7 @@ class Trainer:
             # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
             directory.write_config(dump_config(config))
             plan = describe_plan(config, vocab_size, dist.get_world_size())
-            for line in (*plan, *describe_training_source(self._source)):
+            for line in (*plan, *describe_data(self._source, held_out)):
                 logger.info("%s", line)
         self._recorder = StepRecorder(
             config, self._curriculum, vocab_size, dist.get_world_size(), metrics

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bert.config.schema import Corpus
 from megatron_bert.data.blending import blend_warnings
-from megatron_bert.data.corpora import CorpusPart
+from megatron_bert.data.corpora import CorpusPart, open_corpus
 from megatron_bert.data.source import RowSource, RowStage
 from megatron_bert.data.tokenizer import Tokenizer
 from tests.core.support import write_documents
@@ -30,8 +30,8 @@ def corpora(tmp_path: Path) -> tuple[Path, Path]:
 
 def _source(tokenizer: Tokenizer, corpora: list[Corpus], *stages: tuple[int, int]) -> RowSource:
     row_stages = [RowStage(seq_length, rows, 0.15) for seq_length, rows in stages]
-    parts = [CorpusPart(corpus) for corpus in corpora]
-    return RowSource(small_config(), tokenizer, parts, row_stages, seed=1)
+    opened = [open_corpus(CorpusPart(corpus), tokenizer) for corpus in corpora]
+    return RowSource(small_config(), tokenizer, opened, row_stages, seed=1)
 
 
 def _epochs(source: RowSource) -> list[float]:
@@ -50,6 +50,19 @@ def test_corpora_are_read_in_the_proportion_of_the_epochs_asked_for(
     short, long = _epochs(source)
     assert short / long == pytest.approx(asked[0] / asked[1], rel=0.01)
     assert f"{asked[0]:g} epochs asked for" in source.describe()[0]
+
+
+def test_empty_documents_take_no_rows_and_count_for_nothing(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    full = [[9] * 10] * 1000
+    write_documents(tmp_path / "full", full)
+    write_documents(tmp_path / "mostly_empty", full + [[]] * 9000)
+    blend = [Corpus(prefix=str(tmp_path / name), epochs=1) for name in ("full", "mostly_empty")]
+    source = _source(tiny_tokenizer, blend, (64, 400))
+    first, second = _epochs(source)
+    assert first == pytest.approx(second, rel=0.01)
+    assert all(": 1,000 documents, 10,000 tokens" in line for line in source.describe())
 
 
 def test_a_curriculum_of_another_length_than_the_epochs_need_is_told_with_the_factor(
@@ -85,5 +98,16 @@ def test_epochs_within_one_percent_of_those_asked_for_are_as_asked() -> None:
     blend = [Corpus(prefix="crawl", epochs=1.0), Corpus(prefix="wiki", epochs=3.0)]
     assert blend_warnings(blend, [1.009, 2.98]) == []
     (warning,) = blend_warnings(blend, [1.002, 2.9])
+    assert "multiply" not in warning
     assert "crawl" not in warning
     assert "wiki 2.9 times (data.train.1.epochs = 3)" in warning
+
+
+def test_a_factor_on_the_steps_is_advised_only_where_it_mends_all_corpora() -> None:
+    blend = [Corpus(prefix="crawl", epochs=1.0), Corpus(prefix="wiki", epochs=3.0)]
+    (warning,) = blend_warnings(blend, [0.5, 1.5])
+    assert warning.endswith("multiply the stages' steps by 2")
+    for apart in ([0.5, 6.0], [0.5, 2.0]):
+        warning = blend_warnings(blend, apart)[0]
+        assert "multiply" not in warning
+        assert "tools/merge_datasets.py" in warning

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _megatron_bert_core import IndexedDatasetWriter
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, Corpus
 from megatron_bert.data.corpora import (
     CorpusPart,
+    OpenCorpus,
     evaluation_parts,
     open_corpus,
+    open_evaluation_corpora,
     part_names,
     training_parts,
 )
@@ -37,6 +40,12 @@ def _config(prefix: Path, **sections: object) -> Config:
     return small_config(data=data, **sections)
 
 
+def _held_out(config: Config, tokenizer: Tokenizer) -> RowSource:
+    """All rows of the one held-out part."""
+    (part,) = evaluation_parts(config)
+    return validation_source(config, tokenizer, open_corpus(part, tokenizer), 32, 0.15)
+
+
 def _documents_in(source: RowSource) -> set[int]:
     """The documents that a source's rows read."""
     found = set[int]()
@@ -53,8 +62,7 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(
 ) -> None:
     config = _config(prefix, eval={"batches": 1000}, curriculum=[{"seq_length": 32, "steps": 60}])
     trained = _documents_in(training_source(config, tiny_tokenizer))
-    (part,) = evaluation_parts(config)
-    evaluated = _documents_in(validation_source(config, tiny_tokenizer, part, 32, 0.15))
+    evaluated = _documents_in(_held_out(config, tiny_tokenizer))
     assert trained | evaluated == set(range(400))
     assert not trained & evaluated
     assert abs(len(evaluated) - 400 * FRACTION) < 4 * np.sqrt(400 * FRACTION * (1 - FRACTION))
@@ -64,8 +72,7 @@ def test_the_seed_does_not_change_what_is_held_out(prefix: Path, tiny_tokenizer:
     evaluated = []
     for seed in (1, 2):
         config = _config(prefix, run={"seed": seed}, eval={"batches": 1000})
-        (part,) = evaluation_parts(config)
-        evaluated.append(_documents_in(validation_source(config, tiny_tokenizer, part, 32, 0.15)))
+        evaluated.append(_documents_in(_held_out(config, tiny_tokenizer)))
     assert evaluated[0] == evaluated[1]
 
 
@@ -87,6 +94,47 @@ def test_a_split_that_leaves_nothing_on_a_side_is_refused(
         open_corpus(part, tiny_tokenizer)
 
 
+def test_a_corpus_too_small_to_hold_anything_out_is_left_out_with_a_word(
+    prefix: Path, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    write_documents(tmp_path / "one", [[50, 51]])
+    train = [{"prefix": str(tmp_path / "one")}, {"prefix": str(prefix)}]
+    config = small_config(data={"train": train, "held_out_fraction": 0.01})
+    corpora, warnings = open_evaluation_corpora(config, tiny_tokenizer)
+    assert [corpus.part.prefix for corpus in corpora] == [f"{prefix} (held out)"]
+    (warning,) = warnings
+    assert "one is not evaluated: data.held_out_fraction = 0.01 holds out none" in warning
+
+
+def test_held_out_text_of_which_nothing_is_left_is_refused(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    write_documents(tmp_path / "one", [[50, 51]])
+    train = {"train": [{"prefix": str(tmp_path / "one")}], "held_out_fraction": 0.001}
+    with pytest.raises(DataError, match=r"= 0.001 holds out no document of any training corpus"):
+        open_evaluation_corpora(small_config(data=train), tiny_tokenizer)
+    valid = {**train, "valid": train["train"]}
+    corpora, warnings = open_evaluation_corpora(small_config(data=valid), tiny_tokenizer)
+    assert [corpus.part.held_out for corpus in corpora] == [False]
+    assert len(warnings) == 1
+    assert open_evaluation_corpora(small_config(), tiny_tokenizer) == ([], [])
+
+
+def test_the_documents_of_either_side_are_counted_without_empty_ones(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    write_documents(tmp_path / "set", [[9] * (number % 2) for number in range(1000)])
+    corpus = Corpus(prefix=str(tmp_path / "set"))
+
+    def opened(held_out_fraction: float, *, held_out: bool = False) -> OpenCorpus:
+        return open_corpus(CorpusPart(corpus, held_out_fraction, held_out), tiny_tokenizer)
+
+    assert opened(0.0).num_documents == 500
+    sides = [opened(FRACTION, held_out=held_out) for held_out in (False, True)]
+    assert [side.num_documents for side in sides] == [side.num_tokens for side in sides]
+    assert sum(side.num_documents for side in sides) == 500
+
+
 def _change(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "truncated":
@@ -102,11 +150,12 @@ def _change(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "grown", "replaced"])
-@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".words"])
 def test_a_file_that_changes_during_a_run_ends_it_with_a_word(
     prefix: Path, tiny_tokenizer: Tokenizer, how: str, suffix: str
 ) -> None:
-    source = training_source(_config(prefix), tiny_tokenizer)
+    _words(prefix, [1] * 2800)
+    source = training_source(_config(prefix, mlm={"unit": "whole_word"}), tiny_tokenizer)
     source.check_unchanged()
     _change(Path(f"{prefix}{suffix}"), how)
     with pytest.raises(DataError, match=rf"set\{suffix}.* begin a new run with the new data"):
@@ -143,7 +192,7 @@ def test_words_of_a_dictionary_are_masked_whole_in_place_of_the_vocabularys(
     source = RowSource(
         config,
         tiny_tokenizer,
-        training_parts(config),
+        [open_corpus(part, tiny_tokenizer, with_words=True) for part in training_parts(config)],
         [RowStage(32, 50, 0.3)],
         seed=3,
     )
@@ -173,3 +222,19 @@ def test_a_fingerprint_follows_the_words(prefix: Path, tiny_tokenizer: Tokenizer
             _words(prefix, starts)
         fingerprints.add(open_corpus(part, tiny_tokenizer, with_words=True).fingerprint())
     assert len(fingerprints) == 3
+
+
+def test_a_fingerprint_follows_the_words_to_their_end(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    tokens, lengths = np.full(9_000_000, 20, dtype=np.int32), np.full(9000, 1000)
+    writer = IndexedDatasetWriter(str(tmp_path / "set"), 2)
+    writer.add_documents(tokens, lengths)
+    writer.close()
+    part = CorpusPart(Corpus(prefix=str(tmp_path / "set")))
+    words = tmp_path / "set.words"
+    fingerprints = set[str]()
+    for last in (b"\0", b"\1"):
+        words.write_bytes(bytes(9_000_000 // 8 - 1) + last)
+        fingerprints.add(open_corpus(part, tiny_tokenizer, with_words=True).fingerprint())
+    assert len(fingerprints) == 2

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _megatron_bert_core import IndexedDatasetWriter, epoch_rows
+from _megatron_bert_core import IndexedDataset, IndexedDatasetWriter, epoch_rows
 
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, MaskUnit
-from megatron_bert.data.corpora import evaluation_parts
+from megatron_bert.data.corpora import evaluation_parts, open_corpus
 from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset, write_dataset_info
 from megatron_bert.data.source import training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -153,7 +153,8 @@ def test_validation_reads_at_most_one_epoch(corpus: Path, tiny_tokenizer: Tokeni
     def rows(batches: int) -> int:
         config = make_config(corpus, eval={"batches": batches})
         (part,) = evaluation_parts(config)
-        return validation_source(config, tiny_tokenizer, part, 64, 0.15).num_rows
+        opened = open_corpus(part, tiny_tokenizer)
+        return validation_source(config, tiny_tokenizer, opened, 64, 0.15).num_rows
 
     seed = make_config(corpus).run.seed
     assert rows(3) == 3 * GLOBAL_SIZE
@@ -221,8 +222,24 @@ def test_an_id_that_sampling_missed_is_refused_when_its_row_is_read(
         make_config(tmp_path / "set", curriculum=[{"seq_length": 32, "steps": 125}]),
         tiny_tokenizer,
     )
-    with pytest.raises(DataError, match="document 3 holds the token id 600"):
+    remedy = "use the tokenizer that made the dataset"
+    with pytest.raises(DataError, match=f"document 3 holds the token id 600.*{remedy}"):
         source.batch(np.arange(500), 0)
+
+
+def test_a_row_that_the_disk_does_not_give_is_no_matter_of_the_tokenizer(
+    corpus: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "megatron_bert.data.corpora.open_dataset",
+        lambda prefix: IndexedDataset(str(prefix), mmap=False),
+    )
+    source = training_source(make_config(corpus), tiny_tokenizer)
+    with Path(f"{corpus}.bin").open("r+b") as file:
+        file.truncate(0)
+    with pytest.raises(DataError, match="truncated while in use; check the disk") as caught:
+        source.batch(np.arange(GLOBAL_SIZE), 0)
+    assert "tokenizer" not in str(caught.value)
 
 
 @pytest.mark.parametrize("documents", [[], [[], []]])
