@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from _megatron_bert_core import IndexedDatasetWriter
+from _megatron_bert_core import IndexedDatasetWriter, RowPlan
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.load import load_config
@@ -125,6 +127,24 @@ def test_each_step_has_the_hash_of_its_rows(
     assert run(capsys, "--config", config, "--steps", "1:5") == expected
     assert run(capsys, "--config", config, "--steps", "4:5") == expected[3:]
     assert run(capsys, "--config", config, "--steps", "2") == expected[1:2]
+
+
+def test_no_step_is_hashed_of_files_that_changed_while_its_rows_were_planned(
+    config: Path, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prefix.with_suffix(suffix), tmp_path / f"own{suffix}")
+
+    def change_and_plan(*args: Any) -> RowPlan:
+        with (tmp_path / "own.bin").open("ab") as file:
+            file.write(b"\0\0")
+        return RowPlan(*args)
+
+    monkeypatch.setattr("megatron_bert.data.source.RowPlan", change_and_plan)
+    with pytest.raises(DataError, match=r"own\.bin.* while in use"):
+        tool.main(
+            ["--config", str(config), "--steps", "1:5", f"data.train.0.prefix={tmp_path}/own"]
+        )
 
 
 def test_a_step_is_hashed_alike_whole_or_in_parts(
