@@ -13,10 +13,11 @@ import logging
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+import orjson
 import zstandard
 
 from megatron_bert.config.errors import DataError
@@ -43,8 +44,7 @@ class LineError(DataError):
     """A line or row of a file cannot be used; the message names file, number and remedy."""
 
 
-@dataclass(frozen=True)
-class RawDocument:
+class RawDocument(NamedTuple):
     """Bytes of one document as they stand in the file.
 
     Attributes:
@@ -62,7 +62,7 @@ class RawDocument:
     data: bytes
     json: bool
     unit: Literal["line", "row"] = "line"
-    fields: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, object] = MappingProxyType({})
     problem: str = ""
 
 
@@ -188,6 +188,10 @@ def parse(
     """
     if document.problem:
         raise _line_error(document, document.problem)
+    if document.json and not field_keys and normalize == "none":
+        quick = _quick_text(document.data, json_key)
+        if quick is not None:
+            return ParsedText(quick)
     text = _decode(document)
     values = document.fields
     if document.json:
@@ -203,6 +207,19 @@ def parse(
         # Text that is normalized already is found out in one quick pass, and given back.
         text = unicodedata.normalize("NFKC", text)
     return ParsedText(text, fields)
+
+
+def _quick_text(data: bytes, json_key: str) -> str | None:
+    """The text of a line that has one; None where the slower way is to say what is wrong with it.
+
+    orjson is several times as fast as json, but takes less (no NaN) and says less of what it finds.
+    """
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    text = value.get(json_key) if isinstance(value, dict) else None
+    return text if isinstance(text, str) else None
 
 
 def find_value(values: Mapping[str, Any], key: str) -> Any:

@@ -17,6 +17,7 @@ from megatron_bert.data.text import (
     ParsedText,
     RawDocument,
     TextDocuments,
+    _quick_text,
     iterate_documents,
     parse,
 )
@@ -224,3 +225,20 @@ def test_nfkc_normalizes_the_text_and_no_field() -> None:
     document = raw_json('{"text": "ﾈｺ㌔Ａ１ か\\u3099", "a": "Ａ"}')
     assert parse(document, "text", ["a"], "nfkc") == ParsedText("ネコキロA1 が", ("Ａ",))
     assert parse(document, "text").text == "ﾈｺ㌔Ａ１ か\u3099"
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.dictionaries(st.text(max_size=3), st.text() | st.integers() | st.none(), max_size=3))
+def test_the_quick_way_reads_what_the_slow_one_does(fields: dict[str, object]) -> None:
+    for line in (
+        json.dumps({"text": "静かな海 \u2028\0", **fields}),
+        json.dumps({**fields, "text": "a\tb"}, ensure_ascii=False),
+    ):
+        text = json.loads(line)["text"]
+        assert _quick_text(line.encode(), "text") == (text if isinstance(text, str) else None)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1" * 40, "1e999"])
+def test_numbers_beyond_the_standard_beside_the_text_are_no_problem(number: str) -> None:
+    document = RawDocument(Path("a.jsonl"), 1, f'{{"n": {number}, "text": "海"}}'.encode(), True)
+    assert parse(document, "text").text == "海"
