@@ -69,23 +69,6 @@ class IndexedDataset:
         system calls.
         """
 
-class IndexedDatasetWriter:
-    """Writes a dataset; it appears under its name, whole, on close(), or not at all."""
-
-    def __init__(self, prefix: str, token_bytes: int) -> None: ...
-    def add_document(self, tokens: npt.NDArray[np.int32]) -> None: ...
-    def add_documents(self, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> None:
-        """Append documents that stand one after the other in `tokens`."""
-
-    def finish(self) -> None:
-        """Wait until the disk has it all, still under temporary names; nothing can be added then.
-
-        What can fail for want of space fails here, while a dataset of the same name is whole.
-        """
-
-    def close(self) -> None:
-        """Finish the dataset and give it its name, in place of a dataset that has it."""
-
 class DocumentLengths:
     """The lengths of a dataset's documents on one side of a held-out split.
 

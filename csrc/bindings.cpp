@@ -17,7 +17,6 @@
 #include "batch.h"
 #include "hash_set.h"
 #include "indexed_dataset.h"
-#include "indexed_dataset_writer.h"
 #include "row_plan.h"
 #include "text_bindings.h"
 
@@ -39,18 +38,6 @@ std::span<const T> view(const Array<T>& array) {
                                     std::to_string(array.ndim()));
     }
     return {array.data(), static_cast<std::size_t>(array.size())};
-}
-
-TokenType token_type_of(int token_bytes) {
-    switch (token_bytes) {
-        case 2:
-            return TokenType::uint16;
-        case 4:
-            return TokenType::int32;
-        default:
-            throw std::invalid_argument("token_bytes must be 2 or 4, got " +
-                                        std::to_string(token_bytes));
-    }
 }
 
 Array<std::int32_t> document(const IndexedDataset& dataset, std::int64_t number) {
@@ -98,33 +85,6 @@ void bind_indexed_dataset(py::module_& m) {
         .def("document_lengths", &document_lengths)
         .def("max_token_id", &IndexedDataset::max_token_id, "sample_documents"_a = 1024, NoGil())
         .def("check_unchanged", &IndexedDataset::check_unchanged, NoGil());
-
-    py::class_<IndexedDatasetWriter>(m, "IndexedDatasetWriter")
-        .def(py::init([](std::string prefix, int token_bytes) {
-                 return std::make_unique<IndexedDatasetWriter>(std::move(prefix),
-                                                               token_type_of(token_bytes));
-             }),
-             "prefix"_a, "token_bytes"_a)
-        .def(
-            "add_document",
-            [](IndexedDatasetWriter& writer, const Array<std::int32_t>& tokens) {
-                const auto tokens_view = view(tokens);
-                const py::gil_scoped_release release;
-                writer.add_document(tokens_view);
-            },
-            py::arg("tokens").noconvert())
-        .def(
-            "add_documents",
-            [](IndexedDatasetWriter& writer, const Array<std::int32_t>& tokens,
-               const Array<std::int64_t>& lengths) {
-                const auto tokens_view = view(tokens);
-                const auto lengths_view = view(lengths);
-                const py::gil_scoped_release release;
-                writer.add_documents(tokens_view, lengths_view);
-            },
-            py::arg("tokens").noconvert(), py::arg("lengths").noconvert())
-        .def("finish", &IndexedDatasetWriter::finish, NoGil())
-        .def("close", &IndexedDatasetWriter::close, NoGil());
 }
 
 /// Keeps a Python object alive from C++ code that may drop it without holding the GIL.

@@ -49,7 +49,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=tools/bootstrap.sh
 . tools/bootstrap.sh
 extras=(dev examples)
-[[ " ${wanted[*]} " != *" peers "* ]] || extras+=(peers)
+[[ " ${wanted[*]} " != *" peers "* ]] || extras+=(peers words)
 bootstrap "${extras[@]}" || exit 1
 
 left_out=()

@@ -8,35 +8,47 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_bert.config.errors import run_cli
+from megatron_bert.data.dictionary_words import Dictionary
 from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+from megatron_bert.data.shards import Shard
+from megatron_bert.data.text import Normalization
+from megatron_bert.data.text_arguments import add_text_arguments
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Files are .jsonl (an object with the text a line) or .txt, also packed as .gz or "
-        ".zst. Documents keep their order. P.bin holds tokens of text only, no special ones.",
+        epilog="Documents keep their order. P.bin holds tokens of text only, no special ones. A "
+        "job that was killed goes on where it was when it is run again (its work lies in P.partial).",
     )
-    parser.add_argument("--input", nargs="+", required=True, type=Path, metavar="FILE")
+    add_text_arguments(parser)
     parser.add_argument(
         "--tokenizer", required=True, type=Path, metavar="MODEL", help=".model or tokenizer.json"
     )
     parser.add_argument("--output-prefix", required=True, type=Path, metavar="P")
     parser.add_argument(
-        "--json-key",
-        default="text",
+        "--field-key",
+        nargs="+",
+        default=[],
         metavar="KEY",
-        help="key of the text in .jsonl (default: %(default)s)",
+        help="fields beside the text, as a language or source, by whose values P.json counts "
+        "documents and tokens",
     )
     parser.add_argument(
-        "--txt-documents",
-        choices=("line", "blank-line"),
-        default="line",
-        help="a document of .txt is a line, or a block ended by blank lines (default: %(default)s)",
+        "--normalize",
+        choices=get_args(Normalization),
+        default="none",
+        help="Unicode's normalization form to bring text into (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="leave out a document whose whole text was there before; within a shard",
     )
     parser.add_argument(
         "--workers",
@@ -46,12 +58,20 @@ def _parser() -> argparse.ArgumentParser:
         help="tokenizing threads (default: one a core, here %(default)s)",
     )
     parser.add_argument(
-        "--on-error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="at a line that cannot be used: stop, or leave it out (default: %(default)s)",
+        "--word-boundaries",
+        choices=get_args(Dictionary),
+        help="also write P.words: which tokens begin a word of this dictionary",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="K/N",
+        help="take one of N parts, K from 0, into P-0000K-of-0000N: whole files if there are at "
+        "least N, else single documents; tools/merge_datasets.py joins them",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away what a killed job has done"
+    )
     return parser
 
 
@@ -61,22 +81,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     # The tokenizers library takes the size of its own pool from here, at its first use.
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, given.workers)))
-    counts = preprocess(
-        PreprocessOptions(
-            inputs=given.input,
-            tokenizer=given.tokenizer,
-            output_prefix=given.output_prefix,
-            json_key=given.json_key,
-            txt_documents=given.txt_documents,
-            workers=given.workers,
-            on_error=given.on_error,
-            overwrite=given.overwrite,
-        )
+    options = PreprocessOptions(
+        inputs=given.input,
+        tokenizer=given.tokenizer,
+        output_prefix=given.output_prefix,
+        json_key=given.json_key,
+        field_keys=given.field_key,
+        normalize=given.normalize,
+        deduplicate=given.deduplicate,
+        txt_documents=given.txt_documents,
+        word_boundaries=given.word_boundaries,
+        shard=None if given.shard is None else Shard.parse(given.shard),
+        workers=given.workers,
+        on_error=given.on_error,
+        overwrite=given.overwrite,
+        restart=given.restart,
     )
+    counts = preprocess(options)
+    words = "" if given.word_boundaries is None else ", .words"
     sys.stdout.write(
-        f"wrote {given.output_prefix}.bin, .idx and .json: {counts.documents:,} documents, "
-        f"{counts.tokens:,} tokens; left out {counts.skipped_lines:,} lines that cannot be used "
-        f"and {counts.empty_documents:,} empty documents\n"
+        f"wrote {options.dataset_prefix}.bin, .idx{words} and .json: {counts.documents:,} "
+        f"documents, {counts.tokens:,} tokens; left out {counts.skipped_lines:,} lines that "
+        f"cannot be used, {counts.empty_documents:,} empty documents and "
+        f"{counts.duplicate_documents:,} duplicates\n"
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from _megatron_bert_core import IndexedDataset
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.files import write_atomically
 
 INFO_VERSION = 1
@@ -23,11 +24,14 @@ class SourceFile:
         path: as it was given.
         bytes: its size.
         sha256: of its bytes, in hex; None where it was not computed.
+        part: "K/N" where only those of the input's documents went into the dataset whose running
+            number is K modulo N; None: all.
     """
 
     path: str
     bytes: int
     sha256: str | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class DatasetInfo:
         sources: the text files, in order.
         skipped_lines: lines left out because they could not be used.
         empty_documents: documents left out because they held no text.
+        duplicate_documents: documents left out because their text had been there before.
+        normalization: Unicode's form that text was brought into, "none" for none.
+        fields: documents and tokens by the values of fields, as `FieldCounts.to_json` has them.
+        word_boundaries: the dictionary, with its packages' versions, that found the words of
+            PREFIX.words; None where there is no such file.
         version: of the sidecar's layout.
     """
 
@@ -54,6 +63,10 @@ class DatasetInfo:
     sources: tuple[SourceFile, ...]
     skipped_lines: int = 0
     empty_documents: int = 0
+    duplicate_documents: int = 0
+    normalization: str = "none"
+    fields: dict[str, Any] = field(default_factory=dict)
+    word_boundaries: str | None = None
     version: int = INFO_VERSION
 
 
@@ -127,5 +140,6 @@ def _parse_info(fields: dict[str, Any]) -> DatasetInfo:
     for name in ("vocab_size", "documents", "tokens"):
         if not isinstance(fields[name], int):
             raise TypeError(f"{name} is not a whole number")
+    FieldCounts.from_json(fields.get("fields", {}))
     sources = tuple(SourceFile(**source) for source in fields["sources"])
     return DatasetInfo(**{**fields, "sources": sources})

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy.typing as npt
 from _megatron_bert_core import IndexedDataset, WordStarts
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.data.index_file import map_index, write_joined_index
 from megatron_bert.data.indexed_dataset import (
     DatasetInfo,
+    SourceFile,
     open_dataset,
     read_dataset_info,
     write_dataset_info,
@@ -89,9 +91,11 @@ def merge_datasets(
     _check_places(prefixes, output_prefix)
     parts = [_open(prefix) for prefix in prefixes]
     _check_token_types(parts)
+    has_words = all(part.has_word_starts for part in parts)
     info = _merged_info(parts)
+    if info is not None and not has_words:
+        info = replace(info, word_boundaries=None)
     with StagedDataset(output_prefix, overwrite=overwrite) as staged, _named(output_prefix):
-        has_words = all(part.has_word_starts for part in parts)
         suffixes = (".bin", ".idx", ".words") if has_words else (".bin", ".idx")
         staged.check_space(
             sum(part.file(suffix).stat().st_size for part in parts for suffix in suffixes)
@@ -133,21 +137,39 @@ def merge_infos(infos: Sequence[DatasetInfo]) -> DatasetInfo:
 
 def _merge_values(name: str, values: Sequence[Any]) -> Any:
     first = values[0]
-    if name not in _COMMON_FIELDS:
-        if isinstance(first, int) and not isinstance(first, bool):
-            return sum(values)
-        if isinstance(first, tuple):
-            return tuple(item for value in values for item in value)
-        if isinstance(first, dict):
-            keys = dict.fromkeys(key for value in values for key in value)
-            return {
-                key: _merge_values(name, [value[key] for value in values if key in value])
-                for key in keys
-            }
+    if name == "sources":
+        return _join_sources([source for value in values for source in value])
+    if name == "fields":
+        counts = FieldCounts()
+        for value in values:
+            counts.merge(FieldCounts.from_json(value))
+        return counts.to_json()
+    if name == "word_boundaries" and None in values:
+        return None
+    if name not in _COMMON_FIELDS and isinstance(first, int):
+        return sum(values)
     for value in values:
         if value != first:
             raise ValueError(f"{name} is {first!r} in one and {value!r} in another")
     return first
+
+
+def _join_sources(sources: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
+    """List the files in order; one of which every part is there becomes whole, if all add up."""
+    joined = [source for source in sources if source.part is None]
+    of_count: dict[str, list[SourceFile]] = {}
+    for source in sources:
+        if source.part is not None:
+            of_count.setdefault(source.part.partition("/")[2], []).append(source)
+    for count, parts in of_count.items():
+        first = [replace(source, part=None) for source in parts if source.part == f"0/{count}"]
+        expected = [
+            replace(source, part=f"{number}/{count}")
+            for number in range(int(count))
+            for source in first
+        ]
+        joined += first if parts == expected else parts
+    return tuple(joined)
 
 
 def _without_suffix(path: Path) -> Path:

@@ -7,39 +7,42 @@ documents. Threads suffice: both tokenizer libraries work without the GIL.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from _megatron_bert_core import IndexedDatasetWriter
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.indexed_dataset import DatasetInfo, SourceFile, write_dataset_info
+from megatron_bert.data.dataset_writer import DatasetWriter
+from megatron_bert.data.deduplication import Deduplicator
+from megatron_bert.data.dictionary_words import Dictionary, WordFinder
+from megatron_bert.data.encoding import EncodedBatch, Encoder
+from megatron_bert.data.field_counts import FieldCounts
+from megatron_bert.data.indexed_dataset import DatasetInfo, SourceFile
+from megatron_bert.data.input_documents import FileHashes, InputDocuments, Position
 from megatron_bert.data.progress import Progress
+from megatron_bert.data.shards import Shard
 from megatron_bert.data.text import (
-    DocumentReader,
-    LineError,
+    Normalization,
     OnError,
     RawDocument,
     TextDocuments,
-    parse,
     report_skipped,
 )
 from megatron_bert.data.tokenizer import Tokenizer
-
-# Megatron-LM's rule (`DType.optimal_dtype`).
-_UINT16_VOCABULARY = 65_500
 
 # Small enough that a few long documents keep every worker busy, large enough (some 60,000 tokens)
 # that handing a batch over costs nothing beside encoding it.
 _BATCH_BYTES = 1 << 18
 _BATCH_DOCUMENTS = 4096
 _BATCHES_PER_WORKER = 4
+
+_HASHES = "hashes"
+_HASHES_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,38 @@ class PreprocessOptions:
         inputs: text files, read in this order.
         tokenizer: the tokenizer's file.
         output_prefix: P of `P.bin`, `P.idx` and `P.json`.
-        json_key: key of the text in `.jsonl`.
+        json_key: key of the text in `.jsonl`, its column in `.parquet`.
+        field_keys: keys of the fields by whose values documents and tokens are counted.
+        normalize: the form that text is brought into before anything else.
+        deduplicate: whether a document is left out if its text was there before.
         txt_documents: what a document is in `.txt`.
+        word_boundaries: the dictionary that finds the words of `P.words`; None: there is none.
+        shard: which part of the input to take, into `P-00000-of-00008` and so on; None: all.
         workers: number of tokenizing threads.
         on_error: what happens at a line that cannot be used.
         overwrite: whether an existing dataset is replaced.
+        restart: whether what an earlier job has done of this is thrown away.
     """
 
     inputs: Sequence[Path]
     tokenizer: Path
     output_prefix: Path
     json_key: str = "text"
+    field_keys: Sequence[str] = ()
+    normalize: Normalization = "none"
+    deduplicate: bool = False
     txt_documents: TextDocuments = "line"
+    word_boundaries: Dictionary | None = None
+    shard: Shard | None = None
     workers: int = 1
     on_error: OnError = "fail"
     overwrite: bool = False
+    restart: bool = False
+
+    @property
+    def dataset_prefix(self) -> Path:
+        """P, or that of the shard."""
+        return self.output_prefix if self.shard is None else self.shard.prefix(self.output_prefix)
 
 
 @dataclass
@@ -75,191 +95,227 @@ class PreprocessCounts:
     tokens: int = 0
     skipped_lines: int = 0
     empty_documents: int = 0
+    duplicate_documents: int = 0
 
 
 @dataclass
-class _EncodedBatch:
-    """Tokens of some documents, int32 `[sum(lengths)]`, and what was left out."""
+class _State:
+    """How far the work is: what a commit notes, and a later job goes on from."""
 
-    tokens: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int64]
-    empty: int = 0
-    skipped: list[LineError] = field(default_factory=list)
+    position: Position
+    counts: PreprocessCounts
+    fields: FieldCounts
+    sha256: list[str]
+
+    @classmethod
+    def of_note(cls, note: Mapping[str, Any] | None, field_keys: Sequence[str]) -> _State:
+        if note is None:
+            return cls(Position(), PreprocessCounts(), FieldCounts(field_keys), [])
+        return cls(
+            Position(**note["position"]),
+            PreprocessCounts(**note["counts"]),
+            FieldCounts.from_json(note["fields"]),
+            note["sha256"],
+        )
+
+    def note(self) -> dict[str, Any]:
+        return {
+            "position": asdict(self.position),
+            "counts": asdict(self.counts),
+            "fields": self.fields.to_json(),
+            "sha256": self.sha256,
+        }
+
+    def add(self, batch: EncodedBatch, end: Position) -> None:
+        for error in batch.skipped:
+            report_skipped(error, self.counts.skipped_lines)
+            self.counts.skipped_lines += 1
+        self.counts.documents += len(batch.lengths_N)
+        self.counts.tokens += len(batch.tokens_T)
+        self.counts.empty_documents += batch.empty
+        self.counts.duplicate_documents += batch.duplicates
+        if any(batch.fields_N):
+            for values, length in zip(batch.fields_N, batch.lengths_N.tolist(), strict=True):
+                self.fields.add(values, length)
+        self.position = end
 
 
 def preprocess(options: PreprocessOptions) -> PreprocessCounts:
-    """Tokenize text files into `P.bin` and `P.idx`, with `P.json` beside them.
+    """Tokenize text files into `P.bin` and `P.idx`, with `P.json` (and `P.words`) beside them.
 
     One document of text becomes one document of one sequence, without special tokens. Documents
     keep the order of the input, whatever the number of workers. Memory is bounded by a few
-    batches a worker and the lengths of all documents.
+    batches a worker. What a job that was killed or failed has done is kept in `P.partial`; the
+    same call goes on from there, and the files are those of a job that was not interrupted.
 
     Raises:
         DataError: an input, the tokenizer or the output cannot be used, a line cannot be used
-            (unless `on_error` is `skip`), or no input holds a token. Nothing is left behind then.
+            (unless `on_error` is `skip`), no input holds a token, or `P.partial` is in use or is
+            another call's. An existing dataset is as it was then.
     """
     if options.workers < 1:
         raise DataError(f"--workers {options.workers}: give at least 1")
-    reader = DocumentReader(options.inputs, options.txt_documents, options.json_key)
-    tokenizer = Tokenizer.load(options.tokenizer)
-    outputs = _check_outputs(options)
-    writer = _open_writer(options.output_prefix, tokenizer)
-    counts = PreprocessCounts()
-    try:
-        with (
-            Progress("tokenizing", reader.total_bytes) as progress,
-            closing(_encoded_batches(reader, tokenizer, options)) as batches,
-        ):
-            for batch in batches:
-                writer.add_documents(batch.tokens, batch.lengths)
-                _count(counts, batch)
-                progress.show(reader.bytes_read, f"{counts.tokens / 1e6:.1f} M tokens")
-        _check_not_empty(counts)
-        # A full disk shows here, before an old dataset is touched.
-        writer.finish()
-        _remove_old_dataset(outputs)
-        write_dataset_info(str(options.output_prefix), _info(counts, reader, tokenizer))
-        # A dataset is there once its .idx is, which close() writes last.
-        writer.close()
-    except BaseException as error:
-        # The traceback keeps this frame alive, and the writer removes its files only when it goes.
-        del writer
-        if not outputs.index_file.exists():
-            outputs.sidecar_file.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError | OSError):
-            raise DataError(f"cannot make dataset {options.output_prefix}: {error}") from error
-        raise
-    return counts
-
-
-class _Outputs(NamedTuple):
-    index_file: Path
-    tokens_file: Path
-    sidecar_file: Path
-
-
-def _check_outputs(options: PreprocessOptions) -> _Outputs:
-    """Refuse to replace a dataset unasked, and make the folder."""
-    prefix = options.output_prefix
-    if not prefix.name:
-        raise DataError(f"--output-prefix {prefix}: give a name, as data/train")
-    if prefix.suffix in (".bin", ".idx", ".json"):
-        raise DataError(f"--output-prefix {prefix}: leave off {prefix.suffix}; it is added")
-    outputs = _Outputs(
-        *(prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin", ".json"))
+    inputs = InputDocuments(
+        options.inputs, options.txt_documents, options.json_key, options.field_keys, options.shard
     )
+    tokenizer = Tokenizer.load(options.tokenizer)
+    words = None if options.word_boundaries is None else WordFinder(options.word_boundaries)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        json_key=options.json_key,
+        field_keys=options.field_keys,
+        normalize=options.normalize,
+        deduplicate=options.deduplicate,
+        on_error=options.on_error,
+        words=words,
+    )
+    prefix = options.dataset_prefix
     try:
-        existing = [str(path) for path in outputs if path.exists()]
-        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with DatasetWriter(
+            prefix,
+            tokenizer.vocab_size,
+            identity=_identity(options, inputs, encoder),
+            overwrite=options.overwrite,
+            restart=options.restart,
+        ) as writer:
+            state = _State.of_note(writer.note, options.field_keys)
+            if writer.is_placing:
+                writer.place()
+            else:
+                _write_documents(writer, state, options, inputs, encoder)
+                writer.finish(state.note(), _info(state, inputs, encoder))
+            return state.counts
     except OSError as error:
         raise DataError(
-            f"--output-prefix {prefix}: cannot make {error.filename}: {error.strerror}; choose "
-            f"another"
+            f"cannot make dataset {prefix}: {error}; see to it and try again"
         ) from error
-    if existing and not options.overwrite:
-        raise DataError(
-            f"{', '.join(existing)} already there; choose another --output-prefix, or replace "
-            f"the dataset with --overwrite"
-        )
-    return outputs
 
 
-def _open_writer(prefix: Path, tokenizer: Tokenizer) -> IndexedDatasetWriter:
-    token_bytes = 2 if tokenizer.vocab_size < _UINT16_VOCABULARY else 4
+def _write_documents(
+    writer: DatasetWriter,
+    state: _State,
+    options: PreprocessOptions,
+    inputs: InputDocuments,
+    encoder: Encoder,
+) -> None:
+    reader = inputs.reader
+    documents = inputs.documents_from(state.position)
+    deduplicator = _restored_deduplicator(writer)
     try:
-        return IndexedDatasetWriter(str(prefix), token_bytes)
-    except (RuntimeError, OSError) as error:
+        with (
+            FileHashes(reader.paths, state.sha256) as hashes,
+            Progress("tokenizing", reader.total_bytes) as progress,
+            closing(_encoded_batches(documents, encoder, options.workers)) as batches,
+        ):
+            for batch, end in batches:
+                if batch.hashes_N2 is not None:
+                    batch = batch.only(deduplicator.filter_hashes(batch.hashes_N2))
+                    writer.append(_HASHES, deduplicator.new_hashes())
+                writer.add_documents(batch.tokens_T, batch.lengths_N, batch.word_starts_T)
+                state.add(batch, end)
+                state.sha256 = hashes.computed(state.position.file)
+                progress.show(reader.bytes_read, f"{state.counts.tokens / 1e6:.1f} M tokens")
+                if writer.is_commit_due:
+                    writer.commit(state.note())
+            if not state.counts.tokens and options.shard is None:
+                raise _no_token(state.counts)
+            state.sha256 = hashes.all()
+        inputs.check_unchanged()
+    except DataError as error:
+        if not state.counts.tokens:
+            raise
+        # Whatever cannot be used, the writer holds what came before it, whole.
+        writer.commit(state.note())
         raise DataError(
-            f"cannot write dataset {prefix}: {error}; choose another --output-prefix"
+            f"{error}; what was done until then is kept in {writer.partial}, where the same "
+            f"command goes on (or begins anew with --restart, as it must if an input was changed)"
         ) from error
+
+
+def _restored_deduplicator(writer: DatasetWriter) -> Deduplicator:
+    """Know the documents that earlier jobs have written."""
+    deduplicator = Deduplicator()
+    hashes = writer.read(_HASHES, np.uint64).reshape(-1, 2)
+    for begin in range(0, len(hashes), _HASHES_AT_A_TIME):
+        deduplicator.filter_hashes(hashes[begin : begin + _HASHES_AT_A_TIME])
+        deduplicator.new_hashes()
+    return deduplicator
+
+
+def _identity(
+    options: PreprocessOptions, inputs: InputDocuments, encoder: Encoder
+) -> dict[str, str]:
+    """Describe all that the files depend on."""
+    return {
+        "the tokenizer's SHA-256": encoder.tokenizer.hash,
+        "--json-key": options.json_key,
+        "--field-key": " ".join(options.field_keys),
+        "--normalize": options.normalize,
+        "--deduplicate": str(options.deduplicate),
+        "--txt-documents": options.txt_documents,
+        "--word-boundaries": str(encoder.words_name),
+        "--shard": str(options.shard),
+        **inputs.identity(),
+    }
 
 
 def _encoded_batches(
-    documents: Iterable[RawDocument], tokenizer: Tokenizer, options: PreprocessOptions
-) -> Generator[_EncodedBatch, None, None]:
-    """Batches in input order; reading goes on while workers encode, a few batches ahead."""
-    pending: deque[Future[_EncodedBatch]] = deque()
-    with ThreadPoolExecutor(options.workers, "tokenize") as workers:
+    documents: Iterable[tuple[RawDocument, Position]], encoder: Encoder, num_workers: int
+) -> Generator[tuple[EncodedBatch, Position], None, None]:
+    """Batches in input order, each with the place after it.
+
+    Reading goes on while workers encode, a few batches ahead.
+    """
+    pending: deque[tuple[Future[EncodedBatch], Position]] = deque()
+    with ThreadPoolExecutor(num_workers, "tokenize") as workers:
         try:
-            for batch in _batches(documents):
-                pending.append(workers.submit(_encode, tokenizer, batch, options))
-                if len(pending) >= _BATCHES_PER_WORKER * options.workers:
-                    yield pending.popleft().result()
+            for batch, end in _batches(documents):
+                pending.append((workers.submit(encoder.encode, batch), end))
+                if len(pending) >= _BATCHES_PER_WORKER * num_workers:
+                    encoded, end = pending.popleft()
+                    yield encoded.result(), end
             while pending:
-                yield pending.popleft().result()
+                encoded, end = pending.popleft()
+                yield encoded.result(), end
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
 
 
-def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+def _batches(
+    documents: Iterable[tuple[RawDocument, Position]],
+) -> Iterator[tuple[list[RawDocument], Position]]:
     batch: list[RawDocument] = []
     size = 0
-    for document in documents:
+    end = Position()
+    for document, end in documents:
         batch.append(document)
         size += len(document.data)
         if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
+            yield batch, end
             batch, size = [], 0
     if batch:
-        yield batch
+        yield batch, end
 
 
-def _encode(
-    tokenizer: Tokenizer, batch: list[RawDocument], options: PreprocessOptions
-) -> _EncodedBatch:
-    texts: list[str] = []
-    skipped: list[LineError] = []
-    for document in batch:
-        try:
-            texts.append(parse(document, options.json_key).text)
-        except LineError as error:
-            if options.on_error == "fail":
-                raise
-            skipped.append(error)
-    ids, lengths = tokenizer.encode(texts)
-    has_tokens = lengths > 0
-    return _EncodedBatch(
-        tokens=ids,
-        lengths=lengths[has_tokens],
-        empty=len(texts) - int(has_tokens.sum()),
-        skipped=skipped,
+def _no_token(counts: PreprocessCounts) -> DataError:
+    return DataError(
+        f"the input holds no token ({counts.empty_documents} empty documents, "
+        f"{counts.skipped_lines} skipped lines); give files with text"
     )
 
 
-def _count(counts: PreprocessCounts, batch: _EncodedBatch) -> None:
-    for error in batch.skipped:
-        report_skipped(error, counts.skipped_lines)
-        counts.skipped_lines += 1
-    counts.documents += len(batch.lengths)
-    counts.tokens += len(batch.tokens)
-    counts.empty_documents += batch.empty
-
-
-def _check_not_empty(counts: PreprocessCounts) -> None:
-    if not counts.tokens:
-        raise DataError(
-            f"the input holds no token ({counts.empty_documents} empty documents, "
-            f"{counts.skipped_lines} skipped lines); give files with text"
-        )
-
-
-def _remove_old_dataset(outputs: _Outputs) -> None:
-    # The index goes first: an old one must never stand beside new tokens.
-    for path in outputs:
-        path.unlink(missing_ok=True)
-
-
-def _info(counts: PreprocessCounts, reader: DocumentReader, tokenizer: Tokenizer) -> DatasetInfo:
+def _info(state: _State, inputs: InputDocuments, encoder: Encoder) -> DatasetInfo:
+    reader, tokenizer = inputs.reader, encoder.tokenizer
+    files = zip(reader.paths, reader.sizes, state.sha256, strict=True)
     return DatasetInfo(
         tokenizer_hash=tokenizer.hash,
         tokenizer_name=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
-        documents=counts.documents,
-        tokens=counts.tokens,
-        skipped_lines=counts.skipped_lines,
-        empty_documents=counts.empty_documents,
+        **asdict(state.counts),
+        normalization=encoder.normalize,
+        fields=state.fields.to_json(),
+        word_boundaries=encoder.words_name,
         sources=tuple(
-            SourceFile(str(path), size)
-            for path, size in zip(reader.paths, reader.sizes, strict=True)
+            SourceFile(str(path), size, sha256, inputs.part) for path, size, sha256 in files
         ),
     )

@@ -4,9 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bert.config.errors import DataError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One job's part of a dataset.
+
+    Attributes:
+        number: from 0.
+        count: of all shards.
+    """
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `K/N`; raises `DataError` unless 0 <= K < N."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or not int(match[1]) < int(match[2]):
+            raise DataError(f"--shard {text}: give K/N with K from 0 to N - 1, e.g. 0/8")
+        return cls(int(match[1]), int(match[2]))
+
+    def prefix(self, whole: Path) -> Path:
+        """Name of the shard's dataset."""
+        return whole.with_name(f"{whole.name}-{self.number:05}-of-{self.count:05}")
+
 
 _SHARD = re.compile(r"(?P<set>.*)-(?P<number>\d+)-of-(?P<count>\d+)")
 

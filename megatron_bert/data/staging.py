@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 
@@ -29,30 +30,15 @@ class StagedDataset:
         Raises:
             DataError: no dataset can be written there, or one is there and `overwrite` is not set.
         """
-        if not final_prefix.name:
-            raise DataError(f"--output-prefix {final_prefix}: give a name, as data/train")
-        if final_prefix.suffix in _SUFFIXES:
-            suffix = final_prefix.suffix
-            raise DataError(f"--output-prefix {final_prefix}: leave off {suffix}; it is added")
+        make_place(final_prefix)
+        if not overwrite:
+            check_unused(final_prefix)
         self._final_prefix = final_prefix
-        try:
-            existing = [str(path) for path in _files(final_prefix).values() if path.exists()]
-            final_prefix.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"--output-prefix {final_prefix}: cannot make {error.filename}: {error.strerror}; "
-                f"choose another"
-            ) from error
-        if existing and not overwrite:
-            raise DataError(
-                f"{', '.join(existing)} already there; choose another --output-prefix, or replace "
-                f"the dataset with --overwrite"
-            )
         self.prefix = temporary_path(final_prefix)
 
     def path(self, suffix: str) -> Path:
         """Where to write the file of that suffix."""
-        return _files(self.prefix)[suffix]
+        return dataset_files(self.prefix)[suffix]
 
     def check_space(self, needed_bytes: int) -> None:
         """Refuse to begin what the disk cannot hold.
@@ -76,15 +62,8 @@ class StagedDataset:
         Raises:
             OSError: the disk failed.
         """
-        staged, final = _files(self.prefix), _files(self._final_prefix)
-        written = [suffix for suffix in _SUFFIXES if staged[suffix].exists()]
-        for suffix in written:
-            sync_to_disk(staged[suffix])
-        for suffix in reversed(_SUFFIXES):
-            final[suffix].unlink(missing_ok=True)
-        for suffix in written:
-            staged[suffix].rename(final[suffix])
-        sync_to_disk(self._final_prefix.parent)
+        staged = sync_staged(self.prefix)
+        place_files(self.prefix, self._final_prefix, staged)
 
     def __enter__(self) -> StagedDataset:
         return self
@@ -95,9 +74,83 @@ class StagedDataset:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for path in _files(self.prefix).values():
+        for path in dataset_files(self.prefix).values():
             path.unlink(missing_ok=True)
 
 
-def _files(prefix: Path) -> dict[str, Path]:
+def dataset_files(prefix: Path) -> dict[str, Path]:
+    """Every file that a dataset of that prefix can have, by suffix."""
     return {suffix: prefix.with_name(prefix.name + suffix) for suffix in _SUFFIXES}
+
+
+def make_place(final_prefix: Path) -> None:
+    """Make the folder of a dataset that is to be written.
+
+    Raises:
+        DataError: no dataset can be written there.
+    """
+    if not final_prefix.name:
+        raise DataError(f"--output-prefix {final_prefix}: give a name, as data/train")
+    if final_prefix.suffix in _SUFFIXES:
+        suffix = final_prefix.suffix
+        raise DataError(f"--output-prefix {final_prefix}: leave off {suffix}; it is added")
+    try:
+        final_prefix.parent.mkdir(parents=True, exist_ok=True)
+        _existing(final_prefix)
+    except OSError as error:
+        raise DataError(
+            f"--output-prefix {final_prefix}: cannot make {error.filename}: {error.strerror}; "
+            f"choose another"
+        ) from error
+
+
+def check_unused(final_prefix: Path) -> None:
+    """Refuse to write over a dataset.
+
+    Raises:
+        DataError: there is a file of that prefix.
+    """
+    if existing := _existing(final_prefix):
+        raise DataError(
+            f"{', '.join(existing)} already there; choose another --output-prefix, or replace "
+            f"the dataset with --overwrite"
+        )
+
+
+def _existing(prefix: Path) -> list[str]:
+    return [str(path) for path in dataset_files(prefix).values() if path.exists()]
+
+
+def sync_staged(prefix: Path) -> list[str]:
+    """Wait until the disk has a staged dataset's files; their suffixes.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    staged = {suffix: path for suffix, path in dataset_files(prefix).items() if path.exists()}
+    for path in staged.values():
+        sync_to_disk(path)
+    return list(staged)
+
+
+def place_files(prefix: Path, final_prefix: Path, suffixes: Collection[str]) -> None:
+    """Give staged files, which the disk has, their names; call it again if it was cut short.
+
+    Args:
+        prefix: of the staged files.
+        final_prefix: of the final ones; files of an old dataset are replaced or removed.
+        suffixes: of all staged files, placed already or not.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    staged, final = dataset_files(prefix), dataset_files(final_prefix)
+    if staged[".idx"].exists():
+        final[".idx"].unlink(missing_ok=True)
+        sync_to_disk(final_prefix.parent)
+    for suffix in _SUFFIXES:
+        if staged[suffix].exists():
+            staged[suffix].replace(final[suffix])
+        elif suffix not in suffixes:
+            final[suffix].unlink(missing_ok=True)
+    sync_to_disk(final_prefix.parent)

@@ -126,24 +126,29 @@ class DocumentReader:
         Raises:
             DataError: a file cannot be read, or is damaged or cut short.
         """
-        self._finished_bytes = 0
-        for path, size in zip(self.paths, self.sizes, strict=True):
-            try:
-                if _kind(path) == ".parquet":
-                    yield from self._documents_of_rows(path, size)
-                else:
-                    yield from self._documents_of_lines(path)
-            except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-                raise DataError(
-                    f"{path} is damaged or cut short ({error}); make or copy it again"
-                ) from error
-            except OSError as error:
-                raise DataError(
-                    f"cannot read {path}: {error.strerror or error}; check the disk that holds it"
-                ) from error
-            finally:
-                self._current_bytes = None
-            self._finished_bytes += size
+        for number in range(len(self.paths)):
+            yield from self.documents_of(number)
+
+    def documents_of(self, number: int) -> Iterator[RawDocument]:
+        """Raw documents of one file, by its place in `paths`; raises as iterating over all does."""
+        path, size = self.paths[number], self.sizes[number]
+        self._finished_bytes = sum(self.sizes[:number])
+        try:
+            if _kind(path) == ".parquet":
+                yield from self._documents_of_rows(path, size)
+            else:
+                yield from self._documents_of_lines(path)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise DataError(
+                f"{path} is damaged or cut short ({error}); make or copy it again"
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"cannot read {path}: {error.strerror or error}; check the disk that holds it"
+            ) from error
+        finally:
+            self._current_bytes = None
+        self._finished_bytes += size
 
     def _documents_of_lines(self, path: Path) -> Iterator[RawDocument]:
         with path.open("rb") as file:

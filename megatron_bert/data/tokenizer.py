@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer_backends import (
@@ -28,6 +29,10 @@ SPECIAL_PIECES = ("<unk>", "<s>", "</s>", MASK, PAD, CLS, SEP, EOD)
 
 _REQUIRED = (MASK, CLS, SEP, PAD, EOD)
 
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
 
 class Tokenizer:
     """Text to token ids and back, by a SentencePiece `.model` or a `tokenizer.json`.
@@ -47,7 +52,8 @@ class Tokenizer:
         pad_id: id of `<PAD>`.
         eod_id: id of `<EOD>`.
         special_ids: ids of every special piece (control, unknown and the five above), ascending.
-        never_in_text: those of them that no text gives: all but `<unk>`.
+        never_in_text: those of them that no text gives: all but `<unk>` of a vocabulary without
+            byte fallback.
     """
 
     def __init__(self, backend: Backend, name: str, digest: str) -> None:
@@ -70,7 +76,8 @@ class Tokenizer:
         self.pad_id = found[PAD]
         self.eod_id = found[EOD]
         self.special_ids = sorted(set(backend.special_ids) | set(found.values()))
-        self.never_in_text = [i for i in self.special_ids if i not in backend.unknown_ids]
+        unknown = frozenset() if backend.byte_ids else backend.unknown_ids
+        self.never_in_text = [i for i in self.special_ids if i not in unknown]
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -113,6 +120,13 @@ class Tokenizer:
         """The same as `encode_batch`, joined in one array; other threads run meanwhile."""
         return self._backend.encode(texts)
 
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[Int32Array, Int64Array]]:
+        """Ids int32 `[length]`, and where each begins and ends int64 `[length, 2]`, of each text.
+
+        Offsets count characters of the text as it was given.
+        """
+        return self._backend.encode_with_offsets(texts)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a sequence of ids; special tokens are left out."""
         special = self._special_set
@@ -125,6 +139,13 @@ class Tokenizer:
     def is_byte(self, token: int) -> bool:
         """Whether the piece stands for one raw byte (byte fallback, `<0x0A>`)."""
         return token in self._backend.byte_ids
+
+    @cached_property
+    def is_of_text_V(self) -> BoolArray:  # noqa: N802
+        """Which ids text can give: `never_in_text` as a table, bool `[vocab_size]`."""
+        allowed_V = np.ones(self.vocab_size, dtype=bool)
+        allowed_V[self.never_in_text] = False
+        return allowed_V
 
     @cached_property
     def _special_set(self) -> frozenset[int]:

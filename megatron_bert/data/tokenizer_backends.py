@@ -24,6 +24,9 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.sentencepiece_model import as_control_pieces
 from megatron_bert.data.unigram import unigram_encoder
 
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -47,6 +50,9 @@ class Backend(Protocol):
 
     def encode(self, texts: list[str]) -> EncodedTexts:
         """Ids of texts, without special tokens."""
+
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[Int32Array, Int64Array]]:
+        """Ids of each text, and their offsets in it in characters, int64 `[length, 2]`."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
@@ -87,6 +93,11 @@ class SentencePieceBackend:
         if self._encoder is not None:
             return EncodedTexts(*self._encoder.encode(texts))
         return _joined(self._processor.encode(texts, out_type="numpy", num_threads=1))
+
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[Int32Array, Int64Array]]:
+        """Ids and offsets of each text, on the calling thread."""
+        encoded = self._processor.encode(texts, out_type="offset_mapping", num_threads=1)
+        return [_as_arrays(text["ids"], text["offsets"]) for text in encoded]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
@@ -166,9 +177,21 @@ class TokenizersBackend:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return _joined([np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
 
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[Int32Array, Int64Array]]:
+        """Ids and offsets of each text, on the threads of the tokenizers library."""
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [_as_arrays(encoding.ids, encoding.offsets) for encoding in encodings]
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _as_arrays(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[Int32Array, Int64Array]:
+    return (
+        np.array(ids, dtype=np.int32),
+        np.array(offsets, dtype=np.int64).reshape(len(ids), 2),
+    )
 
 
 def _split_inside_special_tokens(tokenizer: tokenizers.Tokenizer, special: set[str]) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import socket
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 from megatron_bert.config.errors import UserError
 from megatron_bert.files import sync_to_disk, write_atomically
+from megatron_bert.locks import FileInUseError, lock_file
 
 FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
 
@@ -46,7 +43,12 @@ class RunDirectory:
         self.logs = path / "logs"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path / "run.lock")
+            self._lock = lock_file(path / "run.lock")
+        except FileInUseError as error:
+            raise UserError(
+                f"run.dir {path} is in use by a live run ({error}). End that run first, or use "
+                f"another run.dir"
+            ) from error
         except OSError as error:
             raise UserError(
                 f"run.dir {path} cannot be used: {error}. Use another run.dir"
@@ -112,39 +114,3 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
 
 def _as_text(reason: Mapping[str, object]) -> str:
     return json.dumps(dict(reason), ensure_ascii=False, indent=2) + "\n"
-
-
-def _lock(path: Path) -> TextIO:
-    stream = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Written in place: a renamed file would be another than the one that is locked.
-        stream.truncate(0)
-        holder = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        stream.write(json.dumps(holder) + "\n")
-        stream.flush()
-    except BlockingIOError as error:
-        stream.seek(0)
-        holder_text = _describe_holder(stream.read())
-        stream.close()
-        raise UserError(
-            f"run.dir {path.parent} is in use by a live run ({holder_text}). End that run first, "
-            f"or use another run.dir"
-        ) from error
-    except BaseException:
-        stream.close()
-        raise
-    return stream
-
-
-def _describe_holder(text: str) -> str:
-    try:
-        holder = json.loads(text)
-        return f"host {holder['host']}, process {holder['pid']}, started {holder['started']}"
-    except (ValueError, KeyError, TypeError):
-        # It was read in the moment between the other's lock and its writing.
-        return "which is just starting"

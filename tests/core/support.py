@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _megatron_bert_core import BatchAssembler, IndexedDataset, IndexedDatasetWriter, RowPlan
+from _megatron_bert_core import BatchAssembler, IndexedDataset, RowPlan
 from numpy.typing import NDArray
+
+from megatron_bert.data.index_file import write_index
 
 VOCAB_SIZE = 100
 PAD, CLS, SEP, MASK, EOD = range(5)
@@ -60,10 +62,11 @@ def write_sequences(
 def write_documents(
     prefix: Path, documents: Sequence[Sequence[int] | NDArray[np.int32]], token_bytes: int = 4
 ) -> IndexedDataset:
-    writer = IndexedDatasetWriter(str(prefix), token_bytes)
-    for document in documents:
-        writer.add_document(np.asarray(document, dtype=np.int32))
-    writer.close()
+    arrays = [np.asarray(document, dtype=np.int32) for document in documents]
+    tokens = np.concatenate([np.empty(0, dtype=np.int32), *arrays])
+    tokens.astype({2: "<u2", 4: "<i4"}[token_bytes]).tofile(f"{prefix}.bin")
+    lengths = np.array([len(document) for document in arrays], dtype=np.int32)
+    write_index(Path(f"{prefix}.idx"), token_bytes, lengths)
     return IndexedDataset(str(prefix))
 
 

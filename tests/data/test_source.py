@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _megatron_bert_core import IndexedDataset, IndexedDatasetWriter, epoch_rows
+from _megatron_bert_core import IndexedDataset, epoch_rows
 
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.errors import DataError
@@ -213,11 +213,9 @@ def test_a_vocabulary_smaller_than_the_datas_largest_id_is_refused(
 def test_an_id_that_sampling_missed_is_refused_when_its_row_is_read(
     tmp_path: Path, tiny_tokenizer: Tokenizer
 ) -> None:
-    writer = IndexedDatasetWriter(str(tmp_path / "set"), 4)
-    tokens = np.full(5000, 9, dtype=np.int32)
+    tokens = [9] * 5000
     tokens[3] = 600
-    writer.add_documents(tokens, np.ones(5000, dtype=np.int64))
-    writer.close()
+    write_documents(tmp_path / "set", [[token] for token in tokens])
     source = training_source(
         make_config(tmp_path / "set", curriculum=[{"seq_length": 32, "steps": 125}]),
         tiny_tokenizer,

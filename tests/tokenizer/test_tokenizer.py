@@ -229,3 +229,17 @@ def test_the_llm_jp_tokenizer_is_read_as_it_is(shared_data: Path) -> None:
     assert_no_special_token(tokenizer, LITERALS)
     for text in LITERALS:
         assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_offsets_are_those_of_the_tokens_in_the_text(tiny_tokenizer: Tokenizer) -> None:
+    texts = ["吾輩は猫である。 the  fox\n", "", "𠮷🦊 a"]
+    encoded = tiny_tokenizer.encode_with_offsets(texts)
+    lists = tiny_tokenizer.encode_batch(texts)
+    for text, (tokens, offsets), expected in zip(texts, encoded, lists, strict=True):
+        assert tokens.tolist() == expected
+        assert offsets.shape == (len(tokens), 2)
+        for token, (begin, end) in zip(tokens.tolist(), offsets.tolist(), strict=True):
+            if not tiny_tokenizer.is_byte(token):
+                piece = tiny_tokenizer.id_to_piece(token)
+                assert text[begin:end] == piece.replace("▁", " ")
+        assert not len(tokens) or offsets[-1, 1] == len(text)

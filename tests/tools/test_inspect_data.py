@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _megatron_bert_core import IndexedDatasetWriter, RowPlan
+from _megatron_bert_core import RowPlan
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.load import load_config
@@ -18,6 +18,7 @@ from megatron_bert.data.preprocess import PreprocessOptions, preprocess
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from tests.core.support import write_documents
 from tools import inspect_data as tool
 
 CONFIG = """
@@ -55,10 +56,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
 def test_the_unigram_entropy_is_that_of_the_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    writer = IndexedDatasetWriter(str(tmp_path / "even"), 2)
-    writer.add_document(np.array([5, 6, 7, 8], dtype=np.int32))
-    writer.add_document(np.array([8, 7, 6, 5], dtype=np.int32))
-    writer.close()
+    write_documents(tmp_path / "even", [[5, 6, 7, 8], [8, 7, 6, 5]], 2)
     (shown,) = (line for line in run(capsys, "--prefix", tmp_path / "even") if "nats" in line)
     assert shown.startswith(f"unigram entropy {np.log(4):.3f} nats over 8 tokens")
 

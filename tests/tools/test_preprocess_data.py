@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import signal
 import subprocess
@@ -9,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import tokenizers
 import zstandard
+from tokenizers import models, pre_tokenizers
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.indexed_dataset import open_dataset
+from megatron_bert.data import preprocess as preprocess_module
+from megatron_bert.data.dictionary_words import Dictionary, token_starts
+from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
+from megatron_bert.data.merge import merge_datasets
 from megatron_bert.data.preprocess import PreprocessCounts, PreprocessOptions, preprocess
-from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.shards import Shard
+from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
+from megatron_bert.data.tokenizer_backends import EncodedTexts
 from tools import preprocess_data as tool
 
 TOOL = Path(tool.__file__)
@@ -98,9 +107,11 @@ def test_the_sidecar_tells_tokenizer_counts_and_sources(
     assert info["tokens"] == counts.tokens
     assert info["skipped_lines"] == counts.skipped_lines == 1
     assert info["empty_documents"] == counts.empty_documents == 1
+    assert info["word_boundaries"] is None
     (source,) = info["sources"]
     assert source["path"] == str(corpus)
     assert source["bytes"] == corpus.stat().st_size
+    assert source["sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
 
 
 def test_literal_special_pieces_never_reach_the_dataset_as_special_tokens(
@@ -123,16 +134,26 @@ def test_blocks_of_txt_and_other_keys_of_jsonl_can_be_read(
     assert texts == ["一\n二", "三", "四"]
 
 
-def test_the_first_broken_line_ends_the_work_and_leaves_nothing(
+def test_the_first_broken_line_ends_the_work_and_what_came_before_it_is_continued(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_bert.data.preprocess._BATCH_BYTES", 100)
     good = jsonl(["吾輩は猫である"] * 200)
     corpus = workshop.write("a.jsonl", good + b'{"text": "\xe3"}\n' + good + b"{\n")
     for workers in (1, 3):
-        with pytest.raises(DataError, match=r"a\.jsonl, line 201: invalid UTF-8"):
+        with pytest.raises(DataError, match=r"a\.jsonl, line 201: invalid UTF-8.*kept in .*--rest"):
             workshop.run(corpus, workers=workers)
-        assert workshop.left_behind() == []
+        assert workshop.left_behind() == ["corpus.partial"]
+    counts = workshop.run(corpus, on_error="skip")
+    assert (counts.documents, counts.skipped_lines) == (400, 2)
+    assert len(documents(workshop.prefix)) == 400
+    assert workshop.left_behind() == ["corpus.bin", "corpus.idx", "corpus.json"]
+
+
+def test_a_broken_first_line_leaves_nothing(workshop: Workshop) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: broken JSON"):
+        workshop.run(workshop.write("a.jsonl", b"{\n"))
+    assert workshop.left_behind() == []
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", jsonl(["", ""])])
@@ -180,7 +201,7 @@ def test_a_disk_that_fills_up_leaves_the_old_dataset_as_it_was(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
     )
     assert done.returncode == 2, done.stderr
-    assert "cannot write" in done.stderr
+    assert "cannot make dataset" in done.stderr
     assert {path.name: path.read_bytes() for path in workshop.prefix.parent.iterdir()} == before
 
 
@@ -198,7 +219,7 @@ def test_a_large_vocabulary_is_written_in_four_bytes(workshop: Workshop, shared_
         ({"workers": 0}, "--workers 0"),
         ({"tokenizer": Path("none.model")}, r"cannot read tokenizer none\.model"),
         ({"output_prefix": Path("/dev/null/corpus")}, "cannot make /dev/null"),
-        ({"output_prefix": Path("c" * 300)}, r"cannot make c+\.idx: .*too long"),
+        ({"output_prefix": Path("c" * 300)}, r"cannot make c+\.bin: .*too long"),
     ],
 )
 def test_unusable_options_are_refused_at_once(
@@ -232,7 +253,7 @@ def test_the_tool_reports_what_it_wrote_and_left_out(
     done = subprocess.run(run, capture_output=True, text=True, cwd=workshop.folder)
     assert done.returncode == 0, done.stderr
     assert "1 documents" in done.stdout
-    assert "left out 1 lines that cannot be used and 1 empty documents" in done.stdout
+    assert "left out 1 lines that cannot be used, 1 empty documents and 0 duplicates" in done.stdout
     assert "a.jsonl, line 3: broken JSON" in done.stderr
 
 
@@ -259,13 +280,13 @@ from megatron_bert.data.text import DocumentReader, RawDocument
 # Tests that run in the background of a script inherit an ignored SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def endless(self):
-    for number in count(1):
-        if number == 50_000:
+def endless(self, number):
+    for line in count(1):
+        if line == 50_000:
             print("begun", flush=True)
-        yield RawDocument(self.paths[0], number, "吾輩は猫である".encode(), json=False)
+        yield RawDocument(self.paths[0], line, "吾輩は猫である".encode(), json=False)
 
-DocumentReader.__iter__ = endless
+DocumentReader.documents_of = endless
 corpus, tokenizer, prefix = map(Path, sys.argv[1:])
 preprocess.preprocess(preprocess.PreprocessOptions([corpus], tokenizer, prefix, workers=2))
 """
@@ -290,3 +311,226 @@ def test_a_killed_tool_leaves_no_dataset(
     assert not {"corpus.bin", "corpus.idx", "corpus.json"}.intersection(workshop.left_behind())
     if number == signal.SIGINT:
         assert workshop.left_behind() == []
+
+
+class StrangeIds:
+    """Ids that no right tokenizer gives."""
+
+    def __init__(self, given: int) -> None:
+        self._given = given
+
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        of_text = {"wrong": [20, self._given], "": []}
+        ids = [of_text.get(text, [20]) for text in texts]
+        return EncodedTexts(
+            np.array([number for some in ids for number in some], dtype=np.int32),
+            np.array([len(some) for some in ids]),
+        )
+
+
+@pytest.mark.parametrize("given", [-1, 512, 70_000, 3])
+def test_an_id_that_text_cannot_have_is_refused_with_its_documents_line(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, given: int
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", StrangeIds(given).encode)
+    corpus = workshop.write("a.jsonl", jsonl(["good", ""]) + b"{\n" + jsonl(["wrong", "good"]))
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 4: tokenizer .* gives the id {given},"):
+        workshop.run(corpus, on_error="skip")
+    assert workshop.left_behind() == []
+
+
+def test_unknown_characters_are_allowed_where_there_is_no_byte_fallback(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    vocabulary = {piece: number for number, piece in enumerate([*SPECIAL_PIECES, "cat"])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.add_special_tokens(list(SPECIAL_PIECES))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    corpus = workshop.write("a.jsonl", jsonl(["cat dog"]))
+    workshop.run(corpus, tokenizer=tmp_path / "tokenizer.json")
+    assert documents(workshop.prefix) == [[8, 0]]
+
+
+def merged(workshop: Workshop, shards: int, *inputs: Path) -> Path:
+    """Preprocess in shards and join them."""
+    for number in range(shards):
+        workshop.run(*inputs, shard=Shard(number, shards), on_error="skip")
+    prefixes = [Shard(number, shards).prefix(workshop.prefix) for number in range(shards)]
+    merge_datasets(prefixes, workshop.folder / "merged")
+    return workshop.folder / "merged"
+
+
+def test_a_shard_for_each_file_gives_the_files_of_one_job(
+    workshop: Workshop, tiny_texts: list[str]
+) -> None:
+    inputs = [workshop.write(f"{k}.jsonl", jsonl(tiny_texts[k::3]) + b"{\n") for k in range(3)]
+    whole = merged(workshop, 3, *inputs)
+    workshop.run(*inputs, on_error="skip")
+    for suffix in (".bin", ".idx", ".json"):
+        expected = workshop.prefix.with_suffix(suffix).read_bytes()
+        assert whole.with_suffix(suffix).read_bytes() == expected
+
+
+def test_a_shard_of_more_files_takes_every_nth_of_them(
+    workshop: Workshop, tiny_texts: list[str]
+) -> None:
+    inputs = [workshop.write(f"{k}.jsonl", jsonl(tiny_texts[k : k + 1])) for k in range(5)]
+    workshop.run(*inputs, shard=Shard(1, 2))
+    workshop.run(inputs[1], inputs[3])
+    shard = Shard(1, 2).prefix(workshop.prefix)
+    assert shard.name == "corpus-00001-of-00002"
+    assert documents(shard) == documents(workshop.prefix)
+
+
+def test_more_shards_than_files_share_the_documents(
+    workshop: Workshop, tiny_texts: list[str]
+) -> None:
+    inputs = [
+        workshop.write("a.jsonl", jsonl([*tiny_texts[:50], ""]) + b"{\n"),
+        workshop.write("b.jsonl", jsonl(tiny_texts[50:80])),
+    ]
+    whole = merged(workshop, 4, *inputs)
+    workshop.run(*inputs, on_error="skip")
+    assert sorted(documents(whole)) == sorted(documents(workshop.prefix))
+    assert read_dataset_info(whole) == read_dataset_info(workshop.prefix)
+    info = read_dataset_info(Shard(3, 4).prefix(workshop.prefix))
+    assert info is not None
+    assert [source.part for source in info.sources] == ["3/4", "3/4"]
+
+
+def test_a_shard_without_documents_is_an_empty_dataset(
+    workshop: Workshop, tiny_tokenizer: Tokenizer
+) -> None:
+    corpus = workshop.write("a.jsonl", jsonl(["猫"]))
+    assert workshop.run(corpus, shard=Shard(1, 2)) == PreprocessCounts()
+    assert documents(Shard(1, 2).prefix(workshop.prefix)) == []
+    assert documents(merged(workshop, 3, corpus)) == tiny_tokenizer.encode_batch(["猫"])
+
+
+@pytest.mark.parametrize("text", ["8/8", "1", "-1/4", "a/b", "0/0"])
+def test_a_shard_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=f"--shard {text}: give K/N"):
+        Shard.parse(text)
+
+
+class FakeFinder:
+    """Words of three characters."""
+
+    def __init__(self, dictionary: str) -> None:
+        self.name = f"fake {dictionary}"
+
+    def word_begins(self, text: str) -> npt.NDArray[np.int64]:
+        return np.arange(0, len(text), 3)
+
+
+def word_starts(prefix: Path) -> list[int]:
+    packed = np.fromfile(prefix.with_suffix(".words"), dtype=np.uint8)
+    count = open_dataset(prefix).num_tokens
+    return np.unpackbits(packed, count=count, bitorder="little").tolist()
+
+
+def test_the_beginnings_of_words_stand_beside_the_tokens(
+    workshop: Workshop, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess_module, "WordFinder", FakeFinder)
+    monkeypatch.setattr("megatron_bert.data.dataset_writer._STARTS_AT_A_TIME", 8)
+    texts = ["abcdefghij", "", "名前はまだ無い", "the fox"]
+    corpus = workshop.write("a.jsonl", jsonl(texts))
+    workshop.run(corpus, word_boundaries="mecab")
+    assert documents(workshop.prefix) == tiny_tokenizer.encode_batch([t for t in texts if t])
+    expected: list[int] = []
+    for text, (_, offsets) in zip(texts, tiny_tokenizer.encode_with_offsets(texts), strict=True):
+        expected += token_starts(text, np.arange(0, len(text), 3), offsets).tolist()
+    assert word_starts(workshop.prefix) == expected
+    info = read_dataset_info(workshop.prefix)
+    assert info is not None
+    assert info.word_boundaries == "fake mecab"
+    workshop.run(corpus, overwrite=True)
+    assert workshop.left_behind() == ["corpus.bin", "corpus.idx", "corpus.json"]
+
+
+def test_merged_shards_keep_their_words_if_all_have_them(
+    workshop: Workshop, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess_module, "WordFinder", FakeFinder)
+    inputs = [workshop.write(f"{k}.jsonl", jsonl(tiny_texts[k::3])) for k in range(2)]
+    shards = [Shard(number, 2) for number in range(2)]
+    for shard in shards:
+        workshop.run(*inputs, shard=shard, word_boundaries="mecab")
+    workshop.run(*inputs, word_boundaries="mecab")
+    prefixes = [shard.prefix(workshop.prefix) for shard in shards]
+    merge_datasets(prefixes, workshop.folder / "merged")
+    for suffix in (".bin", ".words", ".json"):
+        expected = workshop.prefix.with_suffix(suffix).read_bytes()
+        assert (workshop.folder / f"merged{suffix}").read_bytes() == expected
+    workshop.run(*inputs, shard=shards[1], overwrite=True)
+    merge_datasets(prefixes, workshop.folder / "merged", overwrite=True)
+    info = read_dataset_info(workshop.folder / "merged")
+    assert info is not None
+    assert info.word_boundaries is None
+    assert not (workshop.folder / "merged.words").exists()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dictionary", ["mecab", "sudachi"])
+def test_a_real_dictionarys_words_are_stored(
+    workshop: Workshop, tiny_texts: list[str], dictionary: Dictionary
+) -> None:
+    pytest.importorskip("fugashi" if dictionary == "mecab" else "sudachipy")
+    corpus = workshop.write("a.jsonl", jsonl(tiny_texts))
+    counts = workshop.run(corpus, word_boundaries=dictionary, workers=2)
+    assert 0.2 < sum(word_starts(workshop.prefix)) / counts.tokens < 0.9
+
+
+def test_a_text_that_was_there_before_is_left_out_and_counted(
+    workshop: Workshop, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess_module, "_BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(preprocess_module, "WordFinder", FakeFinder)
+    first = workshop.write("a.jsonl", jsonl(["猫", "人間", "", "猫", "ＡＢＣ"]))
+    second = workshop.write("b.txt", "人間\nABC\n書生\n".encode())
+    options: dict[str, Any] = {"deduplicate": True, "normalize": "nfkc", "workers": 3}
+    counts = workshop.run(first, second, word_boundaries="mecab", **options)
+    expected = tiny_tokenizer.encode_batch(["猫", "人間", "ABC", "書生"])
+    assert documents(workshop.prefix) == expected
+    assert (counts.duplicate_documents, counts.empty_documents) == (3, 1)
+    assert len(word_starts(workshop.prefix)) == sum(map(len, expected))
+    info = read_dataset_info(workshop.prefix)
+    assert info is not None
+    assert (info.duplicate_documents, info.normalization) == (3, "nfkc")
+
+
+def test_documents_and_tokens_are_counted_by_fields_and_added_up_by_a_merge(
+    workshop: Workshop, tiny_tokenizer: Tokenizer
+) -> None:
+    lines = [{"text": "猫", "meta": {"lang": "ja"}}, {"text": "fox"}, {"text": ""}]
+    inputs = [
+        workshop.write("a.jsonl", "\n".join(map(json.dumps, lines)).encode()),
+        workshop.write("b.jsonl", json.dumps(lines[0]).encode()),
+    ]
+    workshop.run(*inputs, field_keys=["meta.lang"])
+    info = read_dataset_info(workshop.prefix)
+    assert info is not None
+    cat, fox = map(len, tiny_tokenizer.encode_batch(["猫", "fox"]))
+    assert info.fields["meta.lang"]["values"] == {"ja": {"documents": 2, "tokens": 2 * cat}}
+    assert info.fields["meta.lang"]["absent"] == {"documents": 1, "tokens": fox}
+    for number in range(2):
+        workshop.run(*inputs, field_keys=["meta.lang"], shard=Shard(number, 2))
+    prefixes = [Shard(number, 2).prefix(workshop.prefix) for number in range(2)]
+    merge_datasets(prefixes, workshop.folder / "merged")
+    assert read_dataset_info(workshop.folder / "merged") == info
+
+
+def test_rows_of_parquet_become_documents(workshop: Workshop, tiny_tokenizer: Tokenizer) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = workshop.folder / "a.parquet"
+    table = pyarrow.table({"body": ["猫", "fox", "人間"], "lang": ["ja", "en", "ja"]})
+    parquet.write_table(table, path, row_group_size=2)
+    workshop.run(path, json_key="body", field_keys=["lang"])
+    assert documents(workshop.prefix) == tiny_tokenizer.encode_batch(["猫", "fox", "人間"])
+    info = read_dataset_info(workshop.prefix)
+    assert info is not None
+    assert list(info.fields["lang"]["values"]) == ["ja", "en"]
+    assert info.sources[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _megatron_bert_core import IndexedDatasetWriter
 
 from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
+from tests.core.support import write_documents
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
@@ -81,11 +81,9 @@ def test_the_model_learns_what_only_context_tells(
 ) -> None:
     # Every document counts up from a random start: each id is as frequent as any other, so a
     # model that looks at no context stays at log(40) = 3.7 nats.
-    writer = IndexedDatasetWriter(str(tiny_data / "counting"), 2)
     starts = np.random.default_rng(3).integers(0, 40, 400)
-    for start in starts:
-        writer.add_document((300 + (start + np.arange(30)) % 40).astype(np.int32))
-    writer.close()
+    documents = [300 + (start + np.arange(30)) % 40 for start in starts]
+    write_documents(tiny_data / "counting", documents, 2)
     config = tiny_run(
         data={"train": [{"prefix": str(tiny_data / "counting")}]},
         curriculum=[{"seq_length": 32, "steps": 300}],

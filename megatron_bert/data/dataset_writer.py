@@ -1,0 +1,186 @@
+"""Writing a dataset in several jobs, if need be: what one leaves unfinished, the next continues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.index_file import write_index
+from megatron_bert.data.indexed_dataset import DatasetInfo, write_dataset_info
+from megatron_bert.data.partial_work import PartialWork
+from megatron_bert.data.staging import check_unused, make_place, place_files, sync_staged
+
+# Megatron-LM's rule (`DType.optimal_dtype`).
+_UINT16_VOCABULARY = 65_500
+
+_TOKENS, _LENGTHS, _WORD_STARTS = "dataset.bin", "lengths", "word_starts"
+_STARTS_AT_A_TIME = 1 << 23
+
+
+class DatasetWriter:
+    """Appends documents, of one sequence each, to a dataset that appears when it is finished.
+
+    Until then everything lies in the folder `P.partial`, and another job can go on from the last
+    commit, or from the last of the renames. Used as a context manager.
+
+    Attributes:
+        partial: the folder.
+    """
+
+    def __init__(
+        self,
+        prefix: Path,
+        vocab_size: int,
+        *,
+        identity: Mapping[str, str],
+        overwrite: bool = False,
+        restart: bool = False,
+    ) -> None:
+        """Begin, or continue what a job with the same `identity` began.
+
+        Args:
+            prefix: P of `P.bin`, `P.idx` and so on.
+            vocab_size: ids are below that; fewer than 65,500 take two bytes each, others four.
+            identity: what the dataset depends on, by name.
+            overwrite: whether an existing dataset is replaced, at the end.
+            restart: whether the work of an earlier job is thrown away.
+
+        Raises:
+            DataError: a dataset is there and `overwrite` is not set, the place cannot be written
+                to, or an earlier job's work is in use, damaged or another.
+        """
+        self._prefix = prefix
+        self._token_type = np.dtype("<u2" if vocab_size < _UINT16_VOCABULARY else "<i4")
+        self.partial = prefix.with_name(f"{prefix.name}.partial")
+        make_place(prefix)
+        if not overwrite and (restart or not self.partial.exists()):
+            check_unused(prefix)
+        try:
+            self._work = PartialWork(self.partial, identity, restart=restart)
+        except OSError as error:
+            raise DataError(
+                f"cannot write dataset {prefix}: {error}; choose another --output-prefix"
+            ) from error
+        try:
+            # The files may be those that a killed job has placed.
+            if not overwrite and not self.is_placing:
+                check_unused(prefix)
+        except BaseException:
+            self._work.__exit__(None, None, None)
+            raise
+
+    @property
+    def note(self) -> dict[str, Any] | None:
+        """What was given to the last commit, in this job or one before; None: there is none."""
+        return None if self._work.progress is None else self._work.progress["note"]
+
+    @property
+    def is_placing(self) -> bool:
+        """Whether a job was killed while it gave the complete files their names."""
+        return self._work.progress is not None and bool(self._work.progress["suffixes"])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens appended."""
+        return self._work.size(_TOKENS) // self._token_type.itemsize
+
+    def add_documents(
+        self,
+        tokens_T: npt.NDArray[np.int32],
+        lengths_N: npt.NDArray[np.int64],
+        word_starts_T: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Append N documents that stand one after the other in T tokens.
+
+        Args:
+            tokens_T: ids, in `[0, vocab_size)`.
+            lengths_N: tokens of each document, below 2^31.
+            word_starts_T: which tokens begin a word; for all documents of a dataset, or for none.
+
+        Raises:
+            OSError: the disk failed; leave then.
+        """
+        self._work.append(_TOKENS, tokens_T.astype(self._token_type))
+        self._work.append(_LENGTHS, lengths_N.astype("<i4"))
+        if word_starts_T is not None:
+            self._work.append(_WORD_STARTS, word_starts_T.astype(np.uint8))
+
+    def append(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Append to a list of numbers kept until the dataset is finished; raises as the above."""
+        self._work.append(name, values)
+
+    def read(self, name: str, kind: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Map such a list, from its beginning in the first job on."""
+        return self._work.read(name, kind)
+
+    @property
+    def is_commit_due(self) -> bool:
+        """Whether so much was appended, or so long ago, that it should be committed."""
+        return self._work.is_commit_due
+
+    def commit(self, note: Mapping[str, Any]) -> None:
+        """Secure what was appended, with a note (JSON) of what it is.
+
+        Raises:
+            OSError: the disk failed; the commit before holds.
+        """
+        self._work.commit({"suffixes": [], "note": note})
+
+    def finish(self, note: Mapping[str, Any], info: DatasetInfo) -> None:
+        """Make the dataset of what was appended, and give it its name.
+
+        Raises:
+            DataError: the sidecar cannot be written.
+            OSError: the disk failed. An existing dataset is whole unless it failed at the renames.
+        """
+        self._work.append(_TOKENS, np.empty(0, dtype=self._token_type))
+        self.commit(note)
+        staged = self._staged_prefix
+        lengths_N = self._work.read(_LENGTHS, "<i4")
+        write_index(self.partial / f"{staged.name}.idx", self._token_type.itemsize, lengths_N)
+        if info.word_boundaries is not None:
+            self._write_word_starts(self.partial / f"{staged.name}.words")
+        write_dataset_info(staged, info)
+        self._work.commit({"suffixes": sync_staged(staged), "note": note}, last=True)
+        self.place()
+
+    def place(self) -> None:
+        """Give the complete files their names, which a killed job had begun.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        assert self._work.progress is not None
+        place_files(self._staged_prefix, self._prefix, self._work.progress["suffixes"])
+        self._work.remove()
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not self.num_tokens and not self.is_placing:
+            self._work.discard()
+        self._work.__exit__(kind, error, trace)
+
+    @property
+    def _staged_prefix(self) -> Path:
+        return self.partial / "dataset"
+
+    def _write_word_starts(self, path: Path) -> None:
+        """Pack a byte a token into the bits of csrc/word_starts.h."""
+        starts_T = self._work.read(_WORD_STARTS, np.uint8)
+        with path.open("wb") as file:
+            for begin in range(0, len(starts_T), _STARTS_AT_A_TIME):
+                some = starts_T[begin : begin + _STARTS_AT_A_TIME]
+                np.packbits(some, bitorder="little").tofile(file)

@@ -1,0 +1,158 @@
+"""Raw documents into token ids: what each thread of preprocessing does with a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.deduplication import hash_texts
+from megatron_bert.data.dictionary_words import WordFinder, token_starts
+from megatron_bert.data.text import (
+    LineError,
+    Normalization,
+    OnError,
+    ParsedText,
+    RawDocument,
+    parse,
+)
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.tokenizer_backends import EncodedTexts
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """N documents of T tokens in all, and what was left out.
+
+    Attributes:
+        tokens_T: of one document after the other.
+        lengths_N: tokens of each; none has no token.
+        word_starts_T: which tokens begin a word; None: words are not asked for.
+        hashes_N2: of each text; None: duplicates are not looked for.
+        fields_N: values of each document's fields.
+        empty: documents without a token.
+        duplicates: documents that were there before.
+        skipped: lines that cannot be used.
+    """
+
+    tokens_T: Int32Array
+    lengths_N: Int64Array
+    word_starts_T: BoolArray | None
+    hashes_N2: npt.NDArray[np.uint64] | None
+    fields_N: list[tuple[str | None, ...]]
+    empty: int
+    skipped: list[LineError]
+    duplicates: int = 0
+
+    def only(self, is_kept_N: BoolArray) -> EncodedBatch:
+        """Leave out the other documents as duplicates."""
+        is_kept_T = np.repeat(is_kept_N, self.lengths_N)
+        starts_T = self.word_starts_T
+        return replace(
+            self,
+            tokens_T=self.tokens_T[is_kept_T],
+            lengths_N=self.lengths_N[is_kept_N],
+            word_starts_T=None if starts_T is None else starts_T[is_kept_T],
+            hashes_N2=None,
+            fields_N=list(compress(self.fields_N, is_kept_N)),
+            duplicates=int(np.count_nonzero(~is_kept_N)),
+        )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What threads share to turn documents into tokens.
+
+    Attributes:
+        tokenizer: gives the tokens.
+        json_key: key of the text.
+        field_keys: keys of the fields to be counted.
+        normalize: the form that text is brought into.
+        deduplicate: whether texts are hashed.
+        on_error: what happens at a line that cannot be used.
+        words: finds the words; None: they are not asked for.
+    """
+
+    tokenizer: Tokenizer
+    json_key: str
+    field_keys: Sequence[str]
+    normalize: Normalization
+    deduplicate: bool
+    on_error: OnError
+    words: WordFinder | None
+
+    @property
+    def words_name(self) -> str | None:
+        """The dictionary that finds the words."""
+        return None if self.words is None else self.words.name
+
+    def encode(self, documents: Sequence[RawDocument]) -> EncodedBatch:
+        """Tokenize documents.
+
+        Raises:
+            LineError: a line cannot be used and `on_error` is `fail`.
+            DataError: the tokenizer gives an id that text must not have.
+        """
+        parsed: list[ParsedText] = []
+        places: list[RawDocument] = []
+        skipped: list[LineError] = []
+        for document in documents:
+            try:
+                parsed.append(parse(document, self.json_key, self.field_keys, self.normalize))
+            except LineError as error:
+                if self.on_error == "fail":
+                    raise
+                skipped.append(error)
+            else:
+                places.append(document)
+        (tokens_T, lengths), word_starts_T = self._encode_texts([text for text, _ in parsed])
+        self._check_ids(tokens_T, lengths, places)
+        has_tokens = lengths > 0
+        written = list(compress(parsed, has_tokens))
+        return EncodedBatch(
+            tokens_T=tokens_T,
+            lengths_N=lengths[has_tokens],
+            word_starts_T=word_starts_T,
+            hashes_N2=hash_texts([text for text, _ in written]) if self.deduplicate else None,
+            fields_N=[fields for _, fields in written],
+            empty=len(parsed) - len(written),
+            skipped=skipped,
+        )
+
+    def _encode_texts(self, texts: list[str]) -> tuple[EncodedTexts, BoolArray | None]:
+        """Tokens of texts, and which of them begin words."""
+        if self.words is None:
+            return self.tokenizer.encode(texts), None
+        encoded = self.tokenizer.encode_with_offsets(texts)
+        starts = [
+            token_starts(text, self.words.word_begins(text), offsets)
+            for text, (_, offsets) in zip(texts, encoded, strict=True)
+        ]
+        ids = np.concatenate([np.empty(0, dtype=np.int32), *[tokens for tokens, _ in encoded]])
+        lengths = np.array([len(tokens) for tokens, _ in encoded], dtype=np.int64)
+        return EncodedTexts(ids, lengths), np.concatenate([np.empty(0, dtype=bool), *starts])
+
+    def _check_ids(
+        self, tokens_T: Int32Array, lengths: Int64Array, documents: Sequence[RawDocument]
+    ) -> None:
+        # A negative id counts as its unsigned value: larger than any vocabulary.
+        wrong_T = tokens_T.view(np.uint32) >= self.tokenizer.vocab_size
+        if not wrong_T.any():
+            wrong_T = ~self.tokenizer.is_of_text_V[tokens_T]
+        if wrong_T.any():
+            place = int(np.argmax(wrong_T))
+            number = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+            document = documents[number]
+            raise DataError(
+                f"{document.path}, {document.unit} {document.line}: tokenizer "
+                f"{self.tokenizer.name} gives the id {tokens_T[place]}, which is special "
+                f"or not below its {self.tokenizer.vocab_size} pieces; use another tokenizer, or mend this one"
+            )

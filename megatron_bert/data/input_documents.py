@@ -1,0 +1,154 @@
+"""The documents of one job, from anywhere in its input on, and its files' checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.shards import Shard
+from megatron_bert.data.text import DocumentReader, RawDocument, TextDocuments
+
+_HASHED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place between two documents of an input.
+
+    Attributes:
+        file: number of the file, from 0.
+        documents: how many of its documents come before, those of other shards included.
+        documents_of_files: how many documents the files before it have.
+    """
+
+    file: int = 0
+    documents: int = 0
+    documents_of_files: int = 0
+
+
+class InputDocuments:
+    """The documents of some files, or one shard's share of them.
+
+    A shard gets whole files (those whose number is K modulo N) where there is one for each shard,
+    else the documents whose running number is K modulo N.
+
+    Attributes:
+        reader: of the files from which documents are read.
+        part: "K/N" where the shard gets single documents; None where it gets whole files.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Path],
+        txt_documents: TextDocuments,
+        json_key: str,
+        field_keys: Sequence[str],
+        shard: Shard | None = None,
+    ) -> None:
+        """Check the files of the job; raises as `DocumentReader`."""
+        self.part: str | None = None
+        self._number, self._count = 0, 1
+        if shard is not None and len(inputs) >= shard.count:
+            inputs = inputs[shard.number :: shard.count]
+        elif shard is not None:
+            self.part = str(shard)
+            self._number, self._count = shard.number, shard.count
+        self.reader = DocumentReader(inputs, txt_documents, json_key, field_keys)
+        self._stamps = [_stamp(path) for path in self.reader.paths]
+
+    def identity(self) -> dict[str, str]:
+        """Describe each file as it was at the beginning, by name."""
+        files = zip(self.reader.paths, self._stamps, strict=True)
+        return {
+            f"input {number}": f"{path} of {size:,} bytes modified at {nanoseconds / 1e9:.9f}"
+            for number, (path, (size, nanoseconds)) in enumerate(files)
+        }
+
+    def documents_from(self, start: Position) -> Iterator[tuple[RawDocument, Position]]:
+        """Documents from a place on, each with the place after it; raises as `DocumentReader`."""
+        before = start.documents_of_files
+        for file in range(start.file, len(self.reader.paths)):
+            skipped = start.documents if file == start.file else 0
+            number = skipped
+            documents = islice(self.reader.documents_of(file), skipped, None)
+            for number, document in enumerate(documents, skipped + 1):
+                if (before + number - 1) % self._count == self._number:
+                    yield document, Position(file, number, before)
+            before += number
+
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if a file changed since the beginning."""
+        for path, stamp in zip(self.reader.paths, self._stamps, strict=True):
+            if _stamp(path) != stamp:
+                raise DataError(f"{path} changed while it was read; begin anew with --restart")
+
+
+class FileHashes:
+    """SHA-256 of files, computed beside the reading of them by a thread of its own.
+
+    Used as a context manager: what is not computed at the end is given up.
+    """
+
+    def __init__(self, paths: Sequence[Path], known: Sequence[str] = ()) -> None:
+        """Take over the hashes that are known, those of the first files."""
+        self._paths = list(paths)
+        self._known = list(known)
+        self._pending: deque[Future[str]] = deque()
+        self._thread = ThreadPoolExecutor(1, "hash")
+        self._stop = threading.Event()
+
+    def computed(self, file: int) -> list[str]:
+        """Hashes, in hex, of the first files that are done, those up to number `file` being begun.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        for path in self._paths[len(self._known) + len(self._pending) : file + 1]:
+            self._pending.append(self._thread.submit(self._hash, path))
+        while self._pending and self._pending[0].done():
+            self._known.append(self._pending.popleft().result())
+        return list(self._known)
+
+    def all(self) -> list[str]:
+        """Wait for every hash; raises as `computed`."""
+        self.computed(len(self._paths))
+        while self._pending:
+            self._known.append(self._pending.popleft().result())
+        return list(self._known)
+
+    def __enter__(self) -> FileHashes:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _hash(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb", buffering=0) as file:
+                while (block := file.read(_HASHED_BYTES)) and not self._stop.is_set():
+                    digest.update(block)
+        except OSError as error:
+            raise DataError(
+                f"cannot read {path}: {error.strerror or error}; check the disk that holds it"
+            ) from error
+        return digest.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
