@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Documents keep their order. P.bin holds tokens of text only, no special ones. A "
-        "job that was killed goes on where it was when it is run again (its work lies in P.partial).",
+        "job that was killed goes on where it was when it is run again (its work is in P.partial).",
     )
     add_text_arguments(parser)
     parser.add_argument(

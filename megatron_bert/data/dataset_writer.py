@@ -106,7 +106,7 @@ class DatasetWriter:
         Raises:
             OSError: the disk failed; leave then.
         """
-        self._work.append(_TOKENS, tokens_T.astype(self._token_type))
+        self._work.append(_TOKENS, tokens_T.astype(self._token_type, copy=False))
         self._work.append(_LENGTHS, lengths_N.astype("<i4"))
         if word_starts_T is not None:
             self._work.append(_WORD_STARTS, word_starts_T.astype(np.uint8))

@@ -102,19 +102,20 @@ class Encoder:
             DataError: the tokenizer gives an id that text must not have.
         """
         parsed: list[ParsedText] = []
-        places: list[RawDocument] = []
         skipped: list[LineError] = []
-        for document in documents:
+        unusable: set[int] = set()
+        for number, document in enumerate(documents):
             try:
                 parsed.append(parse(document, self.json_key, self.field_keys, self.normalize))
             except LineError as error:
                 if self.on_error == "fail":
                     raise
                 skipped.append(error)
-            else:
-                places.append(document)
+                unusable.add(number)
+        if unusable:
+            documents = [d for number, d in enumerate(documents) if number not in unusable]
         (tokens_T, lengths), word_starts_T = self._encode_texts([text for text, _ in parsed])
-        self._check_ids(tokens_T, lengths, places)
+        self._check_ids(tokens_T, lengths, documents)
         has_tokens = lengths > 0
         written = list(compress(parsed, has_tokens))
         return EncodedBatch(
@@ -154,5 +155,6 @@ class Encoder:
             raise DataError(
                 f"{document.path}, {document.unit} {document.line}: tokenizer "
                 f"{self.tokenizer.name} gives the id {tokens_T[place]}, which is special "
-                f"or not below its {self.tokenizer.vocab_size} pieces; use another tokenizer, or mend this one"
+                f"or not below its {self.tokenizer.vocab_size} pieces; use another tokenizer, or "
+                f"mend this one"
             )

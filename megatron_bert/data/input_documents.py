@@ -72,17 +72,33 @@ class InputDocuments:
             for number, (path, (size, nanoseconds)) in enumerate(files)
         }
 
-    def documents_from(self, start: Position) -> Iterator[tuple[RawDocument, Position]]:
-        """Documents from a place on, each with the place after it; raises as `DocumentReader`."""
+    def batches_from(
+        self, start: Position, batch_bytes: int, batch_documents: int
+    ) -> Iterator[tuple[list[RawDocument], Position]]:
+        """Documents from a place on in batches, each with the place after it.
+
+        A batch ends with the document that reaches one of the limits. Raises as `DocumentReader`.
+        """
+        # One loop without a call for each document: there are hundreds of millions.
+        batch: list[RawDocument] = []
+        size = 0
+        end = start
         before = start.documents_of_files
         for file in range(start.file, len(self.reader.paths)):
-            skipped = start.documents if file == start.file else 0
-            number = skipped
-            documents = islice(self.reader.documents_of(file), skipped, None)
-            for number, document in enumerate(documents, skipped + 1):
-                if (before + number - 1) % self._count == self._number:
-                    yield document, Position(file, number, before)
+            number = start.documents if file == start.file else 0
+            for document in islice(self.reader.documents_of(file), number, None):
+                number += 1
+                if self._count > 1 and (before + number - 1) % self._count != self._number:
+                    continue
+                batch.append(document)
+                size += len(document.data)
+                if size >= batch_bytes or len(batch) >= batch_documents:
+                    yield batch, Position(file, number, before)
+                    batch, size = [], 0
+            end = Position(file, number, before)
             before += number
+        if batch:
+            yield batch, end
 
     def check_unchanged(self) -> None:
         """Raise `DataError` if a file changed since the beginning."""

@@ -7,7 +7,7 @@ documents. Threads suffice: both tokenizer libraries work without the GIL.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -199,13 +199,13 @@ def _write_documents(
     encoder: Encoder,
 ) -> None:
     reader = inputs.reader
-    documents = inputs.documents_from(state.position)
+    raw_batches = inputs.batches_from(state.position, _BATCH_BYTES, _BATCH_DOCUMENTS)
     deduplicator = _restored_deduplicator(writer)
     try:
         with (
             FileHashes(reader.paths, state.sha256) as hashes,
             Progress("tokenizing", reader.total_bytes) as progress,
-            closing(_encoded_batches(documents, encoder, options.workers)) as batches,
+            closing(_encoded_batches(raw_batches, encoder, options.workers)) as batches,
         ):
             for batch, end in batches:
                 if batch.hashes_N2 is not None:
@@ -260,7 +260,7 @@ def _identity(
 
 
 def _encoded_batches(
-    documents: Iterable[tuple[RawDocument, Position]], encoder: Encoder, num_workers: int
+    batches: Iterator[tuple[list[RawDocument], Position]], encoder: Encoder, num_workers: int
 ) -> Generator[tuple[EncodedBatch, Position], None, None]:
     """Batches in input order, each with the place after it.
 
@@ -269,7 +269,7 @@ def _encoded_batches(
     pending: deque[tuple[Future[EncodedBatch], Position]] = deque()
     with ThreadPoolExecutor(num_workers, "tokenize") as workers:
         try:
-            for batch, end in _batches(documents):
+            for batch, end in batches:
                 pending.append((workers.submit(encoder.encode, batch), end))
                 if len(pending) >= _BATCHES_PER_WORKER * num_workers:
                     encoded, end = pending.popleft()
@@ -279,22 +279,6 @@ def _encoded_batches(
                 yield encoded.result(), end
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
-
-
-def _batches(
-    documents: Iterable[tuple[RawDocument, Position]],
-) -> Iterator[tuple[list[RawDocument], Position]]:
-    batch: list[RawDocument] = []
-    size = 0
-    end = Position()
-    for document, end in documents:
-        batch.append(document)
-        size += len(document.data)
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch, end
-            batch, size = [], 0
-    if batch:
-        yield batch, end
 
 
 def _no_token(counts: PreprocessCounts) -> DataError:

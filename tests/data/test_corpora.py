@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _megatron_bert_core import IndexedDatasetWriter
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, Corpus
@@ -227,10 +226,7 @@ def test_a_fingerprint_follows_the_words(prefix: Path, tiny_tokenizer: Tokenizer
 def test_a_fingerprint_follows_the_words_to_their_end(
     tmp_path: Path, tiny_tokenizer: Tokenizer
 ) -> None:
-    tokens, lengths = np.full(9_000_000, 20, dtype=np.int32), np.full(9000, 1000)
-    writer = IndexedDatasetWriter(str(tmp_path / "set"), 2)
-    writer.add_documents(tokens, lengths)
-    writer.close()
+    write_documents(tmp_path / "set", [np.full(1_000_000, 20, dtype=np.int32)] * 9, 2)
     part = CorpusPart(Corpus(prefix=str(tmp_path / "set")))
     words = tmp_path / "set.words"
     fingerprints = set[str]()
