@@ -28,7 +28,7 @@ from megatron_bert.data import partial_work, preprocess as module
 
 folder, tokenizer, *inputs = map(Path, sys.argv[1:])
 module._BATCH_BYTES = 2000
-partial_work._BYTES_BETWEEN_COMMITS = 3000
+partial_work._BYTES_BETWEEN_COMMITS = 9000
 
 class Finder:
     def __init__(self, dictionary):
