@@ -129,6 +129,11 @@ UnigramEncoder::Node UnigramEncoder::first_node(char32_t character) const noexce
     return node == nullptr ? Node{no_node, unknown_score_} : *node;
 }
 
+void UnigramEncoder::fetch_ahead(char32_t first, char32_t second) const noexcept {
+    const std::uint32_t parent = first_node(first).number & ~leaf;
+    __builtin_prefetch(&edges_[slot_of(parent, second)]);
+}
+
 void UnigramEncoder::segment(Workspace& workspace) const {
     workspace.best_.assign(workspace.characters_.size() + 1,
                            {-std::numeric_limits<float>::infinity(), 0});
@@ -138,6 +143,9 @@ void UnigramEncoder::segment(Workspace& workspace) const {
     best[0].score = 0.0F;
     std::size_t reached = 0;
     for (std::size_t begin = 0; begin < text.size(); ++begin) {
+        if (begin + 3 < text.size()) {
+            fetch_ahead(text[begin + 2], text[begin + 3]);
+        }
         float score = best[begin].score;
         if (std::fabs(score) > reset_beyond) {
             for (std::size_t end = begin; end <= reached; ++end) {

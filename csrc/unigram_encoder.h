@@ -87,6 +87,8 @@ class UnigramEncoder {
     std::size_t slot_of(std::uint32_t parent, char32_t character) const noexcept;
     const Node* child_of(std::uint32_t parent, char32_t character) const noexcept;
     Node first_node(char32_t character) const noexcept;
+    /// Most of the time goes by waiting for memory: begins to fetch the edge between two characters.
+    void fetch_ahead(char32_t first, char32_t second) const noexcept;
     void segment(Workspace& workspace) const;
     void append_ids(const Workspace& workspace, std::vector<std::int32_t>& ids) const;
 
