@@ -1,4 +1,4 @@
-"""Join datasets into one: P.bin, P.idx and, where all of them have one, P.json."""
+"""Join datasets into one: P.bin, P.idx and, where all of them have one, P.json and P.words."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Datasets are joined in the order given, shards (S-00000-of-00004 and so on) by "
-        "their number. They need the same tokenizer. The result is that of preprocessing all their "
-        "texts at once.",
+        "their number. They need the same tokenizer and, for P.words, the same dictionary. The "
+        "result is that of preprocessing all their texts at once.",
     )
     parser.add_argument(
         "--input",

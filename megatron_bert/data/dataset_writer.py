@@ -14,7 +14,7 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.index_file import write_index
 from megatron_bert.data.indexed_dataset import DatasetInfo, write_dataset_info
 from megatron_bert.data.partial_work import PartialWork
-from megatron_bert.data.staging import check_unused, make_place, place_files, sync_staged
+from megatron_bert.data.placing import check_unused, make_place, place_files, sync_staged
 
 # Megatron-LM's rule (`DType.optimal_dtype`).
 _UINT16_VOCABULARY = 65_500

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -36,12 +37,23 @@ class IndexArrays(NamedTuple):
         return len(self.lengths_N if self.boundaries_D is None else self.boundaries_D[1:])
 
 
-def map_index(path: Path) -> IndexArrays:
-    """Map the arrays of an index that `open_dataset` found whole.
+@dataclass(frozen=True)
+class MappedIndices:
+    """What indices say that `open_dataset` found whole, each mapped only when its turn comes.
 
-    Raises:
-        OSError: the file cannot be read.
+    A map holds a descriptor, and there may be more indices than a process may have of those.
+
+    Attributes:
+        paths: the files. Iterating raises OSError for one that cannot be read.
     """
+
+    paths: Sequence[Path]
+
+    def __iter__(self) -> Iterator[IndexArrays]:
+        return map(_map_index, self.paths)
+
+
+def _map_index(path: Path) -> IndexArrays:
     content = np.memmap(path, dtype=np.uint8, mode="r")
     _, _, _, num_sequences, num_boundaries = _HEADER.unpack(content[: _HEADER.size].tobytes())
     lengths_end = _HEADER.size + 4 * num_sequences
@@ -73,14 +85,21 @@ def write_index(
     write_joined_index(path, token_bytes, [IndexArrays(lengths_N, boundaries_D)])
 
 
-def write_joined_index(path: Path, token_bytes: int, indices: Sequence[IndexArrays]) -> None:
+def write_joined_index(path: Path, token_bytes: int, indices: Iterable[IndexArrays]) -> None:
     """Write the index of a `.bin` that joins those of several indices, in bounded memory.
+
+    Args:
+        path: the file, which is replaced; give a temporary name and rename it.
+        token_bytes: 2 (uint16) or 4 (int32).
+        indices: in order; no iterator, because they are gone through several times.
 
     Raises:
         OSError: the file cannot be written.
     """
-    num_sequences = sum(len(index.lengths_N) for index in indices)
-    num_boundaries = 1 + sum(index.num_documents for index in indices)
+    num_sequences, num_boundaries = 0, 1
+    for index in indices:
+        num_sequences += len(index.lengths_N)
+        num_boundaries += index.num_documents
     with path.open("wb") as file:
         file.write(
             _HEADER.pack(_MAGIC, _VERSION, _TYPE_CODES[token_bytes], num_sequences, num_boundaries)
@@ -91,13 +110,13 @@ def write_joined_index(path: Path, token_bytes: int, indices: Sequence[IndexArra
         _write_boundaries(file, indices)
 
 
-def _pieces(indices: Sequence[IndexArrays]) -> Iterator[npt.NDArray[np.int32]]:
+def _pieces(indices: Iterable[IndexArrays]) -> Iterator[npt.NDArray[np.int32]]:
     for index in indices:
         for begin in range(0, len(index.lengths_N), _ITEMS_AT_A_TIME):
             yield index.lengths_N[begin : begin + _ITEMS_AT_A_TIME]
 
 
-def _write_offsets(file: BinaryIO, token_bytes: int, indices: Sequence[IndexArrays]) -> None:
+def _write_offsets(file: BinaryIO, token_bytes: int, indices: Iterable[IndexArrays]) -> None:
     begin = 0
     for lengths in _pieces(indices):
         sizes = lengths.astype(np.int64) * token_bytes
@@ -106,7 +125,7 @@ def _write_offsets(file: BinaryIO, token_bytes: int, indices: Sequence[IndexArra
         begin = int(ends[-1])
 
 
-def _write_boundaries(file: BinaryIO, indices: Sequence[IndexArrays]) -> None:
+def _write_boundaries(file: BinaryIO, indices: Iterable[IndexArrays]) -> None:
     # Each index's first boundary is the last one of the index before, or 0.
     file.write(struct.pack("<q", 0))
     first_sequence = 0

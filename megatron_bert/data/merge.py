@@ -10,45 +10,22 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from _megatron_bert_core import IndexedDataset, WordStarts
-
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.field_counts import FieldCounts
-from megatron_bert.data.index_file import map_index, write_joined_index
-from megatron_bert.data.indexed_dataset import (
-    DatasetInfo,
-    SourceFile,
-    open_dataset,
-    read_dataset_info,
-    write_dataset_info,
-)
+from megatron_bert.data.index_file import MappedIndices, write_joined_index
+from megatron_bert.data.indexed_dataset import DatasetInfo, SourceFile, write_dataset_info
+from megatron_bert.data.merge_parts import MergePart, open_part, prefix_of
+from megatron_bert.data.placing import StagedDataset
 from megatron_bert.data.progress import Progress
 from megatron_bert.data.shards import in_shard_order
-from megatron_bert.data.staging import StagedDataset
+from megatron_bert.data.word_starts import write_joined_word_starts
 
 _BLOCK_BYTES = 1 << 26
-_BITS_AT_A_TIME = 1 << 23
 # What a filesystem answers that cannot copy within itself, or not from there to here.
 _CANNOT_COPY_INSIDE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 # Of these, a merged dataset has what its parts have in common.
 _COMMON_FIELDS = {"tokenizer_hash", "vocab_size", "version"}
-
-
-@dataclass(frozen=True)
-class _Part:
-    prefix: Path
-    dataset: IndexedDataset
-    info: DatasetInfo | None
-
-    def file(self, suffix: str) -> Path:
-        return self.prefix.with_name(self.prefix.name + suffix)
-
-    @property
-    def has_word_starts(self) -> bool:
-        return self.file(".words").exists()
 
 
 @dataclass(frozen=True)
@@ -87,14 +64,14 @@ def merge_datasets(
         DataError: an input cannot be used or does not go with the others, shards are missing, or
             the result cannot be written. Nothing is left behind then.
     """
-    prefixes = in_shard_order([_without_suffix(path) for path in inputs])
+    prefixes = in_shard_order([prefix_of(path) for path in inputs])
     _check_places(prefixes, output_prefix)
-    parts = [_open(prefix) for prefix in prefixes]
+    parts = [open_part(prefix) for prefix in prefixes]
     _check_token_types(parts)
-    has_words = all(part.has_word_starts for part in parts)
-    info = _merged_info(parts)
-    if info is not None and not has_words:
-        info = replace(info, word_boundaries=None)
+    has_words = all(part.word_starts is not None for part in parts)
+    if has_words:
+        _check_dictionaries(parts)
+    info = _merged_info(parts, has_words=has_words)
     with StagedDataset(output_prefix, overwrite=overwrite) as staged, _named(output_prefix):
         suffixes = (".bin", ".idx", ".words") if has_words else (".bin", ".idx")
         staged.check_space(
@@ -102,21 +79,24 @@ def merge_datasets(
         )
         _write_tokens(parts, staged.path(".bin"))
         token_bytes = parts[0].dataset.token_bytes
-        indices = [map_index(part.file(".idx")) for part in parts]
+        indices = MappedIndices([part.file(".idx") for part in parts])
         write_joined_index(staged.path(".idx"), token_bytes, indices)
         if has_words:
-            _write_word_starts(parts, staged.path(".words"))
+            write_joined_word_starts(
+                staged.path(".words"),
+                [(part.file(".words"), part.dataset.num_tokens) for part in parts],
+            )
         if info is not None:
             write_dataset_info(staged.prefix, info)
         for part in parts:
-            part.dataset.check_unchanged()
+            part.check_unchanged()
         staged.place()
     return MergeSummary(
         inputs=tuple(prefixes),
         documents=sum(part.dataset.num_documents for part in parts),
         tokens=sum(part.dataset.num_tokens for part in parts),
         without_info=tuple(part.prefix for part in parts if part.info is None),
-        without_word_starts=tuple(part.prefix for part in parts if not part.has_word_starts),
+        without_word_starts=tuple(part.prefix for part in parts if part.word_starts is None),
     )
 
 
@@ -144,8 +124,6 @@ def _merge_values(name: str, values: Sequence[Any]) -> Any:
         for value in values:
             counts.merge(FieldCounts.from_json(value))
         return counts.to_json()
-    if name == "word_boundaries" and None in values:
-        return None
     if name not in _COMMON_FIELDS and isinstance(first, int):
         return sum(values)
     for value in values:
@@ -172,11 +150,6 @@ def _join_sources(sources: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
     return tuple(joined)
 
 
-def _without_suffix(path: Path) -> Path:
-    """Take `P.idx` for P, so that a shell can list a folder's datasets."""
-    return path.with_name(path.name.removesuffix(".idx"))
-
-
 def _check_places(prefixes: Sequence[Path], output_prefix: Path) -> None:
     if output_prefix.resolve() in [prefix.resolve() for prefix in prefixes]:
         raise DataError(
@@ -185,28 +158,7 @@ def _check_places(prefixes: Sequence[Path], output_prefix: Path) -> None:
         )
 
 
-def _open(prefix: Path) -> _Part:
-    dataset = open_dataset(prefix)
-    info = read_dataset_info(prefix)
-    if info is not None and (info.documents, info.tokens) != (
-        dataset.num_documents,
-        dataset.num_tokens,
-    ):
-        raise DataError(
-            f"{prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, but "
-            f"{prefix}.idx of {dataset.num_documents:,} and {dataset.num_tokens:,}: it belongs to "
-            f"another dataset; copy the right one, or remove it"
-        )
-    part = _Part(prefix, dataset, info)
-    if part.has_word_starts:
-        try:
-            WordStarts(str(part.file(".words")), dataset.num_tokens)
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{error}; copy it again, or remove it") from error
-    return part
-
-
-def _check_token_types(parts: Sequence[_Part]) -> None:
+def _check_token_types(parts: Sequence[MergePart]) -> None:
     first = parts[0]
     for part in parts[1:]:
         if part.dataset.token_bytes != first.dataset.token_bytes:
@@ -217,9 +169,32 @@ def _check_token_types(parts: Sequence[_Part]) -> None:
             )
 
 
-def _merged_info(parts: Sequence[_Part]) -> DatasetInfo | None:
+def _check_dictionaries(parts: Sequence[MergePart]) -> None:
+    """Refuse words that differ in kind, or may do so."""
+    first = parts[0]
+    for part in parts[1:]:
+        if part.dictionary != first.dictionary:
+            raise DataError(
+                f"{_origin_of_words(first)}, but {_origin_of_words(part)}; make one of them anew "
+                f"with the other's dictionary, or remove one .words, so that the merged dataset "
+                f"has none"
+            )
+
+
+def _origin_of_words(part: MergePart) -> str:
+    if part.dictionary is None:
+        return f"what found the words of {part.file('.words')} is not known"
+    return f"the words of {part.file('.words')} were found by {part.dictionary}"
+
+
+def _merged_info(parts: Sequence[MergePart], *, has_words: bool) -> DatasetInfo | None:
     """The merged description; None unless each part has one. Those that have must agree."""
-    known = [(part.prefix, part.info) for part in parts if part.info is not None]
+    known = [
+        # Words that are not joined may be of different dictionaries.
+        (part.prefix, part.info if has_words else replace(part.info, word_boundaries=None))
+        for part in parts
+        if part.info is not None
+    ]
     if not known:
         return None
     (first_prefix, first), *others = known
@@ -251,7 +226,7 @@ def _named(output_prefix: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_tokens(parts: Sequence[_Part], path: Path) -> None:
+def _write_tokens(parts: Sequence[MergePart], path: Path) -> None:
     total = sum(part.file(".bin").stat().st_size for part in parts)
     with path.open("wb", buffering=0) as target, Progress("merging", total) as progress:
         for part in parts:
@@ -275,27 +250,3 @@ def _copy_block(source: int, target: int) -> int:
     while block:
         block = block[os.write(target, block) :]
     return copied
-
-
-def _write_word_starts(parts: Sequence[_Part], path: Path) -> None:
-    """Join the parts' bit streams (csrc/word_starts.h), which end within a byte."""
-    carried = np.empty(0, dtype=np.uint8)
-    with path.open("wb") as target:
-        for part in parts:
-            for bits in _word_start_bits(part):
-                bits = np.concatenate([carried, bits])
-                whole = len(bits) // 8 * 8
-                np.packbits(bits[:whole], bitorder="little").tofile(target)
-                carried = bits[whole:]
-        np.packbits(carried, bitorder="little").tofile(target)
-
-
-def _word_start_bits(part: _Part) -> Iterator[npt.NDArray[np.uint8]]:
-    """One number a token, piece by piece."""
-    left = part.dataset.num_tokens
-    with part.file(".words").open("rb") as source:
-        while left:
-            count = min(left, _BITS_AT_A_TIME)
-            content = np.frombuffer(source.read(-(-count // 8)), dtype=np.uint8)
-            yield np.unpackbits(content, count=count, bitorder="little")
-            left -= count

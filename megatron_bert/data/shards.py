@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bert.config.errors import DataError
+
+# More digits count no files.
+_NUMBER = "[0-9]{1,18}"
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         """Read `K/N`; raises `DataError` unless 0 <= K < N."""
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        match = re.fullmatch(f"({_NUMBER})/({_NUMBER})", text)
         if match is None or not int(match[1]) < int(match[2]):
             raise DataError(f"--shard {text}: give K/N with K from 0 to N - 1, e.g. 0/8")
         return cls(int(match[1]), int(match[2]))
@@ -38,29 +43,52 @@ class Shard:
         return whole.with_name(f"{whole.name}-{self.number:05}-of-{self.count:05}")
 
 
-_SHARD = re.compile(r"(?P<set>.*)-(?P<number>\d+)-of-(?P<count>\d+)")
+_SHARD = re.compile(rf"(?P<set>.*)-(?P<number>{_NUMBER})-of-(?P<count>{_NUMBER})")
+_MOST_NUMBERS = 8
 
 
 def in_shard_order(prefixes: Sequence[Path]) -> list[Path]:
     """Sort the shards of each set by number, to where the first of them stands.
 
     Raises:
-        DataError: a shard is missing, or something is given twice.
+        DataError: a shard is missing or has a number that its set does not, or something is given
+            twice.
     """
-    twice = sorted({str(prefix) for prefix in prefixes if prefixes.count(prefix) > 1})
+    twice = sorted(str(prefix) for prefix, times in Counter(prefixes).items() if times > 1)
     if twice:
         raise DataError(f"--input {', '.join(twice)}: given twice; give each dataset once")
-    groups: dict[str, dict[int, Path]] = {}
+    sets: dict[tuple[str, str], dict[int, Path]] = {}
     for prefix in prefixes:
         shard = _SHARD.fullmatch(str(prefix))
-        name = f"{shard['set']}-*-of-{shard['count']}" if shard else str(prefix)
-        groups.setdefault(name, {})[int(shard["number"]) if shard else 0] = prefix
-    for name, group in groups.items():
-        shard = _SHARD.fullmatch(str(next(iter(group.values()))))
-        missing = sorted(set(range(int(shard["count"]))) - set(group)) if shard else []
-        if missing:
+        if shard is None:
+            sets[str(prefix), "1"] = {0: prefix}
+            continue
+        number, count = int(shard["number"]), int(shard["count"])
+        if number >= count:
             raise DataError(
-                f"--input {name}: shards {', '.join(map(str, missing))} (counted from 0) are "
-                f"missing; give them too, or rename what is to be merged without them"
+                f"--input {prefix}: shards are counted from 0, so none of {count} has the number "
+                f"{number}; rename it"
             )
-    return [group[number] for group in groups.values() for number in sorted(group)]
+        shards = sets.setdefault((shard["set"], shard["count"]), {})
+        if number in shards:
+            raise DataError(
+                f"--input {shards[number]} and {prefix} are both shard {number}; leave one of them "
+                f"out, or rename it"
+            )
+        shards[number] = prefix
+    for (name, count_text), shards in sets.items():
+        _check_complete(f"{name}-*-of-{count_text}", int(count_text), shards)
+    return [shards[number] for shards in sets.values() for number in sorted(shards)]
+
+
+def _check_complete(name: str, count: int, numbers: Collection[int]) -> None:
+    num_missing = count - len(numbers)
+    if num_missing:
+        # The count is only what a name says, so nothing is done that many times.
+        missing = (str(number) for number in range(count) if number not in numbers)
+        some = ", ".join(itertools.islice(missing, _MOST_NUMBERS))
+        more = f" and {num_missing - _MOST_NUMBERS:,} more" if num_missing > _MOST_NUMBERS else ""
+        raise DataError(
+            f"--input {name}: shards {some}{more} (counted from 0) are missing; give them too, or "
+            f"rename what is to be merged without them"
+        )

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,56 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data import index_file, merge
+from megatron_bert.data import index_file, merge, word_starts
 from megatron_bert.data.indexed_dataset import (
-    DatasetInfo,
     SourceFile,
-    open_dataset,
     read_dataset_info,
     write_dataset_info,
 )
 from megatron_bert.data.merge import merge_datasets, merge_infos
 from megatron_bert.data.preprocess import PreprocessOptions, preprocess
-from megatron_bert.data.shards import in_shard_order
 from tests.core.support import write_documents, write_sequences
+from tests.tools.merge_support import INFO, contents, names, write_set, write_word_starts
 from tools import merge_datasets as tool
-
-INFO = DatasetInfo(
-    tokenizer_hash="ab" * 32,
-    tokenizer_name="a.model",
-    vocab_size=99,
-    documents=2,
-    tokens=3,
-    sources=(SourceFile("a.jsonl", 12),),
-    skipped_lines=1,
-    empty_documents=2,
-)
-
-
-def contents(prefix: Path) -> list[list[int]]:
-    dataset = open_dataset(prefix)
-    return [dataset.document(number).tolist() for number in range(dataset.num_documents)]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def write_set(prefix: Path, documents: Sequence[Sequence[int]], **changes: Any) -> Path:
-    """A dataset with a sidecar."""
-    dataset = write_documents(prefix, documents)
-    counts = {"documents": dataset.num_documents, "tokens": dataset.num_tokens}
-    write_dataset_info(prefix, replace(INFO, **counts, **changes))
-    return prefix
-
-
-def write_word_starts(prefix: Path, bits: Sequence[int]) -> None:
-    packed = np.packbits(np.array(bits, dtype=np.uint8), bitorder="little")
-    Path(f"{prefix}.words").write_bytes(packed.tobytes())
 
 
 def test_merged_shards_are_the_files_of_preprocessing_all_at_once(
@@ -138,7 +101,7 @@ def test_empty_sets_join_to_what_the_others_hold(tmp_path: Path) -> None:
 
 
 def test_word_starts_are_joined_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "_BITS_AT_A_TIME", 8)
+    monkeypatch.setattr(word_starts, "_BITS_AT_A_TIME", 8)
     choose = random.Random(3)
     joined: list[int] = []
     prefixes = []
@@ -152,6 +115,56 @@ def test_word_starts_are_joined_bit_by_bit(tmp_path: Path, monkeypatch: pytest.M
     write_word_starts(tmp_path / "expected", joined)
     expected = (tmp_path / "expected.words").read_bytes()
     assert (tmp_path / "merged.words").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("dictionaries", "message"),
+    [
+        (
+            {"a": "mecab 1", "b": "mecab 2"},
+            r"a\.words were found by mecab 1, .*b\.words .* mecab 2",
+        ),
+        (
+            {"a": None, "b": "mecab"},
+            r"found the words of .*/a\.words is not known, but .* by mecab",
+        ),
+        (
+            {"a": "mecab"},
+            r"/a\.words were found by mecab, but .* words of .*/b\.words is not known",
+        ),
+        ({"a": "mecab", "b": "mecab"}, None),
+        ({}, None),
+    ],
+)
+def test_words_of_different_dictionaries_are_refused(
+    tmp_path: Path, dictionaries: dict[str, str | None], message: str | None
+) -> None:
+    for name in "ab":
+        if name in dictionaries:
+            write_set(tmp_path / name, [[1], [2, 3]], word_boundaries=dictionaries[name])
+        else:
+            write_documents(tmp_path / name, [[1], [2, 3]])
+        write_word_starts(tmp_path / name, [1, 0, 1])
+    merged = tmp_path / "out" / "merged"
+
+    def merge_both() -> None:
+        merge_datasets([tmp_path / "a", tmp_path / "b"], merged)
+
+    if message is None:
+        merge_both()
+        assert Path(f"{merged}.words").read_bytes() == bytes([0b101101])
+        info = read_dataset_info(merged)
+        assert dictionaries.get("a") == (None if info is None else info.word_boundaries)
+        return
+    with pytest.raises(DataError, match=message):
+        merge_both()
+    assert not (tmp_path / "out").exists()
+    # Without them the result has no words at all.
+    (tmp_path / "a.words").unlink()
+    merge_both()
+    assert not Path(f"{merged}.words").exists()
+    info = read_dataset_info(merged)
+    assert info is None or info.word_boundaries is None
 
 
 def test_the_tool_says_which_sidecars_are_absent_and_writes_none(
@@ -170,20 +183,28 @@ def test_the_tool_says_which_sidecars_are_absent_and_writes_none(
     assert names(tmp_path / "out") == ["merged.bin", "merged.idx"]
 
 
-def test_shards_are_taken_by_number_where_the_first_of_them_stands() -> None:
-    given = ["x", "s-2-of-3", "dir/s-1-of-2", "s-0-of-3", "y-1", "dir/s-0-of-2", "s-1-of-3"]
-    ordered = ["x", "s-0-of-3", "s-1-of-3", "s-2-of-3", "dir/s-0-of-2", "dir/s-1-of-2", "y-1"]
-    assert in_shard_order([Path(name) for name in given]) == [Path(name) for name in ordered]
-    many = [Path(f"s-{number}-of-11") for number in range(11)]
-    assert in_shard_order(sorted(many, key=str)) == many
+@pytest.mark.parametrize("given", [".", "", "/", "..", "dir/.idx", "dir/.."])
+def test_an_input_without_a_name_is_refused(tmp_path: Path, given: str) -> None:
+    with pytest.raises(DataError, match=r"--input .*: names no dataset; give a prefix, as data/tr"):
+        tool.main(["--input", given, "--output-prefix", str(tmp_path / "merged")])
 
 
-def test_a_missing_shard_and_one_given_twice_are_named() -> None:
-    shards = [Path(f"s-{number:05}-of-00005") for number in (0, 2, 4)]
-    with pytest.raises(DataError, match=r"s-\*-of-00005: shards 1, 3 .* missing"):
-        in_shard_order(shards)
-    with pytest.raises(DataError, match=r"s-00002-of-00005: given twice"):
-        in_shard_order([*shards, shards[1]])
+def test_more_datasets_are_joined_than_files_may_be_open(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    shards = [tmp_path / f"s-{number}-of-100" for number in range(100)]
+    for number, shard in enumerate(shards):
+        write_documents(shard, [[number], [number, 7]])
+    arguments = ["--output-prefix", str(tmp_path / "merged"), "--input", *map(str, shards)]
+    done = subprocess.run(
+        [sys.executable, tool.__file__, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = [document for number in range(100) for document in ([number], [number, 7])]
+    assert contents(tmp_path / "merged") == expected
 
 
 def test_sidecars_are_summed_and_joined() -> None:
@@ -257,7 +278,12 @@ def test_an_input_is_not_written_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("prefix", "message"),
-    [("merged.bin", r"leave off \.bin"), ("", "give a name"), ("a.idx/m", "cannot make .*choose")],
+    [
+        ("merged.bin", r"leave off \.bin"),
+        ("", "give a name"),
+        ("..", "give a name"),
+        ("a.idx/m", "cannot make .*choose"),
+    ],
 )
 def test_an_unusable_output_prefix_is_refused(tmp_path: Path, prefix: str, message: str) -> None:
     write_documents(tmp_path / "a", [[1]])
@@ -278,19 +304,37 @@ def test_a_disk_without_room_is_named_before_anything_is_written(
     assert names(tmp_path) == ["a.bin", "a.idx"]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        (".bin", "touched", r"a\.bin: was modified while in use"),
+        (".words", "touched", r"a\.words: was modified while in use"),
+        (".words", "cut", r"a\.words: has not a bit for each of 17 tokens: it was truncated while"),
+        (".json", "edited", r"a\.json: was modified while in use"),
+    ],
+)
 def test_an_input_that_changes_while_it_is_merged_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, change: str, message: str
 ) -> None:
-    write_documents(tmp_path / "a", [[1, 2]])
+    write_set(tmp_path / "a", [[1] * 17])
+    write_word_starts(tmp_path / "a", [1] * 17)
+    before = names(tmp_path)
 
     def write_and_change(path: Path, *arguments: Any) -> None:
         index_file.write_joined_index(path, *arguments)
-        os.utime(tmp_path / "a.bin", ns=(1, 1))
+        changed = tmp_path / f"a{suffix}"
+        match change:
+            case "touched":
+                os.utime(changed, ns=(1, 1))
+            case "cut":
+                os.truncate(changed, 1)
+            case "edited":
+                changed.write_text(changed.read_text().replace("a.model", "b.model"))
 
     monkeypatch.setattr(merge, "write_joined_index", write_and_change)
-    with pytest.raises(DataError, match=r"cannot make .*merged: .*a\.bin: was modified while in"):
+    with pytest.raises(DataError, match=rf"cannot make .*merged: .*{message}"):
         merge_datasets([tmp_path / "a"], tmp_path / "merged")
-    assert names(tmp_path) == ["a.bin", "a.idx"]
+    assert names(tmp_path) == before
 
 
 @pytest.mark.faults
@@ -313,43 +357,8 @@ def test_a_disk_that_fills_up_leaves_the_old_dataset_as_it_was(tmp_path: Path) -
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-STOPPED_MIDWAY = """
-import signal, sys, threading
-from pathlib import Path
-from megatron_bert.data import merge
-
-# Tests that run in the background of a script inherit an ignored SIGINT.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-def write_and_wait(*arguments):
-    merge_index(*arguments)
-    print("begun", flush=True)
-    threading.Event().wait()
-
-merge_index, merge.write_joined_index = merge.write_joined_index, write_and_wait
-merge.merge_datasets([Path(sys.argv[1])], Path(sys.argv[2]), overwrite=True)
-"""
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_merge_leaves_the_old_dataset_as_it_was(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    write_documents(tmp_path / "a", [[1, 2]])
-    write_documents(tmp_path / "merged", [[9]])
-    with subprocess.Popen(
-        [sys.executable, "-c", STOPPED_MIDWAY, str(tmp_path / "a"), str(tmp_path / "merged")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=Path(tool.__file__).parents[1],
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"begun\n"
-        process.send_signal(number)
-        assert process.wait(timeout=60) != 0
-    assert contents(tmp_path / "merged") == [[9]]
-    left_over = set(names(tmp_path)) - {"a.bin", "a.idx", "merged.bin", "merged.idx"}
-    assert all(name.startswith("merged.tmp-") for name in left_over)
-    if number == signal.SIGINT:
-        assert not left_over
+def test_the_help_names_all_files_of_a_merged_dataset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tool.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(f"P{suffix}" in told for suffix in (".bin", ".idx", ".json", ".words"))

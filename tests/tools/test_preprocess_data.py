@@ -408,7 +408,7 @@ def test_a_shard_without_documents_is_an_empty_dataset(
     assert documents(merged(workshop, 3, corpus)) == tiny_tokenizer.encode_batch(["猫"])
 
 
-@pytest.mark.parametrize("text", ["8/8", "1", "-1/4", "a/b", "0/0"])
+@pytest.mark.parametrize("text", ["8/8", "1", "-1/4", "a/b", "0/0", f"0/{'9' * 5000}"])
 def test_a_shard_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(DataError, match=f"--shard {text}: give K/N"):
         Shard.parse(text)

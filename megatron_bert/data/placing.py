@@ -57,7 +57,7 @@ class StagedDataset:
         """Give the files their names, in place of all files of a dataset that has them.
 
         A full disk shows while the old dataset is whole. A crash leaves the old dataset, the new
-        one, or none.
+        one, or, between the first name taken and the last one given, none: never parts of both.
 
         Raises:
             OSError: the disk failed.
@@ -89,7 +89,7 @@ def make_place(final_prefix: Path) -> None:
     Raises:
         DataError: no dataset can be written there.
     """
-    if not final_prefix.name:
+    if final_prefix.name in ("", ".."):
         raise DataError(f"--output-prefix {final_prefix}: give a name, as data/train")
     if final_prefix.suffix in _SUFFIXES:
         suffix = final_prefix.suffix
@@ -147,6 +147,7 @@ def place_files(prefix: Path, final_prefix: Path, suffixes: Collection[str]) -> 
     staged, final = dataset_files(prefix), dataset_files(final_prefix)
     if staged[".idx"].exists():
         final[".idx"].unlink(missing_ok=True)
+        # Else a loss of power could bring the old index back beside new tokens.
         sync_to_disk(final_prefix.parent)
     for suffix in _SUFFIXES:
         if staged[suffix].exists():

@@ -1,0 +1,94 @@
+"""The datasets that a merge joins, opened and checked one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from _megatron_bert_core import IndexedDataset, WordStarts
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset, read_dataset_info
+
+
+@dataclass(frozen=True)
+class MergePart:
+    """One dataset of those joined.
+
+    Attributes:
+        prefix: P of its files.
+        dataset: `P.bin` and `P.idx`.
+        info: `P.json`; None: there is none.
+        word_starts: `P.words`; None: there is none.
+    """
+
+    prefix: Path
+    dataset: IndexedDataset
+    info: DatasetInfo | None
+    word_starts: WordStarts | None
+
+    def file(self, suffix: str) -> Path:
+        """Name of the file of that suffix, which may be absent."""
+        return _file(self.prefix, suffix)
+
+    @property
+    def dictionary(self) -> str | None:
+        """What found the words of `P.words`; None where no `P.json` says it."""
+        return None if self.info is None else self.info.word_boundaries
+
+    def check_unchanged(self) -> None:
+        """Find changes after the fact.
+
+        Raises:
+            RuntimeError: a file is not what it was when it was opened.
+            DataError: `P.json` can no longer be read.
+        """
+        self.dataset.check_unchanged()
+        if self.word_starts is not None:
+            self.word_starts.check_unchanged()
+        if read_dataset_info(self.prefix) != self.info:
+            raise RuntimeError(f"{self.file('.json')}: was modified while in use")
+
+
+def prefix_of(path: Path) -> Path:
+    """Take `P.idx` for P, so that a shell can list a folder's datasets.
+
+    Raises:
+        DataError: there is no name.
+    """
+    name = path.name.removesuffix(".idx")
+    if name in ("", ".."):
+        raise DataError(f"--input {path}: names no dataset; give a prefix, as data/train")
+    return path.with_name(name)
+
+
+def open_part(prefix: Path) -> MergePart:
+    """Open a dataset that is to be joined to others.
+
+    Raises:
+        DataError: it cannot be used, or its files do not belong together.
+    """
+    dataset = open_dataset(prefix)
+    info = read_dataset_info(prefix)
+    if info is not None and (info.documents, info.tokens) != (
+        dataset.num_documents,
+        dataset.num_tokens,
+    ):
+        raise DataError(
+            f"{prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, but "
+            f"{prefix}.idx of {dataset.num_documents:,} and {dataset.num_tokens:,}: it belongs to "
+            f"another dataset; copy the right one, or remove it"
+        )
+    return MergePart(prefix, dataset, info, _open_word_starts(prefix, dataset.num_tokens))
+
+
+def _open_word_starts(prefix: Path, num_tokens: int) -> WordStarts | None:
+    path = _file(prefix, ".words")
+    try:
+        return WordStarts(str(path), num_tokens) if path.exists() else None
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{error}; copy it again, or remove it") from error
+
+
+def _file(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
