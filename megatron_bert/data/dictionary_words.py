@@ -7,6 +7,7 @@ that training reads them at no cost.
 from __future__ import annotations
 
 import importlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -28,6 +29,7 @@ _PACKAGES = {
 }
 # Sudachi takes at most 49,149 bytes at once, and a character has up to 4.
 _SUDACHI_CHARACTERS = 12_000
+_BREAK = re.compile(r"[。、！？!?,;：:\s]+")
 
 
 class WordFinder:
@@ -115,10 +117,20 @@ def _sudachi() -> Callable[[str], Iterator[int]]:
 
     def analyse(text: str) -> Iterator[int]:
         begin = 0
-        for line in text.splitlines(keepends=True):
-            for piece in range(0, len(line), _SUDACHI_CHARACTERS):
-                for word in tokenizer.tokenize(line[piece : piece + _SUDACHI_CHARACTERS]):
-                    yield begin + piece + word.begin()
-            begin += len(line)
+        for piece in _pieces(text):
+            for word in tokenizer.tokenize(piece):
+                yield begin + word.begin()
+            begin += len(piece)
 
     return analyse
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Lines; of lines too long for Sudachi parts, which end behind a mark where there is one."""
+    for line in text.splitlines(keepends=True):
+        while len(line) > _SUDACHI_CHARACTERS:
+            ends = [match.end() for match in _BREAK.finditer(line, 0, _SUDACHI_CHARACTERS)]
+            end = ends[-1] if ends else _SUDACHI_CHARACTERS
+            yield line[:end]
+            line = line[end:]
+        yield line

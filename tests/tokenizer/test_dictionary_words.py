@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data import dictionary_words
 from megatron_bert.data.dictionary_words import Dictionary, WordFinder, token_starts
 
 DICTIONARIES: tuple[Dictionary, ...] = get_args(Dictionary)
@@ -59,6 +60,16 @@ def test_of_several_tokens_of_one_character_only_the_first_starts_a_word() -> No
 
 def test_a_text_without_tokens_has_no_starts() -> None:
     assert token_starts("", np.array([], dtype=int), np.empty((0, 2), dtype=int)).tolist() == []
+
+
+def test_long_lines_are_cut_behind_a_mark_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dictionary_words, "_SUDACHI_CHARACTERS", 6)
+    text = "東京に、行く。\nはい\nあいうえおかきくけこ"
+    pieces = list(dictionary_words._pieces(text))
+    assert pieces == ["東京に、", "行く。\n", "はい\n", "あいうえおか", "きくけこ"]
+    assert "".join(pieces) == text
 
 
 @pytest.mark.parametrize("dictionary", DICTIONARIES)
