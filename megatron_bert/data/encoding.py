@@ -12,14 +12,8 @@ import numpy.typing as npt
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.deduplication import hash_texts
 from megatron_bert.data.dictionary_words import WordFinder, token_starts
-from megatron_bert.data.text import (
-    LineError,
-    Normalization,
-    OnError,
-    ParsedText,
-    RawDocument,
-    parse,
-)
+from megatron_bert.data.parsing import LineError, Normalization, OnError, parse_all
+from megatron_bert.data.raw_documents import RawBatch, RawDocument
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_backends import EncodedTexts
 
@@ -94,37 +88,30 @@ class Encoder:
         """The dictionary that finds the words."""
         return None if self.words is None else self.words.name
 
-    def encode(self, documents: Sequence[RawDocument]) -> EncodedBatch:
+    def encode(self, documents: RawBatch) -> EncodedBatch:
         """Tokenize documents.
 
         Raises:
             LineError: a line cannot be used and `on_error` is `fail`.
             DataError: the tokenizer gives an id that text must not have.
         """
-        parsed: list[ParsedText] = []
-        skipped: list[LineError] = []
-        unusable: set[int] = set()
-        for number, document in enumerate(documents):
-            try:
-                parsed.append(parse(document, self.json_key, self.field_keys, self.normalize))
-            except LineError as error:
-                if self.on_error == "fail":
-                    raise
-                skipped.append(error)
-                unusable.add(number)
-        if unusable:
-            documents = [d for number, d in enumerate(documents) if number not in unusable]
-        (tokens_T, lengths), word_starts_T = self._encode_texts([text for text, _ in parsed])
-        self._check_ids(tokens_T, lengths, documents)
+        texts, fields, skipped, unusable = parse_all(
+            documents, self.json_key, self.field_keys, self.normalize, self.on_error
+        )
+        (tokens_T, lengths), word_starts_T = self._encode_texts(texts)
+        if (place := self.tokenizer.find_foreign_id(tokens_T)) is not None:
+            usable = [d for number, d in enumerate(documents) if number not in unusable]
+            number = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+            raise self._foreign_id(usable[number], int(tokens_T[place]))
         has_tokens = lengths > 0
-        written = list(compress(parsed, has_tokens))
+        written = list(compress(texts, has_tokens)) if self.deduplicate else []
         return EncodedBatch(
             tokens_T=tokens_T,
             lengths_N=lengths[has_tokens],
             word_starts_T=word_starts_T,
-            hashes_N2=hash_texts([text for text, _ in written]) if self.deduplicate else None,
-            fields_N=[fields for _, fields in written],
-            empty=len(parsed) - len(written),
+            hashes_N2=hash_texts(written) if self.deduplicate else None,
+            fields_N=list(compress(fields, has_tokens)) if self.field_keys else [],
+            empty=len(texts) - int(np.count_nonzero(has_tokens)),
             skipped=skipped,
         )
 
@@ -141,20 +128,9 @@ class Encoder:
         lengths = np.array([len(tokens) for tokens, _ in encoded], dtype=np.int64)
         return EncodedTexts(ids, lengths), np.concatenate([np.empty(0, dtype=bool), *starts])
 
-    def _check_ids(
-        self, tokens_T: Int32Array, lengths: Int64Array, documents: Sequence[RawDocument]
-    ) -> None:
-        # A negative id counts as its unsigned value: larger than any vocabulary.
-        wrong_T = tokens_T.view(np.uint32) >= self.tokenizer.vocab_size
-        if not wrong_T.any():
-            wrong_T = ~self.tokenizer.is_of_text_V[tokens_T]
-        if wrong_T.any():
-            place = int(np.argmax(wrong_T))
-            number = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-            document = documents[number]
-            raise DataError(
-                f"{document.path}, {document.unit} {document.line}: tokenizer "
-                f"{self.tokenizer.name} gives the id {tokens_T[place]}, which is special "
-                f"or not below its {self.tokenizer.vocab_size} pieces; use another tokenizer, or "
-                f"mend this one"
-            )
+    def _foreign_id(self, document: RawDocument, token: int) -> DataError:
+        return DataError(
+            f"{document.path}, {document.unit} {document.line}: tokenizer {self.tokenizer.name} "
+            f"gives the id {token}, which is special or not below its {self.tokenizer.vocab_size} "
+            f"pieces; use another tokenizer, or mend this one"
+        )

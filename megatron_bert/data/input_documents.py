@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
-from megatron_bert.data.text import DocumentReader, RawDocument, TextDocuments
+from megatron_bert.data.text import DocumentReader, TextDocuments
 
 _HASHED_BYTES = 1 << 20
 
@@ -74,31 +74,36 @@ class InputDocuments:
 
     def batches_from(
         self, start: Position, batch_bytes: int, batch_documents: int
-    ) -> Iterator[tuple[list[RawDocument], Position]]:
+    ) -> Iterator[tuple[RawBatch, Position]]:
         """Documents from a place on in batches, each with the place after it.
 
-        A batch ends with the document that reaches one of the limits. Raises as `DocumentReader`.
+        The limits are those of `DocumentReader.batches_of`; raises as that does.
         """
-        # One loop without a call for each document: there are hundreds of millions.
-        batch: list[RawDocument] = []
-        size = 0
-        end = start
         before = start.documents_of_files
         for file in range(start.file, len(self.reader.paths)):
-            number = start.documents if file == start.file else 0
-            for document in islice(self.reader.documents_of(file), number, None):
-                number += 1
-                if self._count > 1 and (before + number - 1) % self._count != self._number:
-                    continue
-                batch.append(document)
-                size += len(document.data)
-                if size >= batch_bytes or len(batch) >= batch_documents:
-                    yield batch, Position(file, number, before)
-                    batch, size = [], 0
-            end = Position(file, number, before)
+            done = start.documents if file == start.file else 0
+            number = 0
+            for batch in self.reader.batches_of(file, batch_bytes, batch_documents):
+                first, number = number, number + len(batch)
+                if number > done:
+                    yield (
+                        self._share_of(batch, done - first, before + first),
+                        Position(file, number, before),
+                    )
             before += number
-        if batch:
-            yield batch, end
+
+    def _share_of(self, batch: RawBatch, num_done: int, number: int) -> RawBatch:
+        """Leave out the first documents of a batch, and those of other shards.
+
+        `number` is that of the first document among all.
+        """
+        if num_done <= 0 and self._count == 1:
+            return batch
+        return [
+            document
+            for k, document in enumerate(batch)
+            if k >= num_done and (number + k) % self._count == self._number
+        ]
 
     def check_unchanged(self) -> None:
         """Raise `DataError` if a file changed since the beginning."""

@@ -24,15 +24,11 @@ from megatron_bert.data.encoding import EncodedBatch, Encoder
 from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.data.indexed_dataset import DatasetInfo, SourceFile
 from megatron_bert.data.input_documents import FileHashes, InputDocuments, Position
+from megatron_bert.data.parsing import Normalization, OnError
 from megatron_bert.data.progress import Progress
+from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
-from megatron_bert.data.text import (
-    Normalization,
-    OnError,
-    RawDocument,
-    TextDocuments,
-    report_skipped,
-)
+from megatron_bert.data.text import TextDocuments, report_skipped
 from megatron_bert.data.tokenizer import Tokenizer
 
 # Small enough that a few long documents keep every worker busy, large enough (some 60,000 tokens)
@@ -260,7 +256,7 @@ def _identity(
 
 
 def _encoded_batches(
-    batches: Iterator[tuple[list[RawDocument], Position]], encoder: Encoder, num_workers: int
+    batches: Iterator[tuple[RawBatch, Position]], encoder: Encoder, num_workers: int
 ) -> Generator[tuple[EncodedBatch, Position], None, None]:
     """Batches in input order, each with the place after it.
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import xxhash
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.text import DocumentReader, OnError, iterate_documents
+from megatron_bert.data.parsing import OnError
+from megatron_bert.data.text import DocumentReader, iterate_documents
 from megatron_bert.files import sync_to_disk, temporary_path
 
 

@@ -31,7 +31,6 @@ _REQUIRED = (MASK, CLS, SEP, PAD, EOD)
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 class Tokenizer:
@@ -140,12 +139,17 @@ class Tokenizer:
         """Whether the piece stands for one raw byte (byte fallback, `<0x0A>`)."""
         return token in self._backend.byte_ids
 
-    @cached_property
-    def is_of_text_V(self) -> BoolArray:  # noqa: N802
-        """Which ids text can give: `never_in_text` as a table, bool `[vocab_size]`."""
-        allowed_V = np.ones(self.vocab_size, dtype=bool)
-        allowed_V[self.never_in_text] = False
-        return allowed_V
+    def find_foreign_id(self, ids_T: npt.NDArray[np.int32]) -> int | None:
+        """Where the first id stands that no text gives: `never_in_text`, or not of a piece."""
+        # A negative id counts as its unsigned value: larger than any vocabulary.
+        foreign_T = ids_T.view(np.uint32) >= self.vocab_size
+        if foreign_T.any():
+            return int(foreign_T.argmax())
+        # Such ids mostly stand together, so that few others have to be looked at one by one.
+        lowest, highest = self.never_in_text[0], self.never_in_text[-1]
+        near = np.flatnonzero((ids_T >= lowest) & (ids_T <= highest))
+        found = near[np.isin(ids_T[near], self.never_in_text)]
+        return int(found[0]) if len(found) else None
 
     @cached_property
     def _special_set(self) -> frozenset[int]:

@@ -172,15 +172,19 @@ def test_a_file_without_rows_gives_no_document(tmp_path: Path) -> None:
     assert reader.bytes_read == path.stat().st_size
 
 
-def test_progress_goes_from_row_to_row_to_the_size_of_all_files(tmp_path: Path) -> None:
+def test_progress_goes_from_batch_to_batch_to_the_size_of_all_files(tmp_path: Path) -> None:
     first = write(tmp_path / "a.parquet", {"text": ["猫"] * 100}, row_group_size=30)
     second = tmp_path / "b.txt"
     second.write_text("a\n" * 10)
     reader = DocumentReader([first, second, first])
-    seen = [reader.bytes_read for _ in reader]
+    seen = [
+        reader.bytes_read
+        for number in range(3)
+        for _ in reader.batches_of(number, batch_documents=10)
+    ]
     assert seen == sorted(seen)
     size = first.stat().st_size
-    assert seen[:100] == [size * row // 100 for row in range(1, 101)]
+    assert seen[:10] == [size * row // 100 for row in range(10, 101, 10)]
     assert reader.bytes_read == reader.total_bytes == 2 * size + 20
 
 

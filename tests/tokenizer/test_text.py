@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.text import (
-    DocumentReader,
-    LineError,
-    ParsedText,
-    RawDocument,
-    TextDocuments,
-    _quick_text,
-    iterate_documents,
-    parse,
-)
+from megatron_bert.data.parsing import LineError, ParsedText, parse, parse_all
+from megatron_bert.data.raw_documents import RawDocument, RawLines, read_lines
+from megatron_bert.data.text import DocumentReader, TextDocuments, iterate_documents
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -223,19 +217,74 @@ def test_a_field_that_cannot_be_counted_is_an_error_of_its_line(value: str, prob
 
 def test_nfkc_normalizes_the_text_and_no_field() -> None:
     document = raw_json('{"text": "ﾈｺ㌔Ａ１ か\\u3099", "a": "Ａ"}')
-    assert parse(document, "text", ["a"], "nfkc") == ParsedText("ネコキロA1 が", ("Ａ",))
-    assert parse(document, "text").text == "ﾈｺ㌔Ａ１ か\u3099"
+    together = RawLines(document.path, document.line, [document.data], json=True)
+    for batch in ([document], together):
+        assert parse_all(batch, "text", ["a"], "nfkc")[:2] == (["ネコキロA1 が"], [("Ａ",)])
+        assert parse_all(batch, "text")[:2] == (["ﾈｺ㌔Ａ１ か\u3099"], [()])
 
 
-@settings(derandomize=True, deadline=None)
-@given(st.dictionaries(st.text(max_size=3), st.text() | st.integers() | st.none(), max_size=3))
-def test_the_quick_way_reads_what_the_slow_one_does(fields: dict[str, object]) -> None:
-    for line in (
-        json.dumps({"text": "静かな海 \u2028\0", **fields}),
-        json.dumps({**fields, "text": "a\tb"}, ensure_ascii=False),
-    ):
-        text = json.loads(line)["text"]
-        assert _quick_text(line.encode(), "text") == (text if isinstance(text, str) else None)
+LINES = st.sampled_from(
+    [
+        '{"text": "静かな海", "lang": "ja", "year": 1916}',
+        '{"lang": null, "text": "a\\tb \u2028\0", "ok": true}',
+        '{"text": "b", "lang": {"code": "ja"}, "year": 1.5}',
+        '{"text": "c", "year": 100000000000000000000}',
+        '{"text": "d", "lang.code": "en"}\r',
+        '{"n": NaN, "text": "e"}',
+        '{"text": 7}',
+        '{"text": "\\ud83d"}',
+        '{"body": "f"}',
+        '["text"]',
+        '"text"',
+        "",
+        " \r",
+        "{",
+    ]
+)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.lists(LINES, max_size=4), st.lists(st.sampled_from(["lang", "year", "ok", "lang.code"])))
+def test_lines_are_parsed_together_as_one_by_one(lines: list[str], field_keys: list[str]) -> None:
+    together = RawLines(Path("a.jsonl"), 5, [line.encode() for line in lines], json=True)
+    alone: list[ParsedText | LineError] = []
+    for document in together:
+        try:
+            alone.append(parse(document, "text", field_keys))
+        except LineError as error:
+            alone.append(error)
+    usable = [one for one in alone if isinstance(one, ParsedText)]
+    texts, fields, skipped, unusable = parse_all(together, "text", field_keys, on_error="skip")
+    assert (texts, fields) == ([text for text, _ in usable], [some for _, some in usable])
+    assert list(map(str, skipped)) == [str(one) for one in alone if isinstance(one, LineError)]
+    assert unusable == {n for n, one in enumerate(alone) if isinstance(one, LineError)}
+    assert len(together) == len(alone)
+
+
+@pytest.mark.parametrize("json_lines", [True, False])
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.lists(st.sampled_from(["", "a", "\r", " ", "猫猫", "b" * 9]), max_size=8), st.data())
+def test_lines_are_read_whole_however_many_bytes_come_at_a_time(
+    json_lines: bool, lines: list[str], data: st.DataObject
+) -> None:
+    content = data.draw(st.sampled_from(["", "\ufeff"])) + "\n".join(lines)
+    batch_bytes = data.draw(st.integers(1, 12))
+    path = Path("a")
+    batches = list(read_lines(path, BytesIO(content.encode()), batch_bytes, json=json_lines))
+    expected = content.removeprefix("\ufeff").encode().split(b"\n")
+    if not expected[-1]:
+        expected.pop()
+    assert [line for batch in batches for line in batch.lines] == expected
+    assert [batch.first for batch in batches] == [
+        1 + sum(len(batch.lines) for batch in batches[:number]) for number in range(len(batches))
+    ]
+    documents = [document for batch in batches for document in batch]
+    assert sum(map(len, batches)) == len(documents)
+    assert documents == [
+        RawDocument(path, number, line.removesuffix(b"\r"), json_lines)
+        for number, line in enumerate(expected, 1)
+        if not json_lines or line.strip()
+    ]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1" * 40, "1e999"])

@@ -275,18 +275,20 @@ import signal, sys
 from itertools import count
 from pathlib import Path
 from megatron_bert.data import preprocess
-from megatron_bert.data.text import DocumentReader, RawDocument
+from megatron_bert.data.raw_documents import RawLines
+from megatron_bert.data.text import DocumentReader
 
 # Tests that run in the background of a script inherit an ignored SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def endless(self, number):
-    for line in count(1):
-        if line == 50_000:
+def endless(self, number, batch_bytes, batch_documents):
+    for batch in count():
+        if batch == 50:
             print("begun", flush=True)
-        yield RawDocument(self.paths[0], line, "吾輩は猫である".encode(), json=False)
+        lines = ["吾輩は猫である".encode()] * 1000
+        yield RawLines(self.paths[0], 1 + 1000 * batch, lines, json=False)
 
-DocumentReader.documents_of = endless
+DocumentReader.batches_of = endless
 corpus, tokenizer, prefix = map(Path, sys.argv[1:])
 preprocess.preprocess(preprocess.PreprocessOptions([corpus], tokenizer, prefix, workers=2))
 """
@@ -486,7 +488,7 @@ def test_a_real_dictionarys_words_are_stored(
 def test_a_text_that_was_there_before_is_left_out_and_counted(
     workshop: Workshop, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocess_module, "_BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(preprocess_module, "_BATCH_BYTES", 30)
     monkeypatch.setattr(preprocess_module, "WordFinder", FakeFinder)
     first = workshop.write("a.jsonl", jsonl(["猫", "人間", "", "猫", "ＡＢＣ"]))
     second = workshop.write("b.txt", "人間\nABC\n書生\n".encode())

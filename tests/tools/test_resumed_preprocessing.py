@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data import encoding, partial_work
+from megatron_bert.data.parsing import ParsedTexts, parse_all
 from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
 
 # Forks a job for every moment at which it touches a file under the output folder, kills it there,
@@ -192,14 +195,12 @@ def test_what_is_committed_is_not_done_again(
     assert done > 0
     parsed = 0
 
-    parse = encoding.parse
-
-    def count(*arguments: object) -> str:
+    def count(documents: RawBatch, *arguments: Any) -> ParsedTexts:
         nonlocal parsed
-        parsed += 1
-        return parse(*arguments)  # type: ignore[arg-type]
+        parsed += len(documents)
+        return parse_all(documents, *arguments)
 
-    monkeypatch.setattr(encoding, "parse", count)
+    monkeypatch.setattr(encoding, "parse_all", count)
     corpus.run()
     assert parsed == 201 + 121 - done
 
@@ -261,13 +262,11 @@ def test_a_changed_input_or_option_is_named_and_restart_begins_anew(
 def test_an_input_that_changes_while_it_is_read_is_an_error(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parse = encoding.parse
-
-    def touch_and_parse(*arguments: object) -> str:
+    def touch_and_parse(*arguments: Any) -> ParsedTexts:
         os.utime(corpus.inputs[0], ns=(1, 1))
-        return parse(*arguments)  # type: ignore[arg-type]
+        return parse_all(*arguments)
 
-    monkeypatch.setattr(encoding, "parse", touch_and_parse)
+    monkeypatch.setattr(encoding, "parse_all", touch_and_parse)
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was read.*--restart"):
         corpus.run()
     assert not corpus.prefix.with_suffix(".idx").exists()
@@ -276,17 +275,16 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(
 def test_a_second_live_job_is_refused_with_the_firsts_process(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parse = encoding.parse
     refused = []
 
-    def begin_another(*arguments: object) -> str:
+    def begin_another(*arguments: Any) -> ParsedTexts:
         if not refused:
             with pytest.raises(DataError, match="in use by a live job") as error:
                 corpus.run()
             refused.append(str(error.value))
-        return parse(*arguments)  # type: ignore[arg-type]
+        return parse_all(*arguments)
 
-    monkeypatch.setattr(encoding, "parse", begin_another)
+    monkeypatch.setattr(encoding, "parse_all", begin_another)
     corpus.run()
     assert f"process {os.getpid()}," in refused[0]
 
