@@ -40,7 +40,7 @@ class CorpusStage {
     };
 
     static constexpr std::int64_t window_rows = 16384;
-    static constexpr std::int64_t anchor_rows = 32;
+    static constexpr std::int64_t anchor_rows = 64;
     static_assert(window_rows % anchor_rows == 0);
 
     /// `lengths` must outlive the object and hold at least one token.
