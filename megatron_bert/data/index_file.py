@@ -15,7 +15,8 @@ _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _TYPE_CODES = {2: 8, 4: 4}
 _HEADER = struct.Struct("<9sQBQQ")
-# Arrays are made and copied piece by piece, so that they never stand in memory as a whole.
+# Arrays are made and copied piece by piece, so that they never stand in memory as a whole. They are
+# written by `file.write`: `tofile` loses its buffer without an error when the disk is full.
 _ITEMS_AT_A_TIME = 1 << 20
 
 
@@ -105,9 +106,14 @@ def write_joined_index(path: Path, token_bytes: int, indices: Iterable[IndexArra
             _HEADER.pack(_MAGIC, _VERSION, _TYPE_CODES[token_bytes], num_sequences, num_boundaries)
         )
         for lengths in _pieces(indices):
-            lengths.astype("<i4").tofile(file)
+            file.write(lengths.astype("<i4").data)
         _write_offsets(file, token_bytes, indices)
         _write_boundaries(file, indices)
+
+
+def index_size(num_sequences: int, num_documents: int) -> int:
+    """Bytes of the index of so many sequences and documents."""
+    return _HEADER.size + (4 + 8) * num_sequences + 8 * (num_documents + 1)
 
 
 def _pieces(indices: Iterable[IndexArrays]) -> Iterator[npt.NDArray[np.int32]]:
@@ -121,7 +127,7 @@ def _write_offsets(file: BinaryIO, token_bytes: int, indices: Iterable[IndexArra
     for lengths in _pieces(indices):
         sizes = lengths.astype(np.int64) * token_bytes
         ends = np.cumsum(sizes) + begin
-        (ends - sizes).astype("<i8").tofile(file)
+        file.write((ends - sizes).astype("<i8").data)
         begin = int(ends[-1])
 
 
@@ -137,5 +143,5 @@ def _write_boundaries(file: BinaryIO, indices: Iterable[IndexArrays]) -> None:
                 if index.boundaries_D is None
                 else index.boundaries_D[begin:end]
             )
-            (some + first_sequence).astype("<i8").tofile(file)
+            file.write((some + first_sequence).astype("<i8").data)
         first_sequence += len(index.lengths_N)

@@ -28,9 +28,9 @@ def write_joined_word_starts(path: Path, parts: Iterable[tuple[Path, int]]) -> N
             for bits in _pieces(part, num_tokens):
                 bits = np.concatenate([carried, bits])
                 whole = len(bits) // 8 * 8
-                np.packbits(bits[:whole], bitorder="little").tofile(target)
+                target.write(np.packbits(bits[:whole], bitorder="little").data)
                 carried = bits[whole:]
-        np.packbits(carried, bitorder="little").tofile(target)
+        target.write(np.packbits(carried, bitorder="little").data)
 
 
 def _pieces(path: Path, num_tokens: int) -> Iterator[npt.NDArray[np.uint8]]:
