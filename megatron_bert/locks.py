@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -27,12 +28,27 @@ def lock_file(path: Path) -> TextIO:
         try:
             _hold(stream)
             # Its last holder may have removed it in the meantime.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            if _is_at(path, stream):
                 return stream
         except BaseException:
             stream.close()
             raise
         stream.close()
+
+
+def remove_lock(path: Path, stream: TextIO) -> None:
+    """Let go of what `lock_file` returned, and remove its file unless that cannot be."""
+    with stream, suppress(OSError):
+        # While it is held: who has opened it sees afterwards that it is gone.
+        if _is_at(path, stream):
+            path.unlink()
+
+
+def _is_at(path: Path, stream: TextIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _hold(stream: TextIO) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,15 +11,23 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.index_file import write_index
+from megatron_bert.data.index_file import index_size, write_index
 from megatron_bert.data.indexed_dataset import DatasetInfo, write_dataset_info
 from megatron_bert.data.partial_work import PartialWork
-from megatron_bert.data.placing import check_unused, make_place, place_files, sync_staged
+from megatron_bert.data.placing import (
+    check_unused,
+    check_unused_by_others,
+    dataset_files,
+    make_place,
+    place_files,
+    sync_staged,
+)
 
 # Megatron-LM's rule (`DType.optimal_dtype`).
 _UINT16_VOCABULARY = 65_500
 
 _TOKENS, _LENGTHS, _WORD_STARTS = "dataset.bin", "lengths", "word_starts"
+_LENGTH_TYPE = np.dtype("<i4")
 _STARTS_AT_A_TIME = 1 << 23
 
 
@@ -39,6 +47,7 @@ class DatasetWriter:
         vocab_size: int,
         *,
         identity: Mapping[str, str],
+        lists: Collection[str] = (),
         overwrite: bool = False,
         restart: bool = False,
     ) -> None:
@@ -48,6 +57,7 @@ class DatasetWriter:
             prefix: P of `P.bin`, `P.idx` and so on.
             vocab_size: ids are below that; fewer than 65,500 take two bytes each, others four.
             identity: what the dataset depends on, by name.
+            lists: names of the lists of numbers that may be kept beside it.
             overwrite: whether an existing dataset is replaced, at the end.
             restart: whether the work of an earlier job is thrown away.
 
@@ -59,18 +69,24 @@ class DatasetWriter:
         self._token_type = np.dtype("<u2" if vocab_size < _UINT16_VOCABULARY else "<i4")
         self.partial = prefix.with_name(f"{prefix.name}.partial")
         make_place(prefix)
-        if not overwrite and (restart or not self.partial.exists()):
+        if restart and not overwrite:
+            # Else the earlier work would be lost for nothing.
             check_unused(prefix)
+        staged = [path.name for path in dataset_files(self._staged_prefix).values()]
+        names = {_LENGTHS, _WORD_STARTS, *staged, *lists}
         try:
-            self._work = PartialWork(self.partial, identity, restart=restart)
+            self._work = PartialWork(self.partial, identity, names=names, restart=restart)
         except OSError as error:
             raise DataError(
                 f"cannot write dataset {prefix}: {error}; choose another --output-prefix"
             ) from error
         try:
-            # The files may be those that a killed job has placed.
-            if not overwrite and not self.is_placing:
-                check_unused(prefix)
+            suffixes = self._parse_progress()
+            if not overwrite:
+                # Some files may be those that a killed job has placed.
+                check_unused_by_others(self._staged_prefix, prefix, suffixes)
+                if not suffixes:
+                    check_unused(prefix)
         except BaseException:
             self._work.__exit__(None, None, None)
             raise
@@ -107,12 +123,12 @@ class DatasetWriter:
             OSError: the disk failed; leave then.
         """
         self._work.append(_TOKENS, tokens_T.astype(self._token_type, copy=False))
-        self._work.append(_LENGTHS, lengths_N.astype("<i4"))
+        self._work.append(_LENGTHS, lengths_N.astype(_LENGTH_TYPE))
         if word_starts_T is not None:
             self._work.append(_WORD_STARTS, word_starts_T.astype(np.uint8))
 
     def append(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Append to a list of numbers kept until the dataset is finished; raises as the above."""
+        """Append to one of the `lists`, kept until the dataset is finished; raises as the above."""
         self._work.append(name, values)
 
     def read(self, name: str, kind: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -142,12 +158,18 @@ class DatasetWriter:
         self._work.append(_TOKENS, np.empty(0, dtype=self._token_type))
         self.commit(note)
         staged = self._staged_prefix
-        lengths_N = self._work.read(_LENGTHS, "<i4")
-        write_index(self.partial / f"{staged.name}.idx", self._token_type.itemsize, lengths_N)
+        files = dataset_files(staged)
+        self._write_index(files[".idx"])
         if info.word_boundaries is not None:
-            self._write_word_starts(self.partial / f"{staged.name}.words")
+            self._write_word_starts(files[".words"])
         write_dataset_info(staged, info)
-        self._work.commit({"suffixes": sync_staged(staged), "note": note}, last=True)
+        num_documents = self._work.size(_LENGTHS) // _LENGTH_TYPE.itemsize
+        sizes = {
+            ".bin": self._work.size(_TOKENS),
+            ".idx": index_size(num_documents, num_documents),
+            ".words": -(-self.num_tokens // 8),
+        }
+        self._work.commit({"suffixes": sync_staged(staged, sizes), "note": note}, last=True)
         self.place()
 
     def place(self) -> None:
@@ -177,10 +199,30 @@ class DatasetWriter:
     def _staged_prefix(self) -> Path:
         return self.partial / "dataset"
 
+    def _parse_progress(self) -> list[str]:
+        """Suffixes of the complete files; none: they are not."""
+        if self._work.progress is None:
+            return []
+        try:
+            suffixes, note = self._work.progress["suffixes"], self._work.progress["note"]
+            if not isinstance(note, dict) or not set(suffixes) <= set(dataset_files(self._prefix)):
+                raise ValueError(f"suffixes {suffixes!r}, note {note!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"the journal in {self.partial} is damaged ({type(error).__name__}: {error}); "
+                f"begin anew with --restart"
+            ) from error
+        return list(suffixes)
+
+    def _write_index(self, path: Path) -> None:
+        lengths_N = self._work.read(_LENGTHS, _LENGTH_TYPE)
+        write_index(path, self._token_type.itemsize, lengths_N)
+
     def _write_word_starts(self, path: Path) -> None:
         """Pack a byte a token into the bits of csrc/word_starts.h."""
         starts_T = self._work.read(_WORD_STARTS, np.uint8)
         with path.open("wb") as file:
             for begin in range(0, len(starts_T), _STARTS_AT_A_TIME):
                 some = starts_T[begin : begin + _STARTS_AT_A_TIME]
-                np.packbits(some, bitorder="little").tofile(file)
+                # Not `tofile`, which loses its buffer without an error when the disk is full.
+                file.write(np.packbits(some, bitorder="little").data)

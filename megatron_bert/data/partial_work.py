@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.files import sync_to_disk, write_atomically
-from megatron_bert.locks import FileInUseError, lock_file
+from megatron_bert.files import TEMPORARY_INFIX, sync_to_disk, write_atomically
+from megatron_bert.locks import FileInUseError, lock_file, remove_lock
 
 _VERSION = 1
 _JOURNAL = "journal.json"
-_LOCK = "lock"
+# What NFS calls a removed file that somebody has open; it goes when that one closes it.
+_REMOVED_PREFIX = ".nfs"
 # What a killed job loses at most, against the time that the disk needs for so many bytes.
 _SECONDS_BETWEEN_COMMITS = 15.0
 _BYTES_BETWEEN_COMMITS = 1 << 28
+
+
+class _Journal(NamedTuple):
+    identity: dict[str, str]
+    # Bytes that count, by name; None: nothing will be appended any more.
+    files: dict[str, int] | None
+    progress: dict[str, Any]
 
 
 class PartialWork:
@@ -29,41 +38,53 @@ class PartialWork:
 
     What was appended counts once it is committed: a successor of a job that died, at whatever
     moment, finds the files as they were at the last commit. As a context manager it lets go of the
-    folder at the end, and removes it where nothing was ever committed.
+    folder at the end, and removes it where nothing was ever committed. A lock beside the folder
+    (`.lock` added to its name) tells others of a live job.
 
     Attributes:
         path: the folder.
         progress: what was given to the last commit of an earlier job; None if there is none.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, str], *, restart: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, str],
+        *,
+        names: Collection[str],
+        restart: bool,
+    ) -> None:
         """Lock the folder, made if need be, and go back to its last commit.
 
         Args:
             path: the folder.
             identity: what the work depends on, by name; it must be that of the earlier jobs.
+            names: all files that may come to lie in the folder; no others are ever removed.
             restart: whether work of earlier jobs is thrown away.
 
         Raises:
-            DataError: another live job has the folder, its work was another, or its files are
-                damaged.
+            DataError: another live job has the folder, its work was another, its files are
+                damaged, or it holds what no job has put there.
             OSError: the folder cannot be used.
         """
         self.path = path
         self._identity = dict(identity)
         self._sizes: dict[str, int] = {}
         self._files: dict[str, BinaryIO] = {}
-        self._is_removed = False
+        self._names = {_JOURNAL, *names}
+        self._is_ours = False
         self.progress: dict[str, Any] | None = None
-        path.mkdir(exist_ok=True)
+        self._lock_path = path.with_name(f"{path.name}.lock")
         try:
-            self._lock = lock_file(path / _LOCK)
+            self._lock = lock_file(self._lock_path)
         except FileInUseError as error:
             raise DataError(
                 f"{path} is in use by a live job ({error}); wait for its end, or choose another "
                 f"--output-prefix"
             ) from error
         try:
+            path.mkdir(exist_ok=True)
+            self._check_is_ours()
             self._recover(restart)
         except BaseException:
             self._leave()
@@ -83,13 +104,14 @@ class PartialWork:
         return self._sizes.get(name, 0)
 
     def append(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Append numbers to a file.
+        """Append numbers to a file, one of the `names`.
 
         Raises:
             OSError: the disk failed; nothing may be committed after that.
         """
         file = self._files.get(name)
         if file is None:
+            assert name in self._names
             file = self._files[name] = (self.path / name).open("ab", buffering=0)
         self._sizes[name] = self.size(name) + values.nbytes
         self._bytes_since_commit += values.nbytes
@@ -127,12 +149,22 @@ class PartialWork:
         self._reset_clock()
 
     def remove(self) -> None:
-        """Remove the folder; the journal goes after what it describes."""
-        self._clear(keep=(_JOURNAL, _LOCK))
-        self._clear(keep=(_LOCK,))
-        (self.path / _LOCK).unlink()
-        self.path.rmdir()
-        self._is_removed = True
+        """Remove the folder, or leave it with what others have put there.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        # NFS keeps a file that is open, under another name, and with it the folder.
+        self._close_files()
+        # The journal goes after what it describes.
+        self._clear(keep=(_JOURNAL,))
+        self._clear(keep=())
+        try:
+            self.path.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        self._is_ours = False
 
     def discard(self) -> None:
         """Let the folder go at the end, whatever was committed."""
@@ -150,16 +182,43 @@ class PartialWork:
         self._leave()
 
     def _leave(self) -> None:
+        try:
+            self._close_files()
+            if self._is_ours and not (self.path / _JOURNAL).exists():
+                self.remove()
+        finally:
+            remove_lock(self._lock_path, self._lock)
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
-        # Once it is removed, what has its name is another job's.
-        if not self._is_removed and not (self.path / _JOURNAL).exists():
-            self.remove()
-        self._lock.close()
+        self._files.clear()
 
     def _reset_clock(self) -> None:
         self._next_commit = time.monotonic() + _SECONDS_BETWEEN_COMMITS
         self._bytes_since_commit = 0
+
+    def _check_is_ours(self) -> None:
+        foreign = sorted(
+            path.name
+            for path in self.path.iterdir()
+            if not self._is_known(path.name) and not path.name.startswith(_REMOVED_PREFIX)
+        )
+        if foreign and not self._has_journal():
+            raise DataError(
+                f"{self.path} holds {foreign[0]} and is no folder of an unfinished job; move it "
+                f"away, or choose another --output-prefix"
+            )
+        self._is_ours = True
+
+    def _has_journal(self) -> bool:
+        try:
+            return self._read_journal() is not None
+        except DataError:
+            return False
+
+    def _is_known(self, name: str) -> bool:
+        return name.partition(TEMPORARY_INFIX)[0] in self._names
 
     def _recover(self, restart: bool) -> None:
         if restart:
@@ -167,29 +226,38 @@ class PartialWork:
             (self.path / _JOURNAL).unlink(missing_ok=True)
         journal = self._read_journal()
         if journal is None:
-            self._clear(keep=(_LOCK,))
+            self._clear(keep=())
             return
-        self._check_identity(journal["identity"])
-        self.progress = journal["progress"]
-        if journal["files"] is not None:
-            self._clear(keep=(_LOCK, _JOURNAL, *journal["files"]))
-            for name, size in journal["files"].items():
+        self._check_identity(journal.identity)
+        self.progress = journal.progress
+        if journal.files is not None:
+            self._clear(keep=(_JOURNAL, *journal.files))
+            for name, size in journal.files.items():
                 _truncate(self.path / name, size)
-            self._sizes = journal["files"]
+            self._sizes = journal.files
 
-    def _read_journal(self) -> dict[str, Any] | None:
+    def _read_journal(self) -> _Journal | None:
         path = self.path / _JOURNAL
         try:
-            journal: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if journal["version"] != _VERSION:
-                raise ValueError(f"version {journal['version']!r}, only {_VERSION} is known")
+            return self._parse_journal(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path} is damaged or of another version ({error}); begin anew with --restart"
+                f"{path} is damaged or of another version ({type(error).__name__}: {error}); "
+                f"begin anew with --restart"
             ) from error
-        return journal
+
+    def _parse_journal(self, content: Any) -> _Journal:
+        if content["version"] != _VERSION:
+            raise ValueError(f"version {content['version']!r}, only {_VERSION} is known")
+        files, progress = content["files"], content["progress"]
+        if files is not None:
+            files = dict(files.items())
+            for name, size in files.items():
+                if name not in self._names or not isinstance(size, int) or size < 0:
+                    raise ValueError(f"file {name!r} of {size!r} bytes")
+        return _Journal(dict(content["identity"].items()), files, dict(progress.items()))
 
     def _check_identity(self, earlier: Mapping[str, str]) -> None:
         different = [
@@ -207,7 +275,7 @@ class PartialWork:
 
     def _clear(self, keep: Collection[str]) -> None:
         for path in self.path.iterdir():
-            if path.name not in keep:
+            if self._is_known(path.name) and path.name not in keep:
                 path.unlink()
 
 

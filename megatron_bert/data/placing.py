@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -110,26 +111,59 @@ def check_unused(final_prefix: Path) -> None:
     Raises:
         DataError: there is a file of that prefix.
     """
-    if existing := _existing(final_prefix):
+    _refuse(_existing(final_prefix))
+
+
+def check_unused_by_others(prefix: Path, final_prefix: Path, suffixes: Collection[str]) -> None:
+    """Refuse to write over a dataset when staged files, of which some may be placed, are placed.
+
+    Args:
+        prefix: of the staged files.
+        final_prefix: of the final ones.
+        suffixes: of all staged files, placed already or not.
+
+    Raises:
+        DataError: there is a file of that prefix that is not one of those.
+    """
+    staged = dataset_files(prefix)
+    if staged[".idx"].exists():
+        placed = [suffix for suffix in suffixes if not staged[suffix].exists()]
+        _refuse(_existing(final_prefix, but=placed))
+
+
+def _refuse(existing: list[str]) -> None:
+    if existing:
         raise DataError(
             f"{', '.join(existing)} already there; choose another --output-prefix, or replace "
             f"the dataset with --overwrite"
         )
 
 
-def _existing(prefix: Path) -> list[str]:
-    return [str(path) for path in dataset_files(prefix).values() if path.exists()]
+def _existing(prefix: Path, but: Collection[str] = ()) -> list[str]:
+    return [
+        str(path)
+        for suffix, path in dataset_files(prefix).items()
+        if suffix not in but and path.exists()
+    ]
 
 
-def sync_staged(prefix: Path) -> list[str]:
+def sync_staged(prefix: Path, sizes: Mapping[str, int] | None = None) -> list[str]:
     """Wait until the disk has a staged dataset's files; their suffixes.
 
+    Args:
+        prefix: of the staged files.
+        sizes: bytes that files must have, by suffix.
+
     Raises:
-        OSError: the disk failed.
+        OSError: the disk failed, or a file has not its bytes.
     """
     staged = {suffix: path for suffix, path in dataset_files(prefix).items() if path.exists()}
-    for path in staged.values():
+    for suffix, path in staged.items():
         sync_to_disk(path)
+        found = path.stat().st_size
+        if sizes is not None and found != sizes.get(suffix, found):
+            text = f"{found:,} bytes were written of {sizes[suffix]:,}"
+            raise OSError(errno.EIO, text, str(path))
     return list(staged)
 
 
@@ -145,13 +179,14 @@ def place_files(prefix: Path, final_prefix: Path, suffixes: Collection[str]) -> 
         OSError: the disk failed.
     """
     staged, final = dataset_files(prefix), dataset_files(final_prefix)
+    # Once the index is placed all is, and what has these names since may be another's.
     if staged[".idx"].exists():
         final[".idx"].unlink(missing_ok=True)
         # Else a loss of power could bring the old index back beside new tokens.
         sync_to_disk(final_prefix.parent)
-    for suffix in _SUFFIXES:
-        if staged[suffix].exists():
-            staged[suffix].replace(final[suffix])
-        elif suffix not in suffixes:
-            final[suffix].unlink(missing_ok=True)
+        for suffix in _SUFFIXES:
+            if staged[suffix].exists():
+                staged[suffix].replace(final[suffix])
+            elif suffix not in suffixes:
+                final[suffix].unlink(missing_ok=True)
     sync_to_disk(final_prefix.parent)

@@ -171,6 +171,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
             prefix,
             tokenizer.vocab_size,
             identity=_identity(options, inputs, encoder),
+            lists=[_HASHES],
             overwrite=options.overwrite,
             restart=options.restart,
         ) as writer:

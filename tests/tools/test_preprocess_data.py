@@ -205,6 +205,33 @@ def test_a_disk_that_fills_up_leaves_the_old_dataset_as_it_was(
     assert {path.name: path.read_bytes() for path in workshop.prefix.parent.iterdir()} == before
 
 
+@pytest.mark.faults
+def test_a_disk_that_fills_up_at_the_end_of_the_index_leaves_the_old_dataset(
+    workshop: Workshop, tiny_texts: list[str], tiny_tokenizer_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    corpus = workshop.write("b.jsonl", jsonl([*tiny_texts, *["猫"] * 9000]))
+    workshop.run(corpus)
+    # It is the largest of the files.
+    limit = workshop.prefix.with_suffix(".idx").stat().st_size - 50
+    assert limit > workshop.prefix.with_suffix(".bin").stat().st_size
+    for path in workshop.prefix.parent.iterdir():
+        path.unlink()
+    workshop.run(workshop.write("a.jsonl", jsonl(["猫"])))
+    before = {path.name: path.read_bytes() for path in workshop.prefix.parent.iterdir()}
+    done = subprocess.run(
+        command(workshop, tiny_tokenizer_path, corpus, "--overwrite"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot make dataset" in done.stderr
+    folder = workshop.prefix.parent
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
 def test_a_large_vocabulary_is_written_in_four_bytes(workshop: Workshop, shared_data: Path) -> None:
     tokenizer = shared_data / "tokenizer" / "llm-jp-tokenizer-100k.ver3.0b1.model"
     text = "こんにちは、世界。"
