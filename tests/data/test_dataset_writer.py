@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_bert import locks
 from megatron_bert.config.errors import DataError
 from megatron_bert.data import dataset_writer
 from megatron_bert.data.dataset_writer import DatasetWriter
 from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset
-from megatron_bert.data.partial_work import PartialWork
 from tests.core.support import write_documents
 
 SUFFIXES = (".bin", ".idx", ".json", ".words")
@@ -84,15 +82,6 @@ def test_a_refused_restart_keeps_the_earlier_work(tmp_path: Path) -> None:
         make_writer(tmp_path / "set", restart=True)
     with make_writer(tmp_path / "set", overwrite=True) as writer:
         assert writer.note == {"done": 1}
-
-
-def test_letting_go_of_a_removed_folder_leaves_a_new_one_of_that_name_alone(
-    tmp_path: Path,
-) -> None:
-    with PartialWork(tmp_path / "work", {}, names=[], restart=False) as work:
-        work.remove()
-        (tmp_path / "work").mkdir()
-    assert names(tmp_path) == ["work"]
 
 
 @contextmanager
@@ -235,35 +224,6 @@ def test_what_a_job_left_that_died_before_its_first_commit_is_taken_over(tmp_pat
         writer.finish({}, INFO)
     assert names(tmp_path) == ["set.bin", "set.idx", "set.json"]
     assert (tmp_path / "set.bin").stat().st_size == 4
-
-
-def test_a_job_that_waits_for_the_lock_of_one_that_leaves_has_a_folder_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def begin() -> PartialWork:
-        return PartialWork(tmp_path / "work", {}, names=["a"], restart=False)
-
-    first = begin()
-    hold = locks._hold
-
-    def leave_and_hold(stream: TextIO) -> None:
-        # The second has opened the lock by now, and the first removes it.
-        monkeypatch.setattr(locks, "_hold", hold)
-        first.remove()
-        with pytest.raises(DataError, match="in use by a live job"):
-            begin()
-        first.__exit__(None, None, None)
-        hold(stream)
-
-    monkeypatch.setattr(locks, "_hold", leave_and_hold)
-    with begin() as second:
-        second.append("a", np.arange(3))
-        with pytest.raises(DataError, match="in use by a live job"):
-            begin()
-        second.commit({})
-        assert names(tmp_path) == ["work", "work.lock"]
-        assert names(tmp_path / "work") == ["a", "journal.json"]
-    assert names(tmp_path) == ["work"]
 
 
 class Killed(BaseException):
