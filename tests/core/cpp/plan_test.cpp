@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <future>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -25,13 +26,13 @@ std::vector<std::int32_t> random_lengths(std::uint64_t seed, int num_documents, 
     return lengths;
 }
 
-/// Counts how often a plan reads each token of a corpus and checks that rows are not overfull.
-std::vector<std::vector<int>> times_read(const RowPlan& plan, std::size_t corpus) {
+/// Counts how often a plan reads each token of a corpus, by the document's number in its dataset,
+/// and checks that rows are not overfull.
+std::map<std::int64_t, std::vector<int>> times_read(const RowPlan& plan, std::size_t corpus) {
     const CorpusLengths& lengths = plan.corpora()[corpus];
-    std::vector<std::vector<int>> times(static_cast<std::size_t>(lengths.num_documents()));
+    std::map<std::int64_t, std::vector<int>> times;
     for (std::int64_t document = 0; document < lengths.num_documents(); ++document) {
-        times[static_cast<std::size_t>(document)].resize(
-            static_cast<std::size_t>(lengths[document]));
+        times[lengths.number_of(document)].resize(static_cast<std::size_t>(lengths[document]));
     }
     std::vector<Segment> segments;
     for (std::int64_t row = 0; row < plan.num_rows(); ++row) {
@@ -40,7 +41,7 @@ std::vector<std::vector<int>> times_read(const RowPlan& plan, std::size_t corpus
         for (const Segment& segment : segments) {
             slots += segment.span.length + 2;
             for (std::int64_t i = 0; i < segment.span.length && segment.corpus == corpus; ++i) {
-                ++times.at(static_cast<std::size_t>(segment.span.document))
+                ++times.at(segment.span.document)
                       .at(static_cast<std::size_t>(segment.span.offset + i));
             }
         }
@@ -53,7 +54,7 @@ std::vector<std::vector<int>> times_read(const RowPlan& plan, std::size_t corpus
 void check_whole_epochs(const RowPlan& plan, std::size_t corpus) {
     int least = -1;
     int most = 0;
-    for (const auto& document : times_read(plan, corpus)) {
+    for (const auto& [number, document] : times_read(plan, corpus)) {
         for (const int times : document) {
             least = least < 0 ? times : std::min(least, times);
             most = std::max(most, times);
@@ -91,10 +92,15 @@ void both_sides_of_a_held_out_split_together_are_the_corpus() {
     const CorpusLengths held_out(dataset, {0.2, true});
     const CorpusLengths rest(dataset, {0.2, false});
     check_equal(held_out.num_tokens() + rest.num_tokens(), dataset->num_tokens());
+    std::int64_t next_held_out = 0;
     for (std::int64_t document = 0; document < dataset->num_documents(); ++document) {
-        check_equal(held_out[document] + rest[document], dataset->document_length(document));
-        check(held_out[document] == 0 || rest[document] == 0);
+        const bool is_held_out = next_held_out < held_out.num_documents() &&
+                                 held_out.number_of(next_held_out) == document;
+        const std::int64_t length = is_held_out ? held_out[next_held_out++] : rest[document];
+        check_equal(length, dataset->document_length(document));
+        check(!is_held_out || rest[document] == 0);
     }
+    check_equal(next_held_out, held_out.num_documents());
     check_whole_epochs(RowPlan({held_out}, {1.0}, {{32, 200}}, 1), 0);
 }
 
