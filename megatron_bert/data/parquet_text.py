@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 # Of decoded text at a time; what the row group says of its size decides on the rows.
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 4096
+# Where values share bytes in the file, so that its size does not tell how large they become.
+_BATCH_ROWS_OF_SHARED_BYTES = 64
+# A dictionary takes no more than the row group's column does, and each value in it counts once.
+_DICTIONARY_BYTES = 16 << 20
+_DICTIONARY_ENCODINGS = {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+# These cannot be read into a dictionary.
+_DELTA_ENCODINGS = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
 # Without a buffer the columns of a whole row group, which may be gigabytes, are read at once.
 _READ_BYTES = 1 << 20
 
@@ -58,10 +65,16 @@ class ParquetText:
         self._path = path
         self._parquet = _import_parquet(path)
         with self._open() as file:
-            self.num_rows: int = file.metadata.num_rows
+            metadata = file.metadata
             schema = file.schema_arrow
+        self.num_rows: int = metadata.num_rows
         self._text_path = _text_path(path, schema, json_key)
         self._field_paths = _field_paths(path, schema, field_keys)
+        paths = {self._text_path, *self._field_paths.values()}
+        self._columns = sorted(".".join(names) for names in paths)
+        self._dictionaries = [
+            column for column in self._columns if _is_small_dictionary(metadata, column)
+        ]
 
     def __iter__(self) -> Iterator[ParquetRow]:
         """Rows in order.
@@ -69,15 +82,13 @@ class ParquetText:
         Raises:
             DataError: the file cannot be read or is damaged.
         """
-        paths = {self._text_path, *self._field_paths.values()}
-        columns = [".".join(path) for path in paths]
         first = 1
-        with self._open() as file:
+        with self._open(self._dictionaries) as file:
             for group in range(file.num_row_groups):
                 batches = file.iter_batches(
-                    batch_size=_batch_rows(file.metadata.row_group(group), self._text_path),
+                    batch_size=self._batch_rows(file.metadata.row_group(group)),
                     row_groups=[group],
-                    columns=columns,
+                    columns=self._columns,
                     use_threads=False,
                 )
                 for batch in batches:
@@ -91,26 +102,39 @@ class ParquetText:
 
     def _rows(self, batch: pyarrow.RecordBatch, first: int) -> Iterator[ParquetRow]:
         texts = _values(batch, self._text_path)
-        fields = {key: _values(batch, path) for key, path in self._field_paths.items()}
-        for number, text in enumerate(texts):
-            yield ParquetRow(
-                first + number, text, {key: values[number] for key, values in fields.items()}
-            )
+        fields = [_values(batch, path) for path in self._field_paths.values()]
+        for number, (text, *values) in enumerate(zip(texts, *fields, strict=True), first):
+            yield ParquetRow(number, text, dict(zip(self._field_paths, values, strict=True)))
+
+    def _batch_rows(self, group: pyarrow.parquet.RowGroupMetaData) -> int:
+        name = ".".join(self._text_path)
+        if name in self._dictionaries:
+            return _BATCH_ROWS
+        chunks = _chunks(group, name)
+        size = sum(chunk.total_uncompressed_size for chunk in chunks)
+        shares = any(
+            _DICTIONARY_ENCODINGS.union({"DELTA_BYTE_ARRAY"}).intersection(chunk.encodings)
+            for chunk in chunks
+        )
+        most = _BATCH_ROWS_OF_SHARED_BYTES if shares else _BATCH_ROWS
+        return int(max(1, min(most, _BATCH_BYTES * group.num_rows // max(1, size))))
 
     @contextmanager
-    def _open(self) -> Iterator[pyarrow.parquet.ParquetFile]:
+    def _open(self, dictionaries: Sequence[str] = ()) -> Iterator[pyarrow.parquet.ParquetFile]:
         import pyarrow
 
         try:
             with self._parquet.ParquetFile(
                 self._path,
+                read_dictionary=list(dictionaries),
                 buffer_size=_READ_BYTES,
                 pre_buffer=False,
                 page_checksum_verification=True,
             ) as file:
                 yield file
-        except (pyarrow.ArrowException, OSError) as error:
-            # pyarrow's own errors of reading are OSErrors too, but for the system's number.
+        except (pyarrow.ArrowException, OSError, IndexError) as error:
+            # pyarrow's own errors of reading are OSErrors too, but for the system's number; an
+            # IndexError is a row whose text is not in the dictionary.
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             reason = str(error).partition("\n")[0]
@@ -196,7 +220,8 @@ def _is_plain(kind: pyarrow.DataType) -> bool:
     )
 
 
-def _values(batch: pyarrow.RecordBatch, path: tuple[str, ...]) -> list[Any]:
+def _values(batch: pyarrow.RecordBatch, path: tuple[str, ...]) -> Iterator[Any]:
+    """Values one by one: many rows of a batch may have one long text, which it holds once."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -205,15 +230,33 @@ def _values(batch: pyarrow.RecordBatch, path: tuple[str, ...]) -> list[Any]:
     for name in inner:
         array = compute.struct_field(array, name)
     if not _is_string(array.type):
-        return list(array.to_pylist())
+        yield from array.to_pylist()
+        return
+    # As bytes: parse names the row whose text is no UTF-8, where the string's own as_py fails.
     if types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    # As bytes: parse names the row whose text is no UTF-8, where to_pylist would fail for all.
-    return list(array.cast(pyarrow.large_binary()).to_pylist())
+        texts = array.dictionary.cast(pyarrow.large_binary())
+        for index in array.indices.to_pylist():
+            yield None if index is None else texts[index].as_py()
+    else:
+        for text in array.cast(pyarrow.large_binary()):
+            yield text.as_py()
 
 
-def _batch_rows(group: pyarrow.parquet.RowGroupMetaData, text_path: tuple[str, ...]) -> int:
-    columns = (group.column(number) for number in range(group.num_columns))
-    name = ".".join(text_path)
-    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == name)
-    return int(max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, size))))
+def _is_small_dictionary(metadata: pyarrow.parquet.FileMetaData, column: str) -> bool:
+    """Whether a column can be read as a dictionary that stays small, in each row group."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    return all(
+        chunk.physical_type == "BYTE_ARRAY"
+        and _DICTIONARY_ENCODINGS.intersection(chunk.encodings)
+        and not _DELTA_ENCODINGS.intersection(chunk.encodings)
+        and chunk.total_uncompressed_size <= _DICTIONARY_BYTES
+        for group in groups
+        for chunk in _chunks(group, column)
+    )
+
+
+def _chunks(
+    group: pyarrow.parquet.RowGroupMetaData, column: str
+) -> list[pyarrow.parquet.ColumnChunkMetaData]:
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return [chunk for chunk in chunks if chunk.path_in_schema == column]

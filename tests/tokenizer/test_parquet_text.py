@@ -198,6 +198,46 @@ def test_without_pyarrow_the_error_says_how_to_install_it(
         DocumentReader([path])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+    ],
+    ids=["dictionary", "common beginnings"],
+)
+def test_a_long_text_that_many_rows_share_is_read_in_little_memory(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    text = "猫" * 66_000
+    path = write(tmp_path / "a.parquet", {"text": [text, None] * 1000}, **options)
+    assert path.stat().st_size < 200_000
+    reader = DocumentReader([path])
+    before = pa.total_allocated_bytes()
+    most, read = 0, 0
+    for number, document in enumerate(reader, 1):
+        assert document.line == number
+        assert document.data.decode() == ("" if document.problem else text)
+        most = max(most, pa.total_allocated_bytes() - before)
+        read += not document.problem
+    assert read == 1000
+    assert most < 40 << 20
+
+
+def test_texts_of_small_and_of_large_dictionaries_in_structs_too_come_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [None if n % 7 == 0 else f"文 {n % 1000}" for n in range(3000)]
+    columns = {"text": texts, "meta": [{"text": text} for text in texts]}
+    path = write(tmp_path / "a.parquet", columns, row_group_size=1700)
+    expected = [text for text in texts if text is not None]
+    for most in (1 << 20, 1):
+        monkeypatch.setattr("megatron_bert.data.parquet_text._DICTIONARY_BYTES", most)
+        for key in ("text", "meta.text"):
+            reader = DocumentReader([path], json_key=key)
+            assert [row.data.decode() for row in reader if not row.problem] == expected
+
+
 def test_a_large_row_group_is_read_in_little_memory(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     texts = ["".join(map(chr, random.integers(0x4E00, 0x9000, 20_000))) for _ in range(200)] * 5
