@@ -9,6 +9,9 @@ import numpy.typing as npt
 import xxhash
 from _megatron_bert_core import HashSet
 
+# They may be mapped from a file larger than the memory to spare.
+_RESTORED_AT_A_TIME = 1 << 20
+
 
 def hash_texts(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
     """128-bit hashes (XXH3) of texts as UTF-8, `[n, 2]`: the high and the low word of each.
@@ -31,12 +34,8 @@ class Deduplicator:
         self._seen = HashSet()
         self._new: list[npt.NDArray[np.uint64]] = []
 
-    def filter(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Tell, `[n]`, which texts stand neither in an earlier call nor earlier in this one."""
-        return self.filter_hashes(hash_texts(texts))
-
     def filter_hashes(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """`filter` for texts of which the hashes are given, `[n, 2]`."""
+        """Tell, `[n]`, of which hashes, `[n, 2]`, there was none before, in this call or others."""
         is_new = self._seen.insert(hashes)
         self._new.append(hashes[is_new])
         return is_new
@@ -51,12 +50,5 @@ class Deduplicator:
 
     def restore(self, hashes: npt.NDArray[np.uint64]) -> None:
         """Take documents for seen whose hashes, `[n, 2]`, `new_hashes` gave in an earlier life."""
-        self._seen.insert(hashes)
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes that the hashes take, without those which `new_hashes` has yet to give."""
-        return self._seen.memory_bytes
+        for begin in range(0, len(hashes), _RESTORED_AT_A_TIME):
+            self._seen.insert(hashes[begin : begin + _RESTORED_AT_A_TIME])
