@@ -84,14 +84,23 @@ def dataset_files(prefix: Path) -> dict[str, Path]:
     return {suffix: prefix.with_name(prefix.name + suffix) for suffix in _SUFFIXES}
 
 
+def check_name(final_prefix: Path) -> None:
+    """Refuse a prefix without a name, to which no suffix can be added.
+
+    Raises:
+        DataError: there is no name.
+    """
+    if final_prefix.name in ("", ".."):
+        raise DataError(f"--output-prefix {final_prefix}: give a name, as data/train")
+
+
 def make_place(final_prefix: Path) -> None:
     """Make the folder of a dataset that is to be written.
 
     Raises:
         DataError: no dataset can be written there.
     """
-    if final_prefix.name in ("", ".."):
-        raise DataError(f"--output-prefix {final_prefix}: give a name, as data/train")
+    check_name(final_prefix)
     if final_prefix.suffix in _SUFFIXES:
         suffix = final_prefix.suffix
         raise DataError(f"--output-prefix {final_prefix}: leave off {suffix}; it is added")
