@@ -52,6 +52,8 @@ class DatasetInfo:
         fields: documents and tokens by the values of fields, as `FieldCounts.to_json` has them.
         word_boundaries: the dictionary, with its packages' versions, that found the words of
             PREFIX.words; None where there is no such file.
+        shard_set: of a shard: SHA-256, in hex, of what the shards of one set have in common: their
+            number and the whole list of input files. None: no shard, or one of an older version.
         version: of the sidecar's layout.
     """
 
@@ -67,6 +69,7 @@ class DatasetInfo:
     normalization: str = "none"
     fields: dict[str, Any] = field(default_factory=dict)
     word_boundaries: str | None = None
+    shard_set: str | None = None
     version: int = INFO_VERSION
 
 

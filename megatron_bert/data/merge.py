@@ -14,7 +14,7 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.data.index_file import MappedIndices, write_joined_index
 from megatron_bert.data.indexed_dataset import DatasetInfo, SourceFile, write_dataset_info
-from megatron_bert.data.merge_parts import MergePart, open_part, prefix_of
+from megatron_bert.data.merge_parts import MergePart, check_shard_sets, open_part, prefix_of
 from megatron_bert.data.placing import StagedDataset
 from megatron_bert.data.progress import Progress
 from megatron_bert.data.shards import in_shard_order
@@ -50,7 +50,7 @@ class MergeSummary:
 def merge_datasets(
     inputs: Sequence[Path], output_prefix: Path, *, overwrite: bool = False
 ) -> MergeSummary:
-    """Join datasets; the files are those of preprocessing all their texts at once.
+    """Join datasets; the files are those of preprocessing all their texts, in this order, at once.
 
     Sequences and documents keep their order and boundaries. Memory is bounded, whatever the sizes.
 
@@ -67,6 +67,7 @@ def merge_datasets(
     prefixes = in_shard_order([prefix_of(path) for path in inputs])
     _check_places(prefixes, output_prefix)
     parts = [open_part(prefix) for prefix in prefixes]
+    check_shard_sets(parts)
     _check_token_types(parts)
     has_words = all(part.word_starts is not None for part in parts)
     if has_words:
@@ -109,8 +110,8 @@ def merge_infos(infos: Sequence[DatasetInfo]) -> DatasetInfo:
     merged = {
         field.name: _merge_values(field.name, [getattr(info, field.name) for info in infos])
         for field in fields(DatasetInfo)
-        # The same tokenizer may have had several names.
-        if field.name != "tokenizer_name"
+        # The same tokenizer may have had several names; what is merged is no shard.
+        if field.name not in ("tokenizer_name", "shard_set")
     }
     return DatasetInfo(tokenizer_name=infos[0].tokenizer_name, **merged)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from _megatron_bert_core import IndexedDataset, WordStarts
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset, read_dataset_info
+from megatron_bert.data.shards import shard_set
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,29 @@ def open_part(prefix: Path) -> MergePart:
             f"another dataset; copy the right one, or remove it"
         )
     return MergePart(prefix, dataset, info, _open_word_starts(prefix, dataset.num_tokens))
+
+
+def check_shard_sets(parts: Sequence[MergePart]) -> None:
+    """Refuse shards that share a name but not the input, so that texts would be lost or doubled.
+
+    Raises:
+        DataError: two shards of one name were made of different lists of files, or by versions
+            that share out the files differently.
+    """
+    first_of_set: dict[str, MergePart] = {}
+    for part in parts:
+        name = shard_set(part.prefix)
+        if name is None or part.info is None:
+            continue
+        first = first_of_set.setdefault(name, part)
+        assert first.info is not None
+        if part.info.shard_set != first.info.shard_set:
+            raise DataError(
+                f"{first.prefix} and {part.prefix} are not shards of one input: their --input "
+                f"files, the order of these or the N of --shard K/N differed (shard_set in "
+                f"{first.file('.json')} and {part.file('.json')}); make one of them anew with the "
+                f"other's"
+            )
 
 
 def _open_word_starts(prefix: Path, num_tokens: int) -> WordStarts | None:

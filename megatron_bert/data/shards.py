@@ -42,6 +42,11 @@ class Shard:
         """Name of the shard's dataset."""
         return whole.with_name(f"{whole.name}-{self.number:05}-of-{self.count:05}")
 
+    def block(self, num_files: int) -> slice:
+        """Which of the files, at least one for each shard, are the shard's: neighbours."""
+        begin, end = (number * num_files // self.count for number in (self.number, self.number + 1))
+        return slice(begin, end)
+
 
 _SHARD = re.compile(rf"(?P<set>.*)-(?P<number>{_NUMBER})-of-(?P<count>{_NUMBER})")
 _MOST_NUMBERS = 8
@@ -79,6 +84,12 @@ def in_shard_order(prefixes: Sequence[Path]) -> list[Path]:
     for (name, count_text), shards in sets.items():
         _check_complete(f"{name}-*-of-{count_text}", int(count_text), shards)
     return [shards[number] for shards in sets.values() for number in sorted(shards)]
+
+
+def shard_set(prefix: Path) -> str | None:
+    """Name of the set whose shard a dataset is called; None: it is not called a shard."""
+    shard = _SHARD.fullmatch(str(prefix))
+    return None if shard is None else f"{shard['set']}-*-of-{shard['count']}"
 
 
 def _check_complete(name: str, count: int, numbers: Collection[int]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.shards import in_shard_order
+from megatron_bert.data.shards import Shard, in_shard_order
 
 
 def test_shards_are_taken_by_number_where_the_first_of_them_stands() -> None:
@@ -16,6 +16,13 @@ def test_shards_are_taken_by_number_where_the_first_of_them_stands() -> None:
     assert in_shard_order([Path(name) for name in given]) == [Path(name) for name in ordered]
     many = [Path(f"s-{number}-of-11") for number in range(11)]
     assert in_shard_order(sorted(many, key=str)) == many
+
+
+@pytest.mark.parametrize(("files", "count"), [(3, 3), (5, 2), (7, 3), (100, 8)])
+def test_the_blocks_of_a_sets_shards_are_all_files_in_order(files: int, count: int) -> None:
+    blocks = [list(range(files))[Shard(number, count).block(files)] for number in range(count)]
+    assert [file for block in blocks for file in block] == list(range(files))
+    assert {len(block) for block in blocks} <= {files // count, files // count + 1}
 
 
 def test_a_missing_shard_and_one_given_twice_are_named() -> None:
