@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard",
         metavar="K/N",
-        help="take one of N parts, K from 0, into P-0000K-of-0000N: whole files if there are at "
-        "least N, else single documents; tools/merge_datasets.py joins them",
+        help="take one of N parts, K from 0, into P-0000K-of-0000N: a block of whole files if "
+        "there are at least N, else single documents; tools/merge_datasets.py joins them",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -33,16 +34,22 @@ class Position:
     documents: int = 0
     documents_of_files: int = 0
 
+    @property
+    def num_begun(self) -> int:
+        """How many files have documents before the place, or lie before one that has."""
+        return self.file + (self.documents > 0)
+
 
 class InputDocuments:
     """The documents of some files, or one shard's share of them.
 
-    A shard gets whole files (those whose number is K modulo N) where there is one for each shard,
+    A shard gets whole files, the Kth of N blocks of neighbours, where there is one for each shard,
     else the documents whose running number is K modulo N.
 
     Attributes:
         reader: of the files from which documents are read.
         part: "K/N" where the shard gets single documents; None where it gets whole files.
+        shard_set: `DatasetInfo.shard_set`.
     """
 
     def __init__(
@@ -54,23 +61,43 @@ class InputDocuments:
         shard: Shard | None = None,
     ) -> None:
         """Check the files of the job; raises as `DocumentReader`."""
+        all_inputs = inputs
         self.part: str | None = None
         self._number, self._count = 0, 1
         if shard is not None and len(inputs) >= shard.count:
-            inputs = inputs[shard.number :: shard.count]
+            inputs = inputs[shard.block(len(inputs))]
         elif shard is not None:
             self.part = str(shard)
             self._number, self._count = shard.number, shard.count
         self.reader = DocumentReader(inputs, txt_documents, json_key, field_keys)
         self._stamps = [_stamp(path) for path in self.reader.paths]
+        self.shard_set = None if shard is None else self._shard_set(shard, all_inputs)
 
     def identity(self) -> dict[str, str]:
-        """Describe each file as it was at the beginning, by name."""
-        files = zip(self.reader.paths, self._stamps, strict=True)
-        return {
-            f"input {number}": f"{path} of {size:,} bytes modified at {nanoseconds / 1e9:.9f}"
-            for number, (path, (size, nanoseconds)) in enumerate(files)
-        }
+        """Name each file; `stamps` tell whether it is the same still."""
+        return {f"input {number}": str(path) for number, path in enumerate(self.reader.paths)}
+
+    def stamps(self, position: Position) -> list[str]:
+        """Describe, as they were at the beginning, the files of which something stands before."""
+        return [
+            f"of {size:,} bytes modified at {nanoseconds / 1e9:.9f}"
+            for size, nanoseconds in self._stamps[: position.num_begun]
+        ]
+
+    def check_same(self, position: Position, stamps: Sequence[str]) -> None:
+        """Compare the files begun before a position with what `stamps` gave in an earlier job.
+
+        Raises:
+            DataError: one is another; of files that were not begun any may be.
+        """
+        for path, earlier, now in zip(
+            self.reader.paths, stamps, self.stamps(position), strict=False
+        ):
+            if earlier != now:
+                raise DataError(
+                    f"{path} was {earlier} when it was read and is now {now}; restore it, or begin "
+                    f"anew with --restart"
+                )
 
     def batches_from(
         self, start: Position, batch_bytes: int, batch_documents: int
@@ -104,6 +131,12 @@ class InputDocuments:
             for k, document in enumerate(batch)
             if k >= num_done and (number + k) % self._count == self._number
         ]
+
+    def _shard_set(self, shard: Shard, inputs: Sequence[Path]) -> str:
+        # Where files are not shared, one of another size is its own shard's affair.
+        sizes = self.reader.sizes if self.part is not None else []
+        content = [shard.count, [str(path) for path in inputs], sizes]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise `DataError` if a file changed since the beginning."""
@@ -171,5 +204,11 @@ class FileHashes:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; an input must stay where it is until the "
+            f"dataset is made: put it back"
+        ) from error
     return status.st_size, status.st_mtime_ns

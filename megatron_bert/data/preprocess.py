@@ -6,11 +6,14 @@ documents. Threads suffice: both tokenizer libraries work without the GIL.
 
 from __future__ import annotations
 
-from collections import deque
+import json
+import unicodedata
+from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.data.indexed_dataset import DatasetInfo, SourceFile
 from megatron_bert.data.input_documents import FileHashes, InputDocuments, Position
 from megatron_bert.data.parsing import Normalization, OnError
+from megatron_bert.data.placing import check_name
 from megatron_bert.data.progress import Progress
 from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
@@ -38,7 +42,6 @@ _BATCH_DOCUMENTS = 4096
 _BATCHES_PER_WORKER = 4
 
 _HASHES = "hashes"
-_HASHES_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,24 @@ class _State:
     sha256: list[str]
 
     @classmethod
-    def of_note(cls, note: Mapping[str, Any] | None, field_keys: Sequence[str]) -> _State:
+    def of_note(
+        cls, note: Mapping[str, Any] | None, field_keys: Sequence[str], inputs: InputDocuments
+    ) -> _State:
         if note is None:
             return cls(Position(), PreprocessCounts(), FieldCounts(field_keys), [])
+        position = Position(**note["position"])
+        inputs.check_same(position, note["stamps"])
         return cls(
-            Position(**note["position"]),
+            position,
             PreprocessCounts(**note["counts"]),
             FieldCounts.from_json(note["fields"]),
-            note["sha256"],
+            # Files that were not begun may have been replaced.
+            note["sha256"][: position.num_begun],
         )
 
-    def note(self) -> dict[str, Any]:
+    def note(self, inputs: InputDocuments) -> dict[str, Any]:
         return {
+            "stamps": inputs.stamps(self.position),
             "position": asdict(self.position),
             "counts": asdict(self.counts),
             "fields": self.fields.to_json(),
@@ -149,8 +158,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
             (unless `on_error` is `skip`), no input holds a token, or `P.partial` is in use or is
             another call's. An existing dataset is as it was then.
     """
-    if options.workers < 1:
-        raise DataError(f"--workers {options.workers}: give at least 1")
+    _check(options)
     inputs = InputDocuments(
         options.inputs, options.txt_documents, options.json_key, options.field_keys, options.shard
     )
@@ -175,17 +183,26 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
             overwrite=options.overwrite,
             restart=options.restart,
         ) as writer:
-            state = _State.of_note(writer.note, options.field_keys)
+            state = _State.of_note(writer.note, options.field_keys, inputs)
             if writer.is_placing:
                 writer.place()
             else:
                 _write_documents(writer, state, options, inputs, encoder)
-                writer.finish(state.note(), _info(state, inputs, encoder))
+                writer.finish(state.note(inputs), _info(state, inputs, encoder))
             return state.counts
     except OSError as error:
         raise DataError(
             f"cannot make dataset {prefix}: {error}; see to it and try again"
         ) from error
+
+
+def _check(options: PreprocessOptions) -> None:
+    if options.workers < 1:
+        raise DataError(f"--workers {options.workers}: give at least 1")
+    check_name(options.output_prefix)
+    twice = sorted(key for key, times in Counter(options.field_keys).items() if times > 1)
+    if twice:
+        raise DataError(f"--field-key {' '.join(twice)}: given twice; give each key once")
 
 
 def _write_documents(
@@ -197,7 +214,8 @@ def _write_documents(
 ) -> None:
     reader = inputs.reader
     raw_batches = inputs.batches_from(state.position, _BATCH_BYTES, _BATCH_DOCUMENTS)
-    deduplicator = _restored_deduplicator(writer)
+    deduplicator = Deduplicator()
+    deduplicator.restore(writer.read(_HASHES, np.uint64).reshape(-1, 2))
     try:
         with (
             FileHashes(reader.paths, state.sha256) as hashes,
@@ -213,7 +231,7 @@ def _write_documents(
                 state.sha256 = hashes.computed(state.position.file)
                 progress.show(reader.bytes_read, f"{state.counts.tokens / 1e6:.1f} M tokens")
                 if writer.is_commit_due:
-                    writer.commit(state.note())
+                    writer.commit(state.note(inputs))
             if not state.counts.tokens and options.shard is None:
                 raise _no_token(state.counts)
             state.sha256 = hashes.all()
@@ -221,33 +239,28 @@ def _write_documents(
     except DataError as error:
         if not state.counts.tokens:
             raise
-        # Whatever cannot be used, the writer holds what came before it, whole.
-        writer.commit(state.note())
+        # Whatever cannot be used, the writer holds the batches that came before it, whole.
+        writer.commit(state.note(inputs))
         raise DataError(
             f"{error}; what was done until then is kept in {writer.partial}, where the same "
-            f"command goes on (or begins anew with --restart, as it must if an input was changed)"
+            f"command goes on (or begins anew with --restart, as it must if an input was changed "
+            f"after the first of its documents)"
         ) from error
-
-
-def _restored_deduplicator(writer: DatasetWriter) -> Deduplicator:
-    """Know the documents that earlier jobs have written."""
-    deduplicator = Deduplicator()
-    hashes = writer.read(_HASHES, np.uint64).reshape(-1, 2)
-    for begin in range(0, len(hashes), _HASHES_AT_A_TIME):
-        deduplicator.filter_hashes(hashes[begin : begin + _HASHES_AT_A_TIME])
-        deduplicator.new_hashes()
-    return deduplicator
 
 
 def _identity(
     options: PreprocessOptions, inputs: InputDocuments, encoder: Encoder
 ) -> dict[str, str]:
-    """Describe all that the files depend on."""
+    """Describe all that the files depend on, but for the inputs' content."""
+    unicode = f" of Unicode {unicodedata.unidata_version}" if options.normalize == "nfkc" else ""
     return {
         "the tokenizer's SHA-256": encoder.tokenizer.hash,
+        "the tokenizer's library": ", ".join(
+            f"{package} {version(package)}" for package in ("sentencepiece", "tokenizers")
+        ),
         "--json-key": options.json_key,
-        "--field-key": " ".join(options.field_keys),
-        "--normalize": options.normalize,
+        "--field-key": json.dumps(list(options.field_keys), ensure_ascii=False),
+        "--normalize": options.normalize + unicode,
         "--deduplicate": str(options.deduplicate),
         "--txt-documents": options.txt_documents,
         "--word-boundaries": str(encoder.words_name),
@@ -266,7 +279,16 @@ def _encoded_batches(
     pending: deque[tuple[Future[EncodedBatch], Position]] = deque()
     with ThreadPoolExecutor(num_workers, "tokenize") as workers:
         try:
-            for batch, end in batches:
+            problem: DataError | None = None
+            while True:
+                try:
+                    batch, end = next(batches)
+                except StopIteration:
+                    break
+                except DataError as error:
+                    # Not before what was read ahead is given out.
+                    problem = error
+                    break
                 pending.append((workers.submit(encoder.encode, batch), end))
                 if len(pending) >= _BATCHES_PER_WORKER * num_workers:
                     encoded, end = pending.popleft()
@@ -274,6 +296,8 @@ def _encoded_batches(
             while pending:
                 encoded, end = pending.popleft()
                 yield encoded.result(), end
+            if problem is not None:
+                raise problem
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
 
@@ -296,6 +320,7 @@ def _info(state: _State, inputs: InputDocuments, encoder: Encoder) -> DatasetInf
         normalization=encoder.normalize,
         fields=state.fields.to_json(),
         word_boundaries=encoder.words_name,
+        shard_set=inputs.shard_set,
         sources=tuple(
             SourceFile(str(path), size, sha256, inputs.part) for path, size, sha256 in files
         ),

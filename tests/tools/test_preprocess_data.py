@@ -150,6 +150,37 @@ def test_the_first_broken_line_ends_the_work_and_what_came_before_it_is_continue
     assert workshop.left_behind() == ["corpus.bin", "corpus.idx", "corpus.json"]
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_all_documents_before_a_cut_in_a_file_are_kept_and_the_next_file_may_be_replaced(
+    workshop: Workshop, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr("megatron_bert.data.preprocess._BATCH_BYTES", 2000)
+    first = workshop.write("a.jsonl", jsonl(tiny_texts[:100]))
+    content = gzip.compress(jsonl(tiny_texts[100:]))
+    second = workshop.write("b.jsonl.gz", content[:12])
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz is damaged or cut short"):
+        workshop.run(first, second, workers=workers)
+    journal = json.loads((workshop.prefix.parent / "corpus.partial/journal.json").read_text())
+    assert journal["progress"]["note"]["counts"]["documents"] == 100
+    workshop.write("b.jsonl.gz", content)
+    workshop.run(first, second, workers=workers)
+    resumed = {path.name: path.read_bytes() for path in workshop.prefix.parent.iterdir()}
+    workshop.run(first, second, overwrite=True)
+    assert resumed == {path.name: path.read_bytes() for path in workshop.prefix.parent.iterdir()}
+
+
+def test_all_whole_batches_before_a_cut_are_kept_however_far_the_reader_is_ahead(
+    workshop: Workshop, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_bert.data.preprocess._BATCH_BYTES", 2000)
+    whole = zstandard.compress(jsonl(tiny_texts[:200]))
+    corpus = workshop.write("a.jsonl.zst", whole + zstandard.compress(jsonl(tiny_texts[200:]))[:20])
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst is damaged or cut short"):
+        workshop.run(corpus, workers=3)
+    journal = json.loads((workshop.prefix.parent / "corpus.partial/journal.json").read_text())
+    assert 195 <= journal["progress"]["note"]["counts"]["documents"] <= 200
+
+
 def test_a_broken_first_line_leaves_nothing(workshop: Workshop) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl, line 1: broken JSON"):
         workshop.run(workshop.write("a.jsonl", b"{\n"))
@@ -244,6 +275,12 @@ def test_a_large_vocabulary_is_written_in_four_bytes(workshop: Workshop, shared_
     ("options", "message"),
     [
         ({"workers": 0}, "--workers 0"),
+        ({"field_keys": ["a", "b", "a"]}, "--field-key a: given twice"),
+        *[
+            ({"output_prefix": Path(name), "shard": shard}, "--output-prefix .*: give a name, as")
+            for name in (".", "", "/", "..")
+            for shard in (None, Shard(0, 2))
+        ],
         ({"tokenizer": Path("none.model")}, r"cannot read tokenizer none\.model"),
         ({"output_prefix": Path("/dev/null/corpus")}, "cannot make /dev/null"),
         ({"output_prefix": Path("c" * 300)}, r"cannot make c+\.bin: .*too long"),
@@ -282,6 +319,19 @@ def test_the_tool_reports_what_it_wrote_and_left_out(
     assert "1 documents" in done.stdout
     assert "left out 1 lines that cannot be used, 1 empty documents and 0 duplicates" in done.stdout
     assert "a.jsonl, line 3: broken JSON" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "more", [["--output-prefix", "."], ["--output-prefix", "", "--shard", "0/2"]]
+)
+def test_the_tool_ends_with_two_and_one_line_at_a_prefix_without_a_name(
+    workshop: Workshop, tiny_tokenizer_path: Path, more: list[str]
+) -> None:
+    corpus = workshop.write("a.jsonl", jsonl(["猫"]))
+    run = command(workshop, tiny_tokenizer_path, corpus, *more)
+    done = subprocess.run(run, capture_output=True, text=True, cwd=workshop.folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --output-prefix .: give a name, as data/train\n"
 
 
 def test_the_tool_ends_with_two_and_one_line_at_bad_input(
@@ -390,23 +440,24 @@ def merged(workshop: Workshop, shards: int, *inputs: Path) -> Path:
     return workshop.folder / "merged"
 
 
-def test_a_shard_for_each_file_gives_the_files_of_one_job(
-    workshop: Workshop, tiny_texts: list[str]
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 5])
+def test_shards_of_whole_files_give_the_files_of_one_job(
+    workshop: Workshop, tiny_texts: list[str], shards: int
 ) -> None:
-    inputs = [workshop.write(f"{k}.jsonl", jsonl(tiny_texts[k::3]) + b"{\n") for k in range(3)]
-    whole = merged(workshop, 3, *inputs)
+    inputs = [workshop.write(f"{k}.jsonl", jsonl(tiny_texts[k::5]) + b"{\n") for k in range(5)]
+    whole = merged(workshop, shards, *inputs)
     workshop.run(*inputs, on_error="skip")
     for suffix in (".bin", ".idx", ".json"):
         expected = workshop.prefix.with_suffix(suffix).read_bytes()
         assert whole.with_suffix(suffix).read_bytes() == expected
 
 
-def test_a_shard_of_more_files_takes_every_nth_of_them(
+def test_a_shard_of_more_files_takes_a_block_of_them(
     workshop: Workshop, tiny_texts: list[str]
 ) -> None:
     inputs = [workshop.write(f"{k}.jsonl", jsonl(tiny_texts[k : k + 1])) for k in range(5)]
     workshop.run(*inputs, shard=Shard(1, 2))
-    workshop.run(inputs[1], inputs[3])
+    workshop.run(*inputs[2:])
     shard = Shard(1, 2).prefix(workshop.prefix)
     assert shard.name == "corpus-00001-of-00002"
     assert documents(shard) == documents(workshop.prefix)
@@ -426,6 +477,36 @@ def test_more_shards_than_files_share_the_documents(
     info = read_dataset_info(Shard(3, 4).prefix(workshop.prefix))
     assert info is not None
     assert [source.part for source in info.sources] == ["3/4", "3/4"]
+
+
+@pytest.mark.parametrize("shards", [2, 6])
+def test_shards_of_different_inputs_are_not_merged(
+    workshop: Workshop, tiny_texts: list[str], shards: int
+) -> None:
+    inputs = [workshop.write(f"{k}.jsonl", jsonl(tiny_texts[k : k + 5])) for k in range(4)]
+    for number in range(shards):
+        workshop.run(*inputs[number == 0 :], shard=Shard(number, shards))
+    prefixes = [Shard(number, shards).prefix(workshop.prefix) for number in range(shards)]
+    with pytest.raises(DataError, match=r"corpus-00000-of-.* and .*corpus-00001-.* not shards of"):
+        merge_datasets(prefixes, workshop.folder / "merged")
+    assert not list(workshop.folder.glob("merged*"))
+    workshop.run(*inputs, shard=Shard(0, shards), overwrite=True)
+    merge_datasets(prefixes, workshop.folder / "merged")
+    info = read_dataset_info(workshop.folder / "merged")
+    assert info is not None
+    assert info.shard_set is None
+
+
+def test_shards_that_share_a_file_which_changed_between_them_are_not_merged(
+    workshop: Workshop,
+) -> None:
+    corpus = workshop.write("a.jsonl", jsonl(["猫", "人間"]))
+    workshop.run(corpus, shard=Shard(0, 2))
+    workshop.write("a.jsonl", jsonl(["書生", "猫", "人間"]))
+    workshop.run(corpus, shard=Shard(1, 2))
+    prefixes = [Shard(number, 2).prefix(workshop.prefix) for number in range(2)]
+    with pytest.raises(DataError, match=r"not shards of one input.*make one of them anew"):
+        merge_datasets(prefixes, workshop.folder / "merged")
 
 
 def test_a_shard_without_documents_is_an_empty_dataset(

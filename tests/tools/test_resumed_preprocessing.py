@@ -15,6 +15,7 @@ import pytest
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data import encoding, partial_work
+from megatron_bert.data.input_documents import FileHashes
 from megatron_bert.data.parsing import ParsedTexts, parse_all
 from megatron_bert.data.preprocess import PreprocessOptions, preprocess
 from megatron_bert.data.raw_documents import RawBatch
@@ -248,8 +249,8 @@ def test_a_changed_input_or_option_is_named_and_restart_begins_anew(
     other.write_bytes(corpus.tokenizer.read_bytes() + b"\x9a\x06\x00")
     with pytest.raises(DataError, match=r"the tokenizer's SHA-256 was [0-9a-f]{64} and is now"):
         corpus.run(tokenizer=other)
-    corpus.inputs[1].touch()
-    with pytest.raises(DataError, match=r"input 1 was .*b\.jsonl\.gz of .* bytes modified at"):
+    corpus.inputs[0].touch()
+    with pytest.raises(DataError, match=r"a\.jsonl was of .* bytes modified at .* --restart"):
         corpus.run()
     corpus.inputs.pop()
     with pytest.raises(DataError, match=r"input 1 was .* and is now not given"):
@@ -270,6 +271,51 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was read.*--restart"):
         corpus.run()
     assert not corpus.prefix.with_suffix(".idx").exists()
+
+
+def test_a_file_that_was_not_begun_may_be_replaced_between_jobs(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    corpus.interrupt(after=2)
+    corpus.inputs[1].write_bytes(gzip.compress(b'{"text": "another", "lang": "en"}\n'))
+    corpus.run()
+    corpus.run(output_prefix=tmp_path / "expected" / "set")
+    assert corpus.contents(corpus.prefix) == corpus.contents(tmp_path / "expected" / "set")
+
+
+def test_an_input_that_is_removed_while_it_is_read_is_named(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_hashes = FileHashes.all
+
+    def hash_and_remove(hashes: FileHashes) -> list[str]:
+        computed = all_hashes(hashes)
+        corpus.inputs[0].unlink()
+        return computed
+
+    monkeypatch.setattr(FileHashes, "all", hash_and_remove)
+    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl: No such file.*put it back"):
+        corpus.run()
+    assert not corpus.prefix.with_suffix(".idx").exists()
+
+
+def test_field_keys_with_spaces_are_told_from_several(corpus: Corpus) -> None:
+    corpus.interrupt(after=2, field_keys=["lang text"])
+    with pytest.raises(DataError, match=r'--field-key was \["lang text"\] and is now \["lang", '):
+        corpus.run(field_keys=["lang", "text"])
+
+
+def test_another_version_of_the_tokenizers_library_is_named(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus.interrupt(after=2, normalize="nfkc")
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_bert.data.preprocess.version", lambda _: "9.9")
+        with pytest.raises(DataError, match=r"library was .* and is now sentencepiece 9\.9, tok"):
+            corpus.run(normalize="nfkc")
+    monkeypatch.setattr("unicodedata.unidata_version", "99.0")
+    with pytest.raises(DataError, match=r"--normalize was .* and is now nfkc of Unicode 99\.0"):
+        corpus.run(normalize="nfkc")
 
 
 def test_a_second_live_job_is_refused_with_the_firsts_process(
