@@ -258,7 +258,7 @@ class UnigramEncoder:
 
     def __init__(
         self,
-        pieces: Sequence[str],
+        pieces: list[str],
         scores: npt.NDArray[np.float32],
         ids: npt.NDArray[np.int32],
         byte_ids: npt.NDArray[np.int32],

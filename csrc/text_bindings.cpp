@@ -35,26 +35,6 @@ Array<T> as_array(std::vector<T> values) {
     return Array<T>(static_cast<py::ssize_t>(kept.size()), kept.data(), owner);
 }
 
-std::unique_ptr<UnigramEncoder> make_encoder(const std::vector<std::u32string>& pieces,
-                                             const Array<float>& scores,
-                                             const Array<std::int32_t>& ids,
-                                             const Array<std::int32_t>& byte_ids,
-                                             bool space_in_front) {
-    std::array<std::int32_t, 256> bytes{};
-    const auto num_pieces = static_cast<py::ssize_t>(pieces.size());
-    if (scores.size() != num_pieces || ids.size() != num_pieces ||
-        byte_ids.size() != static_cast<py::ssize_t>(bytes.size())) {
-        throw std::invalid_argument("expected a score and an id for each piece, and 256 byte ids");
-    }
-    std::copy_n(byte_ids.data(), bytes.size(), bytes.begin());
-    std::vector<UnigramEncoder::Piece> described;
-    described.reserve(pieces.size());
-    for (std::size_t i = 0; i < pieces.size(); ++i) {
-        described.push_back({pieces[i], scores.data()[i], ids.data()[i]});
-    }
-    return std::make_unique<UnigramEncoder>(std::move(described), bytes, space_in_front);
-}
-
 /// The characters of a Python string as they lie in memory, 1, 2 or 4 bytes each.
 class Text {
   public:
@@ -67,16 +47,17 @@ class Text {
         length_ = static_cast<std::size_t>(PyUnicode_GET_LENGTH(text.ptr()));
     }
 
-    /// Needs no GIL: strings do not change, and this one is kept alive.
-    void encode(const UnigramEncoder& encoder, UnigramEncoder::Workspace& workspace,
-                std::vector<std::int32_t>& ids) const {
+    /// Calls `use` with a span of the characters. Needs no GIL: strings do not change, and this one
+    /// is kept alive.
+    template <typename Use>
+    auto with_characters(Use use) const {
         switch (kind_) {
             case PyUnicode_1BYTE_KIND:
-                return encoder.encode(characters<Py_UCS1>(), workspace, ids);
+                return use(characters<Py_UCS1>());
             case PyUnicode_2BYTE_KIND:
-                return encoder.encode(characters<Py_UCS2>(), workspace, ids);
+                return use(characters<Py_UCS2>());
             default:
-                return encoder.encode(characters<Py_UCS4>(), workspace, ids);
+                return use(characters<Py_UCS4>());
         }
     }
 
@@ -92,6 +73,31 @@ class Text {
     std::size_t length_;
 };
 
+std::unique_ptr<UnigramEncoder> make_encoder(const py::list& pieces, const Array<float>& scores,
+                                             const Array<std::int32_t>& ids,
+                                             const Array<std::int32_t>& byte_ids,
+                                             bool space_in_front) {
+    std::array<std::int32_t, 256> bytes{};
+    const auto num_pieces = static_cast<py::ssize_t>(pieces.size());
+    if (scores.size() != num_pieces || ids.size() != num_pieces ||
+        byte_ids.size() != static_cast<py::ssize_t>(bytes.size())) {
+        throw std::invalid_argument("expected a score and an id for each piece, and 256 byte ids");
+    }
+    std::copy_n(byte_ids.data(), bytes.size(), bytes.begin());
+    std::vector<std::u32string> texts;
+    texts.reserve(pieces.size());
+    for (const py::handle& piece : pieces) {
+        texts.push_back(Text(piece).with_characters(
+            [](auto characters) { return std::u32string(characters.begin(), characters.end()); }));
+    }
+    std::vector<UnigramEncoder::Piece> described;
+    described.reserve(texts.size());
+    for (std::size_t i = 0; i < texts.size(); ++i) {
+        described.push_back({texts[i], scores.data()[i], ids.data()[i]});
+    }
+    return std::make_unique<UnigramEncoder>(std::move(described), bytes, space_in_front);
+}
+
 py::tuple encode(const UnigramEncoder& encoder, const py::list& texts) {
     const std::vector<Text> held(texts.begin(), texts.end());
     Array<std::int64_t> lengths(static_cast<py::ssize_t>(held.size()));
@@ -102,7 +108,8 @@ py::tuple encode(const UnigramEncoder& encoder, const py::list& texts) {
         UnigramEncoder::Workspace workspace;
         for (const Text& text : held) {
             const std::size_t before = ids.size();
-            text.encode(encoder, workspace, ids);
+            text.with_characters(
+                [&](auto characters) { encoder.encode(characters, workspace, ids); });
             *length++ = static_cast<std::int64_t>(ids.size() - before);
         }
     }

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # Enough that the sum of their log probabilities passes the bound at which SentencePiece sets it
 # back, beyond which a release that adds up in another way would give other ids.
-_PROBE_PIECES = 20_000
+_PROBE_PIECES = 12_000
 _PROBE_SEED = 1
 
 
