@@ -201,6 +201,15 @@ def _check_tokenizer(dataset: IndexedDataset, prefix: str, tokenizer: Tokenizer)
             f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; set data.tokenizer "
             f"to the one that made the dataset, or make the dataset anew"
         )
+    if info is not None and (info.documents, info.tokens) != (
+        dataset.num_documents,
+        dataset.num_tokens,
+    ):
+        raise DataError(
+            f"{prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, but "
+            f"{prefix}.idx has {dataset.num_documents:,} and {dataset.num_tokens:,}: they are of "
+            f"different sets; copy the dataset again, or make it anew"
+        )
     largest = dataset.max_token_id(_SAMPLED_DOCUMENTS)
     if largest >= tokenizer.vocab_size:
         raise DataError(

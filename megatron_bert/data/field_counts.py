@@ -76,6 +76,14 @@ class FieldCounts:
             ours.absent.add(theirs.absent)
             ours.further_values.add(theirs.further_values)
 
+    def keys_without_values(self) -> list[str]:
+        """Keys of which no counted document has a value."""
+        return [
+            key
+            for key, counted in self._fields.items()
+            if not counted.values and counted.absent.documents
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Counts for `json.dumps`, in the order in which the values came.
 

@@ -7,6 +7,7 @@ documents. Threads suffice: both tokenizer libraries work without the GIL.
 from __future__ import annotations
 
 import json
+import logging
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
 from megatron_bert.data.text import TextDocuments, report_skipped
 from megatron_bert.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Small enough that a few long documents keep every worker busy, large enough (some 60,000 tokens)
 # that handing a batch over costs nothing beside encoding it.
@@ -184,11 +187,14 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
             restart=options.restart,
         ) as writer:
             state = _State.of_note(writer.note, options.field_keys, inputs)
+            if writer.note is not None:
+                logger.warning("goes on behind %s documents", f"{state.counts.documents:,}")
             if writer.is_placing:
                 writer.place()
             else:
                 _write_documents(writer, state, options, inputs, encoder)
                 writer.finish(state.note(inputs), _info(state, inputs, encoder))
+            _warn(state, options, inputs)
             return state.counts
     except OSError as error:
         raise DataError(
@@ -203,6 +209,17 @@ def _check(options: PreprocessOptions) -> None:
     twice = sorted(key for key, times in Counter(options.field_keys).items() if times > 1)
     if twice:
         raise DataError(f"--field-key {' '.join(twice)}: given twice; give each key once")
+
+
+def _warn(state: _State, options: PreprocessOptions, inputs: InputDocuments) -> None:
+    """Say what may not be what was meant."""
+    for key in state.fields.keys_without_values():
+        logger.warning("no document has the field %r; see --field-key", key)
+    if options.deduplicate and inputs.part is not None:
+        logger.warning(
+            "shards share files, and a duplicate is found only within a shard; to find them all, "
+            "preprocess in one job, or divide the files beforehand"
+        )
 
 
 def _write_documents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_bert.data.corpora import (
     part_names,
     training_parts,
 )
+from megatron_bert.data.indexed_dataset import DatasetInfo, write_dataset_info
 from megatron_bert.data.source import RowSource, RowStage, training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
 from tests.core.support import write_documents
@@ -234,3 +236,19 @@ def test_a_fingerprint_follows_the_words_to_their_end(
         words.write_bytes(bytes(9_000_000 // 8 - 1) + last)
         fingerprints.add(open_corpus(part, tiny_tokenizer, with_words=True).fingerprint())
     assert len(fingerprints) == 2
+
+
+def test_a_sidecar_of_another_set_is_refused(prefix: Path, tiny_tokenizer: Tokenizer) -> None:
+    info = DatasetInfo(
+        tokenizer_hash=tiny_tokenizer.hash,
+        tokenizer_name=tiny_tokenizer.name,
+        vocab_size=tiny_tokenizer.vocab_size,
+        documents=400,
+        tokens=2800,
+        sources=(),
+    )
+    write_dataset_info(prefix, info)
+    open_corpus(CorpusPart(Corpus(prefix=str(prefix))), tiny_tokenizer)
+    write_dataset_info(prefix, replace(info, tokens=2801))
+    with pytest.raises(DataError, match=r"set\.json tells of 400 documents and 2,801 tokens, but"):
+        open_corpus(CorpusPart(Corpus(prefix=str(prefix))), tiny_tokenizer)

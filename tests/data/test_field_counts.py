@@ -83,3 +83,10 @@ def test_a_merge_keeps_the_limit_and_the_other_as_it_is() -> None:
 def test_what_is_no_count_is_refused(content: object) -> None:
     with pytest.raises(ValueError, match="no counts by field"):
         FieldCounts.from_json(content)
+
+
+def test_a_field_that_no_document_has_is_told() -> None:
+    counts = FieldCounts(["lang", "lnag"])
+    assert counts.keys_without_values() == []
+    counts.add(["ja", None], 3)
+    assert counts.keys_without_values() == ["lnag"]

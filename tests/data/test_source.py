@@ -189,7 +189,10 @@ def test_the_fingerprint_follows_the_content_not_the_place(
 def test_a_dataset_of_another_tokenizer_is_refused_with_both_hashes(
     corpus: Path, tiny_tokenizer: Tokenizer
 ) -> None:
-    info = DatasetInfo("0123" * 16, "other.model", 512, 300, 1, ())
+    dataset = open_dataset(corpus)
+    info = DatasetInfo(
+        "0123" * 16, "other.model", 512, dataset.num_documents, dataset.num_tokens, ()
+    )
     write_dataset_info(corpus, info)
     with pytest.raises(DataError, match=rf"other\.model.*{'0123' * 16}.*{tiny_tokenizer.hash}"):
         training_source(make_config(corpus), tiny_tokenizer)
