@@ -227,7 +227,7 @@ def _measure(
 
 
 def _weights(recipe: Config) -> list[float]:
-    return [corpus.weight or 1.0 for corpus in recipe.data.train]
+    return [corpus.weight_or_default for corpus in recipe.data.train]
 
 
 def _plan_work(recipe: Config, sizes: DataSizes) -> PlanWork:
