@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert.data.preprocess import PreprocessOptions, preprocess
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
 
@@ -59,3 +60,24 @@ def tiny_tokenizer_path(tiny_texts: list[str], tmp_path_factory: pytest.TempPath
 def tiny_tokenizer(tiny_tokenizer_path: Path) -> Tokenizer:
     """The tokenizer of `tiny_tokenizer_path`."""
     return Tokenizer.load(tiny_tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(
+    tiny_texts: list[str], tiny_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folder with `train` and `valid` datasets and `tiny.model`, the tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tiny.model").write_bytes(tiny_tokenizer_path.read_bytes())
+    for name, texts in (("train", tiny_texts[:60]), ("valid", tiny_texts[250:])):
+        source = folder / f"{name}.txt"
+        source.write_text("\n".join(text.replace("\n", "") for text in texts) + "\n")
+        preprocess(
+            PreprocessOptions(
+                inputs=(source,),
+                tokenizer=folder / "tiny.model",
+                output_prefix=folder / name,
+                workers=1,
+            )
+        )
+    return folder

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.bert import BertForPretraining
-from megatron_bert.model.build import build_model
+from megatron_bert.model.build import RankModel, build_model
 from megatron_bert.model.initialization import initialize_weights
 
 VOCABULARY = 128
@@ -51,7 +51,7 @@ def cpu_topology(**sizes: int) -> Topology:
     return Topology.build(torch.device("cpu"), **sizes)
 
 
-def small_model(config: Config, topology: Topology) -> BertForPretraining:
+def small_model(config: Config, topology: Topology) -> RankModel:
     """The sharded, initialised model of `small_config`."""
     return build_model(config, VOCABULARY, topology)
 

@@ -13,12 +13,7 @@ from megatron_bert.config.schema import Config, Corpus
 
 # The one value of each key that this version can do; the schema already knows the others.
 ONLY_AVAILABLE: dict[str, object] = {
-    "parallel.pipeline": 1,
-    "parallel.pipeline_schedule": "1f1b",
-    "parallel.sequence": False,
-    "parallel.replicate": 1,
     "parallel.layout": "manual",
-    "recompute": "none",
     "checkpoint.async": False,
     "log.wandb.mode": "disabled",
     "log.tensorboard": False,

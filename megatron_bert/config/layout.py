@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bert.config.schema import Config
+
 
 @dataclass(frozen=True)
 class BatchLayout:
@@ -26,19 +28,58 @@ class BatchLayout:
     num_micro_batches: int
 
     @classmethod
-    def divide(cls, global_size: int, data_parallel: int, max_micro_rows: int) -> BatchLayout:
+    def divide(
+        cls,
+        global_size: int,
+        data_parallel: int,
+        max_micro_rows: int,
+        *,
+        fewest: int = 1,
+        multiple_of: int = 1,
+    ) -> BatchLayout:
         """Divide a batch of `global_size` rows over `data_parallel` ranks.
 
         The micro-batches are as few as their limit of `max_micro_rows` allows, and balanced: with
         9 rows and a limit of 8 they have 5 rows each, not 8 and 1.
+
+        Args:
+            global_size: rows in one optimizer step.
+            data_parallel: ranks that share them.
+            max_micro_rows: most rows of a micro-batch.
+            fewest: least number of micro-batches, those that keep a pipeline filled.
+            multiple_of: what their number is a multiple of.
         """
         rows = _ceil_div(global_size, data_parallel)
-        num_micro_batches = _ceil_div(rows, max_micro_rows)
+        at_least = max(fewest, _ceil_div(rows, max_micro_rows))
+        num_micro_batches = _ceil_div(at_least, multiple_of) * multiple_of
         return cls(
             global_size=global_size,
             data_parallel=data_parallel,
             micro_size=_ceil_div(rows, num_micro_batches),
             num_micro_batches=num_micro_batches,
+        )
+
+    @classmethod
+    def of(
+        cls, config: Config, global_size: int, seq_length: int, data_parallel: int
+    ) -> BatchLayout:
+        """Divide a batch as the configuration says.
+
+        Args:
+            config: limits of a micro-batch, and the pipeline to be filled: 1F1B takes no fewer
+                micro-batches than it has ranks, interleaved schedules rounds of so many.
+            global_size: rows in one optimizer step.
+            seq_length: slots of a row.
+            data_parallel: ranks that share the rows.
+        """
+        parallel = config.parallel
+        interleaved = parallel.pipeline > 1 and parallel.pipeline_schedule != "1f1b"
+        return cls.divide(
+            global_size,
+            data_parallel,
+            config.batch.max_micro_rows(seq_length),
+            fewest=parallel.pipeline,
+            multiple_of=parallel.pipeline if interleaved else 1,
         )
 
     @property

@@ -262,13 +262,19 @@ class ParallelConfig(Section):
     tensor: PositiveInt = 1
     """Ranks that share each layer's matrices and heads."""
     pipeline: PositiveInt = 1
-    """Pipeline stages: groups of ranks that hold consecutive blocks."""
+    """Pipeline ranks: groups of ranks that hold consecutive blocks."""
     sequence: bool = False
-    """Shard norms and dropout along the row inside a tensor-parallel group."""
+    """Share norms, dropout and the residual stream by tokens inside a tensor-parallel group."""
     pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
-    """Order of the micro-batches in the pipeline."""
+    """Order of the micro-batches in the pipeline. `zero_bubble` is interleaved too; it takes
+    neither compilation nor recomputation."""
+    virtual_stages: int = Field(2, ge=2)
+    """Parts of the model that each pipeline rank holds under an interleaved schedule."""
     replicate: PositiveInt = 1
     """Copies of the sharded weights within data parallelism (HSDP)."""
+    reshard_after_forward: bool = False
+    """Free a block's gathered weights after its forward pass too, and gather them again for the
+    backward pass of every micro-batch (ZeRO-3): less memory, more messages."""
     layout: Literal["manual", "auto"] = "manual"
     """`auto` chooses the layout by predicted step time."""
 
@@ -364,7 +370,8 @@ class Config(Section):
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in backward instead of kept: none, attention only, or all."""
+    """Activations computed again in backward instead of kept: none, attention's scores and softmax
+    (`selective`), or all but each block's input (`full`)."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, how many stay, where a job starts from."""
     eval: EvalConfig = EvalConfig()

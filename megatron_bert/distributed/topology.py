@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-MESH_AXES = ("pp", "dp", "tp")
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,20 @@ class Topology:
     """Ranks as a mesh of pipeline x data x tensor parallelism.
 
     Neighbouring ranks share a tensor-parallel group, whose messages are the most frequent, so
-    that a group stays inside a node.
+    that a group stays inside a node; the stages of a pipeline, which say least to each other, lie
+    farthest apart. Data parallelism has two axes: weights are sharded over `dp_shard` and copied
+    over `dp_replicate` (HSDP).
 
     Attributes:
-        mesh: three-dimensional mesh with the axes `pp`, `dp`, `tp`.
+        mesh: four-dimensional mesh with the axes `MESH_AXES`.
         device: this rank's device.
+        sequence_parallel: whether the ranks of a tensor-parallel group share the tokens where
+            they do not share weights.
     """
 
     mesh: DeviceMesh
     device: torch.device
+    sequence_parallel: bool = False
 
     @classmethod
     def build(
@@ -34,8 +39,9 @@ class Topology:
         device: torch.device,
         *,
         pipeline: int = 1,
-        data: int | None = None,
         tensor: int = 1,
+        replicate: int = 1,
+        sequence_parallel: bool = False,
         timeout_seconds: float | None = None,
     ) -> Topology:
         """Arrange all ranks; data parallelism takes what the other two leave.
@@ -45,38 +51,67 @@ class Topology:
         Args:
             device: this rank's device.
             pipeline: ranks along `pp`.
-            data: ranks along `dp`.
             tensor: ranks along `tp`.
+            replicate: ranks along `dp_replicate`.
+            sequence_parallel: see the class.
             timeout_seconds: longest wait for a collective along an axis; None leaves PyTorch's.
         """
-        if data is None:
-            data = dist.get_world_size() // (pipeline * tensor)
-        mesh = init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=MESH_AXES)
+        shard = dist.get_world_size() // (pipeline * replicate * tensor)
+        sizes = (pipeline, replicate, shard, tensor)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=MESH_AXES)
         if timeout_seconds is not None:
             # The mesh's groups do not take over the timeout of the group of all ranks.
             for axis in MESH_AXES:
                 _set_pg_timeout(timedelta(seconds=timeout_seconds), mesh.get_group(axis))
-        return cls(mesh, device)
+        return cls(mesh, device, sequence_parallel)
 
     @property
     def data_parallel_size(self) -> int:
         """Number of ranks that see different rows."""
-        return self.mesh["dp"].size()
+        return self.mesh["dp_replicate"].size() * self.mesh["dp_shard"].size()
 
     @property
     def data_parallel_rank(self) -> int:
         """Which share of the batch's rows this rank sees."""
-        return self.mesh["dp"].get_local_rank()
+        shard = self.mesh["dp_shard"]
+        return self.replica * shard.size() + shard.get_local_rank()
 
     @property
-    def data_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same slice of the model and see different rows."""
-        return self.mesh.get_group("dp")
+    def replica(self) -> int:
+        """Which copy of the sharded weights this rank belongs to."""
+        return self.mesh["dp_replicate"].get_local_rank()
+
+    @property
+    def sharding_mesh(self) -> DeviceMesh:
+        """The axes over which `fully_shard` shards weights, and copies them where asked to."""
+        if self.mesh["dp_replicate"].size() == 1:
+            return self.mesh["dp_shard"]
+        return self.mesh["dp_replicate", "dp_shard"]
+
+    @property
+    def pipeline_size(self) -> int:
+        """Number of ranks that share the model's blocks."""
+        return self.mesh["pp"].size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which of the pipeline's ranks this one is."""
+        return self.mesh["pp"].get_local_rank()
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """Ranks that compute the same rows, one stage after another."""
+        return self.mesh.get_group("pp")
 
     @property
     def tensor_parallel(self) -> TensorParallelGroup:
         """The ranks that share each layer's weights."""
-        return TensorParallelGroup(self.mesh["tp"])
+        return TensorParallelGroup(self.mesh["tp"], self.sequence_parallel)
+
+    @property
+    def speaks_for_its_rows(self) -> bool:
+        """Whether this rank is the one of those with the same rows whose counts are taken."""
+        return self.pipeline_rank == 0 and self.tensor_parallel.rank == 0
 
 
 @dataclass(frozen=True)
@@ -85,9 +120,12 @@ class TensorParallelGroup:
 
     Attributes:
         mesh: the one-dimensional `tp` mesh.
+        shards_tokens: whether norms, dropout and the residual stream hold 1 / size of a
+            micro-batch's tokens on each rank (sequence parallelism), not all of them.
     """
 
     mesh: DeviceMesh
+    shards_tokens: bool = False
 
     @property
     def size(self) -> int:

@@ -1,6 +1,7 @@
 """Self-attention over packed rows.
 
-Shape suffixes: B rows, S slots, D hidden, H query heads, G key/value heads, K head size.
+Shape suffixes: B rows, S slots, N = B x S tokens, T tokens that this rank holds, D hidden, H query
+heads, G key/value heads, K head size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
@@ -28,6 +30,11 @@ class PackedLayout:
     """
 
     bias_B1SS: Tensor
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.bias_B1SS.shape[0]
 
     @classmethod
     def from_positions(cls, positions_BS: Tensor, dtype: torch.dtype) -> PackedLayout:
@@ -109,9 +116,14 @@ class SelfAttention(nn.Module):
 
     Key and value heads are split like the query heads while they divide over the ranks, else
     every rank holds all of them and uses those that its query heads belong to.
+
+    With `recompute` scores and softmax, which are held for every pair of slots, are computed again
+    backward (Korthikanti et al. 2022, section 5: selective activation recomputation).
     """
 
-    def __init__(self, model: ModelConfig, tp: TensorParallelGroup) -> None:
+    def __init__(
+        self, model: ModelConfig, tp: TensorParallelGroup, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         groups = model.num_query_groups
         replicated = groups % tp.size != 0
@@ -120,7 +132,8 @@ class SelfAttention(nn.Module):
         self.key = ColumnParallelLinear(model.hidden_size, kv_size, tp, replicated=replicated)
         self.value = ColumnParallelLinear(model.hidden_size, kv_size, tp, replicated=replicated)
         self.output = RowParallelLinear(model.hidden_size, model.hidden_size, tp)
-        self.group = tp.group
+        self.tp = tp
+        self.recompute = recompute
         self.head_dim = model.head_dim
         self.dropout = model.attention_dropout
         self.first_head = model.num_attention_heads // tp.size * tp.rank
@@ -128,18 +141,27 @@ class SelfAttention(nn.Module):
         self.heads_per_group = model.num_attention_heads // groups
         self.selects_kv_heads = replicated and groups > 1
 
-    def forward(self, x_BSD: Tensor, layout: PackedLayout, dropout_keys_B: Tensor | None) -> Tensor:
-        """[B, S, D] -> [B, S, D], the same on every tensor-parallel rank."""
+    def forward(self, x_TD: Tensor, layout: PackedLayout, dropout_keys_B: Tensor) -> Tensor:
+        """[T, D] -> [T, D], the tokens that this rank holds."""
         q, k, v = (
-            projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
-            for projected in column_parallel(x_BSD, (self.query, self.key, self.value), self.group)
+            projected.view(layout.rows, -1, projected.shape[1] // self.head_dim, self.head_dim)
+            for projected in column_parallel(x_TD, (self.query, self.key, self.value), self.tp)
         )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.selects_kv_heads:
             k, v = self._of_local_heads(k), self._of_local_heads(v)
         dropout = self.dropout if self.training else 0.0
-        mixed_BHSK = attend(q, k, v, layout, dropout, dropout_keys_B, self.first_head)
-        y: Tensor = self.output(mixed_BHSK.transpose(1, 2).flatten(-2))
-        return y
+        mixed_BHSK: Tensor
+        arguments = (q, k, v, layout, dropout, dropout_keys_B, self.first_head)
+        if self.recompute and self.training:
+            # Nothing is drawn from a generator, so that there is no state to keep.
+            mixed_BHSK = checkpoint(
+                attend, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            mixed_BHSK = attend(*arguments)
+        y_TD: Tensor = self.output(mixed_BHSK.transpose(1, 2).flatten(2).flatten(0, 1))
+        return y_TD
 
     def _of_local_heads(self, x_BGSK: Tensor) -> Tensor:
         """[B, G, S, K] -> [B, H, S, K]: for each query head of this rank its key/value head."""

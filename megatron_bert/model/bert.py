@@ -1,50 +1,80 @@
 """RetrievaBERT for masked language modelling.
 
-Shape suffixes: B rows, S slots, M masked slots a row, D hidden, L layers.
+Shape suffixes: B rows, S slots, N = B x S tokens, T tokens that this rank holds, M masked slots a
+row, D hidden, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_bert.config.schema import ModelConfig
+from megatron_bert.distributed.collectives import reduce_from_group
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.attention import PackedLayout
-from megatron_bert.model.block import Block, BlockDropoutKeys
+from megatron_bert.model.block import Block, BlockDropout, Recompute
+from megatron_bert.parallel.partial_gradients import per_token
 from megatron_bert.parallel.random import dropout_keys, hash_dropout
 from megatron_bert.parallel.sharding import local_part, make_parameter
+from megatron_bert.parallel.token_share import TokenShare
 from megatron_bert.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
+# The decoder is the embedding's table: a pipeline's last stage has a copy of it under its name.
+TIED_PARAMETER = "embeddings.word.weight"
 
-class MaskedLoss(NamedTuple):
-    """Sums over a micro-batch's masked tokens, fp32 scalars.
+
+@dataclass(frozen=True)
+class ModelPart:
+    """Which part of the model a pipeline stage holds.
 
     Attributes:
-        loss: summed cross-entropy in nats.
-        correct: number of tokens whose label has the largest logit.
+        layers: numbers of its blocks within the whole model.
+        is_first: it begins with the embeddings.
+        is_last: it ends with the final norm and the head.
     """
 
-    loss: Tensor
-    correct: Tensor
+    layers: range
+    is_first: bool
+    is_last: bool
+
+    @classmethod
+    def whole(cls, model: ModelConfig) -> ModelPart:
+        """All of it."""
+        return cls(range(model.num_layers), is_first=True, is_last=True)
 
 
 class Embeddings(nn.Module):
-    """Sum of word and learned absolute position embeddings, then dropout."""
+    """Sum of word and learned absolute position embeddings, then dropout.
 
-    def __init__(self, model: ModelConfig, vocab_size: int, tp: TensorParallelGroup) -> None:
+    Without positions it is but the word embeddings' table, which the head of a pipeline's last
+    stage decodes with.
+    """
+
+    def __init__(
+        self, model: ModelConfig, vocab_size: int, tp: TensorParallelGroup, *, with_positions: bool
+    ) -> None:
         super().__init__()
         self.word = VocabParallelEmbedding(vocab_size, model.hidden_size, tp)
-        self.position = nn.Embedding(model.max_position_embeddings, model.hidden_size)
+        self.position: nn.Module | None = None
+        if with_positions:
+            table = nn.Embedding(model.max_position_embeddings, model.hidden_size)
+            self.position = per_token(table, tp)
         self.dropout = model.hidden_dropout
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, keys_B: Tensor) -> Tensor:
-        """[B, S] ids and positions -> [B, S, D]."""
-        x_BSD: Tensor = self.word(tokens_BS) + self.position(positions_BS)
-        return hash_dropout(x_BSD, self.dropout if self.training else 0.0, keys_B)
+    def forward(
+        self, tokens_BS: Tensor, positions_BS: Tensor, share: TokenShare, keys_B: Tensor
+    ) -> Tensor:
+        """[B, S] ids and positions -> [T, D], the tokens that this rank holds."""
+        assert self.position is not None
+        x_TD: Tensor = self.word(tokens_BS.flatten()) + self.position(share.take(positions_BS))
+        probability = self.dropout if self.training else 0.0
+        first_T = share.slot_numbers(x_TD.device) * x_TD.shape[1]
+        return hash_dropout(x_TD, probability, share.take(keys_B[:, None]), first_T)
 
 
 class MaskedHead(nn.Module):
@@ -64,8 +94,13 @@ class MaskedHead(nn.Module):
 
     def forward(
         self, hidden_BMD: Tensor, table: Tensor, labels_BM: Tensor, weights_BM: Tensor
-    ) -> MaskedLoss:
-        """Sum the loss of the masked positions' hidden states against their labels."""
+    ) -> Tensor:
+        """Sum the loss of the masked positions' hidden states against their labels.
+
+        Returns:
+            fp32 [1, 2]: summed cross-entropy in nats, and number of tokens whose label has the
+            largest logit. A pipeline joins micro-batches' results along the first dimension.
+        """
         loss, correct = vocab_parallel_cross_entropy(
             self.transform(hidden_BMD).flatten(0, 1),
             local_part(table),
@@ -74,65 +109,106 @@ class MaskedHead(nn.Module):
             weights_BM.flatten(),
             self.group,
         )
-        return MaskedLoss(loss, correct)
+        return torch.stack([loss[None], correct[None]], dim=1)
 
 
 class BertForPretraining(nn.Module):
-    """Embeddings, PreNorm blocks, final norm and the masked-language-model head.
+    """Embeddings, PreNorm blocks, final norm and the masked-language-model head, or a part of them.
 
-    Parameters are made on the current default device (the meta device costs nothing) and hold
-    nothing until `megatron_bert.model.initialization` fills them.
+    What a part lacks is None, and the rest has the names that it has in the whole. Parameters are
+    made on the current default device (the meta device costs nothing) and hold nothing until
+    `megatron_bert.model.initialization` fills them.
     """
 
     def __init__(
-        self, model: ModelConfig, vocab_size: int, tp: TensorParallelGroup, seed: int
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        tp: TensorParallelGroup,
+        seed: int,
+        *,
+        part: ModelPart | None = None,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        self.embeddings = Embeddings(model, vocab_size, tp)
-        self.blocks = nn.ModuleList(Block(model, tp) for _ in range(model.num_layers))
-        self.final_norm = nn.LayerNorm(model.hidden_size, eps=model.norm_eps)
-        self.head = MaskedHead(model, vocab_size, tp)
+        part = part or ModelPart.whole(model)
+        self.embeddings: Embeddings | None = None
+        if part.is_first or part.is_last:
+            self.embeddings = Embeddings(model, vocab_size, tp, with_positions=part.is_first)
+        self.blocks = nn.ModuleDict({str(n): Block(model, tp, recompute) for n in part.layers})
+        self.final_norm: nn.Module | None = None
+        self.head: MaskedHead | None = None
+        if part.is_last:
+            norm = nn.LayerNorm(model.hidden_size, eps=model.norm_eps)
+            self.final_norm = per_token(norm, tp)
+            self.head = MaskedHead(model, vocab_size, tp)
+        self.part = part
+        self.tp = tp
         self.seed = seed
 
     def forward(
         self,
-        tokens_BS: Tensor,
+        inputs: Tensor,
         positions_BS: Tensor,
         masked_BM: Tensor,
         labels_BM: Tensor,
         weights_BM: Tensor,
         rows_B: Tensor,
-    ) -> MaskedLoss:
-        """Sum the loss over the micro-batch's masked tokens.
+    ) -> Tensor:
+        """Compute this part of the model on a micro-batch.
 
         Args:
-            tokens_BS: int [B, S] ids of packed rows.
+            inputs: int [B, S] ids of packed rows; of a later stage [T, D] hidden states, the
+                output of the stage before.
             positions_BS: int [B, S], restarting at 0 in each segment.
             masked_BM: int [B, M] slots whose token is to be predicted.
             labels_BM: int [B, M] the right ids.
             weights_BM: float [B, M], 0 for unused slots.
             rows_B: int64 [B] global row numbers, which key dropout.
+
+        Returns:
+            What `MaskedHead` returns, or without a head hidden states [T, D].
         """
-        hidden_BSD = self.encode(tokens_BS, positions_BS, rows_B)
-        index_BMD = masked_BM.long()[..., None].expand(-1, -1, hidden_BSD.shape[-1])
-        loss: MaskedLoss = self.head(
-            hidden_BSD.gather(1, index_BMD), self.embeddings.word.weight, labels_BM, weights_BM
-        )
-        return loss
+        x_TD = self.encode(inputs, positions_BS, rows_B)
+        if self.head is None:
+            return x_TD
+        assert self.embeddings is not None
+        share = TokenShare.of(self.tp, *positions_BS.shape)
+        hidden_BMD = share.gather_slots(x_TD, masked_BM.long())
+        if self.tp.shards_tokens:
+            hidden_BMD = reduce_from_group(hidden_BMD, self.tp.group)
+        sums: Tensor = self.head(hidden_BMD, self.embeddings.word.weight, labels_BM, weights_BM)
+        return sums
 
-    def encode(self, tokens_BS: Tensor, positions_BS: Tensor, rows_B: Tensor) -> Tensor:
-        """Return the last hidden states [B, S, D], after the final norm."""
-        x_BSD = self.embeddings(
-            tokens_BS, positions_BS, dropout_keys(rows_B, self.seed, "embeddings", 1)[0]
-        )
-        layout = PackedLayout.from_positions(positions_BS, x_BSD.dtype)
-        for block, keys in zip(self.blocks, self._block_keys(rows_B), strict=True):
-            x_BSD = block(x_BSD, layout, keys)
-        hidden_BSD: Tensor = self.final_norm(x_BSD)
-        return hidden_BSD
+    def encode(self, inputs: Tensor, positions_BS: Tensor, rows_B: Tensor) -> Tensor:
+        """Return the part's last hidden states [T, D], the model's after the final norm."""
+        share = TokenShare.of(self.tp, *positions_BS.shape)
+        x_TD = inputs
+        if self.part.is_first:
+            assert self.embeddings is not None
+            keys_B = dropout_keys(rows_B, self.seed, "embeddings", range(1))[0]
+            x_TD = self.embeddings(inputs, positions_BS, share, keys_B)
+        layout = PackedLayout.from_positions(positions_BS, x_TD.dtype)
+        dropouts = self._block_dropouts(rows_B, share, x_TD.shape[1])
+        for block, dropout in zip(self.blocks.values(), dropouts, strict=True):
+            x_TD = block(x_TD, layout, dropout)
+        if self.final_norm is not None:
+            x_TD = self.final_norm(x_TD)
+        return x_TD
 
-    def _block_keys(self, rows_B: Tensor) -> Iterator[BlockDropoutKeys]:
-        sites = ("attention_weights", "attention", "feed_forward")
-        keys_LB = [dropout_keys(rows_B, self.seed, site, len(self.blocks)) for site in sites]
-        for keys_B in zip(*(keys.unbind(0) for keys in keys_LB), strict=True):
-            yield BlockDropoutKeys(*keys_B)
+    def _block_dropouts(
+        self, rows_B: Tensor, share: TokenShare, hidden_size: int
+    ) -> Iterator[BlockDropout]:
+        layers = self.part.layers
+        weights_LB, attention_LB, feed_forward_LB = (
+            dropout_keys(rows_B, self.seed, site, layers)
+            for site in ("attention_weights", "attention", "feed_forward")
+        )
+        first_element_T = share.slot_numbers(rows_B.device) * hidden_size
+        for layer in range(len(layers)):
+            yield BlockDropout(
+                weights_LB[layer],
+                share.take(attention_LB[layer, :, None]),
+                share.take(feed_forward_LB[layer, :, None]),
+                first_element_T,
+            )

@@ -3,40 +3,67 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.attention import PackedLayout, SelfAttention
 from megatron_bert.model.feed_forward import FeedForward
+from megatron_bert.parallel.partial_gradients import per_token
 from megatron_bert.parallel.random import hash_dropout
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
-class BlockDropoutKeys:
-    """The keys of one block's dropout masks, int64 [B] each."""
+class BlockDropout:
+    """What one block's dropout masks are made of.
+
+    Attributes:
+        attention_weights_B: int64 [B], keys of the rows.
+        attention_T: int64 [T], keys of the rows of this rank's tokens.
+        feed_forward_T: int64 [T], the same for the other sub-layer.
+        first_element_T: int64 [T], number of each token's first element within its row.
+    """
 
     attention_weights_B: Tensor
-    attention_B: Tensor
-    feed_forward_B: Tensor
+    attention_T: Tensor
+    feed_forward_T: Tensor
+    first_element_T: Tensor
 
 
 class Block(nn.Module):
     """PreNorm block: x + dropout(attention(norm(x))), then x + dropout(ffn(norm(x)))."""
 
-    def __init__(self, model: ModelConfig, tp: TensorParallelGroup) -> None:
+    def __init__(
+        self, model: ModelConfig, tp: TensorParallelGroup, recompute: Recompute = "none"
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(model.hidden_size, eps=model.norm_eps)
-        self.attention = SelfAttention(model, tp)
-        self.feed_forward_norm = nn.LayerNorm(model.hidden_size, eps=model.norm_eps)
+        norm_size, eps = model.hidden_size, model.norm_eps
+        self.attention_norm = per_token(nn.LayerNorm(norm_size, eps=eps), tp)
+        self.attention = SelfAttention(model, tp, recompute=recompute == "selective")
+        self.feed_forward_norm = per_token(nn.LayerNorm(norm_size, eps=eps), tp)
         self.feed_forward = FeedForward(model, tp)
         self.dropout = model.hidden_dropout
+        self.recompute = recompute == "full"
 
-    def forward(self, x_BSD: Tensor, layout: PackedLayout, keys: BlockDropoutKeys) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        dropout = self.dropout if self.training else 0.0
-        y_BSD = self.attention(self.attention_norm(x_BSD), layout, keys.attention_weights_B)
-        x_BSD = x_BSD + hash_dropout(y_BSD, dropout, keys.attention_B)
-        y_BSD = self.feed_forward(self.feed_forward_norm(x_BSD))
-        return x_BSD + hash_dropout(y_BSD, dropout, keys.feed_forward_B)
+    def forward(self, x_TD: Tensor, layout: PackedLayout, dropout: BlockDropout) -> Tensor:
+        """[T, D] -> [T, D]; with full recomputation only the input is kept for backward."""
+        if not (self.recompute and self.training):
+            return self._compute(x_TD, layout, dropout)
+        # Nothing is drawn from a generator, so that there is no state to keep.
+        y_TD: Tensor = checkpoint(
+            self._compute, x_TD, layout, dropout, use_reentrant=False, preserve_rng_state=False
+        )
+        return y_TD
+
+    def _compute(self, x_TD: Tensor, layout: PackedLayout, dropout: BlockDropout) -> Tensor:
+        probability = self.dropout if self.training else 0.0
+        first_T = dropout.first_element_T
+        y_TD = self.attention(self.attention_norm(x_TD), layout, dropout.attention_weights_B)
+        x_TD = x_TD + hash_dropout(y_TD, probability, dropout.attention_T, first_T)
+        y_TD = self.feed_forward(self.feed_forward_norm(x_TD))
+        return x_TD + hash_dropout(y_TD, probability, dropout.feed_forward_T, first_T)

@@ -1,38 +1,137 @@
-"""From configuration to a sharded, initialised model on this rank's device."""
+"""From configuration to the sharded, initialised part of the model that this rank holds."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
+import torch
+from torch import nn
+
+from megatron_bert.config.pipeline_stages import num_stages, stage_layers
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.topology import Topology
-from megatron_bert.model.bert import BertForPretraining
+from megatron_bert.model.bert import TIED_PARAMETER, BertForPretraining, ModelPart
 from megatron_bert.model.initialization import initialize_weights
 from megatron_bert.parallel.data_parallel import shard_over_data
+from megatron_bert.parallel.micro_batches import MicroBatchRunner, WholeModel
+from megatron_bert.parallel.partial_gradients import sum_partial_gradients
+from megatron_bert.parallel.pipeline import Pipeline
+from megatron_bert.parallel.sharding import is_split_over, local_part
+from megatron_bert.parallel.tied import sum_tied_gradient
 
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(config: Config, vocab_size: int, topology: Topology) -> BertForPretraining:
-    """Build the model as this rank holds it.
+@dataclass(frozen=True)
+class RankModel:
+    """What a rank holds of the model, and how it takes part in a step.
+
+    Attributes:
+        chunks: the whole model, or the stages of a pipeline rank.
+        runner: takes micro-batches through them and through the other ranks' stages.
+        topology: the ranks.
+    """
+
+    chunks: tuple[BertForPretraining, ...]
+    runner: MicroBatchRunner
+    topology: Topology
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by the names that they have in the whole model."""
+        return {name: p for chunk in self.chunks for name, p in chunk.named_parameters()}
+
+    def counts_here(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether this rank is the one that counts its shard in a sum over all ranks."""
+        topology = self.topology
+        tensor_parallel = topology.tensor_parallel.rank == 0 or is_split_over("tp", parameter)
+        is_copy = self._holds_tied_copy and name == TIED_PARAMETER
+        return tensor_parallel and topology.replica == 0 and not is_copy
+
+    def sum_shared_gradients(self) -> None:
+        """Complete the gradients that backward left in parts on several ranks."""
+        topology = self.topology
+        sum_partial_gradients(self.chunks, topology.tensor_parallel)
+        if topology.pipeline_size == 1:
+            return
+        for chunk in self.chunks:
+            if chunk.embeddings is not None:
+                gradient = chunk.embeddings.word.weight.grad
+                assert gradient is not None
+                sum_tied_gradient(local_part(gradient), topology)
+
+    @property
+    def _holds_tied_copy(self) -> bool:
+        return self.topology.pipeline_rank > 0
+
+
+def build_model(config: Config, vocab_size: int, topology: Topology) -> RankModel:
+    """Build what this rank holds of the model.
 
     It is laid out on the meta device and sharded there, so that a rank only ever allocates its
-    own part. Blocks are compiled before they are sharded: the hooks that gather and free weights
-    then stay outside the graphs.
+    own part.
 
     Args:
         config: the whole configuration.
         vocab_size: padded vocabulary.
         topology: the ranks.
     """
-    with torch.device("meta"):
-        model = BertForPretraining(
-            config.model, vocab_size, topology.tensor_parallel, config.run.seed
+    chunks = lay_out_chunks(config, vocab_size, topology)
+    for chunk in chunks:
+        chunk.to_empty(device=topology.device)
+        initialize_weights(chunk, config.model, config.run.seed)
+    runner: MicroBatchRunner
+    if topology.pipeline_size == 1:
+        reshard = config.parallel.reshard_after_forward
+        runner = WholeModel(chunks[0], reshard_after_forward=reshard)
+    else:
+        runner = Pipeline(
+            chunks,
+            config.parallel.pipeline_schedule,
+            topology,
+            config.model.hidden_size,
+            _COMPUTE_DTYPES[config.precision.compute],
         )
+    return RankModel(chunks, runner, topology)
+
+
+def lay_out_chunks(
+    config: Config, vocab_size: int, topology: Topology
+) -> tuple[BertForPretraining, ...]:
+    """Make the sharded model, or this pipeline rank's stages of it, on the meta device.
+
+    Blocks are compiled before they are sharded: the hooks that gather and free weights then stay
+    outside the graphs.
+    """
+    layers, count = stage_layers(config, vocab_size), num_stages(config)
+    return tuple(
+        _lay_out(
+            config, vocab_size, topology, ModelPart(layers[stage], stage == 0, stage == count - 1)
+        )
+        for stage in range(topology.pipeline_rank, count, topology.pipeline_size)
+    )
+
+
+def _lay_out(
+    config: Config, vocab_size: int, topology: Topology, part: ModelPart
+) -> BertForPretraining:
+    with torch.device("meta"):
+        chunk = BertForPretraining(
+            config.model,
+            vocab_size,
+            topology.tensor_parallel,
+            config.run.seed,
+            part=part,
+            recompute=config.recompute,
+        )
+    blocks = list(chunk.blocks.values())
     if config.compile.enabled:
-        for block in model.blocks:
+        for block in blocks:
             block.compile(fullgraph=True)
-    shard_over_data(model, model.blocks, topology, _COMPUTE_DTYPES[config.precision.compute])
-    model.to_empty(device=topology.device)
-    initialize_weights(model, config.model, config.run.seed)
-    return model
+    shard_over_data(
+        chunk,
+        blocks,
+        topology,
+        _COMPUTE_DTYPES[config.precision.compute],
+        reshard_after_forward=config.parallel.reshard_after_forward,
+    )
+    return chunk

@@ -18,10 +18,10 @@ class FeedForward(nn.Module):
         self.gate = ColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, tp)
         self.up = ColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, tp)
         self.down = RowParallelLinear(model.ffn_hidden_size, model.hidden_size, tp)
-        self.group = tp.group
+        self.tp = tp
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D], the same on every tensor-parallel rank."""
-        gate, up = column_parallel(x_BSD, (self.gate, self.up), self.group)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D], the tokens that this rank holds."""
+        gate, up = column_parallel(x_TD, (self.gate, self.up), self.tp)
         y: Tensor = self.down(F.silu(gate) * up)
         return y

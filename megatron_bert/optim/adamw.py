@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_bert.config.schema import OptimizerConfig
+from megatron_bert.parallel.sharding import local_part
 
 
 class ShardedAdamW:
@@ -20,15 +23,23 @@ class ShardedAdamW:
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, tensor_parallel_rank: int
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        counts_here: Callable[[str, nn.Parameter], bool],
     ) -> None:
-        self._parameters = dict(model.named_parameters())
-        self._shards = {name: _local(p).detach() for name, p in self._parameters.items()}
+        """Update what this rank holds.
+
+        Args:
+            parameters: this rank's parameters by name.
+            config: the rates of decay and the clipping.
+            counts_here: whether this rank counts its shard of a parameter in the global norm;
+                of the ranks that hold the same one only one does.
+        """
+        self._parameters = parameters
+        self._shards = {name: local_part(p).detach() for name, p in parameters.items()}
         self._clip_grad = config.clip_grad
-        self._counted_here = {
-            name: tensor_parallel_rank == 0 or _is_tensor_parallel(parameter)
-            for name, parameter in self._parameters.items()
-        }
+        self._counted_here = {name: counts_here(name, p) for name, p in parameters.items()}
         matrices = [s for n, s in self._shards.items() if self._parameters[n].dim() > 1]
         vectors = [s for n, s in self._shards.items() if self._parameters[n].dim() == 1]
         self._optimizer = torch.optim.AdamW(
@@ -58,7 +69,7 @@ class ShardedAdamW:
             (1.0) or made (0.0); fp32 scalars on the device, the same on all ranks.
         """
         for name, parameter in self._parameters.items():
-            self._shards[name].grad = None if parameter.grad is None else _local(parameter.grad)
+            self._shards[name].grad = None if parameter.grad is None else local_part(parameter.grad)
         norm = self._global_norm()
         skipped = (~norm.isfinite()).float()
         # The kernel divides gradients by grad_scale: at most `clip_grad` remains of the norm.
@@ -111,20 +122,6 @@ class ShardedAdamW:
             total = norms.double().square().sum()
         dist.all_reduce(total)
         return total.sqrt().float()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_tensor_parallel(parameter: Tensor) -> bool:
-    if not isinstance(parameter, DTensor):
-        return False
-    names = parameter.device_mesh.mesh_dim_names or ()
-    return any(
-        name == "tp" and not placement.is_replicate()
-        for name, placement in zip(names, parameter.placements, strict=True)
-    )
 
 
 def _like_parameter(local: Tensor, parameter: Tensor) -> Tensor:

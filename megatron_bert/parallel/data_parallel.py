@@ -7,7 +7,8 @@ divided by the number of masked tokens in the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -17,29 +18,45 @@ from megatron_bert.distributed.topology import Topology
 
 
 def shard_over_data(
-    model: nn.Module, units: Iterable[nn.Module], topology: Topology, compute_dtype: torch.dtype
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    topology: Topology,
+    compute_dtype: torch.dtype,
+    *,
+    reshard_after_forward: bool = False,
 ) -> None:
     """Shard each unit's parameters over the data-parallel ranks, then what remains of the model.
 
     Args:
-        model: the whole model, changed in place.
+        model: the model, or a pipeline stage's part of it, changed in place.
         units: its blocks, in the order of the forward pass; each is gathered and reduced by
             itself, so that its messages run beside its neighbours' computation.
         topology: the ranks.
         compute_dtype: type of weights and activations in forward and backward.
+        reshard_after_forward: free a unit's gathered weights after its forward pass (ZeRO-3); by
+            default they stay from the step's first forward to its last backward.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    mesh = topology.mesh["dp"]
     for module in (*units, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(
+            module,
+            mesh=topology.sharding_mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward and module is not model,
+        )
+    for unit, following in pairwise(units):
+        # Asked for before the unit computes: the host need not run ahead of the device for it.
+        assert isinstance(unit, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        unit.set_modules_to_forward_prefetch([following])
     for sharded in _sharded_modules(model):
         sharded.set_gradient_divide_factor(1.0)
         # Without it gloo is asked for a pre-multiplied sum, which it does not have.
         sharded.set_force_sum_reduction_for_comms(True)
 
 
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Say whether the coming backward pass reduces gradients and frees the gathered weights.
+def set_gradient_sync(model: nn.Module, enabled: bool, *, reshard: bool) -> None:
+    """Say whether the coming backward pass reduces gradients, and frees the gathered weights.
 
     With gradient accumulation only the last micro-batch does: before it weights stay gathered and
     gradients stay local, so that a step gathers and reduces once however many micro-batches it
@@ -47,7 +64,7 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
     """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(enabled)
-    model.set_reshard_after_backward(enabled)
+    model.set_reshard_after_backward(reshard)
 
 
 def free_gathered_weights(model: nn.Module) -> None:

@@ -8,8 +8,12 @@ A weight is stored as in `nn.Linear`, [out, in]. Over two ranks
 
 so that column-parallel, a pointwise function or attention, then row-parallel needs one
 all-reduce forward (in the row-parallel layer) and one backward (in the column-parallel one).
+Where the ranks share the tokens between such pairs (sequence parallelism, Korthikanti et al. 2022,
+section 4.2.2), the first gathers them and the second sums and scatters: as many bytes travel, and
+what stands between the pairs is held once and not on every rank.
 
-Shape suffixes: B rows, S slots, D features in, F features out.
+Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D
+features in, F features out.
 """
 
 from __future__ import annotations
@@ -19,11 +23,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as functional
 from torch.nn import functional as F
 
-from megatron_bert.distributed.collectives import copy_to_group, reduce_from_group
+from megatron_bert.distributed.collectives import (
+    reduce_from_group,
+    reduce_scatter_from_group,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+    wait,
+)
 from megatron_bert.distributed.topology import TensorParallelGroup
+from megatron_bert.parallel.partial_gradients import mark_partial
 from megatron_bert.parallel.sharding import local_part, make_parameter
 
 
@@ -31,7 +42,7 @@ class ColumnParallelLinear(nn.Module):
     """Weight and bias of y = x W^T + b whose output features are split over the ranks.
 
     With `replicated=True` every rank holds all of it (the key and value heads that do not divide
-    over the ranks); its gradient is then summed over them, since each rank's heads use it.
+    over the ranks); each rank's heads then give a part of its gradient.
 
     Layers that read the same input are computed together by `column_parallel`.
     """
@@ -48,15 +59,12 @@ class ColumnParallelLinear(nn.Module):
         dim = None if replicated else 0
         self.weight = make_parameter((out_features, in_features), tp, dim)
         self.bias = make_parameter((out_features,), tp, dim)
-        self.group = tp.group
-        self.replicated = replicated
+        if replicated:
+            mark_partial(self, "weight", "bias")
 
     def local_parameters(self) -> tuple[Tensor, Tensor]:
         """The weight and bias that this rank computes with."""
-        weight, bias = local_part(self.weight), local_part(self.bias)
-        if self.replicated:
-            weight, bias = copy_to_group(weight, self.group), copy_to_group(bias, self.group)
-        return weight, bias
+        return local_part(self.weight), local_part(self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -67,58 +75,67 @@ class RowParallelLinear(nn.Module):
         self.weight = make_parameter((out_features, in_features), tp, 1)
         self.bias = make_parameter((out_features,), tp)
         self.group = tp.group
+        self.shards_tokens = tp.shards_tokens
+        if tp.shards_tokens:
+            mark_partial(self, "bias")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in / tp] -> [..., out], the same on every rank of the group."""
+    def forward(self, x_NF: Tensor) -> Tensor:
+        """[N, in / tp] -> [T, out], the tokens that this rank holds."""
         weight = local_part(self.weight)
         if self.group.size() == 1:
-            return F.linear(x, weight, self.bias)
-        return reduce_from_group(F.linear(x, weight), self.group) + self.bias
+            return F.linear(x_NF, weight, self.bias)
+        reduce = reduce_scatter_from_group if self.shards_tokens else reduce_from_group
+        return reduce(F.linear(x_NF, weight), self.group) + self.bias
 
 
 def column_parallel(
-    x: Tensor, layers: tuple[ColumnParallelLinear, ...], group: dist.ProcessGroup
+    x_TD: Tensor, layers: tuple[ColumnParallelLinear, ...], tp: TensorParallelGroup
 ) -> tuple[Tensor, ...]:
     """Apply several column-parallel layers to one input.
 
-    Backward, the all-reduce of the input's gradient runs under the weights' gradient GEMMs, which
-    two separate collectives around one linear layer could not do.
+    Backward, the collective of the input's gradient runs under the weights' gradient GEMMs, which
+    two separate functions around one linear layer could not do; so does the gathering of shared
+    tokens under the input's gradient GEMMs.
 
     Args:
-        x: [..., in], the same on every rank of the group.
+        x_TD: [T, in], the tokens that this rank holds.
         layers: layers of `in` input features.
-        group: the tensor-parallel group.
+        tp: the ranks.
 
     Returns:
-        One tensor [..., out / tp] a layer.
+        One tensor [N, out / tp] a layer.
     """
-    if group.size() == 1:
-        return tuple(F.linear(x, *layer.local_parameters()) for layer in layers)
     pairs = [layer.local_parameters() for layer in layers]
+    if tp.size == 1:
+        return tuple(F.linear(x_TD, weight, bias) for weight, bias in pairs)
     weights, biases = zip(*pairs, strict=True)
-    return _ColumnParallel.apply(x, group, *weights, *biases)  # type: ignore[no-any-return,no-untyped-call]
+    return _ColumnParallel.apply(x_TD, tp.group, tp.shards_tokens, *weights, *biases)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: dist.ProcessGroup, *parameters: Tensor
+        ctx: Any, x_TD: Tensor, group: dist.ProcessGroup, shards_tokens: bool, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         weights, biases = parameters[:count], parameters[count:]
-        ctx.group = group
-        ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        ctx.group, ctx.shards_tokens = group, shards_tokens
+        # Of shared tokens each rank keeps its own; they are gathered again backward.
+        ctx.save_for_backward(x_TD, *weights)
+        x_ND = wait(start_all_gather(x_TD, group)) if shards_tokens else x_TD
+        return tuple(F.linear(x_ND, w, b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_NF: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        x_grad = sum(g @ w for g, w in zip(grads[1:], weights[1:], strict=True))
-        x_grad = grads[0] @ weights[0] + x_grad
-        pending = functional.all_reduce(x_grad, "sum", ctx.group)
-        x_ND = x.flatten(0, -2)
-        grads_NF = [grad.flatten(0, -2) for grad in grads]
+        group, shards_tokens = ctx.group, ctx.shards_tokens
+        gathering = start_all_gather(x, group) if shards_tokens else x
+        x_grad_ND = grads_NF[0] @ weights[0]
+        for grad_NF, weight in zip(grads_NF[1:], weights[1:], strict=True):
+            x_grad_ND = x_grad_ND + grad_NF @ weight
+        start = start_reduce_scatter if shards_tokens else start_all_reduce
+        x_ND = wait(gathering) if shards_tokens else x
+        reducing = start(x_grad_ND, group)
         weight_grads = [grad_NF.T @ x_ND for grad_NF in grads_NF]
         bias_grads = [grad_NF.sum(0) for grad_NF in grads_NF]
-        x_grad = functional.wait_tensor(pending)  # type: ignore[no-untyped-call]
-        return x_grad, None, *weight_grads, *bias_grads
+        return wait(reducing), None, None, *weight_grads, *bias_grads

@@ -36,44 +36,50 @@ def key32(*parts: object) -> int:
     return int.from_bytes(digest, "little")
 
 
-def dropout_keys(rows_B: Tensor, seed: int, site: str, count: int) -> Tensor:
+def dropout_keys(rows_B: Tensor, seed: int, site: str, layers: range) -> Tensor:
     """Make one dropout key per (layer, row).
 
     Args:
         rows_B: int64 [B], global row numbers.
         seed: the run's seed.
         site: what the keys are for; sites draw independently.
-        count: number of layers.
+        layers: L numbers of layers within the whole model.
 
     Returns:
-        int64 [count, B], each below 2^32.
+        int64 [L, B], each below 2^32.
     """
-    layer_L = torch.arange(count, device=rows_B.device, dtype=torch.int64)
+    layer_L = torch.arange(layers.start, layers.stop, device=rows_B.device, dtype=torch.int64)
     layer_L = mix32(layer_L ^ key32(seed, site))
     # Rows may outgrow 32 bits: the high half is hashed in, not cut off.
     row_B = mix32(mix32(rows_B & _MASK_32) ^ ((rows_B >> 32) & _MASK_32))
     return mix32(row_B[None, :] ^ layer_L[:, None])
 
 
-def hash_dropout(x: Tensor, probability: float, keys_B: Tensor, first_element: int = 0) -> Tensor:
+def hash_dropout(
+    x: Tensor, probability: float, keys_N: Tensor, first_element: int | Tensor = 0
+) -> Tensor:
     """Zero elements with `probability` and scale up the rest.
 
     The mask is a function of the row's key and of the element's number within the row, so it is
     the same whatever batch, rank or order the row is computed in.
 
     Args:
-        x: [B, ...], one row's elements along the remaining dimensions.
+        x: [N, ...]: each of the N is a row, or a part of one, its elements along the remaining
+            dimensions.
         probability: in [0, 1).
-        keys_B: int64 [B] from `dropout_keys`.
-        first_element: number of `x`'s first element within the whole row, where `x` is a part of
-            it; at most 2^32 elements a row.
+        keys_N: int64 [N] from `dropout_keys`, that of the row.
+        first_element: number of the first element within the whole row, one for all or int64
+            [N]; at most 2^32 elements a row.
     """
     if probability == 0.0:
         return x
     count = math.prod(x.shape[1:])
+    ones = (1,) * (x.dim() - 1)
     element = torch.arange(count, device=x.device, dtype=torch.int64).view(1, *x.shape[1:])
+    if isinstance(first_element, Tensor):
+        first_element = first_element.view(-1, *ones)
     element = element + first_element
-    key = keys_B.view(-1, *(1,) * (x.dim() - 1))
+    key = keys_N.view(-1, *ones)
     # An odd multiplier and an offset from the key keep two rows' masks from being shifted copies
     # of one another, as they would be if the key were only added to the counter.
     draw = mix32(((element * ((key >> 1) | 1)) & _MASK_32) ^ mix32(key ^ 0x5BD1E995))

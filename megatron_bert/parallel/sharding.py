@@ -33,3 +33,14 @@ def make_parameter(
 def local_part(parameter: Tensor) -> Tensor:
     """Return this rank's part of a parameter, differentiably: what the layers compute on."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def is_split_over(axis: str, parameter: Tensor) -> bool:
+    """Whether a parameter's parts differ along this axis of its mesh."""
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return any(
+        name == axis and not placement.is_replicate()
+        for name, placement in zip(names, parameter.placements, strict=True)
+    )

@@ -1,6 +1,6 @@
 """Embedding and cross-entropy over a vocabulary that is split over the tensor-parallel ranks.
 
-Shape suffixes: B rows, S slots, N masked tokens, D hidden, V this rank's part of the vocabulary.
+Shape suffixes: N tokens, T of them on this rank, D hidden, V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.distributed.collectives import all_reduce, reduce_from_group
+from megatron_bert.distributed.collectives import (
+    all_reduce,
+    reduce_from_group,
+    reduce_scatter_from_group,
+)
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.sharding import local_part, make_parameter
 
@@ -31,18 +35,20 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.weight = make_parameter((vocab_size, hidden_size), tp, 0)
         self.group = tp.group
+        self.shards_tokens = tp.shards_tokens
         self.first_id = vocab_size // tp.size * tp.rank
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """[B, S] token ids -> [B, S, D], the same on every rank of the group."""
+    def forward(self, tokens_N: Tensor) -> Tensor:
+        """[N] ids of the micro-batch's tokens -> [T, D], the tokens that this rank holds."""
         weight_VD = local_part(self.weight)
         if self.group.size() == 1:
-            return F.embedding(tokens_BS, weight_VD)
-        local_BS = tokens_BS - self.first_id
-        absent_BS = (local_BS < 0) | (local_BS >= weight_VD.shape[0])
-        hidden_BSD = F.embedding(local_BS.masked_fill(absent_BS, 0), weight_VD)
-        hidden_BSD = hidden_BSD.masked_fill(absent_BS[..., None], 0.0)
-        return reduce_from_group(hidden_BSD, self.group)
+            return F.embedding(tokens_N, weight_VD)
+        local_N = tokens_N - self.first_id
+        absent_N = (local_N < 0) | (local_N >= weight_VD.shape[0])
+        hidden_ND = F.embedding(local_N.masked_fill(absent_N, 0), weight_VD)
+        hidden_ND = hidden_ND.masked_fill(absent_N[:, None], 0.0)
+        reduce = reduce_scatter_from_group if self.shards_tokens else reduce_from_group
+        return reduce(hidden_ND, self.group)
 
 
 def vocab_parallel_cross_entropy(
@@ -112,15 +118,20 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             if group.size() > 1:
                 hidden_grad = all_reduce(hidden_grad, group)
             ctx.save_for_backward(hidden_grad, gradients.weight_VD, gradients.bias_V)
+        ctx.is_scaled = False
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V = ctx.saved_tensors
-        scale = grads[0]
         # The saved gradients are nobody else's: scaling them in place saves a pass and a copy.
-        hidden_ND, weight_VD, bias_V = (g.mul_(scale) for g in (hidden_ND, weight_VD, bias_V))
+        # Once: a zero-bubble schedule comes twice, for the input's gradient and for the weights';
+        # through `data`, or the second time they would count as spoilt.
+        if not ctx.is_scaled:
+            ctx.is_scaled = True
+            for gradient in (hidden_ND, weight_VD, bias_V):
+                gradient.data.mul_(grads[0])
         return hidden_ND, weight_VD, bias_V, None, None, None, None
 
 

@@ -49,9 +49,7 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
     yield f"steps       {curriculum.total_steps:,}"
     yield f"token slots {curriculum.total_slots:,} ({_rounded(curriculum.total_slots)})"
     for span in curriculum.spans:
-        layout = BatchLayout.divide(
-            span.global_size, data_parallel, config.batch.max_micro_rows(span.seq_length)
-        )
+        layout = BatchLayout.of(config, span.global_size, span.seq_length, data_parallel)
         surplus = f", {layout.surplus_rows} surplus rows" if layout.surplus_rows else ""
         yield (
             f"stage {span.index + 1:<5} length {span.seq_length}, steps {span.first_step:,} to "

@@ -14,8 +14,7 @@ from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
 from megatron_bert.distributed.topology import Topology
-from megatron_bert.model.bert import BertForPretraining
-from megatron_bert.parallel.data_parallel import free_gathered_weights
+from megatron_bert.model.build import RankModel
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
 from megatron_bert.training.held_out import HeldOutRows, Measure
 from megatron_bert.training.staging import HostMemory
@@ -42,7 +41,7 @@ class Evaluator:
         """Whether anything is evaluated."""
         return bool(self._held_out.names)
 
-    def evaluate(self, model: BertForPretraining, span: StageSpan) -> dict[str, object]:
+    def evaluate(self, model: RankModel, span: StageSpan) -> dict[str, object]:
         """Score every corpus as the stage is trained, and at the fixed length and masking rate.
 
         Returns:
@@ -69,33 +68,31 @@ class Evaluator:
             },
         }
 
-    def _scores(self, model: BertForPretraining, measure: Measure) -> list[Score]:
+    def _scores(self, model: RankModel, measure: Measure) -> list[Score]:
         return [self._score(model, source) for source in self._held_out.sources[measure]]
 
-    @torch.no_grad()
-    def _score(self, model: BertForPretraining, source: RowSource) -> Score:
-        device = self._topology.device
+    def _score(self, model: RankModel, source: RowSource) -> Score:
+        topology, device = self._topology, self._topology.device
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        model.eval()
         with closing(self._read(source)) as steps:
             for micro_batches in steps:
-                for batch in micro_batches:
-                    batch = batch.to(device)
-                    result = model(*batch.model_inputs())
-                    sums += torch.stack([result.loss, result.correct, batch.weights_BM.sum()])
-        free_gathered_weights(model)
-        dist.all_reduce(sums, group=self._topology.data_parallel_group)
+                copies = [batch.to(device) for batch in micro_batches]
+                sums[:2] += model.runner.evaluate([batch.by_name() for batch in copies])
+                if topology.pipeline_rank == 0:
+                    sums[2] += sum(batch.weights_BM.sum() for batch in copies)
+        if topology.tensor_parallel.rank > 0:
+            # The others of its group have computed the same, and one of them counts.
+            sums.zero_()
+        dist.all_reduce(sums)
         loss, correct, count = sums.tolist()
         return Score(loss / max(1.0, count), correct / max(1.0, count))
 
     def _read(self, source: RowSource) -> ReadAhead:
         """A text's rows in global batches of `batch.global_size` rows, whatever the stage."""
-        batch, (seq_length, _) = self._config.batch, source.row_shape(0)
+        seq_length, _ = source.row_shape(0)
         # Text shorter than the global batch is one batch of its own size.
-        size = min(batch.global_size, source.num_rows)
-        layout = BatchLayout.divide(
-            size, self._topology.data_parallel_size, batch.max_micro_rows(seq_length)
-        )
+        size = min(self._config.batch.global_size, source.num_rows)
+        layout = BatchLayout.of(self._config, size, seq_length, self._topology.data_parallel_size)
         batches = (
             GlobalBatch(range(first, min(first + size, source.num_rows)), 0, layout)
             for first in range(0, source.num_rows, size)

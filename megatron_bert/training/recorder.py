@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
+from megatron_bert.config.flops import row_flops
 from megatron_bert.config.schema import Config
-from megatron_bert.model.flops import row_flops
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.progress import ProgressLine
 from megatron_bert.training.step import Agreement, StepResult

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.model.bert import BertForPretraining
+from megatron_bert.model.build import RankModel
 from megatron_bert.optim.adamw import ShardedAdamW
 
 
-def state_tensors(model: BertForPretraining, optimizer: ShardedAdamW) -> dict[str, Tensor]:
+def state_tensors(model: RankModel, optimizer: ShardedAdamW) -> dict[str, Tensor]:
     """All tensors of a training state under one flat namespace, as this rank holds them.
 
     Weights are `model.NAME`, moments `optim.NAME.exp_avg` and `optim.NAME.exp_avg_sq`, with
     fully-qualified parameter names: no layout leaves a trace in the keys.
     """
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters().items()}
     rounded = [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]
     assert not rounded, f"weights are gathered in the compute type, not shards: {rounded[:3]}"
     moments = optimizer.state_tensors()
@@ -29,7 +29,7 @@ def state_tensors(model: BertForPretraining, optimizer: ShardedAdamW) -> dict[st
 def save_state(
     store: CheckpointStore,
     step: int,
-    model: BertForPretraining,
+    model: RankModel,
     optimizer: ShardedAdamW,
     facts: dict[str, Any],
 ) -> Path:
@@ -39,7 +39,7 @@ def save_state(
 
 
 def load_state(
-    store: CheckpointStore, path: Path, model: BertForPretraining, optimizer: ShardedAdamW
+    store: CheckpointStore, path: Path, model: RankModel, optimizer: ShardedAdamW
 ) -> dict[str, Any]:
     """Load a checkpoint into model and optimizer in place; return the manifest's state."""
     facts: dict[str, Any] = dict(store.load(path, state_tensors(model, optimizer)))

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from megatron_bert.data.batch import Batch
 from megatron_bert.distributed.topology import Topology
-from megatron_bert.model.bert import BertForPretraining
+from megatron_bert.model.build import RankModel
 from megatron_bert.optim.adamw import ShardedAdamW
-from megatron_bert.parallel.data_parallel import set_gradient_sync
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,12 @@ class StepResult:
 
 
 def agree(batches: Sequence[Batch], stop: bool, topology: Topology) -> Agreement:
-    """Sum counts and hashes over the data-parallel ranks and stop requests over all.
+    """Sum counts and hashes over the ranks that see different rows, and stop requests over all.
 
     One message of three integers on the CPU (over gloo, also beside CUDA): the GPU's queue is
     never waited for.
     """
-    # Tensor-parallel ranks hold the same rows, which count once.
-    counts_here = topology.tensor_parallel.rank == 0
+    counts_here = topology.speaks_for_its_rows
     masked = sum(int(batch.weights_BM.sum()) for batch in batches) if counts_here else 0
     row_hash = sum(batch.batch_hash for batch in batches) if counts_here else 0
     message = torch.tensor([masked, _signed(row_hash), int(stop)], dtype=torch.int64)
@@ -63,12 +61,11 @@ def agree(batches: Sequence[Batch], stop: bool, topology: Topology) -> Agreement
 
 
 def take_step(
-    model: BertForPretraining,
+    model: RankModel,
     optimizer: ShardedAdamW,
     batches: Sequence[Batch],
     masked_tokens: int,
     learning_rate: float,
-    topology: Topology,
 ) -> StepResult:
     """Accumulate the gradient of the global batch's mean loss and update the weights.
 
@@ -76,14 +73,14 @@ def take_step(
     batch, so that gradients are sums over micro-batches and ranks and every masked token weighs
     the same, however the batch is divided.
     """
-    model.train()
-    loss = torch.zeros((), dtype=torch.float32, device=topology.device)
-    for index, batch in enumerate(batches):
-        set_gradient_sync(model, index == len(batches) - 1)
-        share = model(*batch.to(topology.device).model_inputs()).loss / max(1, masked_tokens)
-        share.backward()
-        loss += share.detach()
-    dist.all_reduce(loss, group=topology.data_parallel_group)
+    device = model.topology.device
+    count = torch.tensor(max(1, masked_tokens), dtype=torch.float32).to(device, non_blocking=True)
+    loss = model.runner.train([batch.to(device).by_name() for batch in batches], count)
+    model.sum_shared_gradients()
+    if model.topology.tensor_parallel.rank > 0:
+        # The others of its group have computed the same, and one of them counts.
+        loss = torch.zeros_like(loss)
+    dist.all_reduce(loss)
     grad_norm, skipped = optimizer.step(learning_rate)
     return StepResult(loss, grad_norm, skipped)
 

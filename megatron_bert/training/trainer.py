@@ -72,7 +72,10 @@ class Trainer:
         self._directory = directory
         self._topology = Topology.build(
             device,
+            pipeline=config.parallel.pipeline,
             tensor=config.parallel.tensor,
+            replicate=config.parallel.replicate,
+            sequence_parallel=config.parallel.sequence,
             timeout_seconds=config.distributed.timeout_seconds,
         )
         self._tokenizer = Tokenizer.load(Path(config.data.tokenizer))
@@ -86,7 +89,7 @@ class Trainer:
         self._evaluator = Evaluator(config, held_out, self._topology)
         self._model = build_model(config, vocab_size, self._topology)
         self._optimizer = ShardedAdamW(
-            self._model, config.optimizer, self._topology.tensor_parallel.rank
+            self._model.named_parameters(), config.optimizer, self._model.counts_here
         )
         self._store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep)
         self._store.remove_leftovers()
@@ -126,7 +129,6 @@ class Trainer:
                     batches,
                     agreement.masked_tokens,
                     rate,
-                    topology,
                 )
                 self._step = step
                 self._recorder.add(step, self._curriculum.at(step), agreement, rate, result)
@@ -152,11 +154,9 @@ class Trainer:
 
     def _global_batch(self, step: int) -> GlobalBatch:
         """The rows of a step."""
-        span, batch = self._curriculum.at(step), self._config.batch
-        layout = BatchLayout.divide(
-            span.global_size,
-            self._topology.data_parallel_size,
-            batch.max_micro_rows(span.seq_length),
+        span = self._curriculum.at(step)
+        layout = BatchLayout.of(
+            self._config, span.global_size, span.seq_length, self._topology.data_parallel_size
         )
         return GlobalBatch(span.rows_of(step), span.index, layout)
 
@@ -189,7 +189,7 @@ class Trainer:
             "tokenizer_hash": self._tokenizer.hash,
             "data": self._source.fingerprint(),
             "topology": {
-                "pipeline": 1,
+                "pipeline": self._topology.pipeline_size,
                 "data": self._topology.data_parallel_size,
                 "tensor": self._topology.tensor_parallel.size,
             },

@@ -64,6 +64,7 @@ def _save_with_logits(folder: Path) -> None:
     inputs = packed_inputs(3)
     with torch.no_grad():
         hidden = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
+        hidden = hidden.unflatten(0, inputs["tokens"].shape)
         logits = model.head.transform(hidden) @ model.embeddings.word.weight.T + model.head.bias
     torch.save({"inputs": inputs, "logits": logits}, folder / "expected.pt")
     _save(folder, model)

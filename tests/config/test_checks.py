@@ -143,12 +143,7 @@ def test_evaluation_without_held_out_data_is_fine(build: Build) -> None:
 @pytest.mark.parametrize(
     ("override", "remedy"),
     [
-        ("parallel.pipeline=2", "use 1"),
-        ("parallel.pipeline_schedule=zero_bubble", "use 1f1b"),
-        ("parallel.sequence=true", "use false"),
-        ("parallel.replicate=2", "use 1"),
         ("parallel.layout=auto", "use manual"),
-        ("recompute=full", "use none"),
         ("checkpoint.async=true", "use false"),
         ("log.wandb.mode=online", "use disabled"),
         ("log.tensorboard=true", "use false"),

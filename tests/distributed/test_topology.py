@@ -15,7 +15,7 @@ def _timeouts(seconds: float) -> list[timedelta]:
 
 
 def test_collectives_along_every_axis_wait_no_longer_than_was_asked_for() -> None:
-    assert run_ranks(2, _timeouts, 77.0) == [[timedelta(seconds=77)] * 3] * 2
+    assert run_ranks(2, _timeouts, 77.0) == [[timedelta(seconds=77)] * 4] * 2
 
 
 def _place() -> tuple[int, int, int]:

@@ -59,7 +59,7 @@ def test_the_written_out_attention_is_the_kernel_that_cuda_uses(groups: int) -> 
 def test_dropout_of_attention_weights_keeps_the_expected_value() -> None:
     q, k, v = _qkv()
     layout = PackedLayout.from_positions(POSITIONS, torch.float32)
-    keys = dropout_keys(torch.arange(2), 0, "attention", 4000)
+    keys = dropout_keys(torch.arange(2), 0, "attention", range(4000))
     mean = torch.stack([attend(q, k, v, layout, 0.2, key) for key in keys]).mean(0)
     assert (mean - attend(q, k, v, layout)).abs().max() < 0.08
     dropped = attend(q, k, v, layout, 0.2, keys[0])
@@ -69,7 +69,7 @@ def test_dropout_of_attention_weights_keeps_the_expected_value() -> None:
 def test_a_part_of_the_heads_drops_what_it_would_drop_among_all() -> None:
     q, k, v = _qkv(groups=4)
     layout = PackedLayout.from_positions(POSITIONS, torch.float32)
-    keys = dropout_keys(torch.arange(2), 0, "attention", 1)[0]
+    keys = dropout_keys(torch.arange(2), 0, "attention", range(1))[0]
     whole = attend(q, k, v, layout, 0.5, keys)
     part = attend(q[:, 2:], k[:, 2:], v[:, 2:], layout, 0.5, keys, first_head=2)
     torch.testing.assert_close(part, whole[:, 2:])

@@ -56,7 +56,8 @@ def _built(tensor: int, **optimizer: Any) -> tuple[BertForPretraining, ShardedAd
     config = small_config(optimizer={"weight_decay": 0.1, **optimizer})
     topology = cpu_topology(tensor=tensor)
     model = small_model(config, topology)
-    return model, ShardedAdamW(model, config.optimizer, topology.tensor_parallel.rank)
+    built = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)
+    return model.chunks[0], built
 
 
 def _reference(model: nn.Module) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:

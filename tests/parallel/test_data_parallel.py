@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_bert.optim.adamw import ShardedAdamW
-from megatron_bert.parallel.data_parallel import set_gradient_sync
 from tests.distributed_harness import run_ranks
 from tests.small_model import (
     cpu_topology,
@@ -29,16 +28,15 @@ def _whole_gradient(parameter: Tensor) -> Tensor:
 
 def _check_gradients() -> None:
     topology = cpu_topology()
-    model = small_model(small_config(), topology).train()
-    for index in range(MICRO_BATCHES):
-        set_gradient_sync(model, index == MICRO_BATCHES - 1)
-        first_row = 2 * (MICRO_BATCHES * dist.get_rank() + index)
-        model(*packed_inputs(2, first_row).values()).loss.backward()
+    model = small_model(small_config(), topology)
+    first_row = 2 * MICRO_BATCHES * dist.get_rank()
+    micro_batches = [packed_inputs(2, first_row + 2 * index) for index in range(MICRO_BATCHES)]
+    model.runner.train(micro_batches, torch.ones(()))
     reference = whole_model(small_config(), topology).train()
     rows = 2 * MICRO_BATCHES * dist.get_world_size()
-    reference(*packed_inputs(rows).values()).loss.backward()
+    reference(*packed_inputs(rows).values())[0, 0].backward()
     for (name, parameter), expected in zip(
-        model.named_parameters(), reference.parameters(), strict=True
+        model.named_parameters().items(), reference.parameters(), strict=True
     ):
         torch.testing.assert_close(
             _whole_gradient(parameter), expected.grad, rtol=1e-4, atol=1e-4, msg=name
@@ -53,18 +51,14 @@ def test_gradients_are_summed_over_ranks_and_micro_batches(world_size: int) -> N
 def _losses(evaluate: bool) -> list[float]:
     config, topology = small_config(), cpu_topology()
     model = small_model(config, topology)
-    optimizer = ShardedAdamW(model, config.optimizer, topology.tensor_parallel.rank)
+    optimizer = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)
     inputs = packed_inputs(4, first_row=4 * dist.get_rank())
     losses = []
     for _ in range(3):
-        set_gradient_sync(model, True)
-        loss = model.train()(*inputs.values()).loss
-        loss.backward()
-        losses.append(loss.item())
+        losses.append(model.runner.train([inputs], torch.ones(())).item())
         optimizer.step(0.05)
         if evaluate:
-            with torch.no_grad():
-                model.eval()(*inputs.values())
+            model.runner.evaluate([inputs])
     return losses
 
 

@@ -15,7 +15,7 @@ ROWS = torch.tensor([3, 11, 2**40 + 3])
 
 
 def _masks(rows: torch.Tensor, probability: float = 0.3, site: str = "x") -> torch.Tensor:
-    keys = dropout_keys(rows, seed=1, site=site, count=2)
+    keys = dropout_keys(rows, seed=1, site=site, layers=range(2))
     return hash_dropout(torch.ones(len(rows), 64, 32), probability, keys[1]) != 0
 
 
@@ -37,10 +37,10 @@ def test_a_rows_dropout_does_not_depend_on_the_rows_beside_it() -> None:
 
 
 def test_rows_layers_and_sites_have_unrelated_dropout() -> None:
-    keys = dropout_keys(ROWS, seed=1, site="x", count=2)
+    keys = dropout_keys(ROWS, seed=1, site="x", layers=range(2))
     ones = torch.ones(1, 2**18)
     masks = [hash_dropout(ones, 0.5, key[None]) != 0 for key in keys.flatten()]
-    masks.append(hash_dropout(ones, 0.5, dropout_keys(ROWS, 1, "y", 1)[0, :1]) != 0)
+    masks.append(hash_dropout(ones, 0.5, dropout_keys(ROWS, 1, "y", range(1))[0, :1]) != 0)
     flat = torch.stack(masks).flatten(1).double() - 0.5
     agreement = (flat @ flat.T) / flat.shape[1] * 4
     # 2^18 fair coins agree beyond chance by at most 5 standard deviations.
@@ -49,7 +49,7 @@ def test_rows_layers_and_sites_have_unrelated_dropout() -> None:
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_dropout_drops_its_share_and_keeps_the_mean(probability: float) -> None:
-    keys = dropout_keys(torch.arange(16), seed=5, site="x", count=1)[0]
+    keys = dropout_keys(torch.arange(16), seed=5, site="x", layers=range(1))[0]
     y = hash_dropout(torch.ones(16, 256, 64), probability, keys)
     dropped = (y == 0).double().mean()
     deviation = (probability * (1 - probability) / y.numel()) ** 0.5
@@ -58,7 +58,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(probability: float) -> None:
 
 
 def test_a_part_of_a_row_gets_its_part_of_the_mask() -> None:
-    keys = dropout_keys(ROWS, seed=1, site="x", count=1)[0]
+    keys = dropout_keys(ROWS, seed=1, site="x", layers=range(1))[0]
     x = torch.ones(3, 8, 16)
     whole = hash_dropout(x, 0.5, keys)
     part = hash_dropout(x[:, 4:], 0.5, keys, first_element=4 * 16)

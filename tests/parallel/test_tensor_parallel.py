@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
+from megatron_bert.parallel.partial_gradients import sum_partial_gradients
 from megatron_bert.parallel.sharding import make_parameter
 from megatron_bert.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from tests.distributed_harness import run_ranks
@@ -52,16 +53,17 @@ def _check_feed_forward(tensor: int) -> None:
     shared = ColumnParallelLinear(WIDTH, 24 // tensor, tp, replicated=True)
     second = RowParallelLinear(24, WIDTH, tp)
     a, s, b = _fill(first, 1), _fill(shared, 5), _fill(second, 9)
-    x = _random(2, 3, WIDTH, seed=0).requires_grad_()
-    split, same = column_parallel(x, (first, shared), tp.group)
+    x = _random(6, WIDTH, seed=0).requires_grad_()
+    split, same = column_parallel(x, (first, shared), tp)
     y = second(split.sin() * same)
     y.square().sum().backward()
+    sum_partial_gradients([first, shared, second], tp)
 
     for whole in (*a.values(), *s.values(), *b.values()):
         whole.requires_grad_()
-    x_ref = _random(2, 3, WIDTH, seed=0).requires_grad_()
+    x_ref = _random(6, WIDTH, seed=0).requires_grad_()
     # The shared layer's output meets every rank's slice of the split one.
-    repeated = F.linear(x_ref, s["weight"], s["bias"]).repeat(1, 1, tensor)
+    repeated = F.linear(x_ref, s["weight"], s["bias"]).repeat(1, tensor)
     hidden = F.linear(x_ref, a["weight"], a["bias"]).sin() * repeated
     y_ref = F.linear(hidden, b["weight"], b["bias"])
     y_ref.square().sum().backward()
@@ -130,7 +132,7 @@ def _check_embedding(tensor: int) -> None:
     layer = VocabParallelEmbedding(VOCABULARY, WIDTH, tp)
     table = _fill(layer, 8)["weight"].requires_grad_()
     tokens = torch.randint(VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(1))
-    y, y_ref = layer(tokens.int()), F.embedding(tokens, table)
+    y, y_ref = layer(tokens.int().flatten()), F.embedding(tokens.flatten(), table)
     y.sin().sum().backward()
     y_ref.sin().sum().backward()
     torch.testing.assert_close(y, y_ref)

@@ -1,0 +1,127 @@
+"""Every layout trains as one process does: losses, rows, norms, gradients and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tests.distributed_harness import run_ranks
+from tests.parallel.parity import STEPS, Trace, assembled, parity_config, traces_of
+
+# (pipeline, data, tensor)
+LAYOUTS = [
+    (p, d, t) for p in range(1, 5) for d in range(1, 5) for t in range(1, 5) if p * d * t <= 4
+]
+# Relative, of fp32: losses; everything else.
+LOSS_BOUND, BOUND = 1e-6, 1e-5
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one process made of it."""
+
+    trace: Trace
+    gradients: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_data: Path) -> Callable[[dict[str, Any]], Reference]:
+    """One process's run of a model, made once."""
+    made: dict[str, Reference] = {}
+
+    def of(model: dict[str, Any]) -> Reference:
+        if str(model) not in made:
+            ((trace,),) = run_ranks(1, traces_of, [parity_config(tiny_data, model=model)])
+            gradients = [assembled([parts]) for parts in trace.gradients]
+            made[str(model)] = Reference(trace, gradients, assembled([trace.weights]))
+        return made[str(model)]
+
+    return of
+
+
+def _variants(pipeline: int, data: int, tensor: int) -> Iterator[dict[str, Any]]:
+    """Every way to run a layout: sequence parallelism, schedule, recomputation, dropout."""
+    # Two stages a rank where they interleave need a block each.
+    model = {"num_layers": max(4, 2 * pipeline)}
+    schedules = ["1f1b", "interleaved", "zero_bubble"] if pipeline > 1 else ["1f1b"]
+    for dropout in ({}, DROPOUT):
+        for sequence in [False, True] if tensor > 1 else [False]:
+            for schedule in schedules:
+                for recompute in ["none", "full"] if schedule != "zero_bubble" else ["none"]:
+                    yield {
+                        "model": model | dropout,
+                        "parallel": {
+                            "pipeline": pipeline,
+                            "tensor": tensor,
+                            "sequence": sequence,
+                            "pipeline_schedule": schedule,
+                        },
+                        "recompute": recompute,
+                    }
+    parallel = {"pipeline": pipeline, "tensor": tensor}
+    yield {"model": model | DROPOUT, "parallel": parallel, "recompute": "selective"}
+    if data > 1:
+        yield {"model": model, "parallel": {**parallel, "reshard_after_forward": True}}
+    if data % 2 == 0:
+        yield {"model": model | DROPOUT, "parallel": {**parallel, "replicate": 2}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "pp{}-dp{}-tp{}".format(*layout))
+def test_every_layout_trains_as_one_process_does(
+    tiny_data: Path,
+    reference: Callable[[dict[str, Any]], Reference],
+    layout: tuple[int, int, int],
+) -> None:
+    pipeline, data, tensor = layout
+    variants = list(_variants(*layout))
+    configs = [parity_config(tiny_data, **variant) for variant in variants]
+    by_rank = run_ranks(pipeline * data * tensor, traces_of, configs, deadline_seconds=240)
+    for variant, traces in zip(variants, zip(*by_rank, strict=True), strict=True):
+        _compare(list(traces), reference(variant["model"]), str(variant))
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("tensor", [2, 3, 4])
+def test_key_and_value_heads_are_shared_out_or_held_by_all(
+    tiny_data: Path,
+    reference: Callable[[dict[str, Any]], Reference],
+    groups: int,
+    tensor: int,
+) -> None:
+    model = {"num_layers": 2, "num_query_groups": groups}
+    parallel = {"tensor": tensor, "sequence": tensor == 4}
+    config = parity_config(tiny_data, model=model, parallel=parallel)
+    traces = [trace for (trace,) in run_ranks(tensor, traces_of, [config])]
+    _compare(traces, reference(model), f"{groups} groups over {tensor} ranks")
+
+
+def _compare(traces: list[Trace], expected: Reference, what: str) -> None:
+    for trace in traces:
+        assert trace.batch_hashes == expected.trace.batch_hashes, what
+        assert trace.losses == pytest.approx(expected.trace.losses, rel=LOSS_BOUND), what
+        assert trace.grad_norms == pytest.approx(expected.trace.grad_norms, rel=BOUND), what
+    for step in range(STEPS):
+        gradients = assembled([trace.gradients[step] for trace in traces])
+        norm = expected.trace.grad_norms[step]
+        _compare_tensors(gradients, expected.gradients[step], norm, f"{what}, step {step + 1}")
+    weights = assembled([trace.weights for trace in traces])
+    norm = sum(float(w.norm()) ** 2 for w in expected.weights.values()) ** 0.5
+    _compare_tensors(weights, expected.weights, norm, f"{what}, weights")
+
+
+def _compare_tensors(
+    found: dict[str, Tensor], expected: dict[str, Tensor], global_norm: float, what: str
+) -> None:
+    assert found.keys() == expected.keys(), what
+    for name, tensor in expected.items():
+        # The softmax does not see a shift of all scores: a key bias has no true gradient.
+        norm = global_norm if name.endswith("key.bias") else float(tensor.norm())
+        difference = float((found[name] - tensor).norm())
+        assert difference <= BOUND * norm, f"{what}: {name} is off by {difference / norm:.1e}"
