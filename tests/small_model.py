@@ -81,6 +81,12 @@ def _row(number: int) -> dict[str, Tensor]:
 
 def whole_model(config: Config, topology: Topology) -> BertForPretraining:
     """The same model, its weights not sharded: parts of it can be called by themselves."""
-    model = BertForPretraining(config.model, VOCABULARY, topology.tensor_parallel, config.run.seed)
+    model = BertForPretraining(
+        config.model,
+        VOCABULARY,
+        topology.tensor_parallel,
+        config.run.seed,
+        recompute=config.recompute,
+    )
     initialize_weights(model, config.model, config.run.seed)
     return model

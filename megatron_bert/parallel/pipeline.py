@@ -121,7 +121,9 @@ class Pipeline:
     def _make_schedule(self, shape: _Shape, tokens_BS: Tensor) -> Any:
         """Set up the stages for one shape; told it, they ask no other rank for it."""
         loss = _divided_loss if shape.with_backward else None
-        stages: list[Any] = [self._make_stage(number, tokens_BS) for number in range(len(self._chunks))]
+        stages: list[Any] = [
+            self._make_stage(number, tokens_BS) for number in range(len(self._chunks))
+        ]
         if self._schedule == "1f1b":
             return Schedule1F1B(stages[0], shape.micro_batches, loss_fn=loss, scale_grads=False)
         kind = _INTERLEAVED[self._schedule]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,19 +32,24 @@ def _graphs() -> int:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tensor", "backend"),
+    ("world_size", "layout", "backend"),
     [
-        (1, 1, "aot_eager"),
-        (2, 1, "aot_eager"),
-        (2, 2, "aot_eager"),
-        pytest.param(1, 1, "inductor", marks=pytest.mark.slow),
+        (1, {}, "aot_eager"),
+        (2, {}, "aot_eager"),
+        (2, {"parallel": {"tensor": 2}}, "aot_eager"),
+        (2, {"parallel": {"tensor": 2, "sequence": True}}, "aot_eager"),
+        (2, {"parallel": {"pipeline": 2}}, "aot_eager"),
+        (1, {"recompute": "full"}, "aot_eager"),
+        (1, {"recompute": "selective"}, "aot_eager"),
+        pytest.param(1, {}, "inductor", marks=pytest.mark.slow),
     ],
+    ids=str,
 )
 def test_compiled_blocks_train_alike_with_one_graph_a_length(
-    tiny_run: Callable[..., Config], world_size: int, tensor: int, backend: str
+    tiny_run: Callable[..., Config], world_size: int, layout: dict[str, Any], backend: str
 ) -> None:
     # Without an evaluation, whose graphs are others: no dropout, no gradient.
-    changes = {"parallel": {"tensor": tensor}, "valid": False}
+    changes = {**layout, "valid": False}
     plain, compiled = tiny_run("plain", **changes), tiny_run("compiled", **changes)
     compiled = compiled.model_copy(update={"compile": CompileConfig(enabled=True)})
     expected, _ = run_ranks(world_size, _train_counting_graphs, plain, backend)[0]

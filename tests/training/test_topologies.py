@@ -33,6 +33,14 @@ def _train(config: Config) -> list[dict[str, Any]]:
         (4, {"parallel": {"tensor": 4}}),
         (2, {"parallel": {"tensor": 2}, "model": {"num_query_groups": 2}}),
         (4, {"parallel": {"tensor": 4}, "model": {"num_query_groups": 2}}),
+        (4, {"parallel": {"pipeline": 2, "tensor": 2, "sequence": True}}),
+        (
+            2,
+            {
+                "parallel": {"pipeline": 2, "pipeline_schedule": "interleaved"},
+                "model": {"num_layers": 4},
+            },
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
 )
@@ -52,9 +60,15 @@ def test_every_topology_trains_alike_dropout_included(
         assert line["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=10 * tolerance)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_bf16_stays_within_its_rounding(tiny_run: Callable[..., Config], world_size: int) -> None:
-    bf16 = {"precision": {"compute": "bf16"}}
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(2, {}), (3, {}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})],
+    ids=str,
+)
+def test_bf16_stays_within_its_rounding(
+    tiny_run: Callable[..., Config], world_size: int, parallel: dict[str, Any]
+) -> None:
+    bf16 = {"precision": {"compute": "bf16"}, "parallel": parallel}
     exact = steps_of(run_ranks(1, _train, tiny_run("exact"))[0])
     found = steps_of(run_ranks(world_size, _train, tiny_run("bf16", **bf16))[0])
     for step, line in found.items():

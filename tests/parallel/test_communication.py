@@ -1,0 +1,104 @@
+"""How many messages a step sends: what docs/parallelism.md states, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed_harness import run_ranks
+from tests.parallel.test_recomputation import kept_bytes
+from tests.small_model import cpu_topology, packed_inputs, small_config, small_model
+
+_KINDS = {
+    "all_reduce": "all_reduce",
+    "allreduce_": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "_allgather_base_": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+}
+
+
+class _Messages(TorchDispatchMode):
+    """Counts collectives, those of functional operators and of process groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
+            self.counts[_KINDS[func.name().partition("::")[2]]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _messages(
+    layers: int, micro_batches: int, sizes: dict[str, Any], changes: dict[str, Any]
+) -> Counter[str]:
+    config = small_config(model={"num_layers": layers}, **changes)
+    model = small_model(config, cpu_topology(**sizes))
+    inputs = [packed_inputs(2, first_row=2 * index) for index in range(micro_batches)]
+    model.runner.train(inputs, torch.tensor(9.0))  # sets up what later steps find
+    with _Messages() as messages:
+        model.runner.train(inputs, torch.tensor(9.0))
+    return messages.counts
+
+
+def _per_block(sequence: bool, recompute: str) -> Counter[str]:
+    sizes = {"tensor": 2, "sequence_parallel": sequence}
+    few, many = (_messages(layers, 1, sizes, {"recompute": recompute}) for layers in (1, 2))
+    many.subtract(few)
+    return +many
+
+
+@pytest.mark.parametrize(
+    ("sequence", "recompute", "expected"),
+    [
+        # Forward a sum after attention and one after the feed-forward network; the same backward.
+        (False, "none", {"all_reduce": 4}),
+        # Both sums again when the block is computed again, less the last one of each checkpoint,
+        # whose result nothing backward asks for.
+        (False, "full", {"all_reduce": 5}),
+        # In the sums' place a gathering before and a scattering behind; backward a second
+        # gathering of the input, which is kept only in part.
+        (True, "none", {"all_gather": 6, "reduce_scatter": 4}),
+        (True, "full", {"all_gather": 8, "reduce_scatter": 5}),
+    ],
+)
+def test_messages_of_a_block_over_tensor_parallel_ranks(
+    sequence: bool, recompute: str, expected: dict[str, int]
+) -> None:
+    assert run_ranks(2, _per_block, sequence, recompute)[0] == Counter(expected)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_weights_are_gathered_and_gradients_reduced_once_a_step(micro_batches: int) -> None:
+    counts = run_ranks(2, _messages, 3, micro_batches, {}, {})[0]
+    units = 3 + 1  # the blocks, and what stands around them
+    assert counts == Counter({"all_gather": units, "reduce_scatter": units})
+
+
+def test_zero_3_gathers_each_block_twice_a_micro_batch_and_reduces_once_a_step() -> None:
+    changes = {"parallel": {"reshard_after_forward": True}}
+    counts = run_ranks(2, _messages, 3, 2, {}, changes)[0]
+    # What stands around the blocks is needed first and last, and stays gathered in between.
+    assert counts == Counter({"all_gather": 2 * (2 * 3 + 1), "reduce_scatter": 3 + 1})
+
+
+def test_copies_of_the_shards_are_summed_once_a_step() -> None:
+    counts = run_ranks(4, _messages, 3, 2, {"replicate": 2}, {})[0]
+    assert counts["all_reduce"] == 3 + 1
+
+
+def test_sequence_parallelism_keeps_fewer_activations() -> None:
+    changes = {"model": {"hidden_dropout": 0.2, "attention_dropout": 0.0, "num_layers": 4}}
+    alone, shared = (run_ranks(4, _kept_bytes, changes, sequence)[0] for sequence in (False, True))
+    assert shared < 0.75 * alone
+
+
+def _kept_bytes(changes: dict[str, Any], sequence: bool) -> int:
+    return kept_bytes(changes, tensor=4, sequence_parallel=sequence)
