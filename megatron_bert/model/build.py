@@ -80,8 +80,8 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
         chunk.to_empty(device=topology.device)
         initialize_weights(chunk, config.model, config.run.seed)
     runner: MicroBatchRunner
+    reshard = config.parallel.reshard_after_forward
     if topology.pipeline_size == 1:
-        reshard = config.parallel.reshard_after_forward
         runner = WholeModel(chunks[0], reshard_after_forward=reshard)
     else:
         runner = Pipeline(
@@ -90,6 +90,7 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
             topology,
             config.model.hidden_size,
             _COMPUTE_DTYPES[config.precision.compute],
+            reshard_after_forward=reshard,
         )
     return RankModel(chunks, runner, topology)
 

@@ -65,6 +65,8 @@ def set_gradient_sync(model: nn.Module, enabled: bool, *, reshard: bool) -> None
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(enabled)
     model.set_reshard_after_backward(reshard)
+    # Other micro-batches' forward passes may be waiting for their own.
+    model.set_is_last_backward(enabled)
 
 
 def free_gathered_weights(model: nn.Module) -> None:

@@ -1,45 +1,34 @@
-"""Pipeline parallelism: PyTorch's stages and schedules around this project's fixed shapes.
+"""Pipeline parallelism: this rank's stages, its messages, and a step through both.
 
-1F1B and its interleaved form are Narayanan et al. 2021 (sections 2.2.1 and 2.2.2), zero bubble is
-Qi et al. 2024. Every rank makes the same rows itself, so that only activations travel between
-stages and only their gradients back.
+`parallel.schedule` says in what order. Every rank makes the same rows itself, so that only hidden
+states travel between stages and only their gradients back, all of one shape, [T, D] of the compute
+type: the T tokens of a micro-batch that a rank holds, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import groupby
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-)
 
 from megatron_bert.distributed.topology import Topology
-from megatron_bert.parallel.data_parallel import free_gathered_weights
+from megatron_bert.parallel.data_parallel import free_gathered_weights, set_gradient_sync
 from megatron_bert.parallel.micro_batches import MicroBatch
+from megatron_bert.parallel.schedule import (
+    Action,
+    Kind,
+    Schedule,
+    ScheduleName,
+    make_forward_schedule,
+    make_schedule,
+)
 
-ScheduleName = Literal["1f1b", "interleaved", "zero_bubble"]
-_INTERLEAVED = {
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero_bubble": ScheduleInterleavedZeroBubble,
-}
 # Outputs of the head for one micro-batch: loss and number right.
 _HEAD_OUTPUTS = 2
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a schedule is made for; another one needs other stages and buffers."""
-
-    micro_batches: int
-    input_shape: torch.Size
-    with_backward: bool
 
 
 class Pipeline:
@@ -52,6 +41,7 @@ class Pipeline:
         topology: the ranks.
         hidden_size: width of what travels between stages.
         compute_dtype: its type.
+        reshard_after_forward: as the chunks were sharded.
     """
 
     def __init__(
@@ -61,95 +51,231 @@ class Pipeline:
         topology: Topology,
         hidden_size: int,
         compute_dtype: torch.dtype,
+        *,
+        reshard_after_forward: bool,
     ) -> None:
         self._chunks = chunks
-        self._schedule = schedule
+        self._schedule: ScheduleName = schedule
         self._topology = topology
         self._hidden_size = hidden_size
         self._compute_dtype = compute_dtype
-        self._prepared: dict[_Shape, Any] = {}
+        self._reshard_always = reshard_after_forward
+        # By what they were made for: steps of a stage of the curriculum have one number.
+        self._training: dict[int, Schedule] = {}
+        self._evaluation: dict[int, Schedule] = {}
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
         for chunk in self._chunks:
             chunk.train()
-        losses: list[Tensor] = []
-        schedule, arguments, inputs = self._prepare(micro_batches, with_backward=True)
-        target = count.expand(len(micro_batches))
-        schedule.step(*arguments, target=target, losses=losses, return_outputs=False, **inputs)
-        if not losses:
-            return torch.zeros_like(count)
-        return torch.stack(losses).sum().detach()
+        number, ranks, stages = self._sizes(micro_batches)
+        if number not in self._training:
+            self._training[number] = make_schedule(self._schedule, ranks, number, stages)
+        losses = self._run(self._training[number], micro_batches, lambda sums: sums[0, 0] / count)
+        return torch.stack(losses).sum() if losses else torch.zeros_like(count)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """See `MicroBatchRunner`."""
         for chunk in self._chunks:
             chunk.eval()
-        schedule, arguments, inputs = self._prepare(micro_batches, with_backward=False)
-        outputs = schedule.step(*arguments, **inputs)
+        number, ranks, stages = self._sizes(micro_batches)
+        if number not in self._evaluation:
+            self._evaluation[number] = make_forward_schedule(ranks, number, stages)
+        outputs = self._run(self._evaluation[number], micro_batches, lambda sums: sums[0])
         for chunk in self._chunks:
             free_gathered_weights(chunk)
-        if outputs is None:
+        if not outputs:
             device = self._topology.device
             return torch.zeros(_HEAD_OUTPUTS, dtype=torch.float64, device=device)
-        assert isinstance(outputs, Tensor)
-        return outputs.double().sum(0)
+        return torch.stack(outputs).double().sum(0)
 
-    def _prepare(
-        self, micro_batches: Sequence[MicroBatch], *, with_backward: bool
-    ) -> tuple[Any, tuple[Tensor, ...], dict[str, Tensor]]:
-        """Return a schedule for these shapes and its arguments, positional and by name."""
-        inputs = {
-            name: torch.cat([micro_batch[name] for micro_batch in micro_batches])
-            for name in micro_batches[0]
-        }
-        first = next(iter(inputs))
-        shape = _Shape(len(micro_batches), micro_batches[0][first].shape, with_backward)
-        if shape not in self._prepared:
-            # Stages of other row lengths are gone through; their buffers go with them.
-            self._prepared = {
-                known: schedule
-                for known, schedule in self._prepared.items()
-                if known.with_backward != with_backward
-            }
-            self._prepared[shape] = self._make_schedule(shape, micro_batches[0][first])
-        tokens = inputs.pop(first)
-        arguments = (tokens,) if self._topology.pipeline_rank == 0 else ()
-        return self._prepared[shape], arguments, inputs
+    def _sizes(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
+        return len(micro_batches), self._topology.pipeline_size, len(self._chunks)
 
-    def _make_schedule(self, shape: _Shape, tokens_BS: Tensor) -> Any:
-        """Set up the stages for one shape; told it, they ask no other rank for it."""
-        loss = _divided_loss if shape.with_backward else None
-        stages: list[Any] = [
-            self._make_stage(number, tokens_BS) for number in range(len(self._chunks))
+    def _run(
+        self,
+        schedule: Schedule,
+        micro_batches: Sequence[MicroBatch],
+        finish: Callable[[Tensor], Tensor],
+    ) -> list[Tensor]:
+        tp = self._topology.tensor_parallel
+        tokens = next(iter(micro_batches[0].values())).numel()
+        tokens //= tp.size if tp.shards_tokens else 1
+        mail = _Mail(self._topology, (tokens, self._hidden_size), self._compute_dtype)
+        step = _Step(
+            self._chunks, schedule, micro_batches, finish, mail, reshard_always=self._reshard_always
+        )
+        return step.run(schedule.actions[self._topology.pipeline_rank])
+
+
+class _Step:
+    """One step's micro-batches on their way through this rank's stages.
+
+    Args:
+        chunks: the stages.
+        schedule: the actions are of.
+        micro_batches: all of the step.
+        finish: makes of the head's output what is to be summed, and in training derived.
+        mail: carries what passes between ranks.
+        reshard_always: free gathered weights after every backward pass, not only the last.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        schedule: Schedule,
+        micro_batches: Sequence[MicroBatch],
+        finish: Callable[[Tensor], Tensor],
+        mail: _Mail,
+        *,
+        reshard_always: bool,
+    ) -> None:
+        self._chunks = chunks
+        self._num_ranks = schedule.num_ranks
+        self._last_stage = schedule.num_stages - 1
+        self._micro_batches = micro_batches
+        self._finish = finish
+        self._mail = mail
+        self._reshard_always = reshard_always
+        self._results: list[Tensor] = []
+        # By stage and micro-batch, from the forward pass to the backward pass.
+        self._inputs: dict[tuple[int, int], Tensor] = {}
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+        # From the computation to the message.
+        self._to_send: dict[Action, Tensor] = {}
+
+    def run(self, actions: Sequence[Action]) -> list[Tensor]:
+        """Take the actions; returns what was finished, of each micro-batch, without gradient."""
+        for peer, group in groupby(actions, self._peer):
+            if peer is None:
+                for action in group:
+                    self._compute(action)
+            else:
+                # What stands side by side passes in both directions at once.
+                self._mail.exchange(peer, list(group), self._to_send)
+        self._mail.close()
+        return self._results
+
+    def _peer(self, action: Action) -> int | None:
+        return action.peer(self._num_ranks) if action.is_message else None
+
+    def _compute(self, action: Action) -> None:
+        if action.kind is Kind.FORWARD:
+            self._forward(action.stage, action.micro_batch)
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+            self._backward(action.stage, action.micro_batch)
+
+    def _forward(self, stage: int, micro_batch: int) -> None:
+        rows, *others = self._micro_batches[micro_batch].values()
+        with_backward = torch.is_grad_enabled()
+        if stage > 0:
+            rows = self._mail.take(Action(Kind.RECEIVE_ACTIVATION, stage, micro_batch))
+            if with_backward:
+                self._inputs[stage, micro_batch] = rows.requires_grad_()
+        output = self._chunks[stage // self._num_ranks](rows, *others)
+        if stage == self._last_stage:
+            output = self._finish(output)
+            self._results.append(output.detach())
+        else:
+            self._to_send[Action(Kind.SEND_ACTIVATION, stage, micro_batch)] = output
+        if with_backward:
+            self._outputs[stage, micro_batch] = output
+
+    def _backward(self, stage: int, micro_batch: int) -> None:
+        chunk = self._chunks[stage // self._num_ranks]
+        # A stage takes the micro-batches in order: under this one's backward gradients are reduced.
+        is_last = micro_batch == len(self._micro_batches) - 1
+        set_gradient_sync(chunk, is_last, reshard=is_last or self._reshard_always)
+        gradient = None
+        if stage < self._last_stage:
+            gradient = self._mail.take(Action(Kind.RECEIVE_GRADIENT, stage, micro_batch))
+        torch.autograd.backward(self._outputs.pop((stage, micro_batch)), gradient)
+        if stage > 0:
+            input_gradient = self._inputs.pop((stage, micro_batch)).grad
+            assert input_gradient is not None
+            self._to_send[Action(Kind.SEND_GRADIENT, stage, micro_batch)] = input_gradient
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Messages that were begun together."""
+
+    works: list[dist.Work]
+
+    def wait(self) -> None:
+        """Wait until all are there; on a GPU only what is computed next waits."""
+        # Once: gloo would wait for another message.
+        while self.works:
+            self.works.pop().wait()
+
+
+class _Mail:
+    """This rank's end of the messages of one step.
+
+    A message is posted when the schedule comes to it; nobody waits before a computation takes up
+    what was received. A receive buffer lives from there until the last that computes with it lets
+    go, so that there are no more of them than micro-batches in flight.
+
+    All go out as batches, also single ones: alone they would go through another communicator, and
+    the two sides, whose neighbours on the list differ, could disagree about which.
+    """
+
+    def __init__(self, topology: Topology, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self._group = topology.pipeline_group
+        self._device = topology.device
+        self._shape = shape
+        self._dtype = dtype
+        self._received: dict[Action, tuple[_Batch, Tensor]] = {}
+        # The latest by kind and stage: when the next goes out, it has long been there.
+        self._sent: dict[tuple[Kind, int], tuple[_Batch, Tensor]] = {}
+
+    def exchange(
+        self, peer: int, actions: Sequence[Action], contents: dict[Action, Tensor]
+    ) -> None:
+        """Begin to send and receive these messages, all with one rank.
+
+        Args:
+            peer: the rank.
+            actions: the messages.
+            contents: what is sent is taken from here.
+        """
+        sent = {action: contents.pop(action) for action in actions if action.is_sent}
+        received = {action: self._buffer() for action in actions if not action.is_sent}
+        operations = [
+            dist.P2POp(dist.isend, sent[action].detach(), group=self._group, group_peer=peer)
+            if action.is_sent
+            else dist.P2POp(dist.irecv, received[action], group=self._group, group_peer=peer)
+            for action in actions
         ]
-        if self._schedule == "1f1b":
-            return Schedule1F1B(stages[0], shape.micro_batches, loss_fn=loss, scale_grads=False)
-        kind = _INTERLEAVED[self._schedule]
-        return kind(stages, shape.micro_batches, loss_fn=loss, scale_grads=False)
+        batch = _Batch(dist.batch_isend_irecv(operations))
+        for action, tensor in received.items():
+            self._received[action] = batch, tensor
+        for action, tensor in sent.items():
+            self._release(action.kind, action.stage)
+            self._sent[action.kind, action.stage] = batch, tensor
 
-    def _make_stage(self, number: int, tokens_BS: Tensor) -> PipelineStage:
-        topology = self._topology
-        index = topology.pipeline_rank + number * topology.pipeline_size
-        count = topology.pipeline_size * len(self._chunks)
-        tp = topology.tensor_parallel
-        tokens = tokens_BS.numel() // (tp.size if tp.shards_tokens else 1)
-        hidden_TD = torch.empty(
-            tokens, self._hidden_size, dtype=self._compute_dtype, device="meta", requires_grad=True
-        )
-        sums = torch.empty(1, _HEAD_OUTPUTS, dtype=torch.float32, device="meta")
-        return PipelineStage(
-            self._chunks[number],
-            index,
-            count,
-            topology.device,
-            input_args=(tokens_BS.to("meta") if index == 0 else hidden_TD,),
-            output_args=(sums if index == count - 1 else hidden_TD,),
-            group=topology.pipeline_group,
-        )
+    def take(self, action: Action) -> Tensor:
+        """Wait for a message and hand over what it brought."""
+        batch, tensor = self._received.pop(action)
+        batch.wait()
+        return tensor
 
+    def close(self) -> None:
+        """Wait for what is still under way."""
+        assert not self._received, "received, but used by no computation"
+        for kind, stage in list(self._sent):
+            self._release(kind, stage)
 
-def _divided_loss(sums: Tensor, count: Tensor) -> Tensor:
-    """A micro-batch's share of the mean loss: what the head returns, and [1] the divisor."""
-    return sums[0, 0] / count[0]
+    def _release(self, kind: Kind, stage: int) -> None:
+        """Wait for the latest of these to be there, and free its data.
+
+        The shape stays: the backward pass of a sent activation begins with it.
+        """
+        if (kind, stage) in self._sent:
+            batch, tensor = self._sent.pop((kind, stage))
+            batch.wait()
+            tensor.data = tensor.new_empty(()).expand(tensor.shape)
+
+    def _buffer(self) -> Tensor:
+        return torch.empty(self._shape, dtype=self._dtype, device=self._device)

@@ -1,0 +1,348 @@
+"""Who does what, and when, in a pipeline: lists of actions; needs neither torch nor processes.
+
+With p ranks stage s lies on rank s % p. 1F1B and its interleaved form are Narayanan et al. 2021
+("Efficient Large-Scale Language Model Training on GPU Clusters", sections 2.2.1 and 2.2.2). Zero
+bubble splits a backward pass (Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section 2): the
+gradient of a stage's input, which the stage before waits for, comes first; the gradients of its
+weights, which nobody waits for, fill the gaps.
+
+All messages have one order, that of the time at which their contents are there, and every rank
+sends and receives its own in that order. So ranks never wait in a circle, even where each message
+blocks all that come after it on either side, as those of a communicator on one stream do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Literal
+
+ScheduleName = Literal["1f1b", "interleaved", "zero_bubble"]
+
+
+class Kind(Enum):
+    """What an action does; a message belongs to the stage that sends or receives it."""
+
+    FORWARD = auto()
+    BACKWARD = auto()
+    BACKWARD_INPUT = auto()
+    BACKWARD_WEIGHT = auto()
+    SEND_ACTIVATION = auto()
+    RECEIVE_ACTIVATION = auto()
+    SEND_GRADIENT = auto()
+    RECEIVE_GRADIENT = auto()
+
+
+_TOWARDS_NEXT_STAGE = {Kind.SEND_ACTIVATION, Kind.RECEIVE_GRADIENT}
+_TOWARDS_PREVIOUS_STAGE = {Kind.RECEIVE_ACTIVATION, Kind.SEND_GRADIENT}
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing that a rank does for one micro-batch in one of its stages."""
+
+    kind: Kind
+    stage: int
+    micro_batch: int
+
+    @property
+    def is_message(self) -> bool:
+        """Whether it sends or receives."""
+        return self.kind in _TOWARDS_NEXT_STAGE or self.kind in _TOWARDS_PREVIOUS_STAGE
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether it is the sending side of a message."""
+        return self.kind in (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
+
+    def peer(self, num_ranks: int) -> int:
+        """The rank that a message goes to or comes from."""
+        assert self.is_message
+        step = 1 if self.kind in _TOWARDS_NEXT_STAGE else -1
+        return (self.stage + step) % num_ranks
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All ranks' actions of one step.
+
+    Attributes:
+        num_stages: parts that the model is cut into.
+        actions: one list a rank, in the order in which it begins them. Each stage takes the
+            micro-batches in order, in each kind of action.
+    """
+
+    num_stages: int
+    actions: tuple[tuple[Action, ...], ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the pipeline."""
+        return len(self.actions)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long a stage takes for one micro-batch, in any unit."""
+
+    forward: float = 1.0
+    backward_input: float = 1.0
+    backward_weight: float = 1.0
+
+    def of(self, kind: Kind) -> float:
+        """The time of a computation."""
+        return {
+            Kind.FORWARD: self.forward,
+            Kind.BACKWARD: self.backward_input + self.backward_weight,
+            Kind.BACKWARD_INPUT: self.backward_input,
+            Kind.BACKWARD_WEIGHT: self.backward_weight,
+        }[kind]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a step takes.
+
+    Attributes:
+        duration: from the first action's begin to the last one's end.
+        idle_share: the part of it that ranks wait, on average over them.
+    """
+
+    duration: float
+    idle_share: float
+
+
+def make_schedule(
+    name: ScheduleName, num_ranks: int, num_micro_batches: int, virtual_stages: int = 1
+) -> Schedule:
+    """Arrange a training step.
+
+    Args:
+        name: which schedule.
+        num_ranks: p, ranks of the pipeline, at least 2.
+        num_micro_batches: m, of the step; a multiple of p where stages interleave.
+        virtual_stages: stages that each rank holds; 1 for `1f1b`.
+
+    Raises:
+        ValueError: the numbers do not go together.
+    """
+    if name == "1f1b" and virtual_stages > 1:
+        raise ValueError(f"1f1b has one stage a rank, not {virtual_stages}")
+    if virtual_stages > 1 and num_micro_batches % num_ranks:
+        raise ValueError(
+            f"interleaved stages take rounds of {num_ranks} micro-batches, one a rank: "
+            f"{num_micro_batches} do not divide"
+        )
+    rounds = _Rounds(num_ranks, num_micro_batches, virtual_stages)
+    if name == "zero_bubble":
+        computations = _zero_bubble(rounds)
+    else:
+        computations = [_one_forward_one_backward(rounds, rank) for rank in range(num_ranks)]
+    return _with_messages(rounds.num_stages, computations)
+
+
+def make_forward_schedule(
+    num_ranks: int, num_micro_batches: int, virtual_stages: int = 1
+) -> Schedule:
+    """Arrange forward passes alone, of any number of micro-batches."""
+    rounds = _Rounds(num_ranks, num_micro_batches, virtual_stages)
+    return _with_messages(rounds.num_stages, [rounds.forwards(rank) for rank in range(num_ranks)])
+
+
+def simulate(schedule: Schedule, stages: Sequence[StageTime], message: float = 0.0) -> Timing:
+    """Predict how long a step takes.
+
+    Args:
+        schedule: of the step.
+        stages: what each stage takes.
+        message: how long a message is under way; it holds up neither side.
+    """
+    computations = [
+        [action for action in actions if not action.is_message] for actions in schedule.actions
+    ]
+    ends = _end_times(computations, stages, message)
+    duration = max(ends.values())
+    busy = sum(stages[action.stage].of(action.kind) for action in ends)
+    return Timing(duration, 1.0 - busy / (duration * schedule.num_ranks))
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """The order in which an interleaved pipeline takes up its stages.
+
+    A round is p micro-batches: a rank passes all of them through its first stage, then its second
+    (backward: through its last, then the one before).
+    """
+
+    num_ranks: int
+    num_micro_batches: int
+    virtual_stages: int
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_ranks * self.virtual_stages
+
+    def forwards(self, rank: int) -> list[Action]:
+        return list(self._in_rounds(Kind.FORWARD, range(rank, self.num_stages, self.num_ranks)))
+
+    def backwards(self, rank: int, kind: Kind) -> list[Action]:
+        stages = range(rank, self.num_stages, self.num_ranks)
+        return list(self._in_rounds(kind, stages[::-1]))
+
+    def most_in_flight(self, rank: int) -> int:
+        """Forward passes of the rank, over its stages, that 1F1B has waiting for their backward.
+
+        As many as keep it busy until the first comes back; a round more for each further stage,
+        since a round goes through one stage before it goes through the next.
+        """
+        to_the_last = self.num_ranks - 1 - rank
+        if self.virtual_stages == 1:
+            return to_the_last + 1
+        return 2 * to_the_last + (self.virtual_stages - 1) * self.num_ranks + 1
+
+    def _in_rounds(self, kind: Kind, stages: Iterable[int]) -> Iterator[Action]:
+        stages = list(stages)
+        for first in range(0, self.num_micro_batches, self.num_ranks):
+            last = min(first + self.num_ranks, self.num_micro_batches)
+            for stage in stages:
+                for micro_batch in range(first, last):
+                    yield Action(kind, stage, micro_batch)
+
+
+def _one_forward_one_backward(rounds: _Rounds, rank: int) -> list[Action]:
+    """Forward passes until the first gradient comes back, then one of each in turn."""
+    forwards, backwards = rounds.forwards(rank), rounds.backwards(rank, Kind.BACKWARD)
+    ahead = min(rounds.most_in_flight(rank) - 1, len(forwards))
+    order = forwards[:ahead]
+    for forward, backward in zip(forwards[ahead:], backwards, strict=False):
+        order += [forward, backward]
+    return order + backwards[len(forwards) - ahead :]
+
+
+def _zero_bubble(rounds: _Rounds) -> list[list[Action]]:
+    """List scheduling in steps of unit time: each rank does the most urgent thing that it can.
+
+    That is a backward pass to an input, on which other ranks wait, then a forward pass, then the
+    weights' gradients of the longest waiting micro-batch. Rank 0 holds the most micro-batches under
+    1F1B; no rank may hold more, and a micro-batch is held until its weights' gradients are there.
+    """
+    limit = rounds.most_in_flight(0)
+    ranks = [_ZeroBubbleRank(rounds, rank, limit) for rank in range(rounds.num_ranks)]
+    done: set[Action] = set()
+    while any(rank.is_busy for rank in ranks):
+        chosen = [rank.choose(done) for rank in ranks]
+        assert any(chosen), "no rank can go on"
+        done.update(action for action in chosen if action is not None)
+    return [rank.order for rank in ranks]
+
+
+class _ZeroBubbleRank:
+    def __init__(self, rounds: _Rounds, rank: int, limit: int) -> None:
+        self.order: list[Action] = []
+        self._num_stages = rounds.num_stages
+        self._limit = limit
+        self._forwards = rounds.forwards(rank)[::-1]
+        self._inputs = rounds.backwards(rank, Kind.BACKWARD_INPUT)[::-1]
+        self._weights = rounds.backwards(rank, Kind.BACKWARD_WEIGHT)[::-1]
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._weights)
+
+    def choose(self, done: set[Action]) -> Action | None:
+        """Take the next action, given what all ranks have done before."""
+        held = len(self._weights) - len(self._forwards)
+        may_begin = held < self._limit
+        for queue in (self._inputs, self._forwards if may_begin else [], self._weights):
+            if queue and all(need in done for need in _needs(queue[-1], self._num_stages)):
+                self.order.append(queue.pop())
+                return self.order[-1]
+        return None
+
+
+def _needs(action: Action, num_stages: int) -> Iterator[Action]:
+    """The computations whose results a computation takes up, on this rank or another."""
+    stage, micro_batch = action.stage, action.micro_batch
+    if action.kind is Kind.FORWARD:
+        if stage > 0:
+            yield Action(Kind.FORWARD, stage - 1, micro_batch)
+    elif action.kind is Kind.BACKWARD_WEIGHT:
+        yield Action(Kind.BACKWARD_INPUT, stage, micro_batch)
+    else:
+        yield Action(Kind.FORWARD, stage, micro_batch)
+        if stage < num_stages - 1:
+            yield Action(action.kind, stage + 1, micro_batch)
+
+
+def _end_times(
+    computations: Sequence[Sequence[Action]], stages: Sequence[StageTime], message: float
+) -> dict[Action, float]:
+    """When each computation ends, if all begin as soon as they can in their rank's order."""
+    ends: dict[Action, float] = {}
+    free_at = [0.0] * len(computations)
+    waiting = [list(reversed(order)) for order in computations]
+    while any(waiting):
+        known = len(ends)
+        for rank, order in enumerate(waiting):
+            while order and all(need in ends for need in _needs(order[-1], len(stages))):
+                action = order.pop()
+                ready_at = [
+                    ends[need] + (message if need.stage != action.stage else 0.0)
+                    for need in _needs(action, len(stages))
+                ]
+                begin = max(free_at[rank], *ready_at) if ready_at else free_at[rank]
+                free_at[rank] = ends[action] = begin + stages[action.stage].of(action.kind)
+        assert len(ends) > known, "the ranks wait for one another"
+    return ends
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What one computation's result is sent and received by."""
+
+    at: float
+    send: Action
+    receive: Action
+
+
+def _with_messages(num_stages: int, computations: Sequence[Sequence[Action]]) -> Schedule:
+    """Put the messages into the ranks' orders, as a simulation of usual costs has them happen.
+
+    A message stands behind what the rank has done by the time it is sent, so that the receiving
+    side waits for it beside the computation that it is at then.
+    """
+    num_ranks = len(computations)
+    ends = _end_times(computations, [StageTime()] * num_stages, 0.0)
+    messages: list[list[tuple[float, Action]]] = [[] for _ in range(num_ranks)]
+    for message in sorted(_messages(ends, num_stages), key=lambda m: (m.at, m.send.stage)):
+        for action in (message.send, message.receive):
+            messages[action.stage % num_ranks].append((message.at, action))
+    merged = []
+    for order, own in zip(computations, messages, strict=True):
+        actions: list[Action] = []
+        sent = 0
+        for action in order:
+            while sent < len(own) and own[sent][0] < ends[action]:
+                actions.append(own[sent][1])
+                sent += 1
+            actions.append(action)
+        merged.append((*actions, *(message for _, message in own[sent:])))
+    return Schedule(num_stages, tuple(merged))
+
+
+def _messages(ends: dict[Action, float], num_stages: int) -> Iterator[_Message]:
+    for action, end in ends.items():
+        stage, micro_batch = action.stage, action.micro_batch
+        if action.kind is Kind.FORWARD and stage < num_stages - 1:
+            yield _Message(
+                end,
+                Action(Kind.SEND_ACTIVATION, stage, micro_batch),
+                Action(Kind.RECEIVE_ACTIVATION, stage + 1, micro_batch),
+            )
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and stage > 0:
+            yield _Message(
+                end,
+                Action(Kind.SEND_GRADIENT, stage, micro_batch),
+                Action(Kind.RECEIVE_GRADIENT, stage - 1, micro_batch),
+            )
