@@ -79,6 +79,15 @@ def free_gathered_weights(model: nn.Module) -> None:
         sharded.reshard()
 
 
+def sharded_units(model: nn.Module) -> list[nn.Module]:
+    """The units that `shard_over_data` was given."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and module is not model
+    ]
+
+
 def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -34,6 +34,11 @@ from megatron_bert.distributed.collectives import (
     wait,
 )
 from megatron_bert.distributed.topology import TensorParallelGroup
+from megatron_bert.parallel.deferred import (
+    WeightProducts,
+    WeightQueue,
+    linear_with_deferred_weight,
+)
 from megatron_bert.parallel.partial_gradients import mark_partial
 from megatron_bert.parallel.sharding import local_part, make_parameter
 
@@ -59,6 +64,7 @@ class ColumnParallelLinear(nn.Module):
         dim = None if replicated else 0
         self.weight = make_parameter((out_features, in_features), tp, dim)
         self.bias = make_parameter((out_features,), tp, dim)
+        self.deferred: WeightQueue | None = None
         if replicated:
             mark_partial(self, "weight", "bias")
 
@@ -74,6 +80,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight = make_parameter((out_features, in_features), tp, 1)
         self.bias = make_parameter((out_features,), tp)
+        self.deferred: WeightQueue | None = None
         self.group = tp.group
         self.shards_tokens = tp.shards_tokens
         if tp.shards_tokens:
@@ -83,9 +90,9 @@ class RowParallelLinear(nn.Module):
         """[N, in / tp] -> [T, out], the tokens that this rank holds."""
         weight = local_part(self.weight)
         if self.group.size() == 1:
-            return F.linear(x_NF, weight, self.bias)
+            return _linear(self, x_NF, weight, self.bias)
         reduce = reduce_scatter_from_group if self.shards_tokens else reduce_from_group
-        return reduce(F.linear(x_NF, weight), self.group) + self.bias
+        return reduce(_linear(self, x_NF, weight), self.group) + self.bias
 
 
 def column_parallel(
@@ -107,19 +114,41 @@ def column_parallel(
     """
     pairs = [layer.local_parameters() for layer in layers]
     if tp.size == 1:
-        return tuple(F.linear(x_TD, weight, bias) for weight, bias in pairs)
+        return tuple(_linear(layer, x_TD, *pair) for layer, pair in zip(layers, pairs, strict=True))
     weights, biases = zip(*pairs, strict=True)
-    return _ColumnParallel.apply(x_TD, tp.group, tp.shards_tokens, *weights, *biases)  # type: ignore[no-any-return,no-untyped-call]
+    deferring = None
+    if layers[0].deferred is not None:
+        # Their gradients do not come by way of this function.
+        deferring, weights = layers, tuple(weight.detach() for weight in weights)
+    return _ColumnParallel.apply(  # type: ignore[no-any-return,no-untyped-call]
+        x_TD, tp.group, tp.shards_tokens, deferring, *weights, *biases
+    )
+
+
+def _linear(
+    layer: ColumnParallelLinear | RowParallelLinear,
+    x_ND: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    if layer.deferred is None:
+        return F.linear(x_ND, weight, bias)
+    return linear_with_deferred_weight(layer, x_ND, weight, bias)
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, group: dist.ProcessGroup, shards_tokens: bool, *parameters: Tensor
+        ctx: Any,
+        x_TD: Tensor,
+        group: dist.ProcessGroup,
+        shards_tokens: bool,
+        deferring: tuple[ColumnParallelLinear, ...] | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         weights, biases = parameters[:count], parameters[count:]
-        ctx.group, ctx.shards_tokens = group, shards_tokens
+        ctx.group, ctx.shards_tokens, ctx.deferring = group, shards_tokens, deferring
         # Of shared tokens each rank keeps its own; they are gathered again backward.
         ctx.save_for_backward(x_TD, *weights)
         x_ND = wait(start_all_gather(x_TD, group)) if shards_tokens else x_TD
@@ -128,14 +157,21 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_NF: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        group, shards_tokens = ctx.group, ctx.shards_tokens
-        gathering = start_all_gather(x, group) if shards_tokens else x
+        group, shards_tokens, deferring = ctx.group, ctx.shards_tokens, ctx.deferring
+        gathers = shards_tokens and deferring is None
+        gathering = start_all_gather(x, group) if gathers else x
         x_grad_ND = grads_NF[0] @ weights[0]
         for grad_NF, weight in zip(grads_NF[1:], weights[1:], strict=True):
             x_grad_ND = x_grad_ND + grad_NF @ weight
         start = start_reduce_scatter if shards_tokens else start_all_reduce
-        x_ND = wait(gathering) if shards_tokens else x
+        x_ND = wait(gathering) if gathers else x
         reducing = start(x_grad_ND, group)
-        weight_grads = [grad_NF.T @ x_ND for grad_NF in grads_NF]
+        weight_grads: list[Tensor | None]
+        if deferring is None:
+            weight_grads = [grad_NF.T @ x_ND for grad_NF in grads_NF]
+        else:
+            weight_grads = [None] * len(weights)
+            products = WeightProducts(deferring, x, grads_NF, group if shards_tokens else None)
+            deferring[0].deferred.append(products)
         bias_grads = [grad_NF.sum(0) for grad_NF in grads_NF]
-        return wait(reducing), None, None, *weight_grads, *bias_grads
+        return wait(reducing), None, None, None, *weight_grads, *bias_grads

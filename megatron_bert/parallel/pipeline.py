@@ -1,4 +1,4 @@
-"""Pipeline parallelism: this rank's stages, its messages, and a step through both.
+"""Pipeline parallelism: a step through the stages that this rank holds.
 
 `parallel.schedule` says in what order. Every rank makes the same rows itself, so that only hidden
 states travel between stages and only their gradients back, all of one shape, [T, D] of the compute
@@ -8,24 +8,23 @@ type: the T tokens of a micro-batch that a rank holds, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.distributed.topology import Topology
+from megatron_bert.parallel.actions import Action, Kind
 from megatron_bert.parallel.data_parallel import free_gathered_weights, set_gradient_sync
+from megatron_bert.parallel.deferred import accumulate_deferred, defer_weight_gradients
 from megatron_bert.parallel.micro_batches import MicroBatch
 from megatron_bert.parallel.schedule import (
-    Action,
-    Kind,
     Schedule,
     ScheduleName,
     make_forward_schedule,
     make_schedule,
 )
+from megatron_bert.parallel.stage_messages import StageMessages
 
 # Outputs of the head for one micro-batch: loss and number right.
 _HEAD_OUTPUTS = 2
@@ -63,6 +62,9 @@ class Pipeline:
         # By what they were made for: steps of a stage of the curriculum have one number.
         self._training: dict[int, Schedule] = {}
         self._evaluation: dict[int, Schedule] = {}
+        if schedule == "zero_bubble":
+            for chunk in chunks:
+                defer_weight_gradients(chunk)
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
@@ -102,9 +104,14 @@ class Pipeline:
         tp = self._topology.tensor_parallel
         tokens = next(iter(micro_batches[0].values())).numel()
         tokens //= tp.size if tp.shards_tokens else 1
-        mail = _Mail(self._topology, (tokens, self._hidden_size), self._compute_dtype)
+        messages = StageMessages(self._topology, (tokens, self._hidden_size), self._compute_dtype)
         step = _Step(
-            self._chunks, schedule, micro_batches, finish, mail, reshard_always=self._reshard_always
+            self._chunks,
+            schedule,
+            micro_batches,
+            finish,
+            messages,
+            reshard_always=self._reshard_always,
         )
         return step.run(schedule.actions[self._topology.pipeline_rank])
 
@@ -114,10 +121,10 @@ class _Step:
 
     Args:
         chunks: the stages.
-        schedule: the actions are of.
+        schedule: what the actions are of.
         micro_batches: all of the step.
-        finish: makes of the head's output what is to be summed, and in training derived.
-        mail: carries what passes between ranks.
+        finish: makes of the head's output what is returned, and in training derived.
+        messages: carries what passes between ranks.
         reshard_always: free gathered weights after every backward pass, not only the last.
     """
 
@@ -127,7 +134,7 @@ class _Step:
         schedule: Schedule,
         micro_batches: Sequence[MicroBatch],
         finish: Callable[[Tensor], Tensor],
-        mail: _Mail,
+        messages: StageMessages,
         *,
         reshard_always: bool,
     ) -> None:
@@ -136,7 +143,7 @@ class _Step:
         self._last_stage = schedule.num_stages - 1
         self._micro_batches = micro_batches
         self._finish = finish
-        self._mail = mail
+        self._messages = messages
         self._reshard_always = reshard_always
         self._results: list[Tensor] = []
         # By stage and micro-batch, from the forward pass to the backward pass.
@@ -153,8 +160,8 @@ class _Step:
                     self._compute(action)
             else:
                 # What stands side by side passes in both directions at once.
-                self._mail.exchange(peer, list(group), self._to_send)
-        self._mail.close()
+                self._messages.exchange(peer, list(group), self._to_send)
+        self._messages.close()
         return self._results
 
     def _peer(self, action: Action) -> int | None:
@@ -163,17 +170,17 @@ class _Step:
     def _compute(self, action: Action) -> None:
         if action.kind is Kind.FORWARD:
             self._forward(action.stage, action.micro_batch)
-        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
-            self._backward(action.stage, action.micro_batch)
+        else:
+            self._backward(action)
 
     def _forward(self, stage: int, micro_batch: int) -> None:
-        rows, *others = self._micro_batches[micro_batch].values()
+        inputs, *others = self._micro_batches[micro_batch].values()
         with_backward = torch.is_grad_enabled()
         if stage > 0:
-            rows = self._mail.take(Action(Kind.RECEIVE_ACTIVATION, stage, micro_batch))
+            inputs = self._messages.take(Action(Kind.RECEIVE_ACTIVATION, stage, micro_batch))
             if with_backward:
-                self._inputs[stage, micro_batch] = rows.requires_grad_()
-        output = self._chunks[stage // self._num_ranks](rows, *others)
+                self._inputs[stage, micro_batch] = inputs.requires_grad_()
+        output = self._chunks[stage // self._num_ranks](inputs, *others)
         if stage == self._last_stage:
             output = self._finish(output)
             self._results.append(output.detach())
@@ -182,100 +189,25 @@ class _Step:
         if with_backward:
             self._outputs[stage, micro_batch] = output
 
-    def _backward(self, stage: int, micro_batch: int) -> None:
-        chunk = self._chunks[stage // self._num_ranks]
-        # A stage takes the micro-batches in order: under this one's backward gradients are reduced.
-        is_last = micro_batch == len(self._micro_batches) - 1
+    def _backward(self, action: Action) -> None:
+        chunk = self._chunks[action.stage // self._num_ranks]
+        # A stage takes the micro-batches in order. Gradients are reduced under the last pass.
+        is_last = (
+            action.kind is not Kind.BACKWARD_INPUT
+            and action.micro_batch == len(self._micro_batches) - 1
+        )
         set_gradient_sync(chunk, is_last, reshard=is_last or self._reshard_always)
+        if action.kind is Kind.BACKWARD_WEIGHT:
+            accumulate_deferred(chunk)
+        else:
+            self._backward_to_input(action.stage, action.micro_batch)
+
+    def _backward_to_input(self, stage: int, micro_batch: int) -> None:
         gradient = None
         if stage < self._last_stage:
-            gradient = self._mail.take(Action(Kind.RECEIVE_GRADIENT, stage, micro_batch))
+            gradient = self._messages.take(Action(Kind.RECEIVE_GRADIENT, stage, micro_batch))
         torch.autograd.backward(self._outputs.pop((stage, micro_batch)), gradient)
         if stage > 0:
             input_gradient = self._inputs.pop((stage, micro_batch)).grad
             assert input_gradient is not None
             self._to_send[Action(Kind.SEND_GRADIENT, stage, micro_batch)] = input_gradient
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Messages that were begun together."""
-
-    works: list[dist.Work]
-
-    def wait(self) -> None:
-        """Wait until all are there; on a GPU only what is computed next waits."""
-        # Once: gloo would wait for another message.
-        while self.works:
-            self.works.pop().wait()
-
-
-class _Mail:
-    """This rank's end of the messages of one step.
-
-    A message is posted when the schedule comes to it; nobody waits before a computation takes up
-    what was received. A receive buffer lives from there until the last that computes with it lets
-    go, so that there are no more of them than micro-batches in flight.
-
-    All go out as batches, also single ones: alone they would go through another communicator, and
-    the two sides, whose neighbours on the list differ, could disagree about which.
-    """
-
-    def __init__(self, topology: Topology, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self._group = topology.pipeline_group
-        self._device = topology.device
-        self._shape = shape
-        self._dtype = dtype
-        self._received: dict[Action, tuple[_Batch, Tensor]] = {}
-        # The latest by kind and stage: when the next goes out, it has long been there.
-        self._sent: dict[tuple[Kind, int], tuple[_Batch, Tensor]] = {}
-
-    def exchange(
-        self, peer: int, actions: Sequence[Action], contents: dict[Action, Tensor]
-    ) -> None:
-        """Begin to send and receive these messages, all with one rank.
-
-        Args:
-            peer: the rank.
-            actions: the messages.
-            contents: what is sent is taken from here.
-        """
-        sent = {action: contents.pop(action) for action in actions if action.is_sent}
-        received = {action: self._buffer() for action in actions if not action.is_sent}
-        operations = [
-            dist.P2POp(dist.isend, sent[action].detach(), group=self._group, group_peer=peer)
-            if action.is_sent
-            else dist.P2POp(dist.irecv, received[action], group=self._group, group_peer=peer)
-            for action in actions
-        ]
-        batch = _Batch(dist.batch_isend_irecv(operations))
-        for action, tensor in received.items():
-            self._received[action] = batch, tensor
-        for action, tensor in sent.items():
-            self._release(action.kind, action.stage)
-            self._sent[action.kind, action.stage] = batch, tensor
-
-    def take(self, action: Action) -> Tensor:
-        """Wait for a message and hand over what it brought."""
-        batch, tensor = self._received.pop(action)
-        batch.wait()
-        return tensor
-
-    def close(self) -> None:
-        """Wait for what is still under way."""
-        assert not self._received, "received, but used by no computation"
-        for kind, stage in list(self._sent):
-            self._release(kind, stage)
-
-    def _release(self, kind: Kind, stage: int) -> None:
-        """Wait for the latest of these to be there, and free its data.
-
-        The shape stays: the backward pass of a sent activation begins with it.
-        """
-        if (kind, stage) in self._sent:
-            batch, tensor = self._sent.pop((kind, stage))
-            batch.wait()
-            tensor.data = tensor.new_empty(()).expand(tensor.shape)
-
-    def _buffer(self) -> Tensor:
-        return torch.empty(self._shape, dtype=self._dtype, device=self._device)

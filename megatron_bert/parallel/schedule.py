@@ -15,52 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Literal
 
+from megatron_bert.parallel.actions import Action, Kind, StageTime, needs
+
 ScheduleName = Literal["1f1b", "interleaved", "zero_bubble"]
-
-
-class Kind(Enum):
-    """What an action does; a message belongs to the stage that sends or receives it."""
-
-    FORWARD = auto()
-    BACKWARD = auto()
-    BACKWARD_INPUT = auto()
-    BACKWARD_WEIGHT = auto()
-    SEND_ACTIVATION = auto()
-    RECEIVE_ACTIVATION = auto()
-    SEND_GRADIENT = auto()
-    RECEIVE_GRADIENT = auto()
-
-
-_TOWARDS_NEXT_STAGE = {Kind.SEND_ACTIVATION, Kind.RECEIVE_GRADIENT}
-_TOWARDS_PREVIOUS_STAGE = {Kind.RECEIVE_ACTIVATION, Kind.SEND_GRADIENT}
-
-
-@dataclass(frozen=True)
-class Action:
-    """One thing that a rank does for one micro-batch in one of its stages."""
-
-    kind: Kind
-    stage: int
-    micro_batch: int
-
-    @property
-    def is_message(self) -> bool:
-        """Whether it sends or receives."""
-        return self.kind in _TOWARDS_NEXT_STAGE or self.kind in _TOWARDS_PREVIOUS_STAGE
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether it is the sending side of a message."""
-        return self.kind in (Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT)
-
-    def peer(self, num_ranks: int) -> int:
-        """The rank that a message goes to or comes from."""
-        assert self.is_message
-        step = 1 if self.kind in _TOWARDS_NEXT_STAGE else -1
-        return (self.stage + step) % num_ranks
 
 
 @dataclass(frozen=True)
@@ -80,24 +39,6 @@ class Schedule:
     def num_ranks(self) -> int:
         """Ranks of the pipeline."""
         return len(self.actions)
-
-
-@dataclass(frozen=True)
-class StageTime:
-    """How long a stage takes for one micro-batch, in any unit."""
-
-    forward: float = 1.0
-    backward_input: float = 1.0
-    backward_weight: float = 1.0
-
-    def of(self, kind: Kind) -> float:
-        """The time of a computation."""
-        return {
-            Kind.FORWARD: self.forward,
-            Kind.BACKWARD: self.backward_input + self.backward_weight,
-            Kind.BACKWARD_INPUT: self.backward_input,
-            Kind.BACKWARD_WEIGHT: self.backward_weight,
-        }[kind]
 
 
 @dataclass(frozen=True)
@@ -255,24 +196,10 @@ class _ZeroBubbleRank:
         held = len(self._weights) - len(self._forwards)
         may_begin = held < self._limit
         for queue in (self._inputs, self._forwards if may_begin else [], self._weights):
-            if queue and all(need in done for need in _needs(queue[-1], self._num_stages)):
+            if queue and all(need in done for need in needs(queue[-1], self._num_stages)):
                 self.order.append(queue.pop())
                 return self.order[-1]
         return None
-
-
-def _needs(action: Action, num_stages: int) -> Iterator[Action]:
-    """The computations whose results a computation takes up, on this rank or another."""
-    stage, micro_batch = action.stage, action.micro_batch
-    if action.kind is Kind.FORWARD:
-        if stage > 0:
-            yield Action(Kind.FORWARD, stage - 1, micro_batch)
-    elif action.kind is Kind.BACKWARD_WEIGHT:
-        yield Action(Kind.BACKWARD_INPUT, stage, micro_batch)
-    else:
-        yield Action(Kind.FORWARD, stage, micro_batch)
-        if stage < num_stages - 1:
-            yield Action(action.kind, stage + 1, micro_batch)
 
 
 def _end_times(
@@ -285,11 +212,11 @@ def _end_times(
     while any(waiting):
         known = len(ends)
         for rank, order in enumerate(waiting):
-            while order and all(need in ends for need in _needs(order[-1], len(stages))):
+            while order and all(need in ends for need in needs(order[-1], len(stages))):
                 action = order.pop()
                 ready_at = [
                     ends[need] + (message if need.stage != action.stage else 0.0)
-                    for need in _needs(action, len(stages))
+                    for need in needs(action, len(stages))
                 ]
                 begin = max(free_at[rank], *ready_at) if ready_at else free_at[rank]
                 free_at[rank] = ends[action] = begin + stages[action.stage].of(action.kind)

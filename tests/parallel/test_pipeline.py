@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bert.parallel import pipeline as pipeline_module
 from megatron_bert.parallel.data_parallel import shard_over_data
 from megatron_bert.parallel.micro_batches import MicroBatch
 from megatron_bert.parallel.pipeline import Pipeline
 from megatron_bert.parallel.schedule import ScheduleName
+from megatron_bert.parallel.stage_messages import StageMessages
 from tests.distributed_harness import run_ranks
 from tests.small_model import cpu_topology
 
@@ -136,7 +137,7 @@ def test_evaluation_takes_any_number_of_micro_batches() -> None:
 def _counted() -> Iterator[Counter[str]]:
     """Counts receive buffers, the most of them that lived at a time, and messages by their op."""
     counts: Counter[str] = Counter()
-    make_buffer, begin = pipeline_module._Mail._buffer, dist.batch_isend_irecv
+    make_buffer, begin = StageMessages._buffer, dist.batch_isend_irecv
 
     def counted_buffer(mail: Any) -> Tensor:
         buffer = make_buffer(mail)
@@ -153,7 +154,7 @@ def _counted() -> Iterator[Counter[str]]:
         return begin(operations)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline_module._Mail, "_buffer", counted_buffer)
+        patch.setattr(StageMessages, "_buffer", counted_buffer)
         patch.setattr(dist, "batch_isend_irecv", counted_begin)
         yield counts
 
@@ -201,3 +202,62 @@ def test_one_message_a_boundary_micro_batch_and_direction(
     counts = run_ranks(ranks, _count_step, schedule, ranks, virtual, micro_batches, False)
     assert sum(c["isend"] for c in counts) == boundaries * micro_batches
     assert sum(c["irecv"] for c in counts) == boundaries * micro_batches
+
+
+def _most_outputs(micro_batches: int) -> int:
+    runner, (chunk,) = _pipeline("1f1b", 3, 1)
+    alive = most = 0
+
+    def end() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def begin(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        weakref.finalize(output.untyped_storage(), end)
+
+    chunk.register_forward_hook(begin)
+    runner.train(_micro_batches(micro_batches, 5), torch.tensor(1.0))
+    return most
+
+
+def test_a_sent_output_gives_up_its_data_before_its_backward() -> None:
+    # Rank 0 has three micro-batches in flight; one is under way while the next is made.
+    assert run_ranks(3, _most_outputs, 6)[:2] == [2, 2]
+
+
+class _Collectives(TorchDispatchMode):
+    """Notes the names of the operators that send, receive and reduce, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("c10d::"):
+            self.names.append(func.name().removeprefix("c10d::"))
+        return func(*args, **(kwargs or {}))
+
+
+def _record_step(schedule: ScheduleName, virtual: int) -> list[str]:
+    runner, _ = _pipeline(schedule, 2, virtual)
+    with _Collectives() as collectives:
+        runner.train(_micro_batches(6, 5), torch.tensor(1.0))
+    return collectives.names
+
+
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+def test_gradients_are_reduced_once_and_under_each_stages_last_backward(
+    schedule: ScheduleName, virtual: int
+) -> None:
+    # Two pipelines of two ranks.
+    for rank, names in enumerate(run_ranks(4, _record_step, schedule, virtual)):
+        reductions = [n for n, name in enumerate(names) if name.startswith("_reduce_scatter")]
+        has_embedding = rank < 2
+        assert len(reductions) == virtual + has_embedding
+        # All of a stage's is behind it by the time that its last gradient goes out; zero bubble
+        # comes to it when all has gone out.
+        if not has_embedding and schedule != "zero_bubble":
+            assert "send" in names[reductions[-1] :]

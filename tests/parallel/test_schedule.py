@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,12 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bert.parallel.actions import Action, Kind, StageTime
 from megatron_bert.parallel.schedule import (
-    Action,
-    Kind,
     Schedule,
     ScheduleName,
-    StageTime,
     make_forward_schedule,
     make_schedule,
     simulate,
@@ -255,3 +255,8 @@ def test_numbers_that_do_not_go_together_are_refused() -> None:
         make_schedule("interleaved", 4, 6, 2)
     with pytest.raises(ValueError, match="one stage a rank"):
         make_schedule("1f1b", 4, 8, 2)
+
+
+def test_a_planner_needs_no_torch() -> None:
+    code = "import sys, megatron_bert.parallel.schedule; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,180 @@
+"""Weights' gradients that are computed apart from the gradient of the input.
+
+Zero bubble (Qi et al. 2024, section 2) lets the stage before go on with the input's gradient and
+computes the weights' while it would wait. Layers that have large products leave them here in their
+backward pass, one `WeightProducts` each a micro-batch; small gradients (biases, norms) are had at
+once. `accumulate_deferred` computes what a micro-batch left, so that every product is computed and
+every collective is called once, as in one pass.
+
+Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D
+features in, F features out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_bert.distributed.collectives import start_all_gather, wait
+from megatron_bert.parallel.data_parallel import sharded_units
+from megatron_bert.parallel.sharding import local_part
+
+
+class WeightProducts:
+    """Gradients y_grad^T x of the weights that one micro-batch's x went through, not yet computed.
+
+    Args:
+        layers: whose weights they are.
+        x_TD: what they read.
+        grads_NF: of what they gave, one a layer.
+        group: the ranks whose tokens are to be gathered; None where x has all of them.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DeferringLayer],
+        x_TD: Tensor,
+        grads_NF: Sequence[Tensor],
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.layers = layers
+        self._x = x_TD
+        self._grads_NF = grads_NF
+        self._group = group
+
+    def gather(self) -> None:
+        """Begin to gather the tokens."""
+        if self._group is not None:
+            self._x = start_all_gather(self._x, self._group)
+
+    def compute(self) -> list[Tensor]:
+        """The gradients of this rank's weights."""
+        x_ND = self._x if self._group is None else wait(self._x)
+        return [grad_NF.T @ x_ND for grad_NF in self._grads_NF]
+
+
+# What a layer has left, the micro-batches in the order of their backward passes.
+WeightQueue = deque[WeightProducts]
+
+
+class DeferringLayer(Protocol):
+    """A layer that leaves its products, in a queue where it has one.
+
+    Of several layers that read one input the first's queue takes the products of all.
+    """
+
+    weight: nn.Parameter
+    deferred: WeightQueue | None
+
+
+def defer_weight_gradients(model: nn.Module) -> None:
+    """Have the layers in the model's units leave their products from now on.
+
+    Args:
+        model: sharded by `shard_over_data`.
+    """
+    for unit in sharded_units(model):
+        for layer in _deferring_layers(unit):
+            layer.deferred = WeightQueue()
+
+
+def _deferring_layers(unit: nn.Module) -> Iterator[DeferringLayer]:
+    for module in unit.modules():
+        if hasattr(module, "deferred"):
+            yield cast(DeferringLayer, module)
+
+
+def linear_with_deferred_weight(
+    layer: DeferringLayer, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None
+) -> Tensor:
+    """`F.linear` whose backward pass leaves the weight's product in the layer's queue."""
+    y: Tensor = _Linear.apply(x_ND, weight_FD.detach(), bias_F, layer)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_FD: Tensor,
+        bias_F: Tensor | None,
+        layer: DeferringLayer,
+    ) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_FD)
+        ctx.layer, ctx.has_bias = layer, bias_F is not None
+        return F.linear(x_ND, weight_FD, bias_F)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NF,) = grads
+        x_ND, weight_FD = ctx.saved_tensors
+        ctx.layer.deferred.append(WeightProducts([ctx.layer], x_ND, [grad_NF]))
+        return grad_NF @ weight_FD, None, grad_NF.sum(0) if ctx.has_bias else None, None
+
+
+def accumulate_deferred(model: nn.Module) -> None:
+    """Compute what the longest waiting micro-batch has left, and add it to the gradients.
+
+    What `fully_shard` does at the end of a module's backward pass (add up in the reduction's type,
+    reduce, reshard) it does in hooks around the module's call. So the modules are called, but on a
+    number that passes through unchanged, and the products are computed in its backward pass: one
+    unit's under the reduction of the next one's.
+
+    Args:
+        model: sharded by `shard_over_data`.
+    """
+    units = sharded_units(model)
+
+    def through(carrier: Tensor) -> Tensor:
+        for unit in units:
+            with _computing(unit, partial(_carry, unit)):
+                carrier = unit(carrier)
+        return carrier
+
+    device = next(model.parameters()).device
+    with _computing(model, through):
+        end: Tensor = model(torch.zeros((), device=device, requires_grad=True))
+    torch.autograd.backward(end)
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a module's call compute something else between its hooks."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _carry(unit: nn.Module, carrier: Tensor) -> Tensor:
+    products = [layer.deferred.popleft() for layer in _deferring_layers(unit) if layer.deferred]
+    weights = [local_part(layer.weight) for group in products for layer in group.layers]
+    end: Tensor = _Carrier.apply(carrier, products, *weights)  # type: ignore[no-untyped-call]
+    return end
+
+
+class _Carrier(torch.autograd.Function):
+    """Forward nothing happens; backward the weights' gradients are computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, carrier: Tensor, products: list[WeightProducts], *weights: Tensor
+    ) -> Tensor:
+        ctx.products = products
+        return carrier.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        for group in ctx.products:
+            group.gather()
+        return grads[0], None, *(grad for group in ctx.products for grad in group.compute())

@@ -1,0 +1,101 @@
+"""What passes between the stages of neighbouring pipeline ranks: hidden states and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert.distributed.topology import Topology
+from megatron_bert.parallel.actions import Action, Kind
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Messages that were begun together."""
+
+    works: list[dist.Work]
+
+    def wait(self) -> None:
+        """Wait until all are there; on a GPU only what is computed next waits."""
+        # Once: gloo would wait for another message.
+        while self.works:
+            self.works.pop().wait()
+
+
+class StageMessages:
+    """This rank's end of the messages of one step, all of one shape.
+
+    A message is posted when the schedule comes to it; nobody waits before a computation takes up
+    what was received. A receive buffer lives from there until the last that computes with it lets
+    go, so that there are no more of them than micro-batches in flight.
+
+    All go out as batches, also single ones: alone they would go through another communicator, and
+    the two sides, whose neighbours on the list differ, could disagree about which.
+
+    Args:
+        topology: the ranks.
+        shape: of a message, [T, D].
+        dtype: of a message.
+    """
+
+    def __init__(self, topology: Topology, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self._group = topology.pipeline_group
+        self._device = topology.device
+        self._shape = shape
+        self._dtype = dtype
+        self._received: dict[Action, tuple[_Batch, Tensor]] = {}
+        # The latest by kind and stage: when the next goes out, it has long been there.
+        self._sent: dict[tuple[Kind, int], tuple[_Batch, Tensor]] = {}
+
+    def exchange(
+        self, peer: int, actions: Sequence[Action], contents: dict[Action, Tensor]
+    ) -> None:
+        """Begin to send and receive these messages, all with one rank.
+
+        Args:
+            peer: the rank.
+            actions: the messages.
+            contents: what is sent is taken from here.
+        """
+        sent = {action: contents.pop(action) for action in actions if action.is_sent}
+        received = {action: self._buffer() for action in actions if not action.is_sent}
+        operations = [
+            dist.P2POp(dist.isend, sent[action].detach(), group=self._group, group_peer=peer)
+            if action.is_sent
+            else dist.P2POp(dist.irecv, received[action], group=self._group, group_peer=peer)
+            for action in actions
+        ]
+        batch = _Batch(dist.batch_isend_irecv(operations))
+        for action, tensor in received.items():
+            self._received[action] = batch, tensor
+        for action, tensor in sent.items():
+            self._release(action.kind, action.stage)
+            self._sent[action.kind, action.stage] = batch, tensor
+
+    def take(self, action: Action) -> Tensor:
+        """Wait for a message and hand over what it brought."""
+        batch, tensor = self._received.pop(action)
+        batch.wait()
+        return tensor
+
+    def close(self) -> None:
+        """Wait for what is still under way."""
+        assert not self._received, "received, but used by no computation"
+        for kind, stage in list(self._sent):
+            self._release(kind, stage)
+
+    def _release(self, kind: Kind, stage: int) -> None:
+        """Wait for the latest of these to be there, and let go of its data."""
+        if (kind, stage) in self._sent:
+            batch, tensor = self._sent.pop((kind, stage))
+            batch.wait()
+            if kind is Kind.SEND_ACTIVATION:
+                # The backward pass will begin with it, but asks for no more than its shape.
+                tensor.data = tensor.new_empty(()).expand(tensor.shape)
+
+    def _buffer(self) -> Tensor:
+        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
