@@ -118,7 +118,6 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             if group.size() > 1:
                 hidden_grad = all_reduce(hidden_grad, group)
             ctx.save_for_backward(hidden_grad, gradients.weight_VD, gradients.bias_V)
-        ctx.is_scaled = False
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -126,12 +125,8 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V = ctx.saved_tensors
         # The saved gradients are nobody else's: scaling them in place saves a pass and a copy.
-        # Once: a zero-bubble schedule comes twice, for the input's gradient and for the weights';
-        # through `data`, or the second time they would count as spoilt.
-        if not ctx.is_scaled:
-            ctx.is_scaled = True
-            for gradient in (hidden_ND, weight_VD, bias_V):
-                gradient.data.mul_(grads[0])
+        for gradient in (hidden_ND, weight_VD, bias_V):
+            gradient.mul_(grads[0])
         return hidden_ND, weight_VD, bias_V, None, None, None, None
 
 
