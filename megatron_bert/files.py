@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 TEMPORARY_INFIX = ".tmp-"
+
+Write: TypeAlias = Callable[[bytes | memoryview], None]
+"""Appends bytes (a memoryview must be one of bytes) to a file."""
 
 
 def temporary_path(final: Path) -> Path:
@@ -23,6 +29,41 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Write]:
+    """Write a file from front to back; when the block has ended its bytes are on the disk.
+
+    Nothing is buffered here, and what the file held before is gone at once.
+
+    Raises:
+        OSError: The host could not write; what was written is left where it is.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def write(data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        # The host takes at most 2 GiB at once, and less where a disk is nearly full.
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+    try:
+        yield write
+        # On the descriptor that wrote: another may not be told of an error met meanwhile.
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to `path` and wait until it is on the disk.
+
+    Raises:
+        OSError: The host could not write; what was written is left where it is.
+    """
+    with new_file(path) as write:
+        write(content.encode() if isinstance(content, str) else content)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) so that readers see the old file or the new one whole.
 
@@ -31,8 +72,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     temporary = temporary_path(path)
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync_to_disk(temporary)
+        write_durably(temporary, content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

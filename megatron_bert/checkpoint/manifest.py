@@ -16,7 +16,7 @@ from typing import TypeAlias
 import xxhash
 
 from megatron_bert.config.errors import CheckpointError
-from megatron_bert.files import sync_to_disk
+from megatron_bert.files import write_durably
 
 JSON: TypeAlias = "Mapping[str, JSON] | list[JSON] | str | int | float | bool | None"
 
@@ -63,15 +63,13 @@ class Manifest:
                 for name, record in sorted(self.files.items())
             },
         }
-        path = folder / MANIFEST_NAME
         text = json.dumps(
             {**content, "checksum": _checksum_of(content)},
             indent=2,
             ensure_ascii=False,
             allow_nan=False,
         )
-        path.write_text(text + "\n", encoding="utf-8")
-        sync_to_disk(path)
+        write_durably(folder / MANIFEST_NAME, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -4,42 +4,34 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
 import shutil
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_bert.checkpoint.folders import CheckpointFolders
 from megatron_bert.checkpoint.manifest import (
     JSON,
     MANIFEST_NAME,
     DamagedCheckpointError,
     Manifest,
 )
-from megatron_bert.checkpoint.tensors import (
-    MAX_FILE_BYTES,
-    read_tensors,
-    total_bytes,
-    write_tensors,
-)
+from megatron_bert.checkpoint.shards import LocalShards
+from megatron_bert.checkpoint.tensors import read_tensors, total_bytes, write_tensors
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.distributed.agreement import Ranks, RanksFailedError
-from megatron_bert.files import (
-    TEMPORARY_INFIX,
-    sync_to_disk,
-    temporary_path,
-    write_atomically,
-)
+from megatron_bert.files import temporary_path
 
-LATEST_NAME = "latest"
-_FOLDER = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(rf"(step_\d{{8,}}|{LATEST_NAME}){re.escape(TEMPORARY_INFIX)}[0-9a-f]+")
+MAX_FILE_BYTES = 1 << 30
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 logger = logging.getLogger(__name__)
+
+
+class CheckpointDefectError(RuntimeError):
+    """Saving or loading failed, on all ranks alike, for a reason that no user can mend."""
 
 
 class CheckpointStore:
@@ -67,9 +59,9 @@ class CheckpointStore:
         if keep < 1:
             raise CheckpointError(f"checkpoint.keep is {keep}; at least 1 must be kept")
         self.root = root
-        self.keep = keep
+        self.ranks = Ranks(group)
+        self._folders = CheckpointFolders(root, keep)
         self._max_file_bytes = max_file_bytes
-        self._ranks = Ranks(group)
         self._verified: Path | None = None
 
     def save(
@@ -89,20 +81,49 @@ class CheckpointStore:
         Raises:
             CheckpointError: The host refused to write (the message has the path, and for a full
                 disk the bytes needed and free). Older checkpoints are as they were.
+            CheckpointDefectError: Something else failed on some rank.
+        """
+        return self.save_shards(step, LocalShards.of(tensors), state)
+
+    def save_shards(
+        self,
+        step: int,
+        shards: LocalShards,
+        state: Mapping[str, JSON],
+        check: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Do as `save` does with shards that were taken apart, and may be copied, before.
+
+        It may run in a thread of its own, beside work of the same ranks in other groups.
+
+        Args:
+            step: See `save`.
+            shards: What this rank holds of the state.
+            state: See `save`.
+            check: Called now and then; what it raises on a rank ends the save on all of them.
+
+        Raises:
+            CheckpointError, CheckpointDefectError: See `save`.
         """
         assert step >= 0, step
-        ranks = self._ranks
+        ranks, folders = self.ranks, self._folders
         self._verified = None
-        needed = total_bytes(tensors, ranks)
-        final = self.root / f"step_{step:08d}"
+        final = folders.of_step(step)
         staging = ranks.on_first(lambda: temporary_path(final))
+
+        def publish(manifest: Manifest) -> None:
+            check()
+            folders.publish(staging, final, manifest)
+
         try:
-            ranks.on_first(lambda: self._open_staging(staging))
-            files = write_tensors(staging, tensors, ranks, self._max_file_bytes)
-            ranks.on_first(lambda: self._publish(staging, final, Manifest(step, files, state)))
+            ranks.on_first(lambda: folders.open_staging(staging))
+            files = write_tensors(staging, shards, ranks, self._max_file_bytes, check)
+            ranks.on_first(lambda: publish(Manifest(step, files, state)))
         except RanksFailedError as error:
-            # Before the temporaries go, so that the free bytes are those that did not suffice.
-            message = ranks.on_first(partial(self._explain, error, final, needed))
+            message = f"cannot save {final}: {error}"
+            if any(failure.errno in _NO_SPACE for failure in error.failures):
+                # Before the temporaries go, so that the free bytes are those that did not suffice.
+                message += self._explain_full_disk(total_bytes(shards, ranks))
             ranks.on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
             raise _translated(error, message) from error
         return final
@@ -118,14 +139,14 @@ class CheckpointStore:
             CheckpointError: There are checkpoints, but all are damaged: a run must not silently
                 start anew in their place.
         """
-        folders = self._ranks.on_first(self._folders)
+        folders = self.ranks.on_first(self._folders.newest_first)
         damages: list[str] = []
         for folder in folders:
             try:
                 self._verify(folder)
             except DamagedCheckpointError as error:
                 damages.append(str(error))
-                if self._ranks.rank == 0:
+                if self.ranks.rank == 0:
                     logger.warning("checkpoint %s is damaged, trying an older: %s", folder, error)
             else:
                 return folder
@@ -153,7 +174,7 @@ class CheckpointStore:
             self._verify(path)
         state = self.read_state(path)
         try:
-            read_tensors(path, tensors, self._ranks)
+            read_tensors(path, tensors, self.ranks)
         except RanksFailedError as error:
             raise _translated(error, f"cannot load {path}: {error}") from error
         return state
@@ -165,7 +186,7 @@ class CheckpointStore:
             CheckpointError: The checkpoint or its manifest is missing or damaged.
         """
         try:
-            manifest = self._ranks.on_first(lambda: Manifest.read(path))
+            manifest = self.ranks.on_first(lambda: Manifest.read(path))
         except RanksFailedError as error:
             raise _translated(error, f"cannot load {path}: {error}") from error
         return dict(manifest.state)
@@ -177,19 +198,12 @@ class CheckpointStore:
         behind may be the save in flight of another.
         """
         try:
-            self._ranks.on_first(self._remove_leftovers)
+            self.ranks.on_first(self._folders.remove_leftovers)
         except RanksFailedError as error:
             raise _translated(error, f"cannot clean up {self.root}: {error}") from error
 
-    def _folders(self) -> list[Path]:
-        """Return the folders that claim to be checkpoints, the newest first."""
-        if not self.root.is_dir():
-            return []
-        folders = [path for path in self.root.iterdir() if _FOLDER.fullmatch(path.name)]
-        return sorted(folders, key=_step_of, reverse=True)
-
     def _verify(self, folder: Path) -> None:
-        ranks = self._ranks
+        ranks = self.ranks
 
         def read_manifest() -> Manifest:
             manifest = Manifest.read(folder)
@@ -205,56 +219,16 @@ class CheckpointStore:
             raise DamagedCheckpointError("; ".join(texts)) from error
         self._verified = folder
 
-    def _open_staging(self, staging: Path) -> None:
-        self._remove_leftovers()
-        staging.mkdir(parents=True)
+    def _explain_full_disk(self, needed: int) -> str:
+        def free_bytes() -> int:
+            there = next(path for path in (self.root, *self.root.parents) if path.is_dir())
+            return shutil.disk_usage(there).free
 
-    def _publish(self, staging: Path, final: Path, manifest: Manifest) -> None:
-        manifest.write(staging)
-        sync_to_disk(staging)
-        replaced = temporary_path(final)
-        if final.exists():
-            final.rename(replaced)
-        staging.rename(final)
-        sync_to_disk(self.root)
-        write_atomically(self.root / LATEST_NAME, final.name + "\n")
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._remove_surplus(final)
-
-    def _remove_surplus(self, newest: Path) -> None:
-        # Later steps than the one just saved were damaged or belong to an abandoned course of the
-        # run: they must not push the good ones out.
-        ours = [path for path in self._folders() if _step_of(path) <= _step_of(newest)]
-        for folder in ours[self.keep :]:
-            # Renamed first: a removal cut short must not leave half a folder under a good name.
-            doomed = temporary_path(folder)
-            try:
-                folder.rename(doomed)
-                shutil.rmtree(doomed)
-            except OSError as error:
-                logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
-
-    def _remove_leftovers(self) -> None:
-        if not self.root.is_dir():
-            return
-        for path in self.root.iterdir():
-            if not _LEFTOVER.fullmatch(path.name):
-                continue
-            logger.info("removing %s, left behind by an interrupted save", path)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-    def _explain(self, error: RanksFailedError, final: Path, needed: int) -> str:
-        message = f"cannot save {final}: {error}"
-        if any(failure.errno in _NO_SPACE for failure in error.failures):
-            free = shutil.disk_usage(self.root).free
-            message += (
-                f". The checkpoint needs {needed} bytes, {free} are free: make room, lower "
-                f"checkpoint.keep, or use a run.dir on a larger disk. Older checkpoints are intact"
-            )
-        return message
+        free = self.ranks.on_first(free_bytes)
+        return (
+            f". The checkpoint needs {needed} bytes, {free} are free: make room, lower "
+            f"checkpoint.keep, or use a run.dir on a larger disk. Older checkpoints are intact"
+        )
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -282,14 +256,8 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def _step_of(folder: Path) -> int:
-    match = _FOLDER.fullmatch(folder.name)
-    assert match is not None, folder
-    return int(match[1])
-
-
 def _translated(error: RanksFailedError, message: str) -> Exception:
     """Return a user's error for what a user can mend, and keep a defect recognisable as one."""
     if all(failure.is_user_error or failure.errno is not None for failure in error.failures):
         return CheckpointError(message)
-    return RuntimeError(message)
+    return CheckpointDefectError(message)

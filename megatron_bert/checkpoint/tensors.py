@@ -7,38 +7,29 @@ ranks, and any other sharding, can read them.
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
 from megatron_bert.checkpoint.manifest import FileRecord
+from megatron_bert.checkpoint.shard_files import ShardWriter
+from megatron_bert.checkpoint.shards import LocalShards
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.distributed.agreement import Failure, Ranks, RanksFailedError
-from megatron_bert.files import sync_to_disk
 
-# Writing a file takes about three times its size in host memory.
-MAX_FILE_BYTES = 1 << 30
 _NAMES_SHOWN = 5
 
 
@@ -53,51 +44,47 @@ class _Kind:
         return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
-def total_bytes(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> int:
-    """Return the bytes that whole tensors of all ranks take, each counted once. Collective."""
+def total_bytes(shards: LocalShards, ranks: Ranks) -> int:
+    """Return the bytes that the whole tensors of all ranks take, each counted once. Collective."""
     sizes: dict[str, int] = {}
-    for part in ranks.on_all(
-        lambda: {name: tensor.numel() * tensor.itemsize for name, tensor in tensors.items()}
-    ):
+    for part in ranks.on_all(shards.whole_bytes):
         sizes.update(part)
     return sum(sizes.values())
 
 
 def write_tensors(
-    folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks, max_file_bytes: int
+    folder: Path,
+    shards: LocalShards,
+    ranks: Ranks,
+    max_file_bytes: int,
+    check: Callable[[], None],
 ) -> dict[str, FileRecord]:
     """Write each rank's shards into `folder` and return all files' records. Collective.
 
+    What several ranks hold is written by one of them, as DCP's planner divides it.
+
     Args:
         folder: Where the files go; created if need be.
-        tensors: DTensors, of which each rank writes its shard, and plain tensors, which must be
-            equal on all ranks that have them.
+        shards: What this rank holds. Pieces of one name and place must be equal on all ranks.
         ranks: The ranks that write together.
-        max_file_bytes: A file is closed before it would grow beyond this, unless a single shard is
+        max_file_bytes: A file is closed before it would grow beyond this, unless a single piece is
             larger.
+        check: Called between any two writes; what it raises is this rank's failure.
 
     Raises:
         RanksFailedError: A rank could not write.
     """
-    writer = HuggingFaceStorageWriter(
-        path=str(folder),
-        fqn_to_index_mapping=_assign_files(tensors, ranks, max_file_bytes),
-        save_distributed=True,
-    )
-    files = _RecordingFileSystem()
-    writer.fs = files
-    # The writer syncs before Python's buffer is flushed, which leaves a small file's end out.
-    writer.sync_files = False
+    writer = ShardWriter(folder, max_file_bytes, check)
     with _dcp_errors(), _no_single_process_warning():
         save(
-            dict(tensors),
+            dict(shards.pieces),
             storage_writer=writer,
-            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=_SavePlanner(shards),
             process_group=ranks.group,
             no_dist=not ranks.is_distributed,
         )
     records: dict[str, FileRecord] = {}
-    for part in ranks.on_all(lambda: files.records):
+    for part in ranks.on_all(lambda: writer.records):
         records.update(part)
     return records
 
@@ -162,72 +149,19 @@ def read_whole(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return whole
 
 
-def _assign_files(
-    tensors: Mapping[str, torch.Tensor], ranks: Ranks, max_file_bytes: int
-) -> dict[str, int]:
-    """Number the file (from 1) that each tensor goes to, the same on every rank."""
-    largest: dict[str, int] = {}
-    for part in ranks.on_all(lambda: {name: _local_bytes(t) for name, t in tensors.items()}):
-        for name, size in part.items():
-            largest[name] = max(size, largest.get(name, 0))
-    files: dict[str, int] = {}
-    number, filled = 1, 0
-    for name, size in largest.items():
-        if filled and filled + size > max_file_bytes:
-            number, filled = number + 1, 0
-        filled += size
-        files[name] = number
-    return files
-
-
-def _local_bytes(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.itemsize
-
-
 class _SavePlanner(DefaultSavePlanner):
-    """Hands out contiguous tensors: safetensors refuses others, e.g. a transposed weight."""
+    """Plans a save of shards whose places were noted when they were taken."""
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        data = super().resolve_data(write_item)
-        return data.detach().contiguous() if isinstance(data, torch.Tensor) else data
+    def __init__(self, shards: LocalShards) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._shards = shards
 
+    def create_local_plan(self) -> SavePlan:
+        self.plan = self._shards.plan
+        return self.plan
 
-class _RecordingFileSystem(FileSystem):
-    """Writes files durably and keeps size and checksum of what was handed to them.
-
-    The checksum is taken from memory on the way out: taken from the file afterwards, it would
-    vouch for whatever the storage made of the bytes.
-    """
-
-    def __init__(self) -> None:
-        self.records: dict[str, FileRecord] = {}
-
-    @contextmanager
-    def create_stream(
-        self, path: str | os.PathLike[str], mode: str
-    ) -> Generator[io.IOBase, None, None]:
-        assert mode == "wb", mode
-        file = Path(path)
-        stream = _ChecksumStream(io.FileIO(file, mode))
-        with stream:
-            yield stream
-        sync_to_disk(file)
-        self.records[file.name] = FileRecord(stream.size, stream.digest.hexdigest())
-
-
-class _ChecksumStream(io.BufferedWriter):
-    """A binary file that is written from front to back and hashed on the way."""
-
-    def __init__(self, raw: io.FileIO) -> None:
-        super().__init__(raw)
-        self.digest = xxhash.xxh3_64()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self.digest.update(data)
-        self.size += len(data)
-        return super().write(data)
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._shards.pieces[index.fqn]
 
 
 def _check_fit(folder: Path, reader: HuggingFaceStorageReader, wanted: Mapping[str, _Kind]) -> None:

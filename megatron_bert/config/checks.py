@@ -14,7 +14,6 @@ from megatron_bert.config.schema import Config, Corpus
 # The one value of each key that this version can do; the schema already knows the others.
 ONLY_AVAILABLE: dict[str, object] = {
     "parallel.layout": "manual",
-    "checkpoint.async": False,
     "log.wandb.mode": "disabled",
     "log.tensorboard": False,
 }

@@ -294,7 +294,9 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 3
     """Newest complete checkpoints that stay on disk."""
     async_: bool = Field(False, alias="async")
-    """Write in the background while training goes on."""
+    """Write in the background while training goes on, from a copy in the host's memory."""
+    max_failures: PositiveInt = 3
+    """Saves that may fail in a row before the run ends; the last save of a job must succeed."""
     resume: Text = "auto"
     """`auto`: the run's newest complete checkpoint, if any; `none`: start anew; or the PATH of a
     checkpoint, to branch off into a new `run.dir`."""

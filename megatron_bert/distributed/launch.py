@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_bert.config.errors import ConfigError
 
@@ -54,6 +55,15 @@ def start_process_group(device: torch.device, timeout_seconds: float) -> None:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def new_host_group(timeout_seconds: float) -> ProcessGroup:
+    """Make another group of all ranks, for messages of the hosts alone (gloo). Collective.
+
+    Messages of one group never meet those of another, so that a thread can use one of its own.
+    """
+    group: ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    return group
 
 
 def end_process_group() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.model.build import RankModel
 from megatron_bert.optim.adamw import ShardedAdamW
@@ -27,15 +28,21 @@ def state_tensors(model: RankModel, optimizer: ShardedAdamW) -> dict[str, Tensor
 
 
 def save_state(
-    store: CheckpointStore,
+    saver: CheckpointSaver,
     step: int,
     model: RankModel,
     optimizer: ShardedAdamW,
     facts: dict[str, Any],
-) -> Path:
-    """Write a checkpoint; `facts` join the manifest's state (step, rows, config, ...)."""
+    *,
+    is_last: bool,
+) -> None:
+    """Save a checkpoint; `facts` join the manifest's state (step, rows, config, ...).
+
+    Model and optimizer may be changed as soon as this returns. The last save of a job is waited
+    for and must succeed (see `CheckpointSaver.save`, also for the errors raised).
+    """
     facts = {**facts, "step": step, "optimizer_updates": optimizer.updates}
-    return store.save(step, state_tensors(model, optimizer), facts)
+    saver.save(step, state_tensors(model, optimizer), facts, is_last=is_last)
 
 
 def load_state(

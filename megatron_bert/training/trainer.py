@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
@@ -20,6 +21,7 @@ from megatron_bert.config.load import config_dict, dump_config
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.distributed.launch import new_host_group
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.optim.adamw import ShardedAdamW
@@ -91,7 +93,16 @@ class Trainer:
         self._optimizer = ShardedAdamW(
             self._model.named_parameters(), config.optimizer, self._model.counts_here
         )
-        self._store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep)
+        self._store = CheckpointStore(
+            config.run.directory / "checkpoints",
+            config.checkpoint.keep,
+            new_host_group(config.distributed.timeout_seconds),
+        )
+        self._saver = CheckpointSaver(
+            self._store,
+            in_background=config.checkpoint.async_,
+            max_failures=config.checkpoint.max_failures,
+        )
         self._store.remove_leftovers()
         self._step = self._restore()
         metrics = None
@@ -139,6 +150,7 @@ class Trainer:
                     break
             stops.settle()
         finally:
+            self._saver.close()
             reader.close()
             self._recorder.close()
         return RunEnd(self._step, stop_reason if self._step < self._total_steps else None)
@@ -177,9 +189,14 @@ class Trainer:
             # Last, so that a resumed run does not miss the evaluation's line.
             if save:
                 self._recorder.sync()
-                path = save_state(self._store, step, self._model, self._optimizer, self._facts())
-                if self._directory is not None:
-                    logger.info("step %s · saved %s", f"{step:,}", path)
+                save_state(
+                    self._saver,
+                    step,
+                    self._model,
+                    self._optimizer,
+                    self._facts(),
+                    is_last=finished or is_last,
+                )
 
     def _facts(self) -> dict[str, Any]:
         """What the checkpoint's manifest says beside the tensors."""

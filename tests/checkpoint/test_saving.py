@@ -1,25 +1,21 @@
 from __future__ import annotations
 
-import errno
-import itertools
 import json
-import os
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from megatron_bert.checkpoint import manifest as manifest_module
-from megatron_bert.checkpoint import store as store_module
-from megatron_bert.checkpoint import tensors as tensors_module
-from megatron_bert.checkpoint.manifest import JSON
+from megatron_bert.checkpoint.manifest import JSON, file_checksum
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.errors import CheckpointError
+from tests.checkpoint.host_calls import before_host_calls, disk_full_at
 from tests.checkpoint.sharded_state import sharded, state_bytes, whole_state
-from tests.distributed_harness import RankError, run_ranks
+from tests.distributed_harness import run_ranks
 
 TENSORS = {"weight": torch.arange(6.0)}
 
@@ -124,7 +120,7 @@ def test_the_manifest_tells_version_step_state_and_files(tmp_path: Path) -> None
     assert _names(path) == sorted(["manifest.json", *content["files"]])
     for name, record in content["files"].items():
         assert record["size"] == (path / name).stat().st_size
-        assert record["checksum"] == manifest_module.file_checksum(path / name)
+        assert record["checksum"] == file_checksum(path / name)
 
 
 def test_the_state_can_be_read_without_the_tensors(tmp_path: Path) -> None:
@@ -140,36 +136,34 @@ def test_a_state_that_is_no_json_leaves_nothing_behind(tmp_path: Path) -> None:
     assert _names(tmp_path) == []
 
 
-def _full_disk(*_args: object) -> NoReturn:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def _save_with_a_full_disk(root: Path, bad_rank: int, place: str) -> str:
+def _save_with_a_full_disk(root: Path, bad_rank: int, name: str, pattern: str) -> str:
     store = CheckpointStore(root, keep=1)
     store.save(1, sharded(whole_state(), 1), {})
-    target, name = {
-        "shard": (tensors_module._ChecksumStream, "write"),
-        "sync": (tensors_module, "sync_to_disk"),
-        "manifest": (manifest_module, "sync_to_disk"),
-        "folder": (store_module, "sync_to_disk"),
-    }[place]
     tensors = sharded(whole_state(), 1)
-    with pytest.MonkeyPatch.context() as patch:
-        if dist.get_rank() == bad_rank:
-            patch.setattr(target, name, _full_disk)
-        with pytest.raises(CheckpointError) as caught:
-            store.save(2, tensors, {})
+    refuse = disk_full_at(name, pattern)
+    bad = before_host_calls(refuse) if dist.get_rank() == bad_rank else nullcontext()
+    with bad, pytest.raises(CheckpointError) as caught:
+        store.save(2, tensors, {})
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("bad_rank", "place"),
-    [(0, "shard"), (1, "shard"), (1, "sync"), (0, "manifest"), (0, "folder")],
+    ("bad_rank", "name", "pattern"),
+    [
+        (0, "mkdir", "step_*.tmp-*"),
+        (0, "open", "shard-*"),
+        (0, "write", "shard-*"),
+        (1, "write", "shard-*"),
+        (1, "fsync", "shard-*"),
+        (0, "write", "manifest.json"),
+        (0, "fsync", "step_*.tmp-*"),
+        (0, "rename", "step_*.tmp-*"),
+    ],
 )
 def test_a_full_disk_on_one_rank_is_told_by_all_and_costs_no_checkpoint(
-    tmp_path: Path, bad_rank: int, place: str
+    tmp_path: Path, bad_rank: int, name: str, pattern: str
 ) -> None:
-    messages = run_ranks(2, _save_with_a_full_disk, tmp_path, bad_rank, place)
+    messages = run_ranks(2, _save_with_a_full_disk, tmp_path, bad_rank, name, pattern)
     assert messages[0] == messages[1]
     assert f"cannot save {tmp_path / 'step_00000002'}: rank {bad_rank}: " in messages[0]
     assert "No space left" in messages[0]
@@ -199,48 +193,20 @@ def test_pipeline_stages_save_and_load_their_own_tensors(tmp_path: Path) -> None
     run_ranks(2, _save_what_only_some_ranks_have, tmp_path)
 
 
-def _save_and_die(root: Path, call: int) -> None:
-    """Save step 2, but leave as by kill -9 instead of making the given call to the host."""
-    calls = itertools.count()
-
-    def dying(work: Callable[..., Any]) -> Callable[..., Any]:
-        def work_or_die(*args: Any, **options: Any) -> Any:
-            if next(calls) == call:
-                os._exit(9)
-            return work(*args, **options)
-
-        return work_or_die
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink"):
-            patch.setattr(os, name, dying(getattr(os, name)))
-        CheckpointStore(root, keep=1).save(2, {"weight": torch.full((6,), 2.0)}, {"step": 2})
+def _save_what_two_stages_share(root: Path) -> None:
+    pipeline, rows = 2, torch.arange(24.0).view(8, 3)
+    mesh = init_device_mesh("cpu", (pipeline, 2), mesh_dim_names=("pp", "dp"))
+    tied = distribute_tensor(rows, mesh["dp"], [Shard(0)])
+    path = CheckpointStore(root, keep=1).save(1, {"model.tied": tied}, {})
+    assert len(list(path.glob("*.safetensors"))) == 2, "each half is written by one rank"
+    loaded = {"model.tied": distribute_tensor(torch.zeros(8, 3), mesh["dp"], [Shard(0)])}
+    CheckpointStore(root, keep=1).load(path, loaded)
+    assert torch.equal(loaded["model.tied"].full_tensor(), rows)
 
 
-def _dies(root: Path, call: int) -> bool:
-    try:
-        run_ranks(1, _save_and_die, root, call)
-    except RankError as error:
-        if "exit code 9" not in str(error):
-            raise
-        return True
-    return False
-
-
-def test_killed_at_any_call_of_a_save_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
-    for call in itertools.count():
-        root = tmp_path / str(call)
-        CheckpointStore(root, keep=1).save(1, {"weight": torch.full((6,), 1.0)}, {"step": 1})
-        died = _dies(root, call)
-        store = CheckpointStore(root, keep=1)
-        path = store.newest()
-        assert path is not None
-        loaded = {"weight": torch.zeros(6)}
-        step = store.load(path, loaded)["step"]
-        assert step in (1, 2)
-        assert loaded["weight"].tolist() == [step] * 6
-        store.save(3, loaded, {})
-        assert _names(root) == ["latest", "step_00000003"]
-        if not died:
-            break
-    assert call > 10, "the calls of a save were not met"
+def test_a_weight_that_two_pipeline_stages_share_is_stored_once(tmp_path: Path) -> None:
+    run_ranks(4, _save_what_two_stages_share, tmp_path)
+    whole = {"model.tied": torch.zeros(8, 3)}
+    store = CheckpointStore(tmp_path, keep=1)
+    store.load(tmp_path / "step_00000001", whole)
+    assert whole["model.tied"].tolist() == torch.arange(24.0).view(8, 3).tolist()

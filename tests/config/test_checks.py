@@ -144,7 +144,6 @@ def test_evaluation_without_held_out_data_is_fine(build: Build) -> None:
     ("override", "remedy"),
     [
         ("parallel.layout=auto", "use manual"),
-        ("checkpoint.async=true", "use false"),
         ("log.wandb.mode=online", "use disabled"),
         ("log.tensorboard=true", "use false"),
     ],

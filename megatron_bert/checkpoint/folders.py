@@ -1,0 +1,87 @@
+"""The folders of a store on the disk, as the one process sees them that looks after them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.files import TEMPORARY_INFIX, sync_to_disk, temporary_path, write_atomically
+
+LATEST_NAME = "latest"
+_FOLDER = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(rf"(step_\d{{8,}}|{LATEST_NAME}){re.escape(TEMPORARY_INFIX)}[0-9a-f]+")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointFolders:
+    """Checkpoints `step_00001234` under `root`, of which the newest `keep` are kept."""
+
+    root: Path
+    keep: int
+
+    def of_step(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        return self.root / f"step_{step:08d}"
+
+    def newest_first(self) -> list[Path]:
+        """Return the folders that claim to be checkpoints."""
+        if not self.root.is_dir():
+            return []
+        folders = [path for path in self.root.iterdir() if _FOLDER.fullmatch(path.name)]
+        return sorted(folders, key=_step_of, reverse=True)
+
+    def open_staging(self, staging: Path) -> None:
+        """Make the folder that a save writes into, and remove what an earlier one left."""
+        self.remove_leftovers()
+        staging.mkdir(parents=True)
+
+    def publish(self, staging: Path, final: Path, manifest: Manifest) -> None:
+        """Complete the folder `staging`, give it its name, and remove what is surplus then."""
+        manifest.write(staging)
+        sync_to_disk(staging)
+        replaced = temporary_path(final)
+        if final.exists():
+            final.rename(replaced)
+        staging.rename(final)
+        sync_to_disk(self.root)
+        write_atomically(self.root / LATEST_NAME, final.name + "\n")
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._remove_surplus(final)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed saves left under temporary names."""
+        if not self.root.is_dir():
+            return
+        for path in self.root.iterdir():
+            if not _LEFTOVER.fullmatch(path.name):
+                continue
+            logger.info("removing %s, left behind by an interrupted save", path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _remove_surplus(self, newest: Path) -> None:
+        # Later steps than the one just saved were damaged or belong to an abandoned course of the
+        # run: they must not push the good ones out.
+        ours = [path for path in self.newest_first() if _step_of(path) <= _step_of(newest)]
+        for folder in ours[self.keep :]:
+            # Renamed first: a removal cut short must not leave half a folder under a good name.
+            doomed = temporary_path(folder)
+            try:
+                folder.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
+
+
+def _step_of(folder: Path) -> int:
+    match = _FOLDER.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match[1])

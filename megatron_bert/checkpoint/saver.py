@@ -1,0 +1,144 @@
+"""A run's saves, one after another: beside training or in its way, and what becomes of failures."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+
+import torch
+
+from megatron_bert.checkpoint.manifest import JSON
+from megatron_bert.checkpoint.shards import HostCopy, LocalShards
+from megatron_bert.checkpoint.store import CheckpointDefectError, CheckpointStore
+from megatron_bert.config.errors import CheckpointError
+
+# A thread that is between two writes ends at once; one that waits for the disk or for a rank that
+# is gone is left behind.
+_ABANDON_SECONDS = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """Saves in turn, at most one at a time, and bears with failures up to a number in a row.
+
+    All methods must be called by all ranks together. A save in the background works with a copy
+    of the state in the host's memory, and with the store's process group alone: give the store a
+    group of its own, so that its messages never meet those of the training loop.
+
+    Args:
+        store: Where checkpoints go.
+        in_background: Write in a thread, while the caller goes on.
+        max_failures: Failed saves in a row that end the run.
+    """
+
+    def __init__(self, store: CheckpointStore, *, in_background: bool, max_failures: int) -> None:
+        self._store = store
+        self._host_copy = HostCopy() if in_background else None
+        self._max_failures = max_failures
+        self._failures: list[CheckpointError | CheckpointDefectError] = []  # in a row
+        self._in_flight: Future[None] | None = None
+        self._abandoned = threading.Event()
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, torch.Tensor],
+        state: Mapping[str, JSON],
+        *,
+        is_last: bool = False,
+    ) -> None:
+        """Save a checkpoint, or begin to; the one before is finished first. Collective.
+
+        Whatever becomes of it is logged by the first rank. `tensors` may be changed as soon as
+        this returns.
+
+        Args:
+            step: See `CheckpointStore.save`.
+            tensors: See there.
+            state: See there; it must not be changed afterwards.
+            is_last: Nothing comes after it: it is waited for, and must succeed.
+
+        Raises:
+            CheckpointError: `max_failures` saves in a row failed, or the last one did. A failure
+                in the background is noticed by the next call.
+            CheckpointDefectError: The same, for a reason that no user can mend.
+        """
+        self.finish()
+        if is_last:
+            # Also after failures: it may be the one that succeeds.
+            self._write(step, LocalShards.of(tensors), state)
+            return
+        self._raise_if_too_many()
+        shards = LocalShards.of(tensors)
+        if self._host_copy is None:
+            self._attempt(step, shards, state)
+            self._raise_if_too_many()
+        else:
+            self._in_flight = self._start(step, self._host_copy.take(shards), state)
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if any; `save` does so too. Collective."""
+        if self._in_flight is not None:
+            self._in_flight.result()
+            self._in_flight = None
+
+    def close(self) -> None:
+        """Abandon the save in flight, if any, without waiting long; older checkpoints stay."""
+        if self._in_flight is not None:
+            self._abandoned.set()
+            wait([self._in_flight], timeout=_ABANDON_SECONDS)
+
+    def _start(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> Future[None]:
+        done: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                assert self._host_copy is not None
+                self._host_copy.wait()
+                self._attempt(step, shards, state)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        # A daemon: one that waits for a dead rank must not keep the process from ending.
+        threading.Thread(target=work, name=f"save of step {step}", daemon=True).start()
+        return done
+
+    def _attempt(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
+        """Save and keep count of failures; what is not alike on all ranks is raised."""
+        try:
+            self._write(step, shards, state)
+        except (CheckpointError, CheckpointDefectError) as error:
+            # Its traceback would keep the shards.
+            self._failures.append(error.with_traceback(None))
+            if self._store.ranks.rank == 0:
+                logger.warning("step %s was not saved: %s; %s", f"{step:,}", error, self._count())
+        else:
+            self._failures = []
+
+    def _write(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
+        began = time.perf_counter()
+        path = self._store.save_shards(step, shards, state, self._check)
+        if self._store.ranks.rank == 0:
+            seconds = time.perf_counter() - began
+            logger.info("step %s · saved %s in %.1f s", f"{step:,}", path, seconds)
+
+    def _check(self) -> None:
+        if self._abandoned.is_set():
+            raise CheckpointError("given up, because the run ends")
+
+    def _raise_if_too_many(self) -> None:
+        if len(self._failures) >= self._max_failures:
+            last = self._failures[-1]
+            raise type(last)(f"{last}; {self._count()}")
+
+    def _count(self) -> str:
+        """How many saves failed, in words."""
+        failed = len(self._failures)
+        saves = "1 save" if failed == 1 else f"{failed} saves in a row"
+        return f"{saves} failed (checkpoint.max_failures={self._max_failures})"

@@ -1,0 +1,125 @@
+"""What one rank holds of a training state, as it stands or as a copy in the host's memory."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
+
+from megatron_bert.config.errors import CheckpointError
+
+_ALIGNMENT = 64  # bytes; every type may begin there, and so may a cache line
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context
+
+
+@dataclass(frozen=True)
+class LocalShards:
+    """A rank's pieces of whole tensors.
+
+    Attributes:
+        plan: Where each piece lies in its whole tensor, and how large that is.
+        pieces: The rank's part of each tensor in `plan`, by name, on any device.
+    """
+
+    plan: SavePlan
+    pieces: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> LocalShards:
+        """Take DTensors apart, of which a rank has its shard; a plain tensor is one piece."""
+        plan = create_default_local_save_plan(dict(tensors), is_coordinator=False)
+        names = [item.index.fqn for item in plan.items]
+        return cls(plan, {name: _local(tensors[name]).detach() for name in names})
+
+    def whole_bytes(self) -> dict[str, int]:
+        """The bytes that each whole tensor takes."""
+        sizes: dict[str, int] = {}
+        for item in self.plan.items:
+            name = item.index.fqn
+            assert item.tensor_data is not None
+            sizes[name] = math.prod(item.tensor_data.size) * self.pieces[name].itemsize
+        return sizes
+
+
+class HostCopy:
+    """Memory of the host that holds one copy of a rank's shards, taken again and again.
+
+    It is allocated by the first copy and kept: fresh memory would cost more time than the copy
+    itself. For CUDA it is pinned, and the host goes on while the device copies.
+    """
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def take(self, shards: LocalShards) -> LocalShards:
+        """Copy `shards`; what the copy before held is lost.
+
+        Changes that are made to the originals after this call do not reach the copy. On CUDA it
+        is complete only after `wait`.
+
+        Raises:
+            CheckpointError: The memory cannot be pinned.
+        """
+        pieces = shards.pieces
+        on_cuda = any(piece.is_cuda for piece in pieces.values())
+        ends = list(accumulate(_room(piece) for piece in pieces.values()))
+        memory = self._reserve(ends[-1] if ends else 0, pinned=on_cuda)
+        copies: dict[str, torch.Tensor] = {}
+        for (name, piece), end in zip(pieces.items(), ends, strict=True):
+            begin = end - _room(piece)
+            room = memory[begin : begin + piece.numel() * piece.itemsize]
+            copies[name] = room.view(piece.dtype).view(piece.shape)
+            # On the stream that also updates the weights: they change after the copy.
+            copies[name].copy_(piece, non_blocking=True)
+        self._copied = _event() if on_cuda else None
+        return LocalShards(shards.plan, copies)
+
+    def wait(self) -> None:
+        """Wait, in any thread, until the last copy is complete."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _reserve(self, size: int, *, pinned: bool) -> torch.Tensor:
+        if self._memory is None or len(self._memory) != size:
+            self._memory = None  # before the new one, so that the two never stand together
+            self._memory = torch.empty(size, dtype=torch.uint8)
+            if pinned:
+                _pin(self._memory)
+        return self._memory
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _room(piece: torch.Tensor) -> int:
+    return math.ceil(piece.numel() * piece.itemsize / _ALIGNMENT) * _ALIGNMENT
+
+
+def _event() -> torch.cuda.Event:
+    # A blocking one: the thread that waits for it leaves its core to others.
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _pin(memory: torch.Tensor) -> None:
+    """Pin memory where it is: what PyTorch allocates pinned is rounded up to a power of two."""
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = memory.data_ptr()
+    try:
+        torch.cuda.check_error(int(cudart.cudaHostRegister(address, len(memory), _PORTABLE)))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"cannot pin {len(memory)} bytes of host memory ({error}); leave more memory free, or "
+            "set checkpoint.async=false"
+        ) from error
+    weakref.finalize(memory, cudart.cudaHostUnregister, address)
