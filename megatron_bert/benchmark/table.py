@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron_bert.benchmark.assemble import AssembleFigures
 from megatron_bert.benchmark.data import DataFigures
 from megatron_bert.benchmark.epoch import EpochFigures
+from megatron_bert.benchmark.machine import Hardware
 from megatron_bert.benchmark.megatron_core import MegatronCoreFigures
 from megatron_bert.benchmark.memory import MemoryFigures
 from megatron_bert.benchmark.plan import PlanFigures
@@ -18,14 +19,10 @@ Row = tuple[str, str]
 
 def data_table(figures: DataFigures) -> list[str]:
     """Lines of the table."""
-    hardware = figures.hardware
-    rows: list[Row] = [
-        (
-            "machine",
-            f"{hardware.processor}, {hardware.cores} cores, {hardware.memory_gb:g} GB, "
-            f"load average {hardware.load_average:g}",
-        ),
-        ("versions", ", ".join(f"{name} {is_}" for name, is_ in figures.versions.items())),
+    return table_lines(
+        figures.hardware,
+        figures.versions,
+        figures.quick,
         *_plan(figures.plan),
         *_assemble("articles", figures.assemble),
         *_assemble("paragraphs", figures.assemble_paragraphs),
@@ -34,10 +31,20 @@ def data_table(figures: DataFigures) -> list[str]:
         *_epoch(figures.epoch),
         *_memory(figures.memory),
         *_preprocess(figures.preprocess),
-    ]
+    )
+
+
+def table_lines(hardware: Hardware, versions: dict[str, str], quick: bool, *rows: Row) -> list[str]:
+    """Lines of a table with what was measured on and with in front."""
+    machine = (
+        f"{hardware.processor}, {hardware.cores} cores, {hardware.memory_gb:g} GB, "
+        f"load average {hardware.load_average:g}"
+    )
+    shown = ", ".join(f"{name} {is_}" for name, is_ in versions.items())
+    rows = (("machine", machine), ("versions", shown), *rows)
     width = max(len(what) for what, _ in rows)
     lines = [f"{what:<{width}}  {figure}" for what, figure in rows]
-    if figures.quick:
+    if quick:
         lines.insert(0, "A quick run: it shows that everything runs, its figures mean nothing.")
     return lines
 

@@ -67,7 +67,7 @@ class CheckpointSaver:
                 in the background is noticed by the next call.
             CheckpointDefectError: The same, for a reason that no user can mend.
         """
-        self.finish()
+        self._wait()
         if is_last:
             # Also after failures: it may be the one that succeeds.
             self._write(step, LocalShards.of(tensors), state)
@@ -81,16 +81,24 @@ class CheckpointSaver:
             self._in_flight = self._start(step, self._host_copy.take(shards), state)
 
     def finish(self) -> None:
-        """Wait for the save in flight, if any; `save` does so too. Collective."""
-        if self._in_flight is not None:
-            self._in_flight.result()
-            self._in_flight = None
+        """Wait for the save in flight, if any. Collective.
+
+        Raises:
+            CheckpointError, CheckpointDefectError: It was one failure too many (see `save`).
+        """
+        self._wait()
+        self._raise_if_too_many()
 
     def close(self) -> None:
         """Abandon the save in flight, if any, without waiting long; older checkpoints stay."""
         if self._in_flight is not None:
             self._abandoned.set()
             wait([self._in_flight], timeout=_ABANDON_SECONDS)
+
+    def _wait(self) -> None:
+        if self._in_flight is not None:
+            self._in_flight.result()
+            self._in_flight = None
 
     def _start(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> Future[None]:
         done: Future[None] = Future()

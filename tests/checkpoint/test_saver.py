@@ -118,17 +118,17 @@ def test_messages_of_a_background_save_never_meet_those_of_training(tmp_path: Pa
 
 def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = _saver(tmp_path)
-    waits, finish = threading.Event(), saver.finish
+    waits, wait = threading.Event(), saver._wait
 
-    def finish_and_tell() -> None:
+    def wait_and_tell() -> None:
         waits.set()
-        finish()
+        wait()
 
     with _held("fsync", "manifest.json", go_on=waits) as held:
         saver.save(1, _tensors(1), {})
         assert held.wait(SECONDS)
         assert not (tmp_path / "step_00000001").exists(), "the caller was made to wait"
-        monkeypatch.setattr(saver, "finish", finish_and_tell)
+        monkeypatch.setattr(saver, "_wait", wait_and_tell)
         saver.save(2, _tensors(2), {})
         assert (tmp_path / "step_00000001").exists()
         saver.finish()
@@ -213,18 +213,20 @@ def test_the_last_save_of_a_job_must_succeed(tmp_path: Path, in_background: bool
     assert _names(tmp_path) == ["latest", "step_00000001"]
 
 
-@MODES
-def test_the_last_save_is_tried_also_after_too_many_failures(
-    tmp_path: Path, in_background: bool
-) -> None:
-    saver = _saver(tmp_path, in_background=in_background, max_failures=2)
-    saver.save(1, _tensors(), {})
-    saver.finish()
+def test_the_last_save_is_tried_also_after_too_many_failures(tmp_path: Path) -> None:
+    saver = _saver(tmp_path, max_failures=1)
+    with before_host_calls(disk_full_at("write", "step_00000001.*/shard-*")):
+        saver.save(1, _tensors(), {})
+        saver.save(2, _tensors(), {}, is_last=True)
+    assert _names(tmp_path) == ["latest", "step_00000002"]
+
+
+def test_finishing_tells_of_one_failure_too_many(tmp_path: Path) -> None:
+    saver = _saver(tmp_path, max_failures=1)
     with before_host_calls(disk_full_at("write", "shard-*")):
-        saver.save(2, _tensors(), {})
-        saver.finish()
-    saver.save(3, _tensors(), {}, is_last=True)
-    assert _names(tmp_path) == ["latest", "step_00000001", "step_00000003"]
+        saver.save(1, _tensors(), {})
+        with pytest.raises(CheckpointError, match=r"1 save failed \(checkpoint.max_failures=1\)"):
+            saver.finish()
 
 
 @MODES
