@@ -163,7 +163,7 @@ def measure_state(work: CheckpointWork, root: Path) -> StateFigures:
     start_process_group(device, _TIMEOUT_SECONDS)
     config, topology = work.config(), Topology.build(device)
     model = build_model(config, work.vocab_size, topology)
-    optimizer = ShardedAdamW(model, config.optimizer, tensor_parallel_rank=0)
+    optimizer = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)
     tensors = state_tensors(model, optimizer)
     # Moments begin as zeros that have no memory of their own yet.
     for moment in optimizer.state_tensors().values():
@@ -174,7 +174,7 @@ def measure_state(work: CheckpointWork, root: Path) -> StateFigures:
     assert path is not None
     sizes = [record.size for record in Manifest.read(path).files.values()]
     loads = Timing(tuple(_time_load(store, path, tensors) for _ in range(work.repetitions)))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.named_parameters().values())
     end_process_group()
     return StateFigures(
         parameters=parameters,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.schema import Config
 from megatron_bert.training.state import load_state, save_state
@@ -44,7 +45,8 @@ def _save(data: Path, layout: Layout, folder: Path) -> None:
     config = _config(data, layout)
     model, optimizer = build(config)
     take_steps(config, model, optimizer, range(1, SAVED_AFTER + 1))
-    save_state(CheckpointStore(folder, keep=1), SAVED_AFTER, model, optimizer, {})
+    saver = CheckpointSaver(CheckpointStore(folder, keep=1), in_background=False, max_failures=1)
+    save_state(saver, SAVED_AFTER, model, optimizer, {}, is_last=True)
 
 
 def _go_on(data: Path, layout: Layout, folders: Sequence[Path]) -> list[tuple[float, float, int]]:
