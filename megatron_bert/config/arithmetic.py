@@ -1,4 +1,4 @@
-"""Sizes that follow from the configuration: parameters, steps, masked slots, vocabulary."""
+"""Sizes that follow from the configuration: steps, masked slots, vocabulary."""
 
 from __future__ import annotations
 
@@ -17,24 +17,6 @@ VOCABULARY_MULTIPLE = 128
 LONGEST_DEFAULT_EVAL = 512
 # Words and spans are masked whole, so that the last one may run over by all but one of its tokens.
 LARGEST_OVERRUN = MAX_UNIT_TOKENS - 1
-
-
-def parameter_count(model: ModelConfig, vocab_size: int) -> int:
-    """Trainable parameters, with the decoder tied to the word embeddings.
-
-    Args:
-        model: The encoder's shape.
-        vocab_size: Rows of the embedding table, padding included.
-    """
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    norm = 2 * hidden
-    embeddings = (vocab_size + model.max_position_embeddings) * hidden
-    query_and_output = 2 * _linear(hidden, hidden)
-    key_and_value = 2 * _linear(hidden, model.num_query_groups * model.head_dim)
-    mlp = 2 * _linear(hidden, ffn) + _linear(ffn, hidden)
-    block = 2 * norm + query_and_output + key_and_value + mlp
-    head = _linear(hidden, hidden) + norm + vocab_size
-    return embeddings + model.num_layers * block + norm + head
 
 
 def total_steps(config: Config) -> int:
@@ -99,11 +81,6 @@ def resolve_vocab_size(model: ModelConfig, tokenizer_pieces: int, tensor_paralle
             f"model.vocab_size={divisible}"
         )
     return size
-
-
-def _linear(columns_in: int, columns_out: int) -> int:
-    """Parameters of a linear layer with bias."""
-    return columns_in * columns_out + columns_out
 
 
 def _next_multiple(value: int, factor: int) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_bert.config.arithmetic import total_steps, warmup_steps
-from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.diagnostics import format_value, raise_problems
+from megatron_bert.config.layout_checks import layout_problems
+from megatron_bert.config.remedies import near_divisors, near_multiples
 from megatron_bert.config.schema import Config, Corpus
 
 # The one value of each key that this version can do; the schema already knows the others.
@@ -35,8 +35,7 @@ def check_config(config: Config, *, world_size: int, vocab_size: int | None = No
     problems = [
         *value_problems(config),
         *_unavailable(config),
-        *_tensor_parallel_problems(config, rows),
-        *_world_size_problems(config, world_size),
+        *layout_problems(config, world_size, rows),
     ]
     raise_problems(problems, "the configuration")
 
@@ -50,6 +49,7 @@ def value_problems(config: Config) -> list[str]:
         _corpus_problems,
         _schedule_problems,
         _batch_problems,
+        _zero_bubble_problems,
     )
     return [problem for check in checks for problem in check(config)]
 
@@ -74,12 +74,12 @@ def _model_problems(config: Config) -> Iterator[str]:
     if hidden % heads:
         yield (
             f"model.hidden_size = {hidden}: not divisible by model.num_attention_heads = {heads}; "
-            f"use {_near_multiples(hidden, heads)}, or {_divisors(hidden, heads)} heads"
+            f"use {near_multiples(hidden, heads)}, or {near_divisors(hidden, heads)} heads"
         )
     if heads % groups:
         yield (
             f"model.num_query_groups = {groups}: does not divide "
-            f"model.num_attention_heads = {heads}; use {_divisors(heads, groups)}"
+            f"model.num_attention_heads = {heads}; use {near_divisors(heads, groups)}"
         )
 
 
@@ -191,69 +191,21 @@ def _batch_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _tensor_parallel_problems(config: Config, vocab_size: int | None) -> Iterator[str]:
-    tensor, model = config.parallel.tensor, config.model
-    shared = {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-    }
-    if vocab_size is not None:
-        shared["model.vocab_size"] = vocab_size
-    for key, size in shared.items():
-        if size % tensor:
-            yield (
-                f"parallel.tensor = {tensor}: does not divide {key} = {size}; "
-                f"use {_divisors(size, tensor)}"
-            )
-
-
-def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    model_ranks = tensor * pipeline
-    if world_size % model_ranks:
-        yield (
-            f"parallel.tensor = {tensor} x parallel.pipeline = {pipeline}: does not divide the "
-            f"{world_size} ranks of this job; start {_near_multiples(world_size, model_ranks)} "
-            f"ranks, or use {_divisors(world_size, model_ranks)} ranks for one model"
-        )
+def _zero_bubble_problems(config: Config) -> Iterator[str]:
+    """Its backward pass is two: inputs' gradients at once, weights' where the rank would wait."""
+    parallel = config.parallel
+    if parallel.pipeline == 1 or parallel.pipeline_schedule != "zero_bubble":
         return
-    data_parallel = world_size // model_ranks
-    yield from _too_few_rows(config, data_parallel, model_ranks)
-    if data_parallel % config.parallel.replicate:
+    other = "or parallel.pipeline_schedule=interleaved"
+    if config.compile.enabled:
         yield (
-            f"parallel.replicate = {config.parallel.replicate}: does not divide the "
-            f"{data_parallel} data-parallel ranks; "
-            f"use {_divisors(data_parallel, config.parallel.replicate)}"
+            "compile.enabled = true: compiled graphs give away buffers that "
+            "parallel.pipeline_schedule = zero_bubble needs again for the weights' gradients; "
+            f"use compile.enabled=false, {other}"
         )
-
-
-def _too_few_rows(config: Config, data_parallel: int, model_ranks: int) -> Iterator[str]:
-    too_few: dict[str, int] = {}
-    for span, stage in zip(Curriculum(config).spans, config.curriculum, strict=True):
-        if span.global_size < data_parallel:
-            own = stage.batch.global_size is not None
-            stage_key = f"curriculum.{span.index}." if own else ""
-            too_few[f"{stage_key}batch.global_size"] = span.global_size
-    for key, rows in too_few.items():
+    if config.recompute != "none":
         yield (
-            f"{key} = {rows}: no layout can hold it, as {data_parallel} data-parallel "
-            f"ranks need a row each; use at least {data_parallel} rows, or at most "
-            f"{rows * model_ranks} ranks"
+            f"recompute = {config.recompute}: parallel.pipeline_schedule = zero_bubble would "
+            "compute the activations again twice, for the inputs' gradients and for the "
+            f"weights'; use recompute=none, {other}"
         )
-
-
-def _near_multiples(value: int, factor: int) -> str:
-    """The multiples of `factor` below and above `value`, in words."""
-    below = value // factor * factor
-    return f"{below} or {below + factor}" if below else str(factor)
-
-
-def _divisors(value: int, near: int) -> str:
-    """The divisors of `value` nearest to `near`, at most three on each side, in words."""
-    largest_tried = min(math.isqrt(value), 2**16)  # a mistyped size must not hang the check
-    small = [divisor for divisor in range(1, largest_tried + 1) if value % divisor == 0]
-    divisors = sorted({*small, *(value // divisor for divisor in small)})
-    below = [divisor for divisor in divisors if divisor < near][-3:]
-    above = [divisor for divisor in divisors if divisor > near][:3]
-    *others, last = [str(divisor) for divisor in below + above]
-    return f"{', '.join(others)} or {last}" if others else last

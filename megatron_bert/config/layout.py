@@ -92,6 +92,11 @@ class BatchLayout:
         """Rows of weight 0 in one step, over all ranks."""
         return self.rows_per_rank * self.data_parallel - self.global_size
 
+    @property
+    def surplus_share(self) -> float:
+        """Share of the computed rows that are surplus: work done for nothing."""
+        return self.surplus_rows / (self.rows_per_rank * self.data_parallel)
+
     def row_offsets(self, data_rank: int, micro_batch: int) -> range:
         """Which rows of the global batch a rank takes in one micro-batch.
 

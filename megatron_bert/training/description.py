@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_bert.config.arithmetic import parameter_count
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.layout import BatchLayout
+from megatron_bert.config.parameters import parameter_count, rank_parameters
+from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
 from megatron_bert.training.held_out import HeldOutRows
 
-# fp32 weight, gradient and two moments, sharded over all ranks.
+# fp32 weight, gradient and two moments.
 _STATE_BYTES_PER_PARAMETER = 16
 
 
@@ -33,24 +34,21 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
     if vocab_size is None:
         yield "parameters  unknown without the tokenizer: set model.vocab_size to count them"
     else:
-        count = parameter_count(model, vocab_size)
-        state = count * _STATE_BYTES_PER_PARAMETER / world_size / 2**30
-        yield f"parameters  {count:,} (vocabulary {vocab_size:,})"
-        yield (
-            f"memory      {state:.2f} GiB a rank for weights, gradients and moments in fp32, "
-            "activations not counted"
-        )
-    ranks = "rank" if world_size == 1 else "ranks"
-    yield (
-        f"layout      {world_size} {ranks}: data {data_parallel} x tensor "
-        f"{config.parallel.tensor}; compute {config.precision.compute}"
-    )
+        yield f"parameters  {parameter_count(model, vocab_size):,} (vocabulary {vocab_size:,})"
+        yield _describe_memory(config, vocab_size, data_parallel)
+    yield _describe_layout(config, world_size, data_parallel)
+    if vocab_size is not None and config.parallel.pipeline > 1:
+        blocks = ", ".join(str(len(layers)) for layers in stage_layers(config, vocab_size))
+        yield f"stages      {blocks} blocks"
     curriculum = Curriculum(config)
     yield f"steps       {curriculum.total_steps:,}"
     yield f"token slots {curriculum.total_slots:,} ({_rounded(curriculum.total_slots)})"
     for span in curriculum.spans:
         layout = BatchLayout.of(config, span.global_size, span.seq_length, data_parallel)
-        surplus = f", {layout.surplus_rows} surplus rows" if layout.surplus_rows else ""
+        surplus = ""
+        if layout.surplus_rows:
+            share = 100 * layout.surplus_share
+            surplus = f", {layout.surplus_rows} surplus rows ({share:.3g} %)"
         yield (
             f"stage {span.index + 1:<5} length {span.seq_length}, steps {span.first_step:,} to "
             f"{span.last_step:,}, {_own_values(span, curriculum)}"
@@ -58,6 +56,36 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
             f"{layout.num_micro_batches} x {layout.micro_size} rows a rank{surplus}"
         )
     yield f"writes to   {config.run.directory}"
+
+
+def _describe_memory(config: Config, vocab_size: int, data_parallel: int) -> str:
+    """What the optimizer needs on the rank that holds the most."""
+    parameters = max(rank_parameters(config, vocab_size))
+    shards = data_parallel // config.parallel.replicate
+    state = parameters * _STATE_BYTES_PER_PARAMETER / shards / 2**30
+    rank = "a rank" if config.parallel.pipeline == 1 else "on the fullest rank"
+    return (
+        f"memory      {state:.2f} GiB {rank} for weights, gradients and moments in fp32; "
+        "gathered weights and activations not counted"
+    )
+
+
+def _describe_layout(config: Config, world_size: int, data_parallel: int) -> str:
+    parallel = config.parallel
+    axes = []
+    if parallel.pipeline > 1:
+        virtual = virtual_stages(config)
+        stages = f", {virtual} stages a rank" if virtual > 1 else ""
+        axes.append(f"pipeline {parallel.pipeline} ({parallel.pipeline_schedule}{stages})")
+    copies = parallel.replicate
+    shards = f" ({copies} copies x {data_parallel // copies} shards)" if copies > 1 else ""
+    axes.append(f"data {data_parallel}{shards}")
+    sequence = " (sequence parallel)" if parallel.sequence and parallel.tensor > 1 else ""
+    axes.append(f"tensor {parallel.tensor}{sequence}")
+    ranks = "rank" if world_size == 1 else "ranks"
+    line = f"layout      {world_size:,} {ranks}: {' x '.join(axes)}"
+    line += f"; compute {config.precision.compute}"
+    return line if config.recompute == "none" else f"{line}, recomputation {config.recompute}"
 
 
 def describe_data(training: RowSource, held_out: HeldOutRows) -> Iterator[str]:

@@ -12,7 +12,6 @@ from megatron_bert.config.arithmetic import (
     LARGEST_OVERRUN,
     fixed_eval_length,
     masked_slots,
-    parameter_count,
     total_steps,
     warmup_steps,
 )
@@ -21,6 +20,7 @@ from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import load_config
+from megatron_bert.config.parameters import parameter_count
 from megatron_bert.config.schema import BatchConfig, Config, ModelConfig
 from tests.config.conftest import Build
 

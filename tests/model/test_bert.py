@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_bert.config.arithmetic import parameter_count
 from megatron_bert.config.flops import row_flops
+from megatron_bert.config.parameters import parameter_count
 from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.model.bert import BertForPretraining

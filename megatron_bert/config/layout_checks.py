@@ -1,0 +1,251 @@
+"""Which layouts a number of ranks, a model, its batches and its lengths allow.
+
+Everything here is arithmetic on the configuration: a layout is refused before any rank allocates
+memory, and 4,096 ranks are laid out in every way in some milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_bert.config.arithmetic import fixed_eval_length
+from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.pipeline_stages import num_stages, virtual_stages
+from megatron_bert.config.remedies import divisors, in_words, near_divisors, near_multiples
+from megatron_bert.config.schema import Config
+
+_LAYOUTS_NAMED = 3
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """How many ranks each kind of parallelism takes; data parallelism has those left over.
+
+    Attributes:
+        tensor: `parallel.tensor`.
+        pipeline: `parallel.pipeline`.
+        replicate: `parallel.replicate`.
+    """
+
+    tensor: int
+    pipeline: int
+    replicate: int
+
+    @classmethod
+    def of(cls, config: Config) -> RankLayout:
+        """The layout that a configuration asks for."""
+        parallel = config.parallel
+        return cls(parallel.tensor, parallel.pipeline, parallel.replicate)
+
+    def put_into(self, config: Config) -> Config:
+        """Return the configuration with this layout in place of its own."""
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "replicate": self.replicate}
+        return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+
+
+def layout_problems(config: Config, world_size: int, vocab_size: int | None) -> list[str]:
+    """Why the configuration's layout does not fit `world_size` ranks, and the nearest that do.
+
+    Args:
+        config: the whole configuration.
+        world_size: ranks of the job.
+        vocab_size: padded vocabulary, None where it is not known yet.
+
+    Returns:
+        A line a contradiction, the last with layouts that work; nothing where this one does.
+    """
+    problems = list(_contradictions(config, world_size, vocab_size))
+    if problems:
+        problems[-1] += f"; {_layouts_that_work(config, world_size, vocab_size)}"
+    return problems
+
+
+def legal_layouts(
+    config: Config, world_size: int, vocab_size: int | None = None
+) -> list[RankLayout]:
+    """Every layout of `world_size` ranks that the configuration allows.
+
+    The configuration's own layout counts for nothing; its schedule, its stages a rank and its
+    sequence parallelism are taken as they are.
+
+    Args:
+        config: the whole configuration.
+        world_size: ranks of the job.
+        vocab_size: padded vocabulary; None where it is not known yet, and then not checked.
+    """
+    return [
+        RankLayout(tensor, pipeline, replicate)
+        for tensor in divisors(world_size)
+        for pipeline in divisors(world_size // tensor)
+        if _fits(config, RankLayout(tensor, pipeline, 1), world_size, vocab_size)
+        for replicate in divisors(world_size // (tensor * pipeline))
+    ]
+
+
+def _fits(config: Config, layout: RankLayout, world_size: int, vocab_size: int | None) -> bool:
+    return not any(_contradictions(layout.put_into(config), world_size, vocab_size))
+
+
+def _contradictions(config: Config, world_size: int, vocab_size: int | None) -> Iterator[str]:
+    yield from _tensor_parallel_problems(config, vocab_size)
+    yield from _sequence_parallel_problems(config)
+    yield from _stage_problems(config)
+    yield from _world_size_problems(config, world_size)
+
+
+def _tensor_parallel_problems(config: Config, vocab_size: int | None) -> Iterator[str]:
+    tensor, model = config.parallel.tensor, config.model
+    shared = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+    }
+    if vocab_size is not None:
+        shared["model.vocab_size"] = vocab_size
+    for key, size in shared.items():
+        if size % tensor:
+            yield (
+                f"parallel.tensor = {tensor}: does not divide {key} = {size}; "
+                f"use {near_divisors(size, tensor)}"
+            )
+
+
+def _sequence_parallel_problems(config: Config) -> Iterator[str]:
+    """The tokens of a micro-batch are shared out, however many rows it has."""
+    tensor = config.parallel.tensor
+    if not config.parallel.sequence:
+        return
+    for key, length in _computed_lengths(config).items():
+        if length % tensor:
+            yield (
+                f"{key} = {length}: not divisible by parallel.tensor = {tensor}, over which "
+                f"parallel.sequence shares the tokens; use {near_multiples(length, tensor)}, or "
+                "parallel.sequence=false"
+            )
+
+
+def _computed_lengths(config: Config) -> dict[str, int]:
+    """Every length that is trained or evaluated, by its key."""
+    lengths = {
+        f"curriculum.{index}.seq_length": stage.seq_length
+        for index, stage in enumerate(config.curriculum)
+    }
+    fixed = fixed_eval_length(config)
+    if (config.data.valid or config.data.held_out_fraction) and fixed not in lengths.values():
+        lengths["eval.fixed_seq_length"] = fixed
+    return lengths
+
+
+def _stage_problems(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    stages, virtual = num_stages(config), virtual_stages(config)
+    if stages <= layers:
+        return
+    remedies = [f"parallel.pipeline={max(1, layers // virtual)} or less"]
+    what = f"parallel.pipeline = {parallel.pipeline}"
+    if virtual > 1:
+        what += f" x parallel.virtual_stages = {virtual}"
+        if layers // parallel.pipeline >= 2:
+            remedies.append(f"parallel.virtual_stages={layers // parallel.pipeline}")
+        if parallel.pipeline <= layers:
+            remedies.append("parallel.pipeline_schedule=1f1b")
+    yield (
+        f"{what}: {stages} stages, more than model.num_layers = {layers} blocks, of which each "
+        f"holds one at least; use {in_words(remedies)}"
+    )
+
+
+def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    model_ranks = tensor * pipeline
+    if world_size % model_ranks:
+        yield (
+            f"parallel.tensor = {tensor} x parallel.pipeline = {pipeline}: does not divide the "
+            f"{world_size} ranks of this job; start {near_multiples(world_size, model_ranks)} "
+            f"ranks, or use {near_divisors(world_size, model_ranks)} ranks for one model"
+        )
+        return
+    data_parallel = world_size // model_ranks
+    yield from _too_few_rows(config, data_parallel, model_ranks)
+    if data_parallel % config.parallel.replicate:
+        yield (
+            f"parallel.replicate = {config.parallel.replicate}: does not divide the "
+            f"{data_parallel} data-parallel ranks; "
+            f"use {near_divisors(data_parallel, config.parallel.replicate)}"
+        )
+
+
+def _too_few_rows(config: Config, data_parallel: int, model_ranks: int) -> Iterator[str]:
+    too_few: dict[str, int] = {}
+    for span, stage in zip(Curriculum(config).spans, config.curriculum, strict=True):
+        if span.global_size < data_parallel:
+            own = stage.batch.global_size is not None
+            stage_key = f"curriculum.{span.index}." if own else ""
+            too_few[f"{stage_key}batch.global_size"] = span.global_size
+    for key, rows in too_few.items():
+        yield (
+            f"{key} = {rows}: fewer than the {data_parallel} data-parallel ranks, which need a "
+            f"row each; use at least {data_parallel} rows, or at most {rows * model_ranks} ranks"
+        )
+
+
+def _layouts_that_work(config: Config, world_size: int, vocab_size: int | None) -> str:
+    """The layouts nearest to the one asked for, or numbers of ranks that have any, in words."""
+    near = _nearest(config, world_size, vocab_size)
+    if near:
+        named = "; ".join(_as_keys(layout, config) for layout in near[:_LAYOUTS_NAMED])
+        nearest = ", the nearest" if len(near) > _LAYOUTS_NAMED else ""
+        return f"layouts of {world_size} ranks that work{nearest}: {named}"
+    others = [
+        f"{size} ({_as_keys(_nearest(config, size, vocab_size)[0], config)})"
+        for size in _world_sizes_that_work(config, world_size, vocab_size)
+    ]
+    return f"no layout of {world_size} ranks works; start {in_words(others)} ranks"
+
+
+def _nearest(config: Config, world_size: int, vocab_size: int | None) -> list[RankLayout]:
+    """Legal layouts, the nearest first; of those that differ in `replicate` alone the nearest."""
+    asked = RankLayout.of(config)
+    nearest: dict[tuple[int, int], RankLayout] = {}
+    for layout in sorted(legal_layouts(config, world_size, vocab_size), key=_distance_to(asked)):
+        nearest.setdefault((layout.tensor, layout.pipeline), layout)
+    return list(nearest.values())
+
+
+def _distance_to(asked: RankLayout) -> Callable[[RankLayout], tuple[float, int, int]]:
+    """How many doublings and halvings lead to a layout; of equals the one with less to send."""
+
+    def distance(layout: RankLayout) -> tuple[float, int, int]:
+        steps = (
+            abs(math.log2(layout.tensor / asked.tensor)),
+            abs(math.log2(layout.pipeline / asked.pipeline)),
+            abs(math.log2(layout.replicate / asked.replicate)),
+        )
+        return sum(steps), layout.tensor, layout.pipeline
+
+    return distance
+
+
+def _as_keys(layout: RankLayout, config: Config) -> str:
+    keys = f"parallel.tensor={layout.tensor} parallel.pipeline={layout.pipeline}"
+    if layout.replicate != config.parallel.replicate:
+        keys += f" parallel.replicate={layout.replicate}"
+    return keys
+
+
+def _world_sizes_that_work(
+    config: Config, world_size: int, vocab_size: int | None
+) -> tuple[int, ...]:
+    """The largest number of ranks up to `world_size` that has a layout, and the smallest above."""
+    rows = min(span.global_size for span in Curriculum(config).spans)
+    model_ranks = {
+        tensor * pipeline
+        for tensor in divisors(config.model.num_attention_heads)
+        for pipeline in range(1, min(config.model.num_layers, world_size) + 1)
+        if _fits(config, RankLayout(tensor, pipeline, 1), tensor * pipeline, vocab_size)
+    }
+    # One rank holds every model and every batch.
+    below = max(n * min(rows, world_size // n) for n in model_ranks if n <= world_size)
+    above = [n * -(-world_size // n) for n in model_ranks if -(-world_size // n) <= rows]
+    return (below, min(above)) if above else (below,)

@@ -1,0 +1,77 @@
+"""How many parameters the model has, and how many of them a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bert.config.pipeline_stages import stage_layers
+from megatron_bert.config.schema import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """Parameters of the model's pieces, as one rank of a tensor-parallel group holds them.
+
+    Attributes:
+        word: of the word embeddings' table, which is the decoder too.
+        position: of the position embeddings' table.
+        block: of one block.
+        end: of the final norm and the head, the decoder's table not counted.
+    """
+
+    word: int
+    position: int
+    block: int
+    end: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int, tensor: int = 1) -> _Parameters:
+        hidden, ffn = model.hidden_size // tensor, model.ffn_hidden_size // tensor
+        whole = model.hidden_size
+        # Key and value heads that do not divide among the ranks are held by all of them.
+        kv_ranks = tensor if model.num_query_groups % tensor == 0 else 1
+        kv_size = model.num_query_groups * model.head_dim // kv_ranks
+        norm = 2 * whole
+        into = (whole + 1) * (hidden + 2 * kv_size + 2 * ffn)
+        back = whole * (hidden + ffn) + 2 * whole
+        return cls(
+            word=vocab_size // tensor * whole,
+            position=model.max_position_embeddings * whole,
+            block=2 * norm + into + back,
+            end=norm + (whole + 1) * whole + norm + vocab_size // tensor,
+        )
+
+
+def parameter_count(model: ModelConfig, vocab_size: int) -> int:
+    """Trainable parameters, with the decoder tied to the word embeddings.
+
+    Args:
+        model: the encoder's shape.
+        vocab_size: rows of the embedding table, padding included.
+    """
+    pieces = _Parameters.of(model, vocab_size)
+    return pieces.word + pieces.position + model.num_layers * pieces.block + pieces.end
+
+
+def rank_parameters(config: Config, vocab_size: int) -> list[int]:
+    """Parameters that a rank holds together with those it shares rows of them with.
+
+    The data-parallel ranks of one copy (`parallel.replicate`) share them out evenly, but for the
+    last rows of small ones.
+
+    Args:
+        config: the checked configuration.
+        vocab_size: padded vocabulary.
+
+    Returns:
+        For each pipeline rank the parameters of one of its tensor-parallel ranks; the last rank
+        of a pipeline has a copy of the word embeddings' table.
+    """
+    pipeline = config.parallel.pipeline
+    pieces = _Parameters.of(config.model, vocab_size, config.parallel.tensor)
+    counts = [0] * pipeline
+    for stage, layers in enumerate(stage_layers(config, vocab_size)):
+        counts[stage % pipeline] += len(layers) * pieces.block
+    counts[0] += pieces.word + pieces.position
+    counts[-1] += pieces.end + (pieces.word if pipeline > 1 else 0)
+    return counts
