@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -68,42 +69,41 @@ class Topology:
     @property
     def data_parallel_size(self) -> int:
         """Number of ranks that see different rows."""
-        return self.mesh["dp_replicate"].size() * self.mesh["dp_shard"].size()
+        return self._size("dp_replicate") * self._size("dp_shard")
 
     @property
     def data_parallel_rank(self) -> int:
         """Which share of the batch's rows this rank sees."""
-        shard = self.mesh["dp_shard"]
-        return self.replica * shard.size() + shard.get_local_rank()
+        return self.replica * self._size("dp_shard") + self.mesh.get_local_rank("dp_shard")
 
     @property
     def replica(self) -> int:
         """Which copy of the sharded weights this rank belongs to."""
-        return self.mesh["dp_replicate"].get_local_rank()
+        return self.mesh.get_local_rank("dp_replicate")
 
     @property
     def sharding_mesh(self) -> DeviceMesh:
         """The axes over which `fully_shard` shards weights, and copies them where asked to."""
-        if self.mesh["dp_replicate"].size() == 1:
+        if self._size("dp_replicate") == 1:
             return self.mesh["dp_shard"]
         return self.mesh["dp_replicate", "dp_shard"]
 
     @property
     def pipeline_size(self) -> int:
         """Number of ranks that share the model's blocks."""
-        return self.mesh["pp"].size()
+        return self._size("pp")
 
     @property
     def pipeline_rank(self) -> int:
         """Which of the pipeline's ranks this one is."""
-        return self.mesh["pp"].get_local_rank()
+        return self.mesh.get_local_rank("pp")
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
         """Ranks that compute the same rows, one stage after another."""
         return self.mesh.get_group("pp")
 
-    @property
+    @cached_property
     def tensor_parallel(self) -> TensorParallelGroup:
         """The ranks that share each layer's weights."""
         return TensorParallelGroup(self.mesh["tp"], self.sequence_parallel)
@@ -112,6 +112,10 @@ class Topology:
     def speaks_for_its_rows(self) -> bool:
         """Whether this rank is the one of those with the same rows whose counts are taken."""
         return self.pipeline_rank == 0 and self.tensor_parallel.rank == 0
+
+    def _size(self, axis: str) -> int:
+        # Not of `self.mesh[axis]`: cutting a mesh takes milliseconds where ranks are many.
+        return self.mesh.size(MESH_AXES.index(axis))
 
 
 @dataclass(frozen=True)
