@@ -222,7 +222,8 @@ def _distance_to(asked: RankLayout) -> Callable[[RankLayout], tuple[float, int, 
             abs(math.log2(layout.pipeline / asked.pipeline)),
             abs(math.log2(layout.replicate / asked.replicate)),
         )
-        return sum(steps), layout.tensor, layout.pipeline
+        # Rounded: 3 to 2 and one doubling are as far as 3 to 1.
+        return round(sum(steps), 6), layout.tensor, layout.pipeline
 
     return distance
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_bert.config.checks import check_config
+from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import Config
 
@@ -48,3 +50,10 @@ def small_file(tmp_path: Path) -> Path:
 def build(small_file: Path) -> Build:
     """Load the small configuration with the given overrides."""
     return lambda *overrides: load_config(small_file, overrides)
+
+
+def refusal(build: Build, *overrides: str, world_size: int = 1) -> str:
+    """Return the message that the small configuration with these overrides is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        check_config(build(*overrides), world_size=world_size)
+    return str(caught.value)

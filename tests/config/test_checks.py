@@ -6,13 +6,7 @@ from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import ONLY_AVAILABLE, check_config
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import all_keys
-from tests.config.conftest import Build
-
-
-def refusal(build: Build, *overrides: str, world_size: int = 1) -> str:
-    with pytest.raises(ConfigError) as caught:
-        check_config(build(*overrides), world_size=world_size)
-    return str(caught.value)
+from tests.config.conftest import Build, refusal
 
 
 @pytest.mark.parametrize(
@@ -48,6 +42,22 @@ def refusal(build: Build, *overrides: str, world_size: int = 1) -> str:
         ),
         (["batch.micro_size=1", "batch.micro_tokens=64"], "set one of them to null"),
         (
+            ["parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble", "recompute=full"],
+            "recompute = full: parallel.pipeline_schedule = zero_bubble would compute the "
+            "activations again twice, for the inputs' gradients and for the weights'; use "
+            "recompute=none, or parallel.pipeline_schedule=interleaved",
+        ),
+        (
+            [
+                "parallel.pipeline=2",
+                "parallel.pipeline_schedule=zero_bubble",
+                "compile.enabled=true",
+            ],
+            "compile.enabled = true: compiled graphs give away buffers that "
+            "parallel.pipeline_schedule = zero_bubble needs again for the weights' gradients; use "
+            "compile.enabled=false, or parallel.pipeline_schedule=interleaved",
+        ),
+        (
             ["data.train.1.prefix=./first"],
             "the same corpus as data.train.0; give it once, with the weights added",
         ),
@@ -77,50 +87,9 @@ def test_contradicting_values_are_refused_with_values_that_work(
     assert message in refusal(build, *overrides)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "world_size", "message"),
-    [
-        (
-            ["parallel.tensor=3"],
-            3,
-            "parallel.tensor = 3: does not divide model.num_attention_heads",
-        ),
-        (["parallel.tensor=4"], 6, "does not divide the 6 ranks of this job; start 4 or 8 ranks"),
-        ([], 9, "batch.global_size = 8: no layout can hold it, as 9 data-parallel ranks need"),
-        (
-            ["curriculum.1.batch.global_size=2"],
-            4,
-            "curriculum.1.batch.global_size = 2: no layout can hold it, as 4 data-parallel ranks",
-        ),
-    ],
-)
-def test_a_layout_that_does_not_fit_the_ranks_is_refused(
-    build: Build, overrides: list[str], world_size: int, message: str
-) -> None:
-    assert message in refusal(build, *overrides, world_size=world_size)
-
-
-def test_the_tensor_parallel_sizes_offered_divide_the_heads(build: Build) -> None:
-    shape = ["model.num_attention_heads=24", "model.hidden_size=96", "model.ffn_hidden_size=240"]
-    message = refusal(build, *shape, "parallel.tensor=5", world_size=5)
-    assert "model.num_attention_heads = 24; use 2, 3, 4, 6, 8 or 12" in message
-
-
-def test_a_known_vocabulary_must_divide_among_tensor_parallel_ranks(build: Build) -> None:
-    config = build("parallel.tensor=4")
-    check_config(config, world_size=4)
-    check_config(config, world_size=4, vocab_size=128)
-    with pytest.raises(ConfigError, match=r"does not divide model\.vocab_size = 130"):
-        check_config(config, world_size=4, vocab_size=130)
-
-
-def test_ranks_that_do_not_divide_the_batch_are_fine(build: Build) -> None:
-    check_config(build(), world_size=3)
-
-
-def test_only_the_sizes_that_a_stage_uses_must_hold_the_ranks(build: Build) -> None:
-    own = [f"curriculum.{stage}.batch.global_size=16" for stage in range(3)]
-    check_config(build("batch.global_size=2", *own), world_size=16)
+def test_keys_of_a_pipeline_have_no_effect_without_one(build: Build) -> None:
+    schedule = ["parallel.pipeline_schedule=zero_bubble", "parallel.virtual_stages=9"]
+    check_config(build(*schedule, "recompute=full", "compile.enabled=true"), world_size=1)
 
 
 def test_corpora_may_all_be_blended_by_epochs(build: Build) -> None:

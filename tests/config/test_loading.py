@@ -269,7 +269,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, derandomize=True)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(value=VALUES)
 def test_what_is_written_as_yaml_reads_back_equal_and_of_the_same_types(value: Any) -> None:
     read, _ = parse_document(format_document(value), "text")
@@ -281,7 +281,7 @@ POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True, deadline=None)
 @given(
     prefix=TEXT,
     run_dir=TEXT,

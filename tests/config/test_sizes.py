@@ -98,7 +98,7 @@ def test_micro_batches_are_as_few_as_possible_and_balanced() -> None:
     assert (layout.rows_per_rank, layout.surplus_rows) == (10, 3)
 
 
-@settings(max_examples=200, derandomize=True)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(rows=SMALL_INTEGERS, ranks=SMALL_INTEGERS, limit=SMALL_INTEGERS)
 def test_every_row_of_the_batch_is_taken_by_exactly_one_rank(
     rows: int, ranks: int, limit: int
@@ -115,7 +115,7 @@ def test_every_row_of_the_batch_is_taken_by_exactly_one_rank(
     assert 0 <= layout.surplus_rows < ranks * layout.num_micro_batches + ranks
 
 
-@settings(max_examples=100, derandomize=True)
+@settings(max_examples=100, derandomize=True, deadline=None)
 @given(rows=SMALL_INTEGERS, ranks=SMALL_INTEGERS, limit=SMALL_INTEGERS)
 def test_ranks_differ_by_at_most_one_real_row_per_step(rows: int, ranks: int, limit: int) -> None:
     layout = BatchLayout.divide(rows, ranks, limit)

@@ -155,14 +155,14 @@ def _build_part(case: Case, place: tuple[int, int, int, int]) -> Part:
     config, parallel = case.config, case.config.parallel
     rank = case.rank_at(place)
     dist.init_process_group("fake", rank=rank, world_size=case.world_size, store=FakeStore())
-    topology = Topology.build(
-        torch.device("cpu"),
-        pipeline=parallel.pipeline,
-        tensor=parallel.tensor,
-        replicate=parallel.replicate,
-        sequence_parallel=parallel.sequence,
-    )
     with _Watch() as watch:
+        topology = Topology.build(
+            torch.device("cpu"),
+            pipeline=parallel.pipeline,
+            tensor=parallel.tensor,
+            replicate=parallel.replicate,
+            sequence_parallel=parallel.sequence,
+        )
         chunks = lay_out_chunks(config, VOCABULARY, topology)
     model = RankModel(chunks, WholeModel(chunks[0], reshard_after_forward=False), topology)
     parameters = model.named_parameters()
