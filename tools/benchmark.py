@@ -66,7 +66,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Checkpoints are written where TMPDIR says, and removed: set it to a folder on the "
         "disk in question.",
     )
-    for kind in (data, checkpoint):
+    pipeline = kinds.add_parser(
+        "pipeline",
+        help="how long the ranks of a pipeline wait for each other, beside what is predicted (a "
+        "minute, 4 processes that mostly sleep)",
+        description="Time training steps of 4 pipeline ranks and 16 micro-batches, whose stages "
+        "sleep for a fixed time in place of computing, under every schedule.",
+    )
+    for kind in (data, checkpoint, pipeline):
         kind.add_argument(
             "--json", action="store_true", help="print one JSON document, not a table"
         )
@@ -106,12 +113,27 @@ def _measure_checkpoint(given: argparse.Namespace) -> tuple[dict[str, Any], list
     return figures.document(), checkpoint_table(figures)
 
 
+def _measure_pipeline(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from megatron_bert.benchmark import pipeline
+    from megatron_bert.benchmark.pipeline_table import pipeline_table
+
+    work = pipeline.QUICK if given.quick else pipeline.FULL
+    figures = pipeline.measure_pipeline(work, _say)
+    return figures.document(), pipeline_table(figures)
+
+
+_MEASURES = {
+    "data": _measure_data,
+    "checkpoint": _measure_checkpoint,
+    "pipeline": _measure_pipeline,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     logging.basicConfig(format="%(message)s")
     given = _parser().parse_args(arguments)
-    measure = _measure_data if given.kind == "data" else _measure_checkpoint
-    document, lines = measure(given)
+    document, lines = _MEASURES[given.kind](given)
     if given.json:
         lines = [json.dumps(document, ensure_ascii=False, indent=2)]
     sys.stdout.write("".join(f"{line}\n" for line in lines))

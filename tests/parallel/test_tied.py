@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_bert.config.arithmetic import parameter_count
+from megatron_bert.config.parameters import parameter_count
 from megatron_bert.model.bert import TIED_PARAMETER
 from tests.distributed_harness import run_ranks
 from tests.parallel.parity import Part, build, parity_config, take_steps

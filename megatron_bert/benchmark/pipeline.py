@@ -1,0 +1,235 @@
+"""How long the ranks of a pipeline wait, beside what is predicted.
+
+Schedule, executor and messages are those of training. What a stage computes is a sleep of fixed
+length, so that the ranks do not share cores and what is measured is the order of the work alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
+from megatron_bert.distributed.topology import Topology
+from megatron_bert.parallel.actions import StageTime
+from megatron_bert.parallel.data_parallel import shard_over_data
+from megatron_bert.parallel.deferred import WeightProducts, WeightQueue
+from megatron_bert.parallel.pipeline import Pipeline
+from megatron_bert.parallel.schedule import ScheduleName, make_schedule, simulate
+
+_HIDDEN = 8
+_TIMEOUT = timedelta(seconds=300)
+
+
+@dataclass(frozen=True)
+class PipelineWork:
+    """What is measured.
+
+    Attributes:
+        ranks: of the pipeline.
+        micro_batches: of a step.
+        virtual_stages: parts that a rank holds where they interleave.
+        seconds: that a rank takes for a micro-batch's forward pass; backward to the input, and to
+            the weights, take as long each.
+        steps: measured; the first is left out.
+    """
+
+    ranks: int
+    micro_batches: int
+    virtual_stages: int
+    seconds: float
+    steps: int
+
+
+FULL = PipelineWork(ranks=4, micro_batches=16, virtual_stages=2, seconds=0.1, steps=3)
+QUICK = PipelineWork(ranks=2, micro_batches=4, virtual_stages=2, seconds=0.001, steps=2)
+
+
+@dataclass(frozen=True)
+class ScheduleFigures:
+    """One schedule; shares are of the ranks' time in which they wait.
+
+    Attributes:
+        name: of the schedule.
+        measured_idle_share: of the quickest step.
+        simulated_idle_share: what `parallel.schedule.simulate` says.
+        formula_idle_share: (p - 1) / (v m + p - 1); None for zero bubble, which has none so short.
+        step_seconds: of the quickest step.
+    """
+
+    name: str
+    measured_idle_share: float
+    simulated_idle_share: float
+    formula_idle_share: float | None
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class PipelineFigures:
+    """All schedules, what they were measured on, and whether the work was cut short."""
+
+    hardware: Hardware
+    versions: dict[str, str]
+    quick: bool
+    work: PipelineWork
+    schedules: list[ScheduleFigures]
+
+    def document(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        return asdict(self)
+
+
+def measure_pipeline(work: PipelineWork, say: Callable[[str], None]) -> PipelineFigures:
+    """Start the ranks and time steps of every schedule.
+
+    Args:
+        work: how many ranks and micro-batches.
+        say: is told what is being measured.
+    """
+    hardware, versions = describe_hardware(), describe_versions()
+    names: tuple[ScheduleName, ...] = ("1f1b", "interleaved", "zero_bubble")
+    schedules = []
+    for name in names:
+        say(f"pipeline of {work.ranks} ranks, {name}")
+        schedules.append(_measure_schedule(name, work))
+    return PipelineFigures(hardware, versions, work is QUICK, work, schedules)
+
+
+def _measure_schedule(name: ScheduleName, work: PipelineWork) -> ScheduleFigures:
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory(prefix="megatron_bert_benchmark_") as folder,
+        ProcessPoolExecutor(work.ranks, mp_context=context) as ranks,
+    ):
+        futures = [
+            ranks.submit(_time_steps, rank, name, work, Path(folder) / "rendezvous")
+            for rank in range(work.ranks)
+        ]
+        seconds = max(future.result() for future in futures)
+    stages = _virtual_stages(name, work)
+    schedule = make_schedule(name, work.ranks, work.micro_batches, stages)
+    busy = 3 * work.seconds * work.micro_batches
+    fill = work.ranks - 1
+    formula = fill / (stages * work.micro_batches + fill)
+    return ScheduleFigures(
+        name=name,
+        measured_idle_share=round(1.0 - busy / seconds, 4),
+        simulated_idle_share=round(
+            simulate(schedule, [StageTime()] * schedule.num_stages).idle_share, 4
+        ),
+        formula_idle_share=None if name == "zero_bubble" else round(formula, 4),
+        step_seconds=round(seconds, 4),
+    )
+
+
+def _virtual_stages(name: ScheduleName, work: PipelineWork) -> int:
+    return 1 if name == "1f1b" else work.virtual_stages
+
+
+def _time_steps(rank: int, name: ScheduleName, work: PipelineWork, rendezvous: Path) -> float:
+    """The shortest step of this rank, from where all begin to where all are done, in seconds."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=work.ranks,
+        timeout=_TIMEOUT,
+    )
+    topology = Topology.build(torch.device("cpu"), pipeline=work.ranks)
+    count = _virtual_stages(name, work)
+    chunks = [_SleepingStage(rank + part * work.ranks, work, count) for part in range(count)]
+    for chunk in chunks:
+        shard_over_data(chunk, list(chunk.layers), topology, torch.float32)
+    pipeline = Pipeline(chunks, name, topology, _HIDDEN, torch.float32, reshard_after_forward=False)
+    micro_batches = [{"tokens": torch.zeros(1, 1)} for _ in range(work.micro_batches)]
+    seconds = []
+    for _ in range(work.steps + 1):
+        dist.barrier()
+        begin = time.perf_counter()
+        pipeline.train(micro_batches, torch.ones(()))
+        dist.barrier()
+        seconds.append(time.perf_counter() - begin)
+    dist.destroy_process_group()
+    return min(seconds[1:])
+
+
+class _SleepingStage(nn.Module):
+    """A stage of one layer; the last gives what the head does."""
+
+    def __init__(self, number: int, work: PipelineWork, virtual_stages: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_SleepingLayer(work.seconds / virtual_stages)])
+        self.scale = nn.Parameter(torch.ones(1))
+        self.is_first = number == 0
+        self.is_last = number == work.ranks * virtual_stages - 1
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[1, 1] or hidden states [1, D] -> [1, D], of the last stage [1, 2]."""
+        x_1D = inputs.expand(1, _HIDDEN) if self.is_first else inputs
+        y_1D: Tensor = self.layers[0](x_1D * self.scale)
+        return y_1D[:, :2].clone() if self.is_last else y_1D
+
+
+class _SleepingLayer(nn.Module):
+    """Takes fixed times; leaves its weight's part for later where it is asked to."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.deferred: WeightQueue | None = None
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same values, later."""
+        weight = self.weight if self.deferred is None else self.weight.detach()
+        y: Tensor = _Sleep.apply(x, weight, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: _SleepingLayer) -> Tensor:
+        ctx.layer = layer
+        time.sleep(layer.seconds)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer: _SleepingLayer = ctx.layer
+        time.sleep(layer.seconds)
+        weight_grad = None
+        if layer.deferred is None:
+            time.sleep(layer.seconds)
+            weight_grad = torch.zeros(1)
+        else:
+            layer.deferred.append(cast(WeightProducts, _SleepingProducts([layer])))
+        return grads[0].clone(), weight_grad, None
+
+
+@dataclass(frozen=True)
+class _SleepingProducts:
+    """Stands for the products that a layer leaves."""
+
+    layers: list[_SleepingLayer]
+
+    def gather(self) -> None:
+        """There is nothing to gather."""
+
+    def compute(self) -> list[Tensor]:
+        """Take the time."""
+        time.sleep(self.layers[0].seconds)
+        return [torch.zeros(1)]
