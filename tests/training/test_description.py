@@ -1,0 +1,91 @@
+"""The plan that a run prints: its layout, its stages, its memory, its waste."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.config.load import load_config
+from megatron_bert.config.parameters import parameter_count, rank_parameters
+from megatron_bert.training.description import describe_plan
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
+VOCABULARY = 99_584
+
+
+def plan(world_size: int, *overrides: str) -> list[str]:
+    return list(describe_plan(load_config(EXAMPLE, overrides), VOCABULARY, world_size))
+
+
+def line(name: str, lines: list[str]) -> str:
+    (found,) = [line.removeprefix(name).strip() for line in lines if line.split()[0] == name]
+    return found
+
+
+def test_one_process_has_a_layout_of_one_rank() -> None:
+    lines = plan(1)
+    assert line("layout", lines) == "1 rank: data 1 x tensor 1; compute bf16"
+    assert not [line for line in lines if line.startswith("stages")]
+
+
+def test_the_layout_names_every_kind_of_parallelism() -> None:
+    lines = plan(
+        320,
+        "parallel.tensor=4",
+        "parallel.sequence=true",
+        "parallel.pipeline=5",
+        "parallel.pipeline_schedule=interleaved",
+        "parallel.replicate=2",
+        "recompute=selective",
+    )
+    assert line("layout", lines) == (
+        "320 ranks: pipeline 5 (interleaved, 2 stages a rank) x data 16 (2 copies x 8 shards) x "
+        "tensor 4 (sequence parallel); compute bf16, recomputation selective"
+    )
+    counts = line("stages", lines).removesuffix(" blocks").split(", ")
+    assert len(counts) == 10
+    assert sum(map(int, counts)) == 48
+
+
+def test_the_layout_leaves_out_what_has_no_effect() -> None:
+    lines = plan(2, "parallel.sequence=true", "parallel.pipeline_schedule=zero_bubble")
+    assert line("layout", lines) == "2 ranks: data 2 x tensor 1; compute bf16"
+
+
+def test_a_pipeline_s_stages_are_told_by_their_blocks() -> None:
+    assert line("stages", plan(5, "parallel.pipeline=5")) == "9, 10, 10, 10, 9 blocks"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "shards"),
+    [
+        ([], 8, 8),
+        (["parallel.replicate=4"], 8, 2),
+        (["parallel.tensor=2"], 8, 4),
+        (["parallel.pipeline=5", "parallel.tensor=2"], 40, 4),
+    ],
+)
+def test_memory_is_the_fullest_rank_s_share_of_weights_gradients_and_moments(
+    overrides: list[str], world_size: int, shards: int
+) -> None:
+    counts = rank_parameters(load_config(EXAMPLE, overrides), VOCABULARY)
+    gibibytes = max(counts) * 16 / shards / 2**30
+    memory = line("memory", plan(world_size, *overrides))
+    rank = "on the fullest rank" if len(counts) > 1 else "a rank"
+    assert memory.startswith(f"{gibibytes:.2f} GiB {rank} for weights, gradients and moments")
+
+
+def test_a_pipeline_s_ranks_hold_the_model_and_one_more_table() -> None:
+    config = load_config(EXAMPLE, ["parallel.pipeline=5"])
+    whole = parameter_count(config.model, VOCABULARY)
+    assert rank_parameters(load_config(EXAMPLE), VOCABULARY) == [whole]
+    assert sum(rank_parameters(config, VOCABULARY)) == whole + VOCABULARY * 1536
+
+
+def test_surplus_rows_that_fill_a_pipeline_are_shown_in_per_cent() -> None:
+    curriculum = "curriculum=[{seq_length: 512, steps: 10}]"
+    # 10 rows a rank of pipelines that take no fewer than 8 micro-batches: 8 of 2 rows each.
+    lines = plan(16, curriculum, "batch.global_size=20", "parallel.pipeline=8")
+    assert lines[-2].endswith("8 x 2 rows a rank, 12 surplus rows (37.5 %)")
+    assert "surplus" not in plan(16, curriculum, "batch.global_size=32", "parallel.pipeline=8")[-2]
