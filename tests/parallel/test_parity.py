@@ -73,18 +73,39 @@ def _variants(pipeline: int, data: int, tensor: int) -> Iterator[dict[str, Any]]
         yield {"model": model | DROPOUT, "parallel": {**parallel, "replicate": 2}}
 
 
+def _with_everything(pipeline: int, data: int, tensor: int) -> Iterator[dict[str, Any]]:
+    """Two ways that together have all there is, for every day."""
+    model = {"num_layers": max(4, 2 * pipeline)}
+    sizes = {"pipeline": pipeline, "tensor": tensor}
+    yield {"model": model, "parallel": {**sizes, "pipeline_schedule": "zero_bubble"}}
+    yield {
+        "model": model | DROPOUT,
+        "parallel": {
+            **sizes,
+            "sequence": True,
+            "pipeline_schedule": "interleaved",
+            "replicate": 2 if data % 2 == 0 else 1,
+        },
+        "recompute": "full",
+    }
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "pp{}-dp{}-tp{}".format(*layout))
+@pytest.mark.parametrize(
+    "variants", [_with_everything, pytest.param(_variants, marks=pytest.mark.slow)]
+)
 def test_every_layout_trains_as_one_process_does(
     tiny_data: Path,
     reference: Callable[[dict[str, Any]], Reference],
     layout: tuple[int, int, int],
+    variants: Callable[[int, int, int], Iterator[dict[str, Any]]],
 ) -> None:
     pipeline, data, tensor = layout
-    variants = list(_variants(*layout))
-    configs = [parity_config(tiny_data, **variant) for variant in variants]
+    changes = list(variants(*layout))
+    configs = [parity_config(tiny_data, **change) for change in changes]
     by_rank = run_ranks(pipeline * data * tensor, traces_of, configs, deadline_seconds=240)
-    for variant, traces in zip(variants, zip(*by_rank, strict=True), strict=True):
-        _compare(list(traces), reference(variant["model"]), str(variant))
+    for change, traces in zip(changes, zip(*by_rank, strict=True), strict=True):
+        _compare(list(traces), reference(change["model"]), str(change))
 
 
 @pytest.mark.parametrize("groups", [2, 3])

@@ -123,7 +123,8 @@ def test_print_config_prints_what_can_be_given_again(
         ("data.train.0.prefix=missing", ["missing", "preprocess_data.py"]),
         ("data.valid.0.prefix=missing", ["missing", "preprocess_data.py"]),
         ("model.vocab_size=256", ["model.vocab_size", "256", "512"]),
-        ("parallel.pipeline=2", ["parallel.pipeline", "not available"]),
+        ("parallel.pipeline=2", ["parallel.pipeline", "1 ranks", "parallel.pipeline=1"]),
+        ("parallel.layout=auto", ["parallel.layout", "not available"]),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_the_dry_run(
