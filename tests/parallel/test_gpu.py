@@ -1,0 +1,62 @@
+"""On one GPU: the same numbers as on the CPU, NCCL's groups of one rank, and no graph break."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_bert.config.load import dump_config
+from megatron_bert.config.schema import CompileConfig, Config
+from megatron_bert.training.main import main
+from megatron_bert.training.metrics import read
+from tests.training.runs import run_config, steps_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def _losses(config: Config, folder: Path) -> list[float]:
+    folder.mkdir(exist_ok=True)
+    file = folder / "config.yaml"
+    file.write_text(dump_config(config))
+    assert main(["--config", str(file)]) == 0
+    lines = steps_of(read(config.run.directory / "metrics.jsonl"))
+    return [line["loss"] for line in lines.values()]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_gpu_trains_as_the_cpu_does(tiny_data: Path, tmp_path: Path, recompute: str) -> None:
+    model = {"attention_dropout": 0.0}
+    losses = {
+        device: _losses(
+            run_config(
+                tiny_data,
+                tmp_path / device,
+                run={"device": device},
+                model=model,
+                recompute=recompute,
+                parallel={"sequence": True},
+            ),
+            tmp_path / f"{device}-config",
+        )
+        for device in ("cpu", "cuda")
+    }
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4)
+
+
+def test_compiled_blocks_train_in_bf16_on_a_gpu(tiny_data: Path, tmp_path: Path) -> None:
+    config = run_config(
+        tiny_data, tmp_path / "run", run={"device": "cuda"}, precision={"compute": "bf16"}
+    )
+    plain = _losses(config, tmp_path / "plain-config")
+    compiled = config.model_copy(
+        update={
+            "compile": CompileConfig(enabled=True),
+            "run": config.run.model_copy(update={"dir": str(tmp_path / "compiled")}),
+        }
+    )
+    assert _losses(compiled, tmp_path / "compiled-config") == pytest.approx(plain, rel=5e-3)
