@@ -33,6 +33,9 @@ class CheckpointSaver:
         store: Where checkpoints go.
         in_background: Write in a thread, while the caller goes on.
         max_failures: Failed saves in a row that end the run.
+
+    Attributes:
+        seconds: What the last save that succeeded took to write, None before the first one.
     """
 
     def __init__(self, store: CheckpointStore, *, in_background: bool, max_failures: int) -> None:
@@ -42,6 +45,12 @@ class CheckpointSaver:
         self._failures: list[CheckpointError | CheckpointDefectError] = []  # in a row
         self._in_flight: Future[None] | None = None
         self._abandoned = threading.Event()
+        self.seconds: float | None = None
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is in flight."""
+        return self._in_flight is not None and not self._in_flight.done()
 
     def save(
         self,
@@ -132,9 +141,9 @@ class CheckpointSaver:
     def _write(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
         began = time.perf_counter()
         path = self._store.save_shards(step, shards, state, self._check)
+        self.seconds = time.perf_counter() - began
         if self._store.ranks.rank == 0:
-            seconds = time.perf_counter() - began
-            logger.info("step %s · saved %s in %.1f s", f"{step:,}", path, seconds)
+            logger.info("step %s · saved %s in %.1f s", f"{step:,}", path, self.seconds)
 
     def _check(self) -> None:
         if self._abandoned.is_set():

@@ -57,7 +57,8 @@ class RunConfig(Section):
     seed: int = Field(1234, ge=0, lt=2**63)
     """Seed of everything random: initial weights, order of rows, masks, dropout."""
     max_minutes: PositiveFloat | None = None
-    """Stop cleanly, with a checkpoint, after this many minutes of wall time. Default: no limit."""
+    """Stop cleanly so early that the last checkpoint is written within this many minutes of wall
+    time, by what steps and saves took. Default: no limit."""
     deterministic: bool | None = None
     """Same bits for the same topology, resumed or not. Default: true on CPU, false on CUDA."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -12,6 +12,7 @@ from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.model.build import RankModel
 from megatron_bert.optim.adamw import ShardedAdamW
+from megatron_bert.parallel.sharding import local_part
 
 
 def state_tensors(model: RankModel, optimizer: ShardedAdamW) -> dict[str, Tensor]:
@@ -25,6 +26,11 @@ def state_tensors(model: RankModel, optimizer: ShardedAdamW) -> dict[str, Tensor
     assert not rounded, f"weights are gathered in the compute type, not shards: {rounded[:3]}"
     moments = optimizer.state_tensors()
     return tensors | {f"optim.{name}": moment for name, moment in moments.items()}
+
+
+def local_bytes(model: RankModel, optimizer: ShardedAdamW) -> int:
+    """Bytes of what this rank holds of the state."""
+    return sum(local_part(tensor).nbytes for tensor in state_tensors(model, optimizer).values())
 
 
 def save_state(

@@ -18,6 +18,8 @@ class StopRequests:
     written. A second SIGINT, from someone who does not want to wait, interrupts at once.
 
     Attributes:
+        seconds_to_end: how long the job needs from now to the end of its last save, if it does not
+            stop after the step in hand; the deadline counts as reached that much earlier.
         interrupt: what that second SIGINT raised. Layers between may have turned it into an error
             of their own.
     """
@@ -26,6 +28,7 @@ class StopRequests:
         self._deadline = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self._signal: signal.Signals | None = None
         self._settled = False
+        self.seconds_to_end = 0.0
         self.interrupt: KeyboardInterrupt | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
@@ -55,7 +58,9 @@ class StopRequests:
         """Why to stop, or None to go on."""
         if self._signal is not None:
             return f"signal {self._signal.name}"
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._deadline is None:
+            return None
+        if time.monotonic() + self.seconds_to_end >= self._deadline:
             return "run.max_minutes"
         return None
 

@@ -31,11 +31,12 @@ from megatron_bert.training.description import describe_data, describe_plan
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.metrics import MetricsFile
+from megatron_bert.training.pace import Pace
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.run_directory import RunDirectory
 from megatron_bert.training.staging import HostMemory
-from megatron_bert.training.state import load_state, save_state
+from megatron_bert.training.state import load_state, local_bytes, save_state
 from megatron_bert.training.step import agree, take_step
 from megatron_bert.training.stops import StopRequests
 
@@ -103,6 +104,12 @@ class Trainer:
             in_background=config.checkpoint.async_,
             max_failures=config.checkpoint.max_failures,
         )
+        self._pace = Pace(
+            config,
+            self._curriculum,
+            evaluates=self._evaluator.has_text,
+            bytes_to_save=local_bytes(self._model, self._optimizer),
+        )
         self._store.remove_leftovers()
         self._step = self._restore()
         metrics = None
@@ -132,6 +139,10 @@ class Trainer:
         stop_reason: str | None = None
         try:
             for step, batches in zip(steps, reader, strict=True):
+                self._pace.begin(step)
+                stops.seconds_to_end = self._pace.seconds_to_end(
+                    self._saver.seconds, saving=self._saver.is_saving
+                )
                 agreement = agree(batches, stops.reason is not None, topology)
                 rate = learning_rate(step, config)
                 result = take_step(
@@ -181,10 +192,11 @@ class Trainer:
         if not (evaluate or save):
             return
         self._recorder.flush()
-        with self._recorder.paused():
+        with self._recorder.paused(), self._pace.paused():
             if evaluate:
                 span = self._curriculum.at(step)
-                scores = self._evaluator.evaluate(self._model, span)
+                with self._pace.evaluation():
+                    scores = self._evaluator.evaluate(self._model, span)
                 self._recorder.write_evaluation(step, span, scores)
             # Last, so that a resumed run does not miss the evaluation's line.
             if save:

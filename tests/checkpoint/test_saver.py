@@ -318,3 +318,18 @@ def test_a_copy_keeps_its_memory_and_its_places(tmp_path: Path) -> None:
         addresses.append([piece.data_ptr() for piece in taken.pieces.values()])
         tensors["b"].mul_(2)
     assert addresses[0] == addresses[1]
+
+
+@MODES
+def test_a_save_is_measured_once_it_has_succeeded(tmp_path: Path, in_background: bool) -> None:
+    saver = _saver(tmp_path, in_background=in_background)
+    assert saver.seconds is None
+    with before_host_calls(disk_full_at("write", "shard-*")):
+        saver.save(1, _tensors(), {})
+        saver.finish()
+    assert saver.seconds is None
+    saver.save(2, _tensors(), {})
+    saver.finish()
+    assert saver.seconds is not None
+    assert saver.seconds > 0.0
+    assert not saver.is_saving

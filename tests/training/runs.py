@@ -11,6 +11,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.training.metrics import read
 from megatron_bert.training.run_directory import RunDirectory
+from megatron_bert.training.stops import StopRequests
 from megatron_bert.training.trainer import Trainer
 
 
@@ -59,6 +60,7 @@ class Stops:
         self._step = 0
         self._stop_after = stop_after
         self._kill_in = kill_in
+        self.seconds_to_end = 0.0
 
     def starting_at(self, step: int) -> Stops:
         """Tell which step the run begins after."""
@@ -77,13 +79,21 @@ class Stops:
         return "a test" if self._step == self._stop_after else None
 
 
-def train(config: Config, **stop: int) -> list[dict[str, Any]]:
-    """Run on this rank; return the lines of the run's `metrics.jsonl`."""
+def train(
+    config: Config, stops: Stops | StopRequests | None = None, **stop: int
+) -> list[dict[str, Any]]:
+    """Run on this rank; return the lines of the run's `metrics.jsonl`.
+
+    Args:
+        config: Of the run.
+        stops: What may stop it; by default one of our `Stops`, made of `stop`.
+        stop: See `Stops`.
+    """
     first = Ranks().rank == 0
     directory = RunDirectory(config.run.directory) if first else None
     try:
         trainer = Trainer(config, torch.device("cpu"), directory)
-        trainer.run(Stops(**stop).starting_at(trainer.step))
+        trainer.run(stops or Stops(**stop).starting_at(trainer.step))
     except RunKilledError:
         pass
     finally:

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from megatron_bert.config.schema import Config
 from megatron_bert.training.stops import STOP_SIGNALS, StopRequests
+from tests.distributed_harness import run_ranks
+from tests.training.runs import steps_of, train
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +100,67 @@ def test_the_deadline_is_a_reason_once_it_has_passed(monkeypatch: pytest.MonkeyP
     assert stops.reason is None
     now = 220.0
     assert stops.reason == "run.max_minutes"
+
+
+def test_the_deadline_is_reached_as_much_earlier_as_the_end_of_the_job_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("megatron_bert.training.stops.time.monotonic", lambda: now)
+    stops = StopRequests(2.0)
+    stops.seconds_to_end = 50.0
+    now = 169.0
+    assert stops.reason is None
+    now = 170.0
+    assert stops.reason == "run.max_minutes"
+
+
+class _SignalInStep(StopRequests):
+    """Has its own process get a signal in a step, on the last rank only."""
+
+    def __init__(self, number: signal.Signals, step: int) -> None:
+        super().__init__(None)
+        self._number = number
+        self._steps_to_signal = step
+
+    @property
+    def reason(self) -> str | None:
+        self._steps_to_signal -= 1
+        if self._steps_to_signal == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), self._number)
+        return super().reason
+
+
+def _train_with_signal(config: Config, number: signal.Signals) -> list[dict[str, Any]]:
+    return train(config, _SignalInStep(number, 5))
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(2, {"pipeline": 2}), (3, {})],
+    ids=["pipeline", "data"],
+)
+def test_a_signal_to_the_last_rank_stops_all_after_the_same_step_with_one_save(
+    tiny_run: Callable[..., Config],
+    world_size: int,
+    parallel: dict[str, Any],
+    number: signal.Signals,
+) -> None:
+    config = tiny_run(
+        parallel=parallel, data={"threads": 2}, checkpoint={"interval": 100, "async": True}
+    )
+    lines = run_ranks(world_size, _train_with_signal, config, number)[0]
+    assert list(steps_of(lines)) == [1, 2, 3, 4, 5]
+    saved = sorted(path.name for path in (config.run.directory / "checkpoints").iterdir())
+    assert saved == ["latest", "step_00000005"]
+
+
+def _train_past_the_deadline(config: Config) -> list[dict[str, Any]]:
+    return train(config, StopRequests(1e-6))
+
+
+def test_a_run_past_its_deadline_takes_one_step_and_saves(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run()
+    assert list(steps_of(run_ranks(2, _train_past_the_deadline, config)[0])) == [1]
+    assert (config.run.directory / "checkpoints" / "step_00000001").is_dir()

@@ -1,0 +1,100 @@
+"""How long a job needs to come to an end with a checkpoint, from what its steps and saves took."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.schema import Config
+
+# The slowest of so many steps is what the next ones are taken to need.
+_RECENT_STEPS = 10
+# On top of what was measured, for steps and saves that take longer than those before.
+_MARGIN = 1.5
+# What a rank is taken to write until a save was measured: a slow shared file system.
+_UNMEASURED_BYTES_PER_SECOND = 50e6
+
+
+class Pace:
+    """Measures a job's steps and evaluations, and tells how long its end would take.
+
+    Args:
+        config: of the run.
+        curriculum: tells how large steps are; times are taken in proportion to their slots.
+        evaluates: whether there is held-out text.
+        bytes_to_save: what this rank writes in a save.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        curriculum: Curriculum,
+        *,
+        evaluates: bool,
+        bytes_to_save: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._curriculum = curriculum
+        self._evaluation_interval = config.eval.interval if evaluates else None
+        self._evaluation_steps = config.eval.batches
+        self._save_interval = config.checkpoint.interval
+        self._unmeasured_save = bytes_to_save / _UNMEASURED_BYTES_PER_SECOND
+        self._clock = clock
+        self._seconds_per_slot: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._evaluation_seconds: float | None = None
+        self._under_way: int | None = None
+        self._began = 0.0
+
+    def begin(self, step: int) -> None:
+        """Tell that a step begins, and the one before it, if any, has ended."""
+        now = self._clock()
+        if self._under_way is not None:
+            slots = self._curriculum.at(self._under_way).slots_per_step
+            self._seconds_per_slot.append((now - self._began) / slots)
+        self._under_way, self._began = step, now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the steps' time."""
+        began = self._clock()
+        yield
+        self._began += self._clock() - began
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Measure the evaluation inside."""
+        began = self._clock()
+        yield
+        self._evaluation_seconds = self._clock() - began
+
+    def seconds_to_end(self, save_seconds: float | None, *, saving: bool) -> float:
+        """How long it takes from now to the end of the last save if one more step is begun.
+
+        That is the step that begins now, the one after it, what is due after either, and the last
+        save, half as long again as measured. In a job's first step no step is measured yet, and
+        only the save counts. An evaluation not measured yet counts as a step a batch.
+
+        Args:
+            save_seconds: what the last save took, None before the first one.
+            saving: whether one is in flight, which the last one will have to wait for.
+        """
+        assert self._under_way is not None, "no step was begun"
+        first = self._under_way
+        steps = range(first, min(first + 1, self._curriculum.total_steps) + 1)
+        slots = max(self._curriculum.at(step).slots_per_step for step in steps)
+        step_seconds = slots * max(self._seconds_per_slot, default=0.0)
+        evaluation = self._evaluation_seconds
+        if evaluation is None:
+            evaluation = self._evaluation_steps * step_seconds
+        save = self._unmeasured_save if save_seconds is None else save_seconds
+        evaluations = sum(_is_due(step, self._evaluation_interval) for step in steps)
+        saves = sum(_is_due(step, self._save_interval) for step in steps) + saving + 1
+        return _MARGIN * (len(steps) * step_seconds + evaluations * evaluation + saves * save)
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
