@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", metavar="A:B", help="with --config: steps, from 1, both ends included"
     )
+    parser.add_argument(
+        "--text", action="store_true", help="with --steps: their rows too, as text before masking"
+    )
     return parser
 
 
@@ -52,8 +55,10 @@ def _steps(given: str | None) -> tuple[int, int]:
 def _lines(given: argparse.Namespace) -> Iterator[str]:
     if given.config is not None:
         config = load_config(given.config, given.overrides)
-        yield from describe_steps(config, *_steps(given.steps))
+        yield from describe_steps(config, *_steps(given.steps), with_text=given.text)
         return
+    if given.text:
+        raise DataError("--text: shows the rows of steps, which --config and --steps choose")
     if given.overrides:
         raise DataError(f"{given.overrides[0]}: an override needs --config")
     if given.samples < 0:

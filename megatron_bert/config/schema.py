@@ -241,7 +241,8 @@ class OptimizerConfig(Section):
     clip_grad: NonNegativeFloat = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
     max_skipped: NonNegativeInt = 10
-    """Updates that may be skipped in a row for non-finite gradients before the run ends."""
+    """Updates that may be skipped in a row for a loss or gradient that is not finite before the run
+    ends."""
 
 
 class ScheduleConfig(Section):

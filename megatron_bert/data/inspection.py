@@ -11,6 +11,7 @@ from _megatron_bert_core import IndexedDataset
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config
+from megatron_bert.data.batch import Batch
 from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -93,11 +94,13 @@ def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
         yield f"document {int(number):,} ({len(tokens):,} tokens): {text!r}{more}"
 
 
-def describe_steps(config: Config, first_step: int, last_step: int) -> Iterator[str]:
+def describe_steps(
+    config: Config, first_step: int, last_step: int, *, with_text: bool = False
+) -> Iterator[str]:
     """Yield for each step, both ends included, the line `step K stage I batch_hash H`.
 
     Steps count from 1, stages from 0, the hash has 16 hex digits: the values that training writes
-    into `metrics.jsonl`.
+    into `metrics.jsonl`. With text, a line for each of the step's rows comes before.
 
     Raises:
         DataError: the steps do not lie in the run, or its data cannot be read.
@@ -108,7 +111,8 @@ def describe_steps(config: Config, first_step: int, last_step: int) -> Iterator[
             f"steps {first_step}:{last_step} do not lie in the run, whose steps are "
             f"1:{curriculum.total_steps}; see --steps"
         )
-    source = training_source(config, Tokenizer.load(config.data.tokenizer))
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    source = training_source(config, tokenizer)
     source.check_unchanged()  # planning a large corpus takes a while
     for step in range(first_step, last_step + 1):
         span = curriculum.at(step)
@@ -117,8 +121,29 @@ def describe_steps(config: Config, first_step: int, last_step: int) -> Iterator[
         batch_hash = 0
         for first in rows[::rows_at_a_time]:
             rows_B = np.arange(first, min(rows.stop, first + rows_at_a_time), dtype=np.int64)
-            batch_hash = (batch_hash + source.batch(rows_B, span.index).batch_hash) % 2**64
+            batch = source.batch(rows_B, span.index)
+            batch_hash = (batch_hash + batch.batch_hash) % 2**64
+            if with_text:
+                yield from _row_texts(batch, tokenizer)
         yield f"step {step} stage {span.index} batch_hash {batch_hash:016x}"
+
+
+def _row_texts(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
+    """A line a row: its number, how many tokens are masked, and its segments before masking."""
+    for row, positions_S, masked_M, labels_M, weights_M, tokens_S in zip(
+        batch.rows_B.tolist(),
+        batch.positions_BS.numpy(),
+        batch.masked_BM.numpy(),
+        batch.labels_BM.numpy(),
+        batch.weights_BM.numpy() > 0.0,
+        batch.tokens_BS.numpy().copy(),
+        strict=True,
+    ):
+        tokens_S[masked_M[weights_M]] = labels_M[weights_M]
+        segments = np.split(tokens_S, np.flatnonzero(positions_S == 0)[1:])
+        # Padding, a segment of its own, has no text.
+        texts = [repr(text) for ids in segments if (text := tokenizer.decode(ids.tolist()))]
+        yield f"row {row} ({int(weights_M.sum())} masked): {' | '.join(texts)}"
 
 
 def _unigram_entropy(dataset: IndexedDataset) -> tuple[float, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,22 @@ from megatron_bert.config.schema import OptimizerConfig
 from megatron_bert.parallel.sharding import local_part
 
 
+class Update(NamedTuple):
+    """What an update leaves behind, on the device.
+
+    Attributes:
+        grad_norm: the gradient's global L2 norm before clipping; fp32 scalar, alike on all ranks.
+        skipped: 1.0 where the update was skipped, else 0.0; alike on all ranks.
+        is_finite_here: whether this rank's share of the gradient is finite.
+    """
+
+    grad_norm: Tensor
+    skipped: Tensor
+    is_finite_here: Tensor
+
+
 class ShardedAdamW:
-    """AdamW with clipping by the global norm; non-finite gradients skip the update.
+    """AdamW with clipping by the global norm; a non-finite gradient or loss skips the update.
 
     It works on the local shards, not on DTensors: updates are pointwise, and the one quantity
     that is not, the norm, is reduced here by hand. Clipping and skipping happen inside the fused
@@ -61,17 +76,19 @@ class ShardedAdamW:
             }
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(self, learning_rate: float, loss: Tensor | None = None) -> Update:
         """Apply the gradients that backward left on the parameters, and clear them.
 
-        Returns:
-            The gradient's global L2 norm before clipping and whether the update was skipped
-            (1.0) or made (0.0); fp32 scalars on the device, the same on all ranks.
+        Args:
+            learning_rate: of this update.
+            loss: scalar on the device, the same on all ranks; where it is not finite, the update
+                is skipped too.
         """
         for name, parameter in self._parameters.items():
             self._shards[name].grad = None if parameter.grad is None else local_part(parameter.grad)
-        norm = self._global_norm()
-        skipped = (~norm.isfinite()).float()
+        norm, is_finite_here = self._global_norm()
+        is_finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+        skipped = (~is_finite).float()
         # The kernel divides gradients by grad_scale: at most `clip_grad` remains of the norm.
         scale = (norm / self._clip_grad).clamp(min=1.0) if self._clip_grad else norm.new_ones(())
         self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
@@ -82,7 +99,7 @@ class ShardedAdamW:
         for name, parameter in self._parameters.items():
             parameter.grad = None
             self._shards[name].grad = None
-        return norm, skipped
+        return Update(norm, skipped, is_finite_here)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by parameter name, sharded as the parameters are.
@@ -108,8 +125,8 @@ class ShardedAdamW:
         for shard in self._shards.values():
             self._optimizer.state[shard]["step"].fill_(value)
 
-    def _global_norm(self) -> Tensor:
-        """L2 norm over all parameters of all ranks, each counted once."""
+    def _global_norm(self) -> tuple[Tensor, Tensor]:
+        """L2 norm over all parameters of all ranks, each counted once; whether ours is finite."""
         gradients = [
             shard.grad
             for name, shard in self._shards.items()
@@ -120,8 +137,9 @@ class ShardedAdamW:
         if gradients:
             norms = torch.stack(torch._foreach_norm(gradients, 2.0))
             total = norms.double().square().sum()
+        is_finite_here = total.isfinite()
         dist.all_reduce(total)
-        return total.sqrt().float()
+        return total.sqrt().float(), is_finite_here
 
 
 def _like_parameter(local: Tensor, parameter: Tensor) -> Tensor:

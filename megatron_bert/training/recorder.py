@@ -13,18 +13,16 @@ import torch
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.flops import row_flops
 from megatron_bert.config.schema import Config
+from megatron_bert.training.divergence import DivergenceWatch
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.progress import ProgressLine
+from megatron_bert.training.spikes import SpikeWatch
 from megatron_bert.training.step import Agreement, StepResult
 
 logger = logging.getLogger(__name__)
 
 # Dense BF16 peak in TFLOP/s, from NVIDIA's data sheets.
 _PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
-
-
-class DivergedError(RuntimeError):
-    """Too many updates in a row were skipped for non-finite gradients."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class StepRecorder:
         metrics: MetricsFile | None,
     ) -> None:
         """Record on the rank that has a metrics file; every rank watches for divergence."""
-        self._config = config
         self._curriculum = curriculum
         self._metrics = metrics
         self._progress = ProgressLine(curriculum, config.log.interval)
@@ -66,7 +63,8 @@ class StepRecorder:
         ]
         self._world_size = world_size
         self._taken: _Taken | None = None
-        self._skipped_in_a_row = 0
+        self._spikes = SpikeWatch()
+        self._divergence = DivergenceWatch(config.optimizer.max_skipped)
         self._began = time.perf_counter()
 
     def add(
@@ -131,8 +129,10 @@ class StepRecorder:
         loss = float(taken.result.loss)
         grad_norm = float(taken.result.grad_norm)
         skipped = bool(taken.result.skipped)
+        rows = taken.span.rows_of(taken.step)
         if self._metrics is not None:
-            self._metrics.write(self._line(taken, loss, grad_norm, skipped))
+            line = self._line(taken, loss, grad_norm, skipped)
+            self._metrics.write(line | self._remarks(taken, loss, rows, skipped))
             self._progress.after_step(
                 taken.step,
                 taken.span,
@@ -141,7 +141,29 @@ class StepRecorder:
                 grad_norm=grad_norm,
                 seconds=taken.seconds,
             )
-        self._watch_for_divergence(taken.step, skipped)
+        self._divergence.add(taken.step, rows, taken.result.finite_here.tolist(), skipped=skipped)
+
+    def _remarks(self, taken: _Taken, loss: float, rows: range, skipped: bool) -> dict[str, object]:
+        """What a line has beside the others', with a warning: its rows, of numbers gone wrong."""
+        remarks: dict[str, object] = {"rows": [rows.start, rows[-1]]}
+        where = (
+            f"rows {rows.start:,} to {rows[-1]:,} (tools/inspect_data.py --config FILE --steps "
+            f"{taken.step}:{taken.step} --text)"
+        )
+        if skipped:
+            logger.warning(
+                "step %s: loss or gradient is not finite, update skipped; %s",
+                f"{taken.step:,}",
+                where,
+            )
+            return remarks
+        limit = self._spikes.limit_exceeded(loss, taken.span.index)
+        if limit is None:
+            return {}
+        logger.warning(
+            "step %s: loss %.4f is a spike, above %.4f; %s", f"{taken.step:,}", loss, limit, where
+        )
+        return {**remarks, "spike_limit": limit}
 
     def _line(
         self, taken: _Taken, loss: float, grad_norm: float, skipped: bool
@@ -168,19 +190,6 @@ class StepRecorder:
             line["mfu"] = _mfu(tflops)
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return line
-
-    def _watch_for_divergence(self, step: int, skipped: bool) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if skipped and self._metrics is not None:
-            logger.warning("step %s: gradient is not finite, update skipped", f"{step:,}")
-        limit = self._config.optimizer.max_skipped
-        if self._skipped_in_a_row > limit:
-            raise DivergedError(
-                f"step {step}: gradients were not finite in {self._skipped_in_a_row} steps in a "
-                f"row (optimizer.max_skipped={limit}); lower optimizer.lr, or look at the rows "
-                f"with tools/inspect_data.py --steps {step}:{step}, and resume from the last "
-                "checkpoint"
-            )
 
 
 def _mfu(tflops: float) -> float | None:

@@ -37,12 +37,15 @@ class StepResult:
     Attributes:
         loss: mean cross-entropy over the global batch's masked tokens, nats.
         grad_norm: global L2 norm before clipping.
-        skipped: 1.0 where the update was skipped for a non-finite gradient.
+        skipped: 1.0 where the update was skipped for a non-finite loss or gradient.
+        finite_here: [2], whether the loss of this rank's own rows, and its share of the summed
+            gradient, were finite.
     """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    finite_here: Tensor
 
 
 def agree(batches: Sequence[Batch], stop: bool, topology: Topology) -> Agreement:
@@ -77,12 +80,14 @@ def take_step(
     count = torch.tensor(max(1, masked_tokens), dtype=torch.float32).to(device, non_blocking=True)
     loss = model.runner.train([batch.to(device).by_name() for batch in batches], count)
     model.sum_shared_gradients()
+    own_loss_is_finite = loss.isfinite()
     if model.topology.tensor_parallel.rank > 0:
         # The others of its group have computed the same, and one of them counts.
         loss = torch.zeros_like(loss)
     dist.all_reduce(loss)
-    grad_norm, skipped = optimizer.step(learning_rate)
-    return StepResult(loss, grad_norm, skipped)
+    update = optimizer.step(learning_rate, loss)
+    finite_here = torch.stack([own_loss_is_finite, update.is_finite_here])
+    return StepResult(loss, update.grad_norm, update.skipped, finite_here)
 
 
 def _signed(value: int) -> int:

@@ -78,7 +78,7 @@ def _check_against_pytorch(tensor: int, clip_grad: float) -> None:
             random = torch.Generator().manual_seed(number)
             whole.grad = scale * torch.randn(whole.shape, generator=random)
         expected = torch.nn.utils.clip_grad_norm_(wholes.values(), clip_grad or math.inf)
-        norm, skipped = optimizer.step(RATE)
+        norm, skipped, _ = optimizer.step(RATE)
         reference.step()
         assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
         assert skipped.item() == 0.0
@@ -108,8 +108,9 @@ def _check_skip(tensor: int, bad: float) -> None:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         assert local is not None
         local.view(-1)[0] = bad
-    norm, skipped = optimizer.step(RATE)
+    norm, skipped, is_finite_here = optimizer.step(RATE)
     assert not norm.isfinite()
+    assert bool(is_finite_here) == (dist.get_rank() < dist.get_world_size() - 1)
     assert skipped.item() == 1.0
     assert optimizer.updates == 1
     for name, value in state.items():
@@ -125,6 +126,26 @@ def test_one_bad_number_on_one_rank_leaves_weights_and_moments_of_all_as_they_ar
     world_size: int, tensor: int, bad: float
 ) -> None:
     run_ranks(world_size, _check_skip, tensor, bad)
+
+
+def _check_loss_skips(bad: float) -> None:
+    model, optimizer = _built(1)
+    before = {name: _whole(p) for name, p in model.named_parameters()}
+    _set_gradients(model, 1.0)
+    norm, skipped, is_finite_here = optimizer.step(RATE, torch.tensor(bad))
+    assert norm.isfinite()
+    assert is_finite_here.item()
+    assert skipped.item() == 1.0
+    assert optimizer.updates == 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(_whole(parameter), before[name]), name
+    _set_gradients(model, 1.0)
+    assert optimizer.step(RATE, torch.tensor(1.0)).skipped.item() == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_loss_skips_the_update_though_the_gradient_is_finite(bad: float) -> None:
+    run_ranks(2, _check_loss_skips, bad)
 
 
 def _check_state_restores() -> None:

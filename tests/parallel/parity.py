@@ -21,7 +21,7 @@ from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel, build_model
-from megatron_bert.optim.adamw import ShardedAdamW
+from megatron_bert.optim.adamw import ShardedAdamW, Update
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
 from megatron_bert.training.staging import HostMemory
 from megatron_bert.training.step import agree, take_step
@@ -172,13 +172,13 @@ class _GradientRecorder:
     def __init__(self, optimizer: ShardedAdamW, model: RankModel, trace: Trace) -> None:
         self._optimizer, self._model, self._trace = optimizer, model, trace
 
-    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(self, learning_rate: float, loss: Tensor) -> Update:
         gradients: Parts = {}
         for name, parameter in self._model.named_parameters().items():
             assert parameter.grad is not None, name
             gradients[name] = Part.of(parameter.grad)
         self._trace.gradients.append(gradients)
-        return self._optimizer.step(learning_rate)
+        return self._optimizer.step(learning_rate, loss)
 
 
 def trace_of(config: Config) -> Trace:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -125,6 +126,27 @@ def test_each_step_has_the_hash_of_its_rows(
     assert run(capsys, "--config", config, "--steps", "1:5") == expected
     assert run(capsys, "--config", config, "--steps", "4:5") == expected[3:]
     assert run(capsys, "--config", config, "--steps", "2") == expected[1:2]
+
+
+def test_a_step_is_shown_with_the_text_of_its_rows_before_masking(
+    config: Path, tiny_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = run(capsys, "--config", config, "--steps", "3:4")
+    lines = run(capsys, "--config", config, "--steps", "3:4", "--text")
+    rows = [re.fullmatch(r"row (\d+) \((\d+) masked\): (.+)", line) for line in lines]
+    assert [line for line, row in zip(lines, rows, strict=True) if row is None] == plain
+    shown = [row for row in rows if row is not None]
+    assert [int(row[1]) for row in shown] == list(range(10, 20))
+    everything = "".join(text.replace(" ", "") for text in tiny_texts)
+    for row in shown:
+        assert int(row[2]) > 0
+        for segment in row[3].split(" | "):
+            assert ast.literal_eval(segment).replace(" ", "") in everything
+
+
+def test_text_without_steps_is_refused(prefix: Path) -> None:
+    with pytest.raises(DataError, match="--text"):
+        tool.main(["--prefix", str(prefix), "--text"])
 
 
 def test_no_step_is_hashed_of_files_that_changed_while_its_rows_were_planned(

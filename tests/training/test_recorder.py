@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.training.divergence import DivergedError
 from megatron_bert.training.metrics import MetricsFile, read
 from megatron_bert.training.progress import format_duration
-from megatron_bert.training.recorder import DivergedError, StepRecorder
+from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.step import Agreement, StepResult
 from tests.small_model import VOCABULARY, small_config
 
@@ -22,7 +23,7 @@ class _Run:
         config = small_config(
             curriculum=[
                 {"seq_length": 32, "steps": 4, "batch": {"global_size": 2}},
-                {"seq_length": 64, "steps": 4},
+                {"seq_length": 64, "steps": 40},
             ],
             optimizer={"max_skipped": max_skipped},
         )
@@ -30,10 +31,13 @@ class _Run:
         file = None if metrics is None else MetricsFile(metrics)
         self.recorder = StepRecorder(config, self.curriculum, VOCABULARY, 1, file)
 
-    def take(self, step: int, *, skipped: bool = False) -> None:
+    def take(self, step: int, *, skipped: bool = False, loss: float | None = None) -> None:
         norm = math.nan if skipped else 2.0
         result = StepResult(
-            torch.tensor(0.1 * step), torch.tensor(norm), torch.tensor(float(skipped))
+            torch.tensor(0.1 * step if loss is None else loss),
+            torch.tensor(norm),
+            torch.tensor(float(skipped)),
+            torch.tensor([True, not skipped]),
         )
         agreement = Agreement(masked_tokens=9, batch_hash=2**64 - step, stop=False)
         self.recorder.add(step, self.curriculum.at(step), agreement, 1e-3, result)
@@ -77,9 +81,29 @@ def test_more_skipped_updates_in_a_row_than_allowed_end_the_run_on_every_rank(
     run = _Run(tmp_path / "metrics.jsonl" if writes else None)
     for step in range(1, 7):
         run.take(step, skipped=step != 3)
-    with pytest.raises(DivergedError, match=r"step 6: .*3 steps in a row"):
+    with pytest.raises(DivergedError, match=r"step 6: .*3 steps in a row, 4 to 6"):
         run.recorder.flush()
     run.recorder.close()
+
+
+def test_lines_of_skipped_steps_and_of_spikes_have_their_rows_and_the_others_have_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = _Run(tmp_path / "metrics.jsonl")
+    for step in range(1, 41):
+        run.take(step, skipped=step == 5, loss=9.0 if step == 30 else 2.0)
+    run.recorder.flush()
+    run.recorder.close()
+    lines = {line["step"]: line for line in read(tmp_path / "metrics.jsonl")}
+    assert {step: line["rows"] for step, line in lines.items() if "rows" in line} == {
+        5: [8, 15],
+        30: [8 + 25 * 8, 15 + 25 * 8],
+    }
+    assert lines[30]["spike_limit"] == pytest.approx(2.1)
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("step 5: loss or gradient is not finite, update skipped")
+    assert caplog.messages[1].startswith("step 30: loss 9.0000 is a spike, above 2.1000; rows 208")
+    assert "--steps 30:30 --text" in caplog.messages[1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""Steps whose loss or gradient is not finite: how many in a row, on which ranks, of which rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from megatron_bert.distributed.agreement import Ranks
+
+_SOURCES = ("loss", "gradient")
+
+logger = logging.getLogger(__name__)
+
+
+class DivergedError(RuntimeError):
+    """Too many updates in a row were skipped for a loss or gradient that is not finite."""
+
+
+class DivergenceWatch:
+    """Counts skipped updates in a row. Every rank has one and is told of every step.
+
+    Args:
+        max_skipped: how many may be skipped in a row.
+    """
+
+    def __init__(self, max_skipped: int) -> None:
+        self._max_skipped = max_skipped
+        self._steps = range(0)  # skipped, in a row
+        self._rows = range(0)  # of these steps
+        self._sources_here: set[str] = set()  # in these steps
+
+    def add(self, step: int, rows: range, finite_here: Sequence[bool], *, skipped: bool) -> None:
+        """Take note of a step. Collective where it is one too many.
+
+        Args:
+            step: its number.
+            rows: of its global batch.
+            finite_here: whether what this rank saw was finite: the loss of its own rows, and its
+                share of the summed gradient.
+            skipped: whether its update was; the same on all ranks.
+
+        Raises:
+            DivergedError: more than `max_skipped` updates in a row were skipped, on all ranks.
+        """
+        if not skipped:
+            self._steps = self._rows = range(0)
+            self._sources_here.clear()
+            return
+        if not self._steps:
+            self._steps, self._rows = range(step, step), range(rows.start, rows.start)
+        self._steps = range(self._steps.start, step + 1)
+        self._rows = range(self._rows.start, rows.stop)
+        bad = [name for name, finite in zip(_SOURCES, finite_here, strict=True) if not finite]
+        self._sources_here.update(bad)
+        if "loss" in bad:
+            logger.warning("step %s: the loss of this rank's own rows is not finite", f"{step:,}")
+        if len(self._steps) > self._max_skipped:
+            raise DivergedError(self._describe())
+
+    def _describe(self) -> str:
+        first, last = self._steps.start, self._steps[-1]
+        by_rank = Ranks().on_all(lambda: self._sources_here)
+        where = [
+            f"the {source} on {_ranks(ranks)}"
+            for source in _SOURCES
+            if (ranks := [rank for rank, sources in enumerate(by_rank) if source in sources])
+        ]
+        return (
+            f"step {last}: loss or gradient was not finite in {len(self._steps)} steps in a row, "
+            f"{first} to {last} (optimizer.max_skipped={self._max_skipped}), which read the rows "
+            f"{self._rows.start} to {self._rows[-1]}; not finite were {' and '.join(where)} (of "
+            "gradients, ranks hold shares of the sum over all ranks). Look at the rows with "
+            f"tools/inspect_data.py --config FILE --steps {first}:{last} --text, lower "
+            "optimizer.lr, and resume from the last checkpoint"
+        )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

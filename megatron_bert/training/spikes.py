@@ -1,0 +1,44 @@
+"""Losses far above those before them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+# Steps that a loss is compared with, and how few are too few to compare with.
+_WINDOW = 100
+_LEAST_STEPS = 20
+# How far above the median a spike is: in standard deviations, and in nats where losses hardly vary.
+_DEVIATIONS = 6.0
+_LEAST_NATS = 0.1
+# From median absolute deviation to standard deviation, for a normal distribution.
+_DEVIATION_OF_MEDIAN = 1.4826
+
+
+class SpikeWatch:
+    """Compares each loss with those of the last 100 steps of its stage.
+
+    The limit is their median and six standard deviations, at least 0.1 nats. The deviation is
+    taken from the median absolute deviation, so that earlier spikes do not raise the limit. A
+    stage's first 20 steps are never spikes: rows of another length have another loss.
+    """
+
+    def __init__(self) -> None:
+        self._stage: int | None = None
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+
+    def limit_exceeded(self, loss: float, stage: int) -> float | None:
+        """Take note of a finite loss; return the limit if it lies above it."""
+        if stage != self._stage:
+            self._stage = stage
+            self._losses.clear()
+        limit = self._limit()
+        self._losses.append(loss)
+        return limit if limit is not None and loss > limit else None
+
+    def _limit(self) -> float | None:
+        if len(self._losses) < _LEAST_STEPS:
+            return None
+        median = statistics.median(self._losses)
+        spread = statistics.median(abs(loss - median) for loss in self._losses)
+        return median + max(_LEAST_NATS, _DEVIATIONS * _DEVIATION_OF_MEDIAN * spread)
