@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.load import dump_config, load_config
+from megatron_bert.config.load import config_dict, dump_config, load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import (
@@ -25,6 +25,12 @@ from megatron_bert.distributed.launch import (
     start_process_group,
 )
 from megatron_bert.training.dry_run import dry_run
+from megatron_bert.training.preflight import (
+    check_ranks_agree,
+    check_run_directory_is_shared,
+    code_facts,
+    measure_all_reduce,
+)
 from megatron_bert.training.run_directory import RunDirectory, record_failure
 from megatron_bert.training.runtime import keep_freed_memory, set_determinism
 from megatron_bert.training.stops import StopRequests
@@ -108,8 +114,13 @@ def _train(config: Config) -> None:
 def _run(config: Config, device: torch.device, stops: StopRequests) -> None:
     directory = _open_run_directory(config)
     with _failure_recorded(config, stops):
+        check_run_directory_is_shared(config.run.directory)
+        check_ranks_agree({**code_facts(), **config_dict(config)})
         # Here, not before: a refusal must replace what an earlier job left in the run directory.
         check_config(config, world_size=requested_world_size())
+        speed = measure_all_reduce(device)
+        if speed is not None:
+            logger.info("%s", speed)
         trainer = Trainer(config, device, directory)
         end = trainer.run(stops)
     if directory is not None:

@@ -23,11 +23,13 @@ class Agreement:
         masked_tokens: number of masked tokens in the global batch.
         batch_hash: order-free hash of the global batch's rows, modulo 2^64.
         stop: some rank was asked to stop after this step.
+        figures: what every rank gave of its own, [ranks, figures]; None where it gave nothing.
     """
 
     masked_tokens: int
     batch_hash: int
     stop: bool
+    figures: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,30 @@ class StepResult:
     finite_here: Tensor
 
 
-def agree(batches: Sequence[Batch], stop: bool, topology: Topology) -> Agreement:
+def agree(
+    batches: Sequence[Batch],
+    stop: bool,
+    topology: Topology,
+    figures: Sequence[int] | None = None,
+) -> Agreement:
     """Sum counts and hashes over the ranks that see different rows, and stop requests over all.
 
     One message of three integers on the CPU (over gloo, also beside CUDA): the GPU's queue is
-    never waited for.
+    never waited for. Where ranks give figures of their own, as many on all of them, these travel
+    in the same message.
     """
     counts_here = topology.speaks_for_its_rows
     masked = sum(int(batch.weights_BM.sum()) for batch in batches) if counts_here else 0
     row_hash = sum(batch.batch_hash for batch in batches) if counts_here else 0
     message = torch.tensor([masked, _signed(row_hash), int(stop)], dtype=torch.int64)
+    if figures is not None:
+        table = torch.zeros(dist.get_world_size(), len(figures), dtype=torch.int64)
+        table[dist.get_rank()] = torch.tensor(figures)
+        message = torch.cat([message, table.flatten()])
     dist.all_reduce(message)
-    masked, row_hash, stops = message.tolist()
-    return Agreement(masked, row_hash % 2**64, stops > 0)
+    masked, row_hash, stops = message[:3].tolist()
+    by_rank = None if figures is None else message[3:].view(-1, len(figures)).tolist()
+    return Agreement(masked, row_hash % 2**64, stops > 0, by_rank)
 
 
 def take_step(

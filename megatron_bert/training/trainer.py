@@ -32,9 +32,11 @@ from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.pace import Pace
+from megatron_bert.training.preflight import check_ranks_agree
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.run_directory import RunDirectory
+from megatron_bert.training.slow_ranks import SlowRankWatch
 from megatron_bert.training.staging import HostMemory
 from megatron_bert.training.state import load_state, local_bytes, save_state
 from megatron_bert.training.step import agree, take_step
@@ -89,6 +91,15 @@ class Trainer:
         self._curriculum = Curriculum(config)
         self._source = training_source(config, self._tokenizer)
         held_out = HeldOutRows.plan(config, self._tokenizer)
+        check_ranks_agree(
+            {
+                "hash of data.tokenizer": self._tokenizer.hash,
+                "content of data.train": self._source.fingerprint(),
+                "content of held-out text": [
+                    source.fingerprint() for source in held_out.sources[held_out.fixed]
+                ],
+            }
+        )
         self._evaluator = Evaluator(config, held_out, self._topology)
         self._model = build_model(config, vocab_size, self._topology)
         self._optimizer = ShardedAdamW(
@@ -136,14 +147,17 @@ class Trainer:
             HostMemory.for_device(topology.device),
             config.data.threads,
         )
+        slow_ranks = SlowRankWatch(config.log.interval, topology.device)
         stop_reason: str | None = None
         try:
-            for step, batches in zip(steps, reader, strict=True):
+            for step, batches in zip(steps, slow_ranks.timing(reader), strict=True):
                 self._pace.begin(step)
                 stops.seconds_to_end = self._pace.seconds_to_end(
                     self._saver.seconds, saving=self._saver.is_saving
                 )
-                agreement = agree(batches, stops.reason is not None, topology)
+                stop, figures = stops.reason is not None, slow_ranks.figures(step)
+                agreement = agree(batches, stop, topology, figures)
+                slow_ranks.judge(step, agreement.figures)
                 rate = learning_rate(step, config)
                 result = take_step(
                     self._model,

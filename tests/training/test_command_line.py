@@ -253,6 +253,7 @@ def test_a_rank_killed_under_torchrun_fails_the_job_and_the_next_job_has_the_sam
     uncut = tmp_path / "uncut"
     code, output = _run(_command(config_file, f"run.dir={uncut}", ranks=2))
     assert code == 0, output
+    assert "all-reduce  4 MiB over 2 ranks" in output
     with _started(_command(config_file, "log.interval=1", ranks=2)) as job:
         _read_until(job, "step 8/")
         children = subprocess.run(

@@ -1,0 +1,183 @@
+"""Which ranks keep the others waiting: slow devices, and ranks whose rows come late.
+
+A step lasts as long on every rank as on the slowest, since they wait for each other in it. So each
+rank measures what it does alone: a small computation, the same everywhere, a few times a second,
+and how long it waits for its own rows. The figures travel with the ranks' message of a step, every
+so many steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_bert.distributed.agreement import Ranks
+
+T = TypeVar("T")
+
+# The computation is a square matrix times itself, so many times, of a size that takes well below
+# a millisecond on either device.
+_SIZE = {"cpu": 192, "cuda": 2048}
+_PRODUCTS = {"cpu": 1, "cuda": 4}
+_SECONDS_BETWEEN_PROBES = 0.1
+# A mean of fewer says more about what else ran in that moment than about the rank.
+_LEAST_PROBES, _MOST_PROBES = 10, 50
+# A rank is slow from so many times the median's time on.
+_SLOW_DEVICE = 2.0
+# Its rows come late if it waits for them longer than the median does by this share of a step.
+_LATE_ROWS = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceProbe:
+    """A small computation on this rank's device, and how long it takes there.
+
+    On CUDA the device takes the time itself, in its own order; nothing waits for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        size = _SIZE[device.type]
+        self._matrix = torch.full((size, size), 0.5, device=device)
+        if device.type == "cuda":
+            self._matrix = self._matrix.bfloat16()
+        self._products = _PRODUCTS[device.type]
+        self._result = torch.empty_like(self._matrix)
+        self._seconds: deque[float] = deque(maxlen=_MOST_PROBES)
+        self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(
+            maxlen=_MOST_PROBES
+        )
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Compute once."""
+        if not self._matrix.is_cuda:
+            began = time.perf_counter()
+            self._compute()
+            self._seconds.append(time.perf_counter() - began)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        self._compute()
+        end.record()
+        self._under_way.append((begin, end))
+
+    def mean_seconds(self) -> float | None:
+        """Mean of the last computations; None as long as they are few."""
+        while self._under_way:
+            begin, end = self._under_way[0]
+            if not end.query():  # type: ignore[no-untyped-call]
+                break
+            self._under_way.popleft()
+            self._seconds.append(begin.elapsed_time(end) / 1e3)
+        return statistics.fmean(self._seconds) if len(self._seconds) >= _LEAST_PROBES else None
+
+    def _compute(self) -> None:
+        for _ in range(self._products):
+            torch.mm(self._matrix, self._matrix, out=self._result)
+
+
+class SlowRankWatch:
+    """Measures this rank and, on the first one, names those that are slow. Made collectively.
+
+    Args:
+        interval: steps between the ranks' figures.
+        device: this rank's device.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self, interval: int, device: torch.device, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._interval = interval
+        self._clock = clock
+        self._hosts = Ranks().on_all(socket.gethostname)
+        self._probe = DeviceProbe(device)
+        self._next_probe = clock()
+        self._waited = 0.0
+        self._steps = 0
+        self._began = clock()
+        self._named: frozenset[tuple[int, str]] = frozenset()
+
+    def timing(self, rows: Iterator[T]) -> Iterator[T]:
+        """Pass on the steps' rows, and measure how long they are waited for."""
+        while True:
+            began = self._clock()
+            try:
+                batch = next(rows)
+            except StopIteration:
+                return
+            self._waited += self._clock() - began
+            yield batch
+
+    def figures(self, step: int) -> list[int] | None:
+        """Measure, and every so many steps return this rank's figures.
+
+        Returns:
+            Microseconds, means over the steps since the figures before: of the computation (0: not
+            known yet), of the wait for rows, and of a step as a whole.
+        """
+        now = self._clock()
+        if dist.get_world_size() > 1 and now >= self._next_probe:
+            self._probe.run()
+            self._next_probe = now + _SECONDS_BETWEEN_PROBES
+        self._steps += 1
+        if step % self._interval or dist.get_world_size() == 1:
+            return None
+        probe = self._probe.mean_seconds() or 0.0
+        means = (probe, self._waited / self._steps, (now - self._began) / self._steps)
+        self._waited, self._steps, self._began = 0.0, 0, now
+        return [round(1e6 * seconds) for seconds in means]
+
+    def judge(self, step: int, figures: Sequence[Sequence[int]] | None) -> None:
+        """Name the ranks that are slow now and were not before, given the figures of all."""
+        if figures is None or dist.get_rank() != 0:
+            return
+        slow = {
+            **{(rank, "device"): text for rank, text in _slow_devices(figures)},
+            **{(rank, "rows"): text for rank, text in _late_rows(figures)},
+        }
+        for (rank, kind), text in slow.items():
+            if (rank, kind) not in self._named:
+                logger.warning(
+                    "step %s: rank %d (host %s) is slow: %s",
+                    f"{step:,}",
+                    rank,
+                    self._hosts[rank],
+                    text,
+                )
+        self._named = frozenset(slow)
+
+
+def _slow_devices(figures: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+    known = {rank: probe for rank, (probe, _, _) in enumerate(figures) if probe}
+    if not known:
+        return
+    # The lower one: of two ranks the faster.
+    usual = statistics.median_low(known.values())
+    for rank, probe in known.items():
+        if probe > _SLOW_DEVICE * usual:
+            yield (
+                rank,
+                f"a small computation takes {probe / 1e3:.2f} ms there, {usual / 1e3:.2f} ms on "
+                "the median rank; look for other processes, throttling or a failing device",
+            )
+
+
+def _late_rows(figures: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
+    usual = statistics.median_low(waited for _, waited, _ in figures)
+    for rank, (_, waited, whole) in enumerate(figures):
+        if waited - usual > _LATE_ROWS * whole:
+            yield (
+                rank,
+                f"it waits {waited / 1e3:.1f} ms for the rows of a step of {whole / 1e3:.1f} ms, "
+                f"the median rank {usual / 1e3:.1f} ms; look at its disk, or raise data.threads",
+            )
