@@ -226,10 +226,11 @@ class _SleepingProducts:
 
     layers: list[_SleepingLayer]
 
-    def gather(self) -> None:
+    def gather(self) -> Tensor:
         """There is nothing to gather."""
+        return torch.empty(0)
 
-    def compute(self) -> list[Tensor]:
+    def compute(self, gathering: Tensor) -> list[Tensor]:
         """Take the time."""
         time.sleep(self.layers[0].seconds)
         return [torch.zeros(1)]

@@ -14,6 +14,7 @@ from megatron_bert.checkpoint.manifest import JSON
 from megatron_bert.checkpoint.shards import HostCopy, LocalShards
 from megatron_bert.checkpoint.store import CheckpointDefectError, CheckpointStore
 from megatron_bert.config.errors import CheckpointError
+from megatron_bert.distributed.agreement import RanksFailedError
 
 # A thread that is between two writes ends at once; one that waits for the disk or for a rank that
 # is gone is left behind.
@@ -87,7 +88,7 @@ class CheckpointSaver:
             self._attempt(step, shards, state)
             self._raise_if_too_many()
         else:
-            self._in_flight = self._start(step, self._host_copy.take(shards), state)
+            self._begin(step, self._host_copy, shards, state)
 
     def finish(self) -> None:
         """Wait for the save in flight, if any. Collective.
@@ -109,14 +110,28 @@ class CheckpointSaver:
             self._in_flight.result()
             self._in_flight = None
 
-    def _start(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> Future[None]:
+    def _begin(
+        self, step: int, host_copy: HostCopy, shards: LocalShards, state: Mapping[str, JSON]
+    ) -> None:
+        """Copy the shards and write the copy in the background, on all ranks or on none."""
+        try:
+            self._store.ranks.on_all(lambda: host_copy.reserve(shards))
+        except RanksFailedError as error:
+            self._note_failure(step, CheckpointError(f"no memory for a copy: {error}"))
+            self._raise_if_too_many()
+        else:
+            self._in_flight = self._start(step, host_copy, shards, state)
+
+    def _start(
+        self, step: int, host_copy: HostCopy, shards: LocalShards, state: Mapping[str, JSON]
+    ) -> Future[None]:
         done: Future[None] = Future()
+        copied = host_copy.take(shards)
 
         def work() -> None:
             try:
-                assert self._host_copy is not None
-                self._host_copy.wait()
-                self._attempt(step, shards, state)
+                host_copy.wait()
+                self._attempt(step, copied, state)
             except BaseException as error:
                 done.set_exception(error)
             else:
@@ -132,11 +147,14 @@ class CheckpointSaver:
             self._write(step, shards, state)
         except (CheckpointError, CheckpointDefectError) as error:
             # Its traceback would keep the shards.
-            self._failures.append(error.with_traceback(None))
-            if self._store.ranks.rank == 0:
-                logger.warning("step %s was not saved: %s; %s", f"{step:,}", error, self._count())
+            self._note_failure(step, error.with_traceback(None))
         else:
             self._failures = []
+
+    def _note_failure(self, step: int, error: CheckpointError | CheckpointDefectError) -> None:
+        self._failures.append(error)
+        if self._store.ranks.rank == 0:
+            logger.warning("step %s was not saved: %s; %s", f"{step:,}", error, self._count())
 
     def _write(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
         began = time.perf_counter()

@@ -59,23 +59,34 @@ class HostCopy:
         self._memory: torch.Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def take(self, shards: LocalShards) -> LocalShards:
-        """Copy `shards`; what the copy before held is lost.
-
-        Changes that are made to the originals after this call do not reach the copy. On CUDA it
-        is complete only after `wait`.
+    def reserve(self, shards: LocalShards) -> None:
+        """Have memory for a copy of `shards`; what the copy before held is lost.
 
         Raises:
             CheckpointError: The memory cannot be pinned.
         """
+        pieces = shards.pieces.values()
+        size = sum(map(_room, pieces))
+        if self._memory is None or len(self._memory) != size:
+            self._memory = None  # before the new one, so that the two never stand together
+            self._memory = torch.empty(size, dtype=torch.uint8)
+            if any(piece.is_cuda for piece in pieces):
+                _pin(self._memory)
+
+    def take(self, shards: LocalShards) -> LocalShards:
+        """Copy `shards`, for which memory was reserved.
+
+        Changes that are made to the originals after this call do not reach the copy. On CUDA it
+        is complete only after `wait`.
+        """
+        assert self._memory is not None
         pieces = shards.pieces
         on_cuda = any(piece.is_cuda for piece in pieces.values())
         ends = list(accumulate(_room(piece) for piece in pieces.values()))
-        memory = self._reserve(ends[-1] if ends else 0, pinned=on_cuda)
         copies: dict[str, torch.Tensor] = {}
         for (name, piece), end in zip(pieces.items(), ends, strict=True):
             begin = end - _room(piece)
-            room = memory[begin : begin + piece.numel() * piece.itemsize]
+            room = self._memory[begin : begin + piece.numel() * piece.itemsize]
             copies[name] = room.view(piece.dtype).view(piece.shape)
             # On the stream that also updates the weights: they change after the copy.
             copies[name].copy_(piece, non_blocking=True)
@@ -86,14 +97,6 @@ class HostCopy:
         """Wait, in any thread, until the last copy is complete."""
         if self._copied is not None:
             self._copied.synchronize()
-
-    def _reserve(self, size: int, *, pinned: bool) -> torch.Tensor:
-        if self._memory is None or len(self._memory) != size:
-            self._memory = None  # before the new one, so that the two never stand together
-            self._memory = torch.empty(size, dtype=torch.uint8)
-            if pinned:
-                _pin(self._memory)
-        return self._memory
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -221,7 +222,14 @@ def _dcp_errors() -> Iterator[None]:
 
 @contextmanager
 def _no_single_process_warning() -> Iterator[None]:
-    """DCP warns when there is no process group although `no_dist` asked for just that."""
+    """DCP warns when there is no process group although `no_dist` asked for just that.
+
+    With one it does not, and the filters of warnings, which are the whole process's, stay as they
+    are: saves run in a thread of their own.
+    """
+    if dist.is_initialized():
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

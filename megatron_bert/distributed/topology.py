@@ -64,6 +64,11 @@ class Topology:
             # The mesh's groups do not take over the timeout of the group of all ranks.
             for axis in MESH_AXES:
                 _set_pg_timeout(timedelta(seconds=timeout_seconds), mesh.get_group(axis))
+        if device.type == "cuda":
+            # NCCL sets a group up at its first message, which all of its ranks must take part in:
+            # a pipeline's are between two. Nor would the first step be a good time for it.
+            for axis in MESH_AXES:
+                dist.all_reduce(torch.zeros(1, device=device), group=mesh.get_group(axis))
         return cls(mesh, device, sequence_parallel)
 
     @property

@@ -1,1 +1,1 @@
-"""Tensor-parallel layers and sharded data parallelism; knows nothing of BERT."""
+"""How layers, rows, tokens and stages are shared out among ranks; knows nothing of BERT."""

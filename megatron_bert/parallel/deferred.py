@@ -4,7 +4,8 @@ Zero bubble (Qi et al. 2024, section 2) lets the stage before go on with the inp
 computes the weights' while it would wait. Layers that have large products leave them here in their
 backward pass, one `WeightProducts` each a micro-batch; small gradients (biases, norms) are had at
 once. `accumulate_deferred` computes what a micro-batch left, so that every product is computed and
-every collective is called once, as in one pass.
+every collective of a layer is called once, as in one pass. (Where weights are gathered for each
+pass, ZeRO-3, they are for this one too.)
 
 Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D
 features in, F features out.
@@ -46,18 +47,19 @@ class WeightProducts:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.layers = layers
-        self._x = x_TD
+        self._x_TD = x_TD
         self._grads_NF = grads_NF
         self._group = group
 
-    def gather(self) -> None:
+    def gather(self) -> Tensor:
         """Begin to gather the tokens."""
-        if self._group is not None:
-            self._x = start_all_gather(self._x, self._group)
+        if self._group is None:
+            return self._x_TD
+        return start_all_gather(self._x_TD, self._group)
 
-    def compute(self) -> list[Tensor]:
-        """The gradients of this rank's weights."""
-        x_ND = self._x if self._group is None else wait(self._x)
+    def compute(self, gathering: Tensor) -> list[Tensor]:
+        """The gradients of this rank's weights, from what `gather` returned."""
+        x_ND = gathering if self._group is None else wait(gathering)
         return [grad_NF.T @ x_ND for grad_NF in self._grads_NF]
 
 
@@ -175,6 +177,13 @@ class _Carrier(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        for group in ctx.products:
-            group.gather()
-        return grads[0], None, *(grad for group in ctx.products for grad in group.compute())
+        # What was left goes as soon as it is used up: the graph outlives this unit's products.
+        products, ctx.products = deque(ctx.products), None
+        gradients: list[Tensor] = []
+        gathering = products[0].gather() if products else None
+        while products:
+            group = products.popleft()
+            ready, gathering = gathering, products[0].gather() if products else None
+            assert ready is not None
+            gradients += group.compute(ready)
+        return grads[0], None, *gradients

@@ -29,9 +29,10 @@ class _Batch:
 class StageMessages:
     """This rank's end of the messages of one step, all of one shape.
 
-    A message is posted when the schedule comes to it; nobody waits before a computation takes up
-    what was received. A receive buffer lives from there until the last that computes with it lets
-    go, so that there are no more of them than micro-batches in flight.
+    A message is posted when the schedule comes to it. What was received is waited for by the
+    computation that takes it up, what was sent when the next of its kind goes out. A receive
+    buffer lives from its posting until the last that computes with it lets go, so that there are
+    no more of them than micro-batches in flight.
 
     All go out as batches, also single ones: alone they would go through another communicator, and
     the two sides, whose neighbours on the list differ, could disagree about which.

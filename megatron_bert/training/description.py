@@ -14,6 +14,8 @@ from megatron_bert.training.held_out import HeldOutRows
 
 # fp32 weight, gradient and two moments.
 _STATE_BYTES_PER_PARAMETER = 16
+# From where on work done for nothing is a reason to choose another layout.
+_MUCH_SURPLUS_PERCENT = 10.0
 
 
 def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> Iterator[str]:
@@ -44,18 +46,28 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
     yield f"steps       {curriculum.total_steps:,}"
     yield f"token slots {curriculum.total_slots:,} ({_rounded(curriculum.total_slots)})"
     for span in curriculum.spans:
-        layout = BatchLayout.of(config, span.global_size, span.seq_length, data_parallel)
-        surplus = ""
-        if layout.surplus_rows:
-            share = 100 * layout.surplus_share
-            surplus = f", {layout.surplus_rows} surplus rows ({share:.3g} %)"
-        yield (
-            f"stage {span.index + 1:<5} length {span.seq_length}, steps {span.first_step:,} to "
-            f"{span.last_step:,}, {_own_values(span, curriculum)}"
-            f"{span.masked_slots} masked slots a row, "
-            f"{layout.num_micro_batches} x {layout.micro_size} rows a rank{surplus}"
-        )
+        yield from _describe_stage(config, span, curriculum, data_parallel)
     yield f"writes to   {config.run.directory}"
+
+
+def _describe_stage(
+    config: Config, span: StageSpan, curriculum: Curriculum, data_parallel: int
+) -> Iterator[str]:
+    layout = BatchLayout.of(config, span.global_size, span.seq_length, data_parallel)
+    share = 100 * layout.surplus_share
+    surplus = f", {layout.surplus_rows} surplus rows ({share:.3g} %)" if share else ""
+    yield (
+        f"stage {span.index + 1:<5} length {span.seq_length}, steps {span.first_step:,} to "
+        f"{span.last_step:,}, {_own_values(span, curriculum)}"
+        f"{span.masked_slots} masked slots a row, "
+        f"{layout.num_micro_batches} x {layout.micro_size} rows a rank{surplus}"
+    )
+    if share > _MUCH_SURPLUS_PERCENT:
+        yield (
+            f"warning     {share:.3g} % of the rows that stage {span.index + 1} computes are "
+            f"surplus: {data_parallel} data-parallel ranks take {layout.num_micro_batches} "
+            "micro-batches each; use more rows a step, or fewer ranks"
+        )
 
 
 def _describe_memory(config: Config, vocab_size: int, data_parallel: int) -> str:

@@ -235,6 +235,7 @@ class Trainer:
                 "pipeline": self._topology.pipeline_size,
                 "data": self._topology.data_parallel_size,
                 "tensor": self._topology.tensor_parallel.size,
+                "keys": self._config.parallel.model_dump(mode="json"),
             },
         }
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_bert.benchmark.checkpoint import FULL, CheckpointFigures, SaveFigures, StateFigures
 from megatron_bert.benchmark.checkpoint_table import checkpoint_table
 from megatron_bert.benchmark.machine import describe_hardware
-from megatron_bert.config.arithmetic import parameter_count
+from megatron_bert.config.parameters import parameter_count
 from tests.benchmark.test_benchmark_tool import RATE, TEXT, fields
 from tools import benchmark as tool
 

@@ -310,6 +310,7 @@ def test_a_copy_keeps_its_memory_and_its_places(tmp_path: Path) -> None:
     }
     addresses = []
     for _ in range(2):
+        copy.reserve(LocalShards.of(tensors))
         taken = copy.take(LocalShards.of(tensors))
         copy.wait()
         for name, tensor in tensors.items():
@@ -318,6 +319,37 @@ def test_a_copy_keeps_its_memory_and_its_places(tmp_path: Path) -> None:
         addresses.append([piece.data_ptr() for piece in taken.pieces.values()])
         tensors["b"].mul_(2)
     assert addresses[0] == addresses[1]
+
+
+def _save_where_one_rank_has_no_memory(root: Path) -> list[str]:
+    saver = CheckpointSaver(
+        CheckpointStore(root, keep=2, group=new_host_group(SECONDS)),
+        in_background=True,
+        max_failures=2,
+    )
+    problems = []
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(HostCopy, "reserve", _no_memory)
+        for step in (1, 2):
+            try:
+                saver.save(step, {"weight": torch.ones(4)}, {})
+            except CheckpointError as error:
+                problems.append(str(error))
+    saver.save(3, {"weight": torch.ones(4)}, {}, is_last=True)
+    return problems
+
+
+def _no_memory(_copy: HostCopy, _shards: LocalShards) -> None:
+    raise CheckpointError("cannot pin 64 bytes")
+
+
+def test_a_rank_without_memory_for_a_copy_fails_the_save_on_all(tmp_path: Path) -> None:
+    for problems in run_ranks(2, _save_where_one_rank_has_no_memory, tmp_path):
+        (problem,) = problems
+        assert "cannot pin 64 bytes" in problem
+        assert "2 saves in a row" in problem
+    assert CheckpointStore(tmp_path, keep=2).newest() == tmp_path / "step_00000003"
 
 
 @MODES

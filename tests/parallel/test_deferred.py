@@ -35,7 +35,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
-        if name in ("aten::mm", "aten::addmm") or name.startswith("_c10d_functional"):
+        if name in ("aten::mm", "aten::addmm") or name.startswith(("_c10d_functional", "c10d")):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -80,6 +80,10 @@ def _check_same(layout: dict[str, Any], compute: str) -> None:
     assert deferred.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert torch.equal(deferred[name], gradient), name
+    weights = "c10d::_allgather_base_"
+    gathered = [counts.pop(weights, 0) for counts in (operators, deferred_operators)]
+    if not layout.get("reshard_after_forward", False):
+        assert gathered[0] == gathered[1]
     assert deferred_operators == operators
     assert operators["aten::mm"] > 0
 

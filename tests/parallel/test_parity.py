@@ -74,10 +74,15 @@ def _variants(pipeline: int, data: int, tensor: int) -> Iterator[dict[str, Any]]
 
 
 def _with_everything(pipeline: int, data: int, tensor: int) -> Iterator[dict[str, Any]]:
-    """Two ways that together have all there is, for every day."""
+    """Three ways in which each kind of parallelism and recomputation occurs, for every day."""
     model = {"num_layers": max(4, 2 * pipeline)}
     sizes = {"pipeline": pipeline, "tensor": tensor}
     yield {"model": model, "parallel": {**sizes, "pipeline_schedule": "zero_bubble"}}
+    yield {
+        "model": model | DROPOUT,
+        "parallel": {**sizes, "reshard_after_forward": data > 1},
+        "recompute": "selective",
+    }
     yield {
         "model": model | DROPOUT,
         "parallel": {
@@ -106,6 +111,51 @@ def test_every_layout_trains_as_one_process_does(
     by_rank = run_ranks(pipeline * data * tensor, traces_of, configs, deadline_seconds=240)
     for change, traces in zip(changes, zip(*by_rank, strict=True), strict=True):
         _compare(list(traces), reference(change["model"]), str(change))
+
+
+# What goes wrong only where shards are uneven in two ways, or where everything comes together.
+LARGER: list[tuple[int, dict[str, Any]]] = [
+    (6, {"tensor": 2, "sequence": True, "reshard_after_forward": True}),
+    (6, {"pipeline": 2, "pipeline_schedule": "zero_bubble"}),
+    (8, {"tensor": 2, "sequence": True, "replicate": 2, "reshard_after_forward": True}),
+    (8, {"pipeline": 2, "tensor": 2, "sequence": True, "pipeline_schedule": "interleaved"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parallel"), LARGER, ids=str)
+def test_six_and_eight_ranks_train_as_one_does(
+    tiny_data: Path,
+    reference: Callable[[dict[str, Any]], Reference],
+    ranks: int,
+    parallel: dict[str, Any],
+) -> None:
+    model = {"num_layers": 4} | DROPOUT
+    config = parity_config(tiny_data, model=model, parallel=parallel)
+    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config], deadline_seconds=240)]
+    _compare(traces, reference(model), str(parallel))
+
+
+@pytest.mark.slow
+def test_twelve_data_parallel_ranks_share_a_batch_that_they_do_not_divide(
+    tiny_data: Path,
+) -> None:
+    changes: dict[str, Any] = {"model": {"num_layers": 2}, "batch": {"global_size": 20}}
+    config = parity_config(tiny_data, **changes)
+    ((one,),) = run_ranks(1, traces_of, [config])
+    many = [trace for (trace,) in run_ranks(12, traces_of, [config], deadline_seconds=240)]
+    expected = Reference(one, [assembled([p]) for p in one.gradients], assembled([one.weights]))
+    _compare(many, expected, "12 ranks, 20 rows")
+
+
+@pytest.mark.slow
+def test_24_heads_and_one_key_value_head_over_8_ranks(
+    tiny_data: Path, reference: Callable[[dict[str, Any]], Reference]
+) -> None:
+    model = {"num_layers": 2, "num_attention_heads": 24}
+    config = parity_config(tiny_data, model=model, parallel={"tensor": 8, "sequence": True})
+    traces = [trace for (trace,) in run_ranks(8, traces_of, [config], deadline_seconds=240)]
+    _compare(traces, reference(model), "8 tensor-parallel ranks")
 
 
 @pytest.mark.parametrize("groups", [2, 3])

@@ -87,5 +87,14 @@ def test_surplus_rows_that_fill_a_pipeline_are_shown_in_per_cent() -> None:
     curriculum = "curriculum=[{seq_length: 512, steps: 10}]"
     # 10 rows a rank of pipelines that take no fewer than 8 micro-batches: 8 of 2 rows each.
     lines = plan(16, curriculum, "batch.global_size=20", "parallel.pipeline=8")
-    assert lines[-2].endswith("8 x 2 rows a rank, 12 surplus rows (37.5 %)")
+    assert lines[-3].endswith("8 x 2 rows a rank, 12 surplus rows (37.5 %)")
     assert "surplus" not in plan(16, curriculum, "batch.global_size=32", "parallel.pipeline=8")[-2]
+
+
+def test_the_plan_warns_where_much_is_computed_for_nothing() -> None:
+    curriculum = "curriculum=[{seq_length: 128, steps: 10}]"
+    lines = plan(8, curriculum, "batch.global_size=2", "parallel.pipeline=8")
+    (warning,) = [line for line in lines if line.startswith("warning")]
+    assert "75 % of the rows that stage 1 computes are surplus" in warning
+    lines = plan(8, curriculum, "batch.global_size=64", "parallel.pipeline=8")
+    assert not [line for line in lines if line.startswith("warning")]

@@ -1,0 +1,93 @@
+"""What is under way beside what: the order in which operators are handed to the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_bert.parallel.linear import ColumnParallelLinear, column_parallel
+from tests.distributed_harness import run_ranks
+from tests.small_model import cpu_topology, packed_inputs, small_config, small_model
+
+_SHORT = {
+    "aten::mm": "product",
+    "aten::addmm": "product",
+    "_c10d_functional::all_reduce": "sum",
+    "_c10d_functional::all_gather_into_tensor": "gather",
+    "_c10d_functional::reduce_scatter_tensor": "scatter",
+    "_c10d_functional::wait_tensor": "wait",
+    "c10d::_allgather_base_": "gather weights",
+    "c10d::_reduce_scatter_base_": "reduce gradients",
+}
+
+
+class _Order(TorchDispatchMode):
+    """Notes products, collectives and waits as they are handed out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in _SHORT:
+            self.names.append(_SHORT[func.name()])
+        return func(*args, **(kwargs or {}))
+
+
+def _backward_order(sequence: bool) -> list[str]:
+    tp = cpu_topology(tensor=2, sequence_parallel=sequence).tensor_parallel
+    layers = (ColumnParallelLinear(8, 16, tp), ColumnParallelLinear(8, 16, tp))
+    for layer in layers:
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+    x = torch.randn(6, 8, requires_grad=True)
+    outputs = column_parallel(x, layers, tp)
+    gradients = [torch.ones_like(output) for output in outputs]
+    with _Order() as order:
+        torch.autograd.backward(outputs, gradients)
+    return order.names
+
+
+@pytest.mark.parametrize(
+    ("sequence", "expected"),
+    [
+        # The input's gradient, then its sum beside the weights' products.
+        (False, ["product"] * 2 + ["sum"] + ["product"] * 2 + ["wait"]),
+        # Before that, the tokens are gathered beside the input's products.
+        (
+            True,
+            ["gather", *["product"] * 2, "wait", "scatter", *["product"] * 2, "wait"],
+        ),
+    ],
+)
+def test_collectives_of_a_column_parallel_layer_are_waited_for_behind_its_products(
+    sequence: bool, expected: list[str]
+) -> None:
+    for order in run_ranks(2, _backward_order, sequence):
+        assert order == expected
+
+
+def _gathered_before_products() -> list[int]:
+    """Gatherings of weights that were begun before each block's first product."""
+    config = small_config(model={"num_layers": 4}, parallel={"reshard_after_forward": True})
+    model = small_model(config, cpu_topology())
+    inputs = [packed_inputs(2)]
+    model.runner.train(inputs, torch.ones(()))
+    with _Order() as order:
+        model.runner.train(inputs, torch.ones(()))
+    counts, begun = [], 0
+    for name, before in zip(order.names, ["", *order.names], strict=False):
+        if name == "product" and before == "gather weights":
+            counts.append(begun)
+        begun += name == "gather weights"
+    return counts[:4]
+
+
+def test_a_blocks_weights_are_asked_for_before_the_block_ahead_of_it_computes() -> None:
+    # What stands around the blocks, the first and the second; then one more each.
+    for counts in run_ranks(2, _gathered_before_products):
+        assert counts[0] >= 3
+        assert counts == sorted(counts)
