@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from megatron_bert.config.arithmetic import fixed_eval_length
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.pipeline_stages import num_stages, virtual_stages
-from megatron_bert.config.remedies import divisors, in_words, near_divisors, near_multiples
+from megatron_bert.config.remedies import (
+    divisors,
+    in_words,
+    near_divisors,
+    near_multiples,
+    ranks,
+)
 from megatron_bert.config.schema import Config
 
 _LAYOUTS_NAMED = 3
@@ -162,7 +168,7 @@ def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
     if world_size % model_ranks:
         yield (
             f"parallel.tensor = {tensor} x parallel.pipeline = {pipeline}: does not divide the "
-            f"{world_size} ranks of this job; start {near_multiples(world_size, model_ranks)} "
+            f"{ranks(world_size)} of this job; start {near_multiples(world_size, model_ranks)} "
             f"ranks, or use {near_divisors(world_size, model_ranks)} ranks for one model"
         )
         return
@@ -196,7 +202,7 @@ def _layouts_that_work(config: Config, world_size: int, vocab_size: int | None) 
     if near:
         named = "; ".join(_as_keys(layout, config) for layout in near[:_LAYOUTS_NAMED])
         nearest = ", the nearest" if len(near) > _LAYOUTS_NAMED else ""
-        return f"layouts of {world_size} ranks that work{nearest}: {named}"
+        return f"layouts of {ranks(world_size)} that work{nearest}: {named}"
     others = [
         f"{size} ({_as_keys(_nearest(config, size, vocab_size)[0], config)})"
         for size in _world_sizes_that_work(config, world_size, vocab_size)
