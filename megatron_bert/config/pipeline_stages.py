@@ -10,7 +10,7 @@ from megatron_bert.config.flops import block_flops, head_flops
 from megatron_bert.config.schema import Config
 
 # Looking up and adding embeddings multiplies nothing. With dropout and the table's gradient it took
-# 0.02 to 0.035 of a block's CPU time at RetrievaBERT's width, in fp32 on one core, with
+# 0.02 to 0.04 of a block's CPU time at RetrievaBERT's width, in fp32 on one core, with
 # micro-batches of 2,048 to 8,192 tokens (not measured on CUDA). More than 0, it decides between
 # equals: the first stage is the last to get one more block.
 EMBEDDING_BLOCKS = 0.03
