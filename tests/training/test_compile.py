@@ -40,7 +40,6 @@ def _graphs() -> int:
             pytest.param(ranks, layout, "aot_eager", marks=pytest.mark.slow)
             for ranks, layout in (
                 (2, {}),
-                (2, {"parallel": {"tensor": 2}}),
                 (2, {"parallel": {"pipeline": 2}}),
                 (1, {"recompute": "full"}),
                 (1, {"recompute": "selective"}),

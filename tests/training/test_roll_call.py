@@ -53,7 +53,6 @@ def test_a_rank_that_does_not_answer_is_named_by_the_others() -> None:
     assert silent is None
     for reason in named:
         assert re.match(r"rank 2 \(host \S+, process \d+\) stopped answering, or died", reason)
-        assert "Timed out" in reason or "timeout" in reason.lower()
 
 
 def _call_with_all_alive() -> str | None:
