@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
 from megatron_bert.benchmark.process import run_isolated
@@ -25,6 +24,7 @@ from megatron_bert.distributed.launch import end_process_group, new_host_group, 
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.optim.adamw import ShardedAdamW
+from megatron_bert.parallel.sharding import local_part
 from megatron_bert.training.runtime import keep_freed_memory
 from megatron_bert.training.state import state_tensors
 
@@ -167,7 +167,7 @@ def measure_state(work: CheckpointWork, root: Path) -> StateFigures:
     tensors = state_tensors(model, optimizer)
     # Moments begin as zeros that have no memory of their own yet.
     for moment in optimizer.state_tensors().values():
-        _local(moment).uniform_()
+        local_part(moment).uniform_()
     store = CheckpointStore(root, keep=1, group=new_host_group(_TIMEOUT_SECONDS))
     synchronous, asynchronous = _time_saves(store, tensors, work.repetitions)
     path = store.newest()
@@ -227,7 +227,3 @@ def _time_load(store: CheckpointStore, path: Path, tensors: dict[str, torch.Tens
     assert newest == path
     store.load(newest, tensors)
     return time.perf_counter() - begin
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,9 +11,9 @@ from itertools import accumulate
 import torch
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.tensor import DTensor
 
 from megatron_bert.config.errors import CheckpointError
+from megatron_bert.parallel.sharding import local_part
 
 _ALIGNMENT = 64  # bytes; every type may begin there, and so may a cache line
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context
@@ -36,7 +36,7 @@ class LocalShards:
         """Take DTensors apart, of which a rank has its shard; a plain tensor is one piece."""
         plan = create_default_local_save_plan(dict(tensors), is_coordinator=False)
         names = [item.index.fqn for item in plan.items]
-        return cls(plan, {name: _local(tensors[name]).detach() for name in names})
+        return cls(plan, {name: local_part(tensors[name]).detach() for name in names})
 
     def whole_bytes(self) -> dict[str, int]:
         """The bytes that each whole tensor takes."""
@@ -97,10 +97,6 @@ class HostCopy:
         """Wait, in any thread, until the last copy is complete."""
         if self._copied is not None:
             self._copied.synchronize()
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _room(piece: torch.Tensor) -> int:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from megatron_bert.config.schema import ParallelConfig
+
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
 
@@ -33,6 +35,20 @@ class Topology:
     mesh: DeviceMesh
     device: torch.device
     sequence_parallel: bool = False
+
+    @classmethod
+    def of(
+        cls, parallel: ParallelConfig, device: torch.device, timeout_seconds: float | None = None
+    ) -> Topology:
+        """Arrange all ranks as a configuration says; see `build`."""
+        return cls.build(
+            device,
+            pipeline=parallel.pipeline,
+            tensor=parallel.tensor,
+            replicate=parallel.replicate,
+            sequence_parallel=parallel.sequence,
+            timeout_seconds=timeout_seconds,
+        )
 
     @classmethod
     def build(

@@ -75,14 +75,7 @@ class Trainer:
     ) -> None:
         self._config = config
         self._directory = directory
-        self._topology = Topology.build(
-            device,
-            pipeline=config.parallel.pipeline,
-            tensor=config.parallel.tensor,
-            replicate=config.parallel.replicate,
-            sequence_parallel=config.parallel.sequence,
-            timeout_seconds=config.distributed.timeout_seconds,
-        )
+        self._topology = Topology.of(config.parallel, device, config.distributed.timeout_seconds)
         self._tokenizer = Tokenizer.load(Path(config.data.tokenizer))
         vocab_size = resolve_vocab_size(
             config.model, self._tokenizer.vocab_size, config.parallel.tensor

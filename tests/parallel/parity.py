@@ -122,14 +122,7 @@ def parity_config(data: Path, **changes: Any) -> Config:
 
 def build(config: Config) -> tuple[RankModel, ShardedAdamW]:
     """What this rank holds under the configuration's layout."""
-    parallel = config.parallel
-    topology = Topology.build(
-        torch.device("cpu"),
-        pipeline=parallel.pipeline,
-        tensor=parallel.tensor,
-        replicate=parallel.replicate,
-        sequence_parallel=parallel.sequence,
-    )
+    topology = Topology.of(config.parallel, torch.device("cpu"))
     check_config(config, world_size=torch.distributed.get_world_size(), vocab_size=VOCABULARY)
     model = build_model(config, VOCABULARY, topology)
     optimizer = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)

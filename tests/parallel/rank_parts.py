@@ -149,13 +149,7 @@ def _build_part(case: Case, place: Place) -> Part:
     rank = case.rank_at(place)
     dist.init_process_group("fake", rank=rank, world_size=case.world_size, store=FakeStore())
     with Watch() as watch:
-        topology = Topology.build(
-            torch.device("cpu"),
-            pipeline=parallel.pipeline,
-            tensor=parallel.tensor,
-            replicate=parallel.replicate,
-            sequence_parallel=parallel.sequence,
-        )
+        topology = Topology.of(parallel, torch.device("cpu"))
         chunks = lay_out_chunks(config, VOCABULARY, topology)
     model = RankModel(chunks, WholeModel(chunks[0], reshard_after_forward=False), topology)
     parameters = model.named_parameters()

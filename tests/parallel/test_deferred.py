@@ -46,13 +46,7 @@ def _build(layout: dict[str, Any], schedule: str, compute: str) -> RankModel:
         parallel={**layout, "pipeline_schedule": schedule},
         precision={"compute": compute},
     )
-    topology = Topology.build(
-        torch.device("cpu"),
-        pipeline=layout["pipeline"],
-        tensor=layout["tensor"],
-        sequence_parallel=layout.get("sequence", False),
-    )
-    return small_model(config, topology)
+    return small_model(config, Topology.of(config.parallel, torch.device("cpu")))
 
 
 def _step(
