@@ -346,7 +346,8 @@ class DistributedConfig(Section):
     """The process group."""
 
     timeout_seconds: PositiveFloat = 1800.0
-    """Longest wait for a collective before the run is ended on all ranks."""
+    """Longest wait for a message of other ranks. Then the run ends on all of them, within another
+    15 s, naming the rank that does not answer."""
 
 
 class Config(Section):

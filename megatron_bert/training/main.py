@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from megatron_bert.training.preflight import (
     code_facts,
     measure_all_reduce,
 )
+from megatron_bert.training.roll_call import RollCall
 from megatron_bert.training.run_directory import RunDirectory, record_failure
 from megatron_bert.training.runtime import keep_freed_memory, set_determinism
 from megatron_bert.training.stops import StopRequests
@@ -102,7 +103,8 @@ def _train(config: Config) -> None:
         keep_freed_memory()
     start_process_group(device, config.distributed.timeout_seconds)
     try:
-        _run(config, device, stops)
+        with closing(RollCall()) as roll_call:
+            _run(config, device, stops, roll_call)
     except BaseException:
         abandon_process_group()
         if stops.interrupt is not None:
@@ -111,9 +113,9 @@ def _train(config: Config) -> None:
     end_process_group()
 
 
-def _run(config: Config, device: torch.device, stops: StopRequests) -> None:
+def _run(config: Config, device: torch.device, stops: StopRequests, roll_call: RollCall) -> None:
     directory = _open_run_directory(config)
-    with _failure_recorded(config, stops):
+    with _failure_recorded(config, stops, roll_call):
         check_run_directory_is_shared(config.run.directory)
         check_ranks_agree({**code_facts(), **config_dict(config)})
         # Here, not before: a refusal must replace what an earlier job left in the run directory.
@@ -147,10 +149,13 @@ def _open_run_directory(config: Config) -> RunDirectory | None:
 
 
 @contextmanager
-def _failure_recorded(config: Config, stops: StopRequests) -> Iterator[None]:
+def _failure_recorded(config: Config, stops: StopRequests, roll_call: RollCall) -> Iterator[None]:
     """Leave FAILED in the run directory whichever rank fails: torchrun may end the first one."""
     try:
         yield
     except BaseException as error:
-        record_failure(config.run.directory, dist.get_rank(), stops.interrupt or error)
-        raise
+        reason = stops.interrupt or roll_call.explain(error)
+        record_failure(config.run.directory, dist.get_rank(), reason)
+        if reason is error:
+            raise
+        raise reason from error

@@ -1,0 +1,187 @@
+"""Finds out which ranks are gone when messages between them fail.
+
+A rank that waits in vain for a message only knows that it did not come. The ranks still have the
+store through which they found each other (under torchrun it is the launcher's): whoever fails calls
+there, and all that live answer from a thread of their own, whatever else they wait for. A stopped
+process has no thread that runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+import megatron_bert
+
+# How often a rank looks whether it was called, and how long all together have to answer.
+_LOOK_SECONDS = 0.5
+ANSWER_WITHIN_SECONDS = 5.0
+_CALLED = "called"
+
+_PACKAGE = Path(megatron_bert.__file__).parent
+
+
+class PeersLostError(RuntimeError):
+    """Messages between ranks failed; the text names the ranks that are gone."""
+
+
+class RollCall:
+    """This rank's voice among all ranks of the default process group, and its ear.
+
+    Args:
+        answer_within_seconds: how long ranks have to answer.
+    """
+
+    def __init__(self, answer_within_seconds: float = ANSWER_WITHIN_SECONDS) -> None:
+        self._answer_within = answer_within_seconds
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._ended = threading.Event()
+        self._listener: threading.Thread | None = None
+        if self._size == 1:
+            return
+        self._main_thread = threading.get_ident()
+        # A connection of its own, so that the thread never waits for what the main one waits for.
+        store = _get_default_store().clone()  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore("roll-call", store)  # type: ignore[attr-defined]
+        self._store.set_timeout(timedelta(seconds=answer_within_seconds))
+        own = {"host": socket.gethostname(), "process": os.getpid()}
+        self._store.set(_name(self._rank), json.dumps(own))
+        self._listener = threading.Thread(target=self._listen, name="roll-call", daemon=True)
+        self._listener.start()
+
+    def close(self) -> None:
+        """Answer no more: this rank ends.
+
+        A thread that was still in a call of the store could abort the interpreter on its way out.
+        """
+        self._ended.set()
+        if self._listener is not None:
+            self._listener.join(self._answer_within)
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return what this rank's error should be told as.
+
+        An error of this rank's own stays, and the others are told of it. Of a message that did
+        not pass, the ranks that are gone are the reason; finding them takes at most
+        `answer_within_seconds`.
+        """
+        if self._size == 1:
+            return error
+        try:
+            if not _is_of_messages(error):
+                text = f"{type(error).__name__}: {error}"
+                self._store.set(_failure(self._rank), text)
+                return error
+            return PeersLostError(f"{self._find_reason()} (here: {_first_line(error)})")
+        except RuntimeError as problem:
+            # Of the store: whoever holds it is gone.
+            return PeersLostError(
+                f"messages between ranks failed ({_first_line(error)}), and so did asking for the "
+                f"ranks that are gone ({_first_line(problem)}): rank 0 or the launcher, where they "
+                "meet, may be gone"
+            )
+
+    def _listen(self) -> None:
+        with suppress(RuntimeError):  # of the store: nobody is there to be answered
+            while not self._ended.wait(_LOOK_SECONDS):
+                if self._store.check([_CALLED]):
+                    self._answer()
+                    return
+
+    def _answer(self) -> None:
+        self._store.set(_answer(self._rank), _place_of(self._main_thread))
+
+    def _find_reason(self) -> str:
+        self._store.set(_CALLED, "")
+        deadline = time.monotonic() + self._answer_within
+        silent = list(range(self._size))
+        while silent and time.monotonic() < deadline:
+            silent = [rank for rank in silent if not self._store.check([_answer(rank)])]
+            failures = self._read(_failure)
+            if failures:
+                return "; ".join(
+                    f"{self._describe(rank)} failed: {text}" for rank, text in failures.items()
+                )
+            time.sleep(_LOOK_SECONDS / 5)
+        if silent:
+            who = ", ".join(map(self._describe, silent))
+            return (
+                f"{who} stopped answering, or died: look at that host and its log, and resume from "
+                "the last checkpoint"
+            )
+        return (
+            "a message between ranks did not pass, but all ranks are alive: look at the network, "
+            f"or at a rank that is elsewhere than the others: {_by_place(self._read(_answer))}"
+        )
+
+    def _read(self, key: Callable[[int], str]) -> dict[int, str]:
+        """What ranks have left under their keys of this kind."""
+        found = [rank for rank in range(self._size) if self._store.check([key(rank)])]
+        return {rank: self._store.get(key(rank)).decode() for rank in found}
+
+    def _describe(self, rank: int) -> str:
+        if not self._store.check([_name(rank)]):
+            return f"rank {rank}"
+        name = json.loads(self._store.get(_name(rank)))
+        return f"rank {rank} (host {name['host']}, process {name['process']})"
+
+
+def _name(rank: int) -> str:
+    return f"name of {rank}"
+
+
+def _answer(rank: int) -> str:
+    return f"answer of {rank}"
+
+
+def _failure(rank: int) -> str:
+    return f"failure of {rank}"
+
+
+def _is_of_messages(error: BaseException) -> bool:
+    """Whether it, or what it came from, is a message that did not pass."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # Gloo's errors have no type of their own; they begin with the source file.
+        if isinstance(cause, dist.DistError) or (
+            isinstance(cause, RuntimeError) and "/gloo/" in str(cause)
+        ):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _place_of(thread: int) -> str:
+    """The innermost line of this package that a thread is at."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(_PACKAGE):
+            return f"{path.relative_to(_PACKAGE)}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "outside of megatron_bert"
+
+
+def _by_place(places: Mapping[int, str]) -> str:
+    ranks: dict[str, list[int]] = {}
+    for rank, place in places.items():
+        ranks.setdefault(place, []).append(rank)
+    return "; ".join(
+        f"{'rank' if len(its) == 1 else 'ranks'} {', '.join(map(str, its))} at {place}"
+        for place, its in ranks.items()
+    )
