@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 
 from megatron_bert.config.arithmetic import total_steps, warmup_steps
 from megatron_bert.config.diagnostics import format_value, raise_problems
@@ -14,8 +15,6 @@ from megatron_bert.config.schema import Config, Corpus
 # The one value of each key that this version can do; the schema already knows the others.
 ONLY_AVAILABLE: dict[str, object] = {
     "parallel.layout": "manual",
-    "log.wandb.mode": "disabled",
-    "log.tensorboard": False,
 }
 
 
@@ -35,6 +34,7 @@ def check_config(config: Config, *, world_size: int, vocab_size: int | None = No
     problems = [
         *value_problems(config),
         *_unavailable(config),
+        *_logger_problems(config),
         *layout_problems(config, world_size, rows),
     ]
     raise_problems(problems, "the configuration")
@@ -65,6 +65,19 @@ def _unavailable(config: Config) -> Iterator[str]:
             yield (
                 f"{key} = {format_value(value)}: not available in this version; "
                 f"use {format_value(available)}"
+            )
+
+
+def _logger_problems(config: Config) -> Iterator[str]:
+    wanted = {
+        "wandb": ("log.wandb.mode", config.log.wandb.mode, "disabled"),
+        "tensorboard": ("log.tensorboard", config.log.tensorboard, False),
+    }
+    for package, (key, value, off) in wanted.items():
+        if value != off and find_spec(package) is None:
+            yield (
+                f"{key} = {format_value(value)}: the package {package} is not installed; "
+                f"pip install {package}, or use {format_value(off)}"
             )
 
 

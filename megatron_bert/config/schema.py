@@ -321,7 +321,11 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["online", "offline", "disabled"] = "disabled"
-    """Whether and where metrics are sent."""
+    """Whether and where metrics are sent. A service that cannot be reached slows no step."""
+    project: Text = "megatron_bert"
+    """Project in which the run stands; the account is wandb's own business (`WANDB_API_KEY`)."""
+    name: Text | None = None
+    """Name of the run. Default: that of the run directory."""
 
 
 class LogConfig(Section):

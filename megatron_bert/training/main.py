@@ -25,6 +25,7 @@ from megatron_bert.distributed.launch import (
     start_process_group,
 )
 from megatron_bert.training.dry_run import dry_run
+from megatron_bert.training.mirrors.processes import Mirrors
 from megatron_bert.training.preflight import (
     check_ranks_agree,
     check_run_directory_is_shared,
@@ -101,19 +102,27 @@ def _train(config: Config) -> None:
     set_determinism(config, device)
     if device.type == "cpu":
         keep_freed_memory()
-    start_process_group(device, config.distributed.timeout_seconds)
-    try:
-        with closing(RollCall()) as roll_call:
-            _run(config, device, stops, roll_call)
-    except BaseException:
-        abandon_process_group()
-        if stops.interrupt is not None:
-            raise stops.interrupt from None
-        raise
-    end_process_group()
+    # Around all else: no rank waits while the last metrics are sent.
+    with Mirrors() as mirrors:
+        start_process_group(device, config.distributed.timeout_seconds)
+        try:
+            with closing(RollCall()) as roll_call:
+                _run(config, device, stops, roll_call, mirrors)
+        except BaseException:
+            abandon_process_group()
+            if stops.interrupt is not None:
+                raise stops.interrupt from None
+            raise
+        end_process_group()
 
 
-def _run(config: Config, device: torch.device, stops: StopRequests, roll_call: RollCall) -> None:
+def _run(
+    config: Config,
+    device: torch.device,
+    stops: StopRequests,
+    roll_call: RollCall,
+    mirrors: Mirrors,
+) -> None:
     directory = _open_run_directory(config)
     with _failure_recorded(config, stops, roll_call):
         check_run_directory_is_shared(config.run.directory)
@@ -124,6 +133,8 @@ def _run(config: Config, device: torch.device, stops: StopRequests, roll_call: R
         if speed is not None:
             logger.info("%s", speed)
         trainer = Trainer(config, device, directory)
+        if directory is not None:
+            mirrors.start(config.log, directory.path)
         end = trainer.run(stops)
     if directory is not None:
         outcome: dict[str, object] = {"step": end.step}

@@ -48,7 +48,7 @@ class MetricsFile:
         lines = _lines(self.path)
         kept: list[str] = []
         for number, line in enumerate(lines, start=1):
-            record = _parse(line)
+            record = parse_record(line)
             if record is None:
                 logger.warning("%s line %d is no record and is removed", self.path, number)
             elif record.get("step", step) <= step:
@@ -102,14 +102,15 @@ def _lines(path: Path) -> list[str]:
 
 def _records(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
-        record = _parse(line)
+        record = parse_record(line)
         if record is not None:
             yield {name: _decode(value) for name, value in record.items()}
         elif number < len(lines):
             raise UserError(f"{path} line {number}: not a record; remove the line")
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def parse_record(line: str) -> dict[str, Any] | None:
+    """Return a line's object as it stands there, or None where it is torn or none of ours."""
     if not line.endswith("\n"):
         return None
     try:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_bert.config import checks
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import ONLY_AVAILABLE, check_config
 from megatron_bert.config.errors import ConfigError
@@ -110,13 +111,22 @@ def test_evaluation_without_held_out_data_is_fine(build: Build) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "remedy"),
+    ("override", "package", "off"),
     [
-        ("parallel.layout=auto", "use manual"),
-        ("log.wandb.mode=online", "use disabled"),
-        ("log.tensorboard=true", "use false"),
+        ("log.wandb.mode=online", "wandb", "disabled"),
+        ("log.tensorboard=true", "tensorboard", "false"),
     ],
 )
+def test_a_logger_whose_package_is_missing_is_refused(
+    build: Build, override: str, package: str, off: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_config(build(override), world_size=1)
+    monkeypatch.setattr(checks, "find_spec", lambda _: None)
+    message = refusal(build, override)
+    assert f"the package {package} is not installed; pip install {package}, or use {off}" in message
+
+
+@pytest.mark.parametrize(("override", "remedy"), [("parallel.layout=auto", "use manual")])
 def test_what_this_version_lacks_is_refused_plainly(
     build: Build, override: str, remedy: str
 ) -> None:

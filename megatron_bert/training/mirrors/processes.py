@@ -1,0 +1,101 @@
+"""Starts and ends the processes that copy a run's metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import megatron_bert
+from megatron_bert.config.schema import LogConfig
+
+# More than a process takes to give up by itself.
+CLOSE_WITHIN_SECONDS = 35.0
+
+logger = logging.getLogger(__name__)
+
+
+class Mirrors:
+    """The processes that copy `metrics.jsonl` elsewhere, one for each place.
+
+    They say themselves, on standard error, where the copy is and what went wrong. They end when
+    their input is closed: when a `with` block ends, or with this process, however it dies. A block
+    that ends without an error waits for what is left to be sent, at most `CLOSE_WITHIN_SECONDS`
+    for all together.
+    """
+
+    def __init__(self) -> None:
+        self._run_dir = Path()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, config: LogConfig, run_dir: Path) -> None:
+        """Follow the metrics of a run.
+
+        Args:
+            config: what is copied where.
+            run_dir: the run's directory, with `config.yaml`, and without the lines of metrics
+                after the step from which the run goes on.
+        """
+        self._run_dir = run_dir
+        wanted = {"wandb": config.wandb.mode != "disabled", "tensorboard": config.tensorboard}
+        self._processes = {to: self._launch(to) for to, is_wanted in wanted.items() if is_wanted}
+
+    def __enter__(self) -> Mirrors:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._processes.values():
+            assert process.stdin is not None
+            process.stdin.close()
+        if error is None:
+            self._wait()
+
+    def _launch(self, to: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "megatron_bert.training.mirrors"]
+        # Also in a checkout that was not installed.
+        root = str(Path(megatron_bert.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        return subprocess.Popen(
+            [*command, str(self._run_dir), to, "--follow"],
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + CLOSE_WITHIN_SECONDS
+        for to, process in self._processes.items():
+            try:
+                code = process.wait(max(deadline - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                # With its children: it leads a session.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                code = process.wait()
+            if code != 0:
+                self._say_how_to_go_on(to, code)
+
+    def _say_how_to_go_on(self, to: str, code: int) -> None:
+        synchronise = f", then wandb sync {self._run_dir}/wandb/*run-*" if to == "wandb" else ""
+        logger.warning(
+            "%s may lack lines of metrics.jsonl, which itself is complete: the process that sends "
+            "them ended with exit code %d. Send the rest with: "
+            "python -m megatron_bert.training.mirrors %s %s%s",
+            to,
+            code,
+            self._run_dir,
+            to,
+            synchronise,
+        )

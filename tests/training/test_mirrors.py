@@ -1,0 +1,267 @@
+"""Copies of a run's metrics in Weights & Biases and TensorBoard, which never hurt the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from megatron_bert.config.load import dump_config
+from megatron_bert.config.schema import Config, LogConfig
+from megatron_bert.training.metrics import read
+from megatron_bert.training.mirrors import processes
+from megatron_bert.training.mirrors.following import Bookmark, FollowedFile, scalars
+from megatron_bert.training.mirrors.processes import Mirrors
+from tests.training.runs import steps_of
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SECONDS = 120.0
+EXACT = ("loss", "grad_norm", "batch_hash", "consumed_rows")
+
+
+def _line(step: int, **values: Any) -> str:
+    return json.dumps({"step": step, **values}) + "\n"
+
+
+def test_a_line_that_is_still_written_waits_for_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole, torn = _line(1, loss=2.0), _line(2, loss=1.0)
+    with FollowedFile(path) as metrics:
+        assert list(metrics.new_records()) == []
+        path.write_text(whole + torn[:5])
+        assert list(metrics.new_records()) == [{"step": 1, "loss": 2.0}]
+        with path.open("a") as stream:
+            stream.write(torn[5:])
+        assert list(metrics.new_records()) == [{"step": 2, "loss": 1.0}]
+
+
+def test_a_bookmark_lets_every_line_pass_once_over_the_jobs_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "bookmark.json"
+    first = [{"step": 1}, {"step": 2}, {"step": 2, "valid_loss": 1.0}, {"step": 3}]
+    bookmark = Bookmark(path)
+    assert all(map(bookmark.is_new, first))
+    bookmark.run_id = "abc"
+    bookmark.keep()
+    # The next job goes on from step 2: line 3 is written again, and another one after it.
+    second = Bookmark(path)
+    assert second.run_id == "abc"
+    again = [*first, {"step": 3, "valid_loss": 1.0}, {"step": 4}]
+    assert [second.is_new(record) for record in again] == [False] * 4 + [True] * 2
+
+
+def test_only_numbers_are_copied() -> None:
+    record = {"step": 3, "loss": 2.5, "rows": [1, 2], "batch_hash": "f0", "by": {"ja": 1, "x": "y"}}
+    assert scalars(record) == {"step": 3.0, "loss": 2.5, "by/ja": 1.0}
+
+
+@pytest.fixture
+def run_dir(tiny_run: Callable[..., Config]) -> Path:
+    """A run's directory with three steps' metrics and wandb switched on."""
+    config = tiny_run(log={"wandb": {"mode": "offline"}})
+    directory = config.run.directory
+    (directory / "logs").mkdir(parents=True)
+    (directory / "config.yaml").write_text(dump_config(config))
+    lines = [_line(step, loss=1.0 / step) for step in (1, 2)]
+    (directory / "metrics.jsonl").write_text("".join([*lines, _line(2, valid_loss=0.5)]))
+    return directory
+
+
+def _copy(run_dir: Path, to: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "megatron_bert.training.mirrors", str(run_dir), to]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def _events(run_dir: Path) -> list[tuple[int, str, float]]:
+    found = []
+    for path in sorted((run_dir / "tensorboard").iterdir()):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found.append((event.step, value.tag, value.tensor.float_val[0]))
+    return found
+
+
+def test_tensorboard_shows_every_line_once(run_dir: Path) -> None:
+    _copy(run_dir, "tensorboard")
+    expected = [(1, "train/loss", 1.0), (2, "train/loss", 0.5), (2, "valid/loss", 0.5)]
+    assert _events(run_dir) == expected
+    with (run_dir / "metrics.jsonl").open("a") as metrics:
+        metrics.write(_line(3, loss=0.25))
+    _copy(run_dir, "tensorboard")
+    assert _events(run_dir) == [*expected, (3, "train/loss", 0.25)]
+
+
+# Stands for the package: what it is told is written to a file.
+STAND_IN = """
+import json, os
+
+def told(what, **values):
+    with open(os.environ["TOLD"], "a") as file:
+        file.write(json.dumps([what, values]) + "\\n")
+
+class Run:
+    def define_metric(self, name, step_metric): told("metric", name=name, by=step_metric)
+    def log(self, values): told("log", **values)
+    def finish(self): told("finish")
+
+class Settings:
+    def __init__(self, **keys): pass
+
+def init(*, mode, id, project, name, resume, config, **rest):
+    told("init", mode=mode, id=id, project=project, name=name, resume=resume,
+         layers=config["model"]["num_layers"])
+    if mode == os.environ.get("REFUSED"):
+        raise RuntimeError("nobody answers")
+    return Run()
+
+def teardown(): told("teardown")
+"""
+
+
+def _told(tmp_path: Path, run_dir: Path, **environment: str) -> tuple[list[Any], str]:
+    stand_in = tmp_path / "stand_in"
+    stand_in.mkdir(exist_ok=True)
+    (stand_in / "wandb.py").write_text(STAND_IN)
+    told = tmp_path / "told"
+    told.unlink(missing_ok=True)
+    path = os.pathsep.join((str(stand_in), str(CHECKOUT)))
+    output = _copy(run_dir, "wandb", PYTHONPATH=path, TOLD=str(told), **environment)
+    return [json.loads(line) for line in told.read_text().splitlines()], output
+
+
+def test_the_jobs_of_a_run_are_one_run_in_wandb(tmp_path: Path, run_dir: Path) -> None:
+    (init, *rest), _ = _told(tmp_path, run_dir)
+    assert init[1] | {"id": ""} == {
+        "mode": "offline",
+        "id": "",
+        "project": "megatron_bert",
+        "name": "run",
+        "resume": "allow",
+        "layers": 2,
+    }
+    assert rest == [
+        ["metric", {"name": "*", "by": "step"}],
+        ["log", {"step": 1.0, "loss": 1.0}],
+        ["log", {"step": 2.0, "loss": 0.5}],
+        ["log", {"step": 2.0, "valid_loss": 0.5}],
+        ["finish", {}],
+    ]
+    (again, *rest), _ = _told(tmp_path, run_dir)
+    assert again[1]["id"] == init[1]["id"]
+    assert [what for what, _ in rest] == ["metric", "finish"]
+
+
+def test_where_online_is_impossible_the_run_is_kept_offline(tmp_path: Path, run_dir: Path) -> None:
+    config = (run_dir / "config.yaml").read_text().replace("mode: offline", "mode: online")
+    (run_dir / "config.yaml").write_text(config)
+    told, output = _told(tmp_path, run_dir, REFUSED="online")
+    assert [what for what, _ in told[:3]] == ["init", "teardown", "init"]
+    assert [values["mode"] for what, values in told if what == "init"] == ["online", "offline"]
+    assert "the run is kept offline, online is not possible: nobody answers" in output
+    assert [what for what, _ in told].count("log") == 3
+
+
+def test_wandb_itself_keeps_a_run_offline(run_dir: Path) -> None:
+    _copy(run_dir, "wandb")
+    (kept,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    assert kept.stat().st_size > 0
+    bookmark = Bookmark(run_dir / "logs" / "wandb.json")
+    assert bookmark.step == 2
+    assert bookmark.run_id in kept.name
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_copy_that_stops_holds_nobody_and_is_told_of(
+    run_dir: Path,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(processes, "CLOSE_WITHIN_SECONDS", 0.5)
+    with caplog.at_level(logging.WARNING), Mirrors() as mirrors:
+        mirrors.start(LogConfig(tensorboard=True), run_dir)
+        (process,) = mirrors._processes.values()
+        process.send_signal(number)
+    assert process.returncode == -signal.SIGKILL
+    assert "tensorboard may lack lines of metrics.jsonl, which itself is complete" in caplog.text
+    assert f"python -m megatron_bert.training.mirrors {run_dir} tensorboard" in caplog.text
+
+
+def test_a_run_that_fails_waits_for_no_copy(run_dir: Path) -> None:
+    mirrors = Mirrors()
+
+    def fail() -> None:
+        with mirrors:
+            mirrors.start(LogConfig(tensorboard=True), run_dir)
+            raise ValueError("bad row")
+
+    with pytest.raises(ValueError, match="bad row"):
+        fail()
+    (process,) = mirrors._processes.values()
+    assert process.wait(SECONDS) == 0
+    assert len(_events(run_dir)) == 3
+
+
+@pytest.fixture
+def silent_service() -> Iterator[str]:
+    """Address of a service that accepts and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def _train(config: Config, folder: Path, **environment: str) -> tuple[list[dict[str, Any]], str]:
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config))
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return read(config.run.directory / "metrics.jsonl"), done.stdout + done.stderr
+
+
+@pytest.mark.faults
+def test_a_service_that_never_answers_changes_no_loss_and_delays_no_step(
+    tiny_run: Callable[..., Config], tmp_path: Path, silent_service: str
+) -> None:
+    plain, _ = _train(tiny_run("plain"), tmp_path)
+    config = tiny_run("silent", log={"wandb": {"mode": "online"}, "tensorboard": True})
+    lines, output = _train(config, tmp_path, WANDB_BASE_URL=silent_service, WANDB_API_KEY="a" * 40)
+
+    def exact(lines: list[dict[str, Any]]) -> dict[int, list[object]]:
+        return {step: [line[key] for key in EXACT] for step, line in steps_of(lines).items()}
+
+    def seconds(lines: list[dict[str, Any]]) -> float:
+        return sum(line["step_seconds"] for line in steps_of(lines).values())
+
+    assert exact(lines) == exact(plain)
+    assert seconds(lines) < seconds(plain) + 5.0
+    assert (config.run.directory / "FINISHED").exists()
+    assert "wandb may lack lines of metrics.jsonl" in output
+    assert len({step for step, *_ in _events(config.run.directory)}) == 12
+    # What it says to do, works once the service is not asked for.
+    _copy(config.run.directory, "wandb", WANDB_MODE="offline")
