@@ -94,6 +94,16 @@ def _model_problems(config: Config) -> Iterator[str]:
             f"model.num_query_groups = {groups}: does not divide "
             f"model.num_attention_heads = {heads}; use {near_divisors(heads, groups)}"
         )
+    if model.family.rotary and groups != heads:
+        yield (
+            f"model.num_query_groups = {groups}: model.architecture = {model.architecture} has a "
+            f"key/value head for each of model.num_attention_heads = {heads}; use {heads}"
+        )
+    if model.family.rotary and hidden % heads == 0 and model.head_dim % 2:
+        yield (
+            f"model.num_attention_heads = {heads}: heads of {model.head_dim} channels, and rotary "
+            f"positions turn them in pairs; use {near_divisors(hidden // 2, heads)}"
+        )
 
 
 def _length_problems(config: Config) -> Iterator[str]:

@@ -31,14 +31,16 @@ class _Parameters:
         # Key and value heads that do not divide among the ranks are held by all of them.
         kv_ranks = tensor if model.num_query_groups % tensor == 0 else 1
         kv_size = model.num_query_groups * model.head_dim // kv_ranks
-        norm = 2 * whole
-        into = (whole + 1) * (hidden + 2 * kv_size + 2 * ffn)
-        back = whole * (hidden + ffn) + 2 * whole
+        bias = int(model.family.biases)
+        # An embedding norm takes the place of the first block's attention norm.
+        norm = (1 + bias) * whole
+        into = (whole + bias) * (hidden + 2 * kv_size + 2 * ffn)
+        back = whole * (hidden + ffn) + 2 * bias * whole
         return cls(
             word=vocab_size // tensor * whole,
-            position=model.max_position_embeddings * whole,
+            position=0 if model.family.rotary else model.max_position_embeddings * whole,
             block=2 * norm + into + back,
-            end=norm + (whole + 1) * whole + norm + vocab_size // tensor,
+            end=norm + (whole + bias) * whole + norm + vocab_size // tensor,
         )
 
 

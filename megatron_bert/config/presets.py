@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-PresetName = Literal["retrievabert-1.3b"]
+PresetName = Literal["retrievabert-1.3b", "modernbert-base"]
 
 # RetrievaBERT's published config.json: multi-query attention, SwiGLU, learned positions; the
 # vocabulary is LLM-jp v3.0's 99,574 pieces padded to a multiple of 128.
-_RETRIEVABERT_1_3B: Mapping[str, int | float] = MappingProxyType(
+_RETRIEVABERT_1_3B: Mapping[str, int | float | str] = MappingProxyType(
     {
         "num_layers": 48,
         "hidden_size": 1536,
@@ -26,6 +26,27 @@ _RETRIEVABERT_1_3B: Mapping[str, int | float] = MappingProxyType(
     }
 )
 
-PRESETS: Mapping[PresetName, Mapping[str, int | float]] = MappingProxyType(
-    {"retrievabert-1.3b": _RETRIEVABERT_1_3B}
+# ModernBERT's published config.json, but for the vocabulary, which is the tokenizer's.
+_MODERNBERT_BASE: Mapping[str, int | float | str] = MappingProxyType(
+    {
+        "architecture": "modernbert",
+        "num_layers": 22,
+        "hidden_size": 768,
+        "ffn_hidden_size": 1152,
+        "num_attention_heads": 12,
+        "num_query_groups": 12,
+        "max_position_embeddings": 8192,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "norm_eps": 1e-5,
+        "init_std": 0.02,
+        "rope_theta": 160_000.0,
+        "local_rope_theta": 10_000.0,
+        "local_attention": 128,
+        "global_attention_every": 3,
+    }
+)
+
+PRESETS: Mapping[PresetName, Mapping[str, int | float | str]] = MappingProxyType(
+    {"retrievabert-1.3b": _RETRIEVABERT_1_3B, "modernbert-base": _MODERNBERT_BASE}
 )

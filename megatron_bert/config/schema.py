@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from megatron_bert.config.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from megatron_bert.config.presets import PRESETS, PresetName
 
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -92,15 +93,19 @@ class ModelConfig(Section):
     hidden_size: PositiveInt
     """Width of the residual stream; a multiple of `num_attention_heads`."""
     ffn_hidden_size: PositiveInt
-    """Width of the gated MLP (SwiGLU): columns of the gate and of the up projection each."""
+    """Width of the gated MLP: columns of the gate and of the up projection each."""
     num_attention_heads: PositiveInt
     """Query heads."""
     num_query_groups: PositiveInt
     """Key/value heads: 1 is multi-query, `num_attention_heads` is multi-head attention."""
     max_position_embeddings: PositiveInt
-    """Rows of the learned position table: the longest segment, in tokens."""
+    """The longest segment, in tokens; rows of the position table where it is learned."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding table. Default: the tokenizer's pieces, padded to a multiple of 128."""
+    architecture: ArchitectureName = "retrievabert"
+    """Family: `retrievabert` has learned positions, biases and SwiGLU; `modernbert` has rotary
+    positions, no biases, GEGLU, and layers that see their neighbourhood between those that see
+    all of a segment."""
     hidden_dropout: BelowOne = 0.1
     """Dropout probability on the embeddings and on each sub-layer's output."""
     attention_dropout: BelowOne = 0.1
@@ -109,6 +114,15 @@ class ModelConfig(Section):
     """Epsilon of every LayerNorm."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections: over sqrt(2 num_layers)."""
+
+    rope_theta: PositiveFloat = 160_000.0
+    """`modernbert`: base of the wave lengths of rotary positions in layers that see all."""
+    local_rope_theta: PositiveFloat = 10_000.0
+    """`modernbert`: the same in local layers."""
+    local_attention: Annotated[int, Field(ge=2, multiple_of=2)] = 128
+    """`modernbert`: width of a local layer's window, in tokens: half of it to each side."""
+    global_attention_every: PositiveInt = 3
+    """`modernbert`: of how many layers one sees all, the first one among them; 1 is all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -123,6 +137,15 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def family(self) -> Architecture:
+        """What distinguishes the architecture beside sizes."""
+        return ARCHITECTURES[self.architecture]
+
+    def is_local(self, layer: int) -> bool:
+        """Whether tokens of the layer of this number see their neighbourhood only."""
+        return self.family.alternates and layer % self.global_attention_every != 0
 
 
 class Corpus(Section):

@@ -7,7 +7,7 @@ heads, G key/value heads, K head size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,23 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
+from megatron_bert.model.rotary import Rotation
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
 from megatron_bert.parallel.random import hash_dropout
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Which slots of a row may see each other, made once a micro-batch for all layers.
+    """Which slots of a row may see each other, made once a micro-batch for layers of a kind.
 
     Attributes:
         bias_B1SS: [B, 1, S, S] in the compute type, added to attention scores: 0 where query and
-            key share a segment, minus infinity elsewhere.
+            key share a segment and the window, minus infinity elsewhere.
+        rotation: of queries and keys by their positions, where positions are rotary.
     """
 
     bias_B1SS: Tensor
+    rotation: Rotation | None = None
 
     @property
     def rows(self) -> int:
@@ -37,10 +40,36 @@ class PackedLayout:
         return self.bias_B1SS.shape[0]
 
     @classmethod
-    def from_positions(cls, positions_BS: Tensor, dtype: torch.dtype) -> PackedLayout:
-        """Derive the segments from positions, which restart at 0 in each of them."""
+    def of(
+        cls, model: ModelConfig, positions_BS: Tensor, dtype: torch.dtype, *, is_local: bool
+    ) -> PackedLayout:
+        """The layout of a model's local layers, or of the others."""
+        layout = cls.from_positions(
+            positions_BS, dtype, model.local_attention // 2 if is_local else None
+        )
+        if not model.family.rotary:
+            return layout
+        theta = model.local_rope_theta if is_local else model.rope_theta
+        return replace(
+            layout, rotation=Rotation.from_positions(positions_BS, model.head_dim, theta)
+        )
+
+    @classmethod
+    def from_positions(
+        cls, positions_BS: Tensor, dtype: torch.dtype, reach: int | None = None
+    ) -> PackedLayout:
+        """Derive the segments from positions, which restart at 0 in each of them.
+
+        Args:
+            positions_BS: [B, S].
+            dtype: the compute type.
+            reach: how many tokens a token sees to each side. Default: its whole segment.
+        """
         segment_BS = (positions_BS == 0).cumsum(1)
         apart_BSS = segment_BS[:, :, None] != segment_BS[:, None, :]
+        if reach is not None:
+            # Within a segment the distance of slots is that of positions.
+            apart_BSS |= (positions_BS[:, :, None] - positions_BS[:, None, :]).abs() > reach
         bias_BSS = torch.zeros(apart_BSS.shape, dtype=dtype, device=positions_BS.device)
         return cls(bias_BSS.masked_fill_(apart_BSS, -math.inf)[:, None])
 
@@ -128,10 +157,11 @@ class SelfAttention(nn.Module):
         groups = model.num_query_groups
         replicated = groups % tp.size != 0
         kv_size = groups * model.head_dim
-        self.query = ColumnParallelLinear(model.hidden_size, model.hidden_size, tp)
-        self.key = ColumnParallelLinear(model.hidden_size, kv_size, tp, replicated=replicated)
-        self.value = ColumnParallelLinear(model.hidden_size, kv_size, tp, replicated=replicated)
-        self.output = RowParallelLinear(model.hidden_size, model.hidden_size, tp)
+        hidden, bias = model.hidden_size, model.family.biases
+        self.query = ColumnParallelLinear(hidden, hidden, tp, bias=bias)
+        self.key = ColumnParallelLinear(hidden, kv_size, tp, bias=bias, replicated=replicated)
+        self.value = ColumnParallelLinear(hidden, kv_size, tp, bias=bias, replicated=replicated)
+        self.output = RowParallelLinear(hidden, hidden, tp, bias=bias)
         self.tp = tp
         self.recompute = recompute
         self.head_dim = model.head_dim
@@ -148,6 +178,8 @@ class SelfAttention(nn.Module):
             for projected in column_parallel(x_TD, (self.query, self.key, self.value), self.tp)
         )
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if layout.rotation is not None:
+            q, k = layout.rotation.apply(q), layout.rotation.apply(k)
         if self.selects_kv_heads:
             k, v = self._of_local_heads(k), self._of_local_heads(v)
         dropout = self.dropout if self.training else 0.0

@@ -1,4 +1,4 @@
-"""RetrievaBERT for masked language modelling.
+"""An encoder (RetrievaBERT, ModernBERT) for masked language modelling.
 
 Shape suffixes: B rows, S slots, N = B x S tokens, T tokens that this rank holds, M masked slots a
 row, D hidden, L layers.
@@ -18,6 +18,7 @@ from megatron_bert.distributed.collectives import reduce_from_group
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.attention import PackedLayout
 from megatron_bert.model.block import Block, BlockDropout, Recompute
+from megatron_bert.model.norm import layer_norm
 from megatron_bert.parallel.partial_gradients import per_token
 from megatron_bert.parallel.random import dropout_keys, hash_dropout
 from megatron_bert.parallel.sharding import local_part, make_parameter
@@ -49,29 +50,34 @@ class ModelPart:
 
 
 class Embeddings(nn.Module):
-    """Sum of word and learned absolute position embeddings, then dropout.
+    """Word embeddings, with learned positions added to them or normalised, then dropout.
 
-    Without positions it is but the word embeddings' table, which the head of a pipeline's last
-    stage decodes with.
+    A pipeline's last stage has but the word embeddings' table, which its head decodes with.
     """
 
     def __init__(
-        self, model: ModelConfig, vocab_size: int, tp: TensorParallelGroup, *, with_positions: bool
+        self, model: ModelConfig, vocab_size: int, tp: TensorParallelGroup, *, is_table_only: bool
     ) -> None:
         super().__init__()
         self.word = VocabParallelEmbedding(vocab_size, model.hidden_size, tp)
         self.position: nn.Module | None = None
-        if with_positions:
+        self.norm: nn.Module | None = None
+        if not is_table_only and not model.family.rotary:
             table = nn.Embedding(model.max_position_embeddings, model.hidden_size)
             self.position = per_token(table, tp)
+        if not is_table_only and model.family.embedding_norm:
+            self.norm = per_token(layer_norm(model), tp)
         self.dropout = model.hidden_dropout
 
     def forward(
         self, tokens_BS: Tensor, positions_BS: Tensor, share: TokenShare, keys_B: Tensor
     ) -> Tensor:
         """[B, S] ids and positions -> [T, D], the tokens that this rank holds."""
-        assert self.position is not None
-        x_TD: Tensor = self.word(tokens_BS.flatten()) + self.position(share.take(positions_BS))
+        x_TD: Tensor = self.word(tokens_BS.flatten())
+        if self.position is not None:
+            x_TD = x_TD + self.position(share.take(positions_BS))
+        if self.norm is not None:
+            x_TD = self.norm(x_TD)
         probability = self.dropout if self.training else 0.0
         first_T = share.slot_numbers(x_TD.device) * x_TD.shape[1]
         return hash_dropout(x_TD, probability, share.take(keys_B[:, None]), first_T)
@@ -82,8 +88,8 @@ class MaskedHead(nn.Module):
 
     def __init__(self, model: ModelConfig, vocab_size: int, tp: TensorParallelGroup) -> None:
         super().__init__()
-        self.dense = nn.Linear(model.hidden_size, model.hidden_size)
-        self.norm = nn.LayerNorm(model.hidden_size, eps=model.norm_eps)
+        self.dense = nn.Linear(model.hidden_size, model.hidden_size, bias=model.family.biases)
+        self.norm = layer_norm(model)
         self.bias = make_parameter((vocab_size,), tp, 0)
         self.group = tp.group
 
@@ -134,14 +140,14 @@ class BertForPretraining(nn.Module):
         part = part or ModelPart.whole(model)
         self.embeddings: Embeddings | None = None
         if part.is_first or part.is_last:
-            self.embeddings = Embeddings(model, vocab_size, tp, with_positions=part.is_first)
-        self.blocks = nn.ModuleDict({str(n): Block(model, tp, recompute) for n in part.layers})
+            self.embeddings = Embeddings(model, vocab_size, tp, is_table_only=not part.is_first)
+        self.blocks = nn.ModuleDict({str(n): Block(model, tp, n, recompute) for n in part.layers})
         self.final_norm: nn.Module | None = None
         self.head: MaskedHead | None = None
         if part.is_last:
-            norm = nn.LayerNorm(model.hidden_size, eps=model.norm_eps)
-            self.final_norm = per_token(norm, tp)
+            self.final_norm = per_token(layer_norm(model), tp)
             self.head = MaskedHead(model, vocab_size, tp)
+        self.model = model
         self.part = part
         self.tp = tp
         self.seed = seed
@@ -188,13 +194,22 @@ class BertForPretraining(nn.Module):
             assert self.embeddings is not None
             keys_B = dropout_keys(rows_B, self.seed, "embeddings", range(1))[0]
             x_TD = self.embeddings(inputs, positions_BS, share, keys_B)
-        layout = PackedLayout.from_positions(positions_BS, x_TD.dtype)
+        layouts = self._block_layouts(positions_BS, x_TD.dtype)
         dropouts = self._block_dropouts(rows_B, share, x_TD.shape[1])
-        for block, dropout in zip(self.blocks.values(), dropouts, strict=True):
+        for block, layout, dropout in zip(self.blocks.values(), layouts, dropouts, strict=True):
             x_TD = block(x_TD, layout, dropout)
         if self.final_norm is not None:
             x_TD = self.final_norm(x_TD)
         return x_TD
+
+    def _block_layouts(self, positions_BS: Tensor, dtype: torch.dtype) -> list[PackedLayout]:
+        """Each block's layout; layers of one kind share theirs."""
+        kinds = [self.model.is_local(layer) for layer in self.part.layers]
+        made = {
+            is_local: PackedLayout.of(self.model, positions_BS, dtype, is_local=is_local)
+            for is_local in set(kinds)
+        }
+        return [made[is_local] for is_local in kinds]
 
     def _block_dropouts(
         self, rows_B: Tensor, share: TokenShare, hidden_size: int

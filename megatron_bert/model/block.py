@@ -12,6 +12,7 @@ from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.attention import PackedLayout, SelfAttention
 from megatron_bert.model.feed_forward import FeedForward
+from megatron_bert.model.norm import layer_norm
 from megatron_bert.parallel.partial_gradients import per_token
 from megatron_bert.parallel.random import hash_dropout
 
@@ -39,13 +40,18 @@ class Block(nn.Module):
     """PreNorm block: x + dropout(attention(norm(x))), then x + dropout(ffn(norm(x)))."""
 
     def __init__(
-        self, model: ModelConfig, tp: TensorParallelGroup, recompute: Recompute = "none"
+        self,
+        model: ModelConfig,
+        tp: TensorParallelGroup,
+        layer: int,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        norm_size, eps = model.hidden_size, model.norm_eps
-        self.attention_norm = per_token(nn.LayerNorm(norm_size, eps=eps), tp)
+        self.attention_norm: nn.Module = nn.Identity()
+        if layer > 0 or not model.family.embedding_norm:
+            self.attention_norm = per_token(layer_norm(model), tp)
         self.attention = SelfAttention(model, tp, recompute=recompute == "selective")
-        self.feed_forward_norm = per_token(nn.LayerNorm(norm_size, eps=eps), tp)
+        self.feed_forward_norm = per_token(layer_norm(model), tp)
         self.feed_forward = FeedForward(model, tp)
         self.dropout = model.hidden_dropout
         self.recompute = recompute == "full"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,19 +11,23 @@ from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+
 
 class FeedForward(nn.Module):
-    """SwiGLU with biases: down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU Variants")."""
+    """SwiGLU or GEGLU: down(activation(gate(x)) * up(x)) (Shazeer 2020, "GLU Variants")."""
 
     def __init__(self, model: ModelConfig, tp: TensorParallelGroup) -> None:
         super().__init__()
-        self.gate = ColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, tp)
-        self.up = ColumnParallelLinear(model.hidden_size, model.ffn_hidden_size, tp)
-        self.down = RowParallelLinear(model.ffn_hidden_size, model.hidden_size, tp)
+        hidden, ffn, bias = model.hidden_size, model.ffn_hidden_size, model.family.biases
+        self.gate = ColumnParallelLinear(hidden, ffn, tp, bias=bias)
+        self.up = ColumnParallelLinear(hidden, ffn, tp, bias=bias)
+        self.down = RowParallelLinear(ffn, hidden, tp, bias=bias)
+        self.activation = _ACTIVATIONS[model.family.activation]
         self.tp = tp
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D], the tokens that this rank holds."""
         gate, up = column_parallel(x_TD, (self.gate, self.up), self.tp)
-        y: Tensor = self.down(F.silu(gate) * up)
+        y: Tensor = self.down(self.activation(gate) * up)
         return y

@@ -18,7 +18,7 @@ features in, F features out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -58,32 +58,35 @@ class ColumnParallelLinear(nn.Module):
         out_features: int,
         tp: TensorParallelGroup,
         *,
+        bias: bool = True,
         replicated: bool = False,
     ) -> None:
         super().__init__()
         dim = None if replicated else 0
         self.weight = make_parameter((out_features, in_features), tp, dim)
-        self.bias = make_parameter((out_features,), tp, dim)
+        self.bias = make_parameter((out_features,), tp, dim) if bias else None
         self.deferred: WeightQueue | None = None
         if replicated:
-            mark_partial(self, "weight", "bias")
+            mark_partial(self, *(name for name, _ in self.named_parameters()))
 
-    def local_parameters(self) -> tuple[Tensor, Tensor]:
+    def local_parameters(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias that this rank computes with."""
-        return local_part(self.weight), local_part(self.bias)
+        return local_part(self.weight), None if self.bias is None else local_part(self.bias)
 
 
 class RowParallelLinear(nn.Module):
     """y = x W^T + b whose input features are split over the ranks; the bias is added once."""
 
-    def __init__(self, in_features: int, out_features: int, tp: TensorParallelGroup) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, tp: TensorParallelGroup, *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.weight = make_parameter((out_features, in_features), tp, 1)
-        self.bias = make_parameter((out_features,), tp)
+        self.bias = make_parameter((out_features,), tp) if bias else None
         self.deferred: WeightQueue | None = None
         self.group = tp.group
         self.shards_tokens = tp.shards_tokens
-        if tp.shards_tokens:
+        if bias and tp.shards_tokens:
             mark_partial(self, "bias")
 
     def forward(self, x_NF: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ class RowParallelLinear(nn.Module):
         if self.group.size() == 1:
             return _linear(self, x_NF, weight, self.bias)
         reduce = reduce_scatter_from_group if self.shards_tokens else reduce_from_group
-        return reduce(_linear(self, x_NF, weight), self.group) + self.bias
+        y_TD = reduce(_linear(self, x_NF, weight), self.group)
+        return y_TD if self.bias is None else y_TD + self.bias
 
 
 def column_parallel(
@@ -144,11 +148,12 @@ class _ColumnParallel(torch.autograd.Function):
         group: dist.ProcessGroup,
         shards_tokens: bool,
         deferring: tuple[ColumnParallelLinear, ...] | None,
-        *parameters: Tensor,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
-        weights, biases = parameters[:count], parameters[count:]
+        weights, biases = cast(tuple[Tensor, ...], parameters[:count]), parameters[count:]
         ctx.group, ctx.shards_tokens, ctx.deferring = group, shards_tokens, deferring
+        ctx.has_biases = [bias is not None for bias in biases]
         # Of shared tokens each rank keeps its own; they are gathered again backward.
         ctx.save_for_backward(x_TD, *weights)
         x_ND = wait(start_all_gather(x_TD, group)) if shards_tokens else x_TD
@@ -173,5 +178,8 @@ class _ColumnParallel(torch.autograd.Function):
             weight_grads = [None] * len(weights)
             products = WeightProducts(deferring, x, grads_NF, group if shards_tokens else None)
             deferring[0].deferred.append(products)
-        bias_grads = [grad_NF.sum(0) for grad_NF in grads_NF]
+        bias_grads = [
+            grad_NF.sum(0) if has_bias else None
+            for grad_NF, has_bias in zip(grads_NF, ctx.has_biases, strict=True)
+        ]
         return wait(reducing), None, None, None, *weight_grads, *bias_grads

@@ -110,6 +110,17 @@ def test_evaluation_without_held_out_data_is_fine(build: Build) -> None:
     check_config(build("data.valid=[]", "eval.interval=5"), world_size=1)
 
 
+def test_modernbert_has_a_key_value_head_for_each_query_head_of_paired_channels(
+    build: Build,
+) -> None:
+    modernbert = "model.architecture=modernbert"
+    check_config(build(modernbert, "model.num_query_groups=4"), world_size=1)
+    message = refusal(build, modernbert, "model.num_query_groups=2")
+    assert "model.num_query_groups = 2: model.architecture = modernbert has a key/value" in message
+    odd = ("model.hidden_size=12", "model.num_query_groups=4")
+    assert "heads of 3 channels" in refusal(build, modernbert, *odd)
+
+
 @pytest.mark.parametrize(
     ("override", "package", "off"),
     [

@@ -109,7 +109,10 @@ def test_a_stages_section_whose_keys_are_all_commented_out_is_empty(small_file: 
         ("optimizer.learning_rate=1", r"unknown key; optimizer has lr, min_lr, weight_decay"),
         ("optimizer.warmup_frac=0.1", r"did you mean schedule\.warmup_fraction\?"),
         ("checkpoint.async_=true", r"did you mean checkpoint\.async\?"),
-        ("model.preset=retrievabert", r'"retrievabert" .*expected retrievabert-1\.3b or null'),
+        (
+            "model.preset=retrievabert",
+            r'"retrievabert" .*expected one of retrievabert-1\.3b, modernbert-base or null',
+        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_right_one(

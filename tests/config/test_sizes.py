@@ -48,6 +48,14 @@ def test_the_published_run_fits_4_to_32_ranks_and_tensor_parallelism() -> None:
     check_config(load_config(EXAMPLE, ["parallel.tensor=8"]), world_size=32)
 
 
+@pytest.mark.parametrize("world_size", [1, 4, 8, 32])
+def test_the_example_of_modernbert_fits_1_to_32_ranks(world_size: int) -> None:
+    config = load_config(EXAMPLE.with_name("modernbert_base.yaml"))
+    assert config.model.family.rotary
+    assert [config.model.is_local(layer) for layer in range(4)] == [False, True, True, False]
+    check_config(config, world_size=world_size)
+
+
 def test_the_preset_says_what_the_published_run_spells_out(retrievabert: Config) -> None:
     assert ModelConfig(preset="retrievabert-1.3b") == retrievabert.model  # type: ignore[call-arg]
 

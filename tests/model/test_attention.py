@@ -24,6 +24,14 @@ def test_layout_shows_each_slot_its_own_segment_only() -> None:
     assert torch.equal(visible[0], expected)
 
 
+def test_a_window_shows_each_slot_its_neighbours_of_the_same_segment() -> None:
+    visible = PackedLayout.from_positions(POSITIONS, torch.float32, reach=2).bias_B1SS[:, 0] == 0
+    near = (torch.arange(8)[:, None] - torch.arange(8)).abs() <= 2
+    assert torch.equal(visible[1], near)
+    segments = torch.block_diag(torch.ones(4, 4), torch.ones(3, 3), torch.ones(1, 1)).bool()
+    assert torch.equal(visible[0], near & segments)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_attention_over_a_packed_row_is_attention_over_each_segment(groups: int) -> None:
     q, k, v = _qkv(groups=groups)

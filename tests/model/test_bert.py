@@ -32,12 +32,18 @@ def test_the_model_has_the_parameters_that_the_configuration_predicts() -> None:
 def _check_parameter_counts() -> None:
     tp = cpu_topology().tensor_parallel
     retrievabert = ModelConfig(**PRESETS["retrievabert-1.3b"])
-    for config, vocabulary in ((retrievabert, 99584), (small_config().model, VOCABULARY)):
+    modernbert = ModelConfig(**PRESETS["modernbert-base"])
+    for config, vocabulary in (
+        (retrievabert, 99584),
+        (modernbert, 50368),
+        (small_config().model, VOCABULARY),
+    ):
         with torch.device("meta"):
             model = BertForPretraining(config, vocabulary, tp, seed=0)
         counted = sum(parameter.numel() for parameter in model.parameters())
         assert counted == parameter_count(config, vocabulary)
     assert parameter_count(retrievabert, 99584) == 1_301_388_032
+    assert parameter_count(modernbert, 50368) == 149_655_232
 
 
 def test_segments_of_a_packed_row_do_not_see_each_other() -> None:

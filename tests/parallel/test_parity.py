@@ -19,6 +19,13 @@ LAYOUTS = [
 ]
 # Relative, of fp32: losses; everything else.
 LOSS_BOUND, BOUND = 1e-6, 1e-5
+MODERNBERT = {
+    "architecture": "modernbert",
+    "num_layers": 4,
+    "num_query_groups": 12,
+    # The rows' segments are longer.
+    "local_attention": 8,
+}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
@@ -156,6 +163,37 @@ def test_24_heads_and_one_key_value_head_over_8_ranks(
     config = parity_config(tiny_data, model=model, parallel={"tensor": 8, "sequence": True})
     traces = [trace for (trace,) in run_ranks(8, traces_of, [config], deadline_seconds=240)]
     _compare(traces, reference(model), "8 tensor-parallel ranks")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "recompute"),
+    [
+        (2, {"pipeline": 2, "pipeline_schedule": "zero_bubble"}, "none"),
+        (3, {"tensor": 3}, "selective"),
+        (
+            4,
+            {
+                "pipeline": 2,
+                "tensor": 2,
+                "sequence": True,
+                "pipeline_schedule": "interleaved",
+            },
+            "full",
+        ),
+    ],
+    ids=["pipeline", "tensor", "all"],
+)
+def test_modernbert_trains_as_one_process_does(
+    tiny_data: Path,
+    reference: Callable[[dict[str, Any]], Reference],
+    ranks: int,
+    parallel: dict[str, Any],
+    recompute: str,
+) -> None:
+    model = MODERNBERT | DROPOUT
+    config = parity_config(tiny_data, model=model, parallel=parallel, recompute=recompute)
+    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config], deadline_seconds=240)]
+    _compare(traces, reference(model), str(parallel))
 
 
 @pytest.mark.parametrize("groups", [2, 3])
