@@ -1,8 +1,8 @@
 """Run a function on several gloo ranks, fast and with a deadline.
 
-Ranks are forked from a server process that has torch imported already, so a test costs what the
-ranks do and not what their imports take. The server is started by the first call and inherits the
-environment of that moment: a later `monkeypatch.setenv` does not reach the ranks.
+Ranks are forked from a server process that has torch and the trainer imported already, so a test
+costs what the ranks do and not what their imports take. The server is started by the first call and
+inherits the environment of that moment: a later `monkeypatch.setenv` does not reach the ranks.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ PRELOADED = [
     "torch.distributed.tensor",
     "safetensors.torch",
     "torch._dynamo",  # DTensor and fully_shard import it at their first use, in a second or more
+    "megatron_bert.training.trainer",
     "tests.distributed_harness",
 ]
 DUMP_SECONDS = 1.0  # what a hanging rank gets to write its stack down, and a finished one to leave
