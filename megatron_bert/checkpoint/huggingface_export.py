@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_bert.checkpoint.huggingface_names import huggingface_name
-from megatron_bert.checkpoint.manifest import verified_manifest
+from megatron_bert.checkpoint.manifest import reading_state, verified_manifest
 from megatron_bert.checkpoint.tensors import read_whole, saved_shapes
 from megatron_bert.config.errors import CheckpointError, DataError
+from megatron_bert.config.places import check_place
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_export import export_tokenizer
@@ -45,17 +46,22 @@ def export_checkpoint(
         tokenizer: the tokenizer's file; default: the path in the checkpoint's configuration.
 
     Raises:
+        UserError: `output` climbs out by `..`.
         CheckpointError: the checkpoint is missing or damaged, or `output` cannot be made.
         DataError: the tokenizer is missing or is not the one that the run was trained with.
     """
+    check_place(output)
     output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists already; name a new directory, or remove it first")
     manifest = verified_manifest(checkpoint)
-    run_config: Any = manifest.state["config"]
-    tokenizer_path = Path(run_config["data"]["tokenizer"]) if tokenizer is None else tokenizer
-    _check_tokenizer(tokenizer_path, str(manifest.state["tokenizer_hash"]), checkpoint)
-    model = _model_config(run_config["model"], checkpoint)
+    with reading_state(checkpoint):
+        run_config: Any = manifest.state["config"]
+        tokenizer_path = tokenizer or Path(run_config["data"]["tokenizer"])
+        trained_hash = str(manifest.state["tokenizer_hash"])
+        model_keys = run_config["model"]
+    _check_tokenizer(tokenizer_path, trained_hash, checkpoint)
+    model = _model_config(model_keys, checkpoint)
     exported = export_tokenizer(tokenizer_path, model.max_position_embeddings)
     shapes = _model_shapes(checkpoint)
     vocab_size = shapes["embeddings.word.weight"][0]

@@ -102,12 +102,11 @@ def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks
         lambda: {name: _Kind(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     ):
         wanted.update(part)
-    reader = HuggingFaceStorageReader(path=str(folder))
-    ranks.on_first(lambda: _check_fit(folder, reader, wanted))
+    ranks.on_first(lambda: _check_fit(folder, wanted))
     with _dcp_errors(), _no_single_process_warning():
         load(
             dict(tensors),
-            storage_reader=reader,
+            storage_reader=HuggingFaceStorageReader(path=str(folder)),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=ranks.group,
             no_dist=not ranks.is_distributed,
@@ -120,15 +119,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: A shard's header cannot be read.
     """
-    try:
-        saved = HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the shards in {folder}: {error}") from error
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, entry in saved.items():
-        assert isinstance(entry, TensorStorageMetadata)
-        shapes[name] = tuple(entry.size)
-    return shapes
+    return {name: tuple(entry.size) for name, entry in _read_headers(folder).items()}
 
 
 def read_whole(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -165,17 +156,32 @@ class _SavePlanner(DefaultSavePlanner):
         return self._shards.pieces[index.fqn]
 
 
-def _check_fit(folder: Path, reader: HuggingFaceStorageReader, wanted: Mapping[str, _Kind]) -> None:
+def _read_headers(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Read of what pieces the shards in `folder` make up each tensor.
+
+    Raises:
+        CheckpointError: A file is no shard, whatever the manifest says of it.
+    """
+    try:
+        saved = HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the shards in {folder}: {error}") from error
+    headers: dict[str, TensorStorageMetadata] = {}
+    for name, entry in saved.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        headers[name] = entry
+    return headers
+
+
+def _check_fit(folder: Path, wanted: Mapping[str, _Kind]) -> None:
     """Check that the saved tensors are exactly `wanted`: by name, shape and type.
 
     DCP itself would skip an unexpected tensor, convert another type silently, and leave untouched
     what no shard covers.
     """
-    saved = reader.read_metadata().state_dict_metadata
     kinds: dict[str, _Kind] = {}
     holes: list[str] = []
-    for name, entry in saved.items():
-        assert isinstance(entry, TensorStorageMetadata)
+    for name, entry in _read_headers(folder).items():
         kinds[name] = _Kind(tuple(entry.size), entry.properties.dtype)
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
             holes.append(name)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from megatron_bert.config.arithmetic import total_steps, warmup_steps
 from megatron_bert.config.diagnostics import format_value, raise_problems
 from megatron_bert.config.layout_checks import layout_problems
+from megatron_bert.config.places import place_problem
 from megatron_bert.config.remedies import near_divisors, near_multiples
 from megatron_bert.config.schema import Config, Corpus
 
@@ -43,6 +45,7 @@ def check_config(config: Config, *, world_size: int, vocab_size: int | None = No
 def value_problems(config: Config) -> list[str]:
     """Contradictions between values, whatever the number of ranks."""
     checks: tuple[Callable[[Config], Iterator[str]], ...] = (
+        _place_problems,
         _model_problems,
         _length_problems,
         _mlm_problems,
@@ -79,6 +82,12 @@ def _logger_problems(config: Config) -> Iterator[str]:
                 f"{key} = {format_value(value)}: the package {package} is not installed; "
                 f"pip install {package}, or use {format_value(off)}"
             )
+
+
+def _place_problems(config: Config) -> Iterator[str]:
+    problem = None if config.run.dir is None else place_problem(Path(config.run.dir))
+    if problem is not None:
+        yield f"run.dir = {config.run.dir}: {problem}"
 
 
 def _model_problems(config: Config) -> Iterator[str]:

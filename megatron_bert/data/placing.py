@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.config.places import check_place
 from megatron_bert.files import sync_to_disk, temporary_path
 
 # The index is last to appear and first to go: without it there is no dataset.
@@ -85,13 +86,14 @@ def dataset_files(prefix: Path) -> dict[str, Path]:
 
 
 def check_name(final_prefix: Path) -> None:
-    """Refuse a prefix without a name, to which no suffix can be added.
+    """Refuse a prefix without a name, to which no suffix can be added, or that climbs out.
 
     Raises:
-        DataError: there is no name.
+        UserError: there is no name, or a `..` behind one.
     """
     if final_prefix.name in ("", ".."):
         raise DataError(f"--output-prefix {final_prefix}: give a name, as data/train")
+    check_place(final_prefix)
 
 
 def make_place(final_prefix: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.config.places import check_place
 from megatron_bert.data.parsing import OnError
 from megatron_bert.data.text import DocumentReader, iterate_documents
 from megatron_bert.files import sync_to_disk, temporary_path
@@ -46,7 +47,7 @@ def split_documents(
         on_error: what to do at a line that cannot be used.
 
     Raises:
-        DataError: a line cannot be used, there are fewer than two different documents, the
+        UserError: a line cannot be used, there are fewer than two different documents, the
             fraction is out of range, or a file cannot be written.
     """
     if not 0.0 < fraction < 1.0:
@@ -57,6 +58,7 @@ def split_documents(
             f"{train} and {held_out} must be two files, and none of the input; name others"
         )
     for place in (train, held_out):
+        check_place(place)
         if place.is_dir():
             raise DataError(f"cannot write {place}: it is a folder; name a file in it")
     hashes = {_hash(text) for text in iterate_documents(reader, on_error) if text}

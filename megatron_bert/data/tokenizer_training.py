@@ -13,6 +13,7 @@ from typing import Literal
 import sentencepiece
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.config.places import check_place
 from megatron_bert.data.tokenizer import SPECIAL_PIECES
 from megatron_bert.files import write_atomically
 
@@ -109,8 +110,9 @@ def check_writable(path: Path) -> None:
     """Make a model's folder and try it, before the hours that training may take.
 
     Raises:
-        DataError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or the path climbs out by `..`.
     """
+    check_place(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

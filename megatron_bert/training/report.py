@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_bert.config.errors import UserError
+from megatron_bert.config.places import check_place
 from megatron_bert.training import metrics
 from megatron_bert.training.progress import format_duration
 from megatron_bert.training.run_directory import FAILED, FINISHED, STOPPED
@@ -206,6 +207,7 @@ def _as_svg(figure: Figure) -> str:
 
 
 def _write(path: Path, content: str | bytes) -> None:
+    check_place(path)
     data = content.encode() if isinstance(content, str) else content
     try:
         path.write_bytes(data)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.checkpoint.manifest import reading_state
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.identity import check_resume
@@ -81,18 +82,21 @@ def check_continuity(
 
     Raises:
         ConfigError: a key changed that may not.
-        CheckpointError: the tokenizer or the data are not those of the checkpoint.
+        CheckpointError: the tokenizer or the data are not those of the checkpoint, or no run
+            wrote it.
     """
-    check_resume(facts["config"], config, int(facts["step"]), start.new_run)
-    if facts["tokenizer_hash"] != tokenizer.hash:
+    with reading_state(start.path):
+        check_resume(facts["config"], config, int(facts["step"]), start.new_run)
+        trained_hash, data = facts["tokenizer_hash"], facts["data"]
+    if trained_hash != tokenizer.hash:
         raise CheckpointError(
-            f"{start.path} was trained with a tokenizer of hash {facts['tokenizer_hash']}, "
+            f"{start.path} was trained with a tokenizer of hash {trained_hash}, "
             f"{config.data.tokenizer} has {tokenizer.hash}; use the tokenizer that the run began "
             "with"
         )
-    if not start.new_run and facts["data"] != source.fingerprint():
+    if not start.new_run and data != source.fingerprint():
         raise CheckpointError(
-            f"{start.path} was trained on {facts['data']}, but data.train now holds "
+            f"{start.path} was trained on {data}, but data.train now holds "
             f"{source.fingerprint()}; restore the datasets that the run began with, or branch "
             f"off: checkpoint.resume={start.path} and a new run.dir"
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.checkpoint.manifest import reading_state
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.model.build import RankModel
@@ -56,5 +57,6 @@ def load_state(
 ) -> dict[str, Any]:
     """Load a checkpoint into model and optimizer in place; return the manifest's state."""
     facts: dict[str, Any] = dict(store.load(path, state_tensors(model, optimizer)))
-    optimizer.updates = int(facts["optimizer_updates"])
+    with reading_state(path):
+        optimizer.updates = int(facts["optimizer_updates"])
     return facts

@@ -1,0 +1,32 @@
+"""Places that a run or a tool writes to."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from megatron_bert.config.errors import UserError
+
+
+def place_problem(path: Path) -> str | None:
+    """Say what speaks against writing to a path; None: nothing.
+
+    A `..` behind a name takes it back: `runs/NAME` is no longer in `runs` where NAME is
+    `../../elsewhere`. At the beginning it takes nothing back, and is a user's way to a neighbour.
+    """
+    named = itertools.dropwhile(lambda part: part == "..", path.parts)
+    if ".." not in named:
+        return None
+    return f"leaves by `..` a folder that it names; give {os.path.normpath(path)} if that is meant"
+
+
+def check_place(path: Path) -> None:
+    """Refuse to write to a path that climbs out of a folder that it names.
+
+    Raises:
+        UserError: it does (see `place_problem`).
+    """
+    problem = place_problem(path)
+    if problem is not None:
+        raise UserError(f"cannot write {path}: it {problem}")
