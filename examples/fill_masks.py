@@ -14,11 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # The model lies on the disk: nothing is looked up in a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from transformers import AutoTokenizer, FillMaskPipeline, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    FillMaskPipeline,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 from transformers.utils import logging as transformers_logging
 
 from megatron_bert.config.errors import DataError, run_cli
 from megatron_bert.data.text import DocumentReader, iterate_documents
+from megatron_bert.huggingface.configuration_retrieva_bert import RetrievaBertConfig
+from megatron_bert.huggingface.modeling_retrieva_bert import RetrievaBertForMaskedLM
 
 TOP = 5
 # Of a sentence, after which the next begins.
@@ -119,8 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise DataError(f"--count {options.count}: give at least 1")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
-    fill = pipeline("fill-mask", str(options.model), tokenizer=tokenizer, trust_remote_code=True)
+    # The project's own classes, so that code which lies in the directory is not executed.
+    AutoModelForMaskedLM.register(RetrievaBertConfig, RetrievaBertForMaskedLM, exist_ok=True)
+    model = RetrievaBertForMaskedLM.from_pretrained(options.model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
+    fill = pipeline("fill-mask", model, tokenizer=tokenizer)
     texts = list(iterate_documents(DocumentReader(options.input)))
     asked = list(questions(texts, tokenizer, options.count))
     hits = sum(_answer(fill, question) for question in asked)
