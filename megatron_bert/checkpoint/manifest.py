@@ -92,7 +92,7 @@ class Manifest:
             raise DamagedCheckpointError(
                 f"{path}: missing, so the checkpoint was never completed"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(f"{path}: not a manifest ({error!r})") from error
         if checksum != _checksum_of(content):
             raise DamagedCheckpointError(f"{path}: altered, its own checksum does not fit")

@@ -109,7 +109,7 @@ def read_dataset_info(prefix: str | Path) -> DatasetInfo | None:
         raise DataError(f"cannot read {path}: {error}; restore it, or remove it") from error
     try:
         return _parse_info(json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f"{path} does not describe a dataset ({error}); make the dataset anew with "
             f"tools/preprocess_data.py, or remove the file"

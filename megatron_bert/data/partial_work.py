@@ -242,7 +242,7 @@ class PartialWork:
             return self._parse_journal(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{path} is damaged or of another version ({type(error).__name__}: {error}); "
                 f"begin anew with --restart"

@@ -46,4 +46,9 @@ def yaml_tag(trace: Path) -> str:
     return f"!!python/object/apply:os.mkdir ['{trace}']"
 
 
-BINARY = (pickled, saved_by_torch, saved_by_numpy)
+def nested(_trace: Path) -> bytes:
+    """No canary: JSON that is nested more deeply than a parser's stack."""
+    return b"[" * 1_000_000
+
+
+BINARY = [pickled, saved_by_torch, saved_by_numpy]

@@ -24,13 +24,14 @@ from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
 from tests.distributed_harness import run_ranks
-from tests.safety.canaries import BINARY, pickled, saved_by_numpy, saved_by_torch, yaml_tag
+from tests.safety.canaries import BINARY, nested, pickled, saved_by_numpy, saved_by_torch, yaml_tag
 from tests.safety.support import error_of
 from tests.training.runs import run_config, steps_of, train
 
 Make = Callable[[Path], bytes]
 
 every_kind = pytest.mark.parametrize("make", BINARY)
+every_kind_of_json = pytest.mark.parametrize("make", [*BINARY, nested])
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_what_lies_in_the_directory_of_a_run_that_goes_on_is_not_executed(
     assert not trace.exists()
 
 
-@every_kind
+@every_kind_of_json
 @pytest.mark.parametrize("name", ["other.model", "other.json"])
 def test_a_tokenizer_that_is_none_is_refused(
     config_file: Path, tmp_path: Path, trace: Path, make: Make, name: str
@@ -142,7 +143,7 @@ def test_a_tokenizer_json_with_tags_of_yaml_is_refused(
     assert not trace.exists()
 
 
-@every_kind
+@every_kind_of_json
 @pytest.mark.parametrize("suffix", [".idx", ".bin", ".json", ".words"])
 def test_a_dataset_of_which_a_file_is_another_is_refused(
     own_data: Path, tmp_path: Path, trace: Path, make: Make, suffix: str
@@ -161,7 +162,7 @@ def test_a_dataset_of_which_a_file_is_another_is_refused(
     assert not trace.exists()
 
 
-@every_kind
+@every_kind_of_json
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "b.gz", "a.parquet"])
 def test_text_that_is_none_is_refused(
     tiny_data: Path, tmp_path: Path, trace: Path, make: Make, name: str
@@ -188,7 +189,7 @@ def test_text_that_is_none_is_refused(
     assert not trace.exists()
 
 
-@every_kind
+@every_kind_of_json
 def test_the_journal_of_a_job_that_was_none_is_refused(
     tiny_data: Path, tmp_path: Path, trace: Path, make: Make
 ) -> None:
@@ -228,7 +229,7 @@ def test_a_folder_of_pickles_is_no_checkpoint(
     assert not trace.exists()
 
 
-@every_kind
+@every_kind_of_json
 def test_a_manifest_that_is_none_is_refused(
     config_file: Path, tmp_path: Path, trace: Path, make: Make
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
 from megatron_bert.training.main import main
+from tests.distributed_harness import run_ranks
+from tests.training.runs import run_config, train
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -46,3 +51,24 @@ def test_overrides_may_stand_on_both_sides_of_the_options(
     printed = capsys.readouterr().out
     assert "seed: 5" in printed
     assert "interval: 6" in printed
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+def test_a_dataset_that_was_truncated_before_the_start_is_refused_by_name(
+    tiny_data: Path, tmp_path: Path, suffix: str, kept: float
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    file = data / f"train{suffix}"
+    os.truncate(file, int(file.stat().st_size * kept))
+    config = run_config(data, tmp_path / "run")
+    for refused in run_ranks(2, _refused, config):
+        assert f"dataset {data / 'train'} cannot be used: {data / 'train.idx'}: " in refused
+        assert "tools/preprocess_data.py" in refused
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def _refused(config: Config) -> str:
+    with pytest.raises(UserError) as caught:
+        train(config)
+    return str(caught.value)
