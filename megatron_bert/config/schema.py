@@ -54,7 +54,8 @@ class RunConfig(Section):
     """The run as a whole: where it writes, its seed, its time, its device."""
 
     dir: Text | None = None
-    """Run directory: metrics, checkpoints, logs. Default: `runs/` + the config file's stem."""
+    """Run directory: metrics, checkpoints, logs; `..` only at its beginning. Default: `runs/` + the
+    config file's stem."""
     seed: int = Field(1234, ge=0, lt=2**63)
     """Seed of everything random: initial weights, order of rows, masks, dropout."""
     max_minutes: PositiveFloat | None = None
