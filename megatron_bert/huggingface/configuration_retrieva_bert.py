@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 
-class RetrievaBertConfig(PretrainedConfig):  # type: ignore[misc]
+class RetrievaBertConfig(PretrainedConfig):
     """Shape of a RetrievaBERT encoder; the defaults are those of RetrievaBERT-1.3B.
 
     Args:
@@ -22,6 +22,7 @@ class RetrievaBertConfig(PretrainedConfig):  # type: ignore[misc]
         lm_head_hidden_act: activation in the masked-language-model head.
         hidden_dropout_prob: dropout on embeddings and sub-layer outputs.
         attention_probs_dropout_prob: dropout on attention weights.
+        classifier_dropout: dropout before the classifiers; default: `hidden_dropout_prob`.
         max_position_embeddings: rows of the learned position table.
         position_embedding_type: only `absolute` exists.
         type_vocab_size: 0, there are no token types.
@@ -52,6 +53,7 @@ class RetrievaBertConfig(PretrainedConfig):  # type: ignore[misc]
         lm_head_hidden_act: str = "gelu",
         hidden_dropout_prob: float = 0.1,
         attention_probs_dropout_prob: float = 0.1,
+        classifier_dropout: float | None = None,
         max_position_embeddings: int = 2048,
         position_embedding_type: str = "absolute",
         type_vocab_size: int = 0,
@@ -89,6 +91,7 @@ class RetrievaBertConfig(PretrainedConfig):  # type: ignore[misc]
         self.lm_head_hidden_act = lm_head_hidden_act
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.classifier_dropout = classifier_dropout
         self.max_position_embeddings = max_position_embeddings
         self.position_embedding_type = position_embedding_type
         self.type_vocab_size = type_vocab_size
@@ -101,3 +104,10 @@ class RetrievaBertConfig(PretrainedConfig):  # type: ignore[misc]
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    @property
+    def head_dropout(self) -> float:
+        """Dropout before the classifiers."""
+        if self.classifier_dropout is None:
+            return self.hidden_dropout_prob
+        return self.classifier_dropout

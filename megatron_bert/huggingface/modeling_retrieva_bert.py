@@ -13,8 +13,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_retrieva_bert import RetrievaBertConfig
 
@@ -31,6 +39,8 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, which also returns its weights; in transformers' calling convention.
 
+    `attention_mask` is boolean, true where a slot is seen, and broadcasts to [B, H, S, S].
+
     Returns:
         [B, S, H, K] and the weights [B, H, S, S].
     """
@@ -38,7 +48,7 @@ def eager_attention(
     value_BHSK = value_BGSK.repeat_interleave(module.num_key_value_groups, dim=1)
     scores_BHSS = query_BHSK @ key_BHSK.transpose(2, 3) * scaling
     if attention_mask is not None:
-        scores_BHSS = scores_BHSS + attention_mask
+        scores_BHSS = scores_BHSS.masked_fill(~attention_mask, torch.finfo(scores_BHSS.dtype).min)
     weights_BHSS = scores_BHSS.softmax(-1, dtype=torch.float32).to(query_BHSK.dtype)
     weights_BHSS = F.dropout(weights_BHSS, dropout, module.training)
     return (weights_BHSS @ value_BHSK).transpose(1, 2).contiguous(), weights_BHSS
@@ -148,7 +158,7 @@ class RetrievaBertMLP(nn.Module):
         return y
 
 
-class RetrievaBertLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class RetrievaBertLayer(GradientCheckpointingLayer):
     """PreNorm block."""
 
     def __init__(self, config: RetrievaBertConfig) -> None:
@@ -189,7 +199,64 @@ class RetrievaBertEncoder(nn.Module):
         return x_BSD, (*hidden_states, x_BSD), tuple(attentions)
 
 
-class RetrievaBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+def text_numbers(position_ids: Tensor) -> Tensor:
+    """Number the texts of each row, [B, S]: one begins wherever a position is 0."""
+    return (position_ids == 0).cumsum(1)
+
+
+def visibility_mask(padding_BS: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """What eager and SDPA attention take as mask: true where a slot is seen, or None for all.
+
+    Returns:
+        [B, 1, S or 1, S]: no padding is seen, and no other text of the row.
+    """
+    visible = None if padding_BS is None else padding_BS.bool()[:, None, None, :]
+    if position_ids is not None:
+        text_BS = text_numbers(position_ids)
+        same_text = (text_BS[:, :, None] == text_BS[:, None, :])[:, None]
+        visible = same_text if visible is None else visible & same_text
+    if visible is None:
+        return None
+    # Softmax over nothing is not a number, which would spread from the padding's values to all.
+    return visible | ~visible.any(-1, keepdim=True)
+
+
+def flash_arguments(padding_BS: Tensor | None, position_ids: Tensor | None) -> dict[str, Any]:
+    """What flash attention functions take instead of a mask.
+
+    Without `position_ids` the padding mask is all they need. Texts that share a row are told by
+    where they begin among all slots of the batch, and padding forms texts of its own.
+
+    Raises:
+        ValueError: padding in the middle of a text of a packed row.
+    """
+    if position_ids is None:
+        unpadded = padding_BS is None or bool(padding_BS.all())
+        return {"attention_mask": None if unpadded else padding_BS}
+    text_BS = text_numbers(position_ids)
+    if padding_BS is not None:
+        text_BS = text_BS.expand(padding_BS.shape).masked_fill(padding_BS == 0, -1)
+    begins_BS = torch.ones_like(text_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = text_BS[:, 1:] != text_BS[:, :-1]
+    seen_before = text_BS[:, 1:] == text_BS.cummax(1).values[:, :-1]
+    if (begins_BS[:, 1:] & seen_before & (text_BS[:, 1:] >= 0)).any():
+        raise ValueError(
+            "attention_mask hides tokens in the middle of a text, which flash attention cannot "
+            "do beside position_ids; use attn_implementation='sdpa'"
+        )
+    borders = F.pad(begins_BS.flatten().nonzero().flatten(), (0, 1), value=begins_BS.numel())
+    borders = borders.to(torch.int32)
+    longest = int(borders.diff().max())
+    return {
+        "attention_mask": None,
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+class RetrievaBertPreTrainedModel(PreTrainedModel):
     """What all models of this family share."""
 
     config_class = RetrievaBertConfig
@@ -199,7 +266,8 @@ class RetrievaBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # The loss is a mean over the batch at hand: Trainer is to divide by its accumulation steps.
+    # Trainer divides a loss that is a mean over the batch at hand by its accumulation steps; the
+    # heads that take `num_items_in_batch` say so.
     accepts_loss_kwargs = False
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -230,6 +298,7 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
         """Replace the word embedding table."""
         self.embeddings.word_embeddings = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -238,91 +307,65 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput | tuple[Any, ...]:
+    ) -> BaseModelOutput:
         """Encode a batch.
 
         Args:
             input_ids: [B, S] ids; this or `inputs_embeds`.
-            attention_mask: [B, S], 0 at padding, which no slot attends to.
-            position_ids: [B, S]; where they restart at 0 a new text begins, and texts packed into
-                one row do not see each other. Default: 0, 1, 2, ...
+            attention_mask: [B, S], 0 at padding, which no slot attends to. Without it every slot
+                is attended to, padding too.
+            position_ids: [1 or B, S]; where they restart at 0 a new text begins, and texts packed
+                into one row do not see each other. Default: 0, 1, 2, ...
             inputs_embeds: [B, S, D] in place of `input_ids`.
             output_attentions: return the attention weights (with eager attention only).
             output_hidden_states: return the hidden states before each block and after the last.
-            return_dict: return an output object (the default) or a tuple.
-            **kwargs: handed to the attention function.
+            **kwargs: handed to the attention function; `return_dict=False` asks for a tuple.
 
         Returns:
             The last hidden states [B, S, D], and what else was asked for.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, or a row longer than
-                the position table.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, a row longer than the
+                position table, or an attention mask of another shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         if inputs_embeds is None:
             inputs_embeds = self.embeddings.word_embeddings(input_ids)
-        length = inputs_embeds.shape[1]
-        mask = self._visible(attention_mask, position_ids, inputs_embeds)
-        if position_ids is None:
-            if length > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"a row of {length} tokens is longer than the position table, "
-                    f"{self.config.max_position_embeddings}; truncate it (truncation=True)"
-                )
-            position_ids = torch.arange(length, device=inputs_embeds.device)[None]
-        x_BSD, hidden_states, attentions = self.encoder(
-            self.embeddings(inputs_embeds, position_ids), mask, **kwargs
-        )
-        config = self.config
-        wants_states = (
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
-        wants_weights = config.output_attentions if output_attentions is None else output_attentions
-        output = BaseModelOutput(
-            last_hidden_state=x_BSD,
-            hidden_states=hidden_states if wants_states else None,
-            attentions=attentions if wants_weights else None,
-        )
-        return output if _wants_dict(return_dict, config) else output.to_tuple()
-
-    def _visible(
-        self, padding_BS: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor
-    ) -> Tensor | None:
-        """What attention functions take as mask: [B, 1, S, S], 0 or minus infinity, or None.
-
-        Flash attention takes the padding mask itself; it has no use for another.
-        """
-        if padding_BS is not None and padding_BS.dim() != 2:
+        if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
-                f"attention_mask has the shape {tuple(padding_BS.shape)}; give [B, S], and "
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; give [B, S], and "
                 "position_ids that restart at 0 where several texts share a row"
             )
         if "flash" in self.config._attn_implementation:
-            if position_ids is not None:
-                raise ValueError(
-                    "position_ids need a block-diagonal mask, which flash attention does not "
-                    "take; use attn_implementation='sdpa'"
-                )
-            return padding_BS
-        visible: Tensor | None = None
-        if padding_BS is not None:
-            visible = padding_BS.bool()[:, None, None, :]
-        if position_ids is not None:
-            text_BS = (position_ids == 0).cumsum(1)
-            same_text = (text_BS[:, :, None] == text_BS[:, None, :])[:, None]
-            visible = same_text if visible is None else visible & same_text
-        if visible is None:
-            return None
-        count, length = inputs_embeds.shape[:2]
-        bias = torch.zeros(
-            (count, 1, length, length), dtype=inputs_embeds.dtype, device=inputs_embeds.device
+            arguments = flash_arguments(attention_mask, position_ids)
+        else:
+            arguments = {"attention_mask": visibility_mask(attention_mask, position_ids)}
+        if position_ids is None:
+            position_ids = self._counted_positions(inputs_embeds)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x_BSD, hidden_states, attentions = self.encoder(
+            self.embeddings(inputs_embeds, position_ids),
+            **{**arguments, "output_attentions": output_attentions, **kwargs},
         )
-        # Not infinity: a row of padding alone would be NaN.
-        return bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
+        return BaseModelOutput(
+            last_hidden_state=x_BSD,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+    def _counted_positions(self, inputs_embeds: Tensor) -> Tensor:
+        length = inputs_embeds.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a row of {length} tokens is longer than the position table, "
+                f"{self.config.max_position_embeddings}; truncate it (truncation=True)"
+            )
+        return torch.arange(length, device=inputs_embeds.device)[None]
 
 
 class RetrievaBertPredictionHeadTransform(nn.Module):
@@ -341,21 +384,25 @@ class RetrievaBertPredictionHeadTransform(nn.Module):
 
 
 class RetrievaBertLMPredictionHead(nn.Module):
-    """Hidden states to logits over the vocabulary."""
+    """Hidden states to logits over the vocabulary.
+
+    The bias is the head's own and not the decoder's, so that it is stored once, under one name,
+    whether or not the decoder is the embedding table.
+    """
 
     def __init__(self, config: RetrievaBertConfig) -> None:
         super().__init__()
         self.transform = RetrievaBertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.decoder.bias = self.bias
 
-    def _tie_weights(self) -> None:
-        self.decoder.bias = self.bias
+    def resize_bias(self, vocab_size: int) -> None:
+        """Cut the bias to `vocab_size`, or fill it up with zeros."""
+        self.bias.data = F.pad(self.bias.data, (0, vocab_size - self.bias.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
-        y: Tensor = self.decoder(self.transform(x))
+        y: Tensor = self.decoder(self.transform(x)) + self.bias
         return y
 
 
@@ -376,9 +423,11 @@ class RetrievaBertForMaskedLM(RetrievaBertPreTrainedModel):
     """The encoder with its masked-language-model head."""
 
     _tied_weights_keys = {  # noqa: RUF012 - transformers reads a plain dict of the class
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
     }
+    # BERT's implementations store the bias under a second name too.
+    _keys_to_ignore_on_load_unexpected = (r"predictions\.decoder\.bias",)
+    accepts_loss_kwargs = True
 
     def __init__(self, config: RetrievaBertConfig) -> None:
         super().__init__(config)
@@ -393,8 +442,14 @@ class RetrievaBertForMaskedLM(RetrievaBertPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the decoder (transformers resizes vocabularies by this)."""
         self.cls.predictions.decoder = new_embeddings
-        self.cls.predictions.bias = new_embeddings.bias
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the vocabulary, the head's bias included; arguments as in transformers."""
+        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.cls.predictions.resize_bias(embeddings.num_embeddings)
+        return embeddings
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -402,15 +457,16 @@ class RetrievaBertForMaskedLM(RetrievaBertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> MaskedLMOutput | tuple[Any, ...]:
+    ) -> MaskedLMOutput:
         """Predict every token; with `labels`, [B, S] and -100 where not asked, also the mean loss.
 
-        The other arguments are those of `RetrievaBertModel.forward`.
+        `num_items_in_batch` is what the loss's sum is divided by, instead of the labels at hand;
+        the other arguments are those of `RetrievaBertModel.forward`.
         """
         outputs = self.bert(
-            input_ids=input_ids,
+            input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
@@ -420,16 +476,219 @@ class RetrievaBertForMaskedLM(RetrievaBertPreTrainedModel):
         logits_BSV = self.cls(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_BSV.float().flatten(0, 1), labels.flatten())
-        output = MaskedLMOutput(
+            loss = self.loss_function(
+                logits=logits_BSV,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return MaskedLMOutput(
             loss=loss,
             logits=logits_BSV,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
 
-def _wants_dict(return_dict: bool | None, config: RetrievaBertConfig) -> bool:
-    wanted: bool = getattr(config, "return_dict", True) if return_dict is None else return_dict
-    return wanted
+class RetrievaBertPooler(nn.Module):
+    """A row's first slot (`<CLS>`) through a dense layer and tanh."""
+
+    def __init__(self, config: RetrievaBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.head_dropout)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, D]."""
+        y_BD: Tensor = self.dropout(torch.tanh(self.dense(x_BSD[:, 0])))
+        return y_BD
+
+
+class RetrievaBertForSequenceClassification(RetrievaBertPreTrainedModel):
+    """The encoder with a label, several labels or a number for each row.
+
+    `config.problem_type` is `regression`, `single_label_classification` or
+    `multi_label_classification`; transformers infers it from `num_labels` and the type of `labels`.
+    """
+
+    def __init__(self, config: RetrievaBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = RetrievaBertModel(config)
+        self.pooler = RetrievaBertPooler(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits [B, number of labels]; with `labels`, [B] or [B, number of labels], also the loss.
+
+        The other arguments are those of `RetrievaBertModel.forward`; pad on the right.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.classifier(self.pooler(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RetrievaBertForTokenClassification(RetrievaBertPreTrainedModel):
+    """The encoder with a label for each token."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: RetrievaBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = RetrievaBertModel(config)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Logits [B, S, number of labels]; with `labels`, [B, S] and -100 for none, also the loss.
+
+        `num_items_in_batch` is what the loss's sum is divided by, instead of the labels at hand;
+        the other arguments are those of `RetrievaBertModel.forward`.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, self.config, num_items_in_batch=num_items_in_batch
+            )
+        return TokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RetrievaBertForQuestionAnswering(RetrievaBertPreTrainedModel):
+    """The encoder with the first and the last token of an answer within each row."""
+
+    def __init__(self, config: RetrievaBertConfig) -> None:
+        super().__init__(config)
+        self.bert = RetrievaBertModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Logits [B, S] of both ends; with their slots, [B] each, also the mean of both losses.
+
+        A slot outside the row counts as no answer and is left out of the loss. The other arguments
+        are those of `RetrievaBertModel.forward`.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        start_BS, end_BS = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_BS, end_BS, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_BS,
+            end_logits=end_BS,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RetrievaBertForMultipleChoice(RetrievaBertPreTrainedModel):
+    """The encoder with a score for each of C choices, every choice a row of its own."""
+
+    def __init__(self, config: RetrievaBertConfig) -> None:
+        super().__init__(config)
+        self.bert = RetrievaBertModel(config)
+        self.pooler = RetrievaBertPooler(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput:
+        """Logits [B, C]; with `labels`, [B], also the loss.
+
+        The other arguments are those of `RetrievaBertModel.forward`, with [B, C, S] for [B, S];
+        pad on the right.
+        """
+        outputs = self.bert(
+            *(
+                None if tensor is None else tensor.flatten(0, 1)
+                for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+            ),
+            return_dict=True,
+            **kwargs,
+        )
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None  # the encoder has seen to that
+        logits_BC = self.classifier(self.pooler(outputs.last_hidden_state)).view(given.shape[:2])
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else F.cross_entropy(logits_BC, labels),
+            logits=logits_BC,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
