@@ -5,7 +5,7 @@ Shape suffixes: B rows, S slots, D hidden, H query heads, G key/value heads, K h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -262,13 +262,18 @@ class RetrievaBertPreTrainedModel(PreTrainedModel):
     config_class = RetrievaBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("RetrievaBertEmbeddings", "RetrievaBertLayer")
+    _no_split_modules: ClassVar = ["RetrievaBertEmbeddings", "RetrievaBertLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     # Trainer divides a loss that is a mean over the batch at hand by its accumulation steps; the
     # heads that take `num_items_in_batch` say so.
     accepts_loss_kwargs = False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers would guess from this file's text, by patterns that change with its releases.
+        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -422,11 +427,11 @@ class RetrievaBertOnlyMLMHead(nn.Module):
 class RetrievaBertForMaskedLM(RetrievaBertPreTrainedModel):
     """The encoder with its masked-language-model head."""
 
-    _tied_weights_keys = {  # noqa: RUF012 - transformers reads a plain dict of the class
+    _tied_weights_keys: ClassVar = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
     }
     # BERT's implementations store the bias under a second name too.
-    _keys_to_ignore_on_load_unexpected = (r"predictions\.decoder\.bias",)
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"predictions\.decoder\.bias"]
     accepts_loss_kwargs = True
 
     def __init__(self, config: RetrievaBertConfig) -> None:
