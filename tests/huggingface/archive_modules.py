@@ -60,3 +60,8 @@ def archive_module(name: str) -> ModuleType:
         # They import the library a second time, from the archive; the installed one is meant.
         transformers.utils.direct_transformers_import = lambda path: transformers
     return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+def has_archive_module(name: str) -> bool:
+    """Whether the archive of the release that is running has this module."""
+    return (archive_tests(transformers.__version__) / f"{name}.py").is_file()

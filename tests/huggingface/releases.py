@@ -90,7 +90,14 @@ def _once(folder: Path, stamp: str, make: Callable[[Path], None]) -> None:
 
 def _fetch_tests(folder: Path, release: str) -> None:
     with tempfile.TemporaryDirectory(dir=_STORE) as scratch:
-        pip = (*_PIP, "download", "--no-deps", "--no-build-isolation", "--no-binary", "transformers")
+        pip = (
+            *_PIP,
+            "download",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            "transformers",
+        )
         subprocess.run([*pip, "--dest", scratch, f"transformers=={release}"], check=True)
         (archive,) = Path(scratch).glob("*.tar.gz")
         prefix = f"transformers-{release}/tests/"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -27,9 +28,7 @@ HEADS = {
 MODELS = (RetrievaBertModel, *HEADS.values())
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<MASK>", "<PAD>", "<CLS>", "<SEP>", "<EOD>")
-_CHARACTERS = sorted(
-    set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,!?吾輩は猫である名前まだ無い")
-)
+_CHARACTERS = f"{string.ascii_letters}{string.digits} .,!?吾輩は猫である名前まだ無い。"
 VOCABULARY = len(_SPECIAL) + len(_CHARACTERS)
 PAD_ID, CLS_ID, SEP_ID = 4, 5, 6
 

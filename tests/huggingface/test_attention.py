@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.huggingface.flash_reference import use_flash_reference
+from tests.huggingface.tiny_models import PAD_ID, VOCABULARY, RetrievaBertModel, tiny_config
+
+BACKENDS = ("eager", "sdpa", "flash")
+LENGTHS = (7, 4, 6)
+SLOTS = 9
+
+
+def _model(backend: str, monkeypatch: pytest.MonkeyPatch) -> RetrievaBertModel:
+    torch.manual_seed(3)
+    model = RetrievaBertModel(tiny_config()).eval()
+    if backend == "flash":
+        use_flash_reference(monkeypatch, model)
+    else:
+        model.set_attn_implementation(backend)
+    return model
+
+
+def _texts() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(11)
+    return [torch.randint(8, VOCABULARY, (length,), generator=draw) for length in LENGTHS]
+
+
+def _alone(model: RetrievaBertModel, texts: list[Tensor]) -> list[Tensor]:
+    return [model(text[None]).last_hidden_state[0] for text in texts]
+
+
+def _assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> object:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_every_backend_gives_the_eager_hidden_states(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = _texts()
+    expected = _alone(_model("eager", monkeypatch), texts)
+    _assert_same(_alone(_model(backend, monkeypatch), texts), expected)
+
+
+@pytest.mark.parametrize("pad_id", [PAD_ID, 0, 20])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_is_never_attended_whatever_its_id(
+    backend: str, side: str, pad_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, texts = _model(backend, monkeypatch), _texts()
+    ids = torch.full((len(texts), SLOTS), pad_id)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    places = [
+        slice(0, length) if side == "right" else slice(SLOTS - length, SLOTS) for length in LENGTHS
+    ]
+    for row, (place, text) in enumerate(zip(places, texts, strict=True)):
+        ids[row, place], mask[row, place] = text, 1
+        positions[row, place] = torch.arange(len(text))
+    hidden = model(
+        ids, attention_mask=mask, position_ids=positions if side == "left" else None
+    ).last_hidden_state
+    found = [hidden[row, place] for row, place in enumerate(places)]
+    _assert_same(found, _alone(model, texts))
+    assert hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_nothing_but_padding_is_finite_and_touches_no_other(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = _model(backend, monkeypatch), _texts()[0]
+    ids = torch.stack([torch.full_like(text, PAD_ID), text])
+    mask = torch.stack([torch.zeros_like(text), torch.ones_like(text)])
+    hidden = model(ids, attention_mask=mask).last_hidden_state
+    assert hidden.isfinite().all()
+    _assert_same([hidden[1]], _alone(model, [text]))
+
+
+def _packed(texts: list[Tensor], padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two rows: the first two texts and `padding` slots, and the third text with padding."""
+    rows = ((0, 1), (2,))
+    slots = LENGTHS[0] + LENGTHS[1] + padding
+    ids = torch.full((2, slots), PAD_ID)
+    positions, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, numbers in enumerate(rows):
+        end = 0
+        for number in numbers:
+            begin, end = end, end + LENGTHS[number]
+            ids[row, begin:end] = texts[number]
+            positions[row, begin:end] = torch.arange(LENGTHS[number])
+            mask[row, begin:end] = 1
+    return ids, positions, mask
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_texts_packed_into_a_row_do_not_see_each_other_nor_the_padding(
+    backend: str, padding: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, texts = _model(backend, monkeypatch), _texts()
+    ids, positions, mask = _packed(texts, padding)
+    hidden = model(
+        ids, attention_mask=mask if masked else None, position_ids=positions
+    ).last_hidden_state
+    first, second, third = LENGTHS
+    found = [hidden[0, :first], hidden[0, first : first + second], hidden[1, :third]]
+    _assert_same(found, _alone(model, texts))
+    assert hidden.isfinite().all()
+
+
+def test_one_row_of_positions_serves_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = _texts()[0]
+    ids, mask = text.expand(2, -1), torch.ones(2, len(text), dtype=torch.long)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    states = [
+        _model(backend, monkeypatch)(ids, mask, positions).last_hidden_state for backend in BACKENDS
+    ]
+    _assert_same(states[1:], [states[0]] * 2)
+
+
+def test_flash_attention_refuses_a_hole_in_a_packed_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, positions, mask = _packed(_texts(), padding=3)
+    mask[0, 2] = 0
+    with pytest.raises(ValueError, match=r"in the middle of a text.*sdpa"):
+        _model("flash", monkeypatch)(ids, attention_mask=mask, position_ids=positions)
+
+
+def test_borders_made_by_a_collator_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = _model("flash", monkeypatch), _texts()
+    borders = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    hidden = model(
+        torch.cat(texts)[None],
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        cu_seq_lens_q=borders,
+        cu_seq_lens_k=borders,
+        max_length_q=max(LENGTHS),
+        max_length_k=max(LENGTHS),
+    ).last_hidden_state[0]
+    _assert_same(list(hidden.split(LENGTHS)), _alone(model, texts))
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_padded_batches_run_under_autocast(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(backend, monkeypatch)
+    ids, positions, mask = _packed(_texts(), padding=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    whole = model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    torch.testing.assert_close(half.float(), whole, atol=0.1, rtol=0.1)
+
+
+def test_a_mask_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 4, 4\); give \[B, S\]"):
+        _model("sdpa", monkeypatch)(torch.zeros(1, 4).long(), torch.ones(1, 1, 4, 4))
+
+
+def test_a_row_longer_than_the_position_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"a row of 65 tokens .* 64; truncate"):
+        _model("sdpa", monkeypatch)(torch.zeros(1, 65).long())
+
+
+def test_attention_weights_leave_out_padding_and_other_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids, positions, mask = _packed(_texts(), padding=3)
+    model = _model("eager", monkeypatch)
+    output = model(ids, mask, positions, output_attentions=True, output_hidden_states=True)
+    assert len(output.attentions) == 2
+    assert len(output.hidden_states) == 3
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    first, second, _ = LENGTHS
+    for weights in output.attentions:
+        assert weights.shape == (2, 4, ids.shape[1], ids.shape[1])
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+        assert not weights[0, :, :first, first:].any()
+        assert not weights[0, :, first : first + second, :first].any()
+        assert not weights[0, :, : first + second, first + second :].any()
