@@ -51,6 +51,9 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
 extras=(dev examples)
 [[ " ${wanted[*]} " != *" peers "* ]] || extras+=(peers words)
 bootstrap "${extras[@]}" || exit 1
+if [[ " ${wanted[*]} " == *" peers "* ]]; then
+    "$python" tests/huggingface/releases.py || exit 1
+fi
 
 left_out=()
 for suite in "${suites[@]}"; do

@@ -10,6 +10,7 @@ above all, comes from the environment. Each release's source archive brings the 
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,14 @@ def _fetched(folder: Path) -> Path:
 
 
 def install() -> None:
-    """Fetch what is not there yet, or is not what is asked for any more."""
+    """Fetch what is not there yet, or is not what is asked for any more; one caller at a time."""
+    _STORE.mkdir(exist_ok=True)
+    with (_STORE / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _fetch_missing()
+
+
+def _fetch_missing() -> None:
     older = older_release()
     for release in {installed_release(), older}:
         _once(_STORE / f"{release}-tests", release, lambda at, of=release: _fetch_tests(at, of))
@@ -79,7 +87,6 @@ def _once(folder: Path, stamp: str, make: Callable[[Path], None]) -> None:
     if stamp_file.is_file() and stamp_file.read_text("utf-8") == stamp:
         return
     print(f"Fetching {folder.name} of transformers ...", file=sys.stderr, flush=True)  # noqa: T201
-    _STORE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_STORE) as scratch:
         made = Path(scratch) / "made"
         make(made)

@@ -51,9 +51,9 @@ def tiny_config(**changes: Any) -> RetrievaBertConfig:
     return RetrievaBertConfig(**{**keys, **changes})
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(characters: str = _CHARACTERS) -> PreTrainedTokenizerFast:
     """A tokenizer of single characters with the pretraining's special tokens and template."""
-    vocabulary = {token: number for number, token in enumerate((*_SPECIAL, *_CHARACTERS))}
+    vocabulary = {token: number for number, token in enumerate((*_SPECIAL, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(
