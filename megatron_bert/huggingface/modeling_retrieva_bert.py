@@ -239,7 +239,7 @@ def flash_arguments(padding_BS: Tensor | None, position_ids: Tensor | None) -> d
     begins_BS = torch.ones_like(text_BS, dtype=torch.bool)
     begins_BS[:, 1:] = text_BS[:, 1:] != text_BS[:, :-1]
     seen_before = text_BS[:, 1:] == text_BS.cummax(1).values[:, :-1]
-    if (begins_BS[:, 1:] & seen_before & (text_BS[:, 1:] >= 0)).any():
+    if (begins_BS[:, 1:] & seen_before).any():
         raise ValueError(
             "attention_mask hides tokens in the middle of a text, which flash attention cannot "
             "do beside position_ids; use attn_implementation='sdpa'"

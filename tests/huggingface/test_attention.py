@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_bert.huggingface.modeling_retrieva_bert import visibility_mask
 from tests.huggingface.flash_reference import use_flash_reference
 from tests.huggingface.tiny_models import PAD_ID, VOCABULARY, RetrievaBertModel, tiny_config
 
@@ -139,15 +140,30 @@ def test_flash_attention_refuses_a_hole_in_a_packed_text(monkeypatch: pytest.Mon
 def test_borders_made_by_a_collator_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = _model("flash", monkeypatch), _texts()
     borders = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    # Positions that never are 0 tell no borders.
+    positions = [torch.arange(1, length + 1)[None] for length in LENGTHS]
     hidden = model(
         torch.cat(texts)[None],
-        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        position_ids=torch.cat(positions, 1),
         cu_seq_lens_q=borders,
         cu_seq_lens_k=borders,
         max_length_q=max(LENGTHS),
         max_length_k=max(LENGTHS),
     ).last_hidden_state[0]
-    _assert_same(list(hidden.split(LENGTHS)), _alone(model, texts))
+    expected = [
+        model(text[None], position_ids=places).last_hidden_state[0]
+        for text, places in zip(texts, positions, strict=True)
+    ]
+    _assert_same(list(hidden.split(LENGTHS)), expected)
+
+
+def test_every_slot_sees_something() -> None:
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    for positions in (None, torch.tensor([[0, 1, 0], [0, 1, 2]])):
+        visible = visibility_mask(mask, positions)
+        assert visible is not None
+        assert visible.any(-1).all()
+        assert not visible[0, 0, 0, 2]
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
