@@ -40,6 +40,8 @@ _SPECIAL = (*_ROLES.values(), EOD)
 # The five pieces that LLM-jp's Hugging Face repositories spell `<MASK|LLM-jp>` and so on.
 _RENAMED_BY_LLM_JP = (MASK, PAD, CLS, SEP, EOD)
 
+_PLAIN = {f"{piece[:-1]}|LLM-jp>": piece for piece in _RENAMED_BY_LLM_JP}
+
 _SPACE = "▁"
 # A log probability below that of any six pieces, the length of a literal <0x41>.
 _NEVER = -1000.0
@@ -53,10 +55,12 @@ class ExportedTokenizer:
         files: text by file name: `tokenizer.json` and `tokenizer_config.json`.
         token_ids: `pad_token_id`, `bos_token_id`, `eos_token_id`, `cls_token_id`, `sep_token_id`
             and `mask_token_id`, None where the vocabulary has no such piece.
+        mask_token: how a mask is written in text.
     """
 
     files: dict[str, str]
     token_ids: dict[str, int | None]
+    mask_token: str
 
 
 def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
@@ -103,7 +107,13 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
             "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
         },
         token_ids={f"{role}_id": ids.get(piece) for role, piece in _ROLES.items()},
+        mask_token=names[MASK],
     )
+
+
+def plain_piece(piece: str) -> str:
+    """A special piece in the spelling of the tokenizers trained here; any other as it is."""
+    return _PLAIN.get(piece, piece)
 
 
 def _special_token(piece: str, name: str) -> tokenizers.AddedToken:

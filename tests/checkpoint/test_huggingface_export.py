@@ -9,73 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
-from megatron_bert.checkpoint.huggingface_names import huggingface_name
-from megatron_bert.checkpoint.store import CheckpointStore, find_checkpoint
+from megatron_bert.checkpoint.huggingface_names import model_parameters
+from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.config.errors import CheckpointError, DataError
-from megatron_bert.config.load import config_dict
-from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.model.bert import BertForPretraining
-from megatron_bert.parallel.random import fill_normal
-from tests.distributed_harness import run_ranks
-from tests.small_model import cpu_topology, packed_inputs, small_config, whole_model
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-VOCABULARY = 512
-
-
-def _model(folder: Path) -> BertForPretraining:
-    """A model whose every parameter, biases and norms too, makes a difference."""
-    config = small_config(data={"tokenizer": str(folder / "tiny.model")})
-    topology = cpu_topology()
-    model = whole_model(config, topology)
-    model.embeddings.word.weight = nn.Parameter(torch.empty(VOCABULARY, config.model.hidden_size))
-    model.head.bias = nn.Parameter(torch.empty(VOCABULARY))
-    for name, parameter in model.named_parameters():
-        fill_normal(
-            parameter,
-            global_shape=parameter.shape,
-            offset=(0,) * parameter.dim(),
-            std=0.2,
-            seed=5,
-            name=name,
-        )
-    return model.eval()
-
-
-def _save(folder: Path, model: BertForPretraining) -> None:
-    config = small_config(data={"tokenizer": str(folder / "tiny.model")})
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors["optim.head.bias.exp_avg"] = torch.zeros(VOCABULARY)
-    state = {
-        "config": config_dict(config),
-        "tokenizer_hash": Tokenizer.load(folder / "tiny.model").hash,
-        "consumed_rows": 80,
-        "data": ["300 documents"],
-        "topology": {"pipeline": 1, "data": 1, "tensor": 1},
-    }
-    CheckpointStore(folder / "run" / "checkpoints", keep=1).save(10, tensors, state)
-
-
-def _save_with_logits(folder: Path) -> None:
-    model = _model(folder)
-    inputs = packed_inputs(3)
-    with torch.no_grad():
-        hidden = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
-        hidden = hidden.unflatten(0, inputs["tokens"].shape)
-        logits = model.head.transform(hidden) @ model.embeddings.word.weight.T + model.head.bias
-    torch.save({"inputs": inputs, "logits": logits}, folder / "expected.pt")
-    _save(folder, model)
+from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
+from tests.small_model import small_config
 
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, a run that has one checkpoint, and the logits of its model."""
     folder = tmp_path_factory.mktemp("export")
-    (folder / "tiny.model").write_bytes(tiny_tokenizer_path.read_bytes())
-    run_ranks(1, _save_with_logits, folder)
+    make_run(folder, tiny_tokenizer_path)
     return folder
 
 
@@ -137,22 +84,16 @@ def test_transformers_alone_gives_the_training_models_logits_and_fills_masks(
 
 
 def test_every_parameter_is_exported_once_under_its_name(run_folder: Path, exported: Path) -> None:
-    ours = _parameters(run_folder)
+    ours = expected_parameters(run_folder)
     theirs = load_file(exported / "model.safetensors")
-    assert sorted(map(huggingface_name, ours)) == sorted(theirs)
-    for name, tensor in ours.items():
-        assert torch.equal(theirs[huggingface_name(name)], tensor), name
-
-
-def _parameters(folder: Path) -> dict[str, Tensor]:
-    run_ranks(1, _write_parameters, folder)
-    values: dict[str, Tensor] = torch.load(folder / "parameters.pt")
-    return values
-
-
-def _write_parameters(folder: Path) -> None:
-    values = {name: p.detach() for name, p in _model(folder).named_parameters()}
-    torch.save(values, folder / "parameters.pt")
+    table = model_parameters(small_config().model, VOCABULARY)
+    assert sorted(p.name for p in table) == sorted(ours)
+    assert sorted(p.theirs for p in table) == sorted(theirs)
+    for parameter in table:
+        assert torch.equal(theirs[parameter.theirs], ours[parameter.name]), parameter
+    # No two hold the same, or an exchange of them would go unnoticed.
+    values = [tensor.flatten().tolist() for tensor in ours.values()]
+    assert not any(a == b for n, a in enumerate(values) for b in values[:n])
 
 
 def test_the_configuration_has_the_published_keys(exported: Path) -> None:
@@ -201,25 +142,3 @@ def test_what_is_no_checkpoint_is_refused_with_a_remedy(tmp_path: Path, place: s
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="name a complete checkpoint"):
         find_checkpoint(tmp_path / place)
-
-
-def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, CHECKOUT / "tools" / "convert_checkpoint.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-
-
-def test_the_tool_exports_inspects_and_refuses(run_folder: Path, tmp_path: Path) -> None:
-    shown = _tool("inspect", run_folder / "run")
-    assert shown.returncode == 0, shown.stderr
-    assert "step        10, 80 rows" in shown.stdout
-    made = _tool("to-hf", "--checkpoint", run_folder / "run", "--output", tmp_path / "out")
-    assert made.returncode == 0, made.stderr
-    assert (tmp_path / "out" / "modeling_retrieva_bert.py").is_file()
-    refused = _tool("to-hf", "--checkpoint", tmp_path / "none", "--output", tmp_path / "other")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: ")
