@@ -79,7 +79,7 @@ def model_card(
     """
     sections = (
         _front_matter(license_id, mask_token),
-        f"# RetrievaBERT encoder, {num_parameters / 1e6:,.1f} M parameters\n",
+        f"# RetrievaBERT encoder, {num_parameters:,} parameters\n",
         "A BERT-type encoder (PreNorm, SwiGLU, learned positions), pretrained by masked language "
         "modelling.\nIts modeling code travels with it: load it with `trust_remote_code=True`.\n",
         "## Usage\n",

@@ -152,8 +152,7 @@ def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
         byte_fallback=model.byte_fallback,
     )
     tokenizer = tokenizers.Tokenizer(unigram)
-    if steps := _normalization(model):
-        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.normalizer = normalizers.Sequence(_normalization(model))
     tokenizer.pre_tokenizer = _pre_tokenizer(model)
     prefix = [decoders.Strip(_SPACE, 1, 0)] if model.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
@@ -184,24 +183,49 @@ def _exported_names(model: SentencePieceModel) -> dict[str, str]:
 
 
 def _normalization(model: SentencePieceModel) -> list[normalizers.Normalizer]:
-    steps: list[normalizers.Normalizer] = []
-    if model.charsmap:
-        steps.append(normalizers.Precompiled(model.charsmap))
+    steps = _rules(model.charsmap) if model.charsmap else []
+    space = " "
     if model.remove_extra_whitespaces:
         # Not normalizers.Strip: it would take tabs, line ends and ideographic spaces too.
         steps += [
-            normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(tokenizers.Regex(rf"[ {_SPACE}]+\z"), ""),
             normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
         ]
-    return steps
+        if model.add_dummy_prefix:
+            # The first of a text's own spaces is its prefix; were it removed, the pre-tokenizer
+            # would not know the text's beginning any more.
+            space = r"(?!\A) "
+        else:
+            steps.append(normalizers.Replace(tokenizers.Regex(r"\A "), ""))
+    # Here already: the pre-tokenizer then tells the dummy prefix from a text's own space.
+    return [*steps, normalizers.Replace(tokenizers.Regex(space), _SPACE)]
+
+
+def _rules(charsmap: bytes) -> list[normalizers.Normalizer]:
+    """SentencePiece's rules, which rewrite the longest sequence that has one.
+
+    The library applies them to whole graphemes of some bytes and to single characters of longer
+    ones: sequences are composed before it and after.
+    """
+    rules = normalizers.Precompiled(charsmap)
+    steps: list[normalizers.Normalizer] = [rules]
+    if rules.normalize_str("e\u0301") == "é":
+        steps = [normalizers.NFC(), rules, normalizers.NFC()]
+    line_end = rules.normalize_str("\r") + rules.normalize_str("\n")
+    # One grapheme, of which only the first character's rule would be applied.
+    return [normalizers.Replace("\r\n", line_end), *steps] if line_end != "\r\n" else steps
 
 
 def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
-    """Spaces as ▁, the dummy prefix, and user-defined pieces alone, as SentencePiece has them."""
-    prefix = "first" if model.add_dummy_prefix else "never"
-    steps: list[pre_tokenizers.PreTokenizer] = [
-        pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=prefix, split=False)
-    ]
+    """The dummy prefix, and user-defined pieces alone, as SentencePiece has them."""
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if model.add_dummy_prefix:
+        # A Metaspace leaves out its prefix before a text that begins with the like. The first one
+        # here prepends a space, which no normalized text has, and the second rewrites that.
+        steps += [
+            pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
+            pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
+        ]
     defined = [p.text for p in model.pieces if p.kind == USER_DEFINED and p.text not in _SPECIAL]
     if defined:
         # Longest first: of two that begin alike SentencePiece takes the longer.
