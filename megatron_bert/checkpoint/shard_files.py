@@ -177,6 +177,8 @@ def _chunks(pieces: Sequence[Piece], with_places: bool) -> Iterator[bytes | memo
         assert len(data) == piece.size, piece.name
         for begin in range(0, len(data), _CHUNK_BYTES):
             yield data[begin : begin + _CHUNK_BYTES]
+        # Before the next piece is made: the two would stand in memory together.
+        del data
 
 
 def _header(pieces: Sequence[Piece], with_places: bool) -> bytes:

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_bert.checkpoint import huggingface_export, shard_files
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
+from megatron_bert.checkpoint.huggingface_import import import_model
 from megatron_bert.checkpoint.huggingface_names import model_parameters
+from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.checkpoint.shard_files import Piece, write_file
 from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.config.errors import CheckpointError, DataError
 from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
@@ -57,6 +65,7 @@ base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert base(inputs["tokens"].long()).last_hidden_state.shape == (3, inputs["tokens"].shape[1], 32)
 model.save_pretrained(sys.argv[3])
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+assert tokenizer.model_max_length == 64, tokenizer.model_max_length
 assert tokenizer.mask_token == "<MASK>" and tokenizer.mask_token_id == 3, tokenizer.mask_token
 fill = pipeline("fill-mask", folder, tokenizer=tokenizer, trust_remote_code=True)
 guesses = fill("吾輩は<MASK>である")
@@ -123,6 +132,62 @@ def test_a_directory_that_holds_something_is_left_alone(run_folder: Path, tmp_pa
     with pytest.raises(CheckpointError, match="exists already"):
         export_checkpoint(find_checkpoint(run_folder / "run"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("way", ["to-hf", "from-hf"])
+def test_a_disk_that_fills_up_leaves_nothing_behind(
+    run_folder: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    def write_half(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in (huggingface_export, shard_files):
+        monkeypatch.setattr(module, "write_file", write_half)
+    ways: dict[str, Callable[[], object]] = {
+        "to-hf": partial(export_checkpoint, find_checkpoint(run_folder / "run"), tmp_path / "new"),
+        "from-hf": partial(import_model, exported, tmp_path / "new"),
+    }
+    with pytest.raises(CheckpointError, match=r"cannot write .*new: .*No space left.*free space"):
+        ways[way]()
+    assert not any(tmp_path.iterdir())
+
+
+def _checkpoint_of(folder: Path, state: dict[str, Any], *pieces: Piece) -> Path:
+    """A checkpoint whose every file is intact, with other tensors."""
+    folder.mkdir()
+    files = {}
+    for number, piece in enumerate(pieces):
+        name = f"shard-{number}.safetensors"
+        files[name] = write_file(folder / name, [piece], lambda: None)
+    Manifest(3, files, state).write(folder)
+    return folder
+
+
+def _piece(name: str, rows: int, first: int = 0, width: int = 32) -> Piece:
+    tensor = torch.zeros(rows, width)
+    return Piece(name, tensor.dtype, (rows, width), (first, 0), lambda: tensor)
+
+
+def test_all_tensors_that_do_not_fit_the_manifest_are_named(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    state: Any = Manifest.read(find_checkpoint(run_folder / "run")).state
+    word = "model.embeddings.word.weight"
+    torn = _checkpoint_of(tmp_path / "torn", state, _piece(word, 4), _piece(word, 4, first=6))
+    with pytest.raises(CheckpointError, match=f"incomplete in the checkpoint: {word}"):
+        export_checkpoint(torn, tmp_path / "new")
+    none = _checkpoint_of(tmp_path / "none", state, _piece("optim.x", 4))
+    with pytest.raises(CheckpointError, match="holds no model"):
+        export_checkpoint(none, tmp_path / "new")
+    pieces = (_piece(word, 512, width=31), _piece("model.pooler", 2))
+    other = _checkpoint_of(tmp_path / "other", state, *pieces)
+    with pytest.raises(CheckpointError) as error:
+        export_checkpoint(other, tmp_path / "new")
+    assert "blocks.{0-1}.feed_forward.up.bias" in str(error.value)
+    assert "unknown: pooler" in str(error.value)
+    assert "of another shape than its manifest says: embeddings.word.weight" in str(error.value)
+    assert not (tmp_path / "new").exists()
 
 
 def test_another_tokenizer_than_the_runs_is_refused_with_both_hashes(
