@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from megatron_bert.checkpoint import huggingface_export, shard_files
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
@@ -20,9 +22,10 @@ from megatron_bert.checkpoint.huggingface_import import import_model
 from megatron_bert.checkpoint.huggingface_names import model_parameters
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.shard_files import Piece, write_file
-from megatron_bert.checkpoint.store import find_checkpoint
+from megatron_bert.checkpoint.store import CheckpointStore, find_checkpoint
 from megatron_bert.config.errors import CheckpointError, DataError
 from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
+from tests.distributed_harness import run_ranks
 from tests.small_model import small_config
 
 
@@ -103,6 +106,28 @@ def test_every_parameter_is_exported_once_under_its_name(run_folder: Path, expor
     # No two hold the same, or an exchange of them would go unnoticed.
     values = [tensor.flatten().tolist() for tensor in ours.values()]
     assert not any(a == b for n, a in enumerate(values) for b in values[:n])
+
+
+def _save_sharded(folder: Path) -> None:
+    """Save the run's weights again, in blocks over six ranks, some of them uneven."""
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
+    tensors = {}
+    for name, whole in expected_parameters(folder).items():
+        places = (Shard(0), Shard(1)) if whole.dim() == 2 else (Shard(0), Replicate())
+        tensors[f"model.{name}"] = distribute_tensor(whole, mesh, places)
+    manifest = Manifest.read(find_checkpoint(folder / "run"))
+    CheckpointStore(folder / "sharded", keep=1).save(10, tensors, manifest.state)
+
+
+def test_a_checkpoint_of_many_ranks_gives_the_same_file(
+    run_folder: Path, exported: Path, tmp_path: Path
+) -> None:
+    run_ranks(6, _save_sharded, run_folder)
+    checkpoint = run_folder / "sharded" / "step_00000010"
+    assert len(list(checkpoint.glob("*.safetensors"))) == 6
+    export_checkpoint(checkpoint, tmp_path / "new")
+    weights = (tmp_path / "new" / "model.safetensors").read_bytes()
+    assert weights == (exported / "model.safetensors").read_bytes()
 
 
 def test_the_configuration_has_the_published_keys(exported: Path) -> None:

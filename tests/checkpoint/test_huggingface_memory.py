@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_bert.benchmark.process import (
@@ -60,6 +61,7 @@ def _rises(small: Path, large: Path) -> list[float]:
     return [there_mb, peak_resident_megabytes() - before_mb]
 
 
+@pytest.mark.slow
 def test_conversion_takes_twice_the_largest_tensor_and_a_file(
     tiny_tokenizer_path: Path, tmp_path: Path
 ) -> None:

@@ -303,7 +303,7 @@ json.dump([ids, tokenizer.batch_decode(ids)], open(sys.argv[3], "w"))
 """
 
 
-@pytest.mark.parametrize("which", ["tiny", "llm_jp"])
+@pytest.mark.parametrize("which", ["tiny", pytest.param("llm_jp", marks=pytest.mark.slow)])
 def test_transformers_loads_it_and_gives_sentencepieces_ids(
     tiny_tokenizer_path: Path, tmp_path: Path, request: pytest.FixtureRequest, which: str
 ) -> None:
