@@ -1,9 +1,10 @@
-"""Convert training checkpoints for Hugging Face's transformers, or show what is in one."""
+"""Convert training checkpoints for Hugging Face's transformers and back, or show what is in one."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +12,46 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
+from megatron_bert.checkpoint.huggingface_import import TOKENIZER_NAME, import_model
+from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.store import find_checkpoint
-from megatron_bert.checkpoint.summary import describe_checkpoint
+from megatron_bert.checkpoint.summary import (
+    describe_checkpoint,
+    describe_huggingface,
+    is_huggingface,
+)
 from megatron_bert.config.errors import run_cli
+from megatron_bert.config.yaml_text import format_document
+from megatron_bert.training.run_figures import run_figures
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_to_hf(commands)
+    _add_from_hf(commands)
+    inspect = commands.add_parser(
+        "inspect",
+        help="print step, shape and content of a checkpoint or a Hugging Face directory",
+        description="Print what a checkpoint or a Hugging Face directory holds.",
+    )
+    inspect.add_argument(
+        "directory", type=Path, metavar="DIR", help="a checkpoint, a run, or what to-hf has written"
+    )
+    inspect.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not read a checkpoint's files to compare them with its manifest",
+    )
+    return parser
+
+
+def _add_to_hf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     to_hf = commands.add_parser(
         "to-hf",
         help="write a directory for AutoModelForMaskedLM and AutoTokenizer",
         description="Write a directory that transformers loads with trust_remote_code=True: "
-        "config.json, modeling code, model.safetensors, tokenizer.",
+        "config.json, modeling code, model.safetensors, tokenizer, model card.",
     )
     to_hf.add_argument(
         "--checkpoint",
@@ -33,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint (runs/NAME/checkpoints/step_00001234), or a run directory, whose "
         "newest intact one is taken",
     )
-    to_hf.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="directory to make"
-    )
+    _add_output(to_hf, "directory to make")
     to_hf.add_argument(
         "--dtype",
         choices=("fp32", "bf16"),
@@ -48,25 +74,93 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the tokenizer of the run, where it no longer lies where the run found it",
     )
-    inspect = commands.add_parser(
-        "inspect",
-        help="print step, shape and content of a checkpoint",
-        description="Print step, model, content and integrity of a checkpoint.",
+    to_hf.add_argument(
+        "--license",
+        type=_license,
+        default="unknown",
+        metavar="ID",
+        help="licence of the weights for the model card, e.g. apache-2.0 (default: %(default)s)",
     )
-    inspect.add_argument("checkpoint", type=Path, metavar="DIR", help="a checkpoint or run")
-    return parser
+
+
+def _add_from_hf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from_hf = commands.add_parser(
+        "from-hf",
+        help="write a checkpoint that pretraining goes on from",
+        description="Write a checkpoint of step 0 with the weights of a directory that to-hf or "
+        "save_pretrained has written, for checkpoint.resume in a new run.dir, in any layout.",
+    )
+    from_hf.add_argument(
+        "--model", required=True, type=Path, metavar="DIR", help="config.json and safetensors"
+    )
+    _add_output(from_hf, "the checkpoint's folder, to make")
+    from_hf.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="the tokenizer that the run's data are made with (default: DIR/tokenizer.json)",
+    )
+    from_hf.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="rows of the embedding table to have; added ones change nothing (default: as it is)",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=text)
+
+
+def _license(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none; give the Hub's identifier, e.g. apache-2.0, cc-by-sa-4.0 or other"
+        )
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one of the commands."""
     logging.basicConfig(format="%(message)s")
     options = _parser().parse_args(arguments)
+    command = {"to-hf": _to_hf, "from-hf": _from_hf, "inspect": _inspect}[options.command]
+    command(options)
+
+
+def _to_hf(options: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(options.checkpoint)
-    if options.command == "inspect":
-        sys.stdout.write("".join(f"{line}\n" for line in describe_checkpoint(checkpoint)))
-        return
-    export_checkpoint(checkpoint, options.output, options.dtype, options.tokenizer)
+    export_checkpoint(
+        checkpoint,
+        options.output,
+        options.dtype,
+        options.tokenizer,
+        figures=run_figures(checkpoint, Manifest.read(checkpoint).step),
+        license_id=options.license,
+    )
     sys.stdout.write(f"wrote {options.output}, the model of {checkpoint} in {options.dtype}\n")
+
+
+def _from_hf(options: argparse.Namespace) -> None:
+    model = import_model(options.model, options.output, options.tokenizer, options.vocab_size)
+    keys = {
+        "model": model.model_dump(mode="json", exclude={"preset"}),
+        "data": {"tokenizer": str(options.tokenizer or options.model / TOKENIZER_NAME)},
+        "checkpoint": {"resume": str(options.output)},
+    }
+    sys.stdout.write(
+        f"wrote {options.output}, a checkpoint of step 0. A run that goes on from it, in any "
+        f"layout, has\n{format_document(keys)}"
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    if is_huggingface(options.directory):
+        lines = describe_huggingface(options.directory)
+    else:
+        folder = find_checkpoint(options.directory)
+        lines = describe_checkpoint(folder, verify=not options.no_verify)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -3,163 +3,143 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bert.checkpoint.huggingface_names import huggingface_name
-from megatron_bert.checkpoint.manifest import reading_state, verified_manifest
-from megatron_bert.checkpoint.tensors import read_whole, saved_shapes
+from megatron_bert.checkpoint.huggingface_card import RunFigures, model_card
+from megatron_bert.checkpoint.huggingface_config import (
+    CONFIG_NAME,
+    ExportDtype,
+    huggingface_config,
+    modeling_code,
+)
+from megatron_bert.checkpoint.huggingface_names import Parameter, listed, model_parameters
+from megatron_bert.checkpoint.huggingface_weights import WEIGHTS_NAME
+from megatron_bert.checkpoint.manifest import verified_manifest
+from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
+from megatron_bert.checkpoint.run_state import MODEL_PREFIX, RunState
+from megatron_bert.checkpoint.shard_files import Piece, write_file
+from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
 from megatron_bert.config.errors import CheckpointError, DataError
-from megatron_bert.config.places import check_place
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_export import export_tokenizer
-from megatron_bert.files import sync_to_disk, temporary_path
-
-ExportDtype = Literal["fp32", "bf16"]
+from megatron_bert.files import write_durably
 
 _DTYPES: Mapping[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_MODEL_PREFIX = "model."
-_CODE = ("configuration_retrieva_bert.py", "modeling_retrieva_bert.py")
+_WORD = "embeddings.word.weight"
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, dtype: ExportDtype = "fp32", tokenizer: Path | None = None
+    checkpoint: Path,
+    output: Path,
+    dtype: ExportDtype = "fp32",
+    tokenizer: Path | None = None,
+    *,
+    figures: RunFigures | None = None,
+    license_id: str = "unknown",
 ) -> None:
-    """Write `output`: configuration, modeling code, weights and tokenizer of a checkpoint.
+    """Write `output`: configuration, modeling code, weights, tokenizer and card of a checkpoint.
 
-    The directory appears whole or not at all; the checkpoint is verified first.
+    The directory appears whole or not at all; the checkpoint is verified first. Weights pass
+    through memory one after another (`read_whole_tensors`).
 
     Args:
         checkpoint: a checkpoint's folder (`step_00001234`), saved under any layout.
         output: the directory to make; it must not exist yet, or be empty.
         dtype: type of the written weights.
         tokenizer: the tokenizer's file; default: the path in the checkpoint's configuration.
+        figures: what the run measured until then, for the card; None where that is not known.
+        license_id: for the card.
 
     Raises:
-        UserError: `output` climbs out by `..`.
         CheckpointError: the checkpoint is missing or damaged, or `output` cannot be made.
         DataError: the tokenizer is missing or is not the one that the run was trained with.
     """
-    check_place(output)
-    output = output.absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already; name a new directory, or remove it first")
+    check_is_new(output)
     manifest = verified_manifest(checkpoint)
-    with reading_state(checkpoint):
-        run_config: Any = manifest.state["config"]
-        tokenizer_path = tokenizer or Path(run_config["data"]["tokenizer"])
-        trained_hash = str(manifest.state["tokenizer_hash"])
-        model_keys = run_config["model"]
-    _check_tokenizer(tokenizer_path, trained_hash, checkpoint)
-    model = _model_config(model_keys, checkpoint)
-    exported = export_tokenizer(tokenizer_path, model.max_position_embeddings)
-    shapes = _model_shapes(checkpoint)
-    vocab_size = shapes["embeddings.word.weight"][0]
+    state = RunState(checkpoint, manifest)
+    tokenizer = state.tokenizer if tokenizer is None else tokenizer
+    _check_tokenizer(tokenizer, state)
+    model, shapes = state.model, _model_shapes(checkpoint)
+    vocab_size = shapes[_WORD][0]
+    parameters = _checked_parameters(checkpoint, model, vocab_size, shapes)
+    exported = export_tokenizer(tokenizer, model.max_position_embeddings)
     config = huggingface_config(model, vocab_size, dtype, exported.token_ids)
-    staging = temporary_path(output)
-    try:
-        staging.mkdir(parents=True)
-        tensors = dict(_renamed(checkpoint, shapes, _DTYPES[dtype]))
-        weights, settings = staging / "model.safetensors", staging / "config.json"
-        save_file(tensors, weights, metadata={"format": "pt"})
-        settings.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        # safetensors lets nobody but the owner read its files.
-        weights.chmod(settings.stat().st_mode)
-        for name, text in exported.files.items():
-            (staging / name).write_text(text, "utf-8")
-        code = resources.files("megatron_bert.huggingface")
-        for name in _CODE:
-            (staging / name).write_bytes((code / name).read_bytes())
-        for path in staging.iterdir():
-            sync_to_disk(path)
-        staging.replace(output)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {output}: {error}; free space or name another place"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    sync_to_disk(output.parent)
-
-
-def huggingface_config(
-    model: ModelConfig, vocab_size: int, dtype: ExportDtype, token_ids: Mapping[str, int | None]
-) -> dict[str, Any]:
-    """The content of `config.json`, under RetrievaBERT's published keys."""
-    return {
-        "architectures": ["RetrievaBertForMaskedLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_retrieva_bert.RetrievaBertConfig",
-            "AutoModel": "modeling_retrieva_bert.RetrievaBertModel",
-            "AutoModelForMaskedLM": "modeling_retrieva_bert.RetrievaBertForMaskedLM",
-        },
-        "model_type": "retrieva-bert",
-        "vocab_size": vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "intermediate_size": model.ffn_hidden_size,
-        "hidden_act": "silu",
-        "mlp_bias": True,
-        "lm_head_hidden_act": "gelu",
-        "hidden_dropout_prob": model.hidden_dropout,
-        "attention_probs_dropout_prob": model.attention_dropout,
-        "max_position_embeddings": model.max_position_embeddings,
-        "position_embedding_type": "absolute",
-        "type_vocab_size": 0,
-        "initializer_range": model.init_std,
-        "layer_norm_eps": model.norm_eps,
-        "tie_word_embeddings": True,
-        "torch_dtype": str(_DTYPES[dtype]).removeprefix("torch."),
-        **{key: token_ids[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    card = model_card(
+        config,
+        num_parameters=sum(parameter.size for parameter in parameters),
+        mask_token=exported.mask_token,
+        state=state,
+        figures=figures,
+        license_id=license_id,
+    )
+    small_files: dict[str, str | bytes] = {
+        CONFIG_NAME: json.dumps(config, indent=2) + "\n",
+        "README.md": card,
+        **exported.files,
+        **modeling_code(),
     }
+    with new_directory(output) as staging:
+        for name, content in small_files.items():
+            write_durably(staging / name, content)
+        pieces = list(_pieces(checkpoint, parameters, _DTYPES[dtype]))
+        write_file(staging / WEIGHTS_NAME, pieces, lambda: None, with_places=False)
 
 
-def _check_tokenizer(path: Path, trained_hash: str, checkpoint: Path) -> None:
+def _check_tokenizer(path: Path, state: RunState) -> None:
     found = Tokenizer.load(path).hash
-    if found != trained_hash:
+    if found != state.tokenizer_hash:
         raise DataError(
-            f"tokenizer {path} has the hash {found}, but {checkpoint} was trained with one of "
-            f"{trained_hash}; name that one with --tokenizer"
+            f"tokenizer {path} has the hash {found}, but {state.folder} was trained with one of "
+            f"{state.tokenizer_hash}; name that one with --tokenizer"
         )
-
-
-def _model_config(keys: Any, checkpoint: Path) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(keys)
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{checkpoint}: the model's shape in its manifest cannot be read ({error}); use the "
-            "version of this program that wrote it"
-        ) from error
 
 
 def _model_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters, by their names in the model."""
     shapes = {
-        name.removeprefix(_MODEL_PREFIX): shape
+        name.removeprefix(MODEL_PREFIX): shape
         for name, shape in saved_shapes(checkpoint).items()
-        if name.startswith(_MODEL_PREFIX)
+        if name.startswith(MODEL_PREFIX)
     }
-    if "embeddings.word.weight" not in shapes:
+    if _WORD not in shapes:
         raise CheckpointError(f"{checkpoint}: holds no model; name a checkpoint of a training run")
     return shapes
 
 
-def _renamed(
-    checkpoint: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in shapes.items():
-        whole = read_whole(checkpoint, _MODEL_PREFIX + name, shape)
-        yield huggingface_name(name), whole.to(dtype)
+def _checked_parameters(
+    checkpoint: Path, model: ModelConfig, vocab_size: int, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Parameter]:
+    """The model's parameters, which must be those that the checkpoint holds."""
+    parameters = model_parameters(model, vocab_size)
+    expected = {parameter.name: parameter.shape for parameter in parameters}
+    wrong = {
+        "missing": [name for name in expected if name not in shapes],
+        "unknown": [name for name in shapes if name not in expected],
+        "of another shape than its manifest says": [
+            name for name, shape in expected.items() if shapes.get(name, shape) != shape
+        ],
+    }
+    if any(wrong.values()):
+        raise CheckpointError(
+            f"{checkpoint}: cannot be converted; "
+            + "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
+        )
+    return parameters
+
+
+def _pieces(checkpoint: Path, parameters: list[Parameter], dtype: torch.dtype) -> Iterator[Piece]:
+    """The file's tensors, each read when its turn to be written comes."""
+    shapes = {MODEL_PREFIX + parameter.name: parameter.shape for parameter in parameters}
+    # Of one type, they are written in the order in which they are read.
+    wholes = read_whole_tensors(checkpoint, shapes)
+
+    def resolve() -> Tensor:
+        return next(wholes).to(dtype)
+
+    for parameter in parameters:
+        yield Piece(parameter.theirs, dtype, parameter.shape, (0,) * len(parameter.shape), resolve)

@@ -1,46 +1,148 @@
-"""The one table of parameter names: this project's and Hugging Face's.
+"""The one table of parameters: this project's names, Hugging Face's, and shapes.
 
 The right side is RetrievaBERT's as far as it is published (MegatronBert's names with Llama's MLP).
 Matrices are laid out alike on both sides, `[out, in]`, and nothing is fused, so that a name is all
-that changes.
+that changes. To correct a name, correct it here: both directions of the conversion, and `inspect`,
+go by these rows.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 from types import MappingProxyType
 
-_MODULES: Mapping[str, str] = MappingProxyType(
+from megatron_bert.config.schema import ModelConfig
+
+# `*` stands for a layer's number. Letters of a shape: V vocabulary, P positions, D hidden,
+# K key/value heads x head size, F feed-forward.
+_TABLE = (
+    ("embeddings.word.weight", "bert.embeddings.word_embeddings.weight", "VD"),
+    ("embeddings.position.weight", "bert.embeddings.position_embeddings.weight", "PD"),
+    ("blocks.*.attention_norm.weight", "bert.encoder.layer.*.attention.ln.weight", "D"),
+    ("blocks.*.attention_norm.bias", "bert.encoder.layer.*.attention.ln.bias", "D"),
+    ("blocks.*.attention.query.weight", "bert.encoder.layer.*.attention.self.query.weight", "DD"),
+    ("blocks.*.attention.query.bias", "bert.encoder.layer.*.attention.self.query.bias", "D"),
+    ("blocks.*.attention.key.weight", "bert.encoder.layer.*.attention.self.key.weight", "KD"),
+    ("blocks.*.attention.key.bias", "bert.encoder.layer.*.attention.self.key.bias", "K"),
+    ("blocks.*.attention.value.weight", "bert.encoder.layer.*.attention.self.value.weight", "KD"),
+    ("blocks.*.attention.value.bias", "bert.encoder.layer.*.attention.self.value.bias", "K"),
+    (
+        "blocks.*.attention.output.weight",
+        "bert.encoder.layer.*.attention.output.dense.weight",
+        "DD",
+    ),
+    ("blocks.*.attention.output.bias", "bert.encoder.layer.*.attention.output.dense.bias", "D"),
+    ("blocks.*.feed_forward_norm.weight", "bert.encoder.layer.*.ln.weight", "D"),
+    ("blocks.*.feed_forward_norm.bias", "bert.encoder.layer.*.ln.bias", "D"),
+    ("blocks.*.feed_forward.gate.weight", "bert.encoder.layer.*.mlp.gate_proj.weight", "FD"),
+    ("blocks.*.feed_forward.gate.bias", "bert.encoder.layer.*.mlp.gate_proj.bias", "F"),
+    ("blocks.*.feed_forward.up.weight", "bert.encoder.layer.*.mlp.up_proj.weight", "FD"),
+    ("blocks.*.feed_forward.up.bias", "bert.encoder.layer.*.mlp.up_proj.bias", "F"),
+    ("blocks.*.feed_forward.down.weight", "bert.encoder.layer.*.mlp.down_proj.weight", "DF"),
+    ("blocks.*.feed_forward.down.bias", "bert.encoder.layer.*.mlp.down_proj.bias", "D"),
+    ("final_norm.weight", "bert.encoder.ln.weight", "D"),
+    ("final_norm.bias", "bert.encoder.ln.bias", "D"),
+    ("head.dense.weight", "cls.predictions.transform.dense.weight", "DD"),
+    ("head.dense.bias", "cls.predictions.transform.dense.bias", "D"),
+    ("head.norm.weight", "cls.predictions.transform.LayerNorm.weight", "D"),
+    ("head.norm.bias", "cls.predictions.transform.LayerNorm.bias", "D"),
+    ("head.bias", "cls.predictions.bias", "V"),
+)
+
+TIED: Mapping[str, str] = MappingProxyType(
     {
-        "embeddings.word": "bert.embeddings.word_embeddings",
-        "embeddings.position": "bert.embeddings.position_embeddings",
-        "blocks.*.attention_norm": "bert.encoder.layer.*.attention.ln",
-        "blocks.*.attention.query": "bert.encoder.layer.*.attention.self.query",
-        "blocks.*.attention.key": "bert.encoder.layer.*.attention.self.key",
-        "blocks.*.attention.value": "bert.encoder.layer.*.attention.self.value",
-        "blocks.*.attention.output": "bert.encoder.layer.*.attention.output.dense",
-        "blocks.*.feed_forward_norm": "bert.encoder.layer.*.ln",
-        "blocks.*.feed_forward.gate": "bert.encoder.layer.*.mlp.gate_proj",
-        "blocks.*.feed_forward.up": "bert.encoder.layer.*.mlp.up_proj",
-        "blocks.*.feed_forward.down": "bert.encoder.layer.*.mlp.down_proj",
-        "final_norm": "bert.encoder.ln",
-        "head.dense": "cls.predictions.transform.dense",
-        "head.norm": "cls.predictions.transform.LayerNorm",
-        "head": "cls.predictions",
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
 )
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""Second Hugging Face names of a parameter, which a file may hold too, or in place of the first."""
+
+BUFFERS = frozenset({"bert.embeddings.position_ids"})
+"""Hugging Face names that older versions of transformers save, and that hold no parameter."""
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def huggingface_name(name: str) -> str:
-    """Return the Hugging Face name of a parameter of `BertForPretraining`.
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the whole model.
 
-    Raises:
-        KeyError: the table has no such parameter.
+    Attributes:
+        name: in `BertForPretraining`.
+        theirs: in a Hugging Face directory.
+        shape: on both sides.
+        has_vocabulary: whether the first dimension counts rows of the vocabulary.
     """
-    module, _, kind = name.rpartition(".")
-    layer = _LAYER.search(module)
-    if layer is None:
-        return f"{_MODULES[module]}.{kind}"
-    return f"{_MODULES[_LAYER.sub('*', module)]}.{kind}".replace("*", layer[0])
+
+    name: str
+    theirs: str
+    shape: tuple[int, ...]
+    has_vocabulary: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def model_parameters(model: ModelConfig, vocab_size: int) -> list[Parameter]:
+    """Return every parameter of a model, in the order in which its layers compute.
+
+    Args:
+        model: the encoder's shape.
+        vocab_size: rows of the embedding table, padding included.
+    """
+    sizes = {
+        "V": vocab_size,
+        "P": model.max_position_embeddings,
+        "D": model.hidden_size,
+        "K": model.num_query_groups * model.head_dim,
+        "F": model.ffn_hidden_size,
+    }
+    parameters = []
+    for in_layers, rows in groupby(_TABLE, key=lambda row: "*" in row[0]):
+        rows_of_part = list(rows)
+        for number in range(model.num_layers if in_layers else 1):
+            for ours, theirs, letters in rows_of_part:
+                parameters.append(
+                    Parameter(
+                        ours.replace("*", str(number)),
+                        theirs.replace("*", str(number)),
+                        tuple(sizes[letter] for letter in letters),
+                        "V" in letters,
+                    )
+                )
+    return parameters
+
+
+def listed(names: Iterable[str]) -> str:
+    """Name all of `names` in few words: those that differ in the layer's number alone are joined.
+
+    `a.0.b, a.1.b, a.2.b, c` becomes `a.{0-2}.b, c`.
+    """
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        number = _NUMBER.search(name)
+        form = name if number is None else _NUMBER.sub("{}", name, count=1)
+        numbers.setdefault(form, []).extend([] if number is None else [int(number[0])])
+    return ", ".join(
+        form.replace("{}", _ranges(sorted(found)), 1) for form, found in numbers.items()
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[3]` as `3`, `[0, 1, 2, 5]` as `{0-2,5}`."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return "{" + ",".join(texts) + "}"

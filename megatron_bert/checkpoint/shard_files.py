@@ -88,14 +88,38 @@ class ShardWriter(HuggingFaceStorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the items of `plan`; DCP asks for a future, but all is done when it gets one."""
         pieces = [_piece(item, planner) for item in plan.items]
-        files = list(split_by_size(pieces, self._max_file_bytes))
         shard = plan.storage_data["shard_index"]
-        for number, of_file in enumerate(files, start=1):
-            name = f"shard-{shard:05d}-model-{number:05d}-of-{len(files):05d}{TENSOR_SUFFIX}"
-            self.records[name] = write_file(self._folder / name, of_file, self._check)
+        self.records |= write_shard(self._folder, shard, pieces, self._max_file_bytes, self._check)
         done: Future[list[WriteResult]] = Future()
         done.set_result([])
         return done
+
+
+def write_shard(
+    folder: Path,
+    shard: int,
+    pieces: Sequence[Piece],
+    max_file_bytes: int,
+    check: Callable[[], None],
+) -> dict[str, FileRecord]:
+    """Write what one rank holds into files of at most `max_file_bytes`; return their records.
+
+    Args:
+        folder: Where the files go.
+        shard: 1-based number of the rank's shard.
+        pieces: The tensors, in the order of the files.
+        max_file_bytes: See `ShardWriter`.
+        check: See `write_file`.
+
+    Raises:
+        OSError: The host could not write.
+    """
+    records: dict[str, FileRecord] = {}
+    files = list(split_by_size(pieces, max_file_bytes))
+    for number, of_file in enumerate(files, start=1):
+        name = f"shard-{shard:05d}-model-{number:05d}-of-{len(files):05d}{TENSOR_SUFFIX}"
+        records[name] = write_file(folder / name, of_file, check)
+    return records
 
 
 def split_by_size(pieces: Sequence[Piece], max_bytes: int) -> Iterator[list[Piece]]:
@@ -112,7 +136,13 @@ def split_by_size(pieces: Sequence[Piece], max_bytes: int) -> Iterator[list[Piec
         yield group
 
 
-def write_file(path: Path, pieces: Sequence[Piece], check: Callable[[], None]) -> FileRecord:
+def write_file(
+    path: Path,
+    pieces: Sequence[Piece],
+    check: Callable[[], None],
+    *,
+    with_places: bool = True,
+) -> FileRecord:
     """Write a safetensors file durably and return its record.
 
     The checksum is taken from memory on the way out: taken from the file afterwards, it would
@@ -122,6 +152,7 @@ def write_file(path: Path, pieces: Sequence[Piece], check: Callable[[], None]) -
         path: The file, which must not exist yet.
         pieces: Its tensors; their names must differ.
         check: Called before every write; what it raises ends the writing.
+        with_places: Say in the header where the pieces lie in the whole tensors, for DCP's reader.
 
     Raises:
         OSError: The host could not write.
@@ -131,7 +162,7 @@ def write_file(path: Path, pieces: Sequence[Piece], check: Callable[[], None]) -
     digest = xxhash.xxh3_64()
     size = 0
     with new_file(path) as write:
-        for data in _chunks(ordered):
+        for data in _chunks(ordered, with_places):
             check()
             digest.update(data)
             write(data)
@@ -139,25 +170,23 @@ def write_file(path: Path, pieces: Sequence[Piece], check: Callable[[], None]) -
     return FileRecord(size, digest.hexdigest())
 
 
-def _chunks(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
-    yield _header(pieces)
+def _chunks(pieces: Sequence[Piece], with_places: bool) -> Iterator[bytes | memoryview]:
+    yield _header(pieces, with_places)
     for piece in pieces:
         data = _bytes_of(piece.resolve())
         assert len(data) == piece.size, piece.name
         for begin in range(0, len(data), _CHUNK_BYTES):
             yield data[begin : begin + _CHUNK_BYTES]
+        # Before the next piece is made: the two would stand in memory together.
+        del data
 
 
-def _header(pieces: Sequence[Piece]) -> bytes:
-    # DCP's reader learns from the first entry where the pieces lie in the whole tensors.
-    offsets = {piece.name: {"saved_offsets": piece.offsets} for piece in pieces}
-    entries: dict[str, object] = {
-        "__metadata__": {
-            "DCP_SHARDING_INFO": json.dumps(offsets),
-            "DCP_VERSION": "1.0",
-            "format": "pt",
-        }
-    }
+def _header(pieces: Sequence[Piece], with_places: bool) -> bytes:
+    facts = {"format": "pt"}
+    if with_places:
+        offsets = {piece.name: {"saved_offsets": piece.offsets} for piece in pieces}
+        facts |= {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
+    entries: dict[str, object] = {"__metadata__": facts}
     end = 0
     for piece in pieces:
         begin, end = end, end + piece.size

@@ -1,39 +1,95 @@
-"""What a checkpoint holds, in lines for people."""
+"""What a checkpoint or a Hugging Face directory holds, in lines for people."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from megatron_bert.checkpoint.manifest import reading_state, verified_manifest
+from megatron_bert.checkpoint.huggingface_config import CONFIG_NAME, read_config
+from megatron_bert.checkpoint.huggingface_names import model_parameters
+from megatron_bert.checkpoint.huggingface_weights import HuggingFaceWeights
+from megatron_bert.checkpoint.manifest import MANIFEST_NAME, Manifest, verified_manifest
+from megatron_bert.checkpoint.run_state import MODEL_PREFIX, RunState
 from megatron_bert.checkpoint.tensors import saved_shapes
+from megatron_bert.config.schema import ModelConfig
 
 
-def describe_checkpoint(folder: Path) -> list[str]:
-    """Return the lines; every file is compared with the manifest first.
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder is a directory of transformers rather than a checkpoint or a run."""
+    return (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).is_file()
+
+
+def describe_checkpoint(folder: Path, *, verify: bool = True) -> Iterator[str]:
+    """Yield the lines on a training checkpoint.
+
+    Args:
+        folder: the checkpoint's folder.
+        verify: compare every file with the manifest first.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, or not of a training run.
+        CheckpointError: the checkpoint is missing or damaged.
     """
-    manifest = verified_manifest(folder)
+    manifest = verified_manifest(folder) if verify else Manifest.read(folder)
+    state = RunState(folder, manifest)
     shapes = saved_shapes(folder)
-    parameters = sum(math.prod(s) for name, s in shapes.items() if name.startswith("model."))
+    parameters = sum(math.prod(s) for name, s in shapes.items() if name.startswith(MODEL_PREFIX))
     size = sum(record.size for record in manifest.files.values())
-    state: Any = manifest.state
-    with reading_state(folder):
-        model = state["config"]["model"]
-        topology = ", ".join(f"{axis} {ranks}" for axis, ranks in state["topology"].items())
-        return [
-            f"checkpoint  {folder}",
-            f"step        {manifest.step:,}, {state['consumed_rows']:,} rows consumed",
-            f"model       {model['num_layers']} layers, hidden {model['hidden_size']}, "
-            f"feed-forward {model['ffn_hidden_size']}, {model['num_attention_heads']} heads, "
-            f"{model['num_query_groups']} key/value heads; {parameters:,} parameters",
-            f"tokenizer   {state['config']['data']['tokenizer']}, "
-            f"SHA-256 {state['tokenizer_hash']}",
-            f"data        {'; '.join(state['data'])}",
-            f"saved by    {topology}",
-            f"content     {len(shapes):,} tensors in {len(manifest.files)} files, {size:,} bytes",
-            "intact      every size and checksum is the manifest's",
-        ]
+    yield f"checkpoint  {folder}"
+    yield f"step        {manifest.step:,}, {state.consumed_rows:,} rows consumed"
+    yield f"model       {_shape(state.model)}; {parameters:,} parameters"
+    yield f"tokenizer   {state.tokenizer}, SHA-256 {state.tokenizer_hash}"
+    if state.is_imported:
+        yield "saved by    from-hf: weights without an optimizer's moments"
+    else:
+        yield f"data        {'; '.join(state.data)}"
+        yield f"saved by    {_layout(state)}"
+    yield f"content     {len(shapes):,} tensors in {len(manifest.files)} files, {size:,} bytes"
+    if verify:
+        yield "intact      every size and checksum is the manifest's"
+    else:
+        yield "intact      not verified"
+
+
+def describe_huggingface(directory: Path) -> Iterator[str]:
+    """Yield the lines on a directory of transformers.
+
+    Raises:
+        CheckpointError: it is of another architecture, damaged, or has pickled weights.
+    """
+    config = read_config(directory)
+    weights = HuggingFaceWeights(directory)
+    problems = list(weights.problems(model_parameters(config.model, config.vocab_size)))
+    size = sum(file.stat().st_size for file in weights.files)
+    yield f"directory   {directory}, for transformers"
+    yield f"model       {_shape(config.model)}; {weights.num_elements:,} parameters"
+    yield f"vocabulary  {config.vocab_size:,} rows, padding is {config.pad_token_id}"
+    yield (
+        f"content     {', '.join(weights.dtypes)} in {len(weights.files)} files, {size:,} bytes; "
+        f"config.json says {config.dtype or 'no type'}"
+    )
+    yield from (f"names       {problem}" for problem in problems)
+    if not problems:
+        yield "names       all and only the training model's: from-hf takes it"
+
+
+def _shape(model: ModelConfig) -> str:
+    return (
+        f"{model.num_layers} layers, hidden {model.hidden_size:,}, feed-forward "
+        f"{model.ffn_hidden_size:,}, {model.num_attention_heads} heads, {model.num_query_groups} "
+        f"key/value heads, {model.max_position_embeddings:,} positions"
+    )
+
+
+def _layout(state: RunState) -> str:
+    """Numbers of ranks along each axis, and what the configuration says of them beside."""
+    ranks = {axis: n for axis, n in state.topology.items() if axis != "keys"}
+    keys = state.topology.get("keys", {})
+    text = ", ".join(f"{axis} {n}" for axis, n in ranks.items())
+    if keys.get("replicate", 1) > 1:
+        text += f" ({keys['replicate']} copies)"
+    if ranks.get("pipeline", 1) > 1 and "pipeline_schedule" in keys:
+        text += f", schedule {keys['pipeline_schedule']}"
+    if ranks.get("tensor", 1) > 1 and keys.get("sequence"):
+        text += ", sequence parallel"
+    return text

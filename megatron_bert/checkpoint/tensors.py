@@ -20,7 +20,11 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -117,28 +121,63 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the whole shape of every tensor that the shards in `folder` make up.
 
     Raises:
-        CheckpointError: A shard's header cannot be read.
+        CheckpointError: A shard's header cannot be read, or some part of a tensor is in no shard.
     """
-    return {name: tuple(entry.size) for name, entry in _read_headers(folder).items()}
+    headers = _read_headers(folder)
+    holes = sorted(name for name, entry in headers.items() if _has_hole(entry))
+    if holes:
+        raise CheckpointError(
+            f"{folder}: {_list_names('incomplete in the checkpoint', holes)}; use another one"
+        )
+    return {name: tuple(entry.size) for name, entry in headers.items()}
 
 
-def read_whole(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Read one tensor whole, fp32 on the CPU, in this process alone.
+def read_whole_tensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[torch.Tensor]:
+    """Read tensors whole, one after another, fp32 on the CPU, in this process alone.
+
+    Some are read together, as many as take no more memory than the largest: that much, and once
+    more for a piece under way, is held at a time.
+
+    Args:
+        folder: The shards' folder.
+        shapes: The tensors' whole shapes by name, as `saved_shapes` returns them; they come in
+            this order.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: One cannot be read.
     """
-    whole = torch.empty(shape)
-    try:
-        with _dcp_errors(), _no_single_process_warning():
-            load(
-                {name: whole},
-                storage_reader=HuggingFaceStorageReader(path=str(folder)),
-                no_dist=True,
-            )
-    except (RanksFailedError, OSError) as error:
-        raise CheckpointError(f"cannot read {name} from {folder}: {error}") from error
-    return whole
+    for names in _together(shapes):
+        wholes = {name: torch.empty(shapes[name]) for name in names}
+        try:
+            with _dcp_errors(), _no_single_process_warning():
+                load(
+                    # A copy: DCP puts the loaded values in place.
+                    dict(wholes),
+                    storage_reader=HuggingFaceStorageReader(path=str(folder)),
+                    no_dist=True,
+                )
+        except (RanksFailedError, OSError) as error:
+            raise CheckpointError(
+                f"cannot read {', '.join(names)} from {folder}: {error}"
+            ) from error
+        for name in names:
+            yield wholes.pop(name)
+
+
+def _together(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    largest = max(map(math.prod, shapes.values()), default=0)
+    group: list[str] = []
+    filled = 0
+    for name, shape in shapes.items():
+        if group and filled + math.prod(shape) > largest:
+            yield group
+            group, filled = [], 0
+        group.append(name)
+        filled += math.prod(shape)
+    if group:
+        yield group
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -183,7 +222,7 @@ def _check_fit(folder: Path, wanted: Mapping[str, _Kind]) -> None:
     holes: list[str] = []
     for name, entry in _read_headers(folder).items():
         kinds[name] = _Kind(tuple(entry.size), entry.properties.dtype)
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+        if _has_hole(entry):
             holes.append(name)
     problems = [
         _list_names("not in the checkpoint", sorted(wanted.keys() - kinds.keys())),
@@ -204,6 +243,12 @@ def _check_fit(folder: Path, wanted: Mapping[str, _Kind]) -> None:
             f"Use the model and optimizer settings it was saved with (its manifest.json holds "
             f"them), or another checkpoint"
         )
+
+
+def _has_hole(entry: STORAGE_TYPES) -> bool:
+    """Whether the pieces of a saved tensor do not make up the whole."""
+    assert isinstance(entry, TensorStorageMetadata)
+    return sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size)
 
 
 def _list_names(what: str, names: list[str]) -> str:

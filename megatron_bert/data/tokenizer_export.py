@@ -40,6 +40,8 @@ _SPECIAL = (*_ROLES.values(), EOD)
 # The five pieces that LLM-jp's Hugging Face repositories spell `<MASK|LLM-jp>` and so on.
 _RENAMED_BY_LLM_JP = (MASK, PAD, CLS, SEP, EOD)
 
+_PLAIN = {f"{piece[:-1]}|LLM-jp>": piece for piece in _RENAMED_BY_LLM_JP}
+
 _SPACE = "▁"
 # A log probability below that of any six pieces, the length of a literal <0x41>.
 _NEVER = -1000.0
@@ -53,10 +55,12 @@ class ExportedTokenizer:
         files: text by file name: `tokenizer.json` and `tokenizer_config.json`.
         token_ids: `pad_token_id`, `bos_token_id`, `eos_token_id`, `cls_token_id`, `sep_token_id`
             and `mask_token_id`, None where the vocabulary has no such piece.
+        mask_token: how a mask is written in text.
     """
 
     files: dict[str, str]
     token_ids: dict[str, int | None]
+    mask_token: str
 
 
 def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
@@ -103,7 +107,13 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
             "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
         },
         token_ids={f"{role}_id": ids.get(piece) for role, piece in _ROLES.items()},
+        mask_token=names[MASK],
     )
+
+
+def plain_piece(piece: str) -> str:
+    """A special piece in the spelling of the tokenizers trained here; any other as it is."""
+    return _PLAIN.get(piece, piece)
 
 
 def _special_token(piece: str, name: str) -> tokenizers.AddedToken:
@@ -142,8 +152,7 @@ def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
         byte_fallback=model.byte_fallback,
     )
     tokenizer = tokenizers.Tokenizer(unigram)
-    if steps := _normalization(model):
-        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.normalizer = normalizers.Sequence(_normalization(model))
     tokenizer.pre_tokenizer = _pre_tokenizer(model)
     prefix = [decoders.Strip(_SPACE, 1, 0)] if model.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
@@ -174,24 +183,49 @@ def _exported_names(model: SentencePieceModel) -> dict[str, str]:
 
 
 def _normalization(model: SentencePieceModel) -> list[normalizers.Normalizer]:
-    steps: list[normalizers.Normalizer] = []
-    if model.charsmap:
-        steps.append(normalizers.Precompiled(model.charsmap))
+    steps = _rules(model.charsmap) if model.charsmap else []
+    space = " "
     if model.remove_extra_whitespaces:
         # Not normalizers.Strip: it would take tabs, line ends and ideographic spaces too.
         steps += [
-            normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(tokenizers.Regex(rf"[ {_SPACE}]+\z"), ""),
             normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
         ]
-    return steps
+        if model.add_dummy_prefix:
+            # The first of a text's own spaces is its prefix; were it removed, the pre-tokenizer
+            # would not know the text's beginning any more.
+            space = r"(?!\A) "
+        else:
+            steps.append(normalizers.Replace(tokenizers.Regex(r"\A "), ""))
+    # Here already: the pre-tokenizer then tells the dummy prefix from a text's own space.
+    return [*steps, normalizers.Replace(tokenizers.Regex(space), _SPACE)]
+
+
+def _rules(charsmap: bytes) -> list[normalizers.Normalizer]:
+    """SentencePiece's rules, which rewrite the longest sequence that has one.
+
+    The library applies them to whole graphemes of some bytes and to single characters of longer
+    ones: sequences are composed before it and after.
+    """
+    rules = normalizers.Precompiled(charsmap)
+    steps: list[normalizers.Normalizer] = [rules]
+    if rules.normalize_str("e\u0301") == "é":
+        steps = [normalizers.NFC(), rules, normalizers.NFC()]
+    line_end = rules.normalize_str("\r") + rules.normalize_str("\n")
+    # One grapheme, of which only the first character's rule would be applied.
+    return [normalizers.Replace("\r\n", line_end), *steps] if line_end != "\r\n" else steps
 
 
 def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
-    """Spaces as ▁, the dummy prefix, and user-defined pieces alone, as SentencePiece has them."""
-    prefix = "first" if model.add_dummy_prefix else "never"
-    steps: list[pre_tokenizers.PreTokenizer] = [
-        pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=prefix, split=False)
-    ]
+    """The dummy prefix, and user-defined pieces alone, as SentencePiece has them."""
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if model.add_dummy_prefix:
+        # A Metaspace leaves out its prefix before a text that begins with the like. The first one
+        # here prepends a space, which no normalized text has, and the second rewrites that.
+        steps += [
+            pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
+            pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
+        ]
     defined = [p.text for p in model.pieces if p.kind == USER_DEFINED and p.text not in _SPECIAL]
     if defined:
         # Longest first: of two that begin alike SentencePiece takes the longer.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.checkpoint.manifest import reading_state
+from megatron_bert.checkpoint.run_state import MODEL_PREFIX
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.model.build import RankModel
@@ -22,7 +23,7 @@ def state_tensors(model: RankModel, optimizer: ShardedAdamW) -> dict[str, Tensor
     Weights are `model.NAME`, moments `optim.NAME.exp_avg` and `optim.NAME.exp_avg_sq`, with
     fully-qualified parameter names: no layout leaves a trace in the keys.
     """
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters().items()}
+    tensors = {f"{MODEL_PREFIX}{name}": p.detach() for name, p in model.named_parameters().items()}
     rounded = [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]
     assert not rounded, f"weights are gathered in the compute type, not shards: {rounded[:3]}"
     moments = optimizer.state_tensors()
@@ -55,8 +56,15 @@ def save_state(
 def load_state(
     store: CheckpointStore, path: Path, model: RankModel, optimizer: ShardedAdamW
 ) -> dict[str, Any]:
-    """Load a checkpoint into model and optimizer in place; return the manifest's state."""
-    facts: dict[str, Any] = dict(store.load(path, state_tensors(model, optimizer)))
+    """Load a checkpoint into model and optimizer in place; return the manifest's state.
+
+    One that was converted from a Hugging Face directory has no moments: those stay as they are, of
+    a new optimizer zero.
+    """
+    tensors = state_tensors(model, optimizer)
+    if store.read_state(path).get("weights_only", False):
+        tensors = {name: t for name, t in tensors.items() if name.startswith(MODEL_PREFIX)}
+    facts: dict[str, Any] = dict(store.load(path, tensors))
     with reading_state(path):
         optimizer.updates = int(facts["optimizer_updates"])
     return facts

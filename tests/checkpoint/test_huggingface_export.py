@@ -1,81 +1,39 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from megatron_bert.checkpoint import huggingface_export, shard_files
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
-from megatron_bert.checkpoint.huggingface_names import huggingface_name
+from megatron_bert.checkpoint.huggingface_import import import_model
+from megatron_bert.checkpoint.huggingface_names import model_parameters
+from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.checkpoint.shard_files import Piece, write_file
 from megatron_bert.checkpoint.store import CheckpointStore, find_checkpoint
 from megatron_bert.config.errors import CheckpointError, DataError
-from megatron_bert.config.load import config_dict
-from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.model.bert import BertForPretraining
-from megatron_bert.parallel.random import fill_normal
+from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
 from tests.distributed_harness import run_ranks
-from tests.small_model import cpu_topology, packed_inputs, small_config, whole_model
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-VOCABULARY = 512
-
-
-def _model(folder: Path) -> BertForPretraining:
-    """A model whose every parameter, biases and norms too, makes a difference."""
-    config = small_config(data={"tokenizer": str(folder / "tiny.model")})
-    topology = cpu_topology()
-    model = whole_model(config, topology)
-    model.embeddings.word.weight = nn.Parameter(torch.empty(VOCABULARY, config.model.hidden_size))
-    model.head.bias = nn.Parameter(torch.empty(VOCABULARY))
-    for name, parameter in model.named_parameters():
-        fill_normal(
-            parameter,
-            global_shape=parameter.shape,
-            offset=(0,) * parameter.dim(),
-            std=0.2,
-            seed=5,
-            name=name,
-        )
-    return model.eval()
-
-
-def _save(folder: Path, model: BertForPretraining) -> None:
-    config = small_config(data={"tokenizer": str(folder / "tiny.model")})
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors["optim.head.bias.exp_avg"] = torch.zeros(VOCABULARY)
-    state = {
-        "config": config_dict(config),
-        "tokenizer_hash": Tokenizer.load(folder / "tiny.model").hash,
-        "consumed_rows": 80,
-        "data": ["300 documents"],
-        "topology": {"pipeline": 1, "data": 1, "tensor": 1},
-    }
-    CheckpointStore(folder / "run" / "checkpoints", keep=1).save(10, tensors, state)
-
-
-def _save_with_logits(folder: Path) -> None:
-    model = _model(folder)
-    inputs = packed_inputs(3)
-    with torch.no_grad():
-        hidden = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
-        hidden = hidden.unflatten(0, inputs["tokens"].shape)
-        logits = model.head.transform(hidden) @ model.embeddings.word.weight.T + model.head.bias
-    torch.save({"inputs": inputs, "logits": logits}, folder / "expected.pt")
-    _save(folder, model)
+from tests.small_model import small_config
 
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, a run that has one checkpoint, and the logits of its model."""
     folder = tmp_path_factory.mktemp("export")
-    (folder / "tiny.model").write_bytes(tiny_tokenizer_path.read_bytes())
-    run_ranks(1, _save_with_logits, folder)
+    make_run(folder, tiny_tokenizer_path)
     return folder
 
 
@@ -110,6 +68,7 @@ base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert base(inputs["tokens"].long()).last_hidden_state.shape == (3, inputs["tokens"].shape[1], 32)
 model.save_pretrained(sys.argv[3])
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+assert tokenizer.model_max_length == 64, tokenizer.model_max_length
 assert tokenizer.mask_token == "<MASK>" and tokenizer.mask_token_id == 3, tokenizer.mask_token
 fill = pipeline("fill-mask", folder, tokenizer=tokenizer, trust_remote_code=True)
 guesses = fill("吾輩は<MASK>である")
@@ -137,22 +96,38 @@ def test_transformers_alone_gives_the_training_models_logits_and_fills_masks(
 
 
 def test_every_parameter_is_exported_once_under_its_name(run_folder: Path, exported: Path) -> None:
-    ours = _parameters(run_folder)
+    ours = expected_parameters(run_folder)
     theirs = load_file(exported / "model.safetensors")
-    assert sorted(map(huggingface_name, ours)) == sorted(theirs)
-    for name, tensor in ours.items():
-        assert torch.equal(theirs[huggingface_name(name)], tensor), name
+    table = model_parameters(small_config().model, VOCABULARY)
+    assert sorted(p.name for p in table) == sorted(ours)
+    assert sorted(p.theirs for p in table) == sorted(theirs)
+    for parameter in table:
+        assert torch.equal(theirs[parameter.theirs], ours[parameter.name]), parameter
+    # No two hold the same, or an exchange of them would go unnoticed.
+    values = [tensor.flatten().tolist() for tensor in ours.values()]
+    assert not any(a == b for n, a in enumerate(values) for b in values[:n])
 
 
-def _parameters(folder: Path) -> dict[str, Tensor]:
-    run_ranks(1, _write_parameters, folder)
-    values: dict[str, Tensor] = torch.load(folder / "parameters.pt")
-    return values
+def _save_sharded(folder: Path) -> None:
+    """Save the run's weights again, in blocks over six ranks, some of them uneven."""
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
+    tensors = {}
+    for name, whole in expected_parameters(folder).items():
+        places = (Shard(0), Shard(1)) if whole.dim() == 2 else (Shard(0), Replicate())
+        tensors[f"model.{name}"] = distribute_tensor(whole, mesh, places)
+    manifest = Manifest.read(find_checkpoint(folder / "run"))
+    CheckpointStore(folder / "sharded", keep=1).save(10, tensors, manifest.state)
 
 
-def _write_parameters(folder: Path) -> None:
-    values = {name: p.detach() for name, p in _model(folder).named_parameters()}
-    torch.save(values, folder / "parameters.pt")
+def test_a_checkpoint_of_many_ranks_gives_the_same_file(
+    run_folder: Path, exported: Path, tmp_path: Path
+) -> None:
+    run_ranks(6, _save_sharded, run_folder)
+    checkpoint = run_folder / "sharded" / "step_00000010"
+    assert len(list(checkpoint.glob("*.safetensors"))) == 6
+    export_checkpoint(checkpoint, tmp_path / "new")
+    weights = (tmp_path / "new" / "model.safetensors").read_bytes()
+    assert weights == (exported / "model.safetensors").read_bytes()
 
 
 def test_the_configuration_has_the_published_keys(exported: Path) -> None:
@@ -184,6 +159,62 @@ def test_a_directory_that_holds_something_is_left_alone(run_folder: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("way", ["to-hf", "from-hf"])
+def test_a_disk_that_fills_up_leaves_nothing_behind(
+    run_folder: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    def write_half(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in (huggingface_export, shard_files):
+        monkeypatch.setattr(module, "write_file", write_half)
+    ways: dict[str, Callable[[], object]] = {
+        "to-hf": partial(export_checkpoint, find_checkpoint(run_folder / "run"), tmp_path / "new"),
+        "from-hf": partial(import_model, exported, tmp_path / "new"),
+    }
+    with pytest.raises(CheckpointError, match=r"cannot write .*new: .*No space left.*free space"):
+        ways[way]()
+    assert not any(tmp_path.iterdir())
+
+
+def _checkpoint_of(folder: Path, state: dict[str, Any], *pieces: Piece) -> Path:
+    """A checkpoint whose every file is intact, with other tensors."""
+    folder.mkdir()
+    files = {}
+    for number, piece in enumerate(pieces):
+        name = f"shard-{number}.safetensors"
+        files[name] = write_file(folder / name, [piece], lambda: None)
+    Manifest(3, files, state).write(folder)
+    return folder
+
+
+def _piece(name: str, rows: int, first: int = 0, width: int = 32) -> Piece:
+    tensor = torch.zeros(rows, width)
+    return Piece(name, tensor.dtype, (rows, width), (first, 0), lambda: tensor)
+
+
+def test_all_tensors_that_do_not_fit_the_manifest_are_named(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    state: Any = Manifest.read(find_checkpoint(run_folder / "run")).state
+    word = "model.embeddings.word.weight"
+    torn = _checkpoint_of(tmp_path / "torn", state, _piece(word, 4), _piece(word, 4, first=6))
+    with pytest.raises(CheckpointError, match=f"incomplete in the checkpoint: {word}"):
+        export_checkpoint(torn, tmp_path / "new")
+    none = _checkpoint_of(tmp_path / "none", state, _piece("optim.x", 4))
+    with pytest.raises(CheckpointError, match="holds no model"):
+        export_checkpoint(none, tmp_path / "new")
+    pieces = (_piece(word, 512, width=31), _piece("model.pooler", 2))
+    other = _checkpoint_of(tmp_path / "other", state, *pieces)
+    with pytest.raises(CheckpointError) as error:
+        export_checkpoint(other, tmp_path / "new")
+    assert "blocks.{0-1}.feed_forward.up.bias" in str(error.value)
+    assert "unknown: pooler" in str(error.value)
+    assert "of another shape than its manifest says: embeddings.word.weight" in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
 def test_another_tokenizer_than_the_runs_is_refused_with_both_hashes(
     run_folder: Path, tmp_path: Path, tiny_texts: list[str]
 ) -> None:
@@ -201,25 +232,3 @@ def test_what_is_no_checkpoint_is_refused_with_a_remedy(tmp_path: Path, place: s
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="name a complete checkpoint"):
         find_checkpoint(tmp_path / place)
-
-
-def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, CHECKOUT / "tools" / "convert_checkpoint.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-
-
-def test_the_tool_exports_inspects_and_refuses(run_folder: Path, tmp_path: Path) -> None:
-    shown = _tool("inspect", run_folder / "run")
-    assert shown.returncode == 0, shown.stderr
-    assert "step        10, 80 rows" in shown.stdout
-    made = _tool("to-hf", "--checkpoint", run_folder / "run", "--output", tmp_path / "out")
-    assert made.returncode == 0, made.stderr
-    assert (tmp_path / "out" / "modeling_retrieva_bert.py").is_file()
-    refused = _tool("to-hf", "--checkpoint", tmp_path / "none", "--output", tmp_path / "other")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: ")

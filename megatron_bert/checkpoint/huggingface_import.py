@@ -1,0 +1,168 @@
+"""A directory of transformers as a checkpoint that pretraining goes on from.
+
+The checkpoint has the weights alone, at step 0: no optimizer has seen them here, so a run that
+begins with them begins with fresh moments, as after a random start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_bert.checkpoint.huggingface_config import CONFIG_NAME, ReadConfig, read_config
+from megatron_bert.checkpoint.huggingface_names import Parameter, model_parameters
+from megatron_bert.checkpoint.huggingface_weights import HuggingFaceWeights
+from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
+from megatron_bert.checkpoint.run_state import MODEL_PREFIX
+from megatron_bert.checkpoint.shard_files import Piece, write_shard
+from megatron_bert.checkpoint.store import MAX_FILE_BYTES
+from megatron_bert.config.errors import CheckpointError, DataError
+from megatron_bert.config.schema import ModelConfig
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.tokenizer_export import plain_piece
+
+TOKENIZER_NAME = "tokenizer.json"
+# The logit of a row that was added: no softmax gives it any weight, so that what the model
+# predicts, and every gradient, is as it was without the row.
+_ADDED_BIAS = -1e4
+
+
+def import_model(
+    directory: Path,
+    output: Path,
+    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> ModelConfig:
+    """Write `output`, a checkpoint of step 0 with the weights of a Hugging Face directory.
+
+    It appears whole or not at all. Weights pass through memory one after another.
+
+    Args:
+        directory: holds `config.json` and safetensors.
+        output: the checkpoint's folder, for `checkpoint.resume`; it must not exist yet, or be
+            empty.
+        tokenizer: the tokenizer that the run's data are made with; default: the directory's
+            `tokenizer.json`. Both must have the same pieces.
+        vocab_size: rows of the embedding table to have, at least the directory's; default: those.
+            Added rows change nothing of what the model computes.
+        max_file_bytes: files are split at about this size.
+
+    Returns:
+        The model's shape.
+
+    Raises:
+        CheckpointError: the directory is of another architecture, damaged, or pickled; names are
+            unknown or missing (all are listed); or `output` cannot be made.
+        DataError: the tokenizer is missing, lacks a special piece or is not the model's.
+    """
+    check_is_new(output)
+    config = read_config(directory)
+    weights = HuggingFaceWeights(directory)
+    problems = list(weights.problems(model_parameters(config.model, config.vocab_size)))
+    if problems:
+        raise CheckpointError("\n".join(f"{directory}: {problem}" for problem in problems))
+    path = directory / TOKENIZER_NAME if tokenizer is None else tokenizer
+    known = _checked_tokenizer(path, directory, config)
+    model = config.model.model_copy(
+        update={"vocab_size": _vocabulary(config.vocab_size, vocab_size, directory)}
+    )
+    with new_directory(output) as staging:
+        pieces = list(_pieces(weights, model, config))
+        files = write_shard(staging, 1, pieces, max_file_bytes, lambda: None)
+        Manifest(0, files, _state(model, path, known)).write(staging)
+    return model
+
+
+def _pieces(weights: HuggingFaceWeights, model: ModelConfig, config: ReadConfig) -> Iterator[Piece]:
+    assert model.vocab_size is not None
+    added_rows = model.vocab_size - config.vocab_size
+    for parameter in model_parameters(model, model.vocab_size):
+        yield Piece(
+            MODEL_PREFIX + parameter.name,
+            torch.float32,
+            parameter.shape,
+            (0,) * len(parameter.shape),
+            partial(_read, weights, parameter, added_rows),
+        )
+
+
+def _read(weights: HuggingFaceWeights, parameter: Parameter, added_rows: int) -> Tensor:
+    tensor = weights.read(parameter)
+    if not (parameter.has_vocabulary and added_rows):
+        return tensor
+    if tensor.dim() == 1:
+        return F.pad(tensor, (0, added_rows), value=_ADDED_BIAS)
+    return F.pad(tensor, (0, 0, 0, added_rows))
+
+
+def _vocabulary(found: int, asked: int | None, directory: Path) -> int:
+    if asked is not None and asked < found:
+        raise CheckpointError(
+            f"--vocab-size {asked}: {directory / CONFIG_NAME} has a vocab_size of {found}; rows "
+            "can be added, not taken away"
+        )
+    return found if asked is None else asked
+
+
+def _checked_tokenizer(path: Path, directory: Path, config: ReadConfig) -> Tokenizer:
+    """Load the tokenizer of the run to come, which must have the pieces of the model's own."""
+    own = directory / TOKENIZER_NAME
+    if path == own and not own.is_file():
+        raise DataError(f"{own}: no such file; name the model's tokenizer with --tokenizer")
+    known = Tokenizer.load(path)
+    if known.vocab_size > config.vocab_size:
+        raise DataError(
+            f"tokenizer {path} has {known.vocab_size} pieces, but {directory / CONFIG_NAME} a "
+            f"vocab_size of {config.vocab_size}; name the model's own with --tokenizer"
+        )
+    if config.pad_token_id not in (None, known.pad_id):
+        raise DataError(
+            f"tokenizer {path} pads with {known.pad_id}, but {directory / CONFIG_NAME} has a "
+            f"pad_token_id of {config.pad_token_id}; name the model's own with --tokenizer"
+        )
+    if path != own and own.is_file():
+        _check_same_pieces(known, path, Tokenizer.load(own), own)
+    return known
+
+
+def _check_same_pieces(first: Tokenizer, path: Path, second: Tokenizer, own: Path) -> None:
+    if first.vocab_size != second.vocab_size:
+        raise DataError(
+            f"tokenizer {path} has {first.vocab_size} pieces, {own} {second.vocab_size}; name the "
+            "one that the model was trained with"
+        )
+    for number in range(first.vocab_size):
+        pieces = [plain_piece(one.id_to_piece(number)) for one in (first, second)]
+        if pieces[0] != pieces[1]:
+            raise DataError(
+                f"tokenizer {path} has {pieces[0]!r} at {number}, {own} has {pieces[1]!r}; name "
+                "the one that the model was trained with"
+            )
+
+
+def _state(model: ModelConfig, tokenizer: Path, known: Tokenizer) -> dict[str, Any]:
+    """What a run that goes on from it compares with its own configuration, and no more."""
+    return {
+        "step": 0,
+        "consumed_rows": 0,
+        "optimizer_updates": 0,
+        "weights_only": True,
+        "tokenizer_hash": known.hash,
+        "data": [],
+        "config": {
+            "model": model.model_dump(mode="json"),
+            "data": {"tokenizer": str(tokenizer.absolute())},
+            # No steps were taken, of any size.
+            "curriculum": [],
+            "batch": {"global_size": None},
+        },
+    }

@@ -1,0 +1,174 @@
+"""The weights of a Hugging Face directory: one safetensors file, or several with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_bert.checkpoint.huggingface_config import read_object
+from megatron_bert.checkpoint.huggingface_names import BUFFERS, TIED, Parameter, listed
+from megatron_bert.config.errors import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies, and what it is in safetensors' words."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class HuggingFaceWeights:
+    """The tensors of a directory under their names there; files are opened, not yet read.
+
+    Args:
+        directory: where `model.safetensors` or its shards lie.
+
+    Attributes:
+        files: the files that hold weights.
+
+    Raises:
+        CheckpointError: there are none, one is damaged or missing, or they are pickled.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        placed = _placed(directory)
+        self.files = list(placed)
+        self._stored: dict[str, _Stored] = {}
+        for file, promised in placed.items():
+            found = dict(_stored(file))
+            missing = sorted(promised - found.keys())
+            if missing:
+                raise CheckpointError(
+                    f"{directory / INDEX_NAME}: weight_map places {listed(missing)} in "
+                    f"{file.name}, which does not hold them; copy the directory again"
+                )
+            self._stored |= found
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The types that weights are stored in, in safetensors' words."""
+        return sorted({stored.dtype for stored in self._stored.values()})
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all parameters, tied ones counted once."""
+        names = self._stored.keys() - BUFFERS - {n for n in TIED if TIED[n] in self._stored}
+        return sum(torch.Size(self._stored[name].shape).numel() for name in names)
+
+    def problems(self, parameters: Iterable[Parameter]) -> Iterator[str]:
+        """Yield what keeps these weights from being exactly `parameters`: every name, by kind."""
+        expected = {parameter.theirs: parameter.shape for parameter in parameters}
+        second = {first: name for name, first in TIED.items()}
+        stored = self._stored
+        missing = [
+            name for name in expected if name not in stored and second.get(name) not in stored
+        ]
+        if missing:
+            yield f"missing: {listed(missing)}"
+        unknown = [name for name in stored if name not in expected.keys() | TIED | BUFFERS]
+        if unknown:
+            yield f"unknown: {listed(unknown)}"
+        shapes = expected | {name: expected[first] for name, first in TIED.items()}
+        for name, shape in shapes.items():
+            if name in stored and stored[name].shape != shape:
+                yield (f"{name} is {list(stored[name].shape)}, but by config.json {list(shape)}")
+        odd = [name for name in shapes if name in stored and stored[name].dtype not in _TYPES]
+        if odd:
+            yield f"not of floating point: {listed(odd)}"
+
+    def read(self, parameter: Parameter) -> Tensor:
+        """Read a parameter, fp32 on the CPU; where it is stored in fp32, it is the mapped file.
+
+        Raises:
+            CheckpointError: the file cannot be read, or the parameter is stored under a second
+                name too and the two differ.
+        """
+        second = next((name for name, first in TIED.items() if first == parameter.theirs), None)
+        names = [name for name in (parameter.theirs, second) if name in self._stored]
+        first, *others = (self._read(name) for name in names if name is not None)
+        if any(not torch.equal(first, other) for other in others):
+            raise CheckpointError(
+                f"{self._stored[parameter.theirs].file}: {second} differs from {parameter.theirs}; "
+                "the training model has one parameter for both (tie_word_embeddings)"
+            )
+        return first.float()
+
+    def _read(self, name: str) -> Tensor:
+        file = self._stored[name].file
+        # Opened for each tensor: what is mapped of a file counts as this process' memory.
+        with _opened(file) as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
+
+
+def _placed(directory: Path) -> Mapping[Path, frozenset[str]]:
+    """The files of weights, and the names that an index promises in each."""
+    index = directory / INDEX_NAME
+    if (directory / WEIGHTS_NAME).is_file():
+        return {directory / WEIGHTS_NAME: frozenset()}
+    if index.is_file():
+        return _indexed(index)
+    pickled = sorted(path.name for form in _PICKLED for path in directory.glob(form))
+    if pickled:
+        raise CheckpointError(
+            f"{directory}: holds {', '.join(pickled)} and no safetensors; pickled weights can run "
+            "code when they are read, and are not. Where you trust them, save them anew: "
+            "AutoModelForMaskedLM.from_pretrained(DIR, trust_remote_code=True)"
+            ".save_pretrained(NEW_DIR)"
+        )
+    raise CheckpointError(
+        f"{directory}: holds neither {WEIGHTS_NAME} nor {INDEX_NAME}; name a directory that "
+        "transformers has saved a model in"
+    )
+
+
+def _indexed(index: Path) -> dict[Path, frozenset[str]]:
+    remedy = "copy the directory again"
+    places = read_object(index, remedy).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(
+            f"{index}: weight_map is {places!r}, expected files by name; {remedy}"
+        )
+    names: dict[Path, set[str]] = {}
+    for name, file in places.items():
+        # Of the directory itself: an index must not lead elsewhere.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: weight_map.{name} is {file!r}, not a file's name")
+        names.setdefault(index.with_name(file), set()).add(name)
+    missing = sorted(file.name for file in names if not file.is_file())
+    if missing:
+        raise CheckpointError(f"{index}: weight_map names {', '.join(missing)}, missing; {remedy}")
+    return {file: frozenset(of_file) for file, of_file in sorted(names.items())}
+
+
+def _stored(file: Path) -> Iterator[tuple[str, _Stored]]:
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            part = tensors.get_slice(name)
+            yield name, _Stored(file, tuple(part.get_shape()), str(part.get_dtype()))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as safetensors ({error}); copy it again"
+        ) from error

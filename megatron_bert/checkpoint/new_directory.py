@@ -1,0 +1,52 @@
+"""A directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_bert.config.errors import CheckpointError
+from megatron_bert.config.places import check_place
+from megatron_bert.files import sync_to_disk, temporary_path
+
+
+def check_is_new(output: Path) -> None:
+    """Refuse what would be overwritten.
+
+    Raises:
+        UserError: `output` climbs out by `..`.
+        CheckpointError: `output` exists, and is not an empty directory.
+    """
+    check_place(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists already; name a new directory, or remove it first")
+
+
+@contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """Give a folder to fill with files, durably written; it gets its name when the block ends.
+
+    Args:
+        output: the directory to make; it must not exist yet, or be empty.
+
+    Raises:
+        CheckpointError: it exists, or the host cannot write there. Nothing is left behind then,
+            nor where the block raises anything else.
+    """
+    check_is_new(output)
+    output = output.absolute()
+    staging = temporary_path(output)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        sync_to_disk(staging)
+        staging.replace(output)
+        sync_to_disk(output.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {output}: {error}; free space or name another place"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

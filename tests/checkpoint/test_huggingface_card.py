@@ -1,0 +1,138 @@
+"""The model card: what it tells, what it leaves out, and that its code runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_bert.checkpoint.huggingface_export import export_checkpoint
+from megatron_bert.checkpoint.huggingface_import import import_model
+from megatron_bert.checkpoint.store import find_checkpoint
+from megatron_bert.config.schema import Config
+from megatron_bert.training.run_figures import run_figures
+from tests.checkpoint.huggingface_run import make_run
+from tests.distributed_harness import run_ranks
+from tests.training.runs import run_config, train
+
+
+def _train_until(config: Config, last_step: int) -> list[dict[str, Any]]:
+    return train(config, stop_after=last_step)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that stopped in its second stage, after an evaluation."""
+    folder = tmp_path_factory.mktemp("card")
+    run_ranks(1, _train_until, run_config(tiny_data, folder / "run"), 9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    checkpoint = find_checkpoint(trained / "run")
+    output = trained / "exported"
+    figures = run_figures(checkpoint, 9)
+    export_checkpoint(checkpoint, output, figures=figures, license_id="cc-by-sa-4.0")
+    return output
+
+
+def _rows(card: str) -> dict[str, str]:
+    """The tables with two columns."""
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE))
+
+
+def test_the_cards_figures_are_the_runs_own(trained: Path, exported: Path) -> None:
+    rows = _rows((exported / "README.md").read_text("utf-8"))
+    from megatron_bert.training.metrics import read
+
+    lines = read(trained / "run" / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    valid = [line for line in lines if "valid_loss" in line][-1]
+    assert rows["optimizer steps"] == "9"
+    assert rows["rows"] == str(9 * 12)
+    assert rows["token slots"] == f"{7 * 12 * 32 + 2 * 12 * 64:,}"
+    assert rows["tokens predicted"] == f"{sum(line['masked_tokens'] for line in steps):,}"
+    mean = sum(line["loss"] for line in steps) / 9
+    assert rows["training loss"] == f"{mean:.4f} nats, mean of the last 9 steps"
+    assert rows["held-out loss"].startswith(f"{valid['valid_loss']:.4f} nats, accuracy ")
+    assert rows["held-out loss"].endswith("after step 8")
+    assert rows["optimizer"].startswith("AdamW, beta1 0.9, beta2 0.999, epsilon 0.0001")
+    assert rows["precision"] == "fp32, weights and moments fp32"
+    assert rows["hidden size"] == "32"
+    assert rows["training corpora"] == "`train`"
+
+
+def test_the_card_has_the_curriculum(exported: Path) -> None:
+    card = (exported / "README.md").read_text("utf-8")
+    assert "| 32 | 7 | 12 | 0.15 | 1.0 |\n| 64 | 5 | 12 | 0.15 | 1.0 |\n" in card
+
+
+def test_the_cards_metadata_are_yaml_with_the_licence(exported: Path) -> None:
+    _, metadata, _ = (exported / "README.md").read_text("utf-8").split("---\n", 2)
+    assert yaml.safe_load(metadata) == {
+        "license": "cc-by-sa-4.0",
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "mask_token": "<MASK>",
+    }
+
+
+def test_no_file_of_an_export_names_a_place_on_this_machine(exported: Path) -> None:
+    for path in exported.iterdir():
+        content = path.read_bytes()
+        assert str(exported.parent).encode() not in content, path.name
+        assert str(Path.home()).encode() + b"/" not in content, path.name
+
+
+def test_the_cards_code_runs_where_nothing_of_this_project_is_installed(
+    exported: Path, tmp_path: Path
+) -> None:
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (exported / "README.md").read_text("utf-8"), re.DOTALL | re.M
+    )
+    code += "\nassert vectors.shape[0] == 2 and vectors.shape[2] == 32, vectors.shape\n"
+    # Isolated, so that the package is not importable, and offline.
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        cwd=exported,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(result.stdout.splitlines()) == 3
+
+
+def test_figures_of_another_course_of_the_run_are_not_taken(trained: Path) -> None:
+    checkpoint = find_checkpoint(trained / "run")
+    assert run_figures(checkpoint, 10) is None
+    earlier = run_figures(checkpoint, 6)
+    assert earlier is not None
+    assert earlier.tokens == 6 * 12 * 32
+    assert earlier.valid_step == 4
+
+
+def test_without_metrics_figures_are_unknown(tiny_tokenizer_path: Path, tmp_path: Path) -> None:
+    checkpoint = make_run(tmp_path, tiny_tokenizer_path)
+    assert run_figures(checkpoint, 10) is None
+    export_checkpoint(checkpoint, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text("utf-8")
+    rows = _rows(card)
+    assert {rows["token slots"], rows["training loss"], rows["held-out loss"]} == {"unknown"}
+    assert rows["optimizer steps"] == "10"
+    assert "license: unknown" in card
+    assert "`metrics.jsonl`, which was not at hand" in card
+    import_model(tmp_path / "exported", tmp_path / "imported")
+    export_checkpoint(tmp_path / "imported", tmp_path / "again")
+    again = (tmp_path / "again" / "README.md").read_text("utf-8")
+    assert "how they were trained is" in again
+    assert "optimizer" not in again
