@@ -134,7 +134,7 @@ def _run(
             logger.info("%s", speed)
         trainer = Trainer(config, device, directory)
         if directory is not None:
-            mirrors.start(config.log, directory.path)
+            mirrors.start(config.log, directory.path, anew=trainer.step == 0)
         end = trainer.run(stops)
     if directory is not None:
         outcome: dict[str, object] = {"step": end.step}

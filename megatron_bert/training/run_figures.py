@@ -19,8 +19,8 @@ def run_figures(checkpoint: Path, step: int) -> RunFigures | None:
         step: its step; what was recorded later is left out.
 
     Returns:
-        The figures; None where no metrics lie beside the checkpoint, or they lack its step and so
-        are not those of its run.
+        The figures; None where no metrics lie beside the checkpoint, they lack its step and so
+        are not those of its run, or they lack a figure.
 
     Raises:
         UserError: the metrics are damaged.
@@ -32,6 +32,14 @@ def run_figures(checkpoint: Path, step: int) -> RunFigures | None:
     steps = [record for record in records if "loss" in record]
     if not steps or steps[-1]["step"] != step:
         return None
+    try:
+        return _figures(steps, records)
+    except KeyError:
+        # Another version's: nothing is better than a part.
+        return None
+
+
+def _figures(steps: list[dict[str, Any]], records: list[dict[str, Any]]) -> RunFigures:
     last = steps[-_LAST_STEPS:]
     return RunFigures(
         first_step=steps[0]["step"],

@@ -42,6 +42,7 @@ def test_an_export_has_exactly_the_projects_own_code(checkpoint: Path, tmp_path:
     export_checkpoint(checkpoint, output)
     assert {path.name for path in output.iterdir()} == {
         *OWN_CODE,
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config, LogConfig
+from megatron_bert.locks import lock_file
 from megatron_bert.training.metrics import read
 from megatron_bert.training.mirrors import processes
 from megatron_bert.training.mirrors.following import Bookmark, FollowedFile, scalars
@@ -49,14 +50,35 @@ def test_a_bookmark_lets_every_line_pass_once_over_the_jobs_of_a_run(tmp_path: P
     path = tmp_path / "bookmark.json"
     first = [{"step": 1}, {"step": 2}, {"step": 2, "valid_loss": 1.0}, {"step": 3}]
     bookmark = Bookmark(path)
+    run_id = bookmark.run_id
+    assert Bookmark(path).run_id == run_id, "not kept at once"
     assert all(map(bookmark.is_new, first))
-    bookmark.run_id = "abc"
     bookmark.keep()
     # The next job goes on from step 2: line 3 is written again, and another one after it.
     second = Bookmark(path)
-    assert second.run_id == "abc"
+    assert second.run_id == run_id
     again = [*first, {"step": 3, "valid_loss": 1.0}, {"step": 4}]
     assert [second.is_new(record) for record in again] == [False] * 4 + [True] * 2
+    # The same run directory, but begun anew: another run.
+    third = Bookmark(path, anew=True)
+    assert third.run_id != run_id
+    assert third.is_new({"step": 1})
+
+
+def test_a_damaged_bookmark_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "bookmark.json"
+    path.write_text('{"id": []}')
+    assert Bookmark(path).is_new({"step": 1})
+
+
+def test_a_character_that_is_still_written_waits_for_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"step": 1, "to": "猫"}, ensure_ascii=False).encode() + b"\n"
+    path.write_bytes(line[:-4])
+    with FollowedFile(path) as metrics:
+        assert list(metrics.new_records()) == []
+        path.write_bytes(line)
+        assert list(metrics.new_records()) == [{"step": 1, "to": "猫"}]
 
 
 def test_only_numbers_are_copied() -> None:
@@ -77,7 +99,7 @@ def run_dir(tiny_run: Callable[..., Config]) -> Path:
 
 
 def _copy(run_dir: Path, to: str, **environment: str) -> str:
-    command = [sys.executable, "-m", "megatron_bert.training.mirrors", str(run_dir), to]
+    command = [sys.executable, "-P", "-m", "megatron_bert.training.mirrors", str(run_dir), to]
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(CHECKOUT), **environment},
@@ -111,7 +133,7 @@ def test_tensorboard_shows_every_line_once(run_dir: Path) -> None:
 
 # Stands for the package: what it is told is written to a file.
 STAND_IN = """
-import json, os
+import json, os, time
 
 def told(what, **values):
     with open(os.environ["TOLD"], "a") as file:
@@ -119,7 +141,10 @@ def told(what, **values):
 
 class Run:
     def define_metric(self, name, step_metric): told("metric", name=name, by=step_metric)
-    def log(self, values): told("log", **values)
+    def log(self, values):
+        if values["step"] == float(os.environ.get("BLOCKS_AT", "-1")):
+            time.sleep(1e6)
+        told("log", **values)
     def finish(self): told("finish")
 
 class Settings:
@@ -136,15 +161,24 @@ def teardown(): told("teardown")
 """
 
 
-def _told(tmp_path: Path, run_dir: Path, **environment: str) -> tuple[list[Any], str]:
-    stand_in = tmp_path / "stand_in"
-    stand_in.mkdir(exist_ok=True)
-    (stand_in / "wandb.py").write_text(STAND_IN)
+def _stand_in(tmp_path: Path) -> dict[str, str]:
+    """Environment in which the stand-in is found and writes to an empty file."""
+    folder = tmp_path / "stand_in"
+    folder.mkdir(exist_ok=True)
+    (folder / "wandb.py").write_text(STAND_IN)
     told = tmp_path / "told"
     told.unlink(missing_ok=True)
-    path = os.pathsep.join((str(stand_in), str(CHECKOUT)))
-    output = _copy(run_dir, "wandb", PYTHONPATH=path, TOLD=str(told), **environment)
-    return [json.loads(line) for line in told.read_text().splitlines()], output
+    path = os.pathsep.join((str(folder), str(CHECKOUT)))
+    return {"PYTHONPATH": path, "TOLD": str(told)}
+
+
+def _read_told(tmp_path: Path) -> list[Any]:
+    return [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+
+
+def _told(tmp_path: Path, run_dir: Path, **environment: str) -> tuple[list[Any], str]:
+    output = _copy(run_dir, "wandb", **_stand_in(tmp_path), **environment)
+    return _read_told(tmp_path), output
 
 
 def test_the_jobs_of_a_run_are_one_run_in_wandb(tmp_path: Path, run_dir: Path) -> None:
@@ -197,12 +231,12 @@ def test_a_copy_that_stops_holds_nobody_and_is_told_of(
 ) -> None:
     monkeypatch.setattr(processes, "CLOSE_WITHIN_SECONDS", 0.5)
     with caplog.at_level(logging.WARNING), Mirrors() as mirrors:
-        mirrors.start(LogConfig(tensorboard=True), run_dir)
+        mirrors.start(LogConfig(tensorboard=True), run_dir, anew=True)
         (process,) = mirrors._processes.values()
         process.send_signal(number)
     assert process.returncode == -signal.SIGKILL
     assert "tensorboard may lack lines of metrics.jsonl, which itself is complete" in caplog.text
-    assert f"python -m megatron_bert.training.mirrors {run_dir} tensorboard" in caplog.text
+    assert f"python -P -m megatron_bert.training.mirrors {run_dir} tensorboard" in caplog.text
 
 
 def test_a_run_that_fails_waits_for_no_copy(run_dir: Path) -> None:
@@ -210,7 +244,7 @@ def test_a_run_that_fails_waits_for_no_copy(run_dir: Path) -> None:
 
     def fail() -> None:
         with mirrors:
-            mirrors.start(LogConfig(tensorboard=True), run_dir)
+            mirrors.start(LogConfig(tensorboard=True), run_dir, anew=True)
             raise ValueError("bad row")
 
     with pytest.raises(ValueError, match="bad row"):
@@ -218,6 +252,45 @@ def test_a_run_that_fails_waits_for_no_copy(run_dir: Path) -> None:
     (process,) = mirrors._processes.values()
     assert process.wait(SECONDS) == 0
     assert len(_events(run_dir)) == 3
+
+
+def test_a_copy_that_cannot_be_started_ends_no_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError("no process left")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with caplog.at_level(logging.WARNING), Mirrors() as mirrors:
+        mirrors.start(LogConfig(tensorboard=True), run_dir, anew=True)
+    assert "did not start (no process left)" in caplog.text
+
+
+def test_a_second_copy_at_the_same_time_is_refused(run_dir: Path) -> None:
+    with lock_file(run_dir / "logs" / "tensorboard.lock"):
+        command = [sys.executable, "-P", "-m", "megatron_bert.training.mirrors"]
+        done = subprocess.run(
+            [*command, str(run_dir), "tensorboard"],
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "error: the metrics are being copied already" in done.stderr
+
+
+def test_modules_of_the_folder_where_training_starts_are_not_loaded(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = tmp_path / "sung"
+    (tmp_path / "tensorboard.py").write_text(f"open({str(canary)!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    with Mirrors() as mirrors:
+        mirrors.start(LogConfig(tensorboard=True), run_dir, anew=True)
+    assert len(_events(run_dir)) == 3
+    assert not canary.exists()
 
 
 @pytest.fixture
@@ -263,5 +336,19 @@ def test_a_service_that_never_answers_changes_no_loss_and_delays_no_step(
     assert (config.run.directory / "FINISHED").exists()
     assert "wandb may lack lines of metrics.jsonl" in output
     assert len({step for step, *_ in _events(config.run.directory)}) == 12
-    # What it says to do, works once the service is not asked for.
-    _copy(config.run.directory, "wandb", WANDB_MODE="offline")
+
+
+@pytest.mark.faults
+def test_a_service_that_stops_answering_holds_no_step_and_the_rest_is_sent_later(
+    tiny_run: Callable[..., Config], tmp_path: Path
+) -> None:
+    plain, _ = _train(tiny_run("plain"), tmp_path)
+    config = tiny_run("cut", log={"wandb": {"mode": "online"}})
+    lines, output = _train(config, tmp_path, **_stand_in(tmp_path), BLOCKS_AT="5")
+    assert [line["loss"] for line in lines if "loss" in line] == [
+        line["loss"] for line in plain if "loss" in line
+    ]
+    assert "python -P -m megatron_bert.training.mirrors" in output
+    assert max(values["step"] for what, values in _read_told(tmp_path) if what == "log") == 4
+    told, _ = _told(tmp_path, config.run.directory)
+    assert len({values["step"] for what, values in told if what == "log"}) == 12

@@ -1,22 +1,29 @@
-"""Copies a run's metrics: `python -m megatron_bert.training.mirrors RUN_DIR wandb|tensorboard`."""
+"""Copies a run's metrics: `python -P -m megatron_bert.training.mirrors RUN_DIR PLACE`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import select
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
+from megatron_bert.config.errors import UserError, run_cli
 from megatron_bert.config.load import load_config
+from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training.mirrors.following import Bookmark, FollowedFile
 
 _LOOK_SECONDS = 1.0
-# After the training's end: a service that does not answer must not hold a job.
-END_WITHIN_SECONDS = 30
+# After the training's end: a service that does not answer must not hold a job. Less than torchrun's
+# 30 s between the signal that it sends and the kill.
+END_WITHIN_SECONDS = 20.0
+
+logger = logging.getLogger(__name__)
 
 
 class Mirror(Protocol):
@@ -30,26 +37,43 @@ class Mirror(Protocol):
 
 
 def main() -> None:
-    """Copy what is there, or with `--follow` whatever comes until standard input ends."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_bert.training.mirrors")
+    """Copy what is there, or with `--follow` whatever comes until standard input ends.
+
+    Raises:
+        UserError: another process copies the same metrics to the same place.
+    """
+    args = _parser().parse_args()
+    logging.basicConfig(format="%(message)s")
+    ended = threading.Event()
+    if args.follow:
+        _leave_signals_to_the_training()
+        threading.Thread(target=_end_with_the_training, args=[ended], daemon=True).start()
+    else:
+        ended.set()
+    logs = args.run_dir / "logs"
+    with _only_one(logs / f"{args.to}.lock", ended):
+        bookmark = Bookmark(logs / f"{args.to}.json", anew=args.anew)
+        mirror = _open(args.to, args.run_dir, bookmark)
+        with FollowedFile(args.run_dir / "metrics.jsonl") as metrics:
+            for _ in _looks(ended):
+                for record in metrics.new_records():
+                    if bookmark.is_new(record):
+                        mirror.write(record)
+                bookmark.keep()
+        mirror.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -P -m megatron_bert.training.mirrors")
     parser.add_argument("run_dir", type=Path, help="a run's directory")
     parser.add_argument("to", choices=["wandb", "tensorboard"])
     parser.add_argument(
         "--follow", action="store_true", help="go on until standard input ends; the training's use"
     )
-    args = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    if args.follow:
-        _leave_signals_to_the_training()
-    bookmark = Bookmark(args.run_dir / "logs" / f"{args.to}.json")
-    mirror = _open(args.to, args.run_dir, bookmark)
-    with FollowedFile(args.run_dir / "metrics.jsonl") as metrics:
-        for _ in _looks(follow=args.follow):
-            for record in metrics.new_records():
-                if bookmark.is_new(record):
-                    mirror.write(record)
-            bookmark.keep()
-    mirror.close()
+    parser.add_argument(
+        "--anew", action="store_true", help="copy from the first line, whatever was copied before"
+    )
+    return parser
 
 
 def _leave_signals_to_the_training() -> None:
@@ -59,13 +83,29 @@ def _leave_signals_to_the_training() -> None:
         signal.signal(number, lambda *_: None)
 
 
-def _looks(*, follow: bool) -> Iterator[None]:
+def _end_with_the_training(ended: threading.Event) -> None:
+    """Let the copy end when the training does, and soon after the process, whatever it does."""
+    # The training writes nothing there: its end, however it comes, ends the input.
+    sys.stdin.buffer.read()
+    ended.set()
+    time.sleep(END_WITHIN_SECONDS)
+    os._exit(1)
+
+
+def _only_one(path: Path, ended: threading.Event) -> TextIO:
+    """Lock out other copies; one of the run's last job may be at its end, and is waited for."""
+    while True:
+        try:
+            return lock_file(path)
+        except FileInUseError as error:
+            if ended.wait(_LOOK_SECONDS):
+                raise UserError(f"the metrics are being copied already ({error})") from error
+
+
+def _looks(ended: threading.Event) -> Iterator[None]:
     """Yield whenever it is time to look at the metrics, the last time when training has ended."""
-    # The training writes nothing there: its end, however it comes, makes the input readable.
-    while follow and not select.select([sys.stdin], [], [], _LOOK_SECONDS)[0]:
+    while not ended.wait(_LOOK_SECONDS):
         yield
-    if follow:
-        signal.alarm(END_WITHIN_SECONDS)
     yield
 
 
@@ -81,4 +121,4 @@ def _open(to: str, run_dir: Path, bookmark: Bookmark) -> Mirror:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from megatron_bert.files import write_atomically
 from megatron_bert.training.metrics import parse_record
+
+logger = logging.getLogger(__name__)
 
 
 class Bookmark:
@@ -18,24 +22,36 @@ class Bookmark:
     and writes them again, alike.
 
     Args:
-        path: the file; need not exist.
-
-    Raises:
-        ValueError: the file is none of ours.
+        path: the file; need not exist. What is none of ours is replaced.
+        anew: whether the run began anew, and what was read before is another run's.
 
     Attributes:
-        run_id: what the run is called where the copy is, or "".
         step: the last step of which lines were read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, anew: bool = False) -> None:
         self._path = path
-        self.run_id, self.step, self._lines = "", 0, 0
-        if path.exists():
-            kept = json.loads(path.read_text())
-            self.run_id, self.step, self._lines = kept["id"], kept["step"], kept["lines"]
+        self._run_id, self.step, self._lines = "", 0, 0
+        if path.exists() and not anew:
+            try:
+                kept = json.loads(path.read_text())
+                self._run_id, self.step, self._lines = str(kept["id"]), kept["step"], kept["lines"]
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                logger.warning("%s is damaged (%r): the metrics are copied anew", path, error)
+        self._kept = self._content()
         self._seen = 0
         self._seen_step = 0
+
+    @property
+    def run_id(self) -> str:
+        """What the run is called where the copy is; drawn, and kept at once, where it has no name.
+
+        Kept before anything is sent, it stays the same however soon the process is killed.
+        """
+        if not self._run_id:
+            self._run_id = uuid.uuid4().hex[:8]
+            self.keep()
+        return self._run_id
 
     def is_new(self, record: dict[str, Any]) -> bool:
         """Whether `record`, the file's next, was not read before; if so it is marked as read."""
@@ -48,9 +64,14 @@ class Bookmark:
         return True
 
     def keep(self) -> None:
-        """Write the mark."""
-        kept = {"id": self.run_id, "step": self.step, "lines": self._lines}
-        write_atomically(self._path, json.dumps(kept) + "\n")
+        """Write the mark, if it has moved."""
+        content = self._content()
+        if content != self._kept:
+            write_atomically(self._path, content)
+            self._kept = content
+
+    def _content(self) -> str:
+        return json.dumps({"id": self._run_id, "step": self.step, "lines": self._lines}) + "\n"
 
 
 class FollowedFile:
@@ -62,8 +83,8 @@ class FollowedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stream: TextIO | None = None
-        self._torn = ""
+        self._stream: BinaryIO | None = None
+        self._torn = b""
 
     def __enter__(self) -> FollowedFile:
         return self
@@ -77,13 +98,13 @@ class FollowedFile:
         if self._stream is None:
             if not self._path.exists():
                 return
-            self._stream = self._path.open(encoding="utf-8", errors="replace", newline="\n")
+            self._stream = self._path.open("rb")
         for line in self._stream:
             self._torn += line
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
-            record = parse_record(self._torn)
-            self._torn = ""
+            record = parse_record(self._torn.decode(errors="replace"))
+            self._torn = b""
             if record is not None and "step" in record:
                 yield record
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ import megatron_bert
 from megatron_bert.config.schema import LogConfig
 
 # More than a process takes to give up by itself.
-CLOSE_WITHIN_SECONDS = 35.0
+CLOSE_WITHIN_SECONDS = 25.0
 
 logger = logging.getLogger(__name__)
 
@@ -24,27 +25,37 @@ logger = logging.getLogger(__name__)
 class Mirrors:
     """The processes that copy `metrics.jsonl` elsewhere, one for each place.
 
-    They say themselves, on standard error, where the copy is and what went wrong. They end when
-    their input is closed: when a `with` block ends, or with this process, however it dies. A block
-    that ends without an error waits for what is left to be sent, at most `CLOSE_WITHIN_SECONDS`
-    for all together.
+    They say themselves, on standard error, where the copy is and what went wrong; one that ends
+    early is told of. They end when their input is closed: when a `with` block ends, or with this
+    process, however it dies. A block that ends without an error waits for what is left to be sent,
+    at most `CLOSE_WITHIN_SECONDS` for all together.
     """
 
     def __init__(self) -> None:
         self._run_dir = Path()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._watchers: list[threading.Thread] = []
 
-    def start(self, config: LogConfig, run_dir: Path) -> None:
-        """Follow the metrics of a run.
+    def start(self, config: LogConfig, run_dir: Path, *, anew: bool) -> None:
+        """Follow the metrics of a run; what cannot be started is told of, and that is all.
 
         Args:
             config: what is copied where.
             run_dir: the run's directory, with `config.yaml`, and without the lines of metrics
                 after the step from which the run goes on.
+            anew: whether the run begins at its first step.
         """
         self._run_dir = run_dir
         wanted = {"wandb": config.wandb.mode != "disabled", "tensorboard": config.tensorboard}
-        self._processes = {to: self._launch(to) for to, is_wanted in wanted.items() if is_wanted}
+        for to in (to for to, is_wanted in wanted.items() if is_wanted):
+            try:
+                self._processes[to] = self._launch(to, anew=anew)
+            except OSError as error:
+                self._say_how_to_go_on(to, f"the process that sends them did not start ({error})")
+                continue
+            watcher = threading.Thread(target=self._watch, args=[to], daemon=True)
+            watcher.start()
+            self._watchers.append(watcher)
 
     def __enter__(self) -> Mirrors:
         return self
@@ -61,40 +72,42 @@ class Mirrors:
         if error is None:
             self._wait()
 
-    def _launch(self, to: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "megatron_bert.training.mirrors"]
+    def _launch(self, to: str, *, anew: bool) -> subprocess.Popen[bytes]:
+        # Without -P modules of the folder in which the training was started would come first.
+        command = [sys.executable, "-P", "-m", "megatron_bert.training.mirrors"]
         # Also in a checkout that was not installed.
         root = str(Path(megatron_bert.__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         return subprocess.Popen(
-            [*command, str(self._run_dir), to, "--follow"],
+            [*command, str(self._run_dir), to, "--follow", *(["--anew"] if anew else [])],
             stdin=subprocess.PIPE,
             stdout=sys.stderr,
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
 
+    def _watch(self, to: str) -> None:
+        code = self._processes[to].wait()
+        if code != 0:
+            self._say_how_to_go_on(to, f"the process that sends them ended with exit code {code}")
+
     def _wait(self) -> None:
         deadline = time.monotonic() + CLOSE_WITHIN_SECONDS
-        for to, process in self._processes.items():
-            try:
-                code = process.wait(max(deadline - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
+        for process, watcher in zip(self._processes.values(), self._watchers, strict=True):
+            watcher.join(max(deadline - time.monotonic(), 0.0))
+            if watcher.is_alive():
                 # With its children: it leads a session.
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                code = process.wait()
-            if code != 0:
-                self._say_how_to_go_on(to, code)
+                watcher.join()
 
-    def _say_how_to_go_on(self, to: str, code: int) -> None:
+    def _say_how_to_go_on(self, to: str, why: str) -> None:
         synchronise = f", then wandb sync {self._run_dir}/wandb/*run-*" if to == "wandb" else ""
         logger.warning(
-            "%s may lack lines of metrics.jsonl, which itself is complete: the process that sends "
-            "them ended with exit code %d. Send the rest with: "
-            "python -m megatron_bert.training.mirrors %s %s%s",
+            "%s may lack lines of metrics.jsonl, which itself is complete: %s. Send the rest with: "
+            "python -P -m megatron_bert.training.mirrors %s %s%s",
             to,
-            code,
+            why,
             self._run_dir,
             to,
             synchronise,

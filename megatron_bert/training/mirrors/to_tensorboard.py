@@ -41,5 +41,7 @@ class TensorBoardMirror:
 
 
 def _tag(name: str, record: dict[str, Any]) -> str:
-    # TensorBoard groups by what stands before the slash.
+    # TensorBoard groups by what stands before the slash; inner objects have one already.
+    if "/" in name:
+        return name
     return f"train/{name}" if "loss" in record else f"valid/{name.removeprefix('valid_')}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +24,10 @@ class WandbMirror:
     Args:
         config: of the run.
         run_dir: where wandb keeps its files.
-        bookmark: gets the run's id where it has none.
+        bookmark: has the run's id.
     """
 
     def __init__(self, config: Config, run_dir: Path, bookmark: Bookmark) -> None:
-        bookmark.run_id = bookmark.run_id or uuid.uuid4().hex[:8]
         self._config, self._run_dir, self._id = config, run_dir, bookmark.run_id
         self._run = self._start()
         # Steps are numbered by the run, not by calls: a step may have two lines.
