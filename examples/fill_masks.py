@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     # The project's own classes, so that code which lies in the directory is not executed.
     AutoModelForMaskedLM.register(RetrievaBertConfig, RetrievaBertForMaskedLM, exist_ok=True)
-    model = RetrievaBertForMaskedLM.from_pretrained(options.model)
+    model = RetrievaBertForMaskedLM.from_pretrained(options.model, use_safetensors=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
     fill = pipeline("fill-mask", model, tokenizer=tokenizer)
     texts = list(iterate_documents(DocumentReader(options.input)))

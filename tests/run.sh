@@ -17,7 +17,7 @@ Runs every quick test that needs no GPU. Each flag adds a suite:
   --gpu          needs CUDA
   --all          all of them
 
-What follows goes to pytest, for example `bash tests/run.sh tests/data -k masking`; put -- before
+Two files run at a time (pytest-xdist; -n 0 for one). What follows goes to pytest, for example `bash tests/run.sh tests/data -k masking`; put -- before
 a first argument that starts with --.
 TEXT
 }
@@ -65,4 +65,5 @@ for suite in "${suites[@]}"; do
 done
 selection=$(printf ' and %s' "${left_out[@]}")
 
-exec "$python" -m pytest ${left_out[0]:+-m "${selection# and }"} "$@"
+# Two files at a time: most of a distributed test is waiting for processes to start, meet and end.
+exec "$python" -m pytest --numprocesses=2 --dist=loadfile ${left_out[0]:+-m "${selection# and }"} "$@"

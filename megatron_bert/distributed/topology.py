@@ -13,6 +13,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_bert.config.schema import ParallelConfig
 
+# For the hosts' messages to fail, and to ask which ranks are gone, before NCCL's watchdog acts.
+_NCCL_MARGIN_SECONDS = 30.0
+
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
 
@@ -77,7 +80,10 @@ class Topology:
         sizes = (pipeline, replicate, shard, tensor)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=MESH_AXES)
         if timeout_seconds is not None:
-            # The mesh's groups do not take over the timeout of the group of all ranks.
+            # The mesh's groups do not take over the timeout of the group of all ranks. NCCL ends
+            # the process without a word: the hosts' messages (gloo) are to fail before it.
+            if device.type == "cuda":
+                timeout_seconds += _NCCL_MARGIN_SECONDS
             for axis in MESH_AXES:
                 _set_pg_timeout(timedelta(seconds=timeout_seconds), mesh.get_group(axis))
         if device.type == "cuda":

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -28,6 +30,8 @@ import megatron_bert
 _LOOK_SECONDS = 0.5
 ANSWER_WITHIN_SECONDS = 5.0
 _CALLED = "called"
+# The rank that failed by itself, and before that its error's text.
+_FAILED, _FAILURE = "failed", "failure"
 
 _PACKAGE = Path(megatron_bert.__file__).parent
 
@@ -53,7 +57,7 @@ class RollCall:
         self._main_thread = threading.get_ident()
         # A connection of its own, so that the thread never waits for what the main one waits for.
         store = _get_default_store().clone()  # type: ignore[attr-defined]
-        self._store = dist.PrefixStore("roll-call", store)  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore(_unused_prefix(), store)  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=answer_within_seconds))
         own = {"host": socket.gethostname(), "process": os.getpid()}
         self._store.set(_name(self._rank), json.dumps(own))
@@ -73,47 +77,55 @@ class RollCall:
         """Return what this rank's error should be told as.
 
         An error of this rank's own stays, and the others are told of it. Of a message that did
-        not pass, the ranks that are gone are the reason; finding them takes at most
-        `answer_within_seconds`.
+        not pass, the ranks that are gone are the reason; finding them takes at most a second more
+        than `answer_within_seconds`. Whatever fails meanwhile, nothing is raised.
         """
         if self._size == 1:
             return error
+        explained: list[BaseException] = []
+        # The store of a process that is stopped answers nothing, without end, whatever its timeout.
+        asking = threading.Thread(
+            target=lambda: explained.append(self._explain(error)), name="asking", daemon=True
+        )
+        asking.start()
+        asking.join(self._answer_within + 1.0)
+        return explained[0] if explained else _store_lost(error, "no answer")
+
+    def _explain(self, error: BaseException) -> BaseException:
         try:
             if not _is_of_messages(error):
                 text = f"{type(error).__name__}: {error}"
-                self._store.set(_failure(self._rank), text)
+                # A file's name may hold what no UTF-8 has.
+                self._store.set(_FAILURE, text.encode("utf-8", "backslashreplace").decode())
+                self._store.set(_FAILED, str(self._rank))
                 return error
             return PeersLostError(f"{self._find_reason()} (here: {_first_line(error)})")
-        except RuntimeError as problem:
+        except Exception as problem:
             # Of the store: whoever holds it is gone.
-            return PeersLostError(
-                f"messages between ranks failed ({_first_line(error)}), and so did asking for the "
-                f"ranks that are gone ({_first_line(problem)}): rank 0 or the launcher, where they "
-                "meet, may be gone"
-            )
+            return _store_lost(error, _first_line(problem))
 
     def _listen(self) -> None:
-        with suppress(RuntimeError):  # of the store: nobody is there to be answered
-            while not self._ended.wait(_LOOK_SECONDS):
+        while not self._ended.wait(_LOOK_SECONDS):
+            with suppress(RuntimeError):  # of the store: nobody is there to be answered
                 if self._store.check([_CALLED]):
-                    self._answer()
+                    self._store.set(_answer(self._rank), _place_of(self._main_thread))
                     return
 
-    def _answer(self) -> None:
-        self._store.set(_answer(self._rank), _place_of(self._main_thread))
-
     def _find_reason(self) -> str:
+        """Ask all ranks; each look is two questions to the store, however many ranks there are."""
         self._store.set(_CALLED, "")
         deadline = time.monotonic() + self._answer_within
-        silent = list(range(self._size))
-        while silent and time.monotonic() < deadline:
-            silent = [rank for rank in silent if not self._store.check([_answer(rank)])]
-            failures = self._read(_failure)
-            if failures:
-                return "; ".join(
-                    f"{self._describe(rank)} failed: {text}" for rank, text in failures.items()
-                )
+        answers = [_answer(rank) for rank in range(self._size)]
+        is_last_look = False
+        while not self._store.check(answers):
+            if self._store.check([_FAILED]):
+                rank = int(self._store.get(_FAILED))
+                return f"{self._describe(rank)} failed: {self._store.get(_FAILURE).decode()}"
+            if is_last_look:
+                break
             time.sleep(_LOOK_SECONDS / 5)
+            is_last_look = time.monotonic() >= deadline
+        silent = [rank for rank in range(self._size) if not self._store.check([answers[rank]])]
         if silent:
             who = ", ".join(map(self._describe, silent))
             return (
@@ -122,13 +134,12 @@ class RollCall:
             )
         return (
             "a message between ranks did not pass, but all ranks are alive: look at the network, "
-            f"or at a rank that is elsewhere than the others: {_by_place(self._read(_answer))}"
+            f"or at a rank that is elsewhere than the others: {_by_place(self._places())}"
         )
 
-    def _read(self, key: Callable[[int], str]) -> dict[int, str]:
-        """What ranks have left under their keys of this kind."""
-        found = [rank for rank in range(self._size) if self._store.check([key(rank)])]
-        return {rank: self._store.get(key(rank)).decode() for rank in found}
+    def _places(self) -> dict[int, str]:
+        """What ranks are at, all of which have answered."""
+        return {rank: self._store.get(_answer(rank)).decode() for rank in range(self._size)}
 
     def _describe(self, rank: int) -> str:
         if not self._store.check([_name(rank)]):
@@ -137,16 +148,32 @@ class RollCall:
         return f"rank {rank} (host {name['host']}, process {name['process']})"
 
 
+def _unused_prefix() -> str:
+    """Agree on a part of the store of its own.
+
+    Under torchrun the store outlives the ranks: where they are started again (`--max-restarts`),
+    what those before them said is still there.
+    """
+    token = torch.tensor(secrets.randbits(62))
+    dist.broadcast(token, src=0)
+    return f"roll-call/{token.item()}"
+
+
+def _store_lost(error: BaseException, problem: str) -> BaseException:
+    if not _is_of_messages(error):
+        return error
+    return PeersLostError(
+        f"messages between ranks failed ({_first_line(error)}), and so did asking for the ranks "
+        f"that are gone ({problem}): rank 0 or the launcher, where they meet, may be gone"
+    )
+
+
 def _name(rank: int) -> str:
     return f"name of {rank}"
 
 
 def _answer(rank: int) -> str:
     return f"answer of {rank}"
-
-
-def _failure(rank: int) -> str:
-    return f"failure of {rank}"
 
 
 def _is_of_messages(error: BaseException) -> bool:

@@ -107,7 +107,9 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
     }
     try:
         if not (path / FAILED).exists():
-            write_atomically(path / FAILED, _as_text(reason))
+            # A file's name in a message may hold what no UTF-8 has.
+            text = _as_text(reason).encode("utf-8", "backslashreplace").decode()
+            write_atomically(path / FAILED, text)
     except OSError as problem:
         logger.warning("cannot write %s: %s", path / FAILED, problem)
 

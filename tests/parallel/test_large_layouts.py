@@ -89,13 +89,10 @@ CASES = [
 ]
 SLOW_CASES = [
     Case(32, {}, every_rank=True),
-    Case(32, {"tensor": 2, "pipeline": 4, "replicate": 2}, every_rank=True),
     Case(32, {"tensor": 8, "sequence": True, "replicate": 2}),
     Case(512, {"tensor": 8}),
     Case(512, {"replicate": 16}),
     Case(640, {"tensor": 4, "pipeline": 5, "pipeline_schedule": "interleaved"}),
-    Case(4096, {"tensor": 8, "pipeline": 8, "pipeline_schedule": "zero_bubble"}),
-    Case(4096, {"tensor": 8, "sequence": True, "replicate": 8}),
     Case(5120, {"tensor": 8, "pipeline": 5, "sequence": True, "replicate": 2}),
 ]
 

@@ -98,9 +98,6 @@ def test_ten_thousand_steps_take_no_more_memory_files_threads_or_disk_than_the_f
     )
     (seen,) = run_ranks(1, _train, config, deadline_seconds=500)
     first, last = seen[0], seen[-1]
-    import sys
-
-    [sys.stderr.write(str(h) + "\n") for h in seen]
     assert last.step == STEPS - SAVE_EVERY // 2
     assert max(held.resident_mb for held in seen) < first.resident_mb + MAX_RISE_MB, seen
     for held in seen:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megatron_bert.training.roll_call import RollCall
+from megatron_bert.training.roll_call import PeersLostError, RollCall
 from tests.distributed_harness import run_ranks
 
 SECONDS = 30.0
@@ -37,7 +40,7 @@ def _meet(name: str) -> None:
 def _call_with_a_silent_rank() -> str | None:
     # The last rank's thread is not there, as if its process were stopped.
     last = dist.get_rank() == dist.get_world_size() - 1
-    roll_call = RollCall(answer_within_seconds=3.0)
+    roll_call = RollCall(answer_within_seconds=6.0)
     if last:
         roll_call.close()
     _meet("silent")
@@ -95,6 +98,104 @@ def test_the_rank_that_failed_is_named_with_its_error() -> None:
     assert own == ("ValueError", "row 7 is bad")
     assert kind == "PeersLostError"
     assert re.match(r"rank 1 \(host .*\) failed: ValueError: row 7 is bad", text)
+
+
+def _start_again() -> list[str]:
+    """Ranks of one store begin anew, as under `torchrun --max-restarts`."""
+    first = RollCall(answer_within_seconds=20.0)
+    first.explain(ValueError("first attempt"))
+    _meet("failed")
+    first.close()
+    second = RollCall(answer_within_seconds=20.0)
+    error = _wait_in_vain()
+    reason = str(second.explain(error))
+    _meet("done")
+    second.close()
+    return [reason]
+
+
+def test_what_ranks_said_before_they_were_started_again_does_not_count() -> None:
+    (reason,), _ = run_ranks(2, _start_again)
+    assert "first attempt" not in reason
+    assert re.match(r"rank 1 \(host .*\) failed: TimeoutError: not in the message", reason)
+
+
+class _CountingStore:
+    """A store in which all ranks have answered but one; it counts what it is asked."""
+
+    def __init__(self, silent: int) -> None:
+        self.asked = 0
+        self._silent = silent
+
+    def set(self, key: str, value: str) -> None:
+        self.asked += 1
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked += 1
+        return not any(key in ("failed", f"answer of {self._silent}") for key in keys)
+
+    def get(self, key: str) -> bytes:
+        self.asked += 1
+        return b'{"host": "node", "process": 1}'
+
+
+def test_a_look_asks_the_store_a_few_things_however_many_ranks_there_are() -> None:
+    ranks = 512
+    roll_call = RollCall.__new__(RollCall)
+    roll_call._store = store = _CountingStore(silent=300)
+    roll_call._rank, roll_call._size, roll_call._answer_within = 0, ranks, 1.0
+    assert roll_call._find_reason().startswith("rank 300 (host node, process 1) stopped answering")
+    # Two a look at most ten times a second, then one a rank.
+    assert store.asked < ranks + 2 * 20
+
+
+def _fail_with_a_foreign_name() -> tuple[str, str]:
+    roll_call = RollCall(answer_within_seconds=20.0)
+    error = ValueError("\udc93.bin: cannot read")
+    assert roll_call.explain(error) is error
+    told = roll_call._store.get("failure").decode()
+    roll_call.close()
+    return type(error).__name__, told
+
+
+def test_a_name_that_is_no_utf8_is_told_all_the_same() -> None:
+    (kind, told), _ = run_ranks(2, _fail_with_a_foreign_name)
+    assert (kind, told) == ("ValueError", r"ValueError: \udc93.bin: cannot read")
+
+
+# Stops itself, and with it the store that it holds, once the client is served.
+STORE = """
+import os, signal, sys
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_store_that_answers_nothing_holds_nobody() -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-c", STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False)
+        roll_call = RollCall.__new__(RollCall)
+        roll_call._store, roll_call._size, roll_call._rank = store, 2, 0
+        roll_call._answer_within = 1.0
+        server.stdin.write("stop\n")
+        server.stdin.flush()
+        os.waitpid(server.pid, os.WUNTRACED)
+        began = time.monotonic()
+        reason = roll_call.explain(dist.DistNetworkError("connection lost"))
+        assert time.monotonic() - began < SECONDS
+        assert isinstance(reason, PeersLostError)
+        assert "rank 0 or the launcher, where they meet, may be gone" in str(reason)
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def _alone() -> bool:

@@ -24,6 +24,11 @@ def _names(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()}
 
 
+def test_a_failure_whose_text_is_no_utf8_is_recorded(tmp_path: Path) -> None:
+    record_failure(tmp_path, 0, ValueError("\udc93.bin: cannot read"))
+    assert json.loads((tmp_path / "FAILED").read_text())["error"] == "ValueError"
+
+
 def test_it_makes_the_folder_and_knows_its_paths(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "small"
     with RunDirectory(path) as run:
