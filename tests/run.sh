@@ -17,8 +17,8 @@ Runs every quick test that needs no GPU. Each flag adds a suite:
   --gpu          needs CUDA
   --all          all of them
 
-Two files run at a time (pytest-xdist; -n 0 for one). What follows goes to pytest, for example `bash tests/run.sh tests/data -k masking`; put -- before
-a first argument that starts with --.
+Two files run at a time (pytest-xdist; -n 0 for one). What follows goes to pytest, for example
+`bash tests/run.sh tests/data -k masking`; put -- before a first argument that starts with --.
 TEXT
 }
 
