@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from megatron_bert.checkpoint.huggingface_config import ExportDtype, torch_name
 from megatron_bert.checkpoint.run_state import RunState
+from megatron_bert.config.architectures import ArchitectureName
+from megatron_bert.config.schema import ModelConfig
 
 UNKNOWN = "unknown"
 
@@ -16,15 +20,30 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 
 model = "."  # this directory, or the name under which it was published
 
-fill = pipeline("fill-mask", model, trust_remote_code=True)
+fill = pipeline("fill-mask", model{trust})
 for guess in fill("東京は日本の{mask}です。", top_k=3):
     print(guess["token_str"], guess["score"])
 
-tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
-encoder = AutoModel.from_pretrained(model, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(model{trust})
+encoder = AutoModel.from_pretrained(model{trust})
 texts = tokenizer(["吾輩は猫である。", "名前はまだ無い。"], padding=True, return_tensors="pt")
 vectors = encoder(**texts).last_hidden_state  # [texts, tokens, {hidden}]
 """
+
+
+_NAMES: Mapping[ArchitectureName, str] = MappingProxyType(
+    {"retrievabert": "RetrievaBERT", "modernbert": "ModernBERT"}
+)
+_SUMMARIES: Mapping[ArchitectureName, str] = MappingProxyType(
+    {
+        "retrievabert": "A BERT-type encoder (PreNorm, SwiGLU, learned positions), pretrained by "
+        "masked language modelling.\nIts modeling code travels with it: load it with "
+        "`trust_remote_code=True`.",
+        "modernbert": "A BERT-type encoder (PreNorm, GEGLU, rotary positions, local and global "
+        "attention), pretrained by\nmasked language modelling. Its modeling code is transformers' "
+        "own.",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,9 @@ class RunFigures:
 
 
 def model_card(
-    config: Mapping[str, Any],
+    model: ModelConfig,
+    vocab_size: int,
+    dtype: ExportDtype,
     *,
     num_parameters: int,
     mask_token: str,
@@ -70,7 +91,9 @@ def model_card(
     """Return the card's text, Markdown behind YAML.
 
     Args:
-        config: the export's `config.json`.
+        model: the encoder's shape.
+        vocab_size: rows of the embedding table, padding included.
+        dtype: type of the weights.
         num_parameters: parameters of the model, the tied decoder counted once.
         mask_token: how a mask is written in text.
         state: what the checkpoint says of its run.
@@ -79,13 +102,12 @@ def model_card(
     """
     sections = (
         _front_matter(license_id, mask_token),
-        f"# RetrievaBERT encoder, {num_parameters:,} parameters\n",
-        "A BERT-type encoder (PreNorm, SwiGLU, learned positions), pretrained by masked language "
-        "modelling.\nIts modeling code travels with it: load it with `trust_remote_code=True`.\n",
+        f"# {_NAMES[model.architecture]} encoder, {num_parameters:,} parameters\n",
+        f"{_SUMMARIES[model.architecture]}\n",
         "## Usage\n",
-        f"```python\n{_USAGE.format(mask=mask_token, hidden=config['hidden_size'])}```\n",
+        f"```python\n{_usage(model, mask_token)}```\n",
         "## Architecture\n",
-        _table(_architecture(config, num_parameters)),
+        _table(_architecture(model, vocab_size, dtype, num_parameters)),
         "## Training\n",
         *_training(state, figures),
     )
@@ -103,25 +125,43 @@ def _front_matter(license_id: str, mask_token: str) -> str:
     )
 
 
-def _architecture(config: Mapping[str, Any], num_parameters: int) -> Iterator[tuple[str, str]]:
+def _usage(model: ModelConfig, mask_token: str) -> str:
+    trust = ", trust_remote_code=True" if model.architecture == "retrievabert" else ""
+    return _USAGE.format(mask=mask_token, hidden=model.hidden_size, trust=trust)
+
+
+def _architecture(
+    model: ModelConfig, vocab_size: int, dtype: ExportDtype, num_parameters: int
+) -> Iterator[tuple[str, str]]:
+    family = model.family
+    gate = {"silu": "SwiGLU", "gelu": "GEGLU"}[family.activation]
+    biases = "with biases" if family.biases else "without biases"
     yield "parameters", f"{num_parameters:,}"
-    yield "layers", f"{config['num_hidden_layers']}"
-    yield "hidden size", f"{config['hidden_size']:,}"
-    yield "feed-forward size", f"{config['intermediate_size']:,} (SwiGLU, with biases)"
-    yield "attention heads", f"{config['num_attention_heads']}"
-    yield "key/value heads", f"{config['num_key_value_heads']}"
-    yield "positions", f"{config['max_position_embeddings']:,}, learned"
-    yield "vocabulary", f"{config['vocab_size']:,} rows, tied with the decoder"
-    yield (
-        "norm",
-        f"LayerNorm before each sub-layer and at the end, epsilon {config['layer_norm_eps']}",
-    )
+    yield "layers", f"{model.num_layers}"
+    yield "hidden size", f"{model.hidden_size:,}"
+    yield "feed-forward size", f"{model.ffn_hidden_size:,} ({gate}, {biases})"
+    yield "attention heads", f"{model.num_attention_heads}"
+    yield "key/value heads", f"{model.num_query_groups}"
+    if family.rotary:
+        yield (
+            "positions",
+            f"{model.max_position_embeddings:,}, rotary (bases {model.rope_theta:g}, in local "
+            f"layers {model.local_rope_theta:g})",
+        )
+        yield (
+            "attention",
+            f"one layer in {model.global_attention_every} sees all, the others "
+            f"{model.local_attention // 2} tokens to each side",
+        )
+    else:
+        yield "positions", f"{model.max_position_embeddings:,}, learned"
+    yield "vocabulary", f"{vocab_size:,} rows, tied with the decoder"
+    yield "norm", f"LayerNorm before each sub-layer and at the end, epsilon {model.norm_eps}"
     yield (
         "dropout",
-        f"{config['hidden_dropout_prob']:g} (hidden), "
-        f"{config['attention_probs_dropout_prob']:g} (attention)",
+        f"{model.hidden_dropout:g} (hidden), {model.attention_dropout:g} (attention)",
     )
-    yield "weights", f"{config['torch_dtype']}"
+    yield "weights", torch_name(dtype)
 
 
 def _training(state: RunState, figures: RunFigures | None) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The model's shape as `config.json` has it, both ways, under RetrievaBERT's published keys."""
+"""The model's shape as `config.json` has it, both ways, under each architecture's own keys."""
 
 from __future__ import annotations
 
@@ -13,45 +13,102 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from megatron_bert.checkpoint.huggingface_modernbert import in_older_keys
+from megatron_bert.config.architectures import ArchitectureName
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.schema import ModelConfig
 
 ExportDtype = Literal["fp32", "bf16"]
 
 CONFIG_NAME = "config.json"
-MODEL_TYPE = "retrieva-bert"
 _PACKAGE = "megatron_bert.huggingface"
 _CONFIGURATION, _MODELING = "configuration_retrieva_bert", "modeling_retrieva_bert"
 _TORCH_NAMES: Mapping[ExportDtype, str] = MappingProxyType({"fp32": "float32", "bf16": "bfloat16"})
 
-# Their keys, in their order, and ours.
-_SIZES = MappingProxyType(
+
+@dataclass(frozen=True)
+class _Dialect:
+    """How a `config.json` says one architecture.
+
+    Attributes:
+        model_type: transformers' name of it.
+        head: class of the masked-language model.
+        sizes: their keys, in their order, and ours; none may be missing.
+        rates: the same of keys that may.
+        fixed: what the architecture leaves no choice in; a configuration may leave it out.
+        tokens: special tokens whose ids it tells.
+    """
+
+    model_type: str
+    head: str
+    sizes: Mapping[str, str]
+    rates: Mapping[str, str]
+    fixed: Mapping[str, Any]
+    tokens: tuple[str, ...]
+
+
+_DIALECTS: Mapping[ArchitectureName, _Dialect] = MappingProxyType(
     {
-        "hidden_size": "hidden_size",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_attention_heads",
-        "num_key_value_heads": "num_query_groups",
-        "intermediate_size": "ffn_hidden_size",
-        "max_position_embeddings": "max_position_embeddings",
-    }
-)
-_RATES = MappingProxyType(
-    {
-        "hidden_dropout_prob": "hidden_dropout",
-        "attention_probs_dropout_prob": "attention_dropout",
-        "initializer_range": "init_std",
-        "layer_norm_eps": "norm_eps",
-    }
-)
-# What the architecture leaves no choice in; a configuration may leave these keys out.
-_FIXED: Mapping[str, Any] = MappingProxyType(
-    {
-        "hidden_act": "silu",
-        "mlp_bias": True,
-        "lm_head_hidden_act": "gelu",
-        "position_embedding_type": "absolute",
-        "type_vocab_size": 0,
-        "tie_word_embeddings": True,
+        "retrievabert": _Dialect(
+            "retrieva-bert",
+            "RetrievaBertForMaskedLM",
+            {
+                "hidden_size": "hidden_size",
+                "num_hidden_layers": "num_layers",
+                "num_attention_heads": "num_attention_heads",
+                "num_key_value_heads": "num_query_groups",
+                "intermediate_size": "ffn_hidden_size",
+                "max_position_embeddings": "max_position_embeddings",
+            },
+            {
+                "hidden_dropout_prob": "hidden_dropout",
+                "attention_probs_dropout_prob": "attention_dropout",
+                "initializer_range": "init_std",
+                "layer_norm_eps": "norm_eps",
+            },
+            {
+                "hidden_act": "silu",
+                "mlp_bias": True,
+                "lm_head_hidden_act": "gelu",
+                "position_embedding_type": "absolute",
+                "type_vocab_size": 0,
+                "tie_word_embeddings": True,
+            },
+            ("pad", "bos", "eos"),
+        ),
+        # In the keys of transformers 4, which 5 reads too.
+        "modernbert": _Dialect(
+            "modernbert",
+            "ModernBertForMaskedLM",
+            {
+                "hidden_size": "hidden_size",
+                "num_hidden_layers": "num_layers",
+                "num_attention_heads": "num_attention_heads",
+                "intermediate_size": "ffn_hidden_size",
+                "max_position_embeddings": "max_position_embeddings",
+                "local_attention": "local_attention",
+                "global_attn_every_n_layers": "global_attention_every",
+            },
+            {
+                "embedding_dropout": "hidden_dropout",
+                "attention_dropout": "attention_dropout",
+                "initializer_range": "init_std",
+                "norm_eps": "norm_eps",
+                "global_rope_theta": "rope_theta",
+                "local_rope_theta": "local_rope_theta",
+            },
+            {
+                "hidden_activation": "gelu",
+                "norm_bias": False,
+                "attention_bias": False,
+                "mlp_bias": False,
+                "classifier_activation": "gelu",
+                "classifier_bias": False,
+                "decoder_bias": True,
+                "tie_word_embeddings": True,
+            },
+            ("pad", "bos", "eos", "cls", "sep"),
+        ),
     }
 )
 
@@ -77,8 +134,10 @@ class ReadConfig:
         return self.model.vocab_size
 
 
-def modeling_code() -> dict[str, bytes]:
-    """The files of modeling code that an export carries, by name."""
+def modeling_code(model: ModelConfig) -> dict[str, bytes]:
+    """The files of modeling code that an export carries; none where transformers has it."""
+    if model.architecture != "retrievabert":
+        return {}
     files = resources.files(_PACKAGE).iterdir()
     names = sorted(file.name for file in files if re.fullmatch(r"(?!__)\w+\.py", file.name))
     return {name: (resources.files(_PACKAGE) / name).read_bytes() for name in names}
@@ -93,18 +152,25 @@ def huggingface_config(
         model: the encoder's shape.
         vocab_size: rows of the embedding table, padding included.
         dtype: type of the written weights.
-        token_ids: `pad_token_id`, `bos_token_id` and `eos_token_id`.
+        token_ids: `pad_token_id` and so on.
     """
+    dialect = _DIALECTS[model.architecture]
+    keys = {**dialect.sizes, **dialect.rates}
     return {
-        "architectures": ["RetrievaBertForMaskedLM"],
-        "auto_map": _auto_map(),
-        "model_type": MODEL_TYPE,
+        "architectures": [dialect.head],
+        **({"auto_map": _auto_map()} if model.architecture == "retrievabert" else {}),
+        "model_type": dialect.model_type,
         "vocab_size": vocab_size,
-        **{theirs: getattr(model, ours) for theirs, ours in (_SIZES | _RATES).items()},
-        **_FIXED,
-        "torch_dtype": _TORCH_NAMES[dtype],
-        **{key: token_ids[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        **{theirs: getattr(model, ours) for theirs, ours in keys.items()},
+        **dialect.fixed,
+        "torch_dtype": torch_name(dtype),
+        **{f"{role}_token_id": token_ids[f"{role}_token_id"] for role in dialect.tokens},
     }
+
+
+def torch_name(dtype: ExportDtype) -> str:
+    """A type in PyTorch's words."""
+    return _TORCH_NAMES[dtype]
 
 
 def read_config(directory: Path) -> ReadConfig:
@@ -116,21 +182,29 @@ def read_config(directory: Path) -> ReadConfig:
     """
     path = directory / CONFIG_NAME
     content = read_object(path, "name a directory that transformers has saved a model in")
-    if content.get("model_type") != MODEL_TYPE:
+    names = {dialect.model_type: name for name, dialect in _DIALECTS.items()}
+    model_type = content.get("model_type")
+    if model_type not in names:
         raise CheckpointError(
-            f"{path}: model_type is {content.get('model_type')!r}, expected {MODEL_TYPE!r}; only "
-            "RetrievaBERT's architecture can be converted"
+            f"{path}: model_type is {model_type!r}, expected {' or '.join(map(repr, names))}; no "
+            "other architecture can be converted"
         )
-    problems = [
-        f"{path}: {key} is {content[key]!r}, but the training model has {value!r} only"
-        for key, value in _FIXED.items()
+    architecture = names[str(model_type)]
+    dialect = _DIALECTS[architecture]
+    problems: list[str] = []
+    if architecture == "modernbert":
+        content, problems = in_older_keys(content)
+    problems += [
+        f"{key} is {content[key]!r}, but the training model has {value!r} only"
+        for key, value in dialect.fixed.items()
         if content.get(key, value) != value
     ]
-    needed = ("vocab_size", *_SIZES)
-    problems += [f"{path}: {key} is missing" for key in needed if key not in content]
+    needed = ("vocab_size", *dialect.sizes)
+    problems += [f"{key} is missing" for key in needed if key not in content]
     if problems:
-        raise CheckpointError("\n".join(problems))
-    return ReadConfig(_shape(content, path), content.get("pad_token_id"), _dtype(content))
+        raise CheckpointError("\n".join(f"{path}: {problem}" for problem in problems))
+    model = _shape(content, architecture, path)
+    return ReadConfig(model, content.get("pad_token_id"), _dtype(content))
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -150,26 +224,32 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def _shape(content: Mapping[str, Any], path: Path) -> ModelConfig:
-    names = {"vocab_size": "vocab_size", **_SIZES, **_RATES}
+def _shape(content: Mapping[str, Any], architecture: ArchitectureName, path: Path) -> ModelConfig:
+    dialect = _DIALECTS[architecture]
+    names = {"vocab_size": "vocab_size", **dialect.sizes, **dialect.rates}
     keys = {ours: content[theirs] for theirs, ours in names.items() if theirs in content}
+    # Where they have no key for it, each head has keys and values of its own.
+    keys.setdefault("num_query_groups", keys["num_attention_heads"])
     try:
-        model = ModelConfig.model_validate(keys)
+        model = ModelConfig.model_validate({"architecture": architecture, **keys})
     except ValidationError as error:
         theirs = {ours: name for name, ours in names.items()}
         raise CheckpointError(
             "\n".join(
-                f"{path}: {theirs[str(found['loc'][0])]} is {found['input']!r}; {found['msg']}"
+                f"{path}: {theirs.get(str(found['loc'][0]), found['loc'][0])} is "
+                f"{found['input']!r}; {found['msg']}"
                 for found in error.errors()
             )
         ) from error
     for whole, part in (
         ("hidden_size", "num_attention_heads"),
-        ("num_attention_heads", "num_key_value_heads"),
+        ("num_attention_heads", "num_query_groups"),
     ):
-        if content[whole] % content[part]:
+        if getattr(model, whole) % getattr(model, part):
+            theirs_part = {ours: name for name, ours in names.items()}.get(part, part)
             raise CheckpointError(
-                f"{path}: {whole} is {content[whole]}, not a multiple of {part}, {content[part]}"
+                f"{path}: {whole} is {getattr(model, whole)}, not a multiple of {theirs_part}, "
+                f"{getattr(model, part)}"
             )
     return model
 

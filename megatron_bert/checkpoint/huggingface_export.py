@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,13 @@ from megatron_bert.checkpoint.huggingface_config import (
     huggingface_config,
     modeling_code,
 )
-from megatron_bert.checkpoint.huggingface_names import Parameter, listed, model_parameters
+from megatron_bert.checkpoint.huggingface_names import (
+    Parameter,
+    TheirTensor,
+    listed,
+    model_parameters,
+    their_tensors,
+)
 from megatron_bert.checkpoint.huggingface_weights import WEIGHTS_NAME
 from megatron_bert.checkpoint.manifest import verified_manifest
 from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
@@ -70,7 +77,9 @@ def export_checkpoint(
     exported = export_tokenizer(tokenizer, model.max_position_embeddings)
     config = huggingface_config(model, vocab_size, dtype, exported.token_ids)
     card = model_card(
-        config,
+        model,
+        vocab_size,
+        dtype,
         num_parameters=sum(parameter.size for parameter in parameters),
         mask_token=exported.mask_token,
         state=state,
@@ -81,7 +90,7 @@ def export_checkpoint(
         CONFIG_NAME: json.dumps(config, indent=2) + "\n",
         "README.md": card,
         **exported.files,
-        **modeling_code(),
+        **modeling_code(model),
     }
     with new_directory(output) as staging:
         for name, content in small_files.items():
@@ -138,8 +147,10 @@ def _pieces(checkpoint: Path, parameters: list[Parameter], dtype: torch.dtype) -
     # Of one type, they are written in the order in which they are read.
     wholes = read_whole_tensors(checkpoint, shapes)
 
-    def resolve() -> Tensor:
-        return next(wholes).to(dtype)
+    def resolve(tensor: TheirTensor) -> Tensor:
+        parts = [next(wholes).to(dtype) for _ in tensor.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    for parameter in parameters:
-        yield Piece(parameter.theirs, dtype, parameter.shape, (0,) * len(parameter.shape), resolve)
+    for tensor in their_tensors(parameters):
+        offset = (0,) * len(tensor.shape)
+        yield Piece(tensor.name, dtype, tensor.shape, offset, partial(resolve, tensor))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_bert.checkpoint.huggingface_config import CONFIG_NAME, ReadConfig, read_config
-from megatron_bert.checkpoint.huggingface_names import Parameter, model_parameters
+from megatron_bert.checkpoint.huggingface_names import Parameter, model_parameters, their_tensors
 from megatron_bert.checkpoint.huggingface_weights import HuggingFaceWeights
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
@@ -85,19 +85,26 @@ def import_model(
 def _pieces(weights: HuggingFaceWeights, model: ModelConfig, config: ReadConfig) -> Iterator[Piece]:
     assert model.vocab_size is not None
     added_rows = model.vocab_size - config.vocab_size
-    for parameter in model_parameters(model, model.vocab_size):
-        yield Piece(
-            MODEL_PREFIX + parameter.name,
-            torch.float32,
-            parameter.shape,
-            (0,) * len(parameter.shape),
-            partial(_read, weights, parameter, added_rows),
-        )
+    for stacked in their_tensors(model_parameters(model, model.vocab_size)):
+        first_row = 0
+        for parameter in stacked.parts:
+            yield Piece(
+                MODEL_PREFIX + parameter.name,
+                torch.float32,
+                parameter.shape,
+                (0,) * len(parameter.shape),
+                partial(_read, weights, parameter, first_row, added_rows),
+            )
+            first_row += parameter.shape[0]
 
 
-def _read(weights: HuggingFaceWeights, parameter: Parameter, added_rows: int) -> Tensor:
-    tensor = weights.read(parameter)
-    if not (parameter.has_vocabulary and added_rows):
+def _read(
+    weights: HuggingFaceWeights, parameter: Parameter, first_row: int, added_rows: int
+) -> Tensor:
+    tensor = weights.read(parameter.theirs)
+    if not parameter.has_vocabulary:
+        return tensor[first_row : first_row + parameter.shape[0]]
+    if not added_rows:
         return tensor
     if tensor.dim() == 1:
         return F.pad(tensor, (0, added_rows), value=_ADDED_BIAS)

@@ -1,9 +1,9 @@
 """The one table of parameters: this project's names, Hugging Face's, and shapes.
 
-The right side is RetrievaBERT's as far as it is published (MegatronBert's names with Llama's MLP).
-Matrices are laid out alike on both sides, `[out, in]`, and nothing is fused, so that a name is all
-that changes. To correct a name, correct it here: both directions of the conversion, and `inspect`,
-go by these rows.
+RetrievaBERT's are there as far as they are published (MegatronBert's names with Llama's MLP).
+Matrices are laid out alike on both sides, `[out, in]`; several of ours that have one name on the
+right are stacked there, in the order of the rows. To correct a name, correct it here: both
+directions of the conversion, and `inspect`, go by these rows.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from types import MappingProxyType
 
+from megatron_bert.config.architectures import ArchitectureName
 from megatron_bert.config.schema import ModelConfig
 
 # `*` stands for a layer's number. Letters of a shape: V vocabulary, P positions, D hidden,
 # K key/value heads x head size, F feed-forward.
-_TABLE = (
+_RETRIEVABERT = (
     ("embeddings.word.weight", "bert.embeddings.word_embeddings.weight", "VD"),
     ("embeddings.position.weight", "bert.embeddings.position_embeddings.weight", "PD"),
     ("blocks.*.attention_norm.weight", "bert.encoder.layer.*.attention.ln.weight", "D"),
@@ -53,17 +54,41 @@ _TABLE = (
     ("head.bias", "cls.predictions.bias", "V"),
 )
 
+_MODERNBERT = (
+    ("embeddings.word.weight", "model.embeddings.tok_embeddings.weight", "VD"),
+    ("embeddings.norm.weight", "model.embeddings.norm.weight", "D"),
+    ("blocks.*.attention_norm.weight", "model.layers.*.attn_norm.weight", "D"),
+    ("blocks.*.attention.query.weight", "model.layers.*.attn.Wqkv.weight", "DD"),
+    ("blocks.*.attention.key.weight", "model.layers.*.attn.Wqkv.weight", "KD"),
+    ("blocks.*.attention.value.weight", "model.layers.*.attn.Wqkv.weight", "KD"),
+    ("blocks.*.attention.output.weight", "model.layers.*.attn.Wo.weight", "DD"),
+    ("blocks.*.feed_forward_norm.weight", "model.layers.*.mlp_norm.weight", "D"),
+    ("blocks.*.feed_forward.gate.weight", "model.layers.*.mlp.Wi.weight", "FD"),
+    ("blocks.*.feed_forward.up.weight", "model.layers.*.mlp.Wi.weight", "FD"),
+    ("blocks.*.feed_forward.down.weight", "model.layers.*.mlp.Wo.weight", "DF"),
+    ("final_norm.weight", "model.final_norm.weight", "D"),
+    ("head.dense.weight", "head.dense.weight", "DD"),
+    ("head.norm.weight", "head.norm.weight", "D"),
+    ("head.bias", "decoder.bias", "V"),
+)
+
+_TABLES: Mapping[ArchitectureName, tuple[tuple[str, str, str], ...]] = MappingProxyType(
+    {"retrievabert": _RETRIEVABERT, "modernbert": _MODERNBERT}
+)
+
 TIED: Mapping[str, str] = MappingProxyType(
     {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
+        "decoder.weight": "model.embeddings.tok_embeddings.weight",
     }
 )
-"""Second Hugging Face names of a parameter, which a file may hold too, or in place of the first."""
+"""Second Hugging Face names of a tensor, which a file may hold too, or in place of the first."""
 
 BUFFERS = frozenset({"bert.embeddings.position_ids"})
 """Hugging Face names that older versions of transformers save, and that hold no parameter."""
 
+_ATTENTION_NORM = "blocks.*.attention_norm.weight"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -73,8 +98,8 @@ class Parameter:
 
     Attributes:
         name: in `BertForPretraining`.
-        theirs: in a Hugging Face directory.
-        shape: on both sides.
+        theirs: of the tensor that it is, or is a part of, in a Hugging Face directory.
+        shape: here; there others may be stacked below it.
         has_vocabulary: whether the first dimension counts rows of the vocabulary.
     """
 
@@ -87,6 +112,32 @@ class Parameter:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TheirTensor:
+    """A tensor of a Hugging Face directory.
+
+    Attributes:
+        name: there.
+        parts: the parameters that are stacked in it along the first dimension; mostly one.
+    """
+
+    name: str
+    parts: tuple[Parameter, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+
+def their_tensors(parameters: Iterable[Parameter]) -> list[TheirTensor]:
+    """The tensors that `parameters`, as `model_parameters` returns them, are there, in order."""
+    return [
+        TheirTensor(name, tuple(parts))
+        for name, parts in groupby(parameters, key=lambda parameter: parameter.theirs)
+    ]
 
 
 def model_parameters(model: ModelConfig, vocab_size: int) -> list[Parameter]:
@@ -104,10 +155,13 @@ def model_parameters(model: ModelConfig, vocab_size: int) -> list[Parameter]:
         "F": model.ffn_hidden_size,
     }
     parameters = []
-    for in_layers, rows in groupby(_TABLE, key=lambda row: "*" in row[0]):
+    for in_layers, rows in groupby(_TABLES[model.architecture], key=lambda row: "*" in row[0]):
         rows_of_part = list(rows)
         for number in range(model.num_layers if in_layers else 1):
             for ours, theirs, letters in rows_of_part:
+                if model.family.embedding_norm and ours == _ATTENTION_NORM and number == 0:
+                    # The embeddings' own stands in its place.
+                    continue
                 parameters.append(
                     Parameter(
                         ours.replace("*", str(number)),

@@ -13,7 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_bert.checkpoint.huggingface_config import read_object
-from megatron_bert.checkpoint.huggingface_names import BUFFERS, TIED, Parameter, listed
+from megatron_bert.checkpoint.huggingface_names import (
+    BUFFERS,
+    TIED,
+    Parameter,
+    listed,
+    their_tensors,
+)
 from megatron_bert.config.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -72,18 +78,19 @@ class HuggingFaceWeights:
 
     def problems(self, parameters: Iterable[Parameter]) -> Iterator[str]:
         """Yield what keeps these weights from being exactly `parameters`: every name, by kind."""
-        expected = {parameter.theirs: parameter.shape for parameter in parameters}
-        second = {first: name for name, first in TIED.items()}
+        expected = {tensor.name: tensor.shape for tensor in their_tensors(parameters)}
+        tied = {name: first for name, first in TIED.items() if first in expected}
+        second = {first: name for name, first in tied.items()}
         stored = self._stored
         missing = [
             name for name in expected if name not in stored and second.get(name) not in stored
         ]
         if missing:
             yield f"missing: {listed(missing)}"
-        unknown = [name for name in stored if name not in expected.keys() | TIED | BUFFERS]
+        unknown = [name for name in stored if name not in expected.keys() | tied.keys() | BUFFERS]
         if unknown:
             yield f"unknown: {listed(unknown)}"
-        shapes = expected | {name: expected[first] for name, first in TIED.items()}
+        shapes = expected | {name: expected[first] for name, first in tied.items()}
         for name, shape in shapes.items():
             if name in stored and stored[name].shape != shape:
                 yield (f"{name} is {list(stored[name].shape)}, but by config.json {list(shape)}")
@@ -91,19 +98,19 @@ class HuggingFaceWeights:
         if odd:
             yield f"not of floating point: {listed(odd)}"
 
-    def read(self, parameter: Parameter) -> Tensor:
-        """Read a parameter, fp32 on the CPU; where it is stored in fp32, it is the mapped file.
+    def read(self, name: str) -> Tensor:
+        """Read a tensor, fp32 on the CPU; where it is stored in fp32, it is the mapped file.
 
         Raises:
-            CheckpointError: the file cannot be read, or the parameter is stored under a second
-                name too and the two differ.
+            CheckpointError: the file cannot be read, or the tensor is stored under a second name
+                too and the two differ.
         """
-        second = next((name for name, first in TIED.items() if first == parameter.theirs), None)
-        names = [name for name in (parameter.theirs, second) if name in self._stored]
-        first, *others = (self._read(name) for name in names if name is not None)
+        second = next((other for other, first in TIED.items() if first == name), None)
+        names = [found for found in (name, second) if found in self._stored]
+        first, *others = (self._read(found) for found in names if found is not None)
         if any(not torch.equal(first, other) for other in others):
             raise CheckpointError(
-                f"{self._stored[parameter.theirs].file}: {second} differs from {parameter.theirs}; "
+                f"{self._stored[name].file}: {second} differs from {name}; "
                 "the training model has one parameter for both (tie_word_embeddings)"
             )
         return first.float()

@@ -75,9 +75,9 @@ def describe_huggingface(directory: Path) -> Iterator[str]:
 
 def _shape(model: ModelConfig) -> str:
     return (
-        f"{model.num_layers} layers, hidden {model.hidden_size:,}, feed-forward "
-        f"{model.ffn_hidden_size:,}, {model.num_attention_heads} heads, {model.num_query_groups} "
-        f"key/value heads, {model.max_position_embeddings:,} positions"
+        f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size:,}, "
+        f"feed-forward {model.ffn_hidden_size:,}, {model.num_attention_heads} heads, "
+        f"{model.num_query_groups} key/value heads, {model.max_position_embeddings:,} positions"
     )
 
 

@@ -21,14 +21,14 @@ VOCABULARY = 512
 STEP = 10
 
 
-def make_run(folder: Path, tokenizer: Path) -> Path:
+def make_run(folder: Path, tokenizer: Path, **model: Any) -> Path:
     """Fill `folder` with a run whose checkpoint has step 10; return the checkpoint's folder.
 
     Beside it lie `tiny.model`, the tokenizer, and `expected.pt`: the `logits` of the model's
-    `inputs`, and its `parameters` by name.
+    `inputs`, and its `parameters` by name. `model` are keys of the small model to change.
     """
     (folder / "tiny.model").write_bytes(tokenizer.read_bytes())
-    run_ranks(1, _save, folder)
+    run_ranks(1, _save, folder, model)
     return folder / "run" / "checkpoints" / f"step_{STEP:08d}"
 
 
@@ -38,8 +38,8 @@ def expected_parameters(folder: Path) -> dict[str, Tensor]:
     return values
 
 
-def _save(folder: Path) -> None:
-    config = small_config(data={"tokenizer": str(folder / "tiny.model")})
+def _save(folder: Path, model_keys: dict[str, Any]) -> None:
+    config = small_config(data={"tokenizer": str(folder / "tiny.model")}, model=model_keys)
     model = _model(config)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     inputs = packed_inputs(3)

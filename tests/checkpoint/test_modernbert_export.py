@@ -1,0 +1,209 @@
+"""Models of ModernBERT's topology are transformers' own, without code of this project."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, pipeline
+from transformers import ModernBertForMaskedLM as TheirModel
+
+from megatron_bert.checkpoint.huggingface_export import export_checkpoint
+from megatron_bert.checkpoint.huggingface_import import import_model
+from megatron_bert.checkpoint.huggingface_modernbert import in_older_keys
+from megatron_bert.checkpoint.manifest import verified_manifest
+from megatron_bert.checkpoint.store import find_checkpoint
+from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
+from megatron_bert.config.errors import CheckpointError
+from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
+from tests.distributed_harness import run_ranks
+from tests.training.runs import run_config, steps_of, train
+
+MODEL = {
+    "architecture": "modernbert",
+    "num_layers": 5,
+    "num_query_groups": 4,
+    # Less than the segments' lengths, so that windows end within them.
+    "local_attention": 6,
+    "norm_eps": 1e-5,
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("modernbert")
+    export_checkpoint(make_run(folder, tiny_tokenizer_path, **MODEL), folder / "exported")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run_folder: Path) -> TheirModel:
+    model = AutoModelForMaskedLM.from_pretrained(run_folder / "exported")
+    assert type(model) is TheirModel
+    return model.eval()
+
+
+def _segments(run_folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and expected logits of every segment of the packed rows."""
+    expected = torch.load(run_folder / "expected.pt")
+    found = []
+    for tokens, positions, logits in zip(
+        expected["inputs"]["tokens"],
+        expected["inputs"]["positions"],
+        expected["logits"],
+        strict=True,
+    ):
+        begins = [*(positions == 0).nonzero().flatten().tolist(), len(tokens)]
+        for begin, end in itertools.pairwise(begins):
+            found.append((tokens[begin:end].long(), logits[begin:end]))
+    return found
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_transformers_own_model_gives_the_training_models_logits(
+    run_folder: Path, model: TheirModel, attention: str
+) -> None:
+    model.set_attn_implementation(attention)
+    segments = _segments(run_folder)
+    assert max(len(tokens) for tokens, _ in segments) > 2 * MODEL["local_attention"]
+    with torch.no_grad():
+        for tokens, logits in segments:
+            torch.testing.assert_close(model(tokens[None]).logits[0], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_padded_batch_has_the_same_logits(run_folder: Path, model: TheirModel) -> None:
+    segments = _segments(run_folder)
+    tokens = torch.nn.utils.rnn.pad_sequence([t for t, _ in segments], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones_like(t) for t, _ in segments], batch_first=True
+    )
+    with torch.no_grad():
+        found = model(tokens, attention_mask=mask).logits
+    for row, (_, logits) in zip(found, segments, strict=True):
+        torch.testing.assert_close(row[: len(logits)], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_holds_no_code_and_fills_masks(run_folder: Path) -> None:
+    exported = run_folder / "exported"
+    assert {path.suffix for path in exported.iterdir()} == {".json", ".md", ".safetensors"}
+    config = json.loads((exported / "config.json").read_text())
+    assert "auto_map" not in config
+    assert "trust_remote_code" not in (exported / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    fill = pipeline("fill-mask", str(exported), tokenizer=tokenizer)
+    assert len(fill(f"吾輩は{tokenizer.mask_token}である")) == 5
+
+
+def _imported(checkpoint: Path) -> dict[str, torch.Tensor]:
+    shapes = saved_shapes(checkpoint)
+    tensors = zip(shapes, read_whole_tensors(checkpoint, shapes), strict=True)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors}
+
+
+def test_every_parameter_is_mapped_once_there_and_back_to_the_bit(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    exported = run_folder / "exported"
+    model = import_model(exported, tmp_path / "back", run_folder / "tiny.model")
+    assert {name: getattr(model, name) for name in MODEL} == MODEL
+    verified_manifest(tmp_path / "back")
+    found, expected = _imported(tmp_path / "back"), expected_parameters(run_folder)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    # No two hold the same, or an exchange of them would go unnoticed.
+    values = [tensor.flatten().tolist() for tensor in expected.values()]
+    assert not any(a == b for n, a in enumerate(values) for b in values[:n])
+    export_checkpoint(find_checkpoint(tmp_path / "back"), tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    for name, tensor in load_file(exported / "model.safetensors").items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_what_transformers_saved_goes_on_in_pretraining(
+    tiny_data: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    config = ModernBertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        local_attention=6,
+        pad_token_id=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=5,
+        sep_token_id=6,
+    )
+    saved = tmp_path / "saved"
+    TheirModel(config).save_pretrained(saved)
+    tokenizer = tiny_data / "tiny.model"
+    shape = import_model(saved, tmp_path / "start", tokenizer)
+    assert (shape.rope_theta, shape.local_rope_theta) == (160_000.0, 10_000.0)
+    assert (shape.global_attention_every, shape.local_attention) == (3, 6)
+    keys = shape.model_dump(mode="json", exclude={"preset"})
+    run = run_config(
+        tiny_data,
+        tmp_path / "run",
+        model=keys,
+        parallel={"tensor": 2, "sequence": True},
+        checkpoint={"resume": str(tmp_path / "start")},
+    )
+    lines = run_ranks(2, train, run)[0]
+    assert list(steps_of(lines)) == list(range(1, 13))
+
+
+def _refusal(run_folder: Path, tmp_path: Path, **keys: Any) -> str:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for path in (run_folder / "exported").iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | keys))
+    with pytest.raises(CheckpointError) as refused:
+        import_model(directory, tmp_path / "refused", run_folder / "tiny.model")
+    assert not (tmp_path / "refused").exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"norm_bias": True}, "norm_bias is True, but the training model has False only"),
+        ({"local_attention": 7}, "local_attention is 7"),
+        ({"layer_types": ["sliding_attention"] * 5}, "layer_types is"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rope_parameters.full_attention.rope_type is 'yarn'",
+        ),
+    ],
+)
+def test_a_modernbert_that_cannot_be_trained_here_is_refused_by_the_field(
+    run_folder: Path, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    refusal = _refusal(run_folder, tmp_path, **keys)
+    assert "config.json" in refusal
+    assert message in refusal
+
+
+def test_the_keys_of_both_releases_say_the_same() -> None:
+    kinds = ["full_attention", "sliding_attention"] * 2
+    newer = {
+        "layer_types": kinds,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3.0},
+        },
+    }
+    older, problems = in_older_keys(newer)
+    assert problems == []
+    assert older["global_attn_every_n_layers"] == 2
+    assert (older["global_rope_theta"], older["local_rope_theta"]) == (5.0, 3.0)
+    assert in_older_keys(older)[0]["global_attn_every_n_layers"] == 2
