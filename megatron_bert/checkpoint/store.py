@@ -215,6 +215,13 @@ class CheckpointStore:
             names = sorted(manifest.files)[ranks.rank :: ranks.size]
             ranks.on_all(lambda: manifest.verify_content(folder, names))
         except RanksFailedError as error:
+            if not all(failure.is_user_error for failure in error.failures):
+                # Of the host: taking an older one would train what this one may hold anew.
+                raise _translated(
+                    error,
+                    f"{folder} cannot be read, though it may be intact ({error}); mend the host, "
+                    "or move the folder away to go on from the checkpoint before",
+                ) from error
             texts = [failure.text for failure in error.failures]
             raise DamagedCheckpointError("; ".join(texts)) from error
         self._verified = folder

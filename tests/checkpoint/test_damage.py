@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import pickle
@@ -159,6 +160,19 @@ def test_loading_a_damaged_checkpoint_by_its_path_is_refused(
         CheckpointStore(root, keep=3).load(root / "step_00000020", tensors)
     assert what in str(caught.value)
     assert_same_bits(tensors, blank(whole_state()))
+
+
+def test_what_the_host_cannot_read_at_the_moment_is_not_passed_over_as_damaged(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Manifest, "verify_content", refuse)
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointStore(root, keep=3).newest()
+    assert "step_00000020 cannot be read, though it may be intact" in str(caught.value)
+    assert "Stale file handle" in str(caught.value)
 
 
 def test_undamaged_the_newest_is_taken_without_a_warning(root: Path) -> None:
