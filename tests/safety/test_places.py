@@ -73,6 +73,7 @@ def test_a_configuration_files_name_makes_no_run_outside_the_runs(
         ("split_corpus", ["--input", "T", "--train", "OUT.jsonl", "--valid", "v.jsonl"]),
         ("split_corpus", ["--input", "T", "--train", "t.jsonl", "--valid", "OUT.jsonl"]),
         ("convert_checkpoint", ["to-hf", "--checkpoint", "CHECKPOINT", "--output", "OUT"]),
+        ("finetune_jglue", ["--model", "M", "--task", "jsts", "--data", "T", "--output", "OUT"]),
         ("report", ["RUN", "--output", "OUT.html"]),
         ("report", ["RUN", "--picture", "OUT.svg"]),
     ],

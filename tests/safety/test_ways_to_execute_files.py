@@ -28,6 +28,11 @@ CALLS = {
     "importlib.util.spec_from_file_location",
 }
 OPTIONS = {"allow_pickle", "trust_remote_code"}
+# A user may give leave, by --trust-remote-code.
+WITH_LEAVE = (
+    CHECKOUT / "megatron_bert" / "jglue" / "models.py",
+    "trust_remote_code=self.trust_remote_code",
+)
 
 
 def ways(source: str) -> Iterator[str]:
@@ -41,8 +46,8 @@ def ways(source: str) -> Iterator[str]:
             found = [module] if module.partition(".")[0] in MODULES else sorted(names & CALLS)
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            given = {option.arg for option in node.keywords if option.arg is not None}
-            found = [name] if name in CALLS else sorted(given & OPTIONS)
+            given = [ast.unparse(option) for option in node.keywords if option.arg in OPTIONS]
+            found = [name] if name in CALLS else given
         else:
             continue
         yield from (f"line {node.lineno}: {way}" for way in found)
@@ -50,7 +55,12 @@ def ways(source: str) -> Iterator[str]:
 
 def test_nothing_here_executes_what_a_file_holds() -> None:
     assert len(SOURCES) > 100
-    found = [f"{path}, {way}" for path in SOURCES for way in ways(path.read_text())]
+    found = [
+        f"{path}, {way}"
+        for path in SOURCES
+        for way in ways(path.read_text())
+        if (path, way.partition(": ")[2]) != WITH_LEAVE
+    ]
     assert found == []
 
 

@@ -1,0 +1,1 @@
+"""Fine-tuning and evaluation on JGLUE, for any encoder that transformers loads."""

@@ -1,0 +1,170 @@
+"""One cell of the grid: a model fine-tuned with one learning rate, number of epochs and seed."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Never
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from megatron_bert.jglue.models import ModelSource
+from megatron_bert.jglue.recipes import Recipe, Row, Scores, ValidSet
+from megatron_bert.jglue.tasks import WARMUP_RATIO, Task
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """What tells one training of the grid from the others."""
+
+    learning_rate: float
+    epochs: int
+    seed: int
+
+    def __str__(self) -> str:
+        """As it is shown."""
+        return f"learning rate {self.learning_rate:g}, {self.epochs} epoch(s), seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How a step is computed.
+
+    Attributes:
+        size: rows of a step.
+        micro_size: rows of one forward pass; the same results, but for rounding, in less memory.
+        precision: `fp32`, or `bf16` for products in BF16 with weights in fp32.
+    """
+
+    size: int
+    micro_size: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task encoded for a model."""
+
+    task: Task
+    recipe: Recipe
+    tokenizer: Any
+    train: Sequence[Row]
+    valid: ValidSet
+
+
+def train_cell(
+    source: ModelSource, task: PreparedTask, cell: Cell, batches: Batches
+) -> dict[str, Any]:
+    """Fine-tune a fresh model on all of `task.train` and score it once on `task.valid`.
+
+    AdamW without weight decay, gradients clipped to 1, learning rate linear up over the warm-up and
+    down to 0. The head's weights, the order of rows and dropout come from the seed.
+
+    Returns:
+        The cell's record: `learning_rate`, `epochs`, `seed`; `scores` by metric; `diverged`: the
+        model gave numbers that are not finite, and every score is 0; `steps`; `seconds`, of
+        training and evaluation; `micro_batch_size`; `device`; `versions`.
+
+    Raises:
+        DataError: the model cannot be loaded (see `ModelSource.load_model`).
+    """
+    began = time.monotonic()
+    steps = math.ceil(len(task.train) / batches.size) * cell.epochs
+    transformers.set_seed(cell.seed)
+    model = source.load_model(task.recipe)
+    with tempfile.TemporaryDirectory(prefix="jglue-") as folder:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(folder, cell, batches, steps),
+            train_dataset=list(task.train),
+            data_collator=task.recipe.collator(task.tokenizer),
+            callbacks=[_Progress(str(cell))],
+        )
+        trainer.remove_callback(PrinterCallback)
+        # The heads' losses are means over rows, whatever their forward passes take.
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train()
+        logits = trainer.predict(list(task.valid.rows)).predictions
+    device = trainer.args.device
+    scores = _scores(task.valid, logits)
+    del trainer, model
+    # A trainer refers to itself in circles, which hold the model's memory.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {
+        **asdict(cell),
+        "scores": scores or dict.fromkeys(task.task.metrics, 0.0),
+        "diverged": scores is None,
+        "steps": steps,
+        "seconds": round(time.monotonic() - began, 1),
+        "micro_batch_size": batches.micro_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _arguments(folder: str, cell: Cell, batches: Batches, steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        learning_rate=cell.learning_rate,
+        num_train_epochs=cell.epochs,
+        # Counted here: releases of transformers differ in how they take a ratio.
+        warmup_steps=math.ceil(WARMUP_RATIO * steps),
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=batches.micro_size,
+        gradient_accumulation_steps=batches.size // batches.micro_size,
+        per_device_eval_batch_size=batches.micro_size,
+        bf16=batches.precision == "bf16",
+        seed=cell.seed,
+        data_seed=cell.seed,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _scores(valid: ValidSet, logits: Any) -> Scores | None:
+    """Scores, or None where the model has diverged."""
+    arrays = logits if isinstance(logits, tuple) else (logits,)
+    if not all(np.isfinite(array).all() for array in arrays):
+        return None
+    return valid.score(logits)
+
+
+class _Progress(TrainerCallback):
+    """Steps on standard error: a bar on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: tqdm[Never] | None = None
+        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, desc=self._title, unit="step", leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+        elif time.monotonic() >= self._next_line:
+            sys.stderr.write(f"{self._title}: step {state.global_step} of {state.max_steps}\n")
+            sys.stderr.flush()
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,188 @@
+"""Models and tokenizers out of a directory that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from megatron_bert.config.errors import DataError
+from megatron_bert.huggingface.configuration_retrieva_bert import RetrievaBertConfig
+from megatron_bert.huggingface.modeling_retrieva_bert import (
+    RetrievaBertForMultipleChoice,
+    RetrievaBertForQuestionAnswering,
+    RetrievaBertForSequenceClassification,
+)
+from megatron_bert.jglue.recipes import Recipe
+
+# Without one of these transformers may make a tokenizer of nothing but its special tokens.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+_NEEDED_TOKENS = ("cls_token", "sep_token", "pad_token")
+# What decides on the results, as far as it lies in the directory.
+_DECIDING_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py")
+# Of what transformers raises for a directory that it cannot use.
+_REFUSALS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+def use_own_classes() -> None:
+    """Load `retrieva-bert` with the project's own classes.
+
+    The code that lies in an exported directory is then not executed.
+    """
+    AutoConfig.register(RetrievaBertConfig.model_type, RetrievaBertConfig, exist_ok=True)
+    for auto, model in (
+        (AutoModelForSequenceClassification, RetrievaBertForSequenceClassification),
+        (AutoModelForMultipleChoice, RetrievaBertForMultipleChoice),
+        (AutoModelForQuestionAnswering, RetrievaBertForQuestionAnswering),
+    ):
+        auto.register(RetrievaBertConfig, model, exist_ok=True)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A directory with a model.
+
+    Attributes:
+        folder: the directory.
+        trust_remote_code: whether code that lies in it may be executed.
+        random_weights: take the shape from it and leave its weights.
+    """
+
+    folder: Path
+    trust_remote_code: bool = False
+    random_weights: bool = False
+
+    def check(self) -> None:
+        """Refuse what is not such a directory.
+
+        Raises:
+            DataError: it holds no configuration that transformers knows.
+        """
+        if not (self.folder / "config.json").is_file():
+            raise DataError(
+                f"--model {self.folder}: holds no config.json; name a directory that "
+                "tools/convert_checkpoint.py to-hf or save_pretrained has written"
+            )
+        if not self.trust_remote_code:
+            use_own_classes()
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return the SHA-256 of every file that decides on the results, by name."""
+        files = {path for kind in _DECIDING_FILES for path in self.folder.glob(kind)}
+        answer = {}
+        for path in sorted(files):
+            with path.open("rb") as stream:
+                answer[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return answer
+
+    def load_tokenizer(self, recipe: Recipe, max_length: int) -> Any:
+        """Load the tokenizer.
+
+        Args:
+            recipe: what it is for.
+            max_length: tokens of an input, which the model must have room for.
+
+        Raises:
+            DataError: there is none, it lacks a special token or offsets, or inputs are too long.
+        """
+        if not any(any(self.folder.glob(kind)) for kind in _TOKENIZER_FILES):
+            raise DataError(
+                f"--model {self.folder}: holds no tokenizer (none of "
+                f"{', '.join(_TOKENIZER_FILES)}); put the model's own beside its config.json"
+            )
+        with self._refused("tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+        if lacking := [name for name in _NEEDED_TOKENS if getattr(tokenizer, name) is None]:
+            raise DataError(
+                f"--model {self.folder}: the tokenizer has no {', '.join(lacking)}, without which "
+                "texts cannot be put into pairs and batches; name it in tokenizer_config.json"
+            )
+        if recipe.needs_offsets and not tokenizer.is_fast:
+            raise DataError(
+                f"--model {self.folder}: {type(tokenizer).__name__} does not tell which characters "
+                "a token stands for, and answers are cut out of texts; a fast tokenizer does"
+            )
+        self._check_length(max_length)
+        return tokenizer
+
+    def load_model(self, recipe: Recipe) -> Any:
+        """Load the encoder in fp32 under a new head, whose weights come from torch's generator.
+
+        Raises:
+            DataError: the weights are missing or damaged, are not those of the configuration, or
+                the architecture has no such head.
+        """
+        auto = recipe.auto_class
+        with self._refused("model"):
+            config = self._config(**recipe.head)
+            if self.random_weights:
+                return auto.from_config(
+                    config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+                )
+            model, loaded = auto.from_pretrained(
+                self.folder,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        self._check_loaded(model, loaded["missing_keys"])
+        return model
+
+    def _config(self, **head: Any) -> Any:
+        return AutoConfig.from_pretrained(
+            self.folder, trust_remote_code=self.trust_remote_code, **head
+        )
+
+    def _check_length(self, max_length: int) -> None:
+        with self._refused("model"):
+            positions = getattr(self._config(), "max_position_embeddings", None)
+        if positions is not None and max_length > positions:
+            raise DataError(
+                f"--model {self.folder}: config.json has max_position_embeddings = {positions}, "
+                f"and inputs have up to {max_length} tokens; give --max-length {positions} or less "
+                "(results.json will say so)"
+            )
+
+    def _check_loaded(self, model: Any, missing: Iterator[str]) -> None:
+        """Refuse an encoder that would keep random weights; a head and a pooler may be new."""
+        encoder = f"{model.base_model_prefix}."
+        new = sorted(
+            name for name in missing if name.startswith(encoder) and ".pooler." not in name
+        )
+        if new:
+            raise DataError(
+                f"--model {self.folder}: the weights lack {len(new)} of the encoder's parameters, "
+                f"{new[0]} the first; are they of another architecture than config.json's?"
+            )
+
+    @contextmanager
+    def _refused(self, part: str) -> Iterator[None]:
+        """Tell a user what transformers finds wrong with the directory."""
+        try:
+            yield
+        except _REFUSALS as error:
+            told = " ".join(str(error).split())
+            remedy = (
+                "; --trust-remote-code executes the code that lies in it"
+                if "trust_remote_code" in told
+                else ""
+            )
+            raise DataError(
+                f"--model {self.folder}: its {part} cannot be loaded ({told[:300]}){remedy}"
+            ) from error
