@@ -210,6 +210,7 @@ def test_every_published_answer_comes_back_from_its_tokens(jglue: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_pieces_that_are_cut_elsewhere_leave_some_answers_out_of_reach(
     jglue: Path, shared_data: Path, tmp_path: Path
 ) -> None:
