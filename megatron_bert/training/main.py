@@ -136,6 +136,8 @@ def _run(
         if directory is not None:
             mirrors.start(config.log, directory.path, anew=trainer.step == 0)
         end = trainer.run(stops)
+        # A rank that is gone by now is still named, and the run is not called finished.
+        dist.barrier()
     if directory is not None:
         outcome: dict[str, object] = {"step": end.step}
         if end.stop_reason is None:
