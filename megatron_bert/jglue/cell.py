@@ -125,6 +125,8 @@ def _arguments(folder: str, cell: Cell, batches: Batches, steps: int) -> Trainin
         per_device_train_batch_size=batches.micro_size,
         gradient_accumulation_steps=batches.size // batches.micro_size,
         per_device_eval_batch_size=batches.micro_size,
+        # Said, or BF16 on the CPU is refused.
+        use_cpu=not torch.cuda.is_available(),
         bf16=batches.precision == "bf16",
         seed=cell.seed,
         data_seed=cell.seed,

@@ -333,6 +333,13 @@ def test_a_steps_loss_is_the_mean_of_its_rows_and_a_tenth_of_the_steps_warms_up(
     assert first[2] == pytest.approx(first[8], rel=1e-4)
 
 
+def test_bf16_computes_in_bf16(models: dict[str, Path], tmp_path: Path) -> None:
+    source = ModelSource(models["exported"])
+    prepared = _prepared("jnli", tmp_path / "data", source)
+    record = train_cell(source, prepared, Cell(5e-3, 15, 1), Batches(8, 8, "bf16"))
+    assert record["scores"]["acc"] > 0.9
+
+
 def test_a_model_that_diverges_scores_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     source = ModelSource(models["bert"])
     prepared = _prepared("jnli", tmp_path / "data", source)
