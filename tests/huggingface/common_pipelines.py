@@ -108,7 +108,8 @@ class QAPipelineTests(PipelineTests):
 
     def check(self, output: Any, example: Any, pipe: Any) -> None:
         found = example["context"][output["start"] : output["end"]]
-        assert output["answer"] == found.strip()
+        # Release 4 leaves white space at its ends.
+        assert output["answer"].strip() == found.strip()
 
 
 TASKS: dict[str, tuple[type[PipelineTests], type]] = {
