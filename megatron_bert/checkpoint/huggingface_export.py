@@ -147,9 +147,9 @@ def _pieces(checkpoint: Path, parameters: list[Parameter], dtype: torch.dtype) -
     # Of one type, they are written in the order in which they are read.
     wholes = read_whole_tensors(checkpoint, shapes)
 
-    def resolve(tensor: TheirTensor) -> Tensor:
-        parts = [next(wholes).to(dtype) for _ in tensor.parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def resolve(tensor: TheirTensor) -> Iterator[Tensor]:
+        for _ in tensor.parts:
+            yield next(wholes).to(dtype)
 
     for tensor in their_tensors(parameters):
         offset = (0,) * len(tensor.shape)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_bert.checkpoint.huggingface_config import CONFIG_NAME, ReadConfig, read_config
 from megatron_bert.checkpoint.huggingface_names import Parameter, model_parameters, their_tensors
@@ -100,15 +99,15 @@ def _pieces(weights: HuggingFaceWeights, model: ModelConfig, config: ReadConfig)
 
 def _read(
     weights: HuggingFaceWeights, parameter: Parameter, first_row: int, added_rows: int
-) -> Tensor:
+) -> Iterator[Tensor]:
     tensor = weights.read(parameter.theirs)
     if not parameter.has_vocabulary:
-        return tensor[first_row : first_row + parameter.shape[0]]
-    if not added_rows:
-        return tensor
-    if tensor.dim() == 1:
-        return F.pad(tensor, (0, added_rows), value=_ADDED_BIAS)
-    return F.pad(tensor, (0, 0, 0, added_rows))
+        yield tensor[first_row : first_row + parameter.shape[0]]
+        return
+    yield tensor
+    if added_rows:
+        fill = 0.0 if tensor.dim() > 1 else _ADDED_BIAS
+        yield torch.full((added_rows, *tensor.shape[1:]), fill)
 
 
 def _vocabulary(found: int, asked: int | None, directory: Path) -> int:

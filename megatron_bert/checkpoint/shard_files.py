@@ -9,7 +9,7 @@ none where tensors lie contiguous in the host's memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +50,16 @@ class Piece:
         dtype: Of its elements.
         shape: Of the piece.
         offsets: Where the piece begins in the whole tensor, in each dimension.
-        resolve: Returns the piece, on any device; called when its turn to be written comes.
+        resolve: Returns the piece, on any device, as one tensor or as several that are stacked
+            along the first dimension; called when its turn to be written comes. Several are never
+            in memory together if they are made one by one.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
-    resolve: Callable[[], torch.Tensor]
+    resolve: Callable[[], Iterable[torch.Tensor]]
 
     @property
     def size(self) -> int:
@@ -173,12 +175,15 @@ def write_file(
 def _chunks(pieces: Sequence[Piece], with_places: bool) -> Iterator[bytes | memoryview]:
     yield _header(pieces, with_places)
     for piece in pieces:
-        data = _bytes_of(piece.resolve())
-        assert len(data) == piece.size, piece.name
-        for begin in range(0, len(data), _CHUNK_BYTES):
-            yield data[begin : begin + _CHUNK_BYTES]
-        # Before the next piece is made: the two would stand in memory together.
-        del data
+        written = 0
+        for part in piece.resolve():
+            data = _bytes_of(part)
+            for begin in range(0, len(data), _CHUNK_BYTES):
+                yield data[begin : begin + _CHUNK_BYTES]
+            written += len(data)
+            # Before the next one is made: the two would stand in memory together.
+            del data, part
+        assert written == piece.size, piece.name
 
 
 def _header(pieces: Sequence[Piece], with_places: bool) -> bytes:
@@ -208,10 +213,10 @@ def _piece(item: WriteItem, planner: SavePlanner) -> Piece:
     data = item.tensor_data
     assert data is not None, f"{item.index.fqn} is no tensor"
 
-    def resolve() -> torch.Tensor:
+    def resolve() -> Iterator[torch.Tensor]:
         tensor = planner.resolve_data(item)
         assert isinstance(tensor, torch.Tensor)
-        return tensor
+        yield tensor
 
     shape, offsets = tuple(data.chunk.sizes), tuple(data.chunk.offsets)
     return Piece(item.index.fqn, data.properties.dtype, shape, offsets, resolve)

@@ -191,7 +191,7 @@ def _checkpoint_of(folder: Path, state: dict[str, Any], *pieces: Piece) -> Path:
 
 def _piece(name: str, rows: int, first: int = 0, width: int = 32) -> Piece:
     tensor = torch.zeros(rows, width)
-    return Piece(name, tensor.dtype, (rows, width), (first, 0), lambda: tensor)
+    return Piece(name, tensor.dtype, (rows, width), (first, 0), lambda: (tensor,))
 
 
 def test_all_tensors_that_do_not_fit_the_manifest_are_named(

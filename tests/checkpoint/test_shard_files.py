@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ TENSORS = {
 
 def _piece(name: str, tensor: torch.Tensor, *offsets: int) -> Piece:
     begins = offsets or (0,) * tensor.dim()
-    return Piece(name, tensor.dtype, tuple(tensor.shape), begins, lambda: tensor)
+    return Piece(name, tensor.dtype, tuple(tensor.shape), begins, lambda: (tensor,))
 
 
 def _unchecked() -> None:
@@ -58,6 +60,25 @@ def test_tensors_lie_at_multiples_of_their_types_size(tmp_path: Path) -> None:
     for name, tensor in TENSORS.items():
         data = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
         assert content.index(data) % tensor.itemsize == 0, name
+
+
+def test_a_piece_may_come_as_parts_which_are_not_held_together(tmp_path: Path) -> None:
+    whole = torch.randn(6, 4).bfloat16()
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def parts() -> Iterator[torch.Tensor]:
+        for part in whole.split([1, 3, 2]):
+            assert all(earlier() is None for earlier in alive)
+            own = part.clone()
+            alive.append(weakref.ref(own))
+            yield own
+            del own
+
+    piece = Piece("whole", whole.dtype, (6, 4), (0, 0), parts)
+    path = tmp_path / "file.safetensors"
+    write_file(path, [_piece("before", torch.ones(3)), piece], _unchecked)
+    assert len(alive) == 3
+    assert torch.equal(load_file(path)["whole"], whole)
 
 
 def test_dcp_joins_pieces_of_several_files(tmp_path: Path) -> None:
