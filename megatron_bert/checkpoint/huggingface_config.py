@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from megatron_bert.checkpoint.huggingface_modernbert import in_older_keys
+from megatron_bert.checkpoint.huggingface_modernbert import in_older_keys, newer_keys
 from megatron_bert.config.architectures import ArchitectureName
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.schema import ModelConfig
@@ -35,6 +35,7 @@ class _Dialect:
         head: class of the masked-language model.
         sizes: their keys, in their order, and ours; none may be missing.
         rates: the same of keys that may.
+        defaults: ours, where theirs is another for a key of `rates`.
         fixed: what the architecture leaves no choice in; a configuration may leave it out.
         tokens: special tokens whose ids it tells.
     """
@@ -43,6 +44,7 @@ class _Dialect:
     head: str
     sizes: Mapping[str, str]
     rates: Mapping[str, str]
+    defaults: Mapping[str, float]
     fixed: Mapping[str, Any]
     tokens: tuple[str, ...]
 
@@ -66,6 +68,7 @@ _DIALECTS: Mapping[ArchitectureName, _Dialect] = MappingProxyType(
                 "initializer_range": "init_std",
                 "layer_norm_eps": "norm_eps",
             },
+            {},
             {
                 "hidden_act": "silu",
                 "mlp_bias": True,
@@ -76,7 +79,7 @@ _DIALECTS: Mapping[ArchitectureName, _Dialect] = MappingProxyType(
             },
             ("pad", "bos", "eos"),
         ),
-        # In the keys of transformers 4, which 5 reads too.
+        # In the keys of transformers 4; `newer_keys` adds those of 5.
         "modernbert": _Dialect(
             "modernbert",
             "ModernBertForMaskedLM",
@@ -90,6 +93,8 @@ _DIALECTS: Mapping[ArchitectureName, _Dialect] = MappingProxyType(
                 "global_attn_every_n_layers": "global_attention_every",
             },
             {
+                # Where the two differ, the latter is the run's.
+                "mlp_dropout": "hidden_dropout",
                 "embedding_dropout": "hidden_dropout",
                 "attention_dropout": "attention_dropout",
                 "initializer_range": "init_std",
@@ -97,6 +102,7 @@ _DIALECTS: Mapping[ArchitectureName, _Dialect] = MappingProxyType(
                 "global_rope_theta": "rope_theta",
                 "local_rope_theta": "local_rope_theta",
             },
+            {"hidden_dropout": 0.0, "attention_dropout": 0.0, "norm_eps": 1e-5},
             {
                 "hidden_activation": "gelu",
                 "norm_bias": False,
@@ -162,6 +168,7 @@ def huggingface_config(
         "model_type": dialect.model_type,
         "vocab_size": vocab_size,
         **{theirs: getattr(model, ours) for theirs, ours in keys.items()},
+        **(newer_keys(model) if model.architecture == "modernbert" else {}),
         **dialect.fixed,
         "torch_dtype": torch_name(dtype),
         **{f"{role}_token_id": token_ids[f"{role}_token_id"] for role in dialect.tokens},
@@ -227,7 +234,8 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 def _shape(content: Mapping[str, Any], architecture: ArchitectureName, path: Path) -> ModelConfig:
     dialect = _DIALECTS[architecture]
     names = {"vocab_size": "vocab_size", **dialect.sizes, **dialect.rates}
-    keys = {ours: content[theirs] for theirs, ours in names.items() if theirs in content}
+    given = {ours: content[theirs] for theirs, ours in names.items() if theirs in content}
+    keys = {**dialect.defaults, **given}
     # Where they have no key for it, each head has keys and values of its own.
     keys.setdefault("num_query_groups", keys["num_attention_heads"])
     try:

@@ -1,8 +1,8 @@
-"""ModernBERT's configuration of transformers 5 in the keys of transformers 4.
+"""ModernBERT's configuration in the keys of transformers 4 and of transformers 5.
 
 Release 4 says how many layers see all (`global_attn_every_n_layers`) and two bases of rotary
 positions; release 5 lists every layer's kind (`layer_types`) and has an object for each kind
-(`rope_parameters`).
+(`rope_parameters`). A file that says both is read alike by either.
 """
 
 from __future__ import annotations
@@ -10,8 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_bert.config.schema import ModelConfig
+
 _FULL, _LOCAL = "full_attention", "sliding_attention"
 _THETAS = {_FULL: "global_rope_theta", _LOCAL: "local_rope_theta"}
+
+
+def newer_keys(model: ModelConfig) -> dict[str, Any]:
+    """Return release 5's keys of what release 4 has other keys for."""
+    thetas = {_FULL: model.rope_theta, _LOCAL: model.local_rope_theta}
+    return {
+        "layer_types": [_LOCAL if model.is_local(n) else _FULL for n in range(model.num_layers)],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()
+        },
+    }
 
 
 def in_older_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -27,6 +40,12 @@ def in_older_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             )
         else:
             found["global_attn_every_n_layers"] = every
+    if content.get("rope_scaling") is not None:
+        # Release 5 still obeys this key.
+        problems.append(
+            f"rope_scaling is {content['rope_scaling']!r}, but the training model scales no "
+            "positions"
+        )
     rope = content.get("rope_parameters")
     for kind, key in _THETAS.items():
         parameters = rope.get(kind) if isinstance(rope, dict) else None

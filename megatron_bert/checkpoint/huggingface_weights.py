@@ -135,8 +135,8 @@ def _placed(directory: Path) -> Mapping[Path, frozenset[str]]:
         raise CheckpointError(
             f"{directory}: holds {', '.join(pickled)} and no safetensors; pickled weights can run "
             "code when they are read, and are not. Where you trust them, save them anew: "
-            "AutoModelForMaskedLM.from_pretrained(DIR, trust_remote_code=True)"
-            ".save_pretrained(NEW_DIR)"
+            "AutoModelForMaskedLM.from_pretrained(DIR).save_pretrained(NEW_DIR), where DIR brings "
+            "its own modeling code with trust_remote_code=True"
         )
     raise CheckpointError(
         f"{directory}: holds neither {WEIGHTS_NAME} nor {INDEX_NAME}; name a directory that "

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, pipeline
 from transformers import ModernBertForMaskedLM as TheirModel
 
+from megatron_bert.checkpoint.huggingface_config import read_config
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.checkpoint.huggingface_import import import_model
-from megatron_bert.checkpoint.huggingface_modernbert import in_older_keys
 from megatron_bert.checkpoint.manifest import verified_manifest
 from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
 from megatron_bert.config.errors import CheckpointError
 from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
 from tests.distributed_harness import run_ranks
+from tests.huggingface.releases import older_release, packages_folder
 from tests.training.runs import run_config, steps_of, train
+from tools import convert_checkpoint as tool
 
 MODEL = {
     "architecture": "modernbert",
@@ -30,8 +35,14 @@ MODEL = {
     "num_query_groups": 4,
     # Less than the segments' lengths, so that windows end within them.
     "local_attention": 6,
-    "norm_eps": 1e-5,
+    # None of them a default of transformers, which a key that it overlooks would leave in place.
+    "global_attention_every": 2,
+    "rope_theta": 500.0,
+    "local_rope_theta": 20.0,
+    "norm_eps": 1e-4,
 }
+OLDER_KEYS = {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"}
+NEWER_KEYS = {"layer_types", "rope_parameters"}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +85,33 @@ def test_transformers_own_model_gives_the_training_models_logits(
     with torch.no_grad():
         for tokens, logits in segments:
             torch.testing.assert_close(model(tokens[None]).logits[0], logits, rtol=1e-4, atol=1e-4)
+
+
+_LOGITS = """
+import sys, torch, transformers
+exported, segments, found = sys.argv[1:]
+model = transformers.AutoModelForMaskedLM.from_pretrained(exported).eval()
+with torch.no_grad():
+    logits = [model(tokens[None]).logits[0] for tokens in torch.load(segments)]
+torch.save((transformers.__version__, type(model).__module__, logits), found)
+"""
+
+
+@pytest.mark.peers
+def test_the_older_transformers_gives_them_too(run_folder: Path, tmp_path: Path) -> None:
+    segments = _segments(run_folder)
+    torch.save([tokens for tokens, _ in segments], tmp_path / "segments")
+    subprocess.run(
+        [sys.executable, "-c", _LOGITS, run_folder / "exported", *("segments", "found")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(packages_folder(older_release()) or "")},
+        check=True,
+        timeout=100,
+    )
+    release, module, found = torch.load(tmp_path / "found")
+    assert (release, module) == (older_release(), TheirModel.__module__)
+    for logits, (_, expected) in zip(found, segments, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_padded_batch_has_the_same_logits(run_folder: Path, model: TheirModel) -> None:
@@ -143,11 +181,18 @@ def test_what_transformers_saved_goes_on_in_pretraining(
         sep_token_id=6,
     )
     saved = tmp_path / "saved"
-    TheirModel(config).save_pretrained(saved)
+    theirs = TheirModel(config)
+    torch.nn.init.normal_(theirs.decoder.bias)
+    theirs.save_pretrained(saved)
     tokenizer = tiny_data / "tiny.model"
     shape = import_model(saved, tmp_path / "start", tokenizer)
     assert (shape.rope_theta, shape.local_rope_theta) == (160_000.0, 10_000.0)
     assert (shape.global_attention_every, shape.local_attention) == (3, 6)
+    export_checkpoint(find_checkpoint(tmp_path / "start"), tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    own = load_file(saved / "model.safetensors")
+    assert again.keys() == own.keys() - {"decoder.weight"}
+    assert all(torch.equal(again[name], own[name]) for name in again)
     keys = shape.model_dump(mode="json", exclude={"preset"})
     run = run_config(
         tiny_data,
@@ -177,6 +222,14 @@ def _refusal(run_folder: Path, tmp_path: Path, **keys: Any) -> str:
     ("keys", "message"),
     [
         ({"norm_bias": True}, "norm_bias is True, but the training model has False only"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"classifier_bias": True}, "classifier_bias is True"),
+        ({"decoder_bias": False}, "decoder_bias is False"),
+        ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ({"classifier_activation": "relu"}, "classifier_activation is 'relu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling is {'rope_type': 'linear'}"),
         ({"local_attention": 7}, "local_attention is 7"),
         ({"layer_types": ["sliding_attention"] * 5}, "layer_types is"),
         (
@@ -193,17 +246,49 @@ def test_a_modernbert_that_cannot_be_trained_here_is_refused_by_the_field(
     assert message in refusal
 
 
-def test_the_keys_of_both_releases_say_the_same() -> None:
-    kinds = ["full_attention", "sliding_attention"] * 2
-    newer = {
-        "layer_types": kinds,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 5.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 3.0},
-        },
-    }
-    older, problems = in_older_keys(newer)
-    assert problems == []
-    assert older["global_attn_every_n_layers"] == 2
-    assert (older["global_rope_theta"], older["local_rope_theta"]) == (5.0, 3.0)
-    assert in_older_keys(older)[0]["global_attn_every_n_layers"] == 2
+@pytest.mark.parametrize("dropped", [OLDER_KEYS, NEWER_KEYS], ids=["older", "newer"])
+def test_either_releases_keys_say_all(run_folder: Path, tmp_path: Path, dropped: set[str]) -> None:
+    content = json.loads((run_folder / "exported" / "config.json").read_text())
+    assert content.keys() >= dropped
+    kept = {key: value for key, value in content.items() if key not in dropped}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    model = read_config(tmp_path).model
+    assert {name: getattr(model, name) for name in MODEL} == MODEL
+    theirs = ModernBertConfig.from_pretrained(tmp_path)
+    assert {key: getattr(theirs, key) for key in NEWER_KEYS} == {k: content[k] for k in NEWER_KEYS}
+
+
+def test_what_a_configuration_leaves_out_is_as_in_transformers(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((run_folder / "exported" / "config.json").read_text())
+    optional = ("norm_eps", "embedding_dropout", "mlp_dropout", "attention_dropout")
+    rest = {key: value for key, value in content.items() if key not in optional}
+    (tmp_path / "config.json").write_text(json.dumps(rest))
+    model, theirs = read_config(tmp_path).model, ModernBertConfig()
+    assert model.norm_eps == theirs.norm_eps
+    assert model.hidden_dropout == theirs.embedding_dropout == theirs.mlp_dropout
+    assert model.attention_dropout == theirs.attention_dropout
+
+
+def test_special_tokens_are_the_tokenizers(run_folder: Path, model: TheirModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "exported")
+    for role in ("pad", "cls", "sep", "bos", "eos"):
+        number = getattr(model.config, f"{role}_token_id")
+        assert number == getattr(tokenizer, f"{role}_token_id")
+        assert number is not None
+
+
+def test_the_tool_takes_and_shows_both_directions(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, exported, back = run_folder / "run", tmp_path / "exported", tmp_path / "back"
+    tool.main(["to-hf", "--checkpoint", str(run), "--output", str(exported), "--dtype", "bf16"])
+    tool.main(["from-hf", "--model", str(exported), "--output", str(back)])
+    assert "architecture: modernbert" in capsys.readouterr().out
+    tool.main(["inspect", str(exported)])
+    tool.main(["inspect", str(back)])
+    shown = capsys.readouterr().out
+    assert shown.count("modernbert, 5 layers") == 2
+    assert "BF16 in 1 files" in shown
+    assert "from-hf takes it" in shown
