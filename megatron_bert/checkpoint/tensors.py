@@ -7,6 +7,7 @@ ranks, and any other sharding, can read them.
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -164,6 +165,9 @@ def read_whole_tensors(
             ) from error
         for name in names:
             yield wholes.pop(name)
+        # DCP's plans refer to each other and to the tensors: without this the next group may come
+        # to lie beside this one.
+        gc.collect()
 
 
 def _together(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
