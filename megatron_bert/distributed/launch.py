@@ -9,8 +9,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_bert.config.errors import ConfigError
+
+# NCCL's watchdog ends the process without a word. The hosts' messages (gloo) are to fail before it,
+# and then to ask which ranks are gone, which takes up to 16 s.
+_NCCL_MARGIN_SECONDS = 30.0
 
 
 def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -55,6 +60,17 @@ def start_process_group(device: torch.device, timeout_seconds: float) -> None:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    world = dist.group.WORLD
+    assert world is not None
+    set_timeout(world, device, timeout_seconds)
+
+
+def set_timeout(group: ProcessGroup, device: torch.device, seconds: float) -> None:
+    """Set how long messages of a group may take: the hosts', and the devices' a margin longer."""
+    _set_pg_timeout(timedelta(seconds=seconds), group)
+    if device.type == "cuda":
+        backend = group._get_backend(device)
+        backend._set_default_timeout(timedelta(seconds=seconds + _NCCL_MARGIN_SECONDS))
 
 
 def new_host_group(timeout_seconds: float) -> ProcessGroup:

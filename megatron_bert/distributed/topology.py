@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_bert.config.schema import ParallelConfig
-
-# For the hosts' messages to fail, and to ask which ranks are gone, before NCCL's watchdog acts.
-_NCCL_MARGIN_SECONDS = 30.0
+from megatron_bert.distributed.launch import set_timeout
 
 MESH_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
@@ -74,18 +70,16 @@ class Topology:
             tensor: ranks along `tp`.
             replicate: ranks along `dp_replicate`.
             sequence_parallel: see the class.
-            timeout_seconds: longest wait for a collective along an axis; None leaves PyTorch's.
+            timeout_seconds: longest wait for a collective along an axis (NCCL's: a margin longer,
+                see `launch.set_timeout`); None leaves PyTorch's.
         """
         shard = dist.get_world_size() // (pipeline * replicate * tensor)
         sizes = (pipeline, replicate, shard, tensor)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=MESH_AXES)
         if timeout_seconds is not None:
-            # The mesh's groups do not take over the timeout of the group of all ranks. NCCL ends
-            # the process without a word: the hosts' messages (gloo) are to fail before it.
-            if device.type == "cuda":
-                timeout_seconds += _NCCL_MARGIN_SECONDS
+            # The mesh's groups do not take over the timeout of the group of all ranks.
             for axis in MESH_AXES:
-                _set_pg_timeout(timedelta(seconds=timeout_seconds), mesh.get_group(axis))
+                set_timeout(mesh.get_group(axis), device, timeout_seconds)
         if device.type == "cuda":
             # NCCL sets a group up at its first message, which all of its ranks must take part in:
             # a pipeline's are between two. Nor would the first step be a good time for it.

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def _train(config: Config) -> None:
     with Mirrors() as mirrors:
         start_process_group(device, config.distributed.timeout_seconds)
         try:
-            with closing(RollCall()) as roll_call:
+            with RollCall() as roll_call:
                 _run(config, device, stops, roll_call, mirrors)
         except BaseException:
             abandon_process_group()
@@ -167,8 +167,11 @@ def _failure_recorded(config: Config, stops: StopRequests, roll_call: RollCall) 
     try:
         yield
     except BaseException as error:
+        rank = dist.get_rank()
+        # First of all: calling the roll takes seconds, in which this rank may be ended.
+        record_failure(config.run.directory, rank, stops.interrupt or error)
         reason = stops.interrupt or roll_call.explain(error)
-        record_failure(config.run.directory, dist.get_rank(), reason)
         if reason is error:
             raise
+        record_failure(config.run.directory, rank, reason)
         raise reason from error

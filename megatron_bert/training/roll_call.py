@@ -8,6 +8,7 @@ process has no thread that runs.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import secrets
@@ -15,16 +16,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 import megatron_bert
+from megatron_bert.config.errors import EXIT_USER_ERROR, UserError
 
 # How often a rank looks whether it was called, and how long all together have to answer.
 _LOOK_SECONDS = 0.5
@@ -51,7 +54,7 @@ class RollCall:
         self._answer_within = answer_within_seconds
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._ended = threading.Event()
-        self._listener: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         if self._size == 1:
             return
         self._main_thread = threading.get_ident()
@@ -61,17 +64,28 @@ class RollCall:
         self._store.set_timeout(timedelta(seconds=answer_within_seconds))
         own = {"host": socket.gethostname(), "process": os.getpid()}
         self._store.set(_name(self._rank), json.dumps(own))
-        self._listener = threading.Thread(target=self._listen, name="roll-call", daemon=True)
-        self._listener.start()
+        self._start("roll-call", self._listen)
+
+    def __enter__(self) -> RollCall:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+        if error is not None and any(thread.is_alive() for thread in self._threads):
+            # One that waits for a store which answers nothing. Should that come back, or end, while
+            # the interpreter takes itself down, the thread would abort it: another exit code.
+            atexit.register(_leave, EXIT_USER_ERROR if isinstance(error, UserError) else 1)
 
     def close(self) -> None:
-        """Answer no more: this rank ends.
-
-        A thread that was still in a call of the store could abort the interpreter on its way out.
-        """
+        """Answer no more: this rank ends."""
         self._ended.set()
-        if self._listener is not None:
-            self._listener.join(self._answer_within)
+        for thread in self._threads:
+            thread.join(self._answer_within)
 
     def explain(self, error: BaseException) -> BaseException:
         """Return what this rank's error should be told as.
@@ -84,12 +98,18 @@ class RollCall:
             return error
         explained: list[BaseException] = []
         # The store of a process that is stopped answers nothing, without end, whatever its timeout.
-        asking = threading.Thread(
-            target=lambda: explained.append(self._explain(error)), name="asking", daemon=True
-        )
-        asking.start()
+        try:
+            asking = self._start("asking", lambda: explained.append(self._explain(error)))
+        except RuntimeError as problem:
+            return _store_lost(error, _first_line(problem))
         asking.join(self._answer_within + 1.0)
         return explained[0] if explained else _store_lost(error, "no answer")
+
+    def _start(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+        return thread
 
     def _explain(self, error: BaseException) -> BaseException:
         try:
@@ -157,6 +177,14 @@ def _unused_prefix() -> str:
     token = torch.tensor(secrets.randbits(62))
     dist.broadcast(token, src=0)
     return f"roll-call/{token.item()}"
+
+
+def _leave(code: int) -> None:
+    """End the process without taking the interpreter down."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader is gone, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def _store_lost(error: BaseException, problem: str) -> BaseException:

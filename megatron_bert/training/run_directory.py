@@ -96,8 +96,9 @@ class RunDirectory:
 def record_failure(path: Path, rank: int, error: BaseException) -> None:
     """Leave `FAILED` in the run directory `path` from any rank, whoever holds its lock.
 
-    The first failure stays: those of the other ranks mostly follow from it. What keeps the file
-    from being written is logged only, so that `error` stays the one that is reported.
+    The first rank's failure stays: those of the others mostly follow from it. Only that rank can
+    replace it, once it knows more. What keeps the file from being written is logged only, so that
+    `error` stays the one that is reported.
     """
     reason = {
         "rank": rank,
@@ -106,12 +107,20 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
         "reason": str(error),
     }
     try:
-        if not (path / FAILED).exists():
+        if _failed_rank(path) in (None, rank):
             # A file's name in a message may hold what no UTF-8 has.
             text = _as_text(reason).encode("utf-8", "backslashreplace").decode()
             write_atomically(path / FAILED, text)
     except OSError as problem:
         logger.warning("cannot write %s: %s", path / FAILED, problem)
+
+
+def _failed_rank(path: Path) -> object:
+    """The rank that left `FAILED`, or None where none has."""
+    try:
+        return json.loads((path / FAILED).read_bytes())["rank"]
+    except FileNotFoundError:
+        return None
 
 
 def _as_text(reason: Mapping[str, object]) -> str:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pytest
 import torch
 
+from megatron_bert.distributed import launch
 from megatron_bert.distributed.topology import MESH_AXES, Topology
 from tests.distributed_harness import run_ranks
 
@@ -16,6 +18,33 @@ def _timeouts(seconds: float) -> list[timedelta]:
 
 def test_collectives_along_every_axis_wait_no_longer_than_was_asked_for() -> None:
     assert run_ranks(2, _timeouts, 77.0) == [[timedelta(seconds=77)] * 4] * 2
+
+
+class _Group:
+    """Of gloo and NCCL; it notes the timeouts that are set."""
+
+    def __init__(self) -> None:
+        self.hosts: timedelta | None = None
+        self.devices: timedelta | None = None
+
+    def _get_backend(self, device: torch.device) -> _Group:
+        assert device.type == "cuda"
+        return self
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self.devices = timeout
+
+
+def test_messages_of_devices_may_take_longer_than_those_of_hosts_and_the_roll_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def set_both(timeout: timedelta, group: _Group) -> None:
+        group.hosts = group.devices = timeout
+
+    monkeypatch.setattr(launch, "_set_pg_timeout", set_both)
+    group = _Group()
+    launch.set_timeout(group, torch.device("cuda", 0), 77.0)
+    assert (group.hosts, group.devices) == (timedelta(seconds=77), timedelta(seconds=107))
 
 
 def _place() -> tuple[int, int, int]:

@@ -4,16 +4,35 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_bert.config.schema import Config
+from megatron_bert.training import main
+from megatron_bert.training import roll_call as module
+from megatron_bert.training.mirrors.processes import Mirrors
 from megatron_bert.training.roll_call import PeersLostError, RollCall
+from megatron_bert.training.trainer import RunEnd
 from tests.distributed_harness import run_ranks
 
 SECONDS = 30.0
+
+
+def with_store(store: Any, ranks: int, seconds: float) -> RollCall:
+    """Make the roll call of rank 0 of several in a store, without a process group or a thread."""
+    roll_call = RollCall.__new__(RollCall)
+    roll_call._store, roll_call._rank, roll_call._size = store, 0, ranks
+    roll_call._answer_within = seconds
+    roll_call._ended, roll_call._threads = threading.Event(), []
+    roll_call._main_thread = threading.get_ident()
+    return roll_call
 
 
 def _wait_in_vain() -> BaseException:
@@ -141,12 +160,73 @@ class _CountingStore:
 
 def test_a_look_asks_the_store_a_few_things_however_many_ranks_there_are() -> None:
     ranks = 512
-    roll_call = RollCall.__new__(RollCall)
-    roll_call._store = store = _CountingStore(silent=300)
-    roll_call._rank, roll_call._size, roll_call._answer_within = 0, ranks, 1.0
+    store = _CountingStore(silent=300)
+    roll_call = with_store(store, ranks, seconds=1.0)
     assert roll_call._find_reason().startswith("rank 300 (host node, process 1) stopped answering")
     # Two a look at most ten times a second, then one a rank.
     assert store.asked < ranks + 2 * 20
+
+
+class _LateStore(_CountingStore):
+    """A store that has all answers from the second look on, and nobody's failure."""
+
+    def __init__(self) -> None:
+        super().__init__(silent=-1)
+        self._looks = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self._looks += keys[0] == "answer of 0" and len(keys) > 1
+        return self._looks > 1 and super().check(keys)
+
+
+def test_ranks_are_looked_for_once_more_after_the_deadline() -> None:
+    assert "all ranks are alive" in with_store(_LateStore(), ranks=4, seconds=0.0)._find_reason()
+
+
+class _FailingStore:
+    """A store that fails at first, and has called the ranks after that."""
+
+    def __init__(self, error: Exception, failures: int) -> None:
+        self.answered: list[str] = []
+        self._error = error
+        self._failures = failures
+
+    def check(self, keys: list[str]) -> bool:
+        self._failures -= 1
+        if self._failures >= 0:
+            raise self._error
+        return True
+
+    def set(self, key: str, value: str) -> None:
+        if self._failures > 0:
+            raise self._error
+        self.answered.append(key)
+
+
+def test_a_rank_answers_though_the_store_failed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.01)
+    store = _FailingStore(dist.DistNetworkError("reset"), failures=2)
+    roll_call = with_store(store, ranks=2, seconds=SECONDS)
+    roll_call._start("roll-call", roll_call._listen).join(SECONDS)
+    assert store.answered == ["answer of 0"]
+
+
+@pytest.mark.parametrize("failure", [dist.DistStoreError("gone"), TypeError("no text")])
+def test_no_failure_of_the_store_hides_an_error(failure: Exception) -> None:
+    roll_call = with_store(_FailingStore(failure, failures=10), ranks=2, seconds=SECONDS)
+    error = ValueError("row 7 is bad")
+    assert roll_call.explain(error) is error
+    lost = roll_call.explain(dist.DistNetworkError("connection lost"))
+    assert isinstance(lost, PeersLostError)
+
+
+def test_an_error_is_told_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    error = ValueError("row 7 is bad")
+    assert with_store(_LateStore(), ranks=2, seconds=SECONDS).explain(error) is error
 
 
 def _fail_with_a_foreign_name() -> tuple[str, str]:
@@ -182,9 +262,7 @@ def test_a_store_that_answers_nothing_holds_nobody() -> None:
         assert server.stdin is not None
         assert server.stdout is not None
         store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False)
-        roll_call = RollCall.__new__(RollCall)
-        roll_call._store, roll_call._size, roll_call._rank = store, 2, 0
-        roll_call._answer_within = 1.0
+        roll_call = with_store(store, ranks=2, seconds=1.0)
         server.stdin.write("stop\n")
         server.stdin.flush()
         os.waitpid(server.pid, os.WUNTRACED)
@@ -196,6 +274,121 @@ def test_a_store_that_answers_nothing_holds_nobody() -> None:
     finally:
         server.kill()
         server.communicate()
+
+
+# Leaves while a thread waits for a stopped store, which ends as the interpreter takes itself down.
+LEAVE = """
+import os, signal, sys, time
+import torch.distributed as dist
+from tests.training.test_roll_call import with_store
+
+class EndsTheStore:
+    def __del__(self, kill=os.kill, process=int(sys.argv[2]), wait=time.sleep):
+        kill(process, signal.SIGKILL)
+        wait(1.0)
+
+roll_call = with_store(dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False), 2, 0.2)
+print("served", flush=True)
+sys.stdin.readline()
+sys.modules["ends the store"] = EndsTheStore()
+with roll_call:
+    raise roll_call.explain(dist.DistNetworkError("connection lost"))
+"""
+
+
+def test_a_thread_that_waits_for_a_stopped_store_does_not_change_the_exit_code() -> None:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, "-c", STORE], **pipes)
+    try:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        port = server.stdout.readline().strip()
+        rank = subprocess.Popen(
+            [sys.executable, "-c", LEAVE, port, str(server.pid)],
+            **pipes,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        try:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "served\n"
+            server.stdin.write("stop\n")
+            server.stdin.flush()
+            os.waitpid(server.pid, os.WUNTRACED)
+            _, errors = rank.communicate("go\n", timeout=SECONDS)
+        finally:
+            rank.kill()
+            rank.communicate()
+        assert rank.returncode == 1, errors
+        assert "PeersLostError: messages between ranks failed" in errors
+    finally:
+        server.kill()
+        server.communicate()
+
+
+class _Stops:
+    interrupt = None
+
+
+class _Explains:
+    """Notes what `FAILED` said while the roll was called."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.stood = ""
+
+    def explain(self, error: BaseException) -> BaseException:
+        self.stood = (self._folder / "FAILED").read_text()
+        return PeersLostError("rank 1 is gone")
+
+
+def _fail_at_a_message(config: Config) -> str:
+    config.run.directory.mkdir()
+    roll_call = _Explains(config.run.directory)
+    with (
+        pytest.raises(PeersLostError, match="rank 1 is gone"),
+        main._failure_recorded(config, _Stops(), roll_call),
+    ):
+        raise dist.DistNetworkError("connection lost")
+    return roll_call.stood
+
+
+def test_the_bare_error_stands_in_failed_while_the_roll_is_called(tiny_run: Any) -> None:
+    config = tiny_run()
+    (stood,) = run_ranks(1, _fail_at_a_message, config)
+    assert "connection lost" in stood
+    assert "rank 1 is gone" in (config.run.directory / "FAILED").read_text()
+
+
+class _Trainer:
+    """Has taken its steps."""
+
+    step = 1
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def run(self, _stops: object) -> RunEnd:
+        return RunEnd(step=1, stop_reason=None)
+
+
+def _lose_a_rank_at_the_end(config: Config) -> None:
+    def fail() -> None:
+        raise dist.DistNetworkError("connection lost")
+
+    barrier, main.Trainer, dist.barrier = dist.barrier, _Trainer, fail
+    try:
+        with pytest.raises(dist.DistNetworkError):
+            main._run(config, torch.device("cpu"), _Stops(), RollCall(), Mirrors())
+    finally:
+        dist.barrier = barrier
+
+
+def test_a_run_that_loses_a_rank_after_the_last_step_is_not_called_finished(tiny_run: Any) -> None:
+    config = tiny_run()
+    run_ranks(1, _lose_a_rank_at_the_end, config)
+    assert (config.run.directory / "FAILED").exists()
+    assert not (config.run.directory / "FINISHED").exists()
 
 
 def _alone() -> bool:

@@ -122,6 +122,13 @@ def test_the_first_failure_of_any_rank_is_the_one_recorded(tmp_path: Path) -> No
     assert failure["host"] == socket.gethostname()
 
 
+def test_the_rank_that_failed_first_can_say_more_of_it(tmp_path: Path) -> None:
+    record_failure(tmp_path, 3, RuntimeError("connection closed by peer"))
+    record_failure(tmp_path, 3, ValueError("rank 2 is gone"))
+    failure = json.loads((tmp_path / "FAILED").read_text())
+    assert (failure["error"], failure["reason"]) == ("ValueError", "rank 2 is gone")
+
+
 def test_a_failure_that_cannot_be_recorded_is_logged_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
