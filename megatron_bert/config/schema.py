@@ -375,7 +375,7 @@ class DistributedConfig(Section):
 
     timeout_seconds: PositiveFloat = 1800.0
     """Longest wait for a message of other ranks. Then the run ends on all of them, within another
-    15 s, naming the rank that does not answer."""
+    16 s, naming the rank that does not answer."""
 
 
 class Config(Section):

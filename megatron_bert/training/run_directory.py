@@ -116,10 +116,10 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
 
 
 def _failed_rank(path: Path) -> object:
-    """The rank that left `FAILED`, or None where none has."""
+    """The rank that left `FAILED`, or None where none has, or what lies there is none of ours."""
     try:
         return json.loads((path / FAILED).read_bytes())["rank"]
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
 
 

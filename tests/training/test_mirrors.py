@@ -281,6 +281,20 @@ def test_a_second_copy_at_the_same_time_is_refused(run_dir: Path) -> None:
     assert "error: the metrics are being copied already" in done.stderr
 
 
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "megatron_bert.training.mirrors"]
+    done = subprocess.run(
+        [*command, str(tmp_path), "tensorboard"],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"error: {tmp_path}: is no run directory" in done.stderr
+
+
 def test_modules_of_the_folder_where_training_starts_are_not_loaded(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,15 @@ def _names(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()}
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_failure_takes_the_place_of_what_is_no_record_of_one(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "FAILED").write_text(content)
+    record_failure(tmp_path, 1, ValueError("row 7 is bad"))
+    assert json.loads((tmp_path / "FAILED").read_text())["reason"] == "row 7 is bad"
+
+
 def test_a_failure_whose_text_is_no_utf8_is_recorded(tmp_path: Path) -> None:
     record_failure(tmp_path, 0, ValueError("\udc93.bin: cannot read"))
     assert json.loads((tmp_path / "FAILED").read_text())["error"] == "ValueError"

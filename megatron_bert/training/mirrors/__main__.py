@@ -40,7 +40,7 @@ def main() -> None:
     """Copy what is there, or with `--follow` whatever comes until standard input ends.
 
     Raises:
-        UserError: another process copies the same metrics to the same place.
+        UserError: there is no such run, or another process copies its metrics to the same place.
     """
     args = _parser().parse_args()
     logging.basicConfig(format="%(message)s")
@@ -51,6 +51,8 @@ def main() -> None:
     else:
         ended.set()
     logs = args.run_dir / "logs"
+    if not logs.is_dir():
+        raise UserError(f"{args.run_dir}: is no run directory; give the run.dir of a training")
     with _only_one(logs / f"{args.to}.lock", ended):
         bookmark = Bookmark(logs / f"{args.to}.json", anew=args.anew)
         mirror = _open(args.to, args.run_dir, bookmark)
