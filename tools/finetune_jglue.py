@@ -222,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_valid=options.max_valid,
         )
     )
-    sys.stdout.write(_summary(results, task, options.model.resolve().name))
+    name = options.model.resolve().name + (", random weights" if options.random_weights else "")
+    sys.stdout.write(_summary(results, task, name))
     sys.stdout.write(f"wrote {results.path}\n")
 
 

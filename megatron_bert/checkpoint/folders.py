@@ -29,12 +29,18 @@ class CheckpointFolders:
         """Return the folder of a step's checkpoint."""
         return self.root / f"step_{step:08d}"
 
+    def step_of(self, folder: Path) -> int:
+        """Return the step of a checkpoint's folder, of those that `newest_first` returns."""
+        match = _FOLDER.fullmatch(folder.name)
+        assert match is not None, folder
+        return int(match[1])
+
     def newest_first(self) -> list[Path]:
         """Return the folders that claim to be checkpoints."""
         if not self.root.is_dir():
             return []
         folders = [path for path in self.root.iterdir() if _FOLDER.fullmatch(path.name)]
-        return sorted(folders, key=_step_of, reverse=True)
+        return sorted(folders, key=self.step_of, reverse=True)
 
     def open_staging(self, staging: Path) -> None:
         """Make the folder that a save writes into, and remove what an earlier one left."""
@@ -70,7 +76,7 @@ class CheckpointFolders:
     def _remove_surplus(self, newest: Path) -> None:
         # Later steps than the one just saved were damaged or belong to an abandoned course of the
         # run: they must not push the good ones out.
-        ours = [path for path in self.newest_first() if _step_of(path) <= _step_of(newest)]
+        ours = [path for path in self.newest_first() if self.step_of(path) <= self.step_of(newest)]
         for folder in ours[self.keep :]:
             # Renamed first: a removal cut short must not leave half a folder under a good name.
             doomed = temporary_path(folder)
@@ -79,9 +85,3 @@ class CheckpointFolders:
                 shutil.rmtree(doomed)
             except OSError as error:
                 logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
-
-
-def _step_of(folder: Path) -> int:
-    match = _FOLDER.fullmatch(folder.name)
-    assert match is not None, folder
-    return int(match[1])

@@ -198,19 +198,19 @@ def _too_few_rows(config: Config, data_parallel: int, model_ranks: int) -> Itera
 
 def _layouts_that_work(config: Config, world_size: int, vocab_size: int | None) -> str:
     """The layouts nearest to the one asked for, or numbers of ranks that have any, in words."""
-    near = _nearest(config, world_size, vocab_size)
+    near = nearest_layouts(config, world_size, vocab_size)
     if near:
         named = "; ".join(_as_keys(layout, config) for layout in near[:_LAYOUTS_NAMED])
         nearest = ", the nearest" if len(near) > _LAYOUTS_NAMED else ""
         return f"layouts of {ranks(world_size)} that work{nearest}: {named}"
     others = [
-        f"{size} ({_as_keys(_nearest(config, size, vocab_size)[0], config)})"
+        f"{size} ({_as_keys(nearest_layouts(config, size, vocab_size)[0], config)})"
         for size in _world_sizes_that_work(config, world_size, vocab_size)
     ]
     return f"no layout of {world_size} ranks works; start {in_words(others)} ranks"
 
 
-def _nearest(config: Config, world_size: int, vocab_size: int | None) -> list[RankLayout]:
+def nearest_layouts(config: Config, world_size: int, vocab_size: int | None) -> list[RankLayout]:
     """Legal layouts, the nearest first; of those that differ in `replicate` alone the nearest."""
     asked = RankLayout.of(config)
     nearest: dict[tuple[int, int], RankLayout] = {}

@@ -61,6 +61,9 @@ class RunConfig(Section):
     max_minutes: PositiveFloat | None = None
     """Stop cleanly so early that the last checkpoint is written within this many minutes of wall
     time, by what steps and saves took. Default: no limit."""
+    deadline: PositiveFloat | None = None
+    """The same for a moment, in seconds since 1970 (`date +%s`): a job's end, which stays where it
+    is when ranks are started again within the job. Default: no limit."""
     deterministic: bool | None = None
     """Same bits for the same topology, resumed or not. Default: true on CPU, false on CUDA."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -97,7 +97,7 @@ def _set_up_logging() -> None:
 
 
 def _train(config: Config) -> None:
-    stops = StopRequests(config.run.max_minutes)
+    stops = StopRequests(config.run.max_minutes, config.run.deadline)
     device = choose_device(config.run.device)
     set_determinism(config, device)
     if device.type == "cpu":
@@ -134,6 +134,7 @@ def _run(
             logger.info("%s", speed)
         trainer = Trainer(config, device, directory)
         if directory is not None:
+            directory.record_job(trainer.step, dist.get_world_size())
             mirrors.start(config.log, directory.path, anew=trainer.step == 0)
         end = trainer.run(stops)
         # A rank that is gone by now is still named, and the run is not called finished.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from megatron_bert.config.errors import UserError
 from megatron_bert.config.places import check_place
 from megatron_bert.training import metrics
 from megatron_bert.training.progress import format_duration
-from megatron_bert.training.run_directory import FAILED, FINISHED, STOPPED
+from megatron_bert.training.run_directory import read_jobs, read_outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,11 +32,13 @@ class RunRecords:
         directory: the run directory.
         steps: the training lines.
         evaluations: the evaluation lines.
+        jobs: the lines of `jobs.jsonl`, a job each; none where the run is of an earlier version.
     """
 
     directory: Path
     steps: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
+    jobs: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def read(cls, directory: Path) -> RunRecords:
@@ -50,7 +51,8 @@ class RunRecords:
         steps = [record for record in records if "loss" in record]
         if not steps:
             raise UserError(f"{directory}: no step was recorded yet; train first")
-        return cls(directory, steps, [r for r in records if "valid_loss" in r])
+        evaluations = [r for r in records if "valid_loss" in r]
+        return cls(directory, steps, evaluations, read_jobs(directory))
 
     def facts(self) -> dict[str, str]:
         """The run in short, as label and text."""
@@ -63,6 +65,7 @@ class RunRecords:
             "steps": f"{last['step']:,} of {', '.join(self._stages())}",
             "token slots": f"{last['tokens']:,}",
             "time in steps": format_duration(seconds),
+            **({"jobs": "; ".join(map(_job_in_words, self.jobs))} if self.jobs else {}),
             "loss": f"{first['loss']:.3f} at the first step, {sum(tail) / len(tail):.3f} mean of "
             f"the last {len(tail)}",
         }
@@ -86,12 +89,16 @@ class RunRecords:
         return [f"length {length} from step {step:,}" for step, length in self.stage_starts()]
 
     def _state(self) -> str:
-        for name in (FINISHED, STOPPED, FAILED):
-            path = self.directory / name
-            if path.exists():
-                reason = json.loads(path.read_text("utf-8")).get("reason")
-                return name.lower() + (f": {reason}" if reason else "")
-        return "running, or killed"
+        outcome = read_outcome(self.directory)
+        if outcome is None:
+            return "running, or killed"
+        return outcome.kind.lower() + (f": {outcome.reason}" if outcome.reason else "")
+
+
+def _job_in_words(job: Mapping[str, Any]) -> str:
+    number = f"job {job['job']}, " if job["job"] else ""
+    nodes = f" on {job['nodes']} nodes" if job["nodes"] > 1 else ""
+    return f"{number}{job['ranks']} rank(s){nodes} from step {job['step'] + 1:,}"
 
 
 def write_report(run: RunRecords, output: Path) -> None:
@@ -136,7 +143,7 @@ def write_picture(run: RunRecords, output: Path) -> None:
 
 
 def draw_curves(run: RunRecords) -> Figure:
-    """Draw loss and learning rate over the steps, stages marked.
+    """Draw loss and learning rate over the steps, beginnings of stages and jobs marked.
 
     Raises:
         UserError: matplotlib is missing.
@@ -165,6 +172,8 @@ def draw_curves(run: RunRecords) -> Figure:
     lower.set_ylabel("learning rate")
     lower.set_xlabel("step")
     _mark_stages(run, (upper, lower))
+    for job in run.jobs[1:]:
+        lower.axvline(job["step"] + 1, color="tab:red", linestyle="--", linewidth=1)
     return figure
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from megatron_bert.config.errors import UserError
 from megatron_bert.files import sync_to_disk, write_atomically
 from megatron_bert.locks import FileInUseError, lock_file
+from megatron_bert.training import metrics
 
 FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
+JOBS = "jobs.jsonl"
+# Where Slurm and Grid Engine tell a job its number.
+_JOB_NUMBERS = ("SLURM_JOB_ID", "JOB_ID")
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +83,27 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         sync_to_disk(self.path)
 
+    def record_job(self, step: int, ranks: int) -> None:
+        """Add this job to `jobs.jsonl`; a run that begins anew begins that file anew.
+
+        Args:
+            step: the steps taken before this job.
+            ranks: those of this job.
+        """
+        path = self.path / JOBS
+        if step == 0:
+            path.unlink(missing_ok=True)
+        record = {
+            "job": next(filter(None, map(os.environ.get, _JOB_NUMBERS)), None),
+            "step": step,
+            "ranks": ranks,
+            # Set by torchrun.
+            "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
     def write_config(self, text: str) -> None:
         """Write the resolved configuration, YAML, to `config.yaml`."""
         write_atomically(self.path / "config.yaml", text)
@@ -91,6 +120,39 @@ class RunDirectory:
         text = _as_text(reason)
         self.start()
         write_atomically(self.path / name, text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the last job of a run ended, as it left it in the run directory.
+
+    Attributes:
+        kind: `FINISHED`, `STOPPED` or `FAILED`.
+        reason: in words; empty where there is none to tell.
+    """
+
+    kind: str
+    reason: str
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    """Return how the last job of the run directory `path` ended; None: it runs, or was killed."""
+    for kind in (FINISHED, STOPPED, FAILED):
+        try:
+            text = (path / kind).read_text("utf-8", errors="replace")
+        except FileNotFoundError:
+            continue
+        try:
+            reason = json.loads(text).get("reason") or ""
+        except (ValueError, AttributeError):
+            reason = f"{kind} is no file of this project"
+        return Outcome(kind, str(reason))
+    return None
+
+
+def read_jobs(path: Path) -> list[dict[str, Any]]:
+    """Return what `RunDirectory.record_job` wrote into the run directory `path`, a job each."""
+    return metrics.read(path / JOBS) if (path / JOBS).exists() else []
 
 
 def record_failure(path: Path, rank: int, error: BaseException) -> None:

@@ -24,8 +24,19 @@ class StopRequests:
             of their own.
     """
 
-    def __init__(self, max_minutes: float | None) -> None:
-        self._deadline = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
+    def __init__(self, max_minutes: float | None = None, deadline: float | None = None) -> None:
+        """Listen for signals, and count from here.
+
+        Args:
+            max_minutes: `run.max_minutes`, from now on.
+            deadline: `run.deadline`, in seconds since 1970.
+        """
+        self._limits: dict[str, float] = {}
+        """When the job must have ended, on the monotonic clock, by the key that says so."""
+        if max_minutes is not None:
+            self._limits["run.max_minutes"] = time.monotonic() + 60.0 * max_minutes
+        if deadline is not None:
+            self._limits["run.deadline"] = time.monotonic() + deadline - time.time()
         self._signal: signal.Signals | None = None
         self._settled = False
         self.seconds_to_end = 0.0
@@ -58,11 +69,8 @@ class StopRequests:
         """Why to stop, or None to go on."""
         if self._signal is not None:
             return f"signal {self._signal.name}"
-        if self._deadline is None:
-            return None
-        if time.monotonic() + self.seconds_to_end >= self._deadline:
-            return "run.max_minutes"
-        return None
+        end = time.monotonic() + self.seconds_to_end
+        return next((key for key, limit in self._limits.items() if end >= limit), None)
 
 
 def _answer(text: str) -> None:

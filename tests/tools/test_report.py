@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bert.config.errors import UserError, run_cli
 from megatron_bert.training.metrics import MetricsFile
-from megatron_bert.training.report import RunRecords, write_picture, write_report
+from megatron_bert.training.report import RunRecords, draw_curves, write_picture, write_report
 from megatron_bert.training.run_directory import RunDirectory, record_failure
 from tools import report as tool
 
@@ -46,6 +46,22 @@ def test_a_runs_facts_are_those_of_its_metrics(tmp_path: Path) -> None:
         "loss": "9.500 at the first step, 6.250 mean of the last 10",
         "held-out loss": "7.250, accuracy 0.125 (length 5678)",
     }
+
+
+def test_jobs_are_told_with_the_step_they_began_at(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    jobs = [
+        {"job": "71", "step": 0, "ranks": 8, "nodes": 2},
+        {"job": None, "step": 6, "ranks": 4, "nodes": 1},
+    ]
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    run = RunRecords.read(folder)
+    assert run.facts()["jobs"] == (
+        "job 71, 8 rank(s) on 2 nodes from step 1; 4 rank(s) from step 7"
+    )
+    lower = draw_curves(run).axes[1]
+    dashed = [line for line in lower.lines if line.get_linestyle() == "--"]
+    assert [line.get_xdata()[0] for line in dashed] == [7]
 
 
 def test_stages_of_one_length_are_told_apart(tmp_path: Path) -> None:

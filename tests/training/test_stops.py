@@ -115,6 +115,20 @@ def test_the_deadline_is_reached_as_much_earlier_as_the_end_of_the_job_takes(
     assert stops.reason == "run.max_minutes"
 
 
+def test_a_moment_is_a_reason_once_it_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, date = 100.0, 1_700_000_000.0
+    monkeypatch.setattr("megatron_bert.training.stops.time.monotonic", lambda: now)
+    monkeypatch.setattr("megatron_bert.training.stops.time.time", lambda: date)
+    stops = StopRequests(max_minutes=2.0, deadline=date + 60.0)
+    stops.seconds_to_end = 10.0
+    now = 149.0
+    # A clock that is set right in the meantime changes nothing.
+    date += 3600.0
+    assert stops.reason is None
+    now = 150.0
+    assert stops.reason == "run.deadline"
+
+
 class _SignalInStep(StopRequests):
     """Has its own process get a signal in a step, on the last rank only."""
 

@@ -1,0 +1,146 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it in the checkout's root. A script knows its
+# scheduler, and tells in variables
+#
+#   job           the scheduler's number of the job
+#   nodes         how many nodes it has
+#   first         the node whose torchrun the others meet
+#   end           when the scheduler ends the job, in seconds since 1970; empty where it never does
+#   term_signal   what the ranks of a cancelled job are sent; 0 for nothing, where the scheduler has
+#                 told them itself: told twice, torchrun waits no longer for its ranks
+#   notices       signals with which the scheduler tells that the job's limit is near; other signals
+#                 that end a job come from a person
+#   usage         how the script is called
+: "${job:?}" "${nodes:?}" "${first:?}" "${end?}" "${term_signal:?}" "${notices?}" "${usage:?}"
+
+# Settings, from the environment:
+#   RANKS_PER_NODE   ranks on each node                    (default: one for every GPU, else one)
+#   TRIES            jobs in a row that may end without a newer checkpoint              (default 3)
+#   RESTARTS         failures of ranks that torchrun heals inside a job                 (default 0)
+#   MARGIN_SECONDS   how long before the scheduler's limit the run has saved and left (default 180)
+#   SAVE_SECONDS     how long ranks may take to save after a signal                   (default 600)
+#   PORT             where the nodes meet       (default: from the job's number, 20000 to 29999)
+#   MODULES          modules to load, where the machine has them
+
+: "${TRIES:=3}" "${RESTARTS:=0}" "${MARGIN_SECONDS:=180}" "${SAVE_SECONDS:=600}" "${MODULES:=}"
+
+tell() { printf '%s  %s\n' "$(date '+%F %T')" "$*" >&2; }
+
+# refuse WHAT: nothing runs, and no other job follows.
+refuse() {
+    tell "error: $1"
+    exit 2
+}
+
+load_modules() {
+    local name
+    # A job's shell is no login shell, which would have this function.
+    # shellcheck source=/dev/null
+    command -v module >/dev/null || . /etc/profile.d/modules.sh 2>/dev/null || return 0
+    for name in $MODULES; do
+        module load "$name" || tell "module $name cannot be loaded; going on without it"
+    done
+}
+
+# Python with the project: an active environment, else .venv in the checkout.
+find_environment() {
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -r .venv/bin/activate ]; then
+        # shellcheck source=/dev/null
+        . .venv/bin/activate
+    fi
+    python -P -c 'import megatron_bert, torch' || refuse \
+        "$(command -v python || echo python) cannot import megatron_bert and torch; make the environment $PWD/.venv as README.md says, or activate another before you submit"
+}
+
+# prepare_job CONFIG [key=value ...]: checks all that can be checked before ranks are started, and
+# writes $node_script.
+prepare_job() {
+    local config=${1:-} gpus answer
+    [ -n "$config" ] || refuse "no configuration; usage: $usage"
+    shift
+    load_modules
+    find_environment
+    # Of this node; the others are taken to have as many.
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || refuse "PyTorch cannot count GPUs"
+    ranks_per_node=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+    answer=$(python -P -m megatron_bert.jobs begin --job "$job" --config "$config" \
+        --ranks $((nodes * ranks_per_node)) -- "$@") || refuse "the run cannot start: see above"
+    mapfile -t answer <<<"$answer"
+    run_dir=${answer[0]}
+    arguments=(--config "$config" "$@" "${answer[@]:1}")
+    [ -z "$end" ] || arguments+=("run.deadline=$((end - MARGIN_SECONDS))")
+    write_node_script
+    tell "job $job: $nodes node(s), $ranks_per_node rank(s) each, run.dir $run_dir, logs in $logs"
+    [ -z "$end" ] || tell "the job's limit is $(date -d "@$end" '+%F %T'); the run leaves $MARGIN_SECONDS s earlier"
+}
+
+# What every node runs, with this job's values: a file, as some starters lose a command's quotes.
+# It can be read afterwards.
+write_node_script() {
+    local name port=${PORT:-$((20000 + 10#0${job//[!0-9]/} % 10000))}
+    logs=$PWD/$run_dir/logs/$job
+    [[ $run_dir != /* ]] || logs=$run_dir/logs/$job
+    mkdir -p -- "$logs" || refuse "the folder $logs cannot be made"
+    node_script=$logs/node.sh
+    {
+        printf '# Job %s, as each of its nodes ran it.\n' "$job"
+        # A shell on another node knows nothing of what was loaded and activated here.
+        for name in PATH LD_LIBRARY_PATH VIRTUAL_ENV; do
+            [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
+        done
+        printf 'job=%q nodes=%q ranks_per_node=%q restarts=%q save_seconds=%q\n' \
+            "$job" "$nodes" "$ranks_per_node" "$RESTARTS" "$SAVE_SECONDS"
+        printf 'meeting_point=%q logs=%q\n' "$first:$port" "$logs"
+        printf 'arguments=('
+        printf '%q ' "${arguments[@]}"
+        printf ')\ncd -- %q && . launch/node.sh\n' "$PWD"
+    } >"$node_script" || refuse "$node_script cannot be written"
+}
+
+# run_job COMMAND ...: starts the ranks by a command that ends when they have, and waits for it.
+# Signals that ask for a stop reach the ranks through it; they save, and the command ends.
+#
+# stop_reason tells what was asked for: empty, "notice" (the scheduler's, ahead of its limit) or
+# "cancelled" (by a person).
+run_job() {
+    stop_reason=
+    "$@" &
+    ranks=$!
+    trap 'pass_on cancelled "$term_signal"' TERM INT HUP USR2
+    # shellcheck disable=SC2086 # one signal a word
+    [ -z "$notices" ] || trap 'pass_on notice USR1' $notices
+    wait_for "$ranks"
+    trap - USR1 USR2 TERM INT HUP
+}
+
+# wait_for PROCESS: a signal that is answered ends a plain wait, and the process is still there.
+wait_for() {
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1"
+    done
+}
+
+# pass_on REASON SIGNAL
+pass_on() {
+    [ -n "$stop_reason" ] || stop_reason=$1
+    # Schedulers end a job that reaches its limit as they end one that was cancelled.
+    [ -z "$end" ] || [ "$(date +%s)" -lt $((end - 60)) ] || stop_reason=notice
+    tell "told to stop ($stop_reason); the ranks finish their step and save"
+    kill -s "$2" "$ranks" 2>/dev/null
+}
+
+# next_step: sets what is to follow by what the run directory says, never by an exit code:
+# finished, again, give-up, held, or cancelled.
+next_step() {
+    if [ "$stop_reason" = cancelled ]; then
+        following=cancelled
+        tell "cancelled: no other job follows"
+        return
+    fi
+    # Where even this fails nothing follows.
+    following=$(python -P -m megatron_bert.jobs judge --tries "$TRIES" "$run_dir") || following=give-up
+    tell "what follows: $following"
+}
+
+# announce NUMBER: of the job that follows, where it is another one.
+announce() { python -P -m megatron_bert.jobs announce --job "$1" "$run_dir"; }

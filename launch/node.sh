@@ -1,0 +1,27 @@
+# shellcheck shell=bash
+# What one node of a job does: torchrun with the ranks of this node. Sourced by the file that
+# launch/common.sh writes for each job, which sets these:
+# shellcheck disable=SC2154
+: "$job $nodes $ranks_per_node $restarts $save_seconds $meeting_point $logs ${arguments[*]}"
+
+# NCCL says why it fails and is silent otherwise; its own default says nothing at all.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# An error of one rank ends the others' collectives, which would wait for it for ever.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# Stages have rows of other lengths: blocks of GPU memory that can grow are not left in pieces.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+# Cores are shared out between the ranks of a node; torchrun would give each of them one thread.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks_per_node ? cores / ranks_per_node : 1))}
+# What a rank said last is in its log, also if it is killed.
+export PYTHONUNBUFFERED=1
+# How long torchrun waits for its ranks after a signal: they save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$save_seconds
+
+# The ranks' output goes to files of their own, in a folder of this node's, and to the job's log.
+exec python -m torch.distributed.run \
+    --nnodes="$nodes" --nproc-per-node="$ranks_per_node" --max-restarts="$restarts" \
+    --rdzv-backend=c10d --rdzv-id="$job" --rdzv-endpoint="$meeting_point" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+    --log-dir="$logs/$(hostname)" --tee=3 \
+    pretrain_bert.py "${arguments[@]}"

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# A run on Slurm, in as many jobs as it needs:
+#
+#   sbatch [--nodes=8 --gpus-per-node=4 --partition=NAME ...] launch/slurm.sh CONFIG [key=value ...]
+#
+# Submit it in the checkout's root. Options on the command line win over these lines, which are
+# there to be edited. Each job saves and stops before its limit and puts itself into the queue again,
+# with the same options, until the run directory says FINISHED. docs/clusters.md tells the rest.
+#
+#SBATCH --job-name=megatron_bert
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=24:00:00
+##SBATCH --gpus-per-node=4
+##SBATCH --partition=NAME
+##SBATCH --account=NAME
+# A requeued job goes on in the same log.
+#SBATCH --open-mode=append
+# Also where a node fails.
+#SBATCH --requeue
+# To this script, two to three minutes before the limit: the second line, if the deadline fails.
+#SBATCH --signal=B:USR1@120
+
+usage="sbatch [OPTIONS] launch/slurm.sh CONFIG [key=value ...]"
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "error: this is a job script; usage: $usage" >&2
+    exit 2
+fi
+# Slurm runs a copy of this script from elsewhere.
+cd -- "$SLURM_SUBMIT_DIR" || exit 2
+if [ ! -r launch/common.sh ]; then
+    echo "error: $PWD is no checkout; submit in the checkout's root" >&2
+    exit 2
+fi
+
+job=$SLURM_JOB_ID
+nodes=$SLURM_JOB_NUM_NODES
+first=${RENDEZVOUS_HOST:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+end=$(scontrol show job --oneliner "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+end=$(date -d "$end" +%s 2>/dev/null) || end=
+# Slurm tells all processes of a cancelled job itself.
+term_signal=0
+notices="USR1 USR2"
+. launch/common.sh
+
+prepare_job "$@"
+
+# One torchrun a node. The first that fails ends the others, as it would never be waited for.
+run_job srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$node_script"
+
+next_step
+case $following in
+    finished | held | cancelled) exit 0 ;;
+    again)
+        # This ends the job, by a TERM, and puts it into the queue under the same number.
+        trap '' TERM
+        scontrol requeue "$job" && sleep 60
+        tell "job $job cannot be requeued (is JobRequeue=0 set?); submit it again to go on"
+        ;;
+esac
+exit 1

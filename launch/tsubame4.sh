@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# A run on TSUBAME 4 (or another Grid Engine), in as many jobs as it needs:
+#
+#   qsub -g GROUP [-l node_f=8 -l h_rt=24:00:00 ...] launch/tsubame4.sh CONFIG [key=value ...]
+#
+# Submit it in the checkout's root. Options on the command line win over these lines, which are
+# there to be edited. Each job saves and stops before its limit and submits a copy of itself, with
+# the same options, until the run directory says FINISHED. docs/clusters.md tells the rest.
+#
+#$ -N megatron_bert
+#$ -cwd
+# Whole nodes with 4 GPUs each; at most 64.
+#$ -l node_f=1
+#$ -l h_rt=24:00:00
+# Scheduled again where it asks for that, or a node fails.
+#$ -r y
+# USR2 ahead of the limit: the second line, if the deadline fails.
+#$ -notify
+# One log.
+#$ -j y
+
+usage="qsub -g GROUP [OPTIONS] launch/tsubame4.sh CONFIG [key=value ...]"
+if [ -z "${SGE_O_WORKDIR:-}" ]; then
+    echo "error: this is a job script; usage: $usage" >&2
+    exit 2
+fi
+# Grid Engine runs a copy of this script from elsewhere.
+cd -- "$SGE_O_WORKDIR" || exit 2
+if [ ! -r launch/common.sh ]; then
+    echo "error: $PWD is no checkout; submit in the checkout's root" >&2
+    exit 2
+fi
+
+job=$JOB_ID
+# Its first column has the hosts; without a parallel environment there is this one only.
+if [ -n "${PE_HOSTFILE:-}" ]; then
+    mapfile -t hosts < <(cut -d ' ' -f 1 "$PE_HOSTFILE" | awk '!seen[$0]++')
+else
+    hosts=("$(hostname)")
+fi
+nodes=${#hosts[@]}
+first=$(hostname)
+# Counted from now: the job has just begun.
+limit=$(qstat -j "$job" | sed -n 's/^hard resource_list:.*h_rt=\([0-9]*\).*/\1/p')
+end=${limit:+$(($(date +%s) + limit))}
+term_signal=TERM
+# USR2 comes ahead of the limit, and ahead of a qdel too: the time tells which.
+notices=
+: "${MODULES:=cuda nccl}"
+. launch/common.sh
+
+prepare_job "$@"
+
+# One torchrun a node: here, and on the others through Grid Engine, which ends them with the job.
+# shellcheck disable=SC2329 # run_job calls it
+on_every_node() {
+    local host here late others=()
+    for host in "${hosts[@]}"; do
+        # Compared without their domains, which one of the two may have.
+        if [ "${host%%.*}" != "${first%%.*}" ]; then
+            # Its remote shell parses the command once more.
+            qrsh -inherit -nostdin -V "$host" bash "$(printf '%q' "$node_script")" &
+            others+=($!)
+        fi
+    done
+    bash "$node_script" &
+    here=$!
+    # The ranks of one node pass it on to all others.
+    trap 'kill -s TERM "$here"' TERM
+    # Answered by the script, but it may reach all processes.
+    trap : USR1 USR2
+    wait_for "$here"
+    # Their ranks end with those of this node, and a job that left first would cut them short; but a host
+    # that is lost is not waited for.
+    (sleep "$SAVE_SECONDS" && kill "${others[@]}") 2>/dev/null &
+    late=$!
+    for host in "${others[@]}"; do
+        wait_for "$host"
+    done
+    kill "$late"
+}
+run_job on_every_node
+
+next_step
+case $following in
+    finished | held | cancelled) exit 0 ;;
+    again)
+        # A copy, with all options. (A parallel job that asks by an exit code of 99 to be scheduled
+        # again may wait for ever: its hosts do not count as free.)
+        copy=$(qresub "$job" | sed -n 's/^Your job \([0-9]*\) .*/\1/p')
+        if [ -n "$copy" ]; then
+            announce "$copy"
+            tell "job $copy follows"
+            exit 0
+        fi
+        tell "job $job cannot be submitted again from here; submit it yourself to go on"
+        ;;
+esac
+exit 1

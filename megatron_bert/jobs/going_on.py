@@ -1,0 +1,123 @@
+"""Whether another job is to follow on one that has ended, by what it left in the run directory.
+
+Exit codes do not tell: torchrun ends with 1 after a signal also where every rank stopped cleanly.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bert.checkpoint.folders import CheckpointFolders
+from megatron_bert.files import write_atomically
+from megatron_bert.training.run_directory import FAILED, FINISHED, STOPPED, read_outcome
+
+HOLD = "HOLD"
+"""A file that a user puts into the run directory: no job follows."""
+_TRIES = "tries.json"
+_ANNOUNCED = "next_job"
+
+
+class Next(enum.Enum):
+    """What a job script is to do; the values are the words it reads."""
+
+    FINISHED = "finished"
+    AGAIN = "again"
+    GIVE_UP = "give-up"
+    HELD = "held"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to follow, and why, in words for the job's log."""
+
+    next: Next
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Tries:
+    """How many jobs in a row ended without a newer checkpoint than that of `step`."""
+
+    step: int
+    fruitless: int
+
+
+def take_up(run_dir: Path, job: str) -> None:
+    """Note that a job begins; one that was not `announced` forgets the jobs counted so far.
+
+    Then a person has submitted it, and mended what ended the others. A job that is queued again
+    under its own number is announced.
+    """
+    path = run_dir / "logs" / _ANNOUNCED
+    if not path.exists() or path.read_text("utf-8", errors="replace").strip() != job:
+        _write(run_dir, _Tries(_newest_step(run_dir), 0))
+        announce(run_dir, job)
+
+
+def announce(run_dir: Path, job: str) -> None:
+    """Note the number of the job that follows."""
+    path = run_dir / "logs" / _ANNOUNCED
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, f"{job}\n")
+
+
+def judge(run_dir: Path, most_tries: int) -> Verdict:
+    """Say what follows on the job that has just ended, and count it. Call it once a job.
+
+    A job has made progress if there is a newer checkpoint than after the one before it.
+
+    Args:
+        run_dir: the run directory.
+        most_tries: jobs in a row that may end without progress before the run is given up.
+    """
+    outcome = read_outcome(run_dir)
+    if outcome is not None and outcome.kind == FINISHED:
+        return Verdict(Next.FINISHED, "the run has finished")
+    tries = _count(run_dir)
+    ended = {
+        None: "the job was killed, or never began to train",
+        STOPPED: "the job stopped",
+        FAILED: "the job failed",
+    }[None if outcome is None else outcome.kind]
+    if outcome is not None and outcome.reason:
+        ended += f" ({outcome.reason})"
+    ended += f"; the newest checkpoint is of step {tries.step}" if tries.step else "; no checkpoint"
+    if (run_dir / HOLD).exists():
+        return Verdict(Next.HELD, f"{ended}; remove {run_dir / HOLD} and submit again to go on")
+    if tries.fruitless >= most_tries:
+        return Verdict(
+            Next.GIVE_UP,
+            f"{ended}; {tries.fruitless} job(s) in a row brought no newer checkpoint, so no other "
+            "follows; mend the cause and submit again",
+        )
+    return Verdict(Next.AGAIN, ended)
+
+
+def _count(run_dir: Path) -> _Tries:
+    newest = _newest_step(run_dir)
+    before = _read(run_dir)
+    tries = _Tries(newest, 0 if newest > before.step else before.fruitless + 1)
+    _write(run_dir, tries)
+    return tries
+
+
+def _write(run_dir: Path, tries: _Tries) -> None:
+    path = run_dir / "logs" / _TRIES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(vars(tries)) + "\n")
+
+
+def _read(run_dir: Path) -> _Tries:
+    try:
+        content = json.loads((run_dir / "logs" / _TRIES).read_bytes())
+        return _Tries(int(content["step"]), int(content["fruitless"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return _Tries(0, 0)
+
+
+def _newest_step(run_dir: Path) -> int:
+    folders = CheckpointFolders(run_dir / "checkpoints", keep=1)
+    return max(map(folders.step_of, folders.newest_first()), default=0)

@@ -1,0 +1,135 @@
+"""Runs for real schedulers, which are installed where that is possible."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bert.config.load import dump_config
+from megatron_bert.training.metrics import read
+from tests.training.runs import run_config
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+_INSTALL_SECONDS = 300
+# Python reads it as it starts. It has each step take a while, so that a run needs several jobs on a
+# machine of any speed, or ends ranks at once.
+_SITE = """\
+import importlib.abc, importlib.util, os, sys, time
+
+class SlowSteps(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "megatron_bert.training.recorder":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def load_and_slow_down(module):
+            load(module)
+            add = module.StepRecorder.add
+            def slow(*arguments):
+                time.sleep(float(os.environ["TEST_STEP_SECONDS"]))
+                add(*arguments)
+            module.StepRecorder.add = slow
+        spec.loader.exec_module = load_and_slow_down
+        return spec
+
+if "TEST_STEP_SECONDS" in os.environ:
+    sys.meta_path.insert(0, SlowSteps())
+if "TEST_DIE" in os.environ and "RANK" in os.environ:
+    os._exit(3)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's configuration file and directory."""
+
+    config: Path
+    directory: Path
+
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """Return the training lines by step; a step that stands twice fails the test."""
+        lines = [line for line in read(self.directory / "metrics.jsonl") if "loss" in line]
+        steps = {line["step"]: line for line in lines}
+        assert len(steps) == len(lines)
+        return steps
+
+    def last_step(self) -> int:
+        """Return the newest step in the metrics, 0 where there is none."""
+        path = self.directory / "metrics.jsonl"
+        return max(self.steps(), default=0) if path.exists() else 0
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Return the lines of `jobs.jsonl`."""
+        path = self.directory / "jobs.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def ended(self) -> str | None:
+        """Return which of the marker files lies there."""
+        names = ("FINISHED", "STOPPED", "FAILED")
+        return next((name for name in names if (self.directory / name).exists()), None)
+
+
+def make_run(data: Path, folder: Path, steps: int) -> Run:
+    """Write the configuration of a run of two lengths over some epochs."""
+    folder.mkdir(parents=True)
+    config = run_config(
+        data,
+        folder / "run",
+        valid=False,
+        curriculum=[{"seq_length": 32, "steps": steps - 10}, {"seq_length": 64, "steps": 10}],
+        checkpoint={"interval": 40, "keep": 100},
+        log={"interval": 20},
+    )
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config))
+    return Run(path, folder / "run")
+
+
+def train_uncut(run: Run, ranks: int) -> None:
+    """Train a run in one go, on this machine."""
+    subprocess.run(
+        ["bash", str(CHECKOUT / "launch" / "local.sh"), str(run.config)],
+        env={**os.environ, "RANKS_PER_NODE": str(ranks)},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder for PYTHONPATH: TEST_STEP_SECONDS slows steps down, TEST_DIE ends ranks."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(_SITE)
+    return str(folder)
+
+
+def need_scheduler(programs: Sequence[str], packages: Sequence[str]) -> None:
+    """Install Debian's packages where the programs are missing; skip where that cannot be."""
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    missing = [program for program in programs if shutil.which(program, path=path) is None]
+    if os.geteuid() != 0:
+        pytest.skip("a scheduler's daemons need root")
+    if not missing:
+        return
+    if shutil.which("apt-get") is None:
+        pytest.skip(f"{', '.join(missing)}: not installed, and there is no apt-get")
+    result = subprocess.run(
+        ["apt-get", "install", "-y", "--no-install-recommends", *packages],
+        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        capture_output=True,
+        text=True,
+        timeout=_INSTALL_SECONDS,
+        check=False,
+    )
+    if result.returncode:
+        pytest.skip(f"apt-get install {' '.join(packages)}: {result.stderr.strip()[-200:]}")

@@ -1,0 +1,196 @@
+"""What job scripts ask: quick tests, without a scheduler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.schema import Config
+from megatron_bert.jobs.__main__ import main
+from megatron_bert.jobs.going_on import HOLD, Next, announce, judge, take_up
+from megatron_bert.jobs.layout import layout_keys
+from megatron_bert.training.run_directory import FINISHED, STOPPED, RunDirectory, record_failure
+
+TREE = """\
+model: {num_layers: 8, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 8,
+        num_query_groups: 1, max_position_embeddings: 64}
+data: {tokenizer: t.model, train: [{prefix: train}]}
+curriculum: [{seq_length: 64, steps: 10}]
+batch: {global_size: 64}
+parallel: {tensor: 2, pipeline: 4}
+"""
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(TREE)
+    return path
+
+
+def config(**parallel: int) -> Config:
+    return Config.model_validate(
+        {
+            "model": {
+                "num_layers": 8,
+                "hidden_size": 64,
+                "ffn_hidden_size": 128,
+                "num_attention_heads": 8,
+                "num_query_groups": 1,
+                "max_position_embeddings": 64,
+            },
+            "data": {"tokenizer": "t.model", "train": [{"prefix": "train"}]},
+            "curriculum": [{"seq_length": 64, "steps": 10}],
+            "batch": {"global_size": 64},
+            "parallel": parallel,
+        }
+    )
+
+
+def save(run_dir: Path, step: int) -> None:
+    (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "keys"),
+    [
+        ({"tensor": 2, "pipeline": 4}, 16, []),
+        # Eight ranks hold one copy; twice as many, two; half as many, none.
+        ({"tensor": 2, "pipeline": 4}, 8, []),
+        ({"tensor": 2, "pipeline": 4}, 4, ["parallel.tensor=1"]),
+        ({"tensor": 8}, 12, ["parallel.tensor=4"]),
+        ({"replicate": 4}, 6, ["parallel.replicate=3"]),
+        ({}, 5, []),
+    ],
+)
+def test_what_fits_is_kept_and_data_parallelism_fills_the_rest(
+    parallel: dict[str, int], ranks: int, keys: list[str]
+) -> None:
+    assert layout_keys(config(**parallel), ranks) == keys
+
+
+def test_ranks_that_have_no_layout_are_refused_with_numbers_that_have_one() -> None:
+    with pytest.raises(ConfigError, match="no layout of 67 ranks works; start"):
+        layout_keys(config(), 67)
+
+
+def test_a_finished_run_has_no_other_job(tmp_path: Path) -> None:
+    (tmp_path / FINISHED).write_text("{}")
+    assert judge(tmp_path, 1).next is Next.FINISHED
+
+
+def test_a_job_that_got_on_is_followed_however_it_ended(tmp_path: Path) -> None:
+    for number, kind in enumerate((STOPPED, None, "FAILED"), start=1):
+        save(tmp_path, 10 * number)
+        for path in (tmp_path / STOPPED, tmp_path / "FAILED"):
+            path.unlink(missing_ok=True)
+        if kind is not None:
+            (tmp_path / kind).write_text(json.dumps({"reason": f"because of {number}"}))
+        verdict = judge(tmp_path, 1)
+        assert verdict.next is Next.AGAIN
+        assert f"step {10 * number}" in verdict.reason
+        assert (f"because of {number}" in verdict.reason) == (kind is not None)
+
+
+def test_jobs_without_a_newer_checkpoint_are_counted_and_end_the_run(tmp_path: Path) -> None:
+    record_failure(tmp_path, 0, RuntimeError("no room"))
+    assert [judge(tmp_path, 3).next for _ in range(3)] == [Next.AGAIN, Next.AGAIN, Next.GIVE_UP]
+    verdict = judge(tmp_path, 3)
+    assert verdict.next is Next.GIVE_UP
+    assert "no room" in verdict.reason
+    assert "4 job(s) in a row" in verdict.reason
+
+
+def test_a_newer_checkpoint_and_a_person_clear_the_count(tmp_path: Path) -> None:
+    judge(tmp_path, 3)
+    judge(tmp_path, 3)
+    save(tmp_path, 7)
+    assert [judge(tmp_path, 2).next for _ in range(3)] == [Next.AGAIN, Next.AGAIN, Next.GIVE_UP]
+    take_up(tmp_path, "71")
+    # The checkpoint of step 7 was there before.
+    assert [judge(tmp_path, 2).next for _ in range(2)] == [Next.AGAIN, Next.GIVE_UP]
+
+
+def test_a_job_that_follows_goes_on_counting(tmp_path: Path) -> None:
+    take_up(tmp_path, "71")
+    judge(tmp_path, 3)
+    take_up(tmp_path, "71")
+    judge(tmp_path, 3)
+    announce(tmp_path, "72")
+    take_up(tmp_path, "72")
+    assert judge(tmp_path, 3).next is Next.GIVE_UP
+    take_up(tmp_path, "73")
+    assert judge(tmp_path, 3).next is Next.AGAIN
+
+
+def test_a_count_that_cannot_be_read_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "tries.json").write_text("[1")
+    assert judge(tmp_path, 2).next is Next.AGAIN
+
+
+def test_a_file_holds_the_run(tmp_path: Path) -> None:
+    (tmp_path / HOLD).touch()
+    verdict = judge(tmp_path, 3)
+    assert verdict.next is Next.HELD
+    assert str(tmp_path / HOLD) in verdict.reason
+
+
+def test_begin_prints_the_run_directory_and_the_keys_to_add(
+    config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = config_path.with_name("some where")
+    arguments = ["begin", "--job=1", "--config", str(config_path), "--ranks=4"]
+    main([*arguments, "--", f"run.dir={run_dir}"])
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [str(run_dir), "parallel.tensor=1"]
+    assert "does not fit 4 ranks; taking parallel.tensor=1" in told.err
+
+
+def test_begin_refuses_what_cannot_be_trained(
+    config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        run_cli(
+            lambda: main(
+                [
+                    "begin",
+                    "--job=1",
+                    "--config",
+                    str(config_path),
+                    "--ranks=8",
+                    "--",
+                    "optimizer.lt=1",
+                ]
+            )
+        )
+    assert left.value.code == 2
+    assert "optimizer.lt" in capsys.readouterr().err
+
+
+def test_judge_prints_one_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["judge", "--tries", "2", str(tmp_path)])
+    told = capsys.readouterr()
+    assert told.out == "again\n"
+    assert "killed, or never began to train; no checkpoint" in told.err
+
+
+def test_jobs_are_recorded_with_number_ranks_and_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with RunDirectory(tmp_path) as directory:
+        directory.record_job(0, 8)
+        directory.record_job(5, 4)
+    lines = [json.loads(line) for line in (tmp_path / "jobs.jsonl").read_text().splitlines()]
+    assert [(line["job"], line["step"], line["ranks"], line["nodes"]) for line in lines] == [
+        ("4711", 0, 8, 2),
+        ("4711", 5, 4, 2),
+    ]
+    with RunDirectory(tmp_path) as directory:
+        directory.record_job(0, 8)
+    assert len((tmp_path / "jobs.jsonl").read_text().splitlines()) == 1
