@@ -243,6 +243,8 @@ class Trainer:
         if self._directory is not None:
             logger.info("resumed from %s", start.path)
             changed = changed_keys(facts["config"], config_dict(self._config))
+            # A job's own end is another each time.
+            changed = [key for key in changed if key != "run.deadline"]
             if changed:
                 logger.info("changed since then: %s", ", ".join(changed))
         return int(facts["step"])

@@ -19,6 +19,8 @@ from tests.training.runs import run_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _INSTALL_SECONDS = 300
+# Sums depend on the number of threads, and ranks that share a node get fewer of them.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Python reads it as it starts. It has each step take a while, so that a run needs several jobs on a
 # machine of any speed, or ends ranks at once.
 _SITE = """\
@@ -98,7 +100,7 @@ def train_uncut(run: Run, ranks: int) -> None:
     """Train a run in one go, on this machine."""
     subprocess.run(
         ["bash", str(CHECKOUT / "launch" / "local.sh"), str(run.config)],
-        env={**os.environ, "RANKS_PER_NODE": str(ranks)},
+        env={**os.environ, **ONE_THREAD, "RANKS_PER_NODE": str(ranks)},
         check=True,
         capture_output=True,
         timeout=300,

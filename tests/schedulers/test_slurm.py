@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.schedulers.conftest import CHECKOUT, Run, make_run, need_scheduler, train_uncut
+from tests.schedulers.conftest import (
+    CHECKOUT,
+    ONE_THREAD,
+    Run,
+    make_run,
+    need_scheduler,
+    train_uncut,
+)
 from tests.schedulers.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.schedulers, pytest.mark.timeout(900)]
@@ -38,6 +45,7 @@ def submit(
         # Both nodes are this machine, and their names do not resolve.
         RENDEZVOUS_HOST="127.0.0.1",
         PYTHONPATH=site,
+        **ONE_THREAD,
         **environment,
     )
     return job, log
