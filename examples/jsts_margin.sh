@@ -12,7 +12,7 @@ usage: bash examples/jsts_margin.sh TRAIN_TEXT VALID_TEXT JSTS_FOLDER [key.path=
 Trains a tokenizer on TRAIN_TEXT (.jsonl or .txt, .gz and .zst too), pretrains a small model on it
 with examples/aozora_small_cpu.yaml, exports it, and fine-tunes it on JSTS three times from the
 pretrained and three times from random weights, each at the learning rate that suits it best.
-JSTS_FOLDER holds JGLUE's train-*.json and valid-*.json. About 45 minutes on 2 cores.
+JSTS_FOLDER holds JGLUE's train-*.json and valid-*.json.
 
   key.path=value   replaces a key of the configuration, e.g. curriculum.0.steps=3000
 

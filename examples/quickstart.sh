@@ -147,7 +147,7 @@ say "5/8 Pretraining: masked language modelling over rows of 128, 256, 512 and 2
 keys=("run.dir=$folder/run" "data.tokenizer=$folder/tokenizer.model"
     "data.train.0.prefix=$folder/train" "data.valid.0.prefix=$folder/valid")
 if [ -r /proc/cpuinfo ] && ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && ! command -v nvidia-smi >/dev/null; then
-    echo "  (this processor has no BF16 instructions: computing in FP32, which takes about 3 times as long)"
+    echo "  (this processor has no BF16 instructions: computing in FP32, which takes longer)"
     keys+=(precision.compute=fp32)
 fi
 stands "$folder/run/FINISHED" "The trained model" || run pretrain_bert.py \
