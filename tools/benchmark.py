@@ -73,7 +73,51 @@ def _parser() -> argparse.ArgumentParser:
         description="Time training steps of 4 pipeline ranks and 16 micro-batches, whose stages "
         "sleep for a fixed time in place of computing, under every schedule.",
     )
-    for kind in (data, checkpoint, pipeline):
+    step = kinds.add_parser(
+        "step",
+        help="training steps: tokens a second, TFLOP/s, MFU, memory, where the time goes (minutes "
+        "on a GPU; under torchrun on several)",
+        description="Train for some steps on packed rows of made-up articles, or of a dataset, at "
+        "several row lengths; a plain matrix product and the model's own are timed beside it.",
+    )
+    step.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="keys that replace the configuration's, e.g. compile.enabled=true",
+    )
+    step.add_argument(
+        "--config",
+        type=Path,
+        default=_RECIPE,
+        metavar="FILE",
+        help="model, layout, precision (default: RetrievaBERT-1.3B)",
+    )
+    step.add_argument(
+        "--data",
+        metavar="PREFIX",
+        help="a dataset made with the LLM-jp tokenizer v3.0 (default: random tokens)",
+    )
+    step.add_argument(
+        "--lengths", nargs="+", type=int, default=[128, 256, 512, 2048], metavar="SLOTS"
+    )
+    step.add_argument(
+        "--micro-tokens",
+        nargs="+",
+        type=int,
+        metavar="SLOTS",
+        help="slots of a micro-batch, a case each (default: the configuration's)",
+    )
+    step.add_argument(
+        "--dropout",
+        nargs="+",
+        type=float,
+        metavar="P",
+        help="of hidden states and attention weights, a case each (default: the configuration's)",
+    )
+    step.add_argument("--micro-batches", type=int, default=4, help="of a step")
+    step.add_argument("--steps", type=int, default=5, help="that are timed")
+    for kind in (data, checkpoint, pipeline, step):
         kind.add_argument(
             "--json", action="store_true", help="print one JSON document, not a table"
         )
@@ -122,10 +166,19 @@ def _measure_pipeline(given: argparse.Namespace) -> tuple[dict[str, Any], list[s
     return figures.document(), pipeline_table(figures)
 
 
+def _measure_step(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from megatron_bert.benchmark.step_command import measure_command
+    from megatron_bert.benchmark.step_table import step_table
+
+    figures = measure_command(given, _say)
+    return figures.document(), step_table(figures)
+
+
 _MEASURES = {
     "data": _measure_data,
     "checkpoint": _measure_checkpoint,
     "pipeline": _measure_pipeline,
+    "step": _measure_step,
 }
 
 

@@ -1,35 +1,50 @@
 """Floating-point operations of a training step, counted as they are done.
 
-A multiplication and an addition count two. Backward costs twice forward. Elementwise work, norms
-and the optimizer are left out, as everywhere where MFU is compared (Chowdhery et al. 2022,
-"PaLM", appendix B).
+A multiplication and an addition count two. Backward costs twice forward; what is computed again
+backward is not counted again. Elementwise work, norms and the optimizer are left out, as everywhere
+where MFU is compared (Chowdhery et al. 2022, "PaLM", appendix B).
 """
 
 from __future__ import annotations
 
 from megatron_bert.config.schema import ModelConfig
 
+# Dense BF16 peak of a GPU in TFLOP/s, from NVIDIA's data sheets.
+_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
-def row_flops(model: ModelConfig, vocab_size: int, seq_length: int, masked_slots: int) -> int:
+
+def peak_tflops(device_name: str) -> float | None:
+    """What MFU is a share of, by a name such as "NVIDIA H100 80GB HBM3"; None where unknown."""
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def row_flops(
+    model: ModelConfig,
+    vocab_size: int,
+    seq_length: int,
+    masked_slots: int,
+    keys_per_query: float | None = None,
+) -> float:
     """Forward and backward FLOPs of one row.
 
     Args:
         model: the model's sizes.
         vocab_size: padded vocabulary.
-        seq_length: slots of the row; each attends to the whole row, which is what block-diagonal
-            attention computes where a kernel does not skip other segments.
+        seq_length: slots of the row.
         masked_slots: slots that reach the head.
+        keys_per_query: slots that a slot attends to on average, where a kernel skips other
+            segments. Default: the whole row, which is what block-diagonal attention computes.
     """
-    blocks = model.num_layers * block_flops(model, seq_length)
+    blocks = model.num_layers * block_flops(model, seq_length, keys_per_query)
     return blocks + head_flops(model, vocab_size, masked_slots)
 
 
-def block_flops(model: ModelConfig, seq_length: int) -> int:
-    """Forward and backward FLOPs of one block on one row."""
+def block_flops(model: ModelConfig, seq_length: int, keys_per_query: float | None = None) -> float:
+    """Forward and backward FLOPs of one block on one row; see `row_flops`."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     kv_size = model.num_query_groups * model.head_dim
     projections = 2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * ffn
-    attention = 2 * seq_length * hidden
+    attention = 2 * (seq_length if keys_per_query is None else keys_per_query) * hidden
     return 3 * 2 * seq_length * (projections + attention)
 
 

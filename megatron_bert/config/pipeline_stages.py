@@ -59,7 +59,7 @@ def stage_layers(config: Config, vocab_size: int) -> list[range]:
 
 def head_in_blocks(config: Config, vocab_size: int) -> float:
     """The head's work over the whole curriculum, in blocks."""
-    head = block = 0
+    head = block = 0.0
     for span in Curriculum(config).spans:
         head += span.num_rows * head_flops(config.model, vocab_size, span.masked_slots)
         block += span.num_rows * block_flops(config.model, span.seq_length)

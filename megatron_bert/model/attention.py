@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.rotary import Rotation
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
-from megatron_bert.parallel.random import hash_dropout
+from megatron_bert.parallel.random import element_draws, hash_dropout, vector_draws
 
 
 @dataclass(frozen=True)
@@ -26,27 +25,35 @@ class PackedLayout:
     """Which slots of a row may see each other, made once a micro-batch for layers of a kind.
 
     Attributes:
+        begins_BS: int32 [B, S], the first slot of each slot's segment.
+        ends_BS: int32 [B, S], the slot after its last.
+        reach: how many slots a slot sees to each side; None where it sees its whole segment.
         bias_B1SS: [B, 1, S, S] in the compute type, added to attention scores: 0 where query and
-            key share a segment and the window, minus infinity elsewhere.
+            key share a segment and the window, minus infinity elsewhere. None where a kernel finds
+            them by begins and ends.
         rotation: of queries and keys by their positions, where positions are rotary.
     """
 
-    bias_B1SS: Tensor
+    begins_BS: Tensor
+    ends_BS: Tensor
+    reach: int | None = None
+    bias_B1SS: Tensor | None = None
     rotation: Rotation | None = None
 
     @property
     def rows(self) -> int:
         """B."""
-        return self.bias_B1SS.shape[0]
+        return self.begins_BS.shape[0]
 
     @classmethod
     def of(
         cls, model: ModelConfig, positions_BS: Tensor, dtype: torch.dtype, *, is_local: bool
     ) -> PackedLayout:
         """The layout of a model's local layers, or of the others."""
-        layout = cls.from_positions(
-            positions_BS, dtype, model.local_attention // 2 if is_local else None
-        )
+        reach = model.local_attention // 2 if is_local else None
+        layout = cls.from_positions(positions_BS, reach)
+        if not has_kernel(positions_BS.device, dtype, model.head_dim):
+            layout = layout.with_bias(dtype)
         if not model.family.rotary:
             return layout
         theta = model.local_rope_theta if is_local else model.rope_theta
@@ -55,23 +62,33 @@ class PackedLayout:
         )
 
     @classmethod
-    def from_positions(
-        cls, positions_BS: Tensor, dtype: torch.dtype, reach: int | None = None
-    ) -> PackedLayout:
+    def from_positions(cls, positions_BS: Tensor, reach: int | None = None) -> PackedLayout:
         """Derive the segments from positions, which restart at 0 in each of them.
 
         Args:
             positions_BS: [B, S].
-            dtype: the compute type.
             reach: how many tokens a token sees to each side. Default: its whole segment.
         """
-        segment_BS = (positions_BS == 0).cumsum(1)
-        apart_BSS = segment_BS[:, :, None] != segment_BS[:, None, :]
-        if reach is not None:
-            # Within a segment the distance of slots is that of positions.
-            apart_BSS |= (positions_BS[:, :, None] - positions_BS[:, None, :]).abs() > reach
-        bias_BSS = torch.zeros(apart_BSS.shape, dtype=dtype, device=positions_BS.device)
-        return cls(bias_BSS.masked_fill_(apart_BSS, -math.inf)[:, None])
+        slots_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
+        # The next segment's begin, or the row's end, looking back from each slot.
+        next_BS = (slots_S + 1).masked_fill(positions_BS.roll(-1, 1) != 0, len(slots_S))
+        ends_BS = next_BS.flip(1).cummin(1).values.flip(1)
+        return cls((slots_S - positions_BS).int(), ends_BS.int(), reach)
+
+    def with_bias(self, dtype: torch.dtype) -> PackedLayout:
+        """The same layout, with what `written_out_attention` adds to scores of a type."""
+        slots_S = torch.arange(self.begins_BS.shape[1], device=self.begins_BS.device)
+        apart_BSS = self.begins_BS[:, :, None] != self.begins_BS[:, None, :]
+        if self.reach is not None:
+            apart_BSS |= (slots_S[:, None] - slots_S).abs() > self.reach
+        bias_BSS = torch.zeros(apart_BSS.shape, dtype=dtype, device=apart_BSS.device)
+        return replace(self, bias_B1SS=bias_BSS.masked_fill_(apart_BSS, -math.inf)[:, None])
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `flash_attention` takes heads of this size and type on this device."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and is_half and head_dim in (16, 32, 64, 128)
 
 
 def attend(
@@ -100,17 +117,23 @@ def attend(
     Returns:
         [B, H, S, K].
     """
-    # On the CPU PyTorch's own kernel takes 2 to 5 times as long, forward and backward, in bf16.
-    if q_BHSK.is_cuda and dropout == 0.0:
-        return F.scaled_dot_product_attention(
-            q_BHSK,
-            k_BGSK,
-            v_BGSK,
-            attn_mask=layout.bias_B1SS,
-            enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1],
-        )
+    if layout.bias_B1SS is None:
+        # Here: Triton comes with PyTorch for CUDA only.
+        from megatron_bert.model.flash_attention import flash_attention
+
+        return flash_attention(
+            q_BHSK.transpose(1, 2),
+            k_BGSK.transpose(1, 2),
+            v_BGSK.transpose(1, 2),
+            layout.begins_BS,
+            layout.ends_BS,
+            layout.reach,
+            dropout,
+            dropout_keys_B,
+            first_head,
+        ).transpose(1, 2)
     return written_out_attention(
-        q_BHSK, k_BGSK, v_BGSK, layout, dropout, dropout_keys_B, first_head
+        q_BHSK, k_BGSK, v_BGSK, layout.bias_B1SS, dropout, dropout_keys_B, first_head
     )
 
 
@@ -118,7 +141,7 @@ def written_out_attention(
     q_BHSK: Tensor,
     k_BGSK: Tensor,
     v_BGSK: Tensor,
-    layout: PackedLayout,
+    bias_B1SS: Tensor,
     dropout: float,
     dropout_keys_B: Tensor | None,
     first_head: int,
@@ -126,17 +149,22 @@ def written_out_attention(
     """`attend` as two matrix products and a softmax; scores are held in the compute type.
 
     The query heads of a group stand below one another, so that keys and values are read where
-    they are, however many heads they serve.
+    they are, however many heads they serve. On the CPU PyTorch's own kernel takes 2 to 5 times as
+    long, forward and backward, in bf16.
     """
     B, H, S, K = q_BHSK.shape
     G = k_BGSK.shape[1]
     scores_BHSS = ((q_BHSK / math.sqrt(K)).reshape(B, G, -1, K) @ k_BGSK.mT).view(B, H, S, S)
-    weights_BHSS = (scores_BHSS + layout.bias_B1SS).softmax(-1)
+    weights_BHSS = (scores_BHSS + bias_B1SS).softmax(-1)
     if dropout > 0.0:
         assert dropout_keys_B is not None
-        # A kernel would draw from a generator, whose state would have to be saved and would
-        # depend on the layout of ranks; the hash depends on neither.
-        weights_BHSS = hash_dropout(weights_BHSS, dropout, dropout_keys_B, first_head * S * S)
+        # A generator's state would have to be saved and would depend on the layout of ranks; the
+        # hash depends on neither.
+        numbers_HS = torch.arange(H * S, device=q_BHSK.device).view(H, S) + first_head * S
+        draws_BHS = vector_draws(dropout_keys_B[:, None, None], numbers_HS)
+        weights_BHSS = hash_dropout(
+            weights_BHSS, dropout, draws_BHS, element_draws(S, q_BHSK.device)
+        )
     return (weights_BHSS.view(B, G, -1, S) @ v_BGSK).view(B, H, S, K)
 
 

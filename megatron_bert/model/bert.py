@@ -20,7 +20,12 @@ from megatron_bert.model.attention import PackedLayout
 from megatron_bert.model.block import Block, BlockDropout, Recompute
 from megatron_bert.model.norm import layer_norm
 from megatron_bert.parallel.partial_gradients import per_token
-from megatron_bert.parallel.random import dropout_keys, hash_dropout
+from megatron_bert.parallel.random import (
+    dropout_keys,
+    element_draws,
+    hash_dropout,
+    vector_draws,
+)
 from megatron_bert.parallel.sharding import local_part, make_parameter
 from megatron_bert.parallel.token_share import TokenShare
 from megatron_bert.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
@@ -79,8 +84,10 @@ class Embeddings(nn.Module):
         if self.norm is not None:
             x_TD = self.norm(x_TD)
         probability = self.dropout if self.training else 0.0
-        first_T = share.slot_numbers(x_TD.device) * x_TD.shape[1]
-        return hash_dropout(x_TD, probability, share.take(keys_B[:, None]), first_T)
+        if probability == 0.0:
+            return x_TD
+        draws_T = vector_draws(share.take(keys_B[:, None]), share.slot_numbers(x_TD.device))
+        return hash_dropout(x_TD, probability, draws_T, element_draws(x_TD.shape[1], x_TD.device))
 
 
 class MaskedHead(nn.Module):
@@ -214,16 +221,17 @@ class BertForPretraining(nn.Module):
     def _block_dropouts(
         self, rows_B: Tensor, share: TokenShare, hidden_size: int
     ) -> Iterator[BlockDropout]:
-        layers = self.part.layers
+        layers, device = self.part.layers, rows_B.device
         weights_LB, attention_LB, feed_forward_LB = (
             dropout_keys(rows_B, self.seed, site, layers)
             for site in ("attention_weights", "attention", "feed_forward")
         )
-        first_element_T = share.slot_numbers(rows_B.device) * hidden_size
+        slots_T = share.slot_numbers(device)
+        channels_D = element_draws(hidden_size, device)
         for layer in range(len(layers)):
             yield BlockDropout(
                 weights_LB[layer],
-                share.take(attention_LB[layer, :, None]),
-                share.take(feed_forward_LB[layer, :, None]),
-                first_element_T,
+                vector_draws(share.take(attention_LB[layer, :, None]), slots_T),
+                vector_draws(share.take(feed_forward_LB[layer, :, None]), slots_T),
+                channels_D,
             )

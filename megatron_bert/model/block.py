@@ -25,15 +25,15 @@ class BlockDropout:
 
     Attributes:
         attention_weights_B: int64 [B], keys of the rows.
-        attention_T: int64 [T], keys of the rows of this rank's tokens.
-        feed_forward_T: int64 [T], the same for the other sub-layer.
-        first_element_T: int64 [T], number of each token's first element within its row.
+        attention_T: [T], draws of this rank's tokens.
+        feed_forward_T: [T], the same for the other sub-layer.
+        channels_D: [D], draws of the hidden channels.
     """
 
     attention_weights_B: Tensor
     attention_T: Tensor
     feed_forward_T: Tensor
-    first_element_T: Tensor
+    channels_D: Tensor
 
 
 class Block(nn.Module):
@@ -68,8 +68,8 @@ class Block(nn.Module):
 
     def _compute(self, x_TD: Tensor, layout: PackedLayout, dropout: BlockDropout) -> Tensor:
         probability = self.dropout if self.training else 0.0
-        first_T = dropout.first_element_T
+        channels_D = dropout.channels_D
         y_TD = self.attention(self.attention_norm(x_TD), layout, dropout.attention_weights_B)
-        x_TD = x_TD + hash_dropout(y_TD, probability, dropout.attention_T, first_T)
+        x_TD = x_TD + hash_dropout(y_TD, probability, dropout.attention_T, channels_D)
         y_TD = self.feed_forward(self.feed_forward_norm(x_TD))
-        return x_TD + hash_dropout(y_TD, probability, dropout.feed_forward_T, first_T)
+        return x_TD + hash_dropout(y_TD, probability, dropout.feed_forward_T, channels_D)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from megatron_bert.parallel.partial_gradients import sum_partial_gradients
 from megatron_bert.parallel.pipeline import Pipeline
 from megatron_bert.parallel.sharding import is_split_over, local_part
 from megatron_bert.parallel.tied import sum_tied_gradient
+
+# Of micro-batches, for which blocks are compiled in one job.
+_MOST_SHAPES = 64
 
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -126,8 +130,7 @@ def _lay_out(
         )
     blocks = list(chunk.blocks.values())
     if config.compile.enabled:
-        for block in blocks:
-            block.compile(fullgraph=True)
+        _compile(blocks)
     shard_over_data(
         chunk,
         blocks,
@@ -136,3 +139,16 @@ def _lay_out(
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
     return chunk
+
+
+def _compile(blocks: Sequence[nn.Module]) -> None:
+    """Have each block compiled when it first runs, for each shape of micro-batches by itself.
+
+    One graph serves all blocks, as their weights are its inputs.
+    """
+    torch._dynamo.config.recompile_limit = _MOST_SHAPES
+    # The norms' and the activation's outputs are made again backward, in kernels that read what
+    # they are made from anyway: a third less memory, and no product is computed twice.
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)

@@ -17,16 +17,24 @@ import torch
 from torch import Tensor
 
 _MASK_32 = 0xFFFFFFFF
+_SIGN_BIT = 0x80000000
+
+# Multipliers below 2^31, so that products with 32-bit numbers stay inside int64.
+_FIRST_FACTOR = 0x21F0AAAD
+_SECOND_FACTOR = 0x735A2D97
+# Keep the hashes of rows and elements from meeting at 0, which `mix32` maps onto itself.
+_ROW_OFFSET = 0x5BD1E995
+_ELEMENT_OFFSET = 0x9E3779B9
 
 
 def mix32(x: Tensor) -> Tensor:
     """Hash 32-bit numbers, held in int64, onto 32-bit numbers, one to one.
 
     A two-round xorshift-multiply finaliser whose multipliers were found by the hash-prospector
-    search. Both are below 2^31, so that products stay inside int64: no overflow is relied on.
+    search; no overflow is relied on.
     """
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK_32
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK_32
+    x = ((x ^ (x >> 16)) * _FIRST_FACTOR) & _MASK_32
+    x = ((x ^ (x >> 15)) * _SECOND_FACTOR) & _MASK_32
     return x ^ (x >> 15)
 
 
@@ -55,36 +63,61 @@ def dropout_keys(rows_B: Tensor, seed: int, site: str, layers: range) -> Tensor:
     return mix32(row_B[None, :] ^ layer_L[:, None])
 
 
+def vector_draws(keys: Tensor, numbers: Tensor) -> Tensor:
+    """Hash each vector that elements are to be dropped from: the first half of a dropout mask.
+
+    Args:
+        keys: int64, from `dropout_keys`, that of the vector's row; broadcast against `numbers`.
+        numbers: int64, below 2^32, the vector's number within its row.
+
+    Returns:
+        The hashes, as `hash_dropout` takes them: int64, on CUDA the same 32 bits as int32.
+    """
+    # An odd multiplier and an offset from the key keep two rows' masks from being shifted copies
+    # of one another, as they would be if the key were only added to the counter.
+    draws = mix32(((numbers * ((keys >> 1) | 1)) & _MASK_32) ^ mix32(keys ^ _ROW_OFFSET))
+    return _as_device_words(draws)
+
+
+def element_draws(count: int, device: torch.device) -> Tensor:
+    """Hash the numbers of a vector's elements, [count]: the other half, alike for all vectors."""
+    numbers = torch.arange(count, device=device, dtype=torch.int64)
+    return _as_device_words(mix32(numbers ^ _ELEMENT_OFFSET))
+
+
 def hash_dropout(
-    x: Tensor, probability: float, keys_N: Tensor, first_element: int | Tensor = 0
+    x: Tensor, probability: float, vector_draws: Tensor, element_draws: Tensor
 ) -> Tensor:
     """Zero elements with `probability` and scale up the rest.
 
-    The mask is a function of the row's key and of the element's number within the row, so it is
-    the same whatever batch, rank or order the row is computed in.
+    The mask is a function of the row's key, of the vector's number within the row and of the
+    element's within the vector, so it is the same whatever batch, rank or order the vector is
+    computed in. The two hashes are made once; for each element they are added and the sum is
+    squared, modulo 2^32: elements whose hashes lie a fixed distance apart, as those of two vectors
+    do, are unrelated after it, as they would not be after a multiplication by a constant.
 
     Args:
-        x: [N, ...]: each of the N is a row, or a part of one, its elements along the remaining
-            dimensions.
+        x: [..., C], vectors along the last dimension.
         probability: in [0, 1).
-        keys_N: int64 [N] from `dropout_keys`, that of the row.
-        first_element: number of the first element within the whole row, one for all or int64
-            [N]; at most 2^32 elements a row.
+        vector_draws: [...], of the same shape but for C.
+        element_draws: [C].
     """
     if probability == 0.0:
         return x
-    count = math.prod(x.shape[1:])
-    ones = (1,) * (x.dim() - 1)
-    element = torch.arange(count, device=x.device, dtype=torch.int64).view(1, *x.shape[1:])
-    if isinstance(first_element, Tensor):
-        first_element = first_element.view(-1, *ones)
-    element = element + first_element
-    key = keys_N.view(-1, *ones)
-    # An odd multiplier and an offset from the key keep two rows' masks from being shifted copies
-    # of one another, as they would be if the key were only added to the counter.
-    draw = mix32(((element * ((key >> 1) | 1)) & _MASK_32) ^ mix32(key ^ 0x5BD1E995))
-    keep = draw >= round(probability * 2**32)
+    threshold = round(probability * 2**32)
+    draws = vector_draws[..., None] + element_draws
+    if draws.dtype == torch.int64:
+        # Without the highest bit, which does not reach the square's lower half, nothing overflows.
+        draws = draws & (_SIGN_BIT - 1)
+        keep = ((draws * draws) & _MASK_32 ^ _SIGN_BIT) >= threshold
+    else:
+        # CUDA's 32-bit integers wrap, and its 64-bit ones cost several times as much.
+        keep = draws * draws >= threshold - _SIGN_BIT
     return torch.where(keep, x * (1.0 / (1.0 - probability)), 0.0)
+
+
+def _as_device_words(draws: Tensor) -> Tensor:
+    return draws.to(torch.int32) if draws.is_cuda else draws
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
-from megatron_bert.config.flops import row_flops
+from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import Config
 from megatron_bert.training.divergence import DivergenceWatch
 from megatron_bert.training.metrics import MetricsFile
@@ -20,9 +20,6 @@ from megatron_bert.training.spikes import SpikeWatch
 from megatron_bert.training.step import Agreement, StepResult
 
 logger = logging.getLogger(__name__)
-
-# Dense BF16 peak in TFLOP/s, from NVIDIA's data sheets.
-_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 
 @dataclass(frozen=True)
@@ -194,5 +191,5 @@ class StepRecorder:
 
 def _mfu(tflops: float) -> float | None:
     """Share of the chip's dense BF16 peak; None for a chip that is not in the table."""
-    name = torch.cuda.get_device_name()
-    return next((tflops / peak for chip, peak in _PEAK_TFLOPS.items() if chip in name), None)
+    peak = peak_tflops(torch.cuda.get_device_name())
+    return None if peak is None else tflops / peak

@@ -17,15 +17,30 @@ def _qkv(heads: int = 4, groups: int = 2) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(2, h, 8, 16, generator=random) for h in (heads, groups, groups))
 
 
+def _layout(positions: torch.Tensor, reach: int | None = None) -> PackedLayout:
+    return PackedLayout.from_positions(positions, reach).with_bias(torch.float32)
+
+
+def _visible(layout: PackedLayout) -> torch.Tensor:
+    assert layout.bias_B1SS is not None
+    return layout.bias_B1SS[:, 0] == 0
+
+
+def test_layout_tells_where_each_slots_segment_begins_and_ends() -> None:
+    layout = PackedLayout.from_positions(POSITIONS)
+    assert layout.begins_BS.tolist() == [[0, 0, 0, 0, 4, 4, 4, 7], [0] * 8]
+    assert layout.ends_BS.tolist() == [[4, 4, 4, 4, 7, 7, 7, 8], [8] * 8]
+
+
 def test_layout_shows_each_slot_its_own_segment_only() -> None:
-    visible = PackedLayout.from_positions(POSITIONS, torch.float32).bias_B1SS[:, 0] == 0
+    visible = _visible(_layout(POSITIONS))
     assert visible[1].all()
     expected = torch.block_diag(torch.ones(4, 4), torch.ones(3, 3), torch.ones(1, 1)).bool()
     assert torch.equal(visible[0], expected)
 
 
 def test_a_window_shows_each_slot_its_neighbours_of_the_same_segment() -> None:
-    visible = PackedLayout.from_positions(POSITIONS, torch.float32, reach=2).bias_B1SS[:, 0] == 0
+    visible = _visible(_layout(POSITIONS, reach=2))
     near = (torch.arange(8)[:, None] - torch.arange(8)).abs() <= 2
     assert torch.equal(visible[1], near)
     segments = torch.block_diag(torch.ones(4, 4), torch.ones(3, 3), torch.ones(1, 1)).bool()
@@ -35,10 +50,10 @@ def test_a_window_shows_each_slot_its_neighbours_of_the_same_segment() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_attention_over_a_packed_row_is_attention_over_each_segment(groups: int) -> None:
     q, k, v = _qkv(groups=groups)
-    packed = attend(q, k, v, PackedLayout.from_positions(POSITIONS, torch.float32))
+    packed = attend(q, k, v, _layout(POSITIONS))
     for begin, end in ((0, 4), (4, 7), (7, 8)):
         part = [x[:1, :, begin:end] for x in (q, k, v)]
-        layout = PackedLayout.from_positions(torch.arange(end - begin)[None], torch.float32)
+        layout = _layout(torch.arange(end - begin)[None])
         alone = attend(*part, layout)
         torch.testing.assert_close(packed[:1, :, begin:end], alone)
 
@@ -46,14 +61,14 @@ def test_attention_over_a_packed_row_is_attention_over_each_segment(groups: int)
 def test_attention_is_scaled_softmax() -> None:
     q, k, v = _qkv(groups=4)
     weights = (q @ k.mT / math.sqrt(16)).softmax(-1)
-    layout = PackedLayout.from_positions(torch.arange(8).repeat(2, 1), torch.float32)
+    layout = _layout(torch.arange(8).repeat(2, 1))
     torch.testing.assert_close(attend(q, k, v, layout), weights @ v)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_the_written_out_attention_is_the_kernel_that_cuda_uses(groups: int) -> None:
     qkv = _qkv(groups=groups)
-    layout = PackedLayout.from_positions(POSITIONS, torch.float32)
+    layout = _layout(POSITIONS)
     ours, theirs = ([x.clone().requires_grad_() for x in qkv] for _ in range(2))
     y = attend(*ours, layout)
     z = F.scaled_dot_product_attention(*theirs, attn_mask=layout.bias_B1SS, enable_gqa=groups != 4)
@@ -66,7 +81,7 @@ def test_the_written_out_attention_is_the_kernel_that_cuda_uses(groups: int) -> 
 
 def test_dropout_of_attention_weights_keeps_the_expected_value() -> None:
     q, k, v = _qkv()
-    layout = PackedLayout.from_positions(POSITIONS, torch.float32)
+    layout = _layout(POSITIONS)
     keys = dropout_keys(torch.arange(2), 0, "attention", range(4000))
     mean = torch.stack([attend(q, k, v, layout, 0.2, key) for key in keys]).mean(0)
     assert (mean - attend(q, k, v, layout)).abs().max() < 0.08
@@ -76,7 +91,7 @@ def test_dropout_of_attention_weights_keeps_the_expected_value() -> None:
 
 def test_a_part_of_the_heads_drops_what_it_would_drop_among_all() -> None:
     q, k, v = _qkv(groups=4)
-    layout = PackedLayout.from_positions(POSITIONS, torch.float32)
+    layout = _layout(POSITIONS)
     keys = dropout_keys(torch.arange(2), 0, "attention", range(1))[0]
     whole = attend(q, k, v, layout, 0.5, keys)
     part = attend(q[:, 2:], k[:, 2:], v[:, 2:], layout, 0.5, keys, first_head=2)

@@ -5,18 +5,30 @@ import torch
 
 from megatron_bert.parallel.random import (
     dropout_keys,
+    element_draws,
     fill_normal,
     hash_dropout,
     key32,
     mix32,
+    vector_draws,
 )
 
 ROWS = torch.tensor([3, 11, 2**40 + 3])
 
 
+CPU = torch.device("cpu")
+
+
+def _drop(x: torch.Tensor, probability: float, keys: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Drop from rows [N, vectors, C]."""
+    numbers = torch.arange(x.shape[1]) + first
+    draws = vector_draws(keys[:, None], numbers)
+    return hash_dropout(x, probability, draws, element_draws(x.shape[2], CPU))
+
+
 def _masks(rows: torch.Tensor, probability: float = 0.3, site: str = "x") -> torch.Tensor:
     keys = dropout_keys(rows, seed=1, site=site, layers=range(2))
-    return hash_dropout(torch.ones(len(rows), 64, 32), probability, keys[1]) != 0
+    return _drop(torch.ones(len(rows), 64, 32), probability, keys[1]) != 0
 
 
 def test_the_hash_is_one_to_one() -> None:
@@ -38,9 +50,9 @@ def test_a_rows_dropout_does_not_depend_on_the_rows_beside_it() -> None:
 
 def test_rows_layers_and_sites_have_unrelated_dropout() -> None:
     keys = dropout_keys(ROWS, seed=1, site="x", layers=range(2))
-    ones = torch.ones(1, 2**18)
-    masks = [hash_dropout(ones, 0.5, key[None]) != 0 for key in keys.flatten()]
-    masks.append(hash_dropout(ones, 0.5, dropout_keys(ROWS, 1, "y", range(1))[0, :1]) != 0)
+    ones = torch.ones(1, 2**10, 2**8)
+    masks = [_drop(ones, 0.5, key[None]) != 0 for key in keys.flatten()]
+    masks.append(_drop(ones, 0.5, dropout_keys(ROWS, 1, "y", range(1))[0, :1]) != 0)
     flat = torch.stack(masks).flatten(1).double() - 0.5
     agreement = (flat @ flat.T) / flat.shape[1] * 4
     # 2^18 fair coins agree beyond chance by at most 5 standard deviations.
@@ -50,7 +62,7 @@ def test_rows_layers_and_sites_have_unrelated_dropout() -> None:
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_dropout_drops_its_share_and_keeps_the_mean(probability: float) -> None:
     keys = dropout_keys(torch.arange(16), seed=5, site="x", layers=range(1))[0]
-    y = hash_dropout(torch.ones(16, 256, 64), probability, keys)
+    y = _drop(torch.ones(16, 256, 64), probability, keys)
     dropped = (y == 0).double().mean()
     deviation = (probability * (1 - probability) / y.numel()) ** 0.5
     assert abs(dropped - probability) < 5 * deviation
@@ -60,14 +72,41 @@ def test_dropout_drops_its_share_and_keeps_the_mean(probability: float) -> None:
 def test_a_part_of_a_row_gets_its_part_of_the_mask() -> None:
     keys = dropout_keys(ROWS, seed=1, site="x", layers=range(1))[0]
     x = torch.ones(3, 8, 16)
-    whole = hash_dropout(x, 0.5, keys)
-    part = hash_dropout(x[:, 4:], 0.5, keys, first_element=4 * 16)
+    whole = _drop(x, 0.5, keys)
+    part = _drop(x[:, 4:], 0.5, keys, first=4)
     assert torch.equal(part, whole[:, 4:])
 
 
 def test_no_dropout_returns_the_input_itself() -> None:
     x = torch.ones(3, 4)
-    assert hash_dropout(x, 0.0, torch.zeros(3, dtype=torch.int64)) is x
+    assert hash_dropout(x, 0.0, torch.zeros(3), torch.zeros(4)) is x
+
+
+def test_channels_and_tokens_are_dropped_independently() -> None:
+    keys = dropout_keys(ROWS[:1], seed=2, site="x", layers=range(1))[0]
+    kept = _drop(torch.ones(1, 4096, 1024), 0.1, keys)[0] != 0
+    z = (kept.double() - 0.9) / 0.3
+    for table in (z, z.T):
+        count = table.shape[0]
+        correlation = table.T @ table / count
+        correlation.fill_diagonal_(0.0)
+        # Pairs of fair coins: 1 / sqrt(count) on average. A sum of two hashes that were mixed too
+        # little would show as pairs that agree throughout.
+        assert correlation.square().mean().sqrt() * count**0.5 < 1.02
+        assert correlation.abs().max() < 0.4
+        shares = table.mean(0)
+        assert shares.square().mean().sqrt() * count**0.5 < 1.2
+
+
+def test_words_of_32_bits_drop_the_same() -> None:
+    """What CUDA computes with, whose integers wrap like the CPU's."""
+    keys = dropout_keys(ROWS, seed=1, site="x", layers=range(1))[0]
+    draws, elements = vector_draws(keys[:, None], torch.arange(256)), element_draws(512, CPU)
+    x = torch.ones(3, 256, 512)
+    for probability in (0.1, 0.5, 0.9):
+        words = [t.to(torch.int32) for t in (draws, elements)]
+        expected = hash_dropout(x, probability, draws, elements)
+        assert torch.equal(hash_dropout(x, probability, *words), expected)
 
 
 def _normal(shape: tuple[int, ...], **changes: object) -> torch.Tensor:

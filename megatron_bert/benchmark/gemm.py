@@ -1,0 +1,99 @@
+"""Matrix products timed by themselves: what a step cannot be faster than."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from megatron_bert.config.schema import ModelConfig
+
+_CUDA_SIDE, _CPU_SIDE = 8192, 1024
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A linear layer's products on a micro-batch, forward and both backward.
+
+    Attributes:
+        tokens: rows of the input.
+        inputs: features in.
+        outputs: features out.
+        count: how often a micro-batch has it.
+    """
+
+    tokens: int
+    inputs: int
+    outputs: int
+    count: int
+
+
+def model_gemms(model: ModelConfig, vocab_size: int, tokens: int, masked: int) -> list[Gemm]:
+    """The products of a micro-batch, but for attention's.
+
+    Args:
+        model: the model's sizes.
+        vocab_size: padded vocabulary.
+        tokens: slots of the micro-batch.
+        masked: slots that reach the head.
+    """
+    hidden, ffn, layers = model.hidden_size, model.ffn_hidden_size, model.num_layers
+    kv_size = model.num_query_groups * model.head_dim
+    return [
+        Gemm(tokens, hidden, hidden, 2 * layers),
+        Gemm(tokens, hidden, kv_size, 2 * layers),
+        Gemm(tokens, hidden, ffn, 2 * layers),
+        Gemm(tokens, ffn, hidden, layers),
+        Gemm(masked, hidden, hidden, 1),
+        Gemm(masked, hidden, vocab_size, 1),
+    ]
+
+
+def time_gemms(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of all of them, one after another."""
+    return sum(gemm.count * _seconds_of(gemm, dtype, device) for gemm in gemms)
+
+
+def square_matmul_tflops(device: torch.device) -> float:
+    """10^12 operations a second of one BF16 product of square matrices of random numbers."""
+    side = _CUDA_SIDE if device.type == "cuda" else _CPU_SIDE
+    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    seconds = seconds_of(lambda: left @ right, device)
+    return round(2 * side**3 / seconds / 1e12, 3)
+
+
+def _seconds_of(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> float:
+    x = torch.randn(gemm.tokens, gemm.inputs, dtype=dtype, device=device)
+    y = torch.randn(gemm.tokens, gemm.outputs, dtype=dtype, device=device)
+    weight = torch.randn(gemm.outputs, gemm.inputs, dtype=dtype, device=device)
+    products: list[Callable[[], object]] = [
+        lambda: x @ weight.T,
+        lambda: y @ weight,
+        lambda: y.T @ x,
+    ]
+    return sum(seconds_of(product, device) for product in products)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, repetitions: int = 10) -> float:
+    """Seconds that a piece of work takes on the device, the median of some repetitions."""
+    if device.type != "cuda":
+        work()
+        taken = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - begin)
+        return min(taken)
+    for _ in range(3):
+        work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]  # type: ignore[no-untyped-call]
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    torch.cuda.synchronize(device)
+    taken = sorted(a.elapsed_time(b) for a, b in pairwise(events))
+    return taken[len(taken) // 2] / 1e3
