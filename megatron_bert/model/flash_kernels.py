@@ -1,9 +1,10 @@
 """Triton kernels of `flash_attention`: one forward, two backward.
 
 Arrays are slot-major: queries, outputs and their gradients [B, S, H, K], keys and values
-[B, S, G, K], statistics of queries fp32 [B, H, S]. A program takes a tile of queries over the
-tiles of keys that they see, or of keys over queries; only tiles through which a segment's or a
-window's border runs are masked.
+[B, S, G, K], statistics of queries fp32 [B, H, S]. From one slot to the next are `q_step` and
+`kv_step` elements in what a layer projected, which may stand side by side. A program takes a tile
+of queries over the tiles of keys that they see, or of keys over queries; only tiles through which
+a segment's or a window's border runs are masked.
 
 Shape suffixes: B rows, S slots, H query heads, G key/value heads, K head size.
 """
@@ -156,6 +157,8 @@ def forward_kernel(
     BEGINS,
     ENDS,
     ROW_KEYS,
+    q_step,
+    kv_step,
     S,
     heads,
     first_head,
@@ -181,9 +184,9 @@ def forward_kernel(
     begins = tl.load(BEGINS + row * S + slots, mask=inside, other=0)
     ends = tl.load(ENDS + row * S + slots, mask=inside, other=0)
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, QUERIES, KEYS, REACH)
-    q_step, kv_step = heads * SIZE, heads // SHARING * SIZE
-    offsets = slots[:, None] * q_step + tl.arange(0, SIZE)[None, :]
-    q = _load(Q + row * S * q_step + head * SIZE, offsets, inside, True)
+    channels = tl.arange(0, SIZE)[None, :]
+    q_offsets = slots[:, None] * q_step + channels
+    q = _load(Q + row * S * q_step + head * SIZE, q_offsets, inside, True)
     kv_offset = row * S * kv_step + head // SHARING * SIZE
     draws = tl.zeros([QUERIES], tl.int32)
     if DROPOUT:
@@ -206,7 +209,8 @@ def forward_kernel(
     # Slots past the row's end have seen nothing; nor are they stored.
     total = tl.where(inside, total, 1.0)
     out = (acc * (keep_scale / total)[:, None]).to(OUT.dtype.element_ty)
-    tl.store(OUT + row * S * q_step + head * SIZE + offsets, out, mask=inside[:, None])
+    out_offsets = row * S * heads * SIZE + head * SIZE + slots[:, None] * heads * SIZE + channels
+    tl.store(OUT + out_offsets, out, mask=inside[:, None])
     tl.store(LOG_SUM + (row * heads + head) * S + slots, highest + tl.log2(total), mask=inside)
 
 
@@ -267,6 +271,8 @@ def query_gradient_kernel(
     BEGINS,
     ENDS,
     ROW_KEYS,
+    q_step,
+    kv_step,
     S,
     heads,
     first_head,
@@ -293,13 +299,13 @@ def query_gradient_kernel(
     begins = tl.load(BEGINS + row * S + slots, mask=inside, other=0)
     ends = tl.load(ENDS + row * S + slots, mask=inside, other=0)
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, QUERIES, KEYS, REACH)
-    q_step, kv_step = heads * SIZE, heads // SHARING * SIZE
-    q_offset = row * S * q_step + head * SIZE
     kv_offset = row * S * kv_step + head // SHARING * SIZE
-    offsets = slots[:, None] * q_step + tl.arange(0, SIZE)[None, :]
-    q = _load(Q + q_offset, offsets, inside, True)
-    do = _load(DO + q_offset, offsets, inside, True)
-    out = _load(OUT + q_offset, offsets, inside, True)
+    channels = tl.arange(0, SIZE)[None, :]
+    offsets = row * S * heads * SIZE + head * SIZE + slots[:, None] * heads * SIZE + channels
+    q_offsets = slots[:, None] * q_step + channels
+    q = _load(Q + row * S * q_step + head * SIZE, q_offsets, inside, True)
+    do = _load(DO, offsets, inside, True)
+    out = _load(OUT, offsets, inside, True)
     statistics = (row * heads + head) * S + slots
     log_sum = tl.load(LOG_SUM + statistics, mask=inside, other=0.0)
     # What softmax's gradient subtracts: the weights' mean gradient, weighted by the weights. Kept
@@ -321,7 +327,7 @@ def query_gradient_kernel(
             part != 1, DROPOUT, REACH, SIZE, KEYS,
         )  # fmt: skip
     dq = (dq * (gradient_scale * keep_scale)).to(DQ.dtype.element_ty)
-    tl.store(DQ + q_offset + offsets, dq, mask=inside[:, None])
+    tl.store(DQ + offsets, dq, mask=inside[:, None])
 
 
 @triton.jit
@@ -337,6 +343,7 @@ def _key_gradient_tiles(
     BEGINS,
     ENDS,
     q_step,
+    do_step,
     keys,
     row_key,
     element_draws,
@@ -356,9 +363,9 @@ def _key_gradient_tiles(
     for first in range(low, high, QUERIES):
         slots = first + tl.arange(0, QUERIES)
         inside = slots < S
-        offsets = slots[:, None] * q_step + tl.arange(0, SIZE)[None, :]
-        q = _load(Q, offsets, inside, MASKED)
-        do = _load(DO, offsets, inside, MASKED)
+        channels = tl.arange(0, SIZE)[None, :]
+        q = _load(Q, slots[:, None] * q_step + channels, inside, MASKED)
+        do = _load(DO, slots[:, None] * do_step + channels, inside, MASKED)
         log_sum = _load_statistic(LOG_SUM, slots, inside, MASKED)
         delta = _load_statistic(DELTA, slots, inside, MASKED)
         weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale - log_sum[None, :])
@@ -393,6 +400,8 @@ def key_gradient_kernel(
     BEGINS,
     ENDS,
     ROW_KEYS,
+    q_step,
+    kv_step,
     S,
     heads,
     first_head,
@@ -419,7 +428,7 @@ def key_gradient_kernel(
     keys = first + tl.arange(0, KEYS)
     inside = keys < S
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, KEYS, QUERIES, REACH)
-    q_step, kv_step = heads * SIZE, heads // SHARING * SIZE
+    do_step = heads * SIZE
     kv_offset = row * S * kv_step + part_head // SHARING * SIZE
     channels = tl.arange(0, SIZE)[None, :]
     k = _load(K + kv_offset, keys[:, None] * kv_step + channels, inside, True)
@@ -433,14 +442,15 @@ def key_gradient_kernel(
     for number in range(HEADS):
         head = part_head + number
         q_offset = row * S * q_step + head * SIZE
+        do_offset = row * S * do_step + head * SIZE
         statistics = (row * heads + head) * S
         for part in tl.static_range(3):
             begin = low if part == 0 else (whole_low if part == 1 else whole_high)
             end = whole_low if part == 0 else (whole_high if part == 1 else high)
             dk, dv = _key_gradient_tiles(
-                dk, dv, k, v, Q + q_offset, DO + q_offset, LOG_SUM + statistics,
-                DELTA + statistics, BEGINS + row * S, ENDS + row * S, q_step, keys, row_key,
-                element_draws, (first_head + head) * S, begin, end, S, scale, threshold,
+                dk, dv, k, v, Q + q_offset, DO + do_offset, LOG_SUM + statistics,
+                DELTA + statistics, BEGINS + row * S, ENDS + row * S, q_step, do_step, keys,
+                row_key, element_draws, (first_head + head) * S, begin, end, S, scale, threshold,
                 part != 1, DROPOUT, REACH, SIZE, QUERIES,
             )  # fmt: skip
     offsets = ((row * parts + tl.program_id(1) % parts) * S + keys[:, None]) * SIZE + channels
