@@ -221,8 +221,10 @@ def visibility_mask(padding_BS: Tensor | None, position_ids: Tensor | None) -> T
     return visible | ~visible.any(-1, keepdim=True)
 
 
-def flash_arguments(padding_BS: Tensor | None, position_ids: Tensor | None) -> dict[str, Any]:
-    """What flash attention functions take instead of a mask.
+def flash_arguments(
+    padding_BS: Tensor | None, position_ids: Tensor | None, rows: int
+) -> dict[str, Any]:
+    """What flash attention functions take instead of a mask, for a batch of so many `rows`.
 
     Without `position_ids` the padding mask is all they need. Texts that share a row are told by
     where they begin among all slots of the batch, and padding forms texts of its own.
@@ -233,9 +235,9 @@ def flash_arguments(padding_BS: Tensor | None, position_ids: Tensor | None) -> d
     if position_ids is None:
         unpadded = padding_BS is None or bool(padding_BS.all())
         return {"attention_mask": None if unpadded else padding_BS}
-    text_BS = text_numbers(position_ids)
+    text_BS = text_numbers(position_ids).expand(rows, -1)
     if padding_BS is not None:
-        text_BS = text_BS.expand(padding_BS.shape).masked_fill(padding_BS == 0, -1)
+        text_BS = text_BS.masked_fill(padding_BS == 0, -1)
     begins_BS = torch.ones_like(text_BS, dtype=torch.bool)
     begins_BS[:, 1:] = text_BS[:, 1:] != text_BS[:, :-1]
     seen_before = text_BS[:, 1:] == text_BS.cummax(1).values[:, :-1]
@@ -344,7 +346,7 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
                 "position_ids that restart at 0 where several texts share a row"
             )
         if "flash" in self.config._attn_implementation:
-            arguments = flash_arguments(attention_mask, position_ids)
+            arguments = flash_arguments(attention_mask, position_ids, inputs_embeds.shape[0])
         else:
             arguments = {"attention_mask": visibility_mask(attention_mask, position_ids)}
         if position_ids is None:

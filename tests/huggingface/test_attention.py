@@ -120,14 +120,18 @@ def test_texts_packed_into_a_row_do_not_see_each_other_nor_the_padding(
     assert hidden.isfinite().all()
 
 
-def test_one_row_of_positions_serves_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = _texts()[0]
-    ids, mask = text.expand(2, -1), torch.ones(2, len(text), dtype=torch.long)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_row_of_positions_serves_the_whole_batch(
+    backend: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = _model(backend, monkeypatch), _texts()[0]
+    ids = torch.stack([text, text.flip(0)])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    states = [
-        _model(backend, monkeypatch)(ids, mask, positions).last_hidden_state for backend in BACKENDS
-    ]
-    _assert_same(states[1:], [states[0]] * 2)
+    mask = torch.ones_like(ids) if masked else None
+    hidden = model(ids, mask, positions).last_hidden_state
+    expected = [model(row[None], position_ids=positions).last_hidden_state[0] for row in ids]
+    _assert_same(list(hidden), expected)
 
 
 def test_flash_attention_refuses_a_hole_in_a_packed_text(monkeypatch: pytest.MonkeyPatch) -> None:
