@@ -168,12 +168,19 @@ class RetrievaBertLayer(GradientCheckpointingLayer):
         self.mlp = RetrievaBertMLP(config)
 
     def forward(
-        self, x_BSD: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        self,
+        x_BSD: Tensor,
+        attention_mask: Tensor | None,
+        output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, S, D] -> [B, S, D] and the attention weights."""
-        y_BSD, weights = self.attention(x_BSD, attention_mask, **kwargs)
+        """[B, S, D] -> [B, S, D] and the attention weights, where they are asked for."""
+        y_BSD, weights = self.attention(
+            x_BSD, attention_mask, output_attentions=output_attentions, **kwargs
+        )
         x_BSD = x_BSD + y_BSD
-        return x_BSD + self.mlp(self.ln(x_BSD)), weights
+        # What a layer returns outlives it, gradient checkpointing or not: H x S x S for each row.
+        return x_BSD + self.mlp(self.ln(x_BSD)), weights if output_attentions else None
 
 
 class RetrievaBertEncoder(nn.Module):
@@ -187,16 +194,28 @@ class RetrievaBertEncoder(nn.Module):
         self.ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """Return the last hidden states, those before each block with the last, and the weights."""
+        self,
+        x_BSD: Tensor,
+        attention_mask: Tensor | None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """[B, S, D] -> the last hidden states, and what else is asked for; the rest is let go."""
         hidden_states, attentions = [], []
         for layer in self.layer:
-            hidden_states.append(x_BSD)
-            x_BSD, weights = layer(x_BSD, attention_mask, **kwargs)
+            if output_hidden_states:
+                hidden_states.append(x_BSD)
+            x_BSD, weights = layer(
+                x_BSD, attention_mask, output_attentions=output_attentions, **kwargs
+            )
             attentions.append(weights)
         x_BSD = self.ln(x_BSD)
-        return x_BSD, (*hidden_states, x_BSD), tuple(attentions)
+        return BaseModelOutput(
+            last_hidden_state=x_BSD,
+            hidden_states=(*hidden_states, x_BSD) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
 
 
 def text_numbers(position_ids: Tensor) -> Tensor:
@@ -355,15 +374,13 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        x_BSD, hidden_states, attentions = self.encoder(
+        outputs: BaseModelOutput = self.encoder(
             self.embeddings(inputs_embeds, position_ids),
-            **{**arguments, "output_attentions": output_attentions, **kwargs},
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **{**arguments, **kwargs},
         )
-        return BaseModelOutput(
-            last_hidden_state=x_BSD,
-            hidden_states=hidden_states if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
-        )
+        return outputs
 
     def _counted_positions(self, inputs_embeds: Tensor) -> Tensor:
         length = inputs_embeds.shape[1]

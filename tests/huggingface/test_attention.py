@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -206,3 +208,22 @@ def test_attention_weights_leave_out_padding_and_other_texts(
         assert not weights[0, :, :first, first:].any()
         assert not weights[0, :, first : first + second, :first].any()
         assert not weights[0, :, : first + second, first + second :].any()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_states_and_weights_that_nobody_asked_for_are_let_go(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model("eager", monkeypatch)
+    first, left = model.encoder.layer[0], []
+    first.attention.self.register_forward_hook(
+        lambda module, inputs, output: left.append(weakref.ref(output[1]))
+    )
+    first.register_forward_hook(lambda module, inputs, output: left.append(weakref.ref(output[0])))
+    alive: list[bool] = []
+    model.encoder.ln.register_forward_pre_hook(
+        lambda module, inputs: alive.extend(tensor() is not None for tensor in left)
+    )
+    output = model(_texts()[0][None], output_attentions=asked, output_hidden_states=asked)
+    assert alive == [asked, asked]
+    assert (output.attentions is not None, output.hidden_states is not None) == (asked, asked)
