@@ -189,14 +189,7 @@ def read_config(directory: Path) -> ReadConfig:
     """
     path = directory / CONFIG_NAME
     content = read_object(path, "name a directory that transformers has saved a model in")
-    names = {dialect.model_type: name for name, dialect in _DIALECTS.items()}
-    model_type = content.get("model_type")
-    if model_type not in names:
-        raise CheckpointError(
-            f"{path}: model_type is {model_type!r}, expected {' or '.join(map(repr, names))}; no "
-            "other architecture can be converted"
-        )
-    architecture = names[str(model_type)]
+    architecture = _architecture(content, path)
     dialect = _DIALECTS[architecture]
     problems: list[str] = []
     if architecture == "modernbert":
@@ -207,7 +200,11 @@ def read_config(directory: Path) -> ReadConfig:
         if content.get(key, value) != value
     ]
     needed = ("vocab_size", *dialect.sizes)
-    problems += [f"{key} is missing" for key in needed if key not in content]
+    problems += [
+        f"{key} is {'null' if key in content else 'missing'}"
+        for key in needed
+        if content.get(key) is None
+    ]
     if problems:
         raise CheckpointError("\n".join(f"{path}: {problem}" for problem in problems))
     model = _shape(content, architecture, path)
@@ -229,6 +226,18 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no JSON object; {remedy}")
     return content
+
+
+def _architecture(content: Mapping[str, Any], path: Path) -> ArchitectureName:
+    model_type = content.get("model_type")
+    for name, dialect in _DIALECTS.items():
+        if dialect.model_type == model_type:
+            return name
+    expected = " or ".join(repr(dialect.model_type) for dialect in _DIALECTS.values())
+    raise CheckpointError(
+        f"{path}: model_type is {model_type!r}, expected {expected}; no other architecture can be "
+        "converted"
+    )
 
 
 def _shape(content: Mapping[str, Any], architecture: ArchitectureName, path: Path) -> ModelConfig:

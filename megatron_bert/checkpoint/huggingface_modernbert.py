@@ -31,15 +31,21 @@ def in_older_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     """Return a configuration under release 4's keys, and what cannot be said under them."""
     found = dict(content)
     problems: list[str] = []
-    if isinstance(content.get("layer_types"), list):
-        every = _every(content["layer_types"])
+    if content.get("layer_types") is not None:
+        kinds, layers = content["layer_types"], content.get("num_hidden_layers")
+        every = _every(kinds)
         if every is None:
             problems.append(
-                f"layer_types is {content['layer_types']}, but the training model has one "
-                f"{_FULL} layer in so many, the first one among them"
+                f"layer_types is {kinds!r}, but the training model has one {_FULL} layer in so "
+                "many, the first one among them"
             )
+        elif layers is not None and len(kinds) != layers:
+            problems.append(f"layer_types has {len(kinds)} entries, but num_hidden_layers {layers}")
         else:
             found["global_attn_every_n_layers"] = every
+    if content.get("local_rope_theta", ...) is None:
+        # Release 4: as in the layers that see all.
+        found["local_rope_theta"] = content.get("global_rope_theta", _default("rope_theta"))
     if content.get("rope_scaling") is not None:
         # Release 5 still obeys this key.
         problems.append(
@@ -47,10 +53,15 @@ def in_older_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             "positions"
         )
     rope = content.get("rope_parameters")
+    if rope is None:
+        return found, problems
+    if not (isinstance(rope, dict) and all(isinstance(rope[kind], dict) for kind in rope)):
+        return found, [
+            *problems,
+            f"rope_parameters is {rope!r}, expected an object for each of {' and '.join(_THETAS)}",
+        ]
     for kind, key in _THETAS.items():
-        parameters = rope.get(kind) if isinstance(rope, dict) else None
-        if not isinstance(parameters, dict):
-            continue
+        parameters = rope.get(kind, {})
         if parameters.get("rope_type", "default") != "default":
             problems.append(
                 f"rope_parameters.{kind}.rope_type is {parameters['rope_type']!r}, but the "
@@ -61,8 +72,14 @@ def in_older_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     return found, problems
 
 
-def _every(kinds: list[Any]) -> int | None:
+def _default(key: str) -> Any:
+    return ModelConfig.model_fields[key].default
+
+
+def _every(kinds: Any) -> int | None:
     """Of how many layers one sees all; None where the others are not local, or it is irregular."""
+    if not isinstance(kinds, list):
+        return None
     full = [number for number, kind in enumerate(kinds) if kind == _FULL]
     every = full[1] if len(full) > 1 else len(kinds)
     expected = [_LOCAL if number % every else _FULL for number in range(len(kinds))]

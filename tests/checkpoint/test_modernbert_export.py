@@ -232,6 +232,13 @@ def _refusal(run_folder: Path, tmp_path: Path, **keys: Any) -> str:
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling is {'rope_type': 'linear'}"),
         ({"local_attention": 7}, "local_attention is 7"),
         ({"layer_types": ["sliding_attention"] * 5}, "layer_types is"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
+        (
+            {"layer_types": ["full_attention"] * 3},
+            "layer_types has 3 entries, but num_hidden_layers 5",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is {'rope_type': 'yarn'}"),
+        ({"rope_parameters": []}, "rope_parameters is []"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
             "rope_parameters.full_attention.rope_type is 'yarn'",
@@ -269,6 +276,19 @@ def test_what_a_configuration_leaves_out_is_as_in_transformers(
     assert model.norm_eps == theirs.norm_eps
     assert model.hidden_dropout == theirs.embedding_dropout == theirs.mlp_dropout
     assert model.attention_dropout == theirs.attention_dropout
+
+
+def test_local_layers_without_a_base_of_their_own_have_the_others(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((run_folder / "exported" / "config.json").read_text())
+    older = {key: value for key, value in content.items() if key not in NEWER_KEYS}
+    for keys, theta in (({}, 500.0), ({"global_rope_theta": ...}, 160_000.0)):
+        changed = older | {"local_rope_theta": None} | keys
+        kept = {key: value for key, value in changed.items() if value is not ...}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        model = read_config(tmp_path).model
+        assert model.local_rope_theta == model.rope_theta == theta
 
 
 def test_special_tokens_are_the_tokenizers(run_folder: Path, model: TheirModel) -> None:
