@@ -154,7 +154,7 @@ class TokenizersBackend:
         tokenizer.encode_special_tokens = True
         special = {token["content"] for token in added if token["special"]}
         special |= {piece for piece in guarded if tokenizer.token_to_id(piece) is not None}
-        _split_inside_special_tokens(tokenizer, special)
+        split_inside_special_tokens(tokenizer, special)
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         # A number that no piece has still needs a row in the embedding table.
@@ -194,8 +194,10 @@ def _as_arrays(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[Int32Arr
     )
 
 
-def _split_inside_special_tokens(tokenizer: tokenizers.Tokenizer, special: set[str]) -> None:
+def split_inside_special_tokens(tokenizer: tokenizers.Tokenizer, special: set[str]) -> None:
     """Cut literal special tokens after their first character, before the model sees them.
+
+    Nothing changes while they are matched in text: the library takes them out earlier.
 
     A converted SentencePiece vocabulary holds the special pieces beside the ordinary ones, and its
     model takes them from raw text; a cut after the first character leaves it nothing to find.
@@ -209,7 +211,9 @@ def _split_inside_special_tokens(tokenizer: tokenizers.Tokenizer, special: set[s
         return
     cut = Split(tokenizers.Regex("|".join(patterns)), "isolated")
     before: PreTokenizer | None = tokenizer.pre_tokenizer
-    tokenizer.pre_tokenizer = cut if before is None else PreTokenizerSequence([before, cut])
+    # An export has it already; its state is the JSON that stands in the file.
+    if before is None or cut.__getstate__() not in before.__getstate__():
+        tokenizer.pre_tokenizer = cut if before is None else PreTokenizerSequence([before, cut])
 
 
 def _unknown_piece(description: dict[str, Any]) -> str | None:

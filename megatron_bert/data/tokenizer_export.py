@@ -25,6 +25,7 @@ from megatron_bert.data.sentencepiece_model import (
     parse_model,
 )
 from megatron_bert.data.tokenizer import CLS, EOD, MASK, PAD, SEP, Tokenizer
+from megatron_bert.data.tokenizer_backends import split_inside_special_tokens
 
 _UNKNOWN_PIECE, _BEGIN, _END = "<unk>", "<s>", "</s>"
 _ROLES = {
@@ -67,7 +68,8 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
     """Describe the tokenizer file at `path` for transformers' `AutoTokenizer`.
 
     A text becomes `<CLS> text <SEP>`, as in pretraining. Unlike there, special pieces are
-    recognised in text: that is how a user writes a mask.
+    recognised in text: that is how a user writes a mask. With transformers' `split_special_tokens`
+    they are text, with pretraining's ids.
 
     Args:
         path: a SentencePiece unigram `.model`, or a `tokenizer.json`.
@@ -85,6 +87,7 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
         names = {piece: known.id_to_piece(i) for piece, i in _special_ids(known).items()}
     ids = {piece: tokenizer.token_to_id(name) for piece, name in names.items()}
     tokenizer.add_special_tokens([_special_token(piece, name) for piece, name in names.items()])
+    split_inside_special_tokens(tokenizer, set(names.values()))
     cls, sep = names[CLS], names[SEP]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",

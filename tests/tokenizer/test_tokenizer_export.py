@@ -20,6 +20,7 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_export import export_tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from tests.huggingface.releases import installed_release, older_release, packages_folder
 
 MASK_ID, CLS_ID, SEP_ID = 3, 5, 6
 
@@ -200,6 +201,32 @@ def test_special_pieces_are_recognised_in_text(
     assert encode(exported, f"猫{piece}学校") == [*around[0], number, *around[1]]
 
 
+def test_special_pieces_are_text_with_pretrainings_ids_where_a_user_asks_for_that(
+    tiny_tokenizer_path: Path,
+) -> None:
+    rebuilt, known = rebuild(tiny_tokenizer_path), Tokenizer.load(tiny_tokenizer_path)
+    # What transformers' `split_special_tokens` sets.
+    rebuilt.encode_special_tokens = True
+    for number, piece in enumerate(SPECIAL_PIECES):
+        text = f"猫{piece}学校 {piece}"
+        ids = encode(rebuilt, text)
+        assert ids == known.encode_batch([text])[0], piece
+        assert number not in ids or piece == "<unk>", piece
+
+
+def test_an_export_that_is_exported_again_does_the_same_steps(
+    tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(export_tokenizer(tiny_tokenizer_path, 512).files[path.name], "utf-8")
+    first, again = (
+        json.loads(text)
+        for text in (path.read_text(), export_tokenizer(path, 512).files[path.name])
+    )
+    # The library reads scores back with another last digit.
+    assert {**again, "model": None} == {**first, "model": None}
+
+
 def test_special_pieces_are_left_out_of_decoded_text(exported: tokenizers.Tokenizer) -> None:
     ids = exported.encode("吾輩は<MASK>である").ids
     assert MASK_ID in ids
@@ -289,6 +316,8 @@ def test_the_llm_jp_tokenizers_offsets_point_to_the_characters_of_each_piece(
 # In a process of its own, as users have it: transformers builds its own tokenizer of the files.
 LOAD = """
 import json, sys
+sys.path[:0] = sys.argv[4:]
+import transformers
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 lines = json.load(open(sys.argv[2]))
@@ -298,14 +327,25 @@ pair = tokenizer("猫", "犬")
 assert set(pair) == {"input_ids", "attention_mask"}, pair
 mask = tokenizer("東京" + tokenizer.mask_token + "大阪")["input_ids"]
 assert mask.count(tokenizer.mask_token_id) == 1, mask
+text = tokenizer("東京" + tokenizer.mask_token, split_special_tokens=True)["input_ids"]
+assert tokenizer.mask_token_id not in text, text
 ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
-json.dump([ids, tokenizer.batch_decode(ids)], open(sys.argv[3], "w"))
+answer = [transformers.__version__, ids, tokenizer.batch_decode(ids)]
+json.dump(answer, open(sys.argv[3], "w"))
 """
 
 
+@pytest.mark.parametrize(
+    "release",
+    [installed_release(), pytest.param(older_release(), marks=pytest.mark.peers)],
+)
 @pytest.mark.parametrize("which", ["tiny", pytest.param("llm_jp", marks=pytest.mark.slow)])
 def test_transformers_loads_it_and_gives_sentencepieces_ids(
-    tiny_tokenizer_path: Path, tmp_path: Path, request: pytest.FixtureRequest, which: str
+    tiny_tokenizer_path: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    which: str,
+    release: str,
 ) -> None:
     path = tiny_tokenizer_path if which == "tiny" else request.getfixturevalue("llm_jp_path")
     folder = tmp_path / "exported"
@@ -316,10 +356,13 @@ def test_transformers_loads_it_and_gives_sentencepieces_ids(
     lines = [*plain, *LEADING_SPACES, *drawn_lines(200)]
     (tmp_path / "lines.json").write_text(json.dumps(lines))
     command = [sys.executable, "-I", "-c", LOAD, folder, tmp_path / "lines.json", tmp_path / "ids"]
+    if packages := packages_folder(release):
+        command.append(packages)
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
     library = read_sentencepiece(path)
-    ids, texts = json.loads((tmp_path / "ids").read_text())
+    found_release, ids, texts = json.loads((tmp_path / "ids").read_text())
+    assert found_release == release
     assert ids == [library.encode(line) for line in lines]
     assert texts == [library.decode(found) for found in ids]
 
