@@ -149,6 +149,17 @@ def modeling_code(model: ModelConfig) -> dict[str, bytes]:
     return {name: (resources.files(_PACKAGE) / name).read_bytes() for name in names}
 
 
+def auto_map() -> dict[str, str]:
+    """The Auto classes of what the modeling code defines."""
+    code = (resources.files(_PACKAGE) / f"{_MODELING}.py").read_text("utf-8")
+    heads = re.findall(r"^class RetrievaBert(For\w+)\(", code, re.MULTILINE)
+    return {
+        "AutoConfig": f"{_CONFIGURATION}.RetrievaBertConfig",
+        "AutoModel": f"{_MODELING}.RetrievaBertModel",
+        **{f"AutoModel{head}": f"{_MODELING}.RetrievaBert{head}" for head in heads},
+    }
+
+
 def huggingface_config(
     model: ModelConfig, vocab_size: int, dtype: ExportDtype, token_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
@@ -164,7 +175,7 @@ def huggingface_config(
     keys = {**dialect.sizes, **dialect.rates}
     return {
         "architectures": [dialect.head],
-        **({"auto_map": _auto_map()} if model.architecture == "retrievabert" else {}),
+        **({"auto_map": auto_map()} if model.architecture == "retrievabert" else {}),
         "model_type": dialect.model_type,
         "vocab_size": vocab_size,
         **{theirs: getattr(model, ours) for theirs, ours in keys.items()},
@@ -275,14 +286,3 @@ def _dtype(content: Mapping[str, Any]) -> str | None:
     # transformers 5 writes the first, 4 the second.
     found = content.get("dtype", content.get("torch_dtype"))
     return None if found is None else str(found)
-
-
-def _auto_map() -> dict[str, str]:
-    """The Auto classes of what the modeling code defines."""
-    code = (resources.files(_PACKAGE) / f"{_MODELING}.py").read_text("utf-8")
-    heads = re.findall(r"^class RetrievaBert(For\w+)\(", code, re.MULTILINE)
-    return {
-        "AutoConfig": f"{_CONFIGURATION}.RetrievaBertConfig",
-        "AutoModel": f"{_MODELING}.RetrievaBertModel",
-        **{f"AutoModel{head}": f"{_MODELING}.RetrievaBert{head}" for head in heads},
-    }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_bert import huggingface
+from megatron_bert.checkpoint.huggingface_config import auto_map
 from tests.huggingface.tiny_models import HEADS, tiny_config, tiny_tokenizer
 
 
@@ -21,13 +22,6 @@ def write_exported(folder: Path, head: str = "MaskedLM", **changes: Any) -> Path
     for code in Path(huggingface.__path__[0]).glob("*_retrieva_bert.py"):
         shutil.copy(code, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "configuration_retrieva_bert.RetrievaBertConfig",
-        "AutoModel": "modeling_retrieva_bert.RetrievaBertModel",
-        **{
-            f"AutoModelFor{head}": f"modeling_retrieva_bert.{model.__name__}"
-            for head, model in HEADS.items()
-        },
-    }
+    config["auto_map"] = auto_map()
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -173,14 +173,37 @@ def test_a_checkpoint_that_stores_the_bias_twice_loads_quietly(tmp_path: Path) -
     assert torch.equal(again.cls.predictions.bias, model.cls.predictions.bias)
 
 
-def test_weights_load_in_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_load_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     model = _model("MaskedLM")
     model.save_pretrained(tmp_path)
-    half = RetrievaBertForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert half(**_batch("MaskedLM")).logits.dtype == torch.bfloat16
-    expected = model.bert.embeddings.word_embeddings.weight.bfloat16()
+    half = RetrievaBertForMaskedLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    expected = model.bert.embeddings.word_embeddings.weight.to(dtype)
     assert torch.equal(half.get_input_embeddings().weight, expected)
+    ids = _ids(ROWS, SLOTS)
+    mask = torch.ones_like(ids)
+    mask[0, 2:] = mask[1] = 0
+    for attention in ("eager", "sdpa"):
+        half.set_attn_implementation(attention)
+        logits = half(ids, attention_mask=mask).logits
+        assert logits.dtype == dtype
+        assert logits.isfinite().all()
+        torch.testing.assert_close(
+            logits[0, :2].float(), model(ids[:1, :2]).logits[0], atol=0.5, rtol=0.1
+        )
+
+
+def test_parts_of_a_model_may_lie_on_the_disk(tmp_path: Path) -> None:
+    model = _model("MaskedLM")
+    model.save_pretrained(tmp_path)
+    spread = RetrievaBertForMaskedLM.from_pretrained(
+        tmp_path,
+        device_map={"bert.embeddings": "cpu", "bert.encoder": "disk", "cls": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    ids = _ids(ROWS, SLOTS)
+    assert torch.equal(spread(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("head", [head for head in HEADS if head != "MaskedLM"])
