@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_bert.config.errors import CheckpointError
@@ -17,10 +17,14 @@ def check_is_new(output: Path) -> None:
 
     Raises:
         UserError: `output` climbs out by `..`.
-        CheckpointError: `output` exists, and is not an empty directory.
+        CheckpointError: `output` exists, and is not an empty directory, or cannot be looked at.
     """
     check_place(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    try:
+        is_taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error}; name another place") from error
+    if is_taken:
         raise CheckpointError(f"{output} exists already; name a new directory, or remove it first")
 
 
@@ -38,6 +42,7 @@ def new_directory(output: Path) -> Iterator[Path]:
     check_is_new(output)
     output = output.absolute()
     staging = temporary_path(output)
+    new_parents = [folder for folder in output.parents if not folder.exists()]
     try:
         staging.mkdir(parents=True)
         yield staging
@@ -50,3 +55,7 @@ def new_directory(output: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in new_parents:
+            # Not empty any more, where all went well.
+            with suppress(OSError):
+                folder.rmdir()

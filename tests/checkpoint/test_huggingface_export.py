@@ -169,13 +169,20 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
 
     for module in (huggingface_export, shard_files):
         monkeypatch.setattr(module, "write_file", write_half)
+    output = tmp_path / "parent" / "new"
     ways: dict[str, Callable[[], object]] = {
-        "to-hf": partial(export_checkpoint, find_checkpoint(run_folder / "run"), tmp_path / "new"),
-        "from-hf": partial(import_model, exported, tmp_path / "new"),
+        "to-hf": partial(export_checkpoint, find_checkpoint(run_folder / "run"), output),
+        "from-hf": partial(import_model, exported, output),
     }
     with pytest.raises(CheckpointError, match=r"cannot write .*new: .*No space left.*free space"):
         ways[way]()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_place_that_the_host_refuses_to_look_at_is_named(run_folder: Path) -> None:
+    place = Path("x" * 300)
+    with pytest.raises(CheckpointError, match=r"cannot write x+: .*; name another place"):
+        export_checkpoint(find_checkpoint(run_folder / "run"), place)
 
 
 def _checkpoint_of(folder: Path, state: dict[str, Any], *pieces: Piece) -> Path:
