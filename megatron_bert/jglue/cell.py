@@ -16,7 +16,9 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
+from megatron_bert.config.errors import UserError
 from megatron_bert.jglue.models import ModelSource
 from megatron_bert.jglue.recipes import Recipe, Row, Scores, ValidSet
 from megatron_bert.jglue.tasks import WARMUP_RATIO, Task
@@ -50,6 +52,22 @@ class Batches:
     size: int
     micro_size: int
     precision: str
+
+    def check(self) -> None:
+        """Refuse what this machine cannot compute.
+
+        Raises:
+            UserError: BF16 on a GPU that lacks it.
+        """
+        if (
+            self.precision == "bf16"
+            and torch.cuda.is_available()
+            and not is_torch_bf16_gpu_available()
+        ):
+            raise UserError(
+                f"--precision bf16: {torch.cuda.get_device_name()} computes no BF16; leave it out "
+                "(fp32)"
+            )
 
 
 @dataclass(frozen=True)

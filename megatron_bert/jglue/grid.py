@@ -57,8 +57,9 @@ def run_grid(options: GridOptions) -> Results:
     Everything that can be checked without training is checked before the output folder is made.
 
     Raises:
-        UserError: the model, the data or the output folder cannot be used.
+        UserError: the model, the data, the precision or the output folder cannot be used.
     """
+    options.batches.check()
     options.source.check()
     files = {
         split: read_task_file(options.task.name, options.data, split, limit)

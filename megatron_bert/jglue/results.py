@@ -65,7 +65,11 @@ class Results:
         return any(cell.items() <= record.items() for record in self._cells(task))
 
     def add(self, task: Task, record: Record) -> None:
-        """Add a finished cell and write the file."""
+        """Add a finished cell and write the file.
+
+        Raises:
+            UserError: the host cannot write; the file is as it was.
+        """
         entry = self._tasks[task.name]
         entry["cells"].append(record)
         entry["selected"] = select(task, entry["cells"])
@@ -77,7 +81,13 @@ class Results:
             "notes": self.notes(),
         }
         text = json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False)
-        write_atomically(self.path, text + "\n")
+        try:
+            write_atomically(self.path, text + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}), and the last training is "
+                "lost; free space, and give the same command again"
+            ) from error
 
     def selected(self, task: Task) -> Record:
         """Return the chosen learning rate and epochs, and the scores with them."""

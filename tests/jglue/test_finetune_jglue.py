@@ -237,6 +237,17 @@ def test_a_jsquad_file_whose_answers_are_all_misplaced_is_refused(
     assert "3 of 3 training questions are left out" in caplog.text
 
 
+def test_bf16_on_a_gpu_that_lacks_it_is_refused(
+    command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old card")
+    monkeypatch.setattr("megatron_bert.jglue.cell.is_torch_bf16_gpu_available", lambda: False)
+    told = error_of("tools.finetune_jglue", *command, "--precision", "bf16")
+    assert "--precision bf16: an old card computes no BF16" in told
+    assert not (tmp_path / "output").exists()
+
+
 def test_several_ranks_are_refused(command: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "not with torchrun" in error_of("tools.finetune_jglue", *command)

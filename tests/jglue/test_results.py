@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,25 @@ def test_results_of_another_model_or_otherwise_made_are_refused(tmp_path: Path) 
         changed = _settings(task, **{"valid_sha256": "0", key: value})
         with pytest.raises(UserError, match=f"JNLI was begun with {key} = "):
             Results(tmp_path, MODEL).take_up(task, changed)
+
+
+def test_a_full_disk_is_told_and_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TASKS["jnli"]
+    results = Results(tmp_path, MODEL)
+    results.take_up(task, _settings(task))
+    results.add(task, _cell(5e-5, 3, 1, acc=0.5))
+    before = _written(tmp_path)
+
+    def full(path: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_bert.files.write_durably", full)
+    with pytest.raises(UserError, match=r"results\.json: cannot be written \(No space left"):
+        results.add(task, _cell(5e-5, 3, 2, acc=0.7))
+    assert _written(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 _OF_THIS_MODEL = '{"model": {"files": {"config.json": "0"}, "random_weights": false}, "tasks": %s}'
