@@ -67,8 +67,7 @@ def export_checkpoint(
         DataError: the tokenizer is missing or is not the one that the run was trained with.
     """
     check_is_new(output)
-    manifest = verified_manifest(checkpoint)
-    state = RunState(checkpoint, manifest)
+    state = RunState(checkpoint, verified_manifest(checkpoint).state)
     tokenizer = state.tokenizer if tokenizer is None else tokenizer
     _check_tokenizer(tokenizer, state)
     model, shapes = state.model, _model_shapes(checkpoint)
@@ -76,16 +75,17 @@ def export_checkpoint(
     parameters = _checked_parameters(checkpoint, model, vocab_size, shapes)
     exported = export_tokenizer(tokenizer, model.max_position_embeddings)
     config = huggingface_config(model, vocab_size, dtype, exported.token_ids)
-    card = model_card(
-        model,
-        vocab_size,
-        dtype,
-        num_parameters=sum(parameter.size for parameter in parameters),
-        mask_token=exported.mask_token,
-        state=state,
-        figures=figures,
-        license_id=license_id,
-    )
+    with state.reading():
+        card = model_card(
+            model,
+            vocab_size,
+            dtype,
+            num_parameters=sum(parameter.size for parameter in parameters),
+            mask_token=exported.mask_token,
+            state=state,
+            figures=figures,
+            license_id=license_id,
+        )
     small_files: dict[str, str | bytes] = {
         CONFIG_NAME: json.dumps(config, indent=2) + "\n",
         "README.md": card,

@@ -8,8 +8,7 @@ a tensor, as JSON: nothing in a checkpoint can execute code when it is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -135,24 +134,6 @@ class Manifest:
                 raise DamagedCheckpointError(
                     f"{path}: checksum is {checksum} instead of {expected.checksum}"
                 )
-
-
-@contextmanager
-def reading_state(folder: Path) -> Iterator[None]:
-    """Blame the manifest of `folder` for what goes wrong while its state is read.
-
-    Its checksum proves that it was not damaged, not that a training run wrote it.
-
-    Raises:
-        CheckpointError: The state lacks something, or has another kind of value there.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST_NAME}: its state is not that of a training run "
-            f"({type(error).__name__}: {error}); use a checkpoint that this program wrote"
-        ) from error
 
 
 def verified_manifest(folder: Path) -> Manifest:

@@ -1,14 +1,15 @@
-"""What the manifest of a training checkpoint says of its run, for those who are not that run."""
+"""What the manifest of a training checkpoint says of its run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bert.checkpoint.manifest import MANIFEST_NAME, Manifest
+from megatron_bert.checkpoint.manifest import MANIFEST_NAME
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.schema import ModelConfig
 
@@ -19,31 +20,55 @@ MODEL_PREFIX = "model."
 class RunState:
     """The state in a manifest, read field by field.
 
-    Every property raises `CheckpointError`, naming file and field, where that is missing.
+    Its checksum proves that it was not damaged, not that a training run wrote it: every property
+    raises `CheckpointError`, naming file and field, where that is missing or of another kind.
 
     Args:
         folder: The checkpoint's folder.
-        manifest: Its manifest.
+        state: The `state` of its manifest.
 
     Attributes:
         folder: The checkpoint's folder.
-        step: Optimizer steps taken.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, state: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.step = manifest.step
-        self._state: Mapping[str, Any] = manifest.state
+        self._state = state
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Blame the manifest for what goes wrong while the values of a field are read.
+
+        Raises:
+            CheckpointError: They lack something, or have another kind of value there.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.folder / MANIFEST_NAME}: its state is not that of a training run "
+                f"({type(error).__name__}: {error}); use a checkpoint that this program wrote"
+            ) from error
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self._field("step", kind=int))
 
     @property
     def consumed_rows(self) -> int:
         """Rows that the steps took."""
-        return int(self._field("consumed_rows"))
+        return int(self._field("consumed_rows", kind=int))
+
+    @property
+    def optimizer_updates(self) -> int:
+        """Steps that changed the weights: those that were not skipped."""
+        return int(self._field("optimizer_updates", kind=int))
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The run's configuration as plain values; an import's has but what concerns the model."""
-        config: Mapping[str, Any] = self._field("config")
+        config: Mapping[str, Any] = self._field("config", kind=Mapping)
         return config
 
     @property
@@ -55,7 +80,7 @@ class RunState:
     def model(self) -> ModelConfig:
         """The model's shape."""
         try:
-            return ModelConfig.model_validate(self._field("config", "model"))
+            return ModelConfig.model_validate(self._field("config", "model", kind=Mapping))
         except ValidationError as error:
             raise CheckpointError(
                 f"{self.folder / MANIFEST_NAME}: state.config.model cannot be read ({error}); use "
@@ -65,25 +90,25 @@ class RunState:
     @property
     def tokenizer(self) -> Path:
         """Where the run found its tokenizer."""
-        return Path(str(self._field("config", "data", "tokenizer")))
+        return Path(self._field("config", "data", "tokenizer", kind=str))
 
     @property
     def tokenizer_hash(self) -> str:
         """SHA-256 of the tokenizer's file."""
-        return str(self._field("tokenizer_hash"))
+        return str(self._field("tokenizer_hash", kind=str))
 
     @property
     def data(self) -> list[str]:
         """A line on every training corpus."""
-        return [str(line) for line in self._field("data")]
+        return [str(line) for line in self._field("data", kind=list)]
 
     @property
     def topology(self) -> Mapping[str, Any]:
         """Numbers of ranks of the job that saved it, and under `keys` its `parallel` section."""
-        topology: Mapping[str, Any] = self._field("topology")
+        topology: Mapping[str, Any] = self._field("topology", kind=Mapping)
         return topology
 
-    def _field(self, *names: str) -> Any:
+    def _field(self, *names: str, kind: type) -> Any:
         value: Any = self._state
         for name in names:
             if not isinstance(value, Mapping) or name not in value:
@@ -92,4 +117,9 @@ class RunState:
                     "checkpoint of a training run"
                 )
             value = value[name]
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"{self.folder / MANIFEST_NAME}: state.{'.'.join(names)} is {value!r}, not what a "
+                "training run writes there; use a checkpoint that this program wrote"
+            )
         return value

@@ -31,7 +31,7 @@ def describe_checkpoint(folder: Path, *, verify: bool = True) -> Iterator[str]:
         CheckpointError: the checkpoint is missing or damaged.
     """
     manifest = verified_manifest(folder) if verify else Manifest.read(folder)
-    state = RunState(folder, manifest)
+    state = RunState(folder, manifest.state)
     shapes = saved_shapes(folder)
     parameters = sum(math.prod(s) for name, s in shapes.items() if name.startswith(MODEL_PREFIX))
     size = sum(record.size for record in manifest.files.values())

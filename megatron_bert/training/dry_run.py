@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
@@ -67,8 +68,8 @@ def _describe_start(config: Config, tokenizer: Tokenizer) -> list[str]:
     start = starting_point(config, store)
     if start is None:
         return ["begins      afresh"]
-    facts = store.read_state(start.path)
-    check_continuity(start, facts, config, tokenizer, training_source(config, tokenizer))
+    state = RunState(start.path, store.read_state(start.path))
+    check_continuity(start, state, config, tokenizer, training_source(config, tokenizer))
     return [f"goes on     from {start.path}"]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_bert.checkpoint.manifest import reading_state
+from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.identity import check_resume
@@ -66,7 +65,7 @@ def starting_point(config: Config, store: CheckpointStore) -> StartingPoint | No
 
 def check_continuity(
     start: StartingPoint,
-    facts: dict[str, Any],
+    state: RunState,
     config: Config,
     tokenizer: Tokenizer,
     source: RowSource,
@@ -75,7 +74,7 @@ def check_continuity(
 
     Args:
         start: where the job begins.
-        facts: the state in that checkpoint's manifest.
+        state: what that checkpoint's manifest says.
         config: this job's configuration.
         tokenizer: this job's tokenizer.
         source: this job's training rows.
@@ -85,18 +84,17 @@ def check_continuity(
         CheckpointError: the tokenizer or the data are not those of the checkpoint, or no run
             wrote it.
     """
-    with reading_state(start.path):
-        check_resume(facts["config"], config, int(facts["step"]), start.new_run)
-        trained_hash, data = facts["tokenizer_hash"], facts["data"]
-    if trained_hash != tokenizer.hash:
+    with state.reading():
+        check_resume(state.config, config, state.step, start.new_run)
+    if state.tokenizer_hash != tokenizer.hash:
         raise CheckpointError(
-            f"{start.path} was trained with a tokenizer of hash {trained_hash}, "
+            f"{start.path} was trained with a tokenizer of hash {state.tokenizer_hash}, "
             f"{config.data.tokenizer} has {tokenizer.hash}; use the tokenizer that the run began "
             "with"
         )
-    if not start.new_run and data != source.fingerprint():
+    if not start.new_run and state.data != source.fingerprint():
         raise CheckpointError(
-            f"{start.path} was trained on {data}, but data.train now holds "
+            f"{start.path} was trained on {state.data}, but data.train now holds "
             f"{source.fingerprint()}; restore the datasets that the run began with, or branch "
             f"off: checkpoint.resume={start.path} and a new run.dir"
         )

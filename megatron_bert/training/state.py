@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.checkpoint.manifest import reading_state
-from megatron_bert.checkpoint.run_state import MODEL_PREFIX
+from megatron_bert.checkpoint.run_state import MODEL_PREFIX, RunState
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.model.build import RankModel
@@ -55,16 +54,15 @@ def save_state(
 
 def load_state(
     store: CheckpointStore, path: Path, model: RankModel, optimizer: ShardedAdamW
-) -> dict[str, Any]:
-    """Load a checkpoint into model and optimizer in place; return the manifest's state.
+) -> None:
+    """Load a checkpoint into model and optimizer in place.
 
     One that was converted from a Hugging Face directory has no moments: those stay as they are, of
     a new optimizer zero.
     """
+    state = RunState(path, store.read_state(path))
     tensors = state_tensors(model, optimizer)
-    if store.read_state(path).get("weights_only", False):
+    if state.is_imported:
         tensors = {name: t for name, t in tensors.items() if name.startswith(MODEL_PREFIX)}
-    facts: dict[str, Any] = dict(store.load(path, tensors))
-    with reading_state(path):
-        optimizer.updates = int(facts["optimizer_updates"])
-    return facts
+    store.load(path, tensors)
+    optimizer.updates = state.optimizer_updates

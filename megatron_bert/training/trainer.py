@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
@@ -237,14 +238,14 @@ class Trainer:
         start = starting_point(self._config, self._store)
         if start is None:
             return 0
-        facts: dict[str, Any] = dict(self._store.read_state(start.path))
-        check_continuity(start, facts, self._config, self._tokenizer, self._source)
+        state = RunState(start.path, self._store.read_state(start.path))
+        check_continuity(start, state, self._config, self._tokenizer, self._source)
         load_state(self._store, start.path, self._model, self._optimizer)
         if self._directory is not None:
             logger.info("resumed from %s", start.path)
-            changed = changed_keys(facts["config"], config_dict(self._config))
+            changed = changed_keys(state.config, config_dict(self._config))
             # A job's own end is another each time.
             changed = [key for key in changed if key != "run.deadline"]
             if changed:
                 logger.info("changed since then: %s", ", ".join(changed))
-        return int(facts["step"])
+        return state.step

@@ -57,6 +57,7 @@ def _save(folder: Path, model_keys: dict[str, Any]) -> None:
 
 def _state(config: Config) -> dict[str, Any]:
     return {
+        "step": STEP,
         "config": config_dict(config),
         "tokenizer_hash": Tokenizer.load(config.data.tokenizer).hash,
         "consumed_rows": 80,

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -104,11 +106,18 @@ def _without_manifest(folder: Path) -> None:
     (folder / "run" / "checkpoints" / "step_00000010" / "manifest.json").unlink()
 
 
-def _of_another_program(folder: Path) -> None:
+def _of_another_program(folder: Path, **changes: Any) -> None:
+    """Change fields of the state, its checksum included; `...` takes one away."""
     checkpoint = folder / "run" / "checkpoints" / "step_00000010"
     manifest = verified_manifest(checkpoint)
-    state = {name: value for name, value in manifest.state.items() if name != "config"}
-    Manifest(manifest.step, manifest.files, state).write(checkpoint)
+    state = {**manifest.state, **changes}
+    kept = {name: value for name, value in state.items() if value is not ...}
+    Manifest(manifest.step, manifest.files, kept).write(checkpoint)
+
+
+def _with_another_curriculum(folder: Path) -> None:
+    state: Any = Manifest.read(folder / "run" / "checkpoints" / "step_00000010").state
+    _of_another_program(folder, config={**state["config"], "curriculum": [{"length": 3}]})
 
 
 def _without_mask(folder: Path) -> None:
@@ -121,6 +130,7 @@ def _another_architecture(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "bert"}))
 
 
+INSPECT = ("inspect", "{}/run/checkpoints/step_00000010")
 TO_HF = ("to-hf", "--checkpoint", "{}/run/checkpoints/step_00000010", "--output", "{}/new")
 FROM_HF = ("from-hf", "--model", "{}/exported", "--output", "{}/new")
 
@@ -129,7 +139,22 @@ FROM_HF = ("from-hf", "--model", "{}/exported", "--output", "{}/new")
     ("damage", "arguments", "parts"),
     [
         (_without_manifest, TO_HF, ["step_00000010: has no manifest.json"]),
-        (_of_another_program, TO_HF, ["manifest.json: has no state.config"]),
+        (
+            partial(_of_another_program, config=...),
+            TO_HF,
+            ["manifest.json: has no state.config"],
+        ),
+        (
+            partial(_of_another_program, tokenizer_hash=[1]),
+            TO_HF,
+            ["manifest.json: state.tokenizer_hash is [1], not what a training run writes there"],
+        ),
+        (
+            partial(_of_another_program, consumed_rows="many"),
+            INSPECT,
+            ["manifest.json: state.consumed_rows is 'many'"],
+        ),
+        (_with_another_curriculum, TO_HF, ["manifest.json: its state is not that of a training"]),
         (_without_mask, TO_HF, ["tiny.model has no special piece <MASK>"]),
         (_another_architecture, FROM_HF, ["config.json: model_type is 'bert'"]),
         (
