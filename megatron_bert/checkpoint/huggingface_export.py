@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bert.checkpoint.huggingface_card import RunFigures, model_card
+from megatron_bert.checkpoint.huggingface_card import model_card
+from megatron_bert.checkpoint.huggingface_card_training import RunFigures
 from megatron_bert.checkpoint.huggingface_config import (
     CONFIG_NAME,
     ExportDtype,

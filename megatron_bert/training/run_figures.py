@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.checkpoint.huggingface_card import RunFigures
+from megatron_bert.checkpoint.huggingface_card_training import RunFigures
 from megatron_bert.training import metrics
 
 _LAST_STEPS = 10
