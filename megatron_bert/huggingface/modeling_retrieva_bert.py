@@ -422,6 +422,8 @@ class RetrievaBertLMPredictionHead(nn.Module):
 
     def resize_bias(self, vocab_size: int) -> None:
         """Cut the bias to `vocab_size`, or fill it up with zeros."""
+        if vocab_size == self.bias.shape[0]:
+            return  # an optimizer may know the parameter already
         resized = F.pad(self.bias.detach(), (0, vocab_size - self.bias.shape[0]))
         self.bias = nn.Parameter(resized, requires_grad=self.bias.requires_grad)
 

@@ -26,6 +26,7 @@ from megatron_bert.huggingface.modeling_retrieva_bert import (
     RetrievaBertForSequenceClassification,
 )
 from megatron_bert.jglue.recipes import Recipe
+from megatron_bert.jglue.results import FILE_NAME
 
 # Without one of these transformers may make a tokenizer of nothing but its special tokens.
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -79,6 +80,8 @@ class ModelSource:
     def fingerprint(self) -> dict[str, str]:
         """Return the SHA-256 of every file that decides on the results, by name."""
         files = {path for kind in _DECIDING_FILES for path in self.folder.glob(kind)}
+        # It is the tool's own, where the results go beside the model.
+        files.discard(self.folder / FILE_NAME)
         answer = {}
         for path in sorted(files):
             with path.open("rb") as stream:

@@ -161,6 +161,15 @@ def test_resizing_the_vocabulary_resizes_decoder_and_bias(
     assert torch.equal(again(ids).logits, output.logits)
 
 
+def test_a_vocabulary_that_has_the_size_already_keeps_its_parameters() -> None:
+    model = _model("MaskedLM")
+    before = dict(model.named_parameters())
+    model.resize_token_embeddings(VOCABULARY)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+
+
 def test_a_checkpoint_that_stores_the_bias_twice_loads_quietly(tmp_path: Path) -> None:
     model = _model("MaskedLM")
     model.save_pretrained(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,15 @@ def test_what_was_otherwise_made_is_not_mixed(
     assert "tells of another model" in told
     assert (tmp_path / "output" / "results.json").read_bytes() == before
     assert len(trained) == 1
+
+
+def test_results_may_lie_beside_the_model(
+    command: list[object], models: dict[str, Path], tmp_path: Path, trained: list[Cell]
+) -> None:
+    model = shutil.copytree(models["exported"], tmp_path / "model")
+    for seed in (1, 2):
+        _run(*command, "--model", model, "--output", model, "--seeds", seed)
+    assert [cell["seed"] for cell in _results(model)["tasks"]["jsts"]["cells"]] == [1, 2]
 
 
 def test_two_processes_do_not_write_the_same_results(
