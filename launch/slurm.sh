@@ -8,10 +8,13 @@
 # with the same options, until the run directory says FINISHED. docs/clusters.md tells the rest.
 #
 #SBATCH --job-name=megatron_bert
+# Also a range, as 2-8. (With --ntasks-per-node Slurm gives the least of a range, and a waiting job
+# whose number is changed never starts.)
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --time=24:00:00
 ##SBATCH --gpus-per-node=4
+# Whole nodes, for their cores and memory; where nodes are shared: --cpus-per-gpu=N --mem-per-gpu=N.
+##SBATCH --exclusive
 ##SBATCH --partition=NAME
 ##SBATCH --account=NAME
 # A requeued job goes on in the same log.
@@ -52,9 +55,9 @@ next_step
 case $following in
     finished | held | cancelled) exit 0 ;;
     again)
-        # This ends the job, by a TERM, and puts it into the queue under the same number.
+        # Into the queue under the same number. Slurm ends by a TERM what runs of the job.
         trap '' TERM
-        scontrol requeue "$job" && sleep 60
+        scontrol requeue "$job" && exit 0
         tell "job $job cannot be requeued (is JobRequeue=0 set?); submit it again to go on"
         ;;
 esac

@@ -12,7 +12,13 @@ from pathlib import Path
 
 from megatron_bert.checkpoint.folders import CheckpointFolders
 from megatron_bert.files import write_atomically
-from megatron_bert.training.run_directory import FAILED, FINISHED, STOPPED, read_outcome
+from megatron_bert.training.run_directory import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    forget_outcome,
+    read_outcome,
+)
 
 HOLD = "HOLD"
 """A file that a user puts into the run directory: no job follows."""
@@ -50,11 +56,15 @@ def take_up(run_dir: Path, job: str) -> None:
 
     Then a person has submitted it, and mended what ended the others. A job that is queued again
     under its own number is announced.
+
+    What tells how the last job ended is removed: this one may die before its ranks do that, and
+    must not be taken for finished because the run was, before it was lengthened.
     """
     path = run_dir / "logs" / _ANNOUNCED
     if not path.exists() or path.read_text("utf-8", errors="replace").strip() != job:
         _write(run_dir, _Tries(_newest_step(run_dir), 0))
         announce(run_dir, job)
+    forget_outcome(run_dir)
 
 
 def announce(run_dir: Path, job: str) -> None:

@@ -79,9 +79,7 @@ class RunDirectory:
 
     def start(self) -> None:
         """Remove what tells how an earlier job of the run ended."""
-        for name in (FINISHED, STOPPED, FAILED):
-            (self.path / name).unlink(missing_ok=True)
-        sync_to_disk(self.path)
+        forget_outcome(self.path)
 
     def record_job(self, step: int, ranks: int) -> None:
         """Add this job to `jobs.jsonl`; a run that begins anew begins that file anew.
@@ -148,6 +146,13 @@ def read_outcome(path: Path) -> Outcome | None:
             reason = f"{kind} is no file of this project"
         return Outcome(kind, str(reason))
     return None
+
+
+def forget_outcome(path: Path) -> None:
+    """Remove from the run directory `path` what tells how its last job ended."""
+    for kind in (FINISHED, STOPPED, FAILED):
+        (path / kind).unlink(missing_ok=True)
+    sync_to_disk(path)
 
 
 def read_jobs(path: Path) -> list[dict[str, Any]]:

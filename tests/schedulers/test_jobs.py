@@ -12,7 +12,13 @@ from megatron_bert.config.schema import Config
 from megatron_bert.jobs.__main__ import main
 from megatron_bert.jobs.going_on import HOLD, Next, announce, judge, take_up
 from megatron_bert.jobs.layout import layout_keys
-from megatron_bert.training.run_directory import FINISHED, STOPPED, RunDirectory, record_failure
+from megatron_bert.training.run_directory import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    RunDirectory,
+    record_failure,
+)
 
 TREE = """\
 model: {num_layers: 8, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 8,
@@ -124,6 +130,15 @@ def test_a_job_that_follows_goes_on_counting(tmp_path: Path) -> None:
     assert judge(tmp_path, 3).next is Next.GIVE_UP
     take_up(tmp_path, "73")
     assert judge(tmp_path, 3).next is Next.AGAIN
+
+
+@pytest.mark.parametrize("kind", [FINISHED, STOPPED, FAILED])
+def test_a_job_that_dies_at_once_has_not_ended_as_the_one_before(tmp_path: Path, kind: str) -> None:
+    (tmp_path / kind).write_text(json.dumps({"reason": "an older one"}))
+    take_up(tmp_path, "71")
+    verdict = judge(tmp_path, 2)
+    assert verdict.next is Next.AGAIN
+    assert verdict.reason == "the job was killed, or never began to train; no checkpoint"
 
 
 def test_a_count_that_cannot_be_read_begins_anew(tmp_path: Path) -> None:

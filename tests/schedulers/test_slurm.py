@@ -69,7 +69,7 @@ def test_a_run_of_several_jobs_finishes_by_itself_with_the_losses_of_an_uncut_on
         cluster, run, site, "--nodes=2", "--time=1", "--signal=B:USR1@1",
         MARGIN_SECONDS="15", TEST_STEP_SECONDS="0.25",
     )  # fmt: skip
-    sizes = {2: "1-1", 3: "2-2"}
+    sizes = {2: "1", 3: "2"}
     while True:
         cluster.wait_for(lambda: cluster.state(job) in ("PENDING", "COMPLETED", "FAILED"), 180)
         if cluster.state(job) != "PENDING":
