@@ -33,7 +33,12 @@ from megatron_bert.training.preflight import (
     measure_all_reduce,
 )
 from megatron_bert.training.roll_call import RollCall
-from megatron_bert.training.run_directory import RunDirectory, record_failure
+from megatron_bert.training.run_directory import (
+    FINISHED,
+    RunDirectory,
+    read_outcome,
+    record_failure,
+)
 from megatron_bert.training.runtime import keep_freed_memory, set_determinism
 from megatron_bert.training.stops import StopRequests
 from megatron_bert.training.trainer import Trainer
@@ -123,16 +128,13 @@ def _run(
     roll_call: RollCall,
     mirrors: Mirrors,
 ) -> None:
-    directory = _open_run_directory(config)
-    with _failure_recorded(config, stops, roll_call):
-        check_run_directory_is_shared(config.run.directory)
-        check_ranks_agree({**code_facts(), **config_dict(config)})
-        # Here, not before: a refusal must replace what an earlier job left in the run directory.
-        check_config(config, world_size=requested_world_size())
-        speed = measure_all_reduce(device)
-        if speed is not None:
-            logger.info("%s", speed)
-        trainer = Trainer(config, device, directory)
+    directory, was_finished = _open_run_directory(config)
+    with _failure_told(config, stops, roll_call, is_recorded=not was_finished):
+        trainer = _prepare(config, device, directory)
+        if was_finished:
+            # No rank may fail in training, and tell of it, before FINISHED is gone.
+            Ranks().on_first(lambda: None if directory is None else directory.start())
+    with _failure_told(config, stops, roll_call):
         if directory is not None:
             directory.record_job(trainer.step, dist.get_world_size())
             mirrors.start(config.log, directory.path, anew=trainer.step == 0)
@@ -149,30 +151,60 @@ def _run(
             logger.info("stopped after step %s: %s", f"{end.step:,}", end.stop_reason)
 
 
-def _open_run_directory(config: Config) -> RunDirectory | None:
-    """Lock the run directory on the first rank; all ranks fail if it is taken."""
+def _open_run_directory(config: Config) -> tuple[RunDirectory | None, bool]:
+    """Lock the run directory on the first rank, and say whether its run is finished. Collective.
+
+    A finished run stays one until a job of it is about to train: a command that is refused has
+    undone nothing. How any other job ended is forgotten here, and told anew.
+
+    Raises:
+        UserError: The directory is taken, or cannot be used.
+    """
     opened: list[RunDirectory] = []
 
-    def open_it() -> None:
+    def open_it() -> bool:
         directory = RunDirectory(config.run.directory)
-        directory.start()
         opened.append(directory)
+        outcome = read_outcome(directory.path)
+        if outcome is not None and outcome.kind == FINISHED:
+            return True
+        directory.start()
+        return False
 
-    Ranks().on_first(open_it)
-    return opened[0] if opened else None
+    was_finished = Ranks().on_first(open_it)
+    return (opened[0] if opened else None), was_finished
+
+
+def _prepare(config: Config, device: torch.device, directory: RunDirectory | None) -> Trainer:
+    """Check all that can be checked before the first step, and load what it needs. Collective."""
+    check_run_directory_is_shared(config.run.directory)
+    check_ranks_agree({**code_facts(), **config_dict(config)})
+    # Here, not before: a refusal must replace what an earlier job left in the run directory.
+    check_config(config, world_size=requested_world_size())
+    speed = measure_all_reduce(device)
+    if speed is not None:
+        logger.info("%s", speed)
+    return Trainer(config, device, directory)
 
 
 @contextmanager
-def _failure_recorded(config: Config, stops: StopRequests, roll_call: RollCall) -> Iterator[None]:
-    """Leave FAILED in the run directory whichever rank fails: torchrun may end the first one."""
+def _failure_told(
+    config: Config, stops: StopRequests, roll_call: RollCall, *, is_recorded: bool = True
+) -> Iterator[None]:
+    """Tell the other ranks of a failure, and leave FAILED in the run directory.
+
+    Whichever rank it is that fails: torchrun may end the first one.
+    """
     try:
         yield
     except BaseException as error:
         rank = dist.get_rank()
         # First of all: calling the roll takes seconds, in which this rank may be ended.
-        record_failure(config.run.directory, rank, stops.interrupt or error)
+        if is_recorded:
+            record_failure(config.run.directory, rank, stops.interrupt or error)
         reason = stops.interrupt or roll_call.explain(error)
         if reason is error:
             raise
-        record_failure(config.run.directory, rank, reason)
+        if is_recorded:
+            record_failure(config.run.directory, rank, reason)
         raise reason from error

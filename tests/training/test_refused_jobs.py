@@ -1,21 +1,25 @@
-"""A job that is refused replaces what the job before it left for scripts to read."""
+"""A refused job replaces what the one before it left for scripts to read, but for FINISHED."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.config.errors import DataError, UserError
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
 from megatron_bert.training.main import main
+from megatron_bert.training.stops import STOP_SIGNALS
+from megatron_bert.training.trainer import Trainer
 from tests.distributed_harness import run_ranks
 from tests.training.runs import run_config, train
 
@@ -39,6 +43,50 @@ def test_a_configuration_no_layout_can_hold_leaves_failed_where_stopped_was(
     assert not (run / "STOPPED").exists()
     assert "parallel.tensor" in json.loads((run / "FAILED").read_text())["reason"]
     assert not (run / "config.yaml").exists()
+
+
+def _told(run: Path) -> dict[str, str]:
+    """What tells how the last job ended, by file."""
+    names = ("FINISHED", "STOPPED", "FAILED")
+    return {name: (run / name).read_text() for name in names if (run / name).exists()}
+
+
+# The lock of a run directory ends with the process, and here that goes on.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_finished_run_stays_so_when_a_command_is_refused_and_until_a_job_of_it_trains(
+    tiny_run: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--config", str(tmp_path / "tiny.yaml")]
+    (tmp_path / "tiny.yaml").write_text(dump_config(tiny_run(valid=False)))
+    _main(*command)
+    finished = _told(tmp_path / "run")
+    assert list(finished) == ["FINISHED"]
+    refused = ("optimizer.lr=1e-3", "data.train.0.prefix=missing", "checkpoint.resume=none")
+    for key in (*refused, "parallel.tensor=3"):
+        with pytest.raises(UserError):
+            _main(*command, key)
+        assert _told(tmp_path / "run") == finished
+
+    def fail(self: Trainer, _: object) -> None:
+        assert self.step == 12
+        assert not _told(tmp_path / "run")
+        raise DataError("rows are bad")
+
+    monkeypatch.setattr(Trainer, "run", fail)
+    with pytest.raises(DataError, match="rows are bad"):
+        _main(*command, "curriculum.1.steps=6")
+    assert list(_told(tmp_path / "run")) == ["FAILED"]
+
+
+def _main(*arguments: str) -> None:
+    """Run the command line in this process, which is left as it was."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        assert main(arguments) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_overrides_may_stand_on_both_sides_of_the_options(

@@ -351,7 +351,7 @@ def _fail_at_a_message(config: Config) -> str:
     roll_call = _Explains(config.run.directory)
     with (
         pytest.raises(PeersLostError, match="rank 1 is gone"),
-        main._failure_recorded(config, _Stops(), roll_call),
+        main._failure_told(config, _Stops(), roll_call),
     ):
         raise dist.DistNetworkError("connection lost")
     return roll_call.stood
