@@ -128,6 +128,10 @@ class CheckpointStore:
             raise _translated(error, message) from error
         return final
 
+    def folders(self) -> list[Path]:
+        """Return the folders that claim to be checkpoints, newest first, as this rank sees them."""
+        return self._folders.newest_first()
+
     def newest(self) -> Path | None:
         """Return the newest intact checkpoint, None when there is no checkpoint. Collective.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -26,12 +27,20 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
+class RunError(Exception):
+    """What ended a run that was in order; the message says what it was and how to go on.
+
+    Notes (`add_note`) are details, for those who look for the cause.
+    """
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main` and leave the process with its exit code.
 
-    A `UserError` becomes lines on standard error, each with `error:` before it, and exit code 2; an
-    interrupt (Ctrl-C) such a line and exit code 1. Any other exception keeps its traceback and
-    ends in exit code 1. A reader that went away early (`| head`) is no error.
+    A `UserError` becomes lines on standard error, each with `error:` before it, and exit code 2; a
+    `RunError` or an interrupt (Ctrl-C) such lines and exit code 1. Any other exception keeps its
+    traceback, with such lines behind it, and ends in exit code 1. A reader that went away early
+    (`| head`) is no error.
     """
     try:
         code = main()
@@ -39,6 +48,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         _write_error(str(error))
         sys.exit(EXIT_USER_ERROR)
+    except RunError as error:
+        _write_error("\n".join([str(error), *details_of(error)]))
+        sys.exit(1)
     except KeyboardInterrupt as interrupt:
         _write_error(str(interrupt) or "interrupted")
         sys.exit(1)
@@ -46,7 +58,16 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         # What is left in the buffer has no reader either: Python must not try it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        traceback.print_exc()
+        _write_error(f"{type(error).__name__}: {error}")
+        sys.exit(1)
     sys.exit(code or 0)
+
+
+def details_of(error: BaseException) -> list[str]:
+    """The notes of an error, which Python keeps only where there are any."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _write_error(message: str) -> None:

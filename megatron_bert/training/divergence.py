@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_bert.config.errors import RunError
 from megatron_bert.distributed.agreement import Ranks
 
 _SOURCES = ("loss", "gradient")
@@ -12,7 +14,7 @@ _SOURCES = ("loss", "gradient")
 logger = logging.getLogger(__name__)
 
 
-class DivergedError(RuntimeError):
+class DivergedError(RunError):
     """Too many updates in a row were skipped for a loss or gradient that is not finite."""
 
 
@@ -21,10 +23,12 @@ class DivergenceWatch:
 
     Args:
         max_skipped: how many may be skipped in a row.
+        checkpoints: the folder of the run's checkpoints, to name a way out.
     """
 
-    def __init__(self, max_skipped: int) -> None:
+    def __init__(self, max_skipped: int, checkpoints: Path) -> None:
         self._max_skipped = max_skipped
+        self._checkpoints = checkpoints
         self._steps = range(0)  # skipped, in a row
         self._rows = range(0)  # of these steps
         self._sources_here: set[str] = set()  # in these steps
@@ -70,8 +74,10 @@ class DivergenceWatch:
             f"{first} to {last} (optimizer.max_skipped={self._max_skipped}), which read the rows "
             f"{self._rows.start} to {self._rows[-1]}; not finite were {' and '.join(where)} (of "
             "gradients, ranks hold shares of the sum over all ranks). Look at the rows with "
-            f"tools/inspect_data.py --config FILE --steps {first}:{last} --text, lower "
-            "optimizer.lr, and resume from the last checkpoint"
+            f"tools/inspect_data.py --config FILE --steps {first}:{last} --text. Then lower "
+            "optimizer.lr, in a new run that goes on from a checkpoint of before: "
+            f"optimizer.lr=LOWER run.dir=NEW checkpoint.resume={self._checkpoints}/step_NUMBER; "
+            "where there is none, begin anew with optimizer.lr=LOWER"
         )
 
 

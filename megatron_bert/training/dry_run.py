@@ -67,10 +67,16 @@ def _describe_start(config: Config, tokenizer: Tokenizer) -> list[str]:
     store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep)
     start = starting_point(config, store)
     if start is None:
-        return ["begins      afresh"]
+        metrics = config.run.directory / "metrics.jsonl"
+        kept = f"; {metrics}, of an earlier start, is set aside" if _has_content(metrics) else ""
+        return [f"begins      afresh{kept}"]
     state = RunState(start.path, store.read_state(start.path))
     check_continuity(start, state, config, tokenizer, training_source(config, tokenizer))
     return [f"goes on     from {start.path}"]
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:

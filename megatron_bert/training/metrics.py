@@ -6,15 +6,17 @@ not finite: these are the strings "NaN", "Infinity" and "-Infinity", which `floa
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.files import write_atomically
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -36,8 +38,13 @@ class MetricsFile:
         self.path = path
         self._stream: TextIO | None = None
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, *, sets_aside: bool = False) -> None:
         """Keep only the lines whose `step` is at most `step`, as they are, and no torn line.
+
+        Args:
+            step: The step that the job goes on from.
+            sets_aside: Whether the file stays as it was under another name, which is told, where
+                lines of later steps would be lost: no checkpoint leads to them again.
 
         Raises:
             OSError: The file could not be rewritten; it is as it was.
@@ -47,12 +54,17 @@ class MetricsFile:
             return
         lines = _lines(self.path)
         kept: list[str] = []
+        later = 0
         for number, line in enumerate(lines, start=1):
             record = parse_record(line)
             if record is None:
                 logger.warning("%s line %d is no record and is removed", self.path, number)
             elif record.get("step", step) <= step:
                 kept.append(line)
+            else:
+                later = max(later, record["step"])
+        if later and sets_aside:
+            self._set_aside(step, later)
         if kept != lines:
             write_atomically(self.path, "".join(kept))
 
@@ -61,17 +73,55 @@ class MetricsFile:
 
         Args:
             record: JSON values by name; `step` says after which optimizer step.
+
+        Raises:
+            RunError: The host could not write; a part of the line may stand there.
         """
-        if self._stream is None:
-            self._stream = self.path.open("a", encoding="utf-8")
         line = json.dumps(_encode(record), ensure_ascii=False, allow_nan=False)
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        try:
+            if self._stream is None:
+                self._stream = self.path.open("a", encoding="utf-8")
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk, so that no checkpoint outlives its metrics."""
-        if self._stream is not None:
-            os.fsync(self._stream.fileno())
+        """Wait until all lines are on the disk, so that no checkpoint outlives its metrics.
+
+        Raises:
+            RunError: The host could not write.
+        """
+        try:
+            if self._stream is not None:
+                os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> RunError:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            # It would try once more to write what is left in its buffer.
+            with suppress(OSError):
+                stream.close()
+        return RunError(
+            f"cannot write {self.path}: {error.strerror}; mend that, by making room if the disk is "
+            "full, and give the same command again: it goes on from the last checkpoint"
+        )
+
+    def _set_aside(self, step: int, later: int) -> None:
+        names = (self.path.with_suffix(f".before-{n}.jsonl") for n in itertools.count(1))
+        place = next(name for name in names if not name.exists())
+        self.path.rename(place)
+        logger.warning(
+            "%s has steps up to %s, and %s holds no checkpoint to go on from: the run begins anew "
+            "at step %s, and that file is kept as %s",
+            self.path,
+            f"{later:,}",
+            self.path.parent / "checkpoints",
+            f"{step + 1:,}",
+            place.name,
+        )
 
     def close(self) -> None:
         """Close the file; a later `write` opens it again."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import megatron_bert
 from megatron_bert.config.diagnostics import format_value
-from megatron_bert.config.errors import UserError
+from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.distributed.agreement import Ranks
 
 # A network file system may show a new file to another node only after a while.
@@ -28,7 +28,7 @@ _ALL_REDUCE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _ABSENT = "absent"
 
 
-class CommunicationError(RuntimeError):
+class CommunicationError(RunError):
     """The ranks' messages arrive, but with the wrong content."""
 
 

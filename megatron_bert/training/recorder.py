@@ -61,7 +61,9 @@ class StepRecorder:
         self._world_size = world_size
         self._taken: _Taken | None = None
         self._spikes = SpikeWatch()
-        self._divergence = DivergenceWatch(config.optimizer.max_skipped)
+        self._divergence = DivergenceWatch(
+            config.optimizer.max_skipped, config.run.directory / "checkpoints"
+        )
         self._began = time.perf_counter()
 
     def add(
@@ -76,6 +78,7 @@ class StepRecorder:
 
         Raises:
             DivergedError: more than `optimizer.max_skipped` updates in a row were skipped.
+            RunError: the metrics could not be written.
         """
         now = time.perf_counter()
         previous, self._taken = (

@@ -32,7 +32,8 @@ class RunRecords:
         directory: the run directory.
         steps: the training lines.
         evaluations: the evaluation lines.
-        jobs: the lines of `jobs.jsonl`, a job each; none where the run is of an earlier version.
+        jobs: the lines of `jobs.jsonl`, a job each that took steps; none where the run is of an
+            earlier version.
     """
 
     directory: Path
@@ -52,7 +53,9 @@ class RunRecords:
         if not steps:
             raise UserError(f"{directory}: no step was recorded yet; train first")
         evaluations = [r for r in records if "valid_loss" in r]
-        return cls(directory, steps, evaluations, read_jobs(directory))
+        # Those that took no step leave no trace in the curves.
+        jobs = [job for job in read_jobs(directory) if job["step"] < steps[-1]["step"]]
+        return cls(directory, steps, evaluations, jobs)
 
     def facts(self) -> dict[str, str]:
         """The run in short, as label and text."""
@@ -65,6 +68,7 @@ class RunRecords:
             "steps": f"{last['step']:,} of {', '.join(self._stages())}",
             "token slots": f"{last['tokens']:,}",
             "time in steps": format_duration(seconds),
+            **({"set aside": ", ".join(earlier)} if (earlier := self._set_aside()) else {}),
             **({"jobs": "; ".join(map(_job_in_words, self.jobs))} if self.jobs else {}),
             "loss": f"{first['loss']:.3f} at the first step, {sum(tail) / len(tail):.3f} mean of "
             f"the last {len(tail)}",
@@ -87,6 +91,10 @@ class RunRecords:
 
     def _stages(self) -> list[str]:
         return [f"length {length} from step {step:,}" for step, length in self.stage_starts()]
+
+    def _set_aside(self) -> list[str]:
+        """Metrics of starts that left no checkpoint to go on from."""
+        return sorted(path.name for path in self.directory.glob("metrics.before-*.jsonl"))
 
     def _state(self) -> str:
         outcome = read_outcome(self.directory)
@@ -151,7 +159,9 @@ def draw_curves(run: RunRecords) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("reports need matplotlib: pip install -e '.[examples]'") from error
+        raise UserError(
+            "reports need matplotlib: pip install -c constraints.txt -e '.[examples]'"
+        ) from error
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     position = [step["step"] for step in run.steps]

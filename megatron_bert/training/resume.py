@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bert.checkpoint.manifest import MANIFEST_NAME
 from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.errors import CheckpointError
@@ -56,6 +57,15 @@ def starting_point(config: Config, store: CheckpointStore) -> StartingPoint | No
                 ", ".join(map(str, sorted(Path(resume).glob("checkpoints/step_*"))))
                 or "it has none"
             )
+        )
+    if newest is None and not (Path(resume) / MANIFEST_NAME).is_file():
+        is_folder = Path(resume).is_dir()
+        problem = (
+            "holds no manifest.json, so it is no checkpoint" if is_folder else "no such folder"
+        )
+        raise CheckpointError(
+            f"checkpoint.resume={resume}: {problem}; name a complete one, as "
+            "runs/NAME/checkpoints/step_00001234, or begin anew with checkpoint.resume=auto"
         )
     if newest is not None:
         # A later job of a branched run goes on from its own checkpoints.

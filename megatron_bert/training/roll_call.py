@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 import megatron_bert
-from megatron_bert.config.errors import EXIT_USER_ERROR, UserError
+from megatron_bert.config.errors import EXIT_USER_ERROR, RunError, UserError
 
 # How often a rank looks whether it was called, and how long all together have to answer.
 _LOOK_SECONDS = 0.5
@@ -39,8 +39,11 @@ _FAILED, _FAILURE = "failed", "failure"
 _PACKAGE = Path(megatron_bert.__file__).parent
 
 
-class PeersLostError(RuntimeError):
-    """Messages between ranks failed; the text names the ranks that are gone."""
+class PeersLostError(RunError):
+    """Messages between ranks failed; the text names the ranks that are gone.
+
+    Its notes are what the messages' own errors say.
+    """
 
 
 class RollCall:
@@ -119,7 +122,7 @@ class RollCall:
                 self._store.set(_FAILURE, text.encode("utf-8", "backslashreplace").decode())
                 self._store.set(_FAILED, str(self._rank))
                 return error
-            return PeersLostError(f"{self._find_reason()} (here: {_first_line(error)})")
+            return _peers_lost(self._find_reason(), error)
         except Exception as problem:
             # Of the store: whoever holds it is gone.
             return _store_lost(error, _first_line(problem))
@@ -190,10 +193,19 @@ def _leave(code: int) -> None:
 def _store_lost(error: BaseException, problem: str) -> BaseException:
     if not _is_of_messages(error):
         return error
-    return PeersLostError(
-        f"messages between ranks failed ({_first_line(error)}), and so did asking for the ranks "
-        f"that are gone ({problem}): rank 0 or the launcher, where they meet, may be gone"
+    lost = _peers_lost(
+        "messages between ranks failed, and so did asking for the ranks that are gone: rank 0 or "
+        "the launcher, where they meet, may be gone; resume from the last checkpoint",
+        error,
     )
+    lost.add_note(f"the answer to asking: {problem}")
+    return lost
+
+
+def _peers_lost(reason: str, error: BaseException) -> PeersLostError:
+    lost = PeersLostError(reason)
+    lost.add_note(f"the message that failed here: {_first_line(error)}")
+    return lost
 
 
 def _name(rank: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.config.errors import UserError, details_of
 from megatron_bert.files import sync_to_disk, write_atomically
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training import metrics
@@ -167,12 +167,14 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
     replace it, once it knows more. What keeps the file from being written is logged only, so that
     `error` stays the one that is reported.
     """
-    reason = {
+    reason: dict[str, object] = {
         "rank": rank,
         "host": socket.gethostname(),
         "error": type(error).__name__,
         "reason": str(error),
     }
+    if details := details_of(error):
+        reason["details"] = details
     try:
         if _failed_rank(path) in (None, rank):
             # A file's name in a message may hold what no UTF-8 has.

@@ -120,7 +120,8 @@ class Trainer:
         metrics = None
         if directory is not None:
             metrics = MetricsFile(directory.metrics)
-            metrics.truncate_after(self._step)
+            # Without a checkpoint here nothing leads to the steps in that file again.
+            metrics.truncate_after(self._step, sets_aside=not self._store.folders())
             # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
             directory.write_config(dump_config(config))
             plan = describe_plan(config, vocab_size, dist.get_world_size())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import DataError, run_cli
+from megatron_bert.config.errors import DataError, RunError, run_cli
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +49,34 @@ def test_an_interrupt_is_one_line_and_exit_code_one(
         run_cli(wait)
     assert left.value.code == 1
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_what_ends_a_run_is_lines_with_its_details_and_exit_code_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        error = RunError("rank 1 is gone")
+        error.add_note("connection closed")
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_cli(fail)
+    assert left.value.code == 1
+    assert capsys.readouterr().err == "error: rank 1 is gone\nerror: connection closed\n"
+
+
+def test_what_nobody_foresaw_ends_in_a_line_behind_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("no rows")
+
+    with pytest.raises(SystemExit) as left:
+        run_cli(fail)
+    assert left.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.endswith("error: ZeroDivisionError: no rows\n")
 
 
 def test_success_is_exit_code_zero() -> None:

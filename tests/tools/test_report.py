@@ -53,6 +53,8 @@ def test_jobs_are_told_with_the_step_they_began_at(tmp_path: Path) -> None:
     jobs = [
         {"job": "71", "step": 0, "ranks": 8, "nodes": 2},
         {"job": None, "step": 6, "ranks": 4, "nodes": 1},
+        # The run was finished; this one took no step.
+        {"job": None, "step": 12, "ranks": 1, "nodes": 1},
     ]
     (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     run = RunRecords.read(folder)
@@ -62,6 +64,14 @@ def test_jobs_are_told_with_the_step_they_began_at(tmp_path: Path) -> None:
     lower = draw_curves(run).axes[1]
     dashed = [line for line in lower.lines if line.get_linestyle() == "--"]
     assert [line.get_xdata()[0] for line in dashed] == [7]
+
+
+def test_metrics_that_were_set_aside_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    for number in (1, 2):
+        (folder / f"metrics.before-{number}.jsonl").touch()
+    facts = RunRecords.read(folder).facts()
+    assert facts["set aside"] == "metrics.before-1.jsonl, metrics.before-2.jsonl"
 
 
 def test_stages_of_one_length_are_told_apart(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def test_too_many_bad_losses_in_a_row_end_all_ranks_with_steps_ranks_and_rows(
     assert "optimizer.max_skipped=2" in errors[0]
     assert "rows 36 to 71" in errors[0]
     assert f"not finite were the loss on rank {bad_rank} (" in errors[0]
+    new_run = f"run.dir=NEW checkpoint.resume={config.run.directory}/checkpoints/step_NUMBER"
+    assert f"optimizer.lr=LOWER {new_run}; where there is none, begin anew" in errors[0]
 
 
 def test_a_bad_gradient_is_told_by_the_ranks_that_hold_it(tiny_run: Callable[..., Config]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.training.metrics import MetricsFile, read
 
 
@@ -70,6 +70,38 @@ def test_lines_after_the_step_are_removed_and_writing_goes_on(path: Path) -> Non
     metrics.write({"step": 5, "again": True})
     metrics.close()
     assert _steps(path) == [1, 2, 3, 4, 5]
+
+
+def test_lines_that_no_checkpoint_leads_to_stay_under_another_name(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, last in ((1, 5), (2, 3)):
+        _write(path, *({"step": step} for step in range(1, last + 1)))
+        MetricsFile(path).truncate_after(0, sets_aside=True)
+        kept = path.with_name(f"metrics.before-{number}.jsonl")
+        assert _steps(kept) == list(range(1, last + 1))
+        assert _steps(path) == []
+        assert f"has steps up to {last}" in caplog.text
+        assert kept.name in caplog.text
+
+
+def test_nothing_is_set_aside_that_is_not_lost(path: Path) -> None:
+    _write(path, {"step": 1}, {"step": 2})
+    with path.open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    MetricsFile(path).truncate_after(2, sets_aside=True)
+    assert _steps(path) == [1, 2]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    metrics = MetricsFile(path)
+    with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device; .*making room"):
+        metrics.write({"step": 1})
+    # What is left in a buffer is not tried again.
+    metrics.close()
 
 
 def test_truncating_an_open_file_writes_to_the_new_one(path: Path) -> None:

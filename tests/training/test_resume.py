@@ -15,6 +15,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.training.dry_run import dry_run
+from megatron_bert.training.metrics import read
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
@@ -176,6 +177,49 @@ def test_a_run_directory_given_for_a_checkpoint_is_told_from_one(
     message = run_ranks(1, _refused, branch)[0]
     assert "is a run directory" in message
     assert str(first.run.directory / "checkpoints" / "step_00000002") in message
+
+
+@pytest.mark.parametrize(
+    ("made", "problem"), [(False, "no such folder"), (True, "holds no manifest.json")]
+)
+def test_what_is_no_checkpoint_at_all_is_refused_by_the_keys_name(
+    tiny_run: Callable[..., Config], tmp_path: Path, made: bool, problem: str
+) -> None:
+    if made:
+        (tmp_path / "start").mkdir()
+    with pytest.raises(UserError) as caught:
+        dry_run(tiny_run(checkpoint={"resume": str(tmp_path / "start")}), 1)
+    assert f"checkpoint.resume={tmp_path / 'start'}: {problem}" in str(caught.value)
+    assert "runs/NAME/checkpoints/step_00001234" in str(caught.value)
+
+
+def test_a_run_without_its_checkpoints_begins_anew_and_keeps_the_metrics_of_before(
+    tiny_run: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = tiny_run(valid=False)
+    run = config.run.directory
+    before = run_ranks(1, _train_once, config, {"stop_after": 5})[0]
+    shutil.rmtree(run / "checkpoints")
+    dry_run(config, 1)
+    assert f"begins      afresh; {run / 'metrics.jsonl'}, of an earlier start" in caplog.text
+    after = run_ranks(1, _train_once, config, {"stop_after": 2})[0]
+    assert list(steps_of(after)) == [1, 2]
+    assert read(run / "metrics.before-1.jsonl") == before
+
+
+def test_a_branch_that_died_before_its_first_checkpoint_keeps_its_metrics(
+    tiny_run: Callable[..., Config],
+) -> None:
+    first = tiny_run("run", valid=False)
+    run_ranks(1, _train_once, first, {"stop_after": 4})
+    resume = {"resume": str(first.run.directory / "checkpoints" / "step_00000004")}
+    branch = tiny_run("branch", valid=False, checkpoint={**resume, "interval": 100})
+    run_ranks(1, _train_once, branch, {"kill_in": 8})
+    lines = run_ranks(1, _train_once, branch, {"stop_after": 5})[0]
+    assert list(steps_of(lines)) == [5]
+    kept = read(branch.run.directory / "metrics.before-1.jsonl")
+    assert next(iter(steps_of(kept))) == 5
 
 
 def test_resume_none_refuses_to_mix_with_the_checkpoints_of_before(

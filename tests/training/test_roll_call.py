@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_bert.config.errors import details_of
 from megatron_bert.config.schema import Config
 from megatron_bert.training import main
 from megatron_bert.training import roll_call as module
@@ -65,6 +66,7 @@ def _call_with_a_silent_rank() -> str | None:
     _meet("silent")
     error = _wait_in_vain()
     reason = None if last else str(roll_call.explain(error))
+    assert "gloo" not in (reason or "")
     _meet("done")
     roll_call.close()
     return reason
@@ -222,6 +224,8 @@ def test_no_failure_of_the_store_hides_an_error(failure: Exception) -> None:
     assert roll_call.explain(error) is error
     lost = roll_call.explain(dist.DistNetworkError("connection lost"))
     assert isinstance(lost, PeersLostError)
+    assert "connection lost" not in str(lost)
+    assert details_of(lost)[0] == "the message that failed here: connection lost"
 
 
 def test_an_error_is_told_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

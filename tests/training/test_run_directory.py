@@ -131,6 +131,15 @@ def test_the_first_failure_of_any_rank_is_the_one_recorded(tmp_path: Path) -> No
     assert failure["host"] == socket.gethostname()
 
 
+def test_the_details_of_a_failure_stand_apart_from_its_reason(tmp_path: Path) -> None:
+    error = ValueError("rank 2 is gone")
+    error.add_note("connection closed by peer")
+    record_failure(tmp_path, 0, error)
+    failure = json.loads((tmp_path / "FAILED").read_text())
+    assert failure["reason"] == "rank 2 is gone"
+    assert failure["details"] == ["connection closed by peer"]
+
+
 def test_the_rank_that_failed_first_can_say_more_of_it(tmp_path: Path) -> None:
     record_failure(tmp_path, 3, RuntimeError("connection closed by peer"))
     record_failure(tmp_path, 3, ValueError("rank 2 is gone"))
