@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
+
+from megatron_bert.config.errors import run_cli
+
+# Loading torch takes seconds, on a slow file system minutes: `run.max_minutes` counts them.
+_BEGAN = time.monotonic()
 
 # OpenMP's threads wait for each other after every loop. GNU's spin for milliseconds before they
 # sleep: once anything else takes a core, they spin while the thread they wait for does not run, and
@@ -11,8 +17,13 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from megatron_bert.config.errors import run_cli
-from megatron_bert.training.main import main
+
+def _main() -> int:
+    # Here, so that a Ctrl-C while torch is loaded ends in one line too.
+    from megatron_bert.training.main import main
+
+    return main(began=_BEGAN)
+
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(_main)

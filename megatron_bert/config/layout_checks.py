@@ -169,7 +169,7 @@ def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"parallel.tensor = {tensor} x parallel.pipeline = {pipeline}: does not divide the "
             f"{ranks(world_size)} of this job; start {near_multiples(world_size, model_ranks)} "
-            f"ranks, or use {near_divisors(world_size, model_ranks)} ranks for one model"
+            f"ranks, or choose a product of {near_divisors(world_size, model_ranks)}"
         )
         return
     data_parallel = world_size // model_ranks

@@ -21,7 +21,21 @@ kana as full-width, `㌔` as `キロ`; it cannot be undone."""
 
 
 class LineError(DataError):
-    """A line or row of a file cannot be used; the message names file, number and remedy."""
+    """A line or row of a file cannot be used; the message names file, number and remedy.
+
+    Attributes:
+        problem: the message without the remedy.
+    """
+
+    def __init__(self, problem: str, unit: str) -> None:
+        # Both, so that it can be pickled: workers hand it over.
+        super().__init__(problem, unit)
+        self.problem = problem
+        self._unit = unit
+
+    def __str__(self) -> str:
+        unit = self._unit
+        return f"{self.problem}; mend the {unit}, or leave such {unit}s out with --on-error skip"
 
 
 class ParsedText(NamedTuple):
@@ -205,10 +219,7 @@ def _field(document: RawDocument, key: str, value: object) -> str | None:
 
 def _line_error(document: RawDocument, problem: str, line: int | None = None) -> LineError:
     unit = document.unit
-    return LineError(
-        f"{document.path}, {unit} {line or document.line}: {problem}; "
-        f"mend the {unit}, or leave such {unit}s out with --on-error skip"
-    )
+    return LineError(f"{document.path}, {unit} {line or document.line}: {problem}", unit)
 
 
 def _is_encodable(text: str) -> bool:

@@ -170,11 +170,13 @@ def iterate_documents(reader: DocumentReader, on_error: OnError = "fail") -> Ite
 def report_skipped(error: LineError, skipped_before: int) -> None:
     """Log a line that is left out, unless so many were before it that it would drown the log."""
     if skipped_before < _SKIPS_SHOWN:
-        logger.warning("skipped: %s", error)
+        logger.warning("skipped: %s", error.problem)
 
 
 def _kind(path: Path) -> str:
     name = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; name the files in it, as {path}/*.jsonl")
     if name.suffix not in (".jsonl", ".txt") and path.suffix != ".parquet":
         raise DataError(
             f"{path}: unknown kind of text file; expected .jsonl or .txt, or either with .gz or "

@@ -20,6 +20,7 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.training.description import describe_data, describe_plan
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.resume import check_continuity, starting_point
+from megatron_bert.training.runtime import precision_warnings
 
 T = TypeVar("T")
 
@@ -50,7 +51,8 @@ def dry_run(config: Config, world_size: int) -> None:
         if not problems:
             data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
             data_lines += _attempt(partial(_describe_start, config, tokenizer), problems) or []
-    for line in [*describe_plan(config, vocab_size, world_size), *data_lines]:
+    plan = describe_plan(config, vocab_size, world_size)
+    for line in [*plan, *data_lines, *precision_warnings(config)]:
         logger.info("%s", line)
     if problems:
         raise UserError("\n".join(problems))

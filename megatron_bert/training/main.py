@@ -46,8 +46,12 @@ from megatron_bert.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, began: float | None = None) -> int:
     """Train, or look at what would be trained; returns the exit code.
+
+    Args:
+        arguments: Of the command line; default: the process'.
+        began: When the process did, on the monotonic clock; default: now.
 
     Raises:
         UserError: configuration, data or checkpoint cannot be used (exit code 2).
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.dry_run:
         dry_run(config, requested_world_size())
         return 0
-    _train(config)
+    _train(config, began)
     return 0
 
 
@@ -101,8 +105,8 @@ def _set_up_logging() -> None:
     )
 
 
-def _train(config: Config) -> None:
-    stops = StopRequests(config.run.max_minutes, config.run.deadline)
+def _train(config: Config, began: float | None) -> None:
+    stops = StopRequests(config.run.max_minutes, config.run.deadline, began=began)
     device = choose_device(config.run.device)
     set_determinism(config, device)
     if device.type == "cpu":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,8 @@ from megatron_bert.config.schema import Config
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEPT_BYTES = 2**31 - 1
 _GROWTH_BYTES = 2**28
+
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def set_determinism(config: Config, device: torch.device) -> None:
@@ -43,3 +47,25 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
     mallopt(_M_TOP_PAD, _GROWTH_BYTES)
+
+
+def precision_warnings(config: Config, cpu_info: Path = _CPU_INFO) -> Iterator[str]:
+    """Say where this machine's CPU would compute in BF16 and has no instructions for it.
+
+    PyTorch then converts to FP32 and back around every product. Only x86 tells; a processor that
+    does not say what it has is not warned of.
+
+    Args:
+        config: the configuration.
+        cpu_info: what Linux tells of the processor.
+    """
+    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    if config.precision.compute != "bf16" or config.run.device == "cuda" or not on_cpu:
+        return
+    lines = cpu_info.read_text(errors="replace").splitlines() if cpu_info.is_file() else []
+    flags = next((line.split() for line in lines if line.startswith("flags")), None)
+    if flags is not None and not {"avx512_bf16", "amx_bf16"} & set(flags):
+        yield (
+            "warning     this machine's CPU has no BF16 instructions: precision.compute=bf16 takes "
+            "several times as long on it as precision.compute=fp32"
+        )

@@ -32,6 +32,9 @@ _SECONDS_BETWEEN_PROBES = 0.1
 _LEAST_PROBES, _MOST_PROBES = 10, 50
 # A rank is slow from so many times the median's time on.
 _SLOW_DEVICE = 2.0
+# Of two ranks the other one is all there is to compare with, and on a machine that others use too
+# one of them often is behind.
+_SLOW_DEVICE_OF_TWO = 4.0
 # Its rows come late if it waits for them longer than the median does by this share of a step.
 _LATE_ROWS = 0.2
 
@@ -163,12 +166,13 @@ def _slow_devices(figures: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]
         return
     # The lower one: of two ranks the faster.
     usual = statistics.median_low(known.values())
+    slow = _SLOW_DEVICE if len(figures) > 2 else _SLOW_DEVICE_OF_TWO
     for rank, probe in known.items():
-        if probe > _SLOW_DEVICE * usual:
+        if probe > slow * usual:
             yield (
                 rank,
                 f"a small computation takes {probe / 1e3:.2f} ms there, {usual / 1e3:.2f} ms on "
-                "the median rank; look for other processes, throttling or a failing device",
+                f"{_the_usual(figures)}; look for other processes, throttling or a failing device",
             )
 
 
@@ -179,5 +183,10 @@ def _late_rows(figures: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]:
             yield (
                 rank,
                 f"it waits {waited / 1e3:.1f} ms for the rows of a step of {whole / 1e3:.1f} ms, "
-                f"the median rank {usual / 1e3:.1f} ms; look at its disk, or raise data.threads",
+                f"{_the_usual(figures)} {usual / 1e3:.1f} ms; look at its disk, or raise "
+                "data.threads",
             )
+
+
+def _the_usual(figures: Sequence[Sequence[int]]) -> str:
+    return "the median rank" if len(figures) > 2 else "the other rank"

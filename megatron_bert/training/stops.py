@@ -24,17 +24,25 @@ class StopRequests:
             of their own.
     """
 
-    def __init__(self, max_minutes: float | None = None, deadline: float | None = None) -> None:
-        """Listen for signals, and count from here.
+    def __init__(
+        self,
+        max_minutes: float | None = None,
+        deadline: float | None = None,
+        *,
+        began: float | None = None,
+    ) -> None:
+        """Listen for signals.
 
         Args:
-            max_minutes: `run.max_minutes`, from now on.
+            max_minutes: `run.max_minutes`, from `began` on.
             deadline: `run.deadline`, in seconds since 1970.
+            began: when the job did, on the monotonic clock; default: now.
         """
         self._limits: dict[str, float] = {}
         """When the job must have ended, on the monotonic clock, by the key that says so."""
         if max_minutes is not None:
-            self._limits["run.max_minutes"] = time.monotonic() + 60.0 * max_minutes
+            start = time.monotonic() if began is None else began
+            self._limits["run.max_minutes"] = start + 60.0 * max_minutes
         if deadline is not None:
             self._limits["run.deadline"] = time.monotonic() + deadline - time.time()
         self._signal: signal.Signals | None = None
@@ -50,7 +58,7 @@ class StopRequests:
         if self._signal is None:
             self._signal = signal.Signals(number)
             _answer(
-                f"{self._signal.name}: stopping after this step, and saving; Ctrl-C (again) ends "
+                f"{self._signal.name}: asked to stop and save after this step; Ctrl-C (again) ends "
                 "at once, without saving"
             )
         elif number == signal.SIGINT:

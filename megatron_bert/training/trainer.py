@@ -37,6 +37,7 @@ from megatron_bert.training.preflight import check_ranks_agree
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.run_directory import RunDirectory
+from megatron_bert.training.runtime import precision_warnings
 from megatron_bert.training.slow_ranks import SlowRankWatch
 from megatron_bert.training.staging import HostMemory
 from megatron_bert.training.state import load_state, local_bytes, save_state
@@ -125,7 +126,8 @@ class Trainer:
             # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
             directory.write_config(dump_config(config))
             plan = describe_plan(config, vocab_size, dist.get_world_size())
-            for line in (*plan, *describe_data(self._source, held_out)):
+            data = describe_data(self._source, held_out)
+            for line in (*plan, *data, *precision_warnings(config)):
                 logger.info("%s", line)
         self._recorder = StepRecorder(
             config, self._curriculum, vocab_size, dist.get_world_size(), metrics

@@ -118,6 +118,7 @@ def test_the_first_skipped_lines_are_named_and_all_are_counted(
     assert list(iterate_documents(DocumentReader([path]), on_error="skip")) == ["a"]
     assert len(caplog.messages) == 21
     assert "corpus.jsonl, line 20: broken JSON" in caplog.messages[19]
+    assert "--on-error" not in caplog.text
     assert caplog.messages[20] == "left out 30 lines that cannot be used"
 
 
@@ -147,7 +148,12 @@ def test_a_damaged_packed_file_is_an_error(tmp_path: Path, suffix: str, damage: 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.jsonl", "no such file"), ("corpus.csv", "unknown kind"), ("a.gz", "unknown kind")],
+    [
+        ("none.jsonl", "no such file"),
+        ("corpus.csv", "unknown kind"),
+        ("a.gz", "unknown kind"),
+        ("", "a folder; name the files in it"),
+    ],
 )
 def test_a_missing_or_unknown_file_is_refused_before_any_is_read(
     tmp_path: Path, name: str, message: str

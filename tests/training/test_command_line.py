@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -205,7 +208,7 @@ def test_a_second_interrupt_ends_the_run_with_one_line_and_without_a_traceback(
         assert job.stdout is not None
         _read_until(job, "token slots")
         job.send_signal(signal.SIGINT)
-        _read_until(job, "SIGINT: stopping after this step, and saving")
+        _read_until(job, "SIGINT: asked to stop and save after this step")
         job.send_signal(signal.SIGINT)
         rest = job.stdout.read()
         assert job.wait(DEADLINE_SECONDS) == 1
@@ -214,6 +217,37 @@ def test_a_second_interrupt_ends_the_run_with_one_line_and_without_a_traceback(
     failed = json.loads((tmp_path / "run" / "FAILED").read_text())
     assert failed["error"] == "KeyboardInterrupt"
     assert "goes on from the last checkpoint" in failed["reason"]
+
+
+def test_an_interrupt_while_torch_is_loaded_is_one_line_too(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    left = subprocess.run(
+        [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    assert (left.returncode, left.stdout, left.stderr) == (1, "", "error: interrupted\n")
+
+
+def test_the_time_counts_that_loading_torch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("megatron_bert.training.main")
+    times: list[float] = []
+
+    def load(name: str) -> Callable[..., None]:
+        if name != "main":
+            raise AttributeError(name)
+        times.append(time.monotonic())
+        return lambda *, began: times.append(began)
+
+    module.__dict__["__getattr__"] = load
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(CHECKOUT / "pretrain_bert.py"), run_name="__main__")
+    loaded, began = times
+    assert began < loaded
 
 
 @pytest.mark.parametrize(

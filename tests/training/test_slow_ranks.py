@@ -68,10 +68,16 @@ def _names_of(steps: int, waits: dict[int, float], probes: dict[int, float]) -> 
 
 
 def test_ranks_of_one_speed_are_not_named() -> None:
-    assert run_ranks(2, _names_of, 20, {}, {1: 1.9e-3}) == [[], []]
+    assert run_ranks(3, _names_of, 20, {}, {1: 1.9e-3}) == [[], [], []]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+def test_of_two_ranks_only_one_that_is_far_behind_is_named() -> None:
+    assert run_ranks(2, _names_of, 20, {}, {1: 3.9e-3}) == [[], []]
+    (message,), _ = run_ranks(2, _names_of, 20, {}, {1: 4.1e-3})
+    assert "4.10 ms there, 1.00 ms on the other rank" in message
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
 def test_a_slow_device_is_named_once_by_the_first_rank(world_size: int) -> None:
     named, *others = run_ranks(world_size, _names_of, 20, {}, {1: 2.1e-3})
     assert others == [[]] * (world_size - 1)

@@ -41,7 +41,7 @@ def test_the_first_signal_is_answered_at_once_and_once(
     StopRequests(None)
     signal.raise_signal(signal.SIGINT)
     answer = capfd.readouterr().err
-    assert "SIGINT: stopping after this step, and saving; Ctrl-C (again) ends at once" in answer
+    assert "SIGINT: asked to stop and save after this step; Ctrl-C (again) ends at once" in answer
     signal.raise_signal(signal.SIGTERM)
     assert capfd.readouterr().err == ""
 
@@ -99,6 +99,18 @@ def test_the_deadline_is_a_reason_once_it_has_passed(monkeypatch: pytest.MonkeyP
     now = 219.0
     assert stops.reason is None
     now = 220.0
+    assert stops.reason == "run.max_minutes"
+
+
+def test_the_deadline_counts_from_the_beginning_of_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("megatron_bert.training.stops.time.monotonic", lambda: now)
+    stops = StopRequests(2.0, began=70.0)
+    now = 189.0
+    assert stops.reason is None
+    now = 190.0
     assert stops.reason == "run.max_minutes"
 
 
