@@ -11,6 +11,8 @@
 #   notices       signals with which the scheduler tells that the job's limit is near; other signals
 #                 that end a job come from a person
 #   usage         how the script is called
+#
+# and, where it calls `follow`, in a function submit_again how another job is submitted.
 : "${job:?}" "${nodes:?}" "${first:?}" "${end?}" "${term_signal:?}" "${notices?}" "${usage:?}"
 
 # Settings, from the environment:
@@ -42,26 +44,25 @@ load_modules() {
     done
 }
 
-# Python with the project: an active environment, else .venv in the checkout.
+# Python with the project: an active environment, else .venv in the checkout. Sets $gpus, those of this
+# node.
 find_environment() {
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -r .venv/bin/activate ]; then
         # shellcheck source=/dev/null
         . .venv/bin/activate
     fi
-    python -P -c 'import megatron_bert, torch' || refuse \
+    gpus=$(python -P -c 'import megatron_bert, torch; print(torch.cuda.device_count())') || refuse \
         "$(command -v python || echo python) cannot import megatron_bert and torch; make the environment $PWD/.venv as README.md says, or activate another before you submit"
 }
 
 # prepare_job CONFIG [key=value ...]: checks all that can be checked before ranks are started, and
 # writes $node_script.
 prepare_job() {
-    local config=${1:-} gpus answer
+    local config=${1:-} answer
     [ -n "$config" ] || refuse "no configuration; usage: $usage"
     shift
     load_modules
     find_environment
-    # Of this node; the others are taken to have as many.
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || refuse "PyTorch cannot count GPUs"
     ranks_per_node=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
     answer=$(python -P -m megatron_bert.jobs begin --job "$job" --config "$config" \
         --ranks $((nodes * ranks_per_node)) -- "$@") || refuse "the run cannot start: see above"
@@ -82,6 +83,8 @@ write_node_script() {
     [[ $run_dir != /* ]] || logs=$run_dir/logs/$job
     mkdir -p -- "$logs" || refuse "the folder $logs cannot be made"
     node_script=$logs/node.sh
+    # A job that was queued again has its number and its folder.
+    rm -f -- "$logs/REFUSED"
     {
         printf '# Job %s, as each of its nodes ran it.\n' "$job"
         # A shell on another node knows nothing of what was loaded and activated here.
@@ -90,7 +93,9 @@ write_node_script() {
         done
         printf 'job=%q nodes=%q ranks_per_node=%q restarts=%q save_seconds=%q\n' \
             "$job" "$nodes" "$ranks_per_node" "$RESTARTS" "$SAVE_SECONDS"
-        printf 'meeting_point=%q logs=%q\n' "$first:$port" "$logs"
+        # Whoever sets the number of ranks knows the nodes.
+        printf 'gpus=%q meeting_point=%q logs=%q\n' \
+            "$([ -n "${RANKS_PER_NODE:-}" ] || echo "$gpus")" "$first:$port" "$logs"
         printf 'arguments=('
         printf '%q ' "${arguments[@]}"
         printf ')\ncd -- %q && . launch/node.sh\n' "$PWD"
@@ -132,6 +137,7 @@ pass_on() {
 # next_step: sets what is to follow by what the run directory says, never by an exit code:
 # finished, again, give-up, held, or cancelled.
 next_step() {
+    [ ! -e "$logs/REFUSED" ] || refuse "$(<"$logs/REFUSED")"
     if [ "$stop_reason" = cancelled ]; then
         following=cancelled
         tell "cancelled: no other job follows"
@@ -140,6 +146,19 @@ next_step() {
     # Where even this fails nothing follows.
     following=$(python -P -m megatron_bert.jobs judge --tries "$TRIES" "$run_dir") || following=give-up
     tell "what follows: $following"
+}
+
+# follow: ends this job, and has another one follow where one must.
+follow() {
+    next_step
+    case $following in
+        finished | held | cancelled) exit 0 ;;
+        again)
+            submit_again && exit 0
+            tell "no other job can be submitted from here; submit this one again yourself to go on"
+            ;;
+    esac
+    exit 1
 }
 
 # announce NUMBER: of the job that follows, where it is another one.

@@ -2,7 +2,16 @@
 # What one node of a job does: torchrun with the ranks of this node. Sourced by the file that
 # launch/common.sh writes for each job, which sets these:
 # shellcheck disable=SC2154
-: "$job $nodes $ranks_per_node $restarts $save_seconds $meeting_point $logs ${arguments[*]}"
+: "$job $nodes $ranks_per_node $restarts $save_seconds ${gpus?} $meeting_point $logs ${arguments[*]}"
+
+# There are as many ranks as the first node has GPUs. Where it has none they are on the CPU, and a node
+# with GPUs would use them.
+count=$(python -P -c 'import torch; print(torch.cuda.device_count())') || exit
+if [ -n "$gpus" ] && ((gpus ? count < gpus : count)); then
+    printf 'node %s has %d GPU(s), the first node %d; ask for nodes that are alike, leave this one out, or set RANKS_PER_NODE\n' \
+        "$(hostname)" "$count" "$gpus" >>"$logs/REFUSED"
+    exit 2
+fi
 
 # NCCL says why it fails and is silent otherwise; its own default says nothing at all.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
@@ -18,8 +27,13 @@ export PYTHONUNBUFFERED=1
 # How long torchrun waits for its ranks after a signal: they save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$save_seconds
 
+# The first rank keeps the ranks' store, and not torchrun, which would give ranks that are started
+# again the addresses of those that have died. Without restarts it outlives the first rank, for the
+# others to find out who is gone.
+[ "$restarts" -eq 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # The ranks' output goes to files of their own, in a folder of this node's, and to the job's log.
-exec python -m torch.distributed.run \
+exec python -P -m megatron_bert.jobs.torchrun \
     --nnodes="$nodes" --nproc-per-node="$ranks_per_node" --max-restarts="$restarts" \
     --rdzv-backend=c10d --rdzv-id="$job" --rdzv-endpoint="$meeting_point" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \

@@ -25,14 +25,9 @@
 #SBATCH --signal=B:USR1@120
 
 usage="sbatch [OPTIONS] launch/slurm.sh CONFIG [key=value ...]"
-if [ -z "${SLURM_JOB_ID:-}" ]; then
-    echo "error: this is a job script; usage: $usage" >&2
-    exit 2
-fi
 # Slurm runs a copy of this script from elsewhere.
-cd -- "$SLURM_SUBMIT_DIR" || exit 2
-if [ ! -r launch/common.sh ]; then
-    echo "error: $PWD is no checkout; submit in the checkout's root" >&2
+if ! cd -- "${SLURM_SUBMIT_DIR:-/}" || [ ! -r launch/common.sh ]; then
+    echo "error: submit this script, in the checkout's root: $usage" >&2
     exit 2
 fi
 
@@ -46,19 +41,16 @@ term_signal=0
 notices="USR1 USR2"
 . launch/common.sh
 
+# Into the queue under the same number.
+submit_again() {
+    # Slurm ends by a TERM what runs of the job.
+    trap '' TERM
+    scontrol requeue "$job"
+}
+
 prepare_job "$@"
-
-# One torchrun a node. The first that fails ends the others, as it would never be waited for.
-run_job srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$node_script"
-
-next_step
-case $following in
-    finished | held | cancelled) exit 0 ;;
-    again)
-        # Into the queue under the same number. Slurm ends by a TERM what runs of the job.
-        trap '' TERM
-        scontrol requeue "$job" && exit 0
-        tell "job $job cannot be requeued (is JobRequeue=0 set?); submit it again to go on"
-        ;;
-esac
-exit 1
+# One torchrun a node, with all its cores. The first that fails ends the others, as it would never be
+# waited for.
+run_job srun --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+    bash "$node_script"
+follow

@@ -9,6 +9,8 @@
 #
 #$ -N megatron_bert
 #$ -cwd
+# Grid Engine may pass over the first line.
+#$ -S /bin/bash
 # Whole nodes with 4 GPUs each; at most 64.
 #$ -l node_f=1
 #$ -l h_rt=24:00:00
@@ -20,14 +22,9 @@
 #$ -j y
 
 usage="qsub -g GROUP [OPTIONS] launch/tsubame4.sh CONFIG [key=value ...]"
-if [ -z "${SGE_O_WORKDIR:-}" ]; then
-    echo "error: this is a job script; usage: $usage" >&2
-    exit 2
-fi
 # Grid Engine runs a copy of this script from elsewhere.
-cd -- "$SGE_O_WORKDIR" || exit 2
-if [ ! -r launch/common.sh ]; then
-    echo "error: $PWD is no checkout; submit in the checkout's root" >&2
+if ! cd -- "${SGE_O_WORKDIR:-/}" || [ ! -r launch/common.sh ]; then
+    echo "error: submit this script, in the checkout's root: $usage" >&2
     exit 2
 fi
 
@@ -49,51 +46,49 @@ notices=
 : "${MODULES:=cuda nccl}"
 . launch/common.sh
 
-prepare_job "$@"
+# A copy, with all options. (A parallel job that asks by an exit code of 99 to be scheduled again may
+# wait for ever: its hosts do not count as free.)
+submit_again() {
+    local copy
+    copy=$(qresub "$job" | sed -n 's/^Your job \([0-9]*\) .*/\1/p')
+    [ -n "$copy" ] || return 1
+    # Where it asks for a range of slots it would begin on the first that are free.
+    qalter -hold_jid "$job" "$copy" >&2 || tell "job $copy does not wait for the end of this one"
+    announce "$copy"
+    tell "job $copy follows"
+}
 
 # One torchrun a node: here, and on the others through Grid Engine, which ends them with the job.
 # shellcheck disable=SC2329 # run_job calls it
 on_every_node() {
-    local host here late others=()
+    local host here told="" last all=$BASHPID others=()
+    bash "$node_script" &
+    here=$!
+    # The ranks of one node pass it on to all others. Told twice, torchrun waits no longer for them.
+    trap '[ -n "$told" ] || kill -s TERM "$here"; told=yes' TERM
+    # Answered by the script, but it may reach all processes.
+    trap : USR1 USR2
     for host in "${hosts[@]}"; do
         # Compared without their domains, which one of the two may have.
         if [ "${host%%.*}" != "${first%%.*}" ]; then
-            # Its remote shell parses the command once more.
-            qrsh -inherit -nostdin -V "$host" bash "$(printf '%q' "$node_script")" &
+            # Its remote shell parses the command once more. The first node that fails ends the others,
+            # as it would never be waited for.
+            {
+                qrsh -inherit -nostdin -V "$host" bash "$(printf '%q' "$node_script")" ||
+                    kill -s TERM "$all"
+            } &
             others+=($!)
         fi
     done
-    bash "$node_script" &
-    here=$!
-    # The ranks of one node pass it on to all others.
-    trap 'kill -s TERM "$here"' TERM
-    # Answered by the script, but it may reach all processes.
-    trap : USR1 USR2
     wait_for "$here"
     # Their ranks end with those of this node, and a job that left first would cut them short; but a host
     # that is lost is not waited for.
-    (sleep "$SAVE_SECONDS" && kill "${others[@]}") 2>/dev/null &
-    late=$!
-    for host in "${others[@]}"; do
-        wait_for "$host"
+    last=$((SECONDS + SAVE_SECONDS))
+    while kill -0 "${others[@]}" 2>/dev/null && [ "$SECONDS" -lt "$last" ]; do
+        sleep 1
     done
-    kill "$late"
 }
-run_job on_every_node
 
-next_step
-case $following in
-    finished | held | cancelled) exit 0 ;;
-    again)
-        # A copy, with all options. (A parallel job that asks by an exit code of 99 to be scheduled
-        # again may wait for ever: its hosts do not count as free.)
-        copy=$(qresub "$job" | sed -n 's/^Your job \([0-9]*\) .*/\1/p')
-        if [ -n "$copy" ]; then
-            announce "$copy"
-            tell "job $copy follows"
-            exit 0
-        fi
-        tell "job $job cannot be submitted again from here; submit it yourself to go on"
-        ;;
-esac
-exit 1
+prepare_job "$@"
+run_job on_every_node
+follow

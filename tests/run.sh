@@ -13,7 +13,7 @@ Runs every quick test that needs no GPU. Each flag adds a suite:
   --faults       killed processes, damaged files, full disks
   --peers        comparisons with other packages (Megatron-LM, transformers), which it installs
   --browser      the report in a real browser
-  --schedulers   the cluster scripts against stand-in schedulers
+  --schedulers   the cluster scripts under a real Slurm and Grid Engine (as root)
   --gpu          needs CUDA
   --all          all of them
 

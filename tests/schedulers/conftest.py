@@ -18,33 +18,51 @@ from megatron_bert.training.metrics import read
 from tests.training.runs import run_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+START_SECONDS = 120.0
+FEW_STEPS = 60
+ENDLESS = 100_000
 _INSTALL_SECONDS = 300
 # Sums depend on the number of threads, and ranks that share a node get fewer of them.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Python reads it as it starts. It has each step take a while, so that a run needs several jobs on a
-# machine of any speed, or ends ranks at once.
+# machine of any speed, tells of GPUs that are not there, or ends ranks at once.
 _SITE = """\
-import importlib.abc, importlib.util, os, sys, time
+import importlib.abc, importlib.util, os, socket, sys, time
 
-class SlowSteps(importlib.abc.MetaPathFinder):
+class Changed(importlib.abc.MetaPathFinder):
+    def __init__(self, module, change):
+        self.module, self.change = module, change
+
     def find_spec(self, name, path, target=None):
-        if name != "megatron_bert.training.recorder":
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         load = spec.loader.exec_module
-        def load_and_slow_down(module):
+        def load_and_change(module):
             load(module)
-            add = module.StepRecorder.add
-            def slow(*arguments):
-                time.sleep(float(os.environ["TEST_STEP_SECONDS"]))
-                add(*arguments)
-            module.StepRecorder.add = slow
-        spec.loader.exec_module = load_and_slow_down
+            self.change(module)
+        spec.loader.exec_module = load_and_change
         return spec
 
+def slow_down(recorder):
+    add = recorder.StepRecorder.add
+    def slow(*arguments):
+        time.sleep(float(os.environ["TEST_STEP_SECONDS"]))
+        add(*arguments)
+    recorder.StepRecorder.add = slow
+
+def count_gpus(cuda):
+    counts = dict(item.split("=") for item in os.environ["TEST_GPUS"].split(":"))
+    # What the script asks for on the job's first node, before it starts anything.
+    begins = any("import megatron_bert," in argument for argument in sys.orig_argv)
+    node = "begin" if begins else os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    cuda.device_count = lambda: int(counts[node])
+
 if "TEST_STEP_SECONDS" in os.environ:
-    sys.meta_path.insert(0, SlowSteps())
+    sys.meta_path.insert(0, Changed("megatron_bert.training.recorder", slow_down))
+if "TEST_GPUS" in os.environ:
+    sys.meta_path.insert(0, Changed("torch.cuda", count_gpus))
 if "TEST_DIE" in os.environ and "RANK" in os.environ:
     os._exit(3)
 """
@@ -79,6 +97,21 @@ class Run:
         names = ("FINISHED", "STOPPED", "FAILED")
         return next((name for name in names if (self.directory / name).exists()), None)
 
+    def compare(self, uncut: Run, same_bits_until: int | None = None) -> None:
+        """Check that rows and losses are those of an uncut run.
+
+        Args:
+            uncut: that one.
+            same_bits_until: the last step on the layout of `uncut`; None for all steps.
+        """
+        steps, expected = self.steps(), uncut.steps()
+        assert steps.keys() == expected.keys()
+        for number, line in steps.items():
+            assert line["batch_hash"] == expected[number]["batch_hash"]
+            if same_bits_until is None or number <= same_bits_until:
+                assert line["loss"] == expected[number]["loss"]
+            assert line["loss"] == pytest.approx(expected[number]["loss"], rel=1e-3)
+
 
 def make_run(data: Path, folder: Path, steps: int) -> Run:
     """Write the configuration of a run of two lengths over some epochs."""
@@ -109,7 +142,11 @@ def train_uncut(run: Run, ranks: int) -> None:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder for PYTHONPATH: TEST_STEP_SECONDS slows steps down, TEST_DIE ends ranks."""
+    """A folder for PYTHONPATH.
+
+    TEST_STEP_SECONDS slows steps down; TEST_GPUS, as begin=4:NODE=3, tells of GPUs; TEST_DIE ends
+    ranks.
+    """
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(_SITE)
     return str(folder)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 HOSTS = {"ge1": "10.213.7.1", "ge2": "10.213.7.2"}
+_MASTER = "ge1"
 _CELL = Path("/var/lib/gridengine/default/common")
 _START_SECONDS = 60.0
 _EXECUTION_HOST = """\
@@ -110,8 +111,7 @@ class GridEngine:
             self.call("qconf", "-km")
             self.wait_for(lambda: not _running("sge_qmaster"), 20.0)
         for host in HOSTS:
-            for process in _shell(f"ip netns pids {host} 2>/dev/null").split():
-                subprocess.run(["kill", "-KILL", process], check=False, capture_output=True)
+            _kill_all(host)
             _shell(f"ip netns delete {host} 2>/dev/null; rm -rf /etc/netns/{host}")
 
     def submit(self, *arguments: str, cwd: Path, **environment: str) -> str:
@@ -121,9 +121,9 @@ class GridEngine:
         return answer.strip()
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
-        """Run one of Grid Engine's commands on the first host and return what it printed."""
+        """Run one of Grid Engine's commands on the master's host and return what it printed."""
         result = subprocess.run(
-            _on("ge1", *command),
+            _on(_MASTER, *command),
             cwd=cwd,
             capture_output=True,
             text=True,
@@ -139,6 +139,11 @@ class GridEngine:
     def start_host(self, host: str) -> None:
         """Start a host's daemon."""
         subprocess.run(_on(host, "sge_execd"), check=True, capture_output=True, timeout=60)
+
+    def kill_host(self, host: str) -> None:
+        """Kill a host's daemon and all that it runs, as if its power had gone; not the master's."""
+        assert host != _MASTER
+        _kill_all(host)
 
     def jobs(self) -> list[str]:
         """Return the numbers of the jobs that wait or run."""
@@ -165,8 +170,8 @@ class GridEngine:
             _shell(f"ip -n {host} link set {host} up && ip -n {host} link set lo up")
 
     def _start_master(self) -> None:
-        (_CELL / "act_qmaster").write_text("ge1\n")
-        subprocess.run(_on("ge1", "sge_qmaster"), check=True, capture_output=True, timeout=60)
+        (_CELL / "act_qmaster").write_text(f"{_MASTER}\n")
+        subprocess.run(_on(_MASTER, "sge_qmaster"), check=True, capture_output=True, timeout=60)
         self.wait_for(lambda: _works(lambda: self.call("qconf", "-sh")), _START_SECONDS)
         # TSUBAME's name for whole nodes; here the slots of a parallel environment make them up.
         kinds = self.call("qconf", "-sc").splitlines()
@@ -204,6 +209,11 @@ def _on(host: str, *command: str) -> list[str]:
     """A command on a host: its network, its hosts file, its name."""
     script = 'hostname "$0" && exec "$@"'
     return ["ip", "netns", "exec", host, "unshare", "--uts", "bash", "-c", script, host, *command]
+
+
+def _kill_all(host: str) -> None:
+    for process in _shell(f"ip netns pids {host} 2>/dev/null").split():
+        subprocess.run(["kill", "-KILL", process], check=False, capture_output=True)
 
 
 def _shell(command: str) -> str:
