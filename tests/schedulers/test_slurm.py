@@ -74,7 +74,7 @@ def test_a_run_of_several_jobs_finishes_by_itself_with_the_losses_of_an_uncut_on
     )  # fmt: skip
     changes = {2: {"NumNodes": "1"}, 3: {"NumNodes": "2", "TimeLimit": "10"}}
     while True:
-        cluster.wait_for(lambda: cluster.state(job) in ("PENDING", "COMPLETED", "FAILED"), 180)
+        cluster.wait_for(lambda: cluster.state(job) in ("PENDING", "COMPLETED", "FAILED"), 600)
         if cluster.state(job) != "PENDING":
             break
         go_on(cluster, job, **changes.get(len(run.jobs()) + 1, {}))
