@@ -57,12 +57,12 @@ def time_gemms(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) 
     return sum(gemm.count * _seconds_of(gemm, dtype, device) for gemm in gemms)
 
 
-def square_matmul_tflops(device: torch.device) -> float:
-    """10^12 operations a second of one BF16 product of square matrices of random numbers."""
+def square_matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
+    """10^12 operations a second of one product of square matrices of random numbers."""
     side = _CUDA_SIDE if device.type == "cuda" else _CPU_SIDE
-    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     seconds = seconds_of(lambda: left @ right, device)
-    return round(2 * side**3 / seconds / 1e12, 3)
+    return 2 * side**3 / seconds / 1e12
 
 
 def _seconds_of(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> float:

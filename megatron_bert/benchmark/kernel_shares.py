@@ -43,13 +43,14 @@ def kernel_shares(step: Callable[[], object]) -> tuple[dict[str, float], dict[st
     kernels: dict[str, float] = defaultdict(float)
     total = max(end for _, _, end in spans) - min(begin for _, begin, _ in spans)
     for name, begin, end in spans:
-        kinds[_kind(name)] += (end - begin) / total
+        kinds[kind_of(name)] += (end - begin) / total
         kernels[name[:90]] += (end - begin) / total
     kinds["idle"] = max(0.0, 1.0 - sum(kinds.values()))
     return _sorted(kinds), dict(list(_sorted(kernels).items())[:_LONGEST])
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """What a kernel does, by its name."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.I)), "other")
 
 

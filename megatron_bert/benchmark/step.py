@@ -105,8 +105,8 @@ class StepFigures:
         ranks: processes.
         versions: of packages.
         quick: whether the work was cut short.
-        matmul_tflops: of a plain product of 8192 x 8192 BF16 matrices on the same device (smaller
-            on the CPU).
+        matmul_tflops: of a plain product of 8192 x 8192 matrices (1024 x 1024 on the CPU) of the
+            compute type on the same device.
         cases: in the order of measuring.
         failed: cases that were not measured, and why.
     """
@@ -138,7 +138,7 @@ def measure_steps(work: StepWork, quick: bool, say: Callable[[str], None]) -> St
     topology = Topology.of(parallel, device, distributed.timeout_seconds)
     hardware, versions = describe_hardware(), describe_versions()
     say("a plain matrix product")
-    matmul = square_matmul_tflops(device)
+    matmul = square_matmul_tflops(_compute_dtype(work.config), device)
     cases, failed = [], {}
     for dropout in work.dropouts:
         config = _with_dropout(work.config, dropout)
@@ -229,7 +229,7 @@ def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int)
     if work.profiles and device.type == "cuda":
         shares, kernels = kernel_shares(lambda: subject.step(batches))
     slots = masked_slots(config.mlm.probability, config.mlm.unit, seq_length)
-    seen = _keys_per_query(batches)
+    seen = keys_per_query(batches)
     flops = row_flops(config.model, work.vocab_size, seq_length, slots, seen)
     # Every rank of a tensor- or pipeline-parallel group takes part in the same rows.
     rows_in_all = rows * work.micro_batches * topology.data_parallel_size
@@ -282,7 +282,7 @@ def _batches(work: StepWork, topology: Topology, seq_length: int, rows: int) -> 
     return batches
 
 
-def _keys_per_query(batches: Sequence[Batch]) -> float:
+def keys_per_query(batches: Sequence[Batch]) -> float:
     """Mean length of the segment that a slot belongs to."""
     squares = slots = 0
     for batch in batches:

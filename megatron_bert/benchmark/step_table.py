@@ -10,7 +10,7 @@ def step_table(figures: StepFigures) -> list[str]:
     """Lines of the table."""
     rows: list[Row] = [
         ("device", f"{figures.device}, {figures.ranks} ranks"),
-        ("plain BF16 matrix product", f"{figures.matmul_tflops:,.2f} TFLOP/s"),
+        ("plain matrix product", f"{figures.matmul_tflops:,.2f} TFLOP/s"),
     ]
     for case in figures.cases:
         rows.extend(_case(case))

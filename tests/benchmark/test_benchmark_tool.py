@@ -43,9 +43,13 @@ SCHEMA = fields(
 )
 
 
-def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, tool.__file__, "data", "--quick", *map(str, arguments)]
+def run_tool(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, tool.__file__, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=240)
+
+
+def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    return run_tool("data", "--quick", *arguments, folder=folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_bert.benchmark.gemm import model_gemms
+from megatron_bert.benchmark.kernel_shares import kind_of
+from megatron_bert.benchmark.step import keys_per_query
+from megatron_bert.config.flops import head_flops, peak_tflops, row_flops
+from megatron_bert.config.schema import ModelConfig
+from megatron_bert.data.batch import Batch, RowArrays
+from tests.benchmark.test_benchmark_tool import run_tool
+
+MODEL = """
+model:
+  num_layers: 2
+  hidden_size: 32
+  ffn_hidden_size: 64
+  num_attention_heads: 2
+  num_query_groups: 1
+  max_position_embeddings: 64
+data: {tokenizer: none, train: [{prefix: none}]}
+curriculum: [{seq_length: 64, steps: 1}]
+batch: {global_size: 4, micro_tokens: 128}
+precision: {compute: fp32}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(MODEL)
+    return path
+
+
+def test_steps_are_measured_as_the_interface_says(config: Path, tmp_path: Path) -> None:
+    arguments = ("--config", config, "--quick", "--json", "--lengths", 32, 64)
+    done = run_tool("step", *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["matmul_tflops"] > 0
+    assert not document["failed"]
+    assert [case["seq_length"] for case in document["cases"]] == [32, 64]
+    for case in document["cases"]:
+        assert case["rows"] == 128 // case["seq_length"]
+        assert case["tokens_per_second"] == pytest.approx(128 / case["step_seconds"], rel=0.01)
+        assert case["gemm_seconds"] > 0
+        assert case["mfu"] is None or 0 < case["mfu"] < 1
+
+
+def test_a_dataset_that_is_not_there_is_named(config: Path, tmp_path: Path) -> None:
+    done = run_tool("step", "--config", config, "--data", "nowhere/x", folder=tmp_path)
+    assert done.returncode == 2
+    assert "nowhere/x.bin" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_slot_sees_its_own_segment() -> None:
+    arrays = RowArrays.empty(2, 8, 1)
+    arrays.positions_BS[:] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
+    assert keys_per_query([Batch.of(arrays, 0)]) == (16 + 9 + 1 + 64) / 16
+
+
+def test_operations_are_those_of_the_products_and_of_the_segments() -> None:
+    model = ModelConfig(
+        num_layers=3,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=1,
+        max_position_embeddings=64,
+    )
+    products = sum(
+        gemm.count * 3 * 2 * gemm.tokens * gemm.inputs * gemm.outputs
+        for gemm in model_gemms(model, 512, 64, 10)
+    )
+    attention = 3 * 3 * 2 * 64 * 2 * 20 * 64
+    assert row_flops(model, 512, 64, 10, keys_per_query=20) == products + attention
+    assert row_flops(model, 512, 64, 10) == row_flops(model, 512, 64, 10, keys_per_query=64)
+    assert head_flops(model, 512, 10) == 3 * 2 * 10 * 64 * (64 + 512)
+
+
+def test_the_peak_goes_by_the_gpus_name() -> None:
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
+    assert peak_tflops("a toaster") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NNN", "GEMM"),
+        ("key_gradient_kernel", "attention"),
+        ("triton_poi_fused_cat_mul_silu_silu_backward_4", "norm and elementwise"),
+        ("ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("Memcpy HtoD (Pinned -> Device)", "data"),
+        ("something_new", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
