@@ -10,8 +10,9 @@ usage() {
 usage: bash examples/jsts_margin.sh TRAIN_TEXT VALID_TEXT JSTS_FOLDER [key.path=value ...]
 
 Trains a tokenizer on TRAIN_TEXT (.jsonl or .txt, .gz and .zst too), pretrains a small model on it
-with examples/aozora_small_cpu.yaml, exports it, and fine-tunes it on JSTS three times from the
-pretrained and three times from random weights, each at the learning rate that suits it best.
+with examples/aozora_small_cpu.yaml, or aozora_small_gpu.yaml where there is a GPU, exports it, and
+fine-tunes it on JSTS three times from the pretrained and three times from random weights, each at
+the learning rate that suits it best.
 JSTS_FOLDER holds JGLUE's train-*.json and valid-*.json.
 
   key.path=value   replaces a key of the configuration, e.g. curriculum.0.steps=3000
@@ -67,11 +68,14 @@ made "$folder/valid.json" tools/preprocess_data.py --input "$held_out" --overwri
     --tokenizer "$folder/tokenizer.model" --output-prefix "$folder/valid"
 keys=("run.dir=$folder/run" "data.tokenizer=$folder/tokenizer.model"
     "data.train.0.prefix=$folder/train" "data.valid.0.prefix=$folder/valid")
-if ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && ! command -v nvidia-smi >/dev/null; then
+config=examples/aozora_small_cpu.yaml
+if command -v nvidia-smi >/dev/null; then
+    config=examples/aozora_small_gpu.yaml
+elif ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     # A processor without BF16 instructions.
     keys+=(precision.compute=fp32)
 fi
-made "$folder/run/FINISHED" pretrain_bert.py --config examples/aozora_small_cpu.yaml "${keys[@]}" "$@"
+made "$folder/run/FINISHED" pretrain_bert.py --config "$config" "${keys[@]}" "$@"
 [ -e "$folder/run/FINISHED" ] || exit 0
 made "$folder/model" tools/convert_checkpoint.py to-hf --checkpoint "$folder/run" \
     --output "$folder/model"

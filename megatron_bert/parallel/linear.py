@@ -18,7 +18,6 @@ features in, F features out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -118,8 +117,6 @@ def column_parallel(
         One tensor [N, out / tp] a layer.
     """
     pairs = [layer.local_parameters() for layer in layers]
-    if tp.size == 1 and x_TD.is_cuda and layers[0].deferred is None:
-        return _joined_linear(x_TD, pairs)
     if tp.size == 1:
         return tuple(_linear(layer, x_TD, *pair) for layer, pair in zip(layers, pairs, strict=True))
     weights, biases = zip(*pairs, strict=True)
@@ -130,20 +127,6 @@ def column_parallel(
     return _ColumnParallel.apply(  # type: ignore[no-any-return,no-untyped-call]
         x_TD, tp.group, tp.shards_tokens, deferring, *weights, *biases
     )
-
-
-def _joined_linear(
-    x_ND: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]
-) -> tuple[Tensor, ...]:
-    """One product in place of several, whose results are parts of its own.
-
-    On a GPU narrow products (the keys and values of few heads) take as long as reading their input
-    and writing its gradient, which is saved; joining the weights costs a copy of them.
-    """
-    weights, biases = zip(*pairs, strict=True)
-    bias = None if biases[0] is None else torch.cat(cast(tuple[Tensor, ...], biases))
-    joined_NF = F.linear(x_ND, torch.cat(weights), bias)
-    return torch.split(joined_NF, [len(weight) for weight in weights], dim=1)
 
 
 def _linear(

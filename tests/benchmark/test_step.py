@@ -46,7 +46,8 @@ def test_steps_are_measured_as_the_interface_says(config: Path, tmp_path: Path) 
     assert [case["seq_length"] for case in document["cases"]] == [32, 64]
     for case in document["cases"]:
         assert case["rows"] == 128 // case["seq_length"]
-        assert case["tokens_per_second"] == pytest.approx(128 / case["step_seconds"], rel=0.01)
+        rate = 128 / case["step_seconds"]
+        assert case["tokens_per_second"] == pytest.approx(rate, rel=0.01, abs=1)
         assert case["gemm_seconds"] > 0
         assert case["mfu"] is None or 0 < case["mfu"] < 1
 

@@ -71,7 +71,7 @@ def test_the_kernels_are_the_written_out_attention(
     random = torch.Generator().manual_seed(slots)
     layout = PackedLayout.from_positions(_positions(2, slots, seed=heads).to(DEVICE), reach)
     keys = dropout_keys(torch.arange(2, device=DEVICE), 1, "x", range(1))[0]
-    # As a joined projection gives them: parts of one array.
+    # Parts of one array are taken as they stand.
     joined = torch.randn(2, slots, heads + 2 * groups, size, generator=random).to(DEVICE, DTYPE)
     q, k, v = (x.requires_grad_() for x in joined.split([heads, groups, groups], dim=2))
     y = flash_attention(q, k, v, layout.begins_BS, layout.ends_BS, reach, dropout, keys, first_head)
