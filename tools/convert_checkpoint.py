@@ -143,14 +143,21 @@ def _to_hf(options: argparse.Namespace) -> None:
 
 def _from_hf(options: argparse.Namespace) -> None:
     model = import_model(options.model, options.output, options.tokenizer, options.vocab_size)
+    tokenizer = options.tokenizer or options.model / TOKENIZER_NAME
     keys = {
         "model": model.model_dump(mode="json", exclude={"preset"}),
-        "data": {"tokenizer": str(options.tokenizer or options.model / TOKENIZER_NAME)},
+        "data": {"tokenizer": str(tokenizer)},
         "checkpoint": {"resume": str(options.output)},
     }
+    others = (
+        "; for data of another file with the same pieces, convert it with --tokenizer, as "
+        "--tokenizer data/my.model"
+        if options.tokenizer is None
+        else ""
+    )
     sys.stdout.write(
-        f"wrote {options.output}, a checkpoint of step 0. A run that goes on from it, in any "
-        f"layout, has\n{format_document(keys)}"
+        f"wrote {options.output}, a checkpoint of step 0 for data made with {tokenizer}{others}. "
+        f"A run that goes on from it, in any layout, has\n{format_document(keys)}"
     )
 
 

@@ -44,7 +44,14 @@ def check_resume(old: Mapping[str, Any], new: Config, consumed_steps: int, new_r
         change = change_of(pattern(path))
         if path[0] == "curriculum" or _means_the_same(path, before, after):
             continue
-        if change is Change.NEVER or (change is Change.NEW_RUN and not new_run):
+        if path == ("data", "tokenizer") and not consumed_steps:
+            # Only a conversion makes a checkpoint before the first step.
+            problems.append(
+                f"data.tokenizer: the checkpoint was converted for {before}, this is {after}; "
+                "convert it again for this one: tools/convert_checkpoint.py from-hf --tokenizer "
+                f"{after}"
+            )
+        elif change is Change.NEVER or (change is Change.NEW_RUN and not new_run):
             problems.append(refusal(dotted(path), before, after, change))
     problems += curriculum_problems(old, tree, consumed_steps, new_run)
     raise_problems(problems, "the configuration of a resumed run")

@@ -199,7 +199,8 @@ def _check_tokenizer(dataset: IndexedDataset, prefix: str, tokenizer: Tokenizer)
         raise DataError(
             f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
             f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; set data.tokenizer "
-            f"to the one that made the dataset, or make the dataset anew"
+            "to the one that made the dataset (and convert a checkpoint that is for the other "
+            "again: tools/convert_checkpoint.py from-hf --tokenizer FILE), or make the dataset anew"
         )
     if info is not None and (info.documents, info.tokens) != (
         dataset.num_documents,

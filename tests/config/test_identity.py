@@ -206,6 +206,12 @@ def test_a_moved_tokenizer_of_the_same_content_is_the_same(build: Build, tmp_pat
         check_resume(config_dict(old), new, IN_THE_SECOND_STAGE, new_run=False)
 
 
+def test_a_converted_checkpoint_is_converted_again_for_another_tokenizer(build: Build) -> None:
+    message = refusal(build, "data.tokenizer=my.model", steps=0, new_run=True)
+    assert "from-hf --tokenizer my.model" in message
+    assert "training has begun" not in message
+
+
 def test_a_vocabulary_left_to_the_tokenizer_may_be_spelt_out(build: Build) -> None:
     resume(build, "model.vocab_size=128")
 

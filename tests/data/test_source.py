@@ -194,8 +194,11 @@ def test_a_dataset_of_another_tokenizer_is_refused_with_both_hashes(
         "0123" * 16, "other.model", 512, dataset.num_documents, dataset.num_tokens, ()
     )
     write_dataset_info(corpus, info)
-    with pytest.raises(DataError, match=rf"other\.model.*{'0123' * 16}.*{tiny_tokenizer.hash}"):
+    with pytest.raises(
+        DataError, match=rf"other\.model.*{'0123' * 16}.*{tiny_tokenizer.hash}"
+    ) as e:
         training_source(make_config(corpus), tiny_tokenizer)
+    assert "from-hf --tokenizer FILE" in str(e.value)
     write_dataset_info(corpus, replace(info, tokenizer_hash=tiny_tokenizer.hash))
     training_source(make_config(corpus), tiny_tokenizer)
 

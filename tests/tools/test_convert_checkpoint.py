@@ -61,6 +61,7 @@ def made(tiny_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
         *("from-hf", "--model", folder / "exported", "--output", folder / "imported"),
         *("--tokenizer", folder / "tiny.model"),
     )
+    assert "--tokenizer" not in shown
     (folder / "keys.yaml").write_text(shown.partition("\n")[2])
     return folder
 
@@ -100,6 +101,15 @@ def test_inspect_shows_an_import_and_an_export(made: Path) -> None:
     assert "BF16 in 1 files" in shown
     assert "; 35,136 parameters" in shown
     assert "from-hf takes it" in shown
+
+
+def test_from_hf_says_when_a_checkpoint_is_for_the_exports_own_tokenizer(
+    made: Path, tmp_path: Path
+) -> None:
+    shown = _succeeds("from-hf", "--model", made / "exported", "--output", tmp_path / "start")
+    first_line = shown.partition("\n")[0]
+    assert f"for data made with {made / 'exported' / 'tokenizer.json'}" in first_line
+    assert "--tokenizer data/my.model" in first_line
 
 
 def _without_manifest(folder: Path) -> None:
