@@ -303,7 +303,7 @@ def test_an_import_is_not_for_another_model_or_tokenizer(learned: Path, tiny_dat
     with pytest.raises(ConfigError) as error:
         check_resume(facts["config"], changed, 0, new_run=True)
     assert "model.norm_eps: was 1e-12" in str(error.value)
-    assert "data.tokenizer: was" in str(error.value)
+    assert "data.tokenizer" in str(error.value)
 
 
 def _going_on(learned: Path, data: Path, run_dir: Path, **changes: Any) -> Config:
