@@ -81,10 +81,10 @@ on_every_node() {
         fi
     done
     wait_for "$here"
-    # Their ranks end with those of this node, and a job that left first would cut them short; but a host
-    # that is lost is not waited for.
+    # Their ranks end with those of this node, and a job that left first would cut them short. But a host
+    # that is lost is not waited for, nor are ranks that wait for a node that was refused.
     last=$((SECONDS + SAVE_SECONDS))
-    while kill -0 "${others[@]}" 2>/dev/null && [ "$SECONDS" -lt "$last" ]; do
+    while kill -0 "${others[@]}" 2>/dev/null && [ "$SECONDS" -lt "$last" ] && [ ! -e "$logs/REFUSED" ]; do
         sleep 1
     done
 }

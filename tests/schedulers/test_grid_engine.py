@@ -103,12 +103,15 @@ def test_a_job_that_dies_at_once_is_given_up_after_its_tries(
     assert "what follows: give-up" in told
 
 
-def test_a_node_with_fewer_gpus_than_the_first_ends_the_job_with_no_other(
-    engine: GridEngine, tiny_data: Path, tmp_path: Path, site: str
+@pytest.mark.parametrize("first", ["ge1", "ge2"])
+def test_a_node_with_fewer_gpus_than_were_counted_ends_the_job_with_no_other(
+    engine: GridEngine, tiny_data: Path, tmp_path: Path, site: str, first: str
 ) -> None:
     run = make_run(tiny_data, tmp_path / "run", FEW_STEPS)
-    _, log = submit(engine, run, site, TEST_GPUS="begin=2:ge1=2:ge2=1")
-    engine.wait_for(lambda: not engine.jobs(), 90)
+    _, log = submit(
+        engine, run, site, "-masterq", f"main.q@{first}", TEST_GPUS="begin=2:ge1=2:ge2=1"
+    )
+    engine.wait_for(lambda: not engine.jobs(), START_SECONDS)
     assert "error: node ge2 has 1 GPU(s), the first node 2" in log.read_text()
     assert "what follows" not in log.read_text()
     assert run.jobs() == []
