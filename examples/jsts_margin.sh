@@ -69,7 +69,7 @@ made "$folder/valid.json" tools/preprocess_data.py --input "$held_out" --overwri
 keys=("run.dir=$folder/run" "data.tokenizer=$folder/tokenizer.model"
     "data.train.0.prefix=$folder/train" "data.valid.0.prefix=$folder/valid")
 config=examples/aozora_small_cpu.yaml
-if command -v nvidia-smi >/dev/null; then
+if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     config=examples/aozora_small_gpu.yaml
 elif ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     # A processor without BF16 instructions.

@@ -12,6 +12,11 @@ from megatron_bert.data.preprocess import PreprocessOptions, preprocess
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
 
+if not Path("/dev/nvidiactl").exists():
+    # Where there is no GPU Triton's kernels are interpreted. Read when Triton is imported, which
+    # parts of PyTorch do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
 _JAPANESE = (

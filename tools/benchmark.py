@@ -99,24 +99,28 @@ def _parser() -> argparse.ArgumentParser:
         help="a dataset made with the LLM-jp tokenizer v3.0 (default: random tokens)",
     )
     step.add_argument(
-        "--lengths", nargs="+", type=int, default=[128, 256, 512, 2048], metavar="SLOTS"
+        "--lengths",
+        nargs="+",
+        type=_positive,
+        metavar="SLOTS",
+        help="of a row, a case each (default: 128 256 512 2048, as far as the model has positions)",
     )
     step.add_argument(
         "--micro-tokens",
         nargs="+",
-        type=int,
+        type=_positive,
         metavar="SLOTS",
         help="slots of a micro-batch, a case each (default: the configuration's)",
     )
     step.add_argument(
         "--dropout",
         nargs="+",
-        type=float,
+        type=_probability,
         metavar="P",
         help="of hidden states and attention weights, a case each (default: the configuration's)",
     )
-    step.add_argument("--micro-batches", type=int, default=4, help="of a step")
-    step.add_argument("--steps", type=int, default=5, help="that are timed")
+    step.add_argument("--micro-batches", type=_positive, default=4, help="of a step")
+    step.add_argument("--steps", type=_positive, default=5, help="that are timed")
     for kind in (data, checkpoint, pipeline, step):
         kind.add_argument(
             "--json", action="store_true", help="print one JSON document, not a table"
@@ -127,6 +131,20 @@ def _parser() -> argparse.ArgumentParser:
             help="a thousandth of the work, to see that everything runs; its figures mean nothing",
         )
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{value:g} does not lie from 0 to below 1")
+    return value
 
 
 def _say(what: str) -> None:
@@ -166,12 +184,12 @@ def _measure_pipeline(given: argparse.Namespace) -> tuple[dict[str, Any], list[s
     return figures.document(), pipeline_table(figures)
 
 
-def _measure_step(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+def _measure_step(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]] | None:
     from megatron_bert.benchmark.step_command import measure_command
     from megatron_bert.benchmark.step_table import step_table
 
     figures = measure_command(given, _say)
-    return figures.document(), step_table(figures)
+    return None if figures is None else (figures.document(), step_table(figures))
 
 
 _MEASURES = {
@@ -186,7 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     logging.basicConfig(format="%(message)s")
     given = _parser().parse_args(arguments)
-    document, lines = _MEASURES[given.kind](given)
+    measured = _MEASURES[given.kind](given)
+    if measured is None:
+        return
+    document, lines = measured
     if given.json:
         lines = [json.dumps(document, ensure_ascii=False, indent=2)]
     sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -69,10 +71,11 @@ class StepCase:
         tokens_per_second: slots of all ranks.
         tflops_per_gpu: operations done, without those done again, 10^12 a second.
         mfu: their share of the device's dense BF16 peak; None where that is unknown.
-        peak_memory_gb: allocated on the device, 10^9 bytes; None on the CPU.
+        peak_memory_gb: allocated on the fullest device, 10^9 bytes; None on the CPU.
         step_seconds: mean of the timed steps.
-        gemm_seconds: a step's matrix products alone, each timed by itself, attention's left out.
-        first_step_seconds: with compilation.
+        gemm_seconds: a step's matrix products alone, each timed by itself, attention's left out;
+            None where ranks share the model.
+        first_step_seconds: with compilation, of which the cache may hold parts.
         loss: of the last step.
         shares: of the device's time in a step, by kind of kernel; empty on the CPU.
         kernels: the kernels that take longest, with their shares.
@@ -88,7 +91,7 @@ class StepCase:
     mfu: float | None
     peak_memory_gb: float | None
     step_seconds: float
-    gemm_seconds: float
+    gemm_seconds: float | None
     first_step_seconds: float
     loss: float
     shares: dict[str, float] = field(default_factory=dict)
@@ -125,47 +128,51 @@ class StepFigures:
         return asdict(self)
 
 
-def measure_steps(work: StepWork, quick: bool, say: Callable[[str], None]) -> StepFigures:
+def measure_steps(
+    work: StepWork, device: torch.device, quick: bool, say: Callable[[str], None]
+) -> StepFigures:
     """Train for a few steps in every case; the process group has been started.
 
     Args:
         work: the cases.
+        device: this rank's.
         quick: whether the work was cut short.
         say: is told what is being measured.
+
+    Raises:
+        torch.OutOfMemoryError: with several ranks, of which the others would wait for this one.
     """
-    parallel, distributed = work.config.parallel, work.config.distributed
-    device = _device()
-    topology = Topology.of(parallel, device, distributed.timeout_seconds)
+    topology = Topology.of(work.config.parallel, device, work.config.distributed.timeout_seconds)
     hardware, versions = describe_hardware(), describe_versions()
     say("a plain matrix product")
     matmul = square_matmul_tflops(_compute_dtype(work.config), device)
-    cases, failed = [], {}
+    cases: list[StepCase] = []
+    failed: dict[str, str] = {}
     for dropout in work.dropouts:
         config = _with_dropout(work.config, dropout)
-        say("building the model")
-        subject = _Subject.build(config, work.vocab_size, topology)
-        for seq_length in work.seq_lengths:
-            for micro_tokens in work.micro_tokens:
-                rows = max(1, micro_tokens // seq_length)
-                name = f"length {seq_length}, {rows} rows, dropout {config.model.hidden_dropout:g}"
-                say(name)
-                try:
-                    cases.append(_measure_case(work, subject, seq_length, rows))
-                except torch.OutOfMemoryError as error:
-                    failed[name] = str(error).partition(". ")[0]
-                    subject.clear()
-        del subject
+        subject: _Subject | None = None
+        for seq_length, micro_tokens in product(work.seq_lengths, work.micro_tokens):
+            rows = max(1, micro_tokens // seq_length)
+            name = f"length {seq_length}, {rows} rows, dropout {config.model.hidden_dropout:g}"
+            say(name)
+            try:
+                subject = subject or _Subject.build(config, work.vocab_size, topology)
+                cases.append(_measure_case(work, subject, seq_length, rows))
+            except torch.OutOfMemoryError as error:
+                if dist.get_world_size() > 1:
+                    raise
+                failed[name] = str(error).partition(". ")[0]
+            if name in failed:
+                # What the step left half-way is told no further case. Here, as the error holds
+                # what the step had allocated.
+                subject = None
+                gc.collect()
+                _free(device)
+        subject = None
         _free(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return StepFigures(
-        hardware, name, dist.get_world_size(), versions, quick, matmul, cases, failed
-    )
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    ranks = dist.get_world_size()
+    return StepFigures(hardware, name, ranks, versions, quick, matmul, cases, failed)
 
 
 def _with_dropout(config: Config, dropout: float | None) -> Config:
@@ -197,12 +204,6 @@ class _Subject:
         agreement = agree(batches, False, self.model.topology)
         return take_step(self.model, self.optimizer, batches, agreement.masked_tokens, 1e-5).loss
 
-    def clear(self) -> None:
-        """Drop what a step that failed half-way left behind."""
-        for parameter in self.model.named_parameters().values():
-            parameter.grad = None
-        _free(self.model.topology.device)
-
 
 def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int) -> StepCase:
     topology = subject.model.topology
@@ -223,7 +224,7 @@ def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int)
         loss = subject.step(batches)
     _wait(device)
     seconds = (time.perf_counter() - begin) / work.steps
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    memory = _peak_memory(device)
     shares: dict[str, float] = {}
     kernels: dict[str, float] = {}
     if work.profiles and device.type == "cuda":
@@ -238,6 +239,10 @@ def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_tflops(name)
     gemms = model_gemms(config.model, work.vocab_size, rows * seq_length, rows * slots)
+    gemm_seconds = None
+    if topology.tensor_parallel.size * topology.pipeline_size == 1:
+        seconds_alone = time_gemms(gemms, _compute_dtype(config), device) * work.micro_batches
+        gemm_seconds = round(seconds_alone, 5)
     return StepCase(
         seq_length=seq_length,
         dropout=config.model.hidden_dropout,
@@ -249,8 +254,7 @@ def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int)
         mfu=None if peak is None else round(tflops / peak, 4),
         peak_memory_gb=None if memory is None else round(memory, 2),
         step_seconds=round(seconds, 5),
-        gemm_seconds=round(time_gemms(gemms, _compute_dtype(config), device), 5)
-        * work.micro_batches,
+        gemm_seconds=gemm_seconds,
         first_step_seconds=round(first_seconds, 2),
         loss=round(float(loss), 4),
         shares=shares,
@@ -292,6 +296,15 @@ def keys_per_query(batches: Sequence[Batch]) -> float:
         squares += int((lengths * lengths).sum())
         slots += len(positions)
     return squares / max(1, slots)
+
+
+def _peak_memory(device: torch.device) -> float | None:
+    """Of the rank that allocated most, 10^9 bytes."""
+    if device.type != "cuda":
+        return None
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return int(peak) / 1e9
 
 
 def _wait(device: torch.device) -> None:

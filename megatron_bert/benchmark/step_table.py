@@ -22,9 +22,10 @@ def _case(case: StepCase) -> list[Row]:
     name = f"length {case.seq_length}, {case.rows} rows, dropout {case.dropout:g}"
     mfu = "" if case.mfu is None else f", MFU {case.mfu:.1%}"
     memory = "" if case.peak_memory_gb is None else f", {case.peak_memory_gb:.1f} GB"
+    alone = "" if case.gemm_seconds is None else f", GEMMs alone {case.gemm_seconds:.4f} s"
     rows = [
         (name, f"{case.tokens_per_second:,} tokens/s, {case.tflops_per_gpu:,.1f} TFLOP/s{mfu}"),
-        ("  step", f"{case.step_seconds:.4f} s, GEMMs alone {case.gemm_seconds:.4f} s{memory}"),
+        ("  step", f"{case.step_seconds:.4f} s{alone}{memory}"),
     ]
     if case.shares:
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in case.shares.items())

@@ -10,7 +10,14 @@ from __future__ import annotations
 from megatron_bert.config.schema import ModelConfig
 
 # Dense BF16 peak of a GPU in TFLOP/s, from NVIDIA's data sheets.
-_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+# The first name that fits counts.
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+}
 
 
 def peak_tflops(device_name: str) -> float | None:

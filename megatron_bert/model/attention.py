@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +88,9 @@ class PackedLayout:
 
 def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether `flash_attention` takes heads of this size and type on this device."""
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and is_half and head_dim in (16, 32, 64, 128)
+    if device.type != "cuda" or dtype != torch.bfloat16 or head_dim not in (16, 32, 64, 128):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
 
 
 def attend(
@@ -174,8 +176,9 @@ class SelfAttention(nn.Module):
     Key and value heads are split like the query heads while they divide over the ranks, else
     every rank holds all of them and uses those that its query heads belong to.
 
-    With `recompute` scores and softmax, which are held for every pair of slots, are computed again
-    backward (Korthikanti et al. 2022, section 5: selective activation recomputation).
+    With `recompute` scores and softmax, where they are held for every pair of slots (no kernel
+    does), are computed again backward (Korthikanti et al. 2022, section 5: selective activation
+    recomputation).
     """
 
     def __init__(
@@ -213,7 +216,7 @@ class SelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed_BHSK: Tensor
         arguments = (q, k, v, layout, dropout, dropout_keys_B, self.first_head)
-        if self.recompute and self.training:
+        if self.recompute and self.training and layout.bias_B1SS is not None:
             # Nothing is drawn from a generator, so that there is no state to keep.
             mixed_BHSK = checkpoint(
                 attend, *arguments, use_reentrant=False, preserve_rng_state=False

@@ -146,7 +146,7 @@ def _compile(blocks: Sequence[nn.Module]) -> None:
 
     One graph serves all blocks, as their weights are its inputs.
     """
-    torch._dynamo.config.recompile_limit = _MOST_SHAPES
+    torch._dynamo.config.recompile_limit = max(_MOST_SHAPES, torch._dynamo.config.recompile_limit)
     # The norms' and the activation's outputs are made again backward, in kernels that read what
     # they are made from anyway: a third less memory, and no product is computed twice.
     torch._functorch.config.ban_recompute_materialized_backward = False

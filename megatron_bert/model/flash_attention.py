@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from megatron_bert.model import flash_kernels
+from megatron_bert.parallel.random import keep_threshold
 
 _LOG2_E = math.log2(math.e)
 
@@ -84,7 +85,7 @@ def flash_attention(
     """Softmax attention within each segment of a packed row; see `megatron_bert.model.attention`.
 
     Args:
-        q_BSHK: [B, S, H, K] queries, K a power of 2 from 16 on.
+        q_BSHK: [B, S, H, K] queries, K one of 16, 32, 64 and 128.
         k_BSGK: [B, S, G, K] keys; G divides H.
         v_BSGK: [B, S, G, K] values.
         begins_BS: int32 [B, S], the first slot of each slot's segment.
@@ -97,10 +98,20 @@ def flash_attention(
     Returns:
         [B, S, H, K].
     """
+    assert dropout == 0.0 or dropout_keys_B is not None
+    assert begins_BS.shape == ends_BS.shape == q_BSHK.shape[:2]
     keys_B = begins_BS if dropout_keys_B is None else dropout_keys_B
     reach = -1 if reach is None else reach
     out_BSHK: Tensor = _flash_forward(
-        q_BSHK, k_BSGK, v_BSGK, begins_BS, ends_BS, keys_B, reach, dropout, first_head
+        q_BSHK,
+        k_BSGK,
+        v_BSGK,
+        begins_BS.contiguous(),
+        ends_BS.contiguous(),
+        keys_B,
+        reach,
+        dropout,
+        first_head,
     )[0]
     return out_BSHK
 
@@ -117,13 +128,13 @@ def _flash_forward(
     dropout: float,
     first_head: int,
 ) -> tuple[Tensor, Tensor]:
-    (q, q_step), (k, v, kv_step) = _stepwise(q), _stepwise(k, v)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     B, S, H, K = q.shape
     out, log_sum = q.new_empty((B, S, H, K)), q.new_empty((B, H, S), dtype=torch.float32)
     tile = TILING.forward
-    flash_kernels.forward_kernel[(triton.cdiv(S, tile.queries), B * H)](
-        q, k, v, out, log_sum, begins, ends, keys, q_step, kv_step, S, H, first_head,
-        _LOG2_E / math.sqrt(K), _threshold(dropout), 1.0 / (1.0 - dropout),
+    flash_kernels.flash_forward_kernel[(triton.cdiv(S, tile.queries) * B * H,)](
+        q, k, v, out, log_sum, begins, ends, keys, S, H, first_head,
+        _LOG2_E / math.sqrt(K), keep_threshold(dropout), 1.0 / (1.0 - dropout),
         SHARING=H // k.shape[2], DROPOUT=dropout > 0.0, REACH=reach, SIZE=K, **tile.options(),
     )  # fmt: skip
     return out, log_sum
@@ -150,25 +161,24 @@ def _flash_backward(
     dropout: float,
     first_head: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    do = do.contiguous()
-    (q, q_step), (k, v, kv_step) = _stepwise(q), _stepwise(k, v)
+    do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     B, S, H, K = q.shape
     G = k.shape[2]
     dq, delta = torch.empty_like(do), torch.empty_like(log_sum)
-    dropping = (_threshold(dropout), 1.0 / (1.0 - dropout))
+    dropping = (keep_threshold(dropout), 1.0 / (1.0 - dropout))
     scales = (_LOG2_E / math.sqrt(K), 1.0 / math.sqrt(K))
     meta = {"SHARING": H // G, "DROPOUT": dropout > 0.0, "REACH": reach, "SIZE": K}
     tile = TILING.query_gradient
-    flash_kernels.query_gradient_kernel[(triton.cdiv(S, tile.queries), B * H)](
-        q, k, v, out, log_sum, do, delta, dq, begins, ends, keys, q_step, kv_step, S, H, first_head,
+    flash_kernels.flash_query_gradient_kernel[(triton.cdiv(S, tile.queries) * B * H,)](
+        q, k, v, out, log_sum, do, delta, dq, begins, ends, keys, S, H, first_head,
         *scales,
         *dropping, **meta, **tile.options(),
     )  # fmt: skip
     parts = max(n for n in range(1, TILING.key_gradient_parts + 1) if H // G % n == 0)
     dk, dv = (k.new_empty((B, G * parts, S, K), dtype=torch.float32) for _ in range(2))
     tile = TILING.key_gradient
-    flash_kernels.key_gradient_kernel[(triton.cdiv(S, tile.keys), B * G * parts)](
-        q, k, v, log_sum, do, delta, dk, dv, begins, ends, keys, q_step, kv_step, S, H, first_head,
+    flash_kernels.flash_key_gradient_kernel[(triton.cdiv(S, tile.keys) * B * G * parts,)](
+        q, k, v, log_sum, do, delta, dk, dv, begins, ends, keys, S, H, first_head,
         *scales,
         *dropping, **meta, HEADS=H // G // parts, **tile.options(),
     )  # fmt: skip
@@ -180,25 +190,6 @@ def _flash_backward(
 @_flash_backward.register_fake
 def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _stepwise(*arrays: Tensor) -> tuple[Any, ...]:
-    """Arrays [B, S, heads, K], and by how many elements a slot stands behind the one before.
-
-    A step for all of them: parts of one projection are taken as they stand, all else is copied to
-    stand densely.
-    """
-    _, S, _, K = arrays[0].shape
-    step = arrays[0].stride(1)
-    if any(array.stride() != (S * step, step, K, 1) for array in arrays):
-        arrays = tuple(array.contiguous() for array in arrays)
-        step = arrays[0].stride(1)
-    return (*arrays, step)
-
-
-def _threshold(dropout: float) -> int:
-    """What a draw, as a signed number of 32 bits, is to reach for its element to be kept."""
-    return round(dropout * 2**32) - 2**31
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,10 +1,9 @@
 """Triton kernels of `flash_attention`: one forward, two backward.
 
 Arrays are slot-major: queries, outputs and their gradients [B, S, H, K], keys and values
-[B, S, G, K], statistics of queries fp32 [B, H, S]. From one slot to the next are `q_step` and
-`kv_step` elements in what a layer projected, which may stand side by side. A program takes a tile
-of queries over the tiles of keys that they see, or of keys over queries; only tiles through which
-a segment's or a window's border runs are masked.
+[B, S, G, K], statistics of queries fp32 [B, H, S], all of them dense. A program takes a tile of
+queries over the tiles of keys that they see, or of keys over queries; only tiles through which a
+segment's or a window's border runs are masked. The grid has one axis, as the others are short.
 
 Shape suffixes: B rows, S slots, H query heads, G key/value heads, K head size.
 """
@@ -17,26 +16,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_bert.parallel import random
+
+_FIRST_FACTOR = tl.constexpr(random.FIRST_FACTOR)
+_SECOND_FACTOR = tl.constexpr(random.SECOND_FACTOR)
+_ROW_OFFSET = tl.constexpr(random.ROW_OFFSET)
+_ELEMENT_OFFSET = tl.constexpr(random.ELEMENT_OFFSET)
+
 
 @triton.jit
 def _mix(x):
     """`mix32`."""
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
-    x = (x ^ (x >> 15)) * 0x735A2D97
+    x = (x ^ (x >> 16)) * _FIRST_FACTOR
+    x = (x ^ (x >> 15)) * _SECOND_FACTOR
     return x ^ (x >> 15)
 
 
 @triton.jit
 def _vector_draws(key, numbers):
     """`vector_draws` of query slots, as int32."""
-    draws = _mix((numbers.to(tl.uint32) * ((key >> 1) | 1)) ^ _mix(key ^ 0x5BD1E995))
+    draws = _mix((numbers.to(tl.uint32) * ((key >> 1) | 1)) ^ _mix(key ^ _ROW_OFFSET))
     return draws.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _element_draws(numbers):
     """`element_draws` of key slots, as int32."""
-    return _mix(numbers.to(tl.uint32) ^ 0x9E3779B9).to(tl.int32, bitcast=True)
+    return _mix(numbers.to(tl.uint32) ^ _ELEMENT_OFFSET).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -80,7 +86,7 @@ def _ranges(
     none = whole_low >= whole_high
     whole_low = tl.where(none, high, whole_low)
     whole_high = tl.where(none, high, whole_high)
-    return low, tl.minimum(whole_low, high), whole_high, high
+    return low, whole_low, whole_high, high
 
 
 @triton.jit
@@ -148,7 +154,7 @@ def _forward_tiles(
 
 
 @triton.jit
-def forward_kernel(
+def flash_forward_kernel(
     Q,
     K,
     V,
@@ -157,8 +163,6 @@ def forward_kernel(
     BEGINS,
     ENDS,
     ROW_KEYS,
-    q_step,
-    kv_step,
     S,
     heads,
     first_head,
@@ -174,19 +178,21 @@ def forward_kernel(
 ):
     """Outputs, and each query's logarithm (base 2) of its sum of exponentials.
 
-    Grid: tiles of queries x B * H.
+    Grid: B * H * tiles of queries.
     """
-    first = tl.program_id(0) * QUERIES
-    row = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
+    tiles = tl.cdiv(S, QUERIES)
+    first = tl.program_id(0) % tiles * QUERIES
+    row = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    head = tl.program_id(0) // tiles % heads
     slots = first + tl.arange(0, QUERIES)
     inside = slots < S
     begins = tl.load(BEGINS + row * S + slots, mask=inside, other=0)
     ends = tl.load(ENDS + row * S + slots, mask=inside, other=0)
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, QUERIES, KEYS, REACH)
-    channels = tl.arange(0, SIZE)[None, :]
-    q_offsets = slots[:, None] * q_step + channels
-    q = _load(Q + row * S * q_step + head * SIZE, q_offsets, inside, True)
+    kv_step = heads // SHARING * SIZE
+    offsets = row * S * heads * SIZE + head * SIZE + slots[:, None] * heads * SIZE
+    offsets += tl.arange(0, SIZE)[None, :]
+    q = _load(Q, offsets, inside, True)
     kv_offset = row * S * kv_step + head // SHARING * SIZE
     draws = tl.zeros([QUERIES], tl.int32)
     if DROPOUT:
@@ -209,8 +215,7 @@ def forward_kernel(
     # Slots past the row's end have seen nothing; nor are they stored.
     total = tl.where(inside, total, 1.0)
     out = (acc * (keep_scale / total)[:, None]).to(OUT.dtype.element_ty)
-    out_offsets = row * S * heads * SIZE + head * SIZE + slots[:, None] * heads * SIZE + channels
-    tl.store(OUT + out_offsets, out, mask=inside[:, None])
+    tl.store(OUT + offsets, out, mask=inside[:, None])
     tl.store(LOG_SUM + (row * heads + head) * S + slots, highest + tl.log2(total), mask=inside)
 
 
@@ -259,7 +264,7 @@ def _query_gradient_tiles(
 
 
 @triton.jit
-def query_gradient_kernel(
+def flash_query_gradient_kernel(
     Q,
     K,
     V,
@@ -271,8 +276,6 @@ def query_gradient_kernel(
     BEGINS,
     ENDS,
     ROW_KEYS,
-    q_step,
-    kv_step,
     S,
     heads,
     first_head,
@@ -287,23 +290,24 @@ def query_gradient_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The queries' gradient, and what `key_gradient_kernel` needs of each query: DELTA.
+    """The queries' gradient, and what `flash_key_gradient_kernel` needs of each query: DELTA.
 
-    Grid: tiles of queries x B * H.
+    Grid: B * H * tiles of queries.
     """
-    first = tl.program_id(0) * QUERIES
-    row = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
+    tiles = tl.cdiv(S, QUERIES)
+    first = tl.program_id(0) % tiles * QUERIES
+    row = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    head = tl.program_id(0) // tiles % heads
     slots = first + tl.arange(0, QUERIES)
     inside = slots < S
     begins = tl.load(BEGINS + row * S + slots, mask=inside, other=0)
     ends = tl.load(ENDS + row * S + slots, mask=inside, other=0)
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, QUERIES, KEYS, REACH)
+    kv_step = heads // SHARING * SIZE
     kv_offset = row * S * kv_step + head // SHARING * SIZE
-    channels = tl.arange(0, SIZE)[None, :]
-    offsets = row * S * heads * SIZE + head * SIZE + slots[:, None] * heads * SIZE + channels
-    q_offsets = slots[:, None] * q_step + channels
-    q = _load(Q + row * S * q_step + head * SIZE, q_offsets, inside, True)
+    offsets = row * S * heads * SIZE + head * SIZE + slots[:, None] * heads * SIZE
+    offsets += tl.arange(0, SIZE)[None, :]
+    q = _load(Q, offsets, inside, True)
     do = _load(DO, offsets, inside, True)
     out = _load(OUT, offsets, inside, True)
     statistics = (row * heads + head) * S + slots
@@ -343,7 +347,6 @@ def _key_gradient_tiles(
     BEGINS,
     ENDS,
     q_step,
-    do_step,
     keys,
     row_key,
     element_draws,
@@ -363,9 +366,9 @@ def _key_gradient_tiles(
     for first in range(low, high, QUERIES):
         slots = first + tl.arange(0, QUERIES)
         inside = slots < S
-        channels = tl.arange(0, SIZE)[None, :]
-        q = _load(Q, slots[:, None] * q_step + channels, inside, MASKED)
-        do = _load(DO, slots[:, None] * do_step + channels, inside, MASKED)
+        offsets = slots[:, None] * q_step + tl.arange(0, SIZE)[None, :]
+        q = _load(Q, offsets, inside, MASKED)
+        do = _load(DO, offsets, inside, MASKED)
         log_sum = _load_statistic(LOG_SUM, slots, inside, MASKED)
         delta = _load_statistic(DELTA, slots, inside, MASKED)
         weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale - log_sum[None, :])
@@ -388,7 +391,7 @@ def _key_gradient_tiles(
 
 
 @triton.jit
-def key_gradient_kernel(
+def flash_key_gradient_kernel(
     Q,
     K,
     V,
@@ -400,8 +403,6 @@ def key_gradient_kernel(
     BEGINS,
     ENDS,
     ROW_KEYS,
-    q_step,
-    kv_step,
     S,
     heads,
     first_head,
@@ -419,16 +420,17 @@ def key_gradient_kernel(
 ):
     """The keys' and values' gradients, fp32 [B, H / HEADS, S, K], each summed over HEADS heads.
 
-    Grid: tiles of keys x B * H / HEADS.
+    Grid: B * H / HEADS * tiles of keys.
     """
-    first = tl.program_id(0) * KEYS
+    tiles = tl.cdiv(S, KEYS)
+    first = tl.program_id(0) % tiles * KEYS
     parts = heads // HEADS
-    row = (tl.program_id(1) // parts).to(tl.int64)
-    part_head = tl.program_id(1) % parts * HEADS
+    row = (tl.program_id(0) // tiles // parts).to(tl.int64)
+    part_head = tl.program_id(0) // tiles % parts * HEADS
     keys = first + tl.arange(0, KEYS)
     inside = keys < S
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, KEYS, QUERIES, REACH)
-    do_step = heads * SIZE
+    q_step, kv_step = heads * SIZE, heads // SHARING * SIZE
     kv_offset = row * S * kv_step + part_head // SHARING * SIZE
     channels = tl.arange(0, SIZE)[None, :]
     k = _load(K + kv_offset, keys[:, None] * kv_step + channels, inside, True)
@@ -442,17 +444,16 @@ def key_gradient_kernel(
     for number in range(HEADS):
         head = part_head + number
         q_offset = row * S * q_step + head * SIZE
-        do_offset = row * S * do_step + head * SIZE
         statistics = (row * heads + head) * S
         for part in tl.static_range(3):
             begin = low if part == 0 else (whole_low if part == 1 else whole_high)
             end = whole_low if part == 0 else (whole_high if part == 1 else high)
             dk, dv = _key_gradient_tiles(
-                dk, dv, k, v, Q + q_offset, DO + do_offset, LOG_SUM + statistics,
-                DELTA + statistics, BEGINS + row * S, ENDS + row * S, q_step, do_step, keys,
+                dk, dv, k, v, Q + q_offset, DO + q_offset, LOG_SUM + statistics,
+                DELTA + statistics, BEGINS + row * S, ENDS + row * S, q_step, keys,
                 row_key, element_draws, (first_head + head) * S, begin, end, S, scale, threshold,
                 part != 1, DROPOUT, REACH, SIZE, QUERIES,
             )  # fmt: skip
-    offsets = ((row * parts + tl.program_id(1) % parts) * S + keys[:, None]) * SIZE + channels
+    offsets = ((row * parts + part_head // HEADS) * S + keys[:, None]) * SIZE + channels
     tl.store(DK + offsets, dk * (gradient_scale * keep_scale), mask=inside[:, None])
     tl.store(DV + offsets, dv * keep_scale, mask=inside[:, None])

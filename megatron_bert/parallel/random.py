@@ -20,11 +20,11 @@ _MASK_32 = 0xFFFFFFFF
 _SIGN_BIT = 0x80000000
 
 # Multipliers below 2^31, so that products with 32-bit numbers stay inside int64.
-_FIRST_FACTOR = 0x21F0AAAD
-_SECOND_FACTOR = 0x735A2D97
+FIRST_FACTOR = 0x21F0AAAD
+SECOND_FACTOR = 0x735A2D97
 # Keep the hashes of rows and elements from meeting at 0, which `mix32` maps onto itself.
-_ROW_OFFSET = 0x5BD1E995
-_ELEMENT_OFFSET = 0x9E3779B9
+ROW_OFFSET = 0x5BD1E995
+ELEMENT_OFFSET = 0x9E3779B9
 
 
 def mix32(x: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ def mix32(x: Tensor) -> Tensor:
     A two-round xorshift-multiply finaliser whose multipliers were found by the hash-prospector
     search; no overflow is relied on.
     """
-    x = ((x ^ (x >> 16)) * _FIRST_FACTOR) & _MASK_32
-    x = ((x ^ (x >> 15)) * _SECOND_FACTOR) & _MASK_32
+    x = ((x ^ (x >> 16)) * FIRST_FACTOR) & _MASK_32
+    x = ((x ^ (x >> 15)) * SECOND_FACTOR) & _MASK_32
     return x ^ (x >> 15)
 
 
@@ -75,14 +75,14 @@ def vector_draws(keys: Tensor, numbers: Tensor) -> Tensor:
     """
     # An odd multiplier and an offset from the key keep two rows' masks from being shifted copies
     # of one another, as they would be if the key were only added to the counter.
-    draws = mix32(((numbers * ((keys >> 1) | 1)) & _MASK_32) ^ mix32(keys ^ _ROW_OFFSET))
+    draws = mix32(((numbers * ((keys >> 1) | 1)) & _MASK_32) ^ mix32(keys ^ ROW_OFFSET))
     return _as_device_words(draws)
 
 
 def element_draws(count: int, device: torch.device) -> Tensor:
     """Hash the numbers of a vector's elements, [count]: the other half, alike for all vectors."""
     numbers = torch.arange(count, device=device, dtype=torch.int64)
-    return _as_device_words(mix32(numbers ^ _ELEMENT_OFFSET))
+    return _as_device_words(mix32(numbers ^ ELEMENT_OFFSET))
 
 
 def hash_dropout(
@@ -104,16 +104,21 @@ def hash_dropout(
     """
     if probability == 0.0:
         return x
-    threshold = round(probability * 2**32)
+    threshold = keep_threshold(probability)
     draws = vector_draws[..., None] + element_draws
     if draws.dtype == torch.int64:
         # Without the highest bit, which does not reach the square's lower half, nothing overflows.
         draws = draws & (_SIGN_BIT - 1)
-        keep = ((draws * draws) & _MASK_32 ^ _SIGN_BIT) >= threshold
+        keep = ((draws * draws) & _MASK_32 ^ _SIGN_BIT) - _SIGN_BIT >= threshold
     else:
         # CUDA's 32-bit integers wrap, and its 64-bit ones cost several times as much.
-        keep = draws * draws >= threshold - _SIGN_BIT
+        keep = draws * draws >= threshold
     return torch.where(keep, x * (1.0 / (1.0 - probability)), 0.0)
+
+
+def keep_threshold(probability: float) -> int:
+    """What a draw, as a signed number of 32 bits, reaches where its element is kept."""
+    return min(round(probability * 2**32), _MASK_32) - _SIGN_BIT
 
 
 def _as_device_words(draws: Tensor) -> Tensor:

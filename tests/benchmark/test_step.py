@@ -59,6 +59,24 @@ def test_a_dataset_that_is_not_there_is_named(config: Path, tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--lengths", 0), "--lengths: 0 is not above 0"),
+        (("--lengths", 65), "model.max_position_embeddings=64"),
+        (("--dropout", 1), "--dropout: 1 does not lie"),
+        (("--steps", -1), "--steps: -1 is not above 0"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(
+    config: Path, tmp_path: Path, arguments: tuple[object, ...], named: str
+) -> None:
+    done = run_tool("step", "--config", config, "--quick", *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_slot_sees_its_own_segment() -> None:
     arrays = RowArrays.empty(2, 8, 1)
     arrays.positions_BS[:] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6, 7]])
@@ -86,6 +104,8 @@ def test_operations_are_those_of_the_products_and_of_the_segments() -> None:
 
 def test_the_peak_goes_by_the_gpus_name() -> None:
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
+    assert peak_tflops("NVIDIA H100 PCIe") == 756.0
+    assert peak_tflops("NVIDIA GH200 480GB") == 989.0
     assert peak_tflops("a toaster") is None
 
 
@@ -93,7 +113,7 @@ def test_the_peak_goes_by_the_gpus_name() -> None:
     ("name", "kind"),
     [
         ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NNN", "GEMM"),
-        ("key_gradient_kernel", "attention"),
+        ("flash_key_gradient_kernel", "attention"),
         ("triton_poi_fused_cat_mul_silu_silu_backward_4", "norm and elementwise"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),
         ("Memcpy HtoD (Pinned -> Device)", "data"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,9 +9,6 @@ from torch import Tensor
 from megatron_bert.model.attention import PackedLayout, written_out_attention
 from megatron_bert.parallel.random import dropout_keys
 
-if not torch.cuda.is_available():
-    # Read when the kernels are defined.
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
 
 from megatron_bert.model import flash_attention as flash
@@ -53,6 +48,7 @@ def _positions(rows: int, slots: int, seed: int) -> Tensor:
         (48, 4, 2, 16, None, 0.3, 0, "oblong"),
         (41, 6, 1, 16, None, 0.3, 2, "oblong"),
         (60, 4, 1, 32, 5, 0.1, 0, "small"),
+        (200, 2, 1, 16, 40, 0.1, 0, "small"),
         (100, 2, 1, 64, None, 0.6, 0, "default"),
     ],
 )
@@ -71,7 +67,7 @@ def test_the_kernels_are_the_written_out_attention(
     random = torch.Generator().manual_seed(slots)
     layout = PackedLayout.from_positions(_positions(2, slots, seed=heads).to(DEVICE), reach)
     keys = dropout_keys(torch.arange(2, device=DEVICE), 1, "x", range(1))[0]
-    # Parts of one array are taken as they stand.
+    # Parts of one array do not stand densely.
     joined = torch.randn(2, slots, heads + 2 * groups, size, generator=random).to(DEVICE, DTYPE)
     q, k, v = (x.requires_grad_() for x in joined.split([heads, groups, groups], dim=2))
     y = flash_attention(q, k, v, layout.begins_BS, layout.ends_BS, reach, dropout, keys, first_head)
