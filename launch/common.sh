@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # What the scripts of this folder share; they source it in the checkout's root. A script knows its
-# scheduler, and tells in variables
+# scheduler, and before it calls prepare_job it tells in variables
 #
 #   job           the scheduler's number of the job
 #   nodes         how many nodes it has
 #   first         the node whose torchrun the others meet
-#   end           when the scheduler ends the job, in seconds since 1970; empty where it never does
+#   end           when the scheduler ends the job, in seconds since 1970; empty where it never does, or
+#                 does not tell
 #   term_signal   what the ranks of a cancelled job are sent; 0 for nothing, where the scheduler has
 #                 told them itself: told twice, torchrun waits no longer for its ranks
 #   notices       signals with which the scheduler tells that the job's limit is near; other signals
@@ -13,20 +14,34 @@
 #   usage         how the script is called
 #
 # and, where it calls `follow`, in a function submit_again how another job is submitted.
-: "${job:?}" "${nodes:?}" "${first:?}" "${end?}" "${term_signal:?}" "${notices?}" "${usage:?}"
 
 # Settings, from the environment:
 #   RANKS_PER_NODE   ranks on each node                    (default: one for every GPU, else one)
 #   TRIES            jobs in a row that may end without a newer checkpoint              (default 3)
 #   RESTARTS         failures of ranks that torchrun heals inside a job                 (default 0)
 #   MARGIN_SECONDS   how long before the scheduler's limit the run has saved and left (default 180)
+#   LEAST_SECONDS    a job that has less time than this before it must leave is refused (default 60)
 #   SAVE_SECONDS     how long ranks may take to save after a signal                   (default 600)
 #   PORT             where the nodes meet       (default: from the job's number, 20000 to 29999)
 #   MODULES          modules to load, where the machine has them
 
-: "${TRIES:=3}" "${RESTARTS:=0}" "${MARGIN_SECONDS:=180}" "${SAVE_SECONDS:=600}" "${MODULES:=}"
+: "${TRIES:=3}" "${RESTARTS:=0}" "${MARGIN_SECONDS:=180}" "${LEAST_SECONDS:=60}"
+: "${SAVE_SECONDS:=600}" "${MODULES:=}"
 
 tell() { printf '%s  %s\n' "$(date '+%F %T')" "$*" >&2; }
+
+# ask COMMAND ...: prints what a scheduler's command answers; one that is busy is asked again.
+ask() {
+    local try answer
+    for try in 1 2 3; do
+        [ "$try" -eq 1 ] || sleep 5
+        if answer=$("$@"); then
+            printf '%s\n' "$answer"
+            return
+        fi
+    done
+    return 1
+}
 
 # refuse WHAT: nothing runs, and no other job follows.
 refuse() {
@@ -55,12 +70,23 @@ find_environment() {
         "$(command -v python || echo python) cannot import megatron_bert and torch; make the environment $PWD/.venv as README.md says, or activate another before you submit"
 }
 
+# A job that must leave as soon as it has begun would take one step, and have another like it follow.
+check_time() {
+    local left
+    [ -n "$end" ] || return 0
+    left=$((end - $(date +%s)))
+    [ $((left - MARGIN_SECONDS)) -ge "$LEAST_SECONDS" ] || refuse \
+        "the job's limit is in $left s, and the run leaves MARGIN_SECONDS=$MARGIN_SECONDS s earlier: less than $LEAST_SECONDS s are left to train; ask for a longer limit, or set a shorter MARGIN_SECONDS"
+}
+
 # prepare_job CONFIG [key=value ...]: checks all that can be checked before ranks are started, and
 # writes $node_script.
 prepare_job() {
     local config=${1:-} answer
+    : "${job:?}" "${nodes:?}" "${first:?}" "${end?}" "${term_signal:?}" "${notices?}" "${usage:?}"
     [ -n "$config" ] || refuse "no configuration; usage: $usage"
     shift
+    check_time
     load_modules
     find_environment
     ranks_per_node=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
@@ -115,7 +141,10 @@ run_job() {
     # shellcheck disable=SC2086 # one signal a word
     [ -z "$notices" ] || trap 'pass_on notice USR1' $notices
     wait_for "$ranks"
-    trap - USR1 USR2 TERM INT HUP
+    trap - TERM INT HUP
+    # The scheduler's notice may come now, and must not end the script, nor what it calls, before it has
+    # submitted the next job.
+    trap '' USR1 USR2
 }
 
 # wait_for PROCESS: a signal that is answered ends a plain wait, and the process is still there.

@@ -17,13 +17,14 @@ case ${1:-} in
         ;;
 esac
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 2
+. launch/common.sh
+
 job=local-$(date +%Y%m%dT%H%M%S)
 nodes=1
 first=localhost
 end=
 term_signal=TERM
 notices=
-. launch/common.sh
 
 while true; do
     prepare_job "$@"

@@ -21,7 +21,8 @@
 #SBATCH --open-mode=append
 # Also where a node fails.
 #SBATCH --requeue
-# To this script, two to three minutes before the limit: the second line, if the deadline fails.
+# To this script, two to three minutes before the limit, when the run should have left (MARGIN_SECONDS):
+# the second line, if the deadline fails.
 #SBATCH --signal=B:USR1@120
 
 usage="sbatch [OPTIONS] launch/slurm.sh CONFIG [key=value ...]"
@@ -30,16 +31,20 @@ if ! cd -- "${SLURM_SUBMIT_DIR:-/}" || [ ! -r launch/common.sh ]; then
     echo "error: submit this script, in the checkout's root: $usage" >&2
     exit 2
 fi
+. launch/common.sh
 
 job=$SLURM_JOB_ID
 nodes=$SLURM_JOB_NUM_NODES
 first=${RENDEZVOUS_HOST:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-end=$(scontrol show job --oneliner "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
-end=$(date -d "$end" +%s 2>/dev/null) || end=
+# A user may have chosen another form for times.
+end=$(SLURM_TIME_FORMAT=standard ask scontrol show job --oneliner "$job" |
+    sed -n 's/.* EndTime=\([0-9-]*T[0-9:]*\).*/\1/p')
+# Of an empty date, `date` would make the midnight that has passed.
+[ -z "$end" ] || end=$(date -d "$end" +%s) || end=
 # Slurm tells all processes of a cancelled job itself.
 term_signal=0
 notices="USR1 USR2"
-. launch/common.sh
+[ -n "$end" ] || tell "Slurm tells no end of this job; the run stops by the signal alone"
 
 # Into the queue under the same number.
 submit_again() {

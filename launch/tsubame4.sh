@@ -27,6 +27,8 @@ if ! cd -- "${SGE_O_WORKDIR:-/}" || [ ! -r launch/common.sh ]; then
     echo "error: submit this script, in the checkout's root: $usage" >&2
     exit 2
 fi
+: "${MODULES:=cuda nccl}"
+. launch/common.sh
 
 job=$JOB_ID
 # Its first column has the hosts; without a parallel environment there is this one only.
@@ -43,8 +45,6 @@ end=${limit:+$(($(date +%s) + limit))}
 term_signal=TERM
 # USR2 comes ahead of the limit, and ahead of a qdel too: the time tells which.
 notices=
-: "${MODULES:=cuda nccl}"
-. launch/common.sh
 
 # A copy, with all options. (A parallel job that asks by an exit code of 99 to be scheduled again may
 # wait for ever: its hosts do not count as free.)

@@ -1,0 +1,172 @@
+"""The job scripts, with stubs for the scheduler's commands, the ranks and what the project answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.schedulers.conftest import CHECKOUT
+
+_SECONDS = 60.0
+# A stub of each command notes its name and arguments, and then does what the test says.
+_STUB = '#!/usr/bin/env bash\nprintf "%%s\\n" "%s $*" >>"$CALLS"\n%s\n'
+_PYTHON = """\
+case "$*" in
+    *device_count*) echo 0 ;;
+    *"jobs begin"*) echo "$RUN_DIR" ;;
+    *"jobs judge"*) eval "${JUDGE:-echo again}" ;;
+esac
+"""
+_GRID_ENGINE = {
+    "qstat": "echo 'hard resource_list:         node_f=1,h_rt=7200'",
+    "qresub": "echo 'Your job 72 (\"megatron_bert\") has been submitted'",
+    "qalter": "",
+    "hostname": "echo ge1",
+}
+
+
+class Scripts:
+    """A folder of stubs, and the scripts run with them in PATH.
+
+    Args:
+        folder: an empty one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._calls = folder / "calls"
+        (folder / "bin").mkdir()
+        self.stub("python", _PYTHON)
+        self.stub("sleep")
+
+    def stub(self, command: str, does: str = "") -> None:
+        """Have a command note that it is called, and do what `does` says, in bash."""
+        path = self._folder / "bin" / command
+        path.write_text(_STUB % (command, does))
+        path.chmod(0o755)
+
+    def stub_all(self, commands: dict[str, str]) -> None:
+        """Stub each of the commands by what it does."""
+        for command, does in commands.items():
+            self.stub(command, does)
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start a script of launch/ in the background."""
+        return subprocess.Popen(
+            ["bash", str(CHECKOUT / "launch" / script), *arguments],
+            env={
+                "PATH": f"{self._folder / 'bin'}:{os.environ['PATH']}",
+                "VIRTUAL_ENV": str(self._folder),
+                "CALLS": str(self._calls),
+                "RUN_DIR": str(self._folder / "run"),
+                **environment,
+            },
+            cwd=self._folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def slurm(self, **environment: str) -> subprocess.Popen[str]:
+        """Start a job of one node."""
+        job = {"SLURM_JOB_ID": "71", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+        return self.start(
+            "slurm.sh", "c.yaml", SLURM_SUBMIT_DIR=str(CHECKOUT), **{**job, **environment}
+        )
+
+    def grid_engine(self, **environment: str) -> subprocess.Popen[str]:
+        """Start a job of one host."""
+        job = {"JOB_ID": "71", "SGE_O_WORKDIR": str(CHECKOUT), "MODULES": "none"}
+        return self.start("tsubame4.sh", "c.yaml", **{**job, **environment})
+
+    def calls(self, *commands: str) -> list[str]:
+        """Return the calls of these commands, each with its arguments."""
+        lines = self._calls.read_text().splitlines() if self._calls.exists() else []
+        return [line for line in lines if line.split()[0] in commands]
+
+    def wait_for_call(self, call: str) -> None:
+        """Wait until a command was called whose line begins with `call`."""
+        deadline = time.monotonic() + _SECONDS
+        while not any(line.startswith(call) for line in self.calls(call.split()[0])):
+            assert time.monotonic() < deadline, self.calls(call.split()[0])
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Scripts:
+    return Scripts(tmp_path)
+
+
+def output(job: subprocess.Popen[str]) -> str:
+    return job.communicate(timeout=_SECONDS)[0]
+
+
+def at(seconds: float) -> str:
+    """What `scontrol` does for a job that ends so many seconds from now."""
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
+    return f"""case "$*" in
+    *hostnames*) echo n1 ;;
+    *job*) echo "JobId=71 JobName=x StartTime=2020-01-01T00:00:00 EndTime={end} Deadline=N/A" ;;
+esac"""
+
+
+def test_a_slurm_job_leaves_the_margin_before_its_end(scripts: Scripts) -> None:
+    scripts.stub("scontrol", at(3600))
+    scripts.stub("srun", 'cat "${@: -1}"')
+    told = output(scripts.slurm())
+    deadline = int(told.split("run.deadline=")[1].split()[0])
+    assert deadline == pytest.approx(time.time() + 3600 - 180, abs=60)
+    assert scripts.calls("scontrol")[-1] == "scontrol requeue 71"
+
+
+def test_a_slurm_job_whose_end_is_not_told_has_no_deadline(scripts: Scripts) -> None:
+    scripts.stub("scontrol", "[[ $* != *hostnames* ]] || { echo n1; exit; }; exit 1")
+    scripts.stub("srun", 'cat "${@: -1}"')
+    told = output(scripts.slurm())
+    assert "the run stops by the signal alone" in told
+    assert "run.deadline" not in told
+    assert len([call for call in scripts.calls("scontrol") if "show job" in call]) == 3
+    assert len(scripts.calls("srun")) == 1
+
+
+def test_an_end_that_is_told_late_is_taken(scripts: Scripts) -> None:
+    scripts.stub("scontrol", f'[ "$(grep -c "show job" "$CALLS")" -ge 2 ] || exit 1\n{at(3600)}')
+    scripts.stub("srun", 'cat "${@: -1}"')
+    told = output(scripts.slurm(RENDEZVOUS_HOST="n1"))
+    assert "run.deadline=" in told
+    assert "signal alone" not in told
+
+
+def test_a_job_shorter_than_the_margin_is_refused_before_anything_begins(scripts: Scripts) -> None:
+    scripts.stub("scontrol", at(230))
+    scripts.stub("srun")
+    job = scripts.slurm()
+    told = output(job)
+    assert job.returncode == 2
+    assert "MARGIN_SECONDS=180 s earlier" in told
+    assert "ask for a longer limit, or set a shorter MARGIN_SECONDS" in told
+    assert not scripts.calls("python", "srun")
+    assert not any("requeue" in call for call in scripts.calls("scontrol"))
+
+
+@pytest.mark.parametrize("notice", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_notice_after_the_ranks_have_left_does_not_keep_the_next_job_back(
+    scripts: Scripts, tmp_path: Path, notice: signal.Signals
+) -> None:
+    os.mkfifo(tmp_path / "judged")
+    scripts.stub("scontrol", at(3600))
+    scripts.stub("srun")
+    # It judges until the signal has been sent.
+    job = scripts.slurm(JUDGE=f"read -r <{tmp_path / 'judged'}; echo again")
+    scripts.wait_for_call("python -P -m megatron_bert.jobs judge")
+    job.send_signal(notice)
+    with (tmp_path / "judged").open("w") as judged:
+        judged.write("\n")
+    told = output(job)
+    assert job.returncode == 0, told
+    assert scripts.calls("scontrol")[-1] == "scontrol requeue 71"
