@@ -11,6 +11,7 @@
 #                 told them itself: told twice, torchrun waits no longer for its ranks
 #   notices       signals with which the scheduler tells that the job's limit is near; other signals
 #                 that end a job come from a person
+#   notice_signal what the ranks are sent on a notice
 #   usage         how the script is called
 #
 # and, where it calls `follow`, in a function submit_again how another job is submitted.
@@ -83,7 +84,7 @@ check_time() {
 # writes $node_script.
 prepare_job() {
     local config=${1:-} answer
-    : "${job:?}" "${nodes:?}" "${first:?}" "${end?}" "${term_signal:?}" "${notices?}" "${usage:?}"
+    : "${job:?}" "${nodes:?}" "${first:?}" "${end?}" "${term_signal:?}" "${notices?}" "${notice_signal:?}" "${usage:?}"
     [ -n "$config" ] || refuse "no configuration; usage: $usage"
     shift
     check_time
@@ -139,7 +140,7 @@ run_job() {
     ranks=$!
     trap 'pass_on cancelled "$term_signal"' TERM INT HUP USR2
     # shellcheck disable=SC2086 # one signal a word
-    [ -z "$notices" ] || trap 'pass_on notice USR1' $notices
+    [ -z "$notices" ] || trap 'pass_on notice "$notice_signal"' $notices
     wait_for "$ranks"
     trap - TERM INT HUP
     # The scheduler's notice may come now, and must not end the script, nor what it calls, before it has

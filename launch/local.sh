@@ -24,6 +24,7 @@ nodes=1
 first=localhost
 end=
 term_signal=TERM
+notice_signal=TERM
 notices=
 
 while true; do

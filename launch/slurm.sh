@@ -44,6 +44,7 @@ end=$(SLURM_TIME_FORMAT=standard ask scontrol show job --oneliner "$job" |
 # Slurm tells all processes of a cancelled job itself.
 term_signal=0
 notices="USR1 USR2"
+notice_signal=USR1
 [ -n "$end" ] || tell "Slurm tells no end of this job; the run stops by the signal alone"
 
 # Into the queue under the same number.

@@ -40,22 +40,40 @@ fi
 nodes=${#hosts[@]}
 first=$(hostname)
 # Counted from now: the job has just begun.
-limit=$(qstat -j "$job" | sed -n 's/^hard resource_list:.*h_rt=\([0-9]*\).*/\1/p')
+limit=$(ask qstat -j "$job" | sed -n 's/^hard resource_list:.*[ ,]h_rt=\([0-9:]*\).*/\1/p' |
+    awk -F : '{ for (i = 1; i <= NF; i++) seconds = 60 * seconds + $i; print seconds }')
 end=${limit:+$(($(date +%s) + limit))}
 term_signal=TERM
-# USR2 comes ahead of the limit, and ahead of a qdel too: the time tells which.
+notice_signal=TERM
+# USR2 comes ahead of the limit, and ahead of a qdel too: the time tells which. Where that is not known
+# another job must be able to follow.
 notices=
+[ -n "$end" ] || {
+    notices=USR2
+    tell "Grid Engine tells no h_rt of this job; the run stops by the signal alone, and to end it by qdel put a file HOLD into the run directory first"
+}
 
 # A copy, with all options. (A parallel job that asks by an exit code of 99 to be scheduled again may
 # wait for ever: its hosts do not count as free.)
 submit_again() {
-    local copy
-    copy=$(qresub "$job" | sed -n 's/^Your job \([0-9]*\) .*/\1/p')
-    [ -n "$copy" ] || return 1
+    local answer copy
+    # A copy that nobody could announce would count its tries anew, for ever. It is held until all is
+    # told.
+    announce any || return 1
+    answer=$(qresub -h u "$job")
+    copy=$(sed -n 's/^Your job \([0-9]*\) .*/\1/p' <<<"$answer")
+    if [ -z "$copy" ]; then
+        tell "qresub tells no number (it said: ${answer:-nothing}); if qstat shows a held copy of this job, qrls it or qdel it"
+        return 1
+    fi
+    announce "$copy" || tell "the number of job $copy could not be noted; its tries are counted on all the same"
     # Where it asks for a range of slots it would begin on the first that are free.
     qalter -hold_jid "$job" "$copy" >&2 || tell "job $copy does not wait for the end of this one"
-    announce "$copy"
-    tell "job $copy follows"
+    if qalter -h U "$copy" >&2; then
+        tell "job $copy follows"
+    else
+        tell "job $copy follows, but it is held; release it by: qrls $copy"
+    fi
 }
 
 # One torchrun a node: here, and on the others through Grid Engine, which ends them with the job.

@@ -6,7 +6,8 @@
 
 `begin` checks the configuration and prints the run directory and, a line each, the keys to add to
 those given. `judge` prints one word: finished, again, give-up or held. Why goes to standard error.
-`announce` tells the number of the job that follows, where that is another one.
+`announce` tells the number of the job that follows, where that is another one, or `any`
+before that is known.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     follow = commands.add_parser("announce", help="another job was submitted")
     follow.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    follow.add_argument("--job", required=True, metavar="ID", help="its number")
+    follow.add_argument("--job", required=True, metavar="ID", help="its number, or any")
     return parser
 
 

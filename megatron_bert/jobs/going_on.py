@@ -23,6 +23,8 @@ from megatron_bert.training.run_directory import (
 HOLD = "HOLD"
 """A file that a user puts into the run directory: no job follows."""
 _TRIES = "tries.json"
+ANY = "any"
+"""Announced in place of a number while that is not known yet."""
 _ANNOUNCED = "next_job"
 
 
@@ -60,18 +62,26 @@ def take_up(run_dir: Path, job: str) -> None:
     What tells how the last job ended is removed: this one may die before its ranks do that, and
     must not be taken for finished because the run was, before it was lengthened.
     """
-    path = run_dir / "logs" / _ANNOUNCED
-    if not path.exists() or path.read_text("utf-8", errors="replace").strip() != job:
+    told = _announced(run_dir)
+    if told not in (job, ANY):
         _write(run_dir, _Tries(_newest_step(run_dir), 0))
+    if told != job:
         announce(run_dir, job)
     forget_outcome(run_dir)
 
 
 def announce(run_dir: Path, job: str) -> None:
-    """Note the number of the job that follows."""
+    """Note the number of the job that follows, or `ANY` before it is known."""
     path = run_dir / "logs" / _ANNOUNCED
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{job}\n")
+
+
+def _announced(run_dir: Path) -> str | None:
+    try:
+        return (run_dir / "logs" / _ANNOUNCED).read_text("utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
 
 
 def judge(run_dir: Path, most_tries: int) -> Verdict:

@@ -10,7 +10,7 @@ import pytest
 from megatron_bert.config.errors import ConfigError, run_cli
 from megatron_bert.config.schema import Config
 from megatron_bert.jobs.__main__ import main
-from megatron_bert.jobs.going_on import HOLD, Next, announce, judge, take_up
+from megatron_bert.jobs.going_on import ANY, HOLD, Next, announce, judge, take_up
 from megatron_bert.jobs.layout import layout_keys
 from megatron_bert.training.run_directory import (
     FAILED,
@@ -130,6 +130,17 @@ def test_a_job_that_follows_goes_on_counting(tmp_path: Path) -> None:
     assert judge(tmp_path, 3).next is Next.GIVE_UP
     take_up(tmp_path, "73")
     assert judge(tmp_path, 3).next is Next.AGAIN
+
+
+def test_a_copy_whose_number_is_not_known_yet_goes_on_counting(tmp_path: Path) -> None:
+    take_up(tmp_path, "71")
+    judge(tmp_path, 2)
+    announce(tmp_path, ANY)
+    take_up(tmp_path, "72")
+    assert judge(tmp_path, 2).next is Next.GIVE_UP
+    # The one after it is a person's.
+    take_up(tmp_path, "73")
+    assert judge(tmp_path, 2).next is Next.AGAIN
 
 
 @pytest.mark.parametrize("kind", [FINISHED, STOPPED, FAILED])

@@ -1,4 +1,4 @@
-"""The job scripts, with stubs for the scheduler's commands, the ranks and what the project answers."""
+"""The job scripts, with stubs for the scheduler's commands, the ranks and the project's answers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,7 @@ class Scripts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._calls = folder / "calls"
+        self._started: list[subprocess.Popen[str]] = []
         (folder / "bin").mkdir()
         self.stub("python", _PYTHON)
         self.stub("sleep")
@@ -57,7 +60,7 @@ class Scripts:
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Start a script of launch/ in the background."""
-        return subprocess.Popen(
+        job = subprocess.Popen(
             ["bash", str(CHECKOUT / "launch" / script), *arguments],
             env={
                 "PATH": f"{self._folder / 'bin'}:{os.environ['PATH']}",
@@ -70,7 +73,17 @@ class Scripts:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
+        self._started.append(job)
+        return job
+
+    def close(self) -> None:
+        """Leave nothing of what was started."""
+        for job in self._started:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()
 
     def slurm(self, **environment: str) -> subprocess.Popen[str]:
         """Start a job of one node."""
@@ -98,8 +111,9 @@ class Scripts:
 
 
 @pytest.fixture
-def scripts(tmp_path: Path) -> Scripts:
-    return Scripts(tmp_path)
+def scripts(tmp_path: Path) -> Iterator[Scripts]:
+    with closing(Scripts(tmp_path)) as made:
+        yield made
 
 
 def output(job: subprocess.Popen[str]) -> str:
@@ -170,3 +184,68 @@ def test_a_notice_after_the_ranks_have_left_does_not_keep_the_next_job_back(
     told = output(job)
     assert job.returncode == 0, told
     assert scripts.calls("scontrol")[-1] == "scontrol requeue 71"
+
+
+def test_a_copy_on_grid_engine_is_held_until_it_is_announced(scripts: Scripts) -> None:
+    scripts.stub_all(_GRID_ENGINE)
+    job = scripts.grid_engine()
+    told = output(job)
+    assert job.returncode == 0, told
+    assert "job 72 follows" in told
+    run = "python -P -m megatron_bert.jobs announce --job {} "
+    calls = scripts.calls("python", "qresub", "qalter")
+    order = [run.format("any"), "qresub -h u 71", run.format(72), "qalter -hold_jid 71 72",
+             "qalter -h U 72"]  # fmt: skip
+    at_the_end = calls[-len(order) :]
+    assert all(call.startswith(begin) for call, begin in zip(at_the_end, order, strict=True)), calls
+
+
+def test_a_copy_that_cannot_be_announced_is_not_submitted(scripts: Scripts) -> None:
+    scripts.stub_all(_GRID_ENGINE)
+    scripts.stub("python", f"[[ $* != *announce* ]] || exit 1\n{_PYTHON}")
+    job = scripts.grid_engine()
+    assert "no other job can be submitted from here" in output(job)
+    assert job.returncode == 1
+    assert not scripts.calls("qresub")
+
+
+def test_a_copy_whose_number_cannot_be_read_stays_held(scripts: Scripts) -> None:
+    scripts.stub_all({**_GRID_ENGINE, "qresub": "echo 'Job submitted: 72'"})
+    job = scripts.grid_engine()
+    told = output(job)
+    assert job.returncode == 1
+    assert "it said: Job submitted: 72" in told
+    assert scripts.calls("qresub") == ["qresub -h u 71"]
+    assert not scripts.calls("qalter")
+    announced = [call for call in scripts.calls("python") if "announce" in call]
+    assert [call.split()[6] for call in announced] == ["any"]
+
+
+@pytest.mark.parametrize("limit", ["7200", "2:00:00", "02:00:00"])
+def test_grid_engine_may_tell_the_limit_in_hours(scripts: Scripts, limit: str) -> None:
+    scripts.stub_all(_GRID_ENGINE)
+    scripts.stub("qstat", f"echo 'hard resource_list:         h_rt={limit},node_f=1'")
+    told = output(scripts.grid_engine())
+    deadline = time.localtime(time.time() + 7200)
+    assert f"the job's limit is {time.strftime('%F', deadline)}" in told
+    node = next((Path(told.split("logs in ")[1].split()[0])).glob("node.sh")).read_text()
+    found = int(node.split("run.deadline=")[1].split()[0])
+    assert found == pytest.approx(time.time() + 7200 - 180, abs=60)
+
+
+def test_without_qstat_a_signal_of_grid_engine_is_a_notice_and_another_job_follows(
+    scripts: Scripts, tmp_path: Path
+) -> None:
+    scripts.stub_all({**_GRID_ENGINE, "qstat": "exit 1"})
+    os.mkfifo(tmp_path / "pipe")
+    # The ranks run until they are told to stop.
+    ranks = 'trap "exit 1" TERM; echo >"$PIPE"; while :; do read -r -t 0.1 <>"$PIPE"; done'
+    scripts.stub("python", f'case "$*" in *torchrun*) {ranks} ;; esac\n{_PYTHON}')
+    job = scripts.grid_engine(PIPE=str(tmp_path / "pipe"))
+    (tmp_path / "pipe").read_text()
+    job.send_signal(signal.SIGUSR2)
+    told = output(job)
+    assert "tells no h_rt of this job; the run stops by the signal alone" in told
+    assert "put a file HOLD into the run directory first" in told
+    assert "told to stop (notice)" in told
+    assert "job 72 follows" in told
