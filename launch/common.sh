@@ -91,8 +91,8 @@ prepare_job() {
     load_modules
     find_environment
     ranks_per_node=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-    answer=$(python -P -m megatron_bert.jobs begin --job "$job" --config "$config" \
-        --ranks $((nodes * ranks_per_node)) -- "$@") || refuse "the run cannot start: see above"
+    answer=$(python -P -m megatron_bert.jobs begin --job "$job" --tries "$TRIES" \
+        --config "$config" --ranks $((nodes * ranks_per_node)) -- "$@") || refuse "the run cannot start: see above"
     mapfile -t answer <<<"$answer"
     run_dir=${answer[0]}
     arguments=(--config "$config" "$@" "${answer[@]:1}")

@@ -1,6 +1,6 @@
 """What `launch/*.sh` call; a job script knows the scheduler, this knows the run.
 
-    python -P -m megatron_bert.jobs begin --job 7 --ranks 16 --config FILE [key.path=value ...]
+    python -P -m megatron_bert.jobs begin --job 7 --tries 3 --ranks 16 --config FILE [key=value ...]
     python -P -m megatron_bert.jobs judge --tries 3 RUN_DIR
     python -P -m megatron_bert.jobs announce --job 8 RUN_DIR
 
@@ -33,33 +33,39 @@ def _parser() -> argparse.ArgumentParser:
     begin.add_argument("--config", type=Path, required=True, help="YAML file of the run")
     begin.add_argument("--ranks", type=int, required=True, metavar="N", help="those of this job")
     begin.add_argument("--job", required=True, metavar="ID", help="the scheduler's number of it")
+    _add_tries(begin)
     begin.add_argument("overrides", nargs="*", metavar="key.path=value")
     end = commands.add_parser("judge", help="after they have ended: does another job follow?")
     end.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    end.add_argument(
-        "--tries", type=int, required=True, metavar="N", help="jobs in a row without progress"
-    )
+    _add_tries(end)
     follow = commands.add_parser("announce", help="another job was submitted")
     follow.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     follow.add_argument("--job", required=True, metavar="ID", help="its number, or any")
     return parser
 
 
+def _add_tries(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tries", type=int, required=True, metavar="N", help="jobs in a row without progress"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Answer a job script.
 
     Raises:
-        UserError: the configuration cannot be used, on these ranks or at all.
+        UserError: the configuration cannot be used, on these ranks or at all; or the run is in
+            use, or was tried too often.
     """
     options = _parser().parse_args(arguments)
-    if options.command == "begin":
-        _begin(options)
-        return
     if options.command == "announce":
         announce(options.run_dir, options.job)
         return
     if options.tries < 1:
         raise ConfigError(f"--tries {options.tries}: give at least 1")
+    if options.command == "begin":
+        _begin(options)
+        return
     verdict = judge(options.run_dir, options.tries)
     sys.stderr.write(f"{options.run_dir}: {verdict.reason}\n")
     sys.stdout.write(f"{verdict.next.value}\n")
@@ -77,7 +83,7 @@ def _begin(options: argparse.Namespace) -> None:
             f"the configuration's layout does not fit {options.ranks} ranks; taking "
             f"{' '.join(keys)}\n"
         )
-    take_up(config.run.directory, options.job)
+    take_up(config.run.directory, options.job, options.tries)
     sys.stdout.write("".join(f"{line}\n" for line in (config.run.directory, *keys)))
 
 

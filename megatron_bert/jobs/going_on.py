@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import enum
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bert.checkpoint.folders import CheckpointFolders
+from megatron_bert.config.errors import UserError
 from megatron_bert.files import write_atomically
 from megatron_bert.training.run_directory import (
     FAILED,
     FINISHED,
     STOPPED,
+    RunDirectory,
     forget_outcome,
     read_outcome,
 )
 
 HOLD = "HOLD"
 """A file that a user puts into the run directory: no job follows."""
+LOCK_SECONDS = 20.0
+"""How long a job that begins waits for the last ranks of the one before it to be gone."""
 _TRIES = "tries.json"
 ANY = "any"
 """Announced in place of a number while that is not known yet."""
@@ -47,27 +52,62 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Tries:
-    """How many jobs in a row ended without a newer checkpoint than that of `step`."""
+    """How many jobs in a row ended without a newer checkpoint than that of `step`.
+
+    `open`: a job has begun since, and was not judged yet.
+    """
 
     step: int
     fruitless: int
+    open: bool = False
 
 
-def take_up(run_dir: Path, job: str) -> None:
+def take_up(run_dir: Path, job: str, most_tries: int) -> None:
     """Note that a job begins; one that was not `announced` forgets the jobs counted so far.
 
     Then a person has submitted it, and mended what ended the others. A job that is queued again
-    under its own number is announced.
+    under its own number is announced. Where the scheduler did that, because a node failed, nobody
+    has judged the job; it is counted here.
 
     What tells how the last job ended is removed: this one may die before its ranks do that, and
     must not be taken for finished because the run was, before it was lengthened.
+
+    Args:
+        run_dir: the run directory, made if need be.
+        job: the scheduler's number of the job.
+        most_tries: as `judge` takes it.
+
+    Raises:
+        UserError: another job holds the run, and nothing is changed; or this one was started so
+            often without a newer checkpoint.
     """
-    told = _announced(run_dir)
-    if told not in (job, ANY):
-        _write(run_dir, _Tries(_newest_step(run_dir), 0))
-    if told != job:
-        announce(run_dir, job)
-    forget_outcome(run_dir)
+    with _lock(run_dir):
+        told = _announced(run_dir)
+        tries = _read(run_dir)
+        if told not in (job, ANY):
+            tries = _Tries(_newest_step(run_dir), 0)
+        elif tries.open:
+            tries = _count(run_dir)
+            if tries.fruitless >= most_tries:
+                raise UserError(
+                    f"run.dir {run_dir}: {_in_words(tries)}, and the last was killed before it "
+                    "could tell why; mend the cause and submit again"
+                )
+        _write(run_dir, replace(tries, open=True))
+        if told != job:
+            announce(run_dir, job)
+        forget_outcome(run_dir)
+
+
+def _lock(run_dir: Path) -> RunDirectory:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return RunDirectory(run_dir)
+        except UserError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)
 
 
 def announce(run_dir: Path, job: str) -> None:
@@ -110,10 +150,13 @@ def judge(run_dir: Path, most_tries: int) -> Verdict:
     if tries.fruitless >= most_tries:
         return Verdict(
             Next.GIVE_UP,
-            f"{ended}; {tries.fruitless} job(s) in a row brought no newer checkpoint, so no other "
-            "follows; mend the cause and submit again",
+            f"{ended}; {_in_words(tries)}, so no other follows; mend the cause and submit again",
         )
     return Verdict(Next.AGAIN, ended)
+
+
+def _in_words(tries: _Tries) -> str:
+    return f"{tries.fruitless} job(s) in a row brought no newer checkpoint"
 
 
 def _count(run_dir: Path) -> _Tries:
@@ -133,7 +176,9 @@ def _write(run_dir: Path, tries: _Tries) -> None:
 def _read(run_dir: Path) -> _Tries:
     try:
         content = json.loads((run_dir / "logs" / _TRIES).read_bytes())
-        return _Tries(int(content["step"]), int(content["fruitless"]))
+        return _Tries(
+            int(content["step"]), int(content["fruitless"]), content.get("open", False) is True
+        )
     except (OSError, ValueError, LookupError, TypeError):
         return _Tries(0, 0)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.errors import ConfigError, UserError, run_cli
 from megatron_bert.config.schema import Config
+from megatron_bert.jobs import going_on
 from megatron_bert.jobs.__main__ import main
 from megatron_bert.jobs.going_on import ANY, HOLD, Next, announce, judge, take_up
 from megatron_bert.jobs.layout import layout_keys
@@ -58,6 +59,10 @@ def config(**parallel: int) -> Config:
 
 def save(run_dir: Path, step: int) -> None:
     (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+
+
+def contents(run_dir: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -115,38 +120,89 @@ def test_a_newer_checkpoint_and_a_person_clear_the_count(tmp_path: Path) -> None
     judge(tmp_path, 3)
     save(tmp_path, 7)
     assert [judge(tmp_path, 2).next for _ in range(3)] == [Next.AGAIN, Next.AGAIN, Next.GIVE_UP]
-    take_up(tmp_path, "71")
+    take_up(tmp_path, "71", 3)
     # The checkpoint of step 7 was there before.
     assert [judge(tmp_path, 2).next for _ in range(2)] == [Next.AGAIN, Next.GIVE_UP]
 
 
 def test_a_job_that_follows_goes_on_counting(tmp_path: Path) -> None:
-    take_up(tmp_path, "71")
+    take_up(tmp_path, "71", 3)
     judge(tmp_path, 3)
-    take_up(tmp_path, "71")
+    take_up(tmp_path, "71", 3)
     judge(tmp_path, 3)
     announce(tmp_path, "72")
-    take_up(tmp_path, "72")
+    take_up(tmp_path, "72", 3)
     assert judge(tmp_path, 3).next is Next.GIVE_UP
-    take_up(tmp_path, "73")
+    take_up(tmp_path, "73", 3)
     assert judge(tmp_path, 3).next is Next.AGAIN
 
 
 def test_a_copy_whose_number_is_not_known_yet_goes_on_counting(tmp_path: Path) -> None:
-    take_up(tmp_path, "71")
+    take_up(tmp_path, "71", 3)
     judge(tmp_path, 2)
     announce(tmp_path, ANY)
-    take_up(tmp_path, "72")
+    take_up(tmp_path, "72", 3)
     assert judge(tmp_path, 2).next is Next.GIVE_UP
     # The one after it is a person's.
-    take_up(tmp_path, "73")
+    take_up(tmp_path, "73", 3)
     assert judge(tmp_path, 2).next is Next.AGAIN
+
+
+def test_a_job_that_the_scheduler_queues_again_unjudged_is_counted_and_refused_at_the_limit(
+    tmp_path: Path,
+) -> None:
+    take_up(tmp_path, "71", 2)
+    take_up(tmp_path, "71", 2)
+    with pytest.raises(UserError, match=r"2 job\(s\) in a row brought no newer checkpoint"):
+        take_up(tmp_path, "71", 2)
+    # A person's job begins to count anew.
+    take_up(tmp_path, "72", 1)
+
+
+def test_jobs_queued_again_after_a_newer_checkpoint_go_on(tmp_path: Path) -> None:
+    for number in range(1, 6):
+        take_up(tmp_path, "71", 1)
+        save(tmp_path, 10 * number)
+
+
+def test_a_judged_job_is_not_counted_again(tmp_path: Path) -> None:
+    take_up(tmp_path, "71", 2)
+    judge(tmp_path, 2)
+    take_up(tmp_path, "71", 2)
+    assert judge(tmp_path, 3).next is Next.AGAIN
+
+
+def test_a_second_job_of_a_live_run_is_refused_and_changes_nothing(
+    config_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(going_on, "LOCK_SECONDS", 0.0)
+    run_dir = config_path.with_name("run")
+    begin = ["begin", "--tries=3", "--config", str(config_path), "--ranks=8"]
+    main([*begin, "--job=71", "--", f"run.dir={run_dir}"])
+    judge(run_dir, 3)
+    (run_dir / FINISHED).write_text("{}")
+    with RunDirectory(run_dir):
+        before = contents(run_dir)
+        with pytest.raises(SystemExit) as left:
+            run_cli(lambda: main([*begin, "--job=72", "--", f"run.dir={run_dir}"]))
+        assert contents(run_dir) == before
+    assert left.value.code == 2
+    assert "is in use by a live run" in capsys.readouterr().err
+
+
+def test_a_job_waits_for_the_ranks_of_the_one_before_and_leaves_the_lock_to_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = RunDirectory(tmp_path)
+    monkeypatch.setattr(going_on.time, "sleep", lambda _: held.close())
+    take_up(tmp_path, "71", 3)
+    RunDirectory(tmp_path).close()
 
 
 @pytest.mark.parametrize("kind", [FINISHED, STOPPED, FAILED])
 def test_a_job_that_dies_at_once_has_not_ended_as_the_one_before(tmp_path: Path, kind: str) -> None:
     (tmp_path / kind).write_text(json.dumps({"reason": "an older one"}))
-    take_up(tmp_path, "71")
+    take_up(tmp_path, "71", 3)
     verdict = judge(tmp_path, 2)
     assert verdict.next is Next.AGAIN
     assert verdict.reason == "the job was killed, or never began to train; no checkpoint"
@@ -169,7 +225,7 @@ def test_begin_prints_the_run_directory_and_the_keys_to_add(
     config_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = config_path.with_name("some where")
-    arguments = ["begin", "--job=1", "--config", str(config_path), "--ranks=4"]
+    arguments = ["begin", "--job=1", "--tries=3", "--config", str(config_path), "--ranks=4"]
     main([*arguments, "--", f"run.dir={run_dir}"])
     told = capsys.readouterr()
     assert told.out.splitlines() == [str(run_dir), "parallel.tensor=1"]
@@ -185,6 +241,7 @@ def test_begin_refuses_what_cannot_be_trained(
                 [
                     "begin",
                     "--job=1",
+                    "--tries=3",
                     "--config",
                     str(config_path),
                     "--ranks=8",
