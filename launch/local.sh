@@ -16,6 +16,8 @@ case ${1:-} in
         exit 0
         ;;
 esac
+# CONFIG is the caller's; run.dir and data are the checkout's.
+[[ $1 == /* ]] || set -- "$PWD/$1" "${@:2}"
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 2
 . launch/common.sh
 

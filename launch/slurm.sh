@@ -32,6 +32,10 @@ if ! cd -- "${SLURM_SUBMIT_DIR:-/}" || [ ! -r launch/common.sh ]; then
     exit 2
 fi
 . launch/common.sh
+# Their tasks would be so many jobs of one run; and of a heterogeneous job srun takes one part only.
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || refuse "a job array cannot train one run; submit without --array"
+[ "${SLURM_HET_SIZE:-1}" -le 1 ] || refuse \
+    "a heterogeneous job cannot train a run; submit with one set of options, without ':'"
 
 job=$SLURM_JOB_ID
 nodes=$SLURM_JOB_NUM_NODES

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on TSUBAME 4 (or another Grid Engine), in as many jobs as it needs:
 #
-#   qsub -g GROUP [-l node_f=8 -l h_rt=24:00:00 ...] launch/tsubame4.sh CONFIG [key=value ...]
+#   qsub -g GROUP -l node_f=8 -l h_rt=24:00:00 [...] launch/tsubame4.sh CONFIG [key=value ...]
 #
 # Submit it in the checkout's root. Options on the command line win over these lines, which are
 # there to be edited. Each job saves and stops before its limit and submits a copy of itself, with
@@ -11,8 +11,9 @@
 #$ -cwd
 # Grid Engine may pass over the first line.
 #$ -S /bin/bash
-# Whole nodes with 4 GPUs each; at most 64.
-#$ -l node_f=1
+# Whole nodes with 4 GPUs each; at most 64. Not asked for here, as another type of node on the command
+# line would be asked for beside it.
+##$ -l node_f=1
 #$ -l h_rt=24:00:00
 # Scheduled again where it asks for that, or a node fails.
 #$ -r y
@@ -21,7 +22,7 @@
 # One log.
 #$ -j y
 
-usage="qsub -g GROUP [OPTIONS] launch/tsubame4.sh CONFIG [key=value ...]"
+usage="qsub -g GROUP -l node_f=N [OPTIONS] launch/tsubame4.sh CONFIG [key=value ...]"
 # Grid Engine runs a copy of this script from elsewhere.
 if ! cd -- "${SGE_O_WORKDIR:-/}" || [ ! -r launch/common.sh ]; then
     echo "error: submit this script, in the checkout's root: $usage" >&2
@@ -29,6 +30,8 @@ if ! cd -- "${SGE_O_WORKDIR:-/}" || [ ! -r launch/common.sh ]; then
 fi
 : "${MODULES:=cuda nccl}"
 . launch/common.sh
+# Its tasks would be so many jobs of one run.
+[ "${SGE_TASK_ID:-undefined}" = undefined ] || refuse "an array job cannot train one run; submit without -t"
 
 job=$JOB_ID
 # Its first column has the hosts; without a parallel environment there is this one only.

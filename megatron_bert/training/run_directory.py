@@ -84,13 +84,13 @@ class RunDirectory:
     def record_job(self, step: int, ranks: int) -> None:
         """Add this job to `jobs.jsonl`; a run that begins anew begins that file anew.
 
+        A line that is none of ours, as a killed job may have left it, is dropped.
+
         Args:
             step: the steps taken before this job.
             ranks: those of this job.
         """
-        path = self.path / JOBS
-        if step == 0:
-            path.unlink(missing_ok=True)
+        before = read_jobs(self.path) if step else []
         record = {
             "job": next(filter(None, map(os.environ.get, _JOB_NUMBERS)), None),
             "step": step,
@@ -99,8 +99,8 @@ class RunDirectory:
             "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             "began": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        lines = "".join(json.dumps(job) + "\n" for job in [*before, record])
+        write_atomically(self.path / JOBS, lines)
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration, YAML, to `config.yaml`."""
@@ -157,7 +157,12 @@ def forget_outcome(path: Path) -> None:
 
 def read_jobs(path: Path) -> list[dict[str, Any]]:
     """Return what `RunDirectory.record_job` wrote into the run directory `path`, a job each."""
-    return metrics.read(path / JOBS) if (path / JOBS).exists() else []
+    try:
+        with (path / JOBS).open(encoding="utf-8", errors="replace", newline="\n") as stream:
+            jobs = [metrics.parse_record(line) for line in stream]
+    except FileNotFoundError:
+        return []
+    return [job for job in jobs if job is not None]
 
 
 def record_failure(path: Path, rank: int, error: BaseException) -> None:

@@ -18,6 +18,7 @@ from megatron_bert.training.run_directory import (
     FINISHED,
     STOPPED,
     RunDirectory,
+    read_jobs,
     record_failure,
 )
 
@@ -274,6 +275,13 @@ def test_jobs_are_recorded_with_number_ranks_and_nodes(
         ("4711", 0, 8, 2),
         ("4711", 5, 4, 2),
     ]
+    # A killed job leaves a torn line.
+    with (tmp_path / "jobs.jsonl").open("a") as stream:
+        stream.write('{"job": "47')
+    assert [job["step"] for job in read_jobs(tmp_path)] == [0, 5]
+    with RunDirectory(tmp_path) as directory:
+        directory.record_job(9, 4)
+    assert [job["step"] for job in read_jobs(tmp_path)] == [0, 5, 9]
     with RunDirectory(tmp_path) as directory:
         directory.record_job(0, 8)
     assert len((tmp_path / "jobs.jsonl").read_text().splitlines()) == 1

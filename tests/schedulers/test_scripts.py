@@ -249,3 +249,30 @@ def test_without_qstat_a_signal_of_grid_engine_is_a_notice_and_another_job_follo
     assert "put a file HOLD into the run directory first" in told
     assert "told to stop (notice)" in told
     assert "job 72 follows" in told
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("SLURM_ARRAY_JOB_ID", "70"), ("SLURM_HET_SIZE", "2")]
+)
+def test_slurm_jobs_of_several_parts_are_refused(
+    scripts: Scripts, variable: str, value: str
+) -> None:
+    job = scripts.slurm(**{variable: value})
+    assert "submit with" in output(job)
+    assert job.returncode == 2
+    assert not scripts.calls("python")
+
+
+def test_an_array_on_grid_engine_is_refused(scripts: Scripts) -> None:
+    job = scripts.grid_engine(SGE_TASK_ID="1")
+    assert "submit without -t" in output(job)
+    assert job.returncode == 2
+    assert not scripts.calls("python")
+
+
+def test_the_configuration_of_a_local_run_is_the_callers(scripts: Scripts, tmp_path: Path) -> None:
+    job = scripts.start("local.sh", "c.yaml", "optimizer.lr=1", JUDGE="echo finished")
+    assert "what follows: finished" in output(job)
+    (begin,) = [call for call in scripts.calls("python") if "jobs begin" in call]
+    assert f"--config {tmp_path}/c.yaml " in begin
+    assert begin.endswith("-- optimizer.lr=1")
