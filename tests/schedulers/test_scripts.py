@@ -125,14 +125,14 @@ def at(seconds: float) -> str:
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
     return f"""case "$*" in
     *hostnames*) echo n1 ;;
-    *job*) echo "JobId=71 JobName=x StartTime=2020-01-01T00:00:00 EndTime={end} Deadline=N/A" ;;
+    *job*) [ "$SLURM_TIME_FORMAT" = standard ] && echo "JobId=71 JobName=x StartTime=2020-01-01T00:00:00 EndTime={end} Deadline=N/A" ;;
 esac"""
 
 
 def test_a_slurm_job_leaves_the_margin_before_its_end(scripts: Scripts) -> None:
     scripts.stub("scontrol", at(3600))
     scripts.stub("srun", 'cat "${@: -1}"')
-    told = output(scripts.slurm())
+    told = output(scripts.slurm(SLURM_TIME_FORMAT="relative"))
     deadline = int(told.split("run.deadline=")[1].split()[0])
     assert deadline == pytest.approx(time.time() + 3600 - 180, abs=60)
     assert scripts.calls("scontrol")[-1] == "scontrol requeue 71"
