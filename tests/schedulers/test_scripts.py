@@ -125,7 +125,10 @@ def at(seconds: float) -> str:
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
     return f"""case "$*" in
     *hostnames*) echo n1 ;;
-    *job*) [ "$SLURM_TIME_FORMAT" = standard ] && echo "JobId=71 JobName=x StartTime=2020-01-01T00:00:00 EndTime={end} Deadline=N/A" ;;
+    *job*)
+        [ "$SLURM_TIME_FORMAT" = standard ] || exit 1
+        echo "JobId=71 JobName=x StartTime=2020-01-01T00:00:00 EndTime={end} Deadline=N/A"
+        ;;
 esac"""
 
 
