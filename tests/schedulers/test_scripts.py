@@ -182,9 +182,11 @@ def test_a_notice_after_the_ranks_have_left_does_not_keep_the_next_job_back(
     job = scripts.slurm(JUDGE=f"read -r <{tmp_path / 'judged'}; echo again")
     scripts.wait_for_call("python -P -m megatron_bert.jobs judge")
     job.send_signal(notice)
-    with (tmp_path / "judged").open("w") as judged:
-        judged.write("\n")
+    # Opened so that a reader that is gone is not waited for.
+    judged = os.open(tmp_path / "judged", os.O_RDWR)
+    os.write(judged, b"\n")
     told = output(job)
+    os.close(judged)
     assert job.returncode == 0, told
     assert scripts.calls("scontrol")[-1] == "scontrol requeue 71"
 
