@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 from megatron_bert.config.errors import run_cli
 
@@ -18,12 +19,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, or look at what would be trained; see `megatron_bert.training.main`."""
     # Here, so that a Ctrl-C while torch is loaded ends in one line too.
-    from megatron_bert.training.main import main
+    from megatron_bert.training import main as training
 
-    return main(began=_BEGAN)
+    return training.main(arguments, began=_BEGAN)
 
 
 if __name__ == "__main__":
-    run_cli(_main)
+    run_cli(main)
