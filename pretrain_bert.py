@@ -22,9 +22,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or look at what would be trained; see `megatron_bert.training.main`."""
     # Here, so that a Ctrl-C while torch is loaded ends in one line too.
-    from megatron_bert.training import main as training
+    from megatron_bert.training.main import main as train
 
-    return training.main(arguments, began=_BEGAN)
+    return train(arguments, began=_BEGAN)
 
 
 if __name__ == "__main__":
