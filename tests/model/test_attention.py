@@ -66,7 +66,7 @@ def test_attention_is_scaled_softmax() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_the_written_out_attention_is_the_kernel_that_cuda_uses(groups: int) -> None:
+def test_the_written_out_attention_is_pytorchs_own(groups: int) -> None:
     qkv = _qkv(groups=groups)
     layout = _layout(POSITIONS)
     ours, theirs = ([x.clone().requires_grad_() for x in qkv] for _ in range(2))

@@ -84,13 +84,15 @@ def test_the_kernels_are_the_written_out_attention(
         assert difference < TOLERANCE
 
 
-def test_what_stands_in_other_segments_changes_nothing() -> None:
+def test_what_stands_in_other_segments_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a bit: what lies beyond a border is multiplied by 0."""
     random = torch.Generator().manual_seed(0)
-    positions = torch.cat([torch.arange(20), torch.arange(28)])[None].to(DEVICE)
+    # Small tiles: some are whole, some have the border, some are not seen.
+    monkeypatch.setattr(flash, "TILING", TILINGS["small"])
+    positions = torch.cat([torch.arange(40), torch.arange(60)])[None].to(DEVICE)
     layout = PackedLayout.from_positions(positions)
     arguments = (layout.begins_BS, layout.ends_BS)
-    q, k, v = (torch.randn(1, 48, 2, 16, generator=random).to(DEVICE, DTYPE) for _ in range(3))
+    q, k, v = (torch.randn(1, 100, 2, 16, generator=random).to(DEVICE, DTYPE) for _ in range(3))
     before = flash_attention(q, k, v, *arguments)
-    k[:, 20:], v[:, 20:] = 1e4, -1e4
-    assert torch.equal(flash_attention(q, k, v, *arguments)[:, :20], before[:, :20])
+    k[:, 40:], v[:, 40:] = 1e4, -1e4
+    assert torch.equal(flash_attention(q, k, v, *arguments)[:, :40], before[:, :40])
