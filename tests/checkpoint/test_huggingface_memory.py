@@ -50,6 +50,7 @@ def _save(folder: Path, tokenizer: Path, vocab_size: int, **shape: Any) -> float
     state = {
         "config": config_dict(config),
         "tokenizer_hash": Tokenizer.load(tokenizer).hash,
+        "step": 1,
         "consumed_rows": 8,
         "data": ["none"],
         "topology": {"data": 1},
