@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 MAX_UNIT_TOKENS: int
 """Most tokens of a word or span that is masked together; longer ones are divided."""
+SOURCE_HASH: str
+"""SHA-256, in hexadecimal digits, of the C++ sources that this module was built from."""
 
 class TokenIdError(RuntimeError):
     """A dataset holds a token id that the vocabulary lacks."""

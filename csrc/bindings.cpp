@@ -306,6 +306,7 @@ void bind_hash_set(py::module_& m) {
 PYBIND11_MODULE(_megatron_bert_core, m) {
     m.doc() = "The C++ data core of megatron_bert.";
     m.attr("MAX_UNIT_TOKENS") = max_unit_tokens;
+    m.attr("SOURCE_HASH") = DATA_CORE_SOURCE_HASH;
     py::register_exception<TokenIdError>(m, "TokenIdError", PyExc_RuntimeError);
     bind_indexed_dataset(m);
     bind_row_plan(m);

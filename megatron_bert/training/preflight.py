@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _megatron_bert_core import SOURCE_HASH
 
 import megatron_bert
 from megatron_bert.config.diagnostics import format_value
@@ -100,7 +101,7 @@ def check_ranks_agree(facts: Mapping[str, object]) -> None:
 
 
 def code_facts() -> dict[str, str]:
-    """What this rank runs: versions, and a hash of the package's source files."""
+    """What this rank runs: versions, and hashes of the sources in Python and of the data core's."""
     root = Path(megatron_bert.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -109,6 +110,7 @@ def code_facts() -> dict[str, str]:
     return {
         "version of megatron_bert": megatron_bert.__version__,
         "hash of megatron_bert's code": digest.hexdigest()[:16],
+        "hash of the data core's sources": SOURCE_HASH[:16],
         "version of torch": torch.__version__,
     }
 

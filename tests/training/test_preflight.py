@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shutil
@@ -105,6 +106,17 @@ def test_the_code_is_known_by_every_byte_of_it(
     assert {name for name in after if after[name] != before[name]} == {
         "hash of megatron_bert's code"
     }
+
+
+def test_the_data_core_is_known_by_the_sources_it_was_built_from() -> None:
+    sources = Path(__file__).parents[2] / "csrc"
+    lines = [
+        f"csrc/{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        for path in sorted(sources.iterdir())
+        if path.suffix in (".cpp", ".h")
+    ]
+    built_from = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert code_facts()["hash of the data core's sources"] == built_from[:16]
 
 
 def _measure() -> str | None:
