@@ -64,17 +64,31 @@ def write_durably(path: Path, content: str | bytes) -> None:
         write(content.encode() if isinstance(content, str) else content)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` (text as UTF-8) so that readers see the old file or the new one whole.
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """Give a name to write a file under; the file gets its own, whole, when the block has ended.
+
+    For those who write by a file's name only; `write_atomically` writes what is at hand.
 
     Raises:
         OSError: The host could not write; the old file is as it was and no temporary is left.
     """
     temporary = temporary_path(path)
     try:
-        write_durably(temporary, content)
+        yield temporary
+        sync_to_disk(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_to_disk(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) so that readers see the old file or the new one whole.
+
+    Raises:
+        OSError: The host could not write; the old file is as it was and no temporary is left.
+    """
+    with appearing_whole(path) as temporary:
+        write_durably(temporary, content)

@@ -55,6 +55,7 @@ _CLASSES: Mapping[str, Change | Mapping[str, Change]] = MappingProxyType(
         "checkpoint": Change.FREE,
         "eval": Change.FREE,
         "log": Change.FREE,
+        "profile": Change.FREE,
         "compile": Change.FREE,
         "distributed": Change.FREE,
     }

@@ -11,6 +11,7 @@ from megatron_bert.config.arithmetic import total_steps, warmup_steps
 from megatron_bert.config.diagnostics import format_value, raise_problems
 from megatron_bert.config.layout_checks import layout_problems
 from megatron_bert.config.places import place_problem
+from megatron_bert.config.profiled_steps import profile_problems
 from megatron_bert.config.remedies import near_divisors, near_multiples
 from megatron_bert.config.schema import Config, Corpus
 
@@ -53,6 +54,7 @@ def value_problems(config: Config) -> list[str]:
         _schedule_problems,
         _batch_problems,
         _zero_bubble_problems,
+        profile_problems,
     )
     return [problem for check in checks for problem in check(config)]
 

@@ -366,6 +366,14 @@ class LogConfig(Section):
     """Write TensorBoard event files into the run directory."""
 
 
+class ProfileConfig(Section):
+    """What some steps spend time and memory on."""
+
+    steps: Text | None = None
+    """`A:B`: record steps A to B, counted from 1, both included, into `run.dir/profile`: PyTorch's
+    trace and, on CUDA, the memory's history. Default: none."""
+
+
 class CompileConfig(Section):
     """torch.compile."""
 
@@ -414,6 +422,8 @@ class Config(Section):
     """Evaluation on the held-out corpora."""
     log: LogConfig = LogConfig()
     """What is reported."""
+    profile: ProfileConfig = ProfileConfig()
+    """What some steps spend time and memory on."""
     compile: CompileConfig = CompileConfig()
     """torch.compile."""
     distributed: DistributedConfig = DistributedConfig()

@@ -19,6 +19,7 @@ from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.identity import changed_keys
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import config_dict, dump_config
+from megatron_bert.config.profiled_steps import profiled_steps
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.pace import Pace
 from megatron_bert.training.preflight import check_ranks_agree
+from megatron_bert.training.profile import StepProfiler
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.run_directory import RunDirectory
@@ -145,10 +147,14 @@ class Trainer:
             config.data.threads,
         )
         slow_ranks = SlowRankWatch(config.log.interval, topology.device)
+        profiler = StepProfiler(
+            profiled_steps(config), config.run.directory / "profile", topology.device, self._step
+        )
         stop_reason: str | None = None
         try:
             for step, batches in zip(steps, slow_ranks.timing(reader), strict=True):
                 self._pace.begin(step)
+                profiler.begin(step)
                 stops.seconds_to_end = self._pace.seconds_to_end(
                     self._saver.seconds, saving=self._saver.is_saving
                 )
@@ -165,6 +171,9 @@ class Trainer:
                 )
                 self._step = step
                 self._recorder.add(step, self._curriculum.at(step), agreement, rate, result)
+                if profiler.is_complete(step) or agreement.stop:
+                    with self._recorder.paused(), self._pace.paused():
+                        profiler.write()
                 if agreement.stop:
                     stop_reason = stops.reason or "another rank was asked to stop"
                 self._evaluate_and_save(is_last=stop_reason is not None)
@@ -175,6 +184,7 @@ class Trainer:
             self._saver.close()
             reader.close()
             self._recorder.close()
+            profiler.close()
         return RunEnd(self._step, stop_reason if self._step < self._total_steps else None)
 
     @property

@@ -43,6 +43,22 @@ from tests.config.conftest import Build, refusal
         ),
         (["batch.micro_size=1", "batch.micro_tokens=64"], "set one of them to null"),
         (
+            ["profile.steps=ten"],
+            "profile.steps = ten: give the first and the last step, e.g. 10:12",
+        ),
+        (["profile.steps=-1:3"], "profile.steps = -1:3: give the first and the last step"),
+        (
+            ["profile.steps=9:7"],
+            "profile.steps = 9:7: the last step comes before the first; give 7:9",
+        ),
+        (["profile.steps=349:351"], "profile.steps = 349:351: the run's steps are 1:350; use"),
+        (["profile.steps=0:2"], "profile.steps = 0:2: the run's steps are 1:350; use some of them"),
+        (
+            ["profile.steps=5:25"],
+            "profile.steps = 5:25: 21 steps, which are recorded in memory; use at most 20, e.g. "
+            "5:7",
+        ),
+        (
             ["parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble", "recompute=full"],
             "recompute = full: parallel.pipeline_schedule = zero_bubble would compute the "
             "activations again twice, for the inputs' gradients and for the weights'; use "

@@ -1,0 +1,154 @@
+"""A profile of some steps on request: PyTorch's trace and, on CUDA, the memory's history."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_bert.files import appearing_whole, temporary_path
+
+# Of allocations and frees, the latest; a step of 48 layers makes some 100,000.
+_MEMORY_EVENTS = 1_000_000
+
+logger = logging.getLogger(__name__)
+
+
+class StepProfiler:
+    """Records the steps it is told of that are to be profiled, on this rank.
+
+    Files are `steps_A_B.rank_R.trace.json.gz`, for chrome://tracing or ui.perfetto.dev, and on
+    CUDA `steps_A_B.rank_R.memory.pickle`, for pytorch.org/memory_viz. A to B are the steps that
+    were taken: a job that begins or ends among those asked for records the ones that it took. A
+    profile that cannot be written is no reason to end a run: that is logged.
+
+    Args:
+        steps: to be profiled, counted from 1.
+        folder: where the files go, made when they do.
+        device: this rank's.
+        taken: steps that were taken before this job.
+    """
+
+    def __init__(self, steps: range, folder: Path, device: torch.device, taken: int) -> None:
+        if steps and steps[-1] <= taken:
+            logger.info(
+                "warning     profile.steps: this job begins after step %s, behind them; "
+                "nothing is profiled",
+                f"{taken:,}",
+            )
+        self._steps = steps
+        self._folder = folder
+        self._device = device
+        self._recording: _Recording | None = None
+
+    def begin(self, step: int) -> None:
+        """Tell that a step begins, its rows being there."""
+        if step not in self._steps:
+            return
+        if self._recording is None:
+            self._recording = _Recording(step, self._device)
+        self._recording.begin(step)
+
+    def is_complete(self, step: int) -> bool:
+        """Whether this step, now taken, is the last one of what is being recorded."""
+        return self._recording is not None and step + 1 not in self._steps
+
+    def write(self) -> None:
+        """Write what was recorded, if anything was; waits for the device."""
+        recording, self._recording = self._recording, None
+        if recording is None:
+            return
+        recording.stop(waiting=True)
+        name = f"steps_{recording.first}_{recording.last}.rank_{dist.get_rank()}"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            recording.write(self._folder / name)
+        except OSError as error:
+            logger.warning("cannot write the profile %s: %s", self._folder / name, error)
+        else:
+            logger.info("profile of steps %s in %s", f"{recording.first}:{recording.last}", name)
+        finally:
+            recording.forget()
+
+    def close(self) -> None:
+        """Leave off; what was recorded of steps that failed is not written."""
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            # A device that failed does so here too, and what ended the run is told already.
+            with suppress(RuntimeError):
+                recording.stop(waiting=False)
+                recording.forget()
+
+
+class _Recording:
+    """What is being recorded, from the making to `stop`."""
+
+    def __init__(self, first: int, device: torch.device) -> None:
+        self.first = self.last = first
+        self._device = device
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(
+                max_entries=_MEMORY_EVENTS, stacks="python", device=device
+            )
+        self._profile = profile(activities=activities, record_shapes=True)
+        self._step: record_function | None = None
+        self._wait()
+        self._profile.start()
+
+    def begin(self, step: int) -> None:
+        self._end_step()
+        self.last = step
+        self._step = record_function(f"step {step}")
+        self._step.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self, *, waiting: bool) -> None:
+        if waiting:
+            self._wait()
+        self._end_step()
+        self._profile.stop()
+
+    def write(self, stem: Path) -> None:
+        if self._device.type == "cuda":
+            with appearing_whole(stem.with_name(f"{stem.name}.memory.pickle")) as snapshot:
+                torch.cuda.memory._dump_snapshot(str(snapshot))  # type: ignore[no-untyped-call]
+        trace = stem.with_name(f"{stem.name}.trace.json.gz")
+        plain = temporary_path(trace)
+        try:
+            self._profile.export_chrome_trace(str(plain))
+            with appearing_whole(trace) as packed:
+                _compress(plain, packed)
+        finally:
+            plain.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None, device=self._device)
+
+    def _end_step(self) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+
+    def _wait(self) -> None:
+        """Keep kernels of the steps before out of the trace, and have the last ones in it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _compress(plain: Path, packed: Path) -> None:
+    """Raises OSError where the trace is cut off: its writer does not tell of a full disk."""
+    with plain.open("rb") as source:
+        with gzip.open(packed, "wb", compresslevel=5) as target:
+            shutil.copyfileobj(source, target, 2**20)
+        source.seek(-1, os.SEEK_END)
+        if source.read() != b"}":
+            raise OSError(f"{plain} is cut off; is the disk full?")
