@@ -80,48 +80,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Train for some steps on packed rows of made-up articles, or of a dataset, at "
         "several row lengths; a plain matrix product and the model's own are timed beside it.",
     )
-    step.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help="keys that replace the configuration's, e.g. compile.enabled=true",
-    )
-    step.add_argument(
-        "--config",
-        type=Path,
-        default=_RECIPE,
-        metavar="FILE",
-        help="model, layout, precision (default: RetrievaBERT-1.3B)",
-    )
-    step.add_argument(
-        "--data",
-        metavar="PREFIX",
-        help="a dataset made with the LLM-jp tokenizer v3.0 (default: random tokens)",
-    )
-    step.add_argument(
-        "--lengths",
-        nargs="+",
-        type=_positive,
-        metavar="SLOTS",
-        help="of a row, a case each (default: 128 256 512 2048, as far as the model has positions)",
-    )
-    step.add_argument(
-        "--micro-tokens",
-        nargs="+",
-        type=_positive,
-        metavar="SLOTS",
-        help="slots of a micro-batch, a case each (default: the configuration's)",
-    )
-    step.add_argument(
-        "--dropout",
-        nargs="+",
-        type=_probability,
-        metavar="P",
-        help="of hidden states and attention weights, a case each (default: the configuration's)",
-    )
+    _add_model_options(step)
     step.add_argument("--micro-batches", type=_positive, default=4, help="of a step")
     step.add_argument("--steps", type=_positive, default=5, help="that are timed")
-    for kind in (data, checkpoint, pipeline, step):
+    kernels = kinds.add_parser(
+        "kernels",
+        help="the pieces of a step alone, by each kernel that can compute them: attention, norm, "
+        "activation, dropout, cross-entropy, AdamW (a minute or so)",
+        description="Time what can compute each piece of a training step, at a configuration's "
+        "shapes, forward and with backward; what is not here is listed with the reason.",
+    )
+    _add_model_options(kernels)
+    for kind in (data, checkpoint, pipeline, step, kernels):
         kind.add_argument(
             "--json", action="store_true", help="print one JSON document, not a table"
         )
@@ -131,6 +101,49 @@ def _parser() -> argparse.ArgumentParser:
             help="a thousandth of the work, to see that everything runs; its figures mean nothing",
         )
     return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what measures a configuration's model."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="keys that replace the configuration's, e.g. compile.enabled=true",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=_RECIPE,
+        metavar="FILE",
+        help="model, layout, precision (default: RetrievaBERT-1.3B)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PREFIX",
+        help="a dataset made with the LLM-jp tokenizer v3.0 (default: random tokens)",
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=_positive,
+        metavar="SLOTS",
+        help="of a row, a case each (default: 128 256 512 2048, as far as the model has positions)",
+    )
+    parser.add_argument(
+        "--micro-tokens",
+        nargs="+",
+        type=_positive,
+        metavar="SLOTS",
+        help="slots of a micro-batch, a case each (default: the configuration's)",
+    )
+    parser.add_argument(
+        "--dropout",
+        nargs="+",
+        type=_probability,
+        metavar="P",
+        help="of hidden states and attention weights, a case each (default: the configuration's)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -192,11 +205,20 @@ def _measure_step(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]
     return None if figures is None else (figures.document(), step_table(figures))
 
 
+def _measure_kernels(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from megatron_bert.benchmark.kernels_command import measure_command
+    from megatron_bert.benchmark.kernels_table import kernels_table
+
+    figures = measure_command(given, _say)
+    return figures.document(), kernels_table(figures)
+
+
 _MEASURES = {
     "data": _measure_data,
     "checkpoint": _measure_checkpoint,
     "pipeline": _measure_pipeline,
     "step": _measure_step,
+    "kernels": _measure_kernels,
 }
 
 

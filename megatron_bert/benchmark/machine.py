@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,8 +41,31 @@ def describe_hardware() -> Hardware:
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a figure depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    """Versions of Python and of the packages that a figure depends on, and this code's commit.
+
+    A checkout that differs from its commit says so by a `+`; one without git has none.
+    """
+    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    commit = _commit()
+    return versions if commit is None else {**versions, "commit": commit}
+
+
+def _commit() -> str | None:
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    git = ["git", "-C", str(checkout)]
+    try:
+        commit = _output_of(*git, "rev-parse", "--short=10", "HEAD")
+        changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+" if changed else commit
+
+
+def _output_of(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
 
 
 def _processor() -> str:

@@ -9,19 +9,18 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from _megatron_bert_core import RowPlan
 
 from megatron_bert.benchmark.gemm import model_gemms, square_matmul_tflops, time_gemms
 from megatron_bert.benchmark.kernel_shares import kernel_shares
 from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
-from megatron_bert.benchmark.synthetic import Corpora, make_assembler
+from megatron_bert.benchmark.rows import keys_per_query, make_batches
+from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import Config
-from megatron_bert.data.batch import Batch, RowArrays
+from megatron_bert.data.batch import Batch
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel, build_model
 from megatron_bert.optim.adamw import ShardedAdamW
@@ -268,34 +267,16 @@ def _compute_dtype(config: Config) -> torch.dtype:
 
 def _batches(work: StepWork, topology: Topology, seq_length: int, rows: int) -> list[Batch]:
     """The micro-batches of a step, for this rank; the same ones are taken in every step."""
-    datasets = work.corpora.open()
-    count = rows * work.micro_batches * topology.data_parallel_size
-    plan = RowPlan(datasets, work.corpora.weights, [(seq_length, count)], seed=0)
-    mlm = work.config.mlm
-    assembler = make_assembler(datasets, plan, mlm, 1)
-    slots = masked_slots(mlm.probability, mlm.unit, seq_length)
-    pinned = topology.device.type == "cuda"
-    batches = []
-    for number in range(work.micro_batches):
-        first = (topology.data_parallel_rank * work.micro_batches + number) * rows
-        rows_B = np.arange(first, first + rows)
-        arrays = RowArrays.empty(rows, seq_length, slots, pin_memory=pinned)
-        arrays.rows_B.numpy()[:] = rows_B
-        written = [tensor.numpy() for tensor in arrays.model_inputs()[:-1]]
-        batches.append(Batch.of(arrays, assembler.fill(rows_B, *written)))
-    return batches
-
-
-def keys_per_query(batches: Sequence[Batch]) -> float:
-    """Mean length of the segment that a slot belongs to."""
-    squares = slots = 0
-    for batch in batches:
-        positions = batch.positions_BS.numpy().reshape(-1)
-        begins = np.flatnonzero(positions == 0)
-        lengths = np.diff(np.append(begins, len(positions))).astype(np.int64)
-        squares += int((lengths * lengths).sum())
-        slots += len(positions)
-    return squares / max(1, slots)
+    first = topology.data_parallel_rank * work.micro_batches
+    return make_batches(
+        work.corpora,
+        work.config.mlm,
+        seq_length,
+        rows,
+        range(first, first + work.micro_batches),
+        work.micro_batches * topology.data_parallel_size,
+        pinned=topology.device.type == "cuda",
+    )
 
 
 def _peak_memory(device: torch.device) -> float | None:

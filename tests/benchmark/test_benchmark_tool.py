@@ -120,9 +120,9 @@ def test_a_missing_corpus_ends_the_tool_with_two_and_one_error(tmp_path: Path) -
 
 def test_what_does_not_exist_yet_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        tool.main(["kernels"])
+        tool.main(["network"])
     assert stopped.value.code == 2
-    assert "invalid choice: 'kernels'" in capsys.readouterr().err
+    assert "invalid choice: 'network'" in capsys.readouterr().err
 
 
 @pytest.mark.faults

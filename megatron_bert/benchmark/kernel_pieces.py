@@ -1,0 +1,292 @@
+"""The pieces of a step but attention, by all that can compute them.
+
+Shape suffixes: N tokens, M masked ones, D hidden, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_bert.benchmark.attention_pieces import attention_piece
+from megatron_bert.benchmark.kernels import Compute, Piece
+from megatron_bert.benchmark.rows import make_batches
+from megatron_bert.benchmark.synthetic import Corpora
+from megatron_bert.config.arithmetic import masked_slots
+from megatron_bert.config.schema import Config, ModelConfig
+from megatron_bert.parallel.random import dropout_keys, element_draws, hash_dropout, vector_draws
+from megatron_bert.parallel.vocabulary import vocab_parallel_cross_entropy
+
+_NO_COMPILER = "compile.enabled=false"
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class KernelWork:
+    """What is measured.
+
+    Attributes:
+        config: model, precision, compilation.
+        vocab_size: padded vocabulary.
+        corpora: where the rows come from.
+        seq_lengths: of the rows.
+        micro_tokens: of a micro-batch, at most.
+        dropouts: of hidden states and attention weights; None leaves the configuration's.
+        device: where.
+    """
+
+    config: Config
+    vocab_size: int
+    corpora: Corpora
+    seq_lengths: Sequence[int]
+    micro_tokens: Sequence[int]
+    dropouts: Sequence[float | None]
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed."""
+        return torch.bfloat16 if self.config.precision.compute == "bf16" else torch.float32
+
+    def random(self, *shape: int) -> Tensor:
+        """Random numbers that get a gradient."""
+        return torch.randn(shape, dtype=self.dtype, device=self.device, requires_grad=True)
+
+
+def make_pieces(work: KernelWork) -> Iterator[Piece]:
+    """Each piece at the shapes that its cost depends on."""
+    model = work.config.model
+    for tokens in work.micro_tokens:
+        for length in work.seq_lengths:
+            rows = max(1, tokens // length)
+            mlm = work.config.mlm
+            (batch,) = make_batches(
+                work.corpora, mlm, length, rows, range(1), 1, pinned=work.device.type == "cuda"
+            )
+            for given in work.dropouts:
+                dropout = model.attention_dropout if given is None else given
+                yield attention_piece(model, batch, dropout, work.dtype, work.device)
+        yield _norm_piece(work, tokens)
+        yield _activation_piece(work, tokens)
+        for given in work.dropouts:
+            dropout = model.hidden_dropout if given is None else given
+            yield _residual_piece(work, tokens, dropout)
+        length = max(work.seq_lengths)
+        slots = masked_slots(mlm.probability, mlm.unit, length)
+        yield _loss_piece(work, max(1, tokens // length) * slots)
+    yield _optimizer_piece(work)
+
+
+def _norm_piece(work: KernelWork, tokens: int) -> Piece:
+    model = work.config.model
+    hidden, eps, biases = model.hidden_size, model.norm_eps, model.family.biases
+    x_ND, weight_D = work.random(tokens, hidden), work.random(hidden)
+    bias_D = work.random(hidden) if biases else None
+    inputs = [x_ND, weight_D] + ([] if bias_D is None else [bias_D])
+    plain = partial(F.layer_norm, x_ND, (hidden,), weight_D, bias_D, eps)
+    alternatives, absent = _with_compiled(
+        work, lambda x, w, b: F.layer_norm(x, (hidden,), w, b, eps), (x_ND, weight_D, bias_D), plain
+    )
+    for name, make in (("transformer engine", _engine_norm), ("apex", _apex_norm)):
+        reason = "has none without a bias" if bias_D is None else _missing(name)
+        if reason is None:
+            assert bias_D is not None
+            alternatives[name] = make(x_ND, weight_D, bias_D, eps)
+        else:
+            absent[name] = reason
+    size = x_ND.numel() * x_ND.element_size()
+    # Forward reads x and writes y; backward reads x and y's gradient and writes x's.
+    return Piece(
+        "norm",
+        f"{tokens} x {hidden}",
+        inputs,
+        alternatives,
+        absent,
+        moved=(2.0 * size, 5.0 * size),
+    )
+
+
+def _engine_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Compute:
+    module = import_module("transformer_engine.pytorch").LayerNorm(
+        x_ND.shape[1], eps=eps, device=x_ND.device, dtype=x_ND.dtype
+    )
+    parameters = {"weight": weight_D, "bias": bias_D}
+    return lambda: torch.func.functional_call(module, parameters, (x_ND,))
+
+
+def _apex_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Compute:
+    norm = import_module("apex.normalization.fused_layer_norm").fused_layer_norm_affine
+    return lambda: norm(x_ND, weight_D, bias_D, (x_ND.shape[1],), eps)
+
+
+def _activation_piece(work: KernelWork, tokens: int) -> Piece:
+    model = work.config.model
+    activation, ffn = _ACTIVATIONS[model.family.activation], model.ffn_hidden_size
+    inputs = [work.random(tokens, ffn) for _ in range(2)]
+    if model.family.biases:
+        inputs += [work.random(ffn) for _ in range(2)]
+
+    def gated(gate: Tensor, up: Tensor, *biases: Tensor) -> Tensor:
+        if biases:
+            gate, up = gate + biases[0], up + biases[1]
+        return activation(gate) * up
+
+    alternatives, absent = _with_compiled(work, gated, inputs, partial(gated, *inputs))
+    size = inputs[0].numel() * inputs[0].element_size()
+    # Forward two in and one out; backward these two, one gradient in and two out.
+    return Piece(
+        "activation",
+        f"{model.family.activation}, 2 x {tokens} x {ffn}{', biases' * model.family.biases}",
+        inputs,
+        alternatives,
+        absent,
+        moved=(3.0 * size, 8.0 * size),
+    )
+
+
+def _residual_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
+    hidden, device = work.config.model.hidden_size, work.device
+    x_ND, y_ND = (work.random(tokens, hidden) for _ in range(2))
+    biases = [work.random(hidden)] if work.config.model.family.biases else []
+    keys_1 = dropout_keys(torch.zeros(1, dtype=torch.int64, device=device), 0, "b", range(1))[0]
+    draws = (
+        vector_draws(keys_1, torch.arange(tokens, device=device)),
+        element_draws(hidden, device),
+    )
+
+    def hashed(x: Tensor, y: Tensor, *biases: Tensor) -> Tensor:
+        return x + hash_dropout(y + biases[0] if biases else y, dropout, *draws)
+
+    def generated(x: Tensor, y: Tensor, *biases: Tensor) -> Tensor:
+        return x + F.dropout(y + biases[0] if biases else y, dropout)
+
+    inputs = (x_ND, y_ND, *biases)
+    alternatives, absent = _with_compiled(work, hashed, inputs, partial(hashed, *inputs))
+    alternatives["by a generator"] = partial(generated, *inputs)
+    size = x_ND.numel() * x_ND.element_size()
+    # The residual's gradient is the output's: backward reads that and writes y's.
+    return Piece(
+        "bias, dropout, residual" if biases else "dropout, residual",
+        f"{tokens} x {hidden}, dropout {dropout:g}",
+        inputs,
+        alternatives,
+        absent,
+        moved=(3.0 * size, 5.0 * size),
+        is_random=dropout > 0.0,
+    )
+
+
+def _loss_piece(work: KernelWork, masked: int) -> Piece:
+    hidden, vocab = work.config.model.hidden_size, work.vocab_size
+    inputs = (work.random(masked, hidden), work.random(vocab, hidden), work.random(vocab))
+    labels_M = torch.randint(vocab, (masked,), device=work.device)
+    weights_M = torch.ones(masked, device=work.device)
+    group = dist.group.WORLD
+    assert group is not None
+
+    def chunked() -> Tensor:
+        return vocab_parallel_cross_entropy(*inputs, labels_M, weights_M, group)[0]
+
+    def plain() -> Tensor:
+        logits_MV = F.linear(*inputs).float()
+        return F.cross_entropy(logits_MV, labels_M, reduction="sum")
+
+    return Piece(
+        "projection and cross-entropy",
+        f"{masked} x {hidden} x {vocab}",
+        inputs,
+        {"in chunks (ours)": chunked, "plain": plain},
+        {},
+        products=2.0 * masked * hidden * vocab,
+    )
+
+
+def _optimizer_piece(work: KernelWork) -> Piece:
+    parameters = [
+        nn.Parameter(torch.randn(shape, device=work.device))
+        for shape in _block_shapes(work.config.model)
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    keys = work.config.optimizer
+    options: dict[str, Any] = {
+        "lr": keys.lr,
+        "betas": (keys.beta1, keys.beta2),
+        "eps": keys.eps,
+        "weight_decay": keys.weight_decay,
+    }
+    adamw = partial(torch.optim.AdamW, parameters, **options)
+    alternatives = {
+        "fused (ours)": _stepping(adamw(fused=True), parameters),
+        "foreach": _stepping(adamw(foreach=True), parameters),
+    }
+    absent = {}
+    reason = _missing("apex")
+    if reason is None:
+        fused_adam = import_module("apex.optimizers").FusedAdam
+        alternatives["apex"] = _stepping(fused_adam(parameters, **options), parameters)
+    else:
+        absent["apex"] = reason
+    count = sum(parameter.numel() for parameter in parameters)
+    # Weight, gradient and two moments are read, all but the gradient written, in fp32.
+    moved = 7.0 * 4 * count
+    return Piece(
+        "AdamW",
+        f"{count:,} parameters of a block",
+        (),
+        alternatives,
+        absent,
+        moved=(moved, moved),
+        # Each alternative goes on from where the one before left the weights.
+        is_random=True,
+    )
+
+
+def _block_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    kv_size = model.num_query_groups * model.head_dim
+    outputs = [hidden, kv_size, kv_size, hidden, ffn, ffn]
+    shapes: list[tuple[int, ...]] = [(hidden, ffn), *((size, hidden) for size in outputs)]
+    if model.family.biases:
+        shapes += [(size,) for size in (*outputs, hidden)]
+    norms = 2 * (2 if model.family.biases else 1)
+    return shapes + [(hidden,)] * norms
+
+
+def _stepping(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Compute:
+    def step() -> Tensor:
+        optimizer.step()
+        return parameters[0]
+
+    return step
+
+
+def _with_compiled(
+    work: KernelWork, function: Callable[..., Tensor], inputs: Sequence[Any], plain: Compute
+) -> tuple[dict[str, Compute], dict[str, str]]:
+    """The function as it stands and, where blocks are compiled, by the compiler too."""
+    if not work.config.compile.enabled:
+        return {"eager": plain}, {"compiled": _NO_COMPILER}
+    compiled = torch.compile(function, dynamic=False)
+    return {"eager": plain, "compiled": partial(compiled, *inputs)}, {}
+
+
+def _missing(name: str) -> str | None:
+    """Why NVIDIA's optional package cannot be used; None where it can."""
+    if name == "transformer engine":
+        package = "transformer_engine"
+        return None if find_spec(package) else f"the package {package} is not installed"
+    # The package registry's `apex` is another project.
+    try:
+        return None if hasattr(import_module("apex.optimizers"), "FusedAdam") else "no FusedAdam"
+    except ImportError:
+        return "NVIDIA's apex is not installed (the registry's package of that name is another's)"

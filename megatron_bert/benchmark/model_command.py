@@ -1,0 +1,138 @@
+"""What the commands of `tools/benchmark.py` that take a configuration have in common."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _megatron_bert_core import IndexedDataset
+
+from megatron_bert.benchmark.synthetic import ARTICLES, VOCAB_SIZE, Corpora, write_corpora
+from megatron_bert.config.arithmetic import resolve_vocab_size
+from megatron_bert.config.checks import check_config
+from megatron_bert.config.errors import ConfigError, DataError
+from megatron_bert.config.load import load_config
+from megatron_bert.config.schema import Config
+from megatron_bert.distributed.launch import (
+    abandon_process_group,
+    choose_device,
+    end_process_group,
+    requested_world_size,
+    start_process_group,
+)
+from megatron_bert.training.runtime import keep_freed_memory, set_determinism
+
+# Those of RetrievaBERT's curriculum.
+_LENGTHS = (128, 256, 512, 2048)
+
+_TOKENS = 4_000_000
+_QUICK_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        config: the checked configuration.
+        vocab_size: padded vocabulary.
+        lengths: of rows.
+        micro_tokens: slots of a micro-batch, at most.
+        dropouts: None leaves the configuration's.
+    """
+
+    config: Config
+    vocab_size: int
+    lengths: list[int]
+    micro_tokens: list[int]
+    dropouts: list[float | None]
+
+
+def subject_of(given: argparse.Namespace, *, reads_ids: bool = True) -> Subject:
+    """Read the configuration and the options beside it.
+
+    Args:
+        given: the command line.
+        reads_ids: whether the model is given the corpus' ids, for which its vocabulary must do.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    config = load_config(given.config, given.overrides)
+    if config.mlm.unit == "whole_word":
+        # Words need a dictionary's table; what is measured does not depend on them.
+        mlm = config.mlm.model_copy(update={"unit": "ngram"})
+        config = config.model_copy(update={"mlm": mlm})
+    vocab_size = config.model.vocab_size
+    if vocab_size is None or reads_ids:
+        vocab_size = resolve_vocab_size(config.model, VOCAB_SIZE, config.parallel.tensor)
+    check_config(config, world_size=requested_world_size(), vocab_size=vocab_size)
+    return Subject(
+        config,
+        vocab_size,
+        _lengths(given.lengths, config),
+        given.micro_tokens or [config.batch.max_micro_rows(1)],
+        given.dropout or [None],
+    )
+
+
+@contextmanager
+def joined_ranks(config: Config) -> Iterator[torch.device]:
+    """Prepare the process as training does and join the other ranks; gives this rank's device."""
+    device = choose_device(config.run.device)
+    set_determinism(config, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    start_process_group(device, config.distributed.timeout_seconds)
+    try:
+        yield device
+    except BaseException:
+        abandon_process_group()
+        raise
+    end_process_group()
+
+
+@contextmanager
+def corpora_of(given: argparse.Namespace) -> Iterator[Corpora]:
+    """The dataset that was named, or one of made-up articles, which goes when the block ends.
+
+    Raises:
+        DataError: the dataset cannot be used.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron_bert_benchmark_") as folder:
+        yield _corpora(given, Path(folder))
+
+
+def _lengths(given: list[int] | None, config: Config) -> list[int]:
+    longest = config.model.max_position_embeddings
+    if given is None:
+        return [length for length in _LENGTHS if length <= longest] or [longest]
+    if max(given) > longest:
+        raise ConfigError(
+            f"--lengths {max(given)}: longer than model.max_position_embeddings={longest}; "
+            f"use at most {longest}, or override that key"
+        )
+    return given
+
+
+def _corpora(given: argparse.Namespace, folder: Path) -> Corpora:
+    if given.data is None:
+        return write_corpora(folder, ARTICLES, _QUICK_TOKENS if given.quick else _TOKENS, [1.0])
+    for suffix in (".bin", ".idx"):
+        if not Path(given.data + suffix).is_file():
+            raise DataError(
+                f"--data {given.data}: there is no {given.data}{suffix}; give the prefix that "
+                "tools/preprocess_data.py wrote, without its endings"
+            )
+    dataset = IndexedDataset(given.data)
+    if dataset.max_token_id() >= VOCAB_SIZE:
+        raise DataError(
+            f"--data {given.data}: it has token ids of {VOCAB_SIZE} and above; give a dataset that "
+            "was made with the LLM-jp tokenizer v3.0"
+        )
+    return Corpora((given.data,), (1.0,))

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_bert.benchmark.kernels import KernelFigures, Piece, measure_kernels
+from megatron_bert.benchmark.kernels_command import measure_command
+from megatron_bert.benchmark.kernels_table import kernels_table
+from megatron_bert.config.errors import ConfigError
+from tests.benchmark.test_benchmark_tool import run_tool
+from tests.benchmark.test_step import MODEL
+from tests.stand_ins import install
+from tools import benchmark as tool
+
+PIECES = [
+    "attention",
+    "norm",
+    "activation",
+    "bias, dropout, residual",
+    "projection and cross-entropy",
+    "AdamW",
+]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{MODEL.rstrip()}\nrun: {{device: cpu}}\n")
+    return path
+
+
+def test_every_piece_is_timed_by_what_is_here_and_the_rest_has_its_reason(
+    config: Path, tmp_path: Path
+) -> None:
+    arguments = ("model.vocab_size=512", "--config", config, "--json", "--lengths", 32, 64)
+    done = run_tool("kernels", *arguments, "--dropout", 0.1, 0, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["device"] == "cpu"
+    assert document["compute"] == "fp32"
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["hardware"]["cores"] >= 1
+    shapes = [piece["shape"] for piece in document["pieces"] if piece["piece"] == "attention"]
+    assert [shape.partition(",")[0] for shape in shapes] == ["4 rows of 32"] * 2 + [
+        "2 rows of 64"
+    ] * 2
+    assert list(dict.fromkeys(piece["piece"] for piece in document["pieces"])) == PIECES
+    for piece in document["pieces"]:
+        assert len(piece["times"]) == (1 if piece["piece"] in ("norm", "activation") else 2)
+        for time in piece["times"]:
+            assert time["forward_microseconds"] > 0
+            assert (time["both_microseconds"] is None) == (piece["piece"] == "AdamW")
+            assert (time["tflops"] is None) != (time["gb_per_second"] is None)
+            assert (time["difference"] or 0) < 1e-5
+        assert all(piece["absent"].values())
+    assert "projection and cross-entropy, 18 x 32 x 512" in done.stderr
+
+
+def test_wrong_options_are_refused_as_for_steps(config: Path) -> None:
+    with pytest.raises(ConfigError, match="--lengths 65: longer than"):
+        tool.main(["kernels", "--config", str(config), "--lengths", "65"])
+
+
+def test_several_ranks_are_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="with 2 ranks: they are measured on one"):
+        tool.main(["kernels", "--config", str(config)])
+
+
+def _measure(config: Path, *arguments: str) -> KernelFigures:
+    options = ["kernels", *arguments, "--config", str(config), "--quick", "--lengths", "64"]
+    given = tool._parser().parse_args(options)
+    return measure_command(given, lambda _: None)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
+    """Attention of segments one by one, as packages take them."""
+    assert ends.dtype == torch.int32
+    assert ends[0] == 0
+    assert ends[-1] == len(q)
+    assert longest == ends.diff().max()
+    out = []
+    for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        segment = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+        out.append(F.scaled_dot_product_attention(*segment, enable_gqa=True).transpose(0, 1))
+    return torch.cat(out)
+
+
+class _DotProductAttention(nn.Module):
+    def __init__(self, heads: int, size: int, **options: Any) -> None:
+        super().__init__()
+        assert (heads, size) == (2, 16)
+        assert options == {
+            "num_gqa_groups": 1,
+            "attention_dropout": 0.0,
+            "qkv_format": "thd",
+            "attn_mask_type": "padding",
+        }
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **segments: Any) -> Tensor:
+        assert segments["cu_seqlens_kv"] is segments["cu_seqlens_q"]
+        assert segments["max_seqlen_kv"] == segments["max_seqlen_q"]
+        return _varlen(q, k, v, segments["cu_seqlens_q"], segments["max_seqlen_q"]).flatten(1)
+
+
+def test_optional_packages_are_given_the_same_work(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flash_3(q: Tensor, k: Tensor, v: Tensor, *segments: Any) -> tuple[Tensor, None]:
+        assert segments[0] is segments[1]
+        return _varlen(q, k, v, segments[0], segments[2]), None
+
+    install(monkeypatch, "flash_attn_interface", flash_attn_varlen_func=flash_3)
+    install(
+        monkeypatch,
+        "transformer_engine.pytorch",
+        DotProductAttention=_DotProductAttention,
+        LayerNorm=nn.LayerNorm,
+    )
+    install(monkeypatch, "apex.optimizers", FusedAdam=torch.optim.AdamW)
+    install(
+        monkeypatch,
+        "apex.normalization.fused_layer_norm",
+        fused_layer_norm_affine=lambda x, w, b, shape, eps: F.layer_norm(x, shape, w, b, eps),
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    figures = _measure(config, "compile.enabled=true", "model.vocab_size=512", "--dropout", "0")
+    times = {piece.piece: {time.name: time for time in piece.times} for piece in figures.pieces}
+    assert {"flash-attn 3", "transformer engine"} <= set(times["attention"])
+    assert set(times["norm"]) == {"eager", "compiled", "transformer engine", "apex"}
+    assert set(times["activation"]) == {"eager", "compiled"}
+    assert set(times["AdamW"]) == {"fused (ours)", "foreach", "apex"}
+    for piece in ("attention", "norm"):
+        assert all((time.difference or 0) < 1e-5 for time in times[piece].values())
+    table = "\n".join(kernels_table(figures))
+    assert "not measured: takes CUDA" in table
+    assert "  flash-attn 3 " in table
+
+
+def test_what_refuses_is_listed_with_its_own_words_and_the_others_are_measured() -> None:
+    x = torch.ones(8, 8, requires_grad=True)
+
+    def refuse() -> Tensor:
+        raise RuntimeError("no kernel for this shape\nat some place")
+
+    piece = Piece("product", "8 x 8", (x,), {"refuses": refuse, "computes": lambda: x @ x}, {})
+    figures = measure_kernels(iter([piece]), torch.device("cpu"), "fp32", False, lambda _: None)
+    assert [time.name for time in figures.pieces[0].times] == ["computes"]
+    assert figures.pieces[0].absent == {"refuses": "RuntimeError: no kernel for this shape"}
+    assert figures.pieces[0].times[0].difference == 0
