@@ -91,7 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         "shapes, forward and with backward; what is not here is listed with the reason.",
     )
     _add_model_options(kernels)
-    for kind in (data, checkpoint, pipeline, step, kernels):
+    peers = kinds.add_parser(
+        "peers",
+        help="training steps beside those of transformers' Trainer and of Megatron-core's BERT, on "
+        "the same documents (minutes; needs the extra `peers`)",
+        description="Train for some steps at a configuration's shapes, here on packed rows, by the "
+        "others on padded ones, and compare the tokens of text a second. One process.",
+    )
+    _add_model_options(peers)
+    peers.add_argument("--steps", type=_positive, default=5, help="that are timed")
+    for kind in (data, checkpoint, pipeline, step, kernels, peers):
         kind.add_argument(
             "--json", action="store_true", help="print one JSON document, not a table"
         )
@@ -213,12 +222,21 @@ def _measure_kernels(given: argparse.Namespace) -> tuple[dict[str, Any], list[st
     return figures.document(), kernels_table(figures)
 
 
+def _measure_peers(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from megatron_bert.benchmark.peers_command import measure_command
+    from megatron_bert.benchmark.peers_table import peers_table
+
+    figures = measure_command(given, _say)
+    return figures.document(), peers_table(figures)
+
+
 _MEASURES = {
     "data": _measure_data,
     "checkpoint": _measure_checkpoint,
     "pipeline": _measure_pipeline,
     "step": _measure_step,
     "kernels": _measure_kernels,
+    "peers": _measure_peers,
 }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from _megatron_bert_core import RowPlan
 
-from megatron_bert.benchmark.synthetic import Corpora, make_assembler
+from megatron_bert.benchmark.synthetic import CLS, PAD, SEP, Corpora, make_assembler
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.schema import MlmConfig
 from megatron_bert.data.batch import Batch, RowArrays
@@ -58,3 +59,9 @@ def keys_per_query(batches: Sequence[Batch]) -> float:
         squares += int((lengths * lengths).sum())
         slots += len(positions)
     return squares / max(1, slots)
+
+
+def text_tokens(batches: Sequence[Batch]) -> int:
+    """Slots that hold text: no padding, no CLS, no SEP (nor a token masked by one of these)."""
+    no_text = torch.tensor([PAD, CLS, SEP], dtype=torch.int32)
+    return sum(int((~torch.isin(batch.tokens_BS, no_text)).sum()) for batch in batches)

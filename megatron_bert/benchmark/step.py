@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_bert.benchmark.alone import time_attention, time_softmax
 from megatron_bert.benchmark.gemm import model_gemms, square_matmul_tflops, time_gemms
 from megatron_bert.benchmark.kernel_shares import kernel_shares
-from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
+from megatron_bert.benchmark.machine import describe_hardware, describe_versions
 from megatron_bert.benchmark.rows import keys_per_query, make_batches
-from megatron_bert.benchmark.synthetic import Corpora
+from megatron_bert.benchmark.step_figures import StepCase, StepFigures, StepWork
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import Config
@@ -25,106 +25,6 @@ from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel, build_model
 from megatron_bert.optim.adamw import ShardedAdamW
 from megatron_bert.training.step import agree, take_step
-
-
-@dataclass(frozen=True)
-class StepWork:
-    """What is measured.
-
-    Attributes:
-        config: model, layout, precision, compilation; its curriculum and data are not used.
-        vocab_size: padded vocabulary.
-        corpora: where the rows come from.
-        seq_lengths: of the rows; a case each.
-        micro_tokens: of a micro-batch, at most; a case each.
-        dropouts: of hidden states and attention weights; None leaves the configuration's. A case
-            each.
-        micro_batches: of a step.
-        steps: timed; warm-up steps come first.
-        warm_up: steps before them, in which blocks are compiled.
-        profiles: whether a further step is taken apart by kernels (CUDA).
-    """
-
-    config: Config
-    vocab_size: int
-    corpora: Corpora
-    seq_lengths: Sequence[int]
-    micro_tokens: Sequence[int]
-    dropouts: Sequence[float | None]
-    micro_batches: int = 4
-    steps: int = 5
-    warm_up: int = 3
-    profiles: bool = True
-
-
-@dataclass(frozen=True)
-class StepCase:
-    """One shape of rows.
-
-    Attributes:
-        seq_length: slots of a row.
-        dropout: of hidden states.
-        rows: of a micro-batch.
-        micro_batches: of a step on a rank.
-        keys_per_query: slots that a slot attends to, on average.
-        tokens_per_second: slots of all ranks.
-        tflops_per_gpu: operations done, without those done again, 10^12 a second.
-        mfu: their share of the device's dense BF16 peak; None where that is unknown.
-        peak_memory_gb: allocated on the fullest device, 10^9 bytes; None on the CPU.
-        step_seconds: mean of the timed steps.
-        gemm_seconds: a step's matrix products alone, each timed by itself, attention's left out;
-            None where ranks share the model.
-        first_step_seconds: with compilation, of which the cache may hold parts.
-        loss: of the last step.
-        shares: of the device's time in a step, by kind of kernel; empty on the CPU.
-        kernels: the kernels that take longest, with their shares.
-    """
-
-    seq_length: int
-    dropout: float
-    rows: int
-    micro_batches: int
-    keys_per_query: float
-    tokens_per_second: int
-    tflops_per_gpu: float
-    mfu: float | None
-    peak_memory_gb: float | None
-    step_seconds: float
-    gemm_seconds: float | None
-    first_step_seconds: float
-    loss: float
-    shares: dict[str, float] = field(default_factory=dict)
-    kernels: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """All cases, and what they were measured on.
-
-    Attributes:
-        hardware: the machine.
-        device: the GPU's name, or "cpu".
-        ranks: processes.
-        versions: of packages.
-        quick: whether the work was cut short.
-        matmul_tflops: of a plain product of 8192 x 8192 matrices (1024 x 1024 on the CPU) of the
-            compute type on the same device.
-        cases: in the order of measuring.
-        failed: cases that were not measured, and why.
-    """
-
-    hardware: Hardware
-    device: str
-    ranks: int
-    versions: dict[str, str]
-    quick: bool
-    matmul_tflops: float
-    cases: list[StepCase]
-    failed: dict[str, str]
-
-    def document(self) -> dict[str, Any]:
-        """The figures as plain values."""
-        return asdict(self)
 
 
 def measure_steps(
@@ -148,7 +48,7 @@ def measure_steps(
     cases: list[StepCase] = []
     failed: dict[str, str] = {}
     for dropout in work.dropouts:
-        config = _with_dropout(work.config, dropout)
+        config = with_dropout(work.config, dropout)
         subject: _Subject | None = None
         for seq_length, micro_tokens in product(work.seq_lengths, work.micro_tokens):
             rows = max(1, micro_tokens // seq_length)
@@ -174,7 +74,8 @@ def measure_steps(
     return StepFigures(hardware, name, ranks, versions, quick, matmul, cases, failed)
 
 
-def _with_dropout(config: Config, dropout: float | None) -> Config:
+def with_dropout(config: Config, dropout: float | None) -> Config:
+    """The same with both rates replaced; None leaves them."""
     if dropout is None:
         return config
     model = config.model.model_copy(
@@ -237,11 +138,9 @@ def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int)
     tflops = flops * rows_in_all / ranks / seconds / 1e12
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_tflops(name)
-    gemms = model_gemms(config.model, work.vocab_size, rows * seq_length, rows * slots)
-    gemm_seconds = None
+    alone: tuple[float | None, ...] = (None, None, None)
     if topology.tensor_parallel.size * topology.pipeline_size == 1:
-        seconds_alone = time_gemms(gemms, _compute_dtype(config), device) * work.micro_batches
-        gemm_seconds = round(seconds_alone, 5)
+        alone = _seconds_alone(work, config, batches[0], rows * slots, device)
     return StepCase(
         seq_length=seq_length,
         dropout=config.model.hidden_dropout,
@@ -253,12 +152,29 @@ def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int)
         mfu=None if peak is None else round(tflops / peak, 4),
         peak_memory_gb=None if memory is None else round(memory, 2),
         step_seconds=round(seconds, 5),
-        gemm_seconds=gemm_seconds,
+        gemm_seconds=alone[0],
+        attention_seconds=alone[1],
+        softmax_seconds=alone[2],
         first_step_seconds=round(first_seconds, 2),
         loss=round(float(loss), 4),
         shares=shares,
         kernels=kernels,
     )
+
+
+def _seconds_alone(
+    work: StepWork, config: Config, batch: Batch, masked: int, device: torch.device
+) -> tuple[float, float, float]:
+    """A step's matrix products, attention and softmax, each by itself."""
+    model, dtype = config.model, _compute_dtype(config)
+    gemms = model_gemms(model, work.vocab_size, batch.tokens_BS.numel(), masked)
+    seconds = (
+        time_gemms(gemms, dtype, device),
+        time_attention(model, batch, dtype, device),
+        time_softmax(masked, work.vocab_size, dtype, device),
+    )
+    products, attention, softmax = (round(s * work.micro_batches, 5) for s in seconds)
+    return products, attention, softmax
 
 
 def _compute_dtype(config: Config) -> torch.dtype:

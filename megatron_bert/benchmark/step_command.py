@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megatron_bert.benchmark.model_command import Subject, corpora_of, joined_ranks, subject_of
-from megatron_bert.benchmark.step import StepFigures, StepWork, measure_steps
+from megatron_bert.benchmark.step import measure_steps
+from megatron_bert.benchmark.step_figures import StepFigures, StepWork
 from megatron_bert.benchmark.synthetic import Corpora
 
 

@@ -110,7 +110,7 @@ class Run:
             assert line["batch_hash"] == expected[number]["batch_hash"]
             if same_bits_until is None or number <= same_bits_until:
                 assert line["loss"] == expected[number]["loss"]
-            assert line["loss"] == pytest.approx(expected[number]["loss"], rel=1e-3)
+            assert line["loss"] == pytest.approx(expected[number]["loss"], rel=1e-5)
 
 
 def make_run(data: Path, folder: Path, steps: int) -> Run:
@@ -123,6 +123,9 @@ def make_run(data: Path, folder: Path, steps: int) -> Run:
         curriculum=[{"seq_length": 32, "steps": steps - 10}, {"seq_length": 64, "steps": 10}],
         checkpoint={"interval": 40, "keep": 100},
         log={"interval": 20},
+        # At ten times the rate rounding, which is another on other layouts, grows to 1 % of the
+        # loss within 30 steps.
+        optimizer={"lr": 1e-3},
     )
     path = folder / "config.yaml"
     path.write_text(dump_config(config))

@@ -1,0 +1,139 @@
+"""Training steps of transformers' Trainer, on the model that an export of ours loads as."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_bert.benchmark.synthetic import CLS, MASK, PAD, SEP, VOCAB_SIZE
+from megatron_bert.checkpoint.huggingface_config import huggingface_config
+from megatron_bert.config.schema import Config
+
+
+def time_trainer(
+    config: Config,
+    vocab_size: int,
+    pieces: list[NDArray[np.int32]],
+    rows: int,
+    warm_up: int,
+    device: torch.device,
+) -> float:
+    """Train for one epoch of pieces, padded by its own collator to the longest of each batch.
+
+    SDPA, the compute type by autocast, its default optimizer (fused AdamW).
+
+    Args:
+        config: its model, masking and precision are taken.
+        vocab_size: padded vocabulary.
+        pieces: tokens of the rows, as many as divide into batches.
+        rows: of a batch.
+        warm_up: steps that are not timed.
+        device: where it trains; one GPU or the CPU.
+
+    Returns:
+        Seconds of a step, the mean of those after the warm-up.
+    """
+    # Only here: nothing else of this room needs transformers.
+    from transformers import (
+        DataCollatorForLanguageModeling,
+        PrinterCallback,
+        Trainer,
+        TrainingArguments,
+    )
+
+    examples = [{"input_ids": [CLS, *map(int, piece), SEP]} for piece in pieces]
+    with tempfile.TemporaryDirectory(prefix="megatron_bert_trainer_") as folder:
+        tokenizer = _tokenizer()
+        collator = DataCollatorForLanguageModeling(
+            tokenizer=tokenizer, mlm_probability=config.mlm.probability
+        )
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=rows,
+            num_train_epochs=1,
+            bf16=config.precision.compute == "bf16",
+            use_cpu=device.type == "cpu",
+            learning_rate=1e-5,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            # Batches are made beside the steps, where there are cores for it.
+            dataloader_num_workers=4 if device.type == "cuda" else 0,
+        )
+        clock = _clock(warm_up, device)
+        trainer = Trainer(
+            model=trainer_model(config, vocab_size),
+            args=arguments,
+            train_dataset=examples,
+            data_collator=collator,
+            callbacks=[clock],
+        )
+        # It would print figures of its own on standard output.
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return float(clock.seconds_a_step)
+
+
+def trainer_model(config: Config, vocab_size: int) -> torch.nn.Module:
+    """The model as its export loads in transformers, of random weights."""
+    ids = dict.fromkeys(
+        [f"{role}_token_id" for role in ("pad", "bos", "eos", "cls", "sep", "unk", "mask")]
+    )
+    content = huggingface_config(config.model, vocab_size, "fp32", {**ids, "pad_token_id": PAD})
+    for key in ("auto_map", "torch_dtype"):
+        content.pop(key, None)
+    model: torch.nn.Module
+    if config.model.architecture == "retrievabert":
+        from megatron_bert.huggingface.configuration_retrieva_bert import RetrievaBertConfig
+        from megatron_bert.huggingface.modeling_retrieva_bert import RetrievaBertForMaskedLM
+
+        model = RetrievaBertForMaskedLM(RetrievaBertConfig(**content, attn_implementation="sdpa"))
+    else:
+        from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+        model = ModernBertForMaskedLM(ModernBertConfig(**content, attn_implementation="sdpa"))
+    return model
+
+
+def _tokenizer() -> Any:
+    """One whose tokens are numbers, of the vocabulary's size."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    names = {number: str(number) for number in range(VOCAB_SIZE)}
+    words = {name: number for number, name in names.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token=names[0])),
+        unk_token=names[0],
+        pad_token=names[PAD],
+        cls_token=names[CLS],
+        sep_token=names[SEP],
+        mask_token=names[MASK],
+    )
+
+
+def _clock(warm_up: int, device: torch.device) -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """Looks at the time when the warm-up and when the training ends."""
+
+        began = seconds_a_step = 0.0
+
+        def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
+            if device.type == "cuda" and state.global_step in (warm_up, state.max_steps):
+                torch.cuda.synchronize(device)
+            if state.global_step == warm_up:
+                self.began = time.perf_counter()
+            elif state.global_step == state.max_steps:
+                steps = state.max_steps - warm_up
+                self.seconds_a_step = (time.perf_counter() - self.began) / steps
+
+    return Clock()

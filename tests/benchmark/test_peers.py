@@ -1,0 +1,87 @@
+"""Trainers beside each other: the same model, the same documents."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bert.config.schema import Config
+from megatron_bert.distributed.topology import Topology
+from megatron_bert.model.build import build_model
+from tests.distributed_harness import run_ranks
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
+VOCABULARY = 99_584
+TREE: dict[str, Any] = {
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+        "max_position_embeddings": 64,
+        "vocab_size": VOCABULARY,
+    },
+    "data": {"tokenizer": "none", "train": [{"prefix": "none"}]},
+    "curriculum": [{"seq_length": 64, "steps": 10}],
+    "batch": {"global_size": 4},
+    "precision": {"compute": "fp32"},
+}
+
+
+def _run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(TREE))
+    command = [sys.executable, str(TOOL), "peers", "--config", str(config), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+
+def _parameters_of_each() -> dict[str, int]:
+    from megatron_bert.benchmark.peer_megatron import megatron_model
+    from megatron_bert.benchmark.peer_trainer import trainer_model
+
+    config = Config.model_validate(TREE)
+    topology = Topology.of(config.parallel, torch.device("cpu"), 60.0)
+    ours = build_model(config, VOCABULARY, topology)
+    models = {
+        "ours": list(ours.named_parameters().values()),
+        "Trainer": list(trainer_model(config, VOCABULARY).parameters()),
+        "Megatron-core": list(megatron_model(config, VOCABULARY).parameters()),
+    }
+    return {name: sum(p.numel() for p in parameters) for name, parameters in models.items()}
+
+
+@pytest.mark.peers
+def test_all_train_a_model_of_as_many_parameters() -> None:
+    (counts,) = run_ranks(1, _parameters_of_each)
+    assert len(set(counts.values())) == 1, counts
+
+
+@pytest.mark.peers
+def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path) -> None:
+    done = _run(tmp_path, "--quick", "--json", "--lengths", "32", "--micro-tokens", "128")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert not figures["failed"]
+    cases = {case["trainer"]: case for case in figures["cases"]}
+    assert list(cases) == ["megatron_bert", "Trainer", "Megatron-core"]
+    assert cases["Trainer"]["text_share"] == cases["Megatron-core"]["text_share"] < 30 / 32 + 1e-9
+    ours = cases["megatron_bert"]["text_tokens_per_second"]
+    for case in cases.values():
+        assert case["rows"] == 4
+        rate = case["text_share"] * 128 / case["step_seconds"]
+        assert case["text_tokens_per_second"] == pytest.approx(rate, rel=0.01)
+        assert case["ratio"] == pytest.approx(ours / rate, rel=0.02)
+    assert {"transformers", "accelerate", "megatron-core"} <= figures["versions"].keys()
+
+
+def test_a_comparison_takes_one_dropout(tmp_path: Path) -> None:
+    done = _run(tmp_path, "--dropout", "0", "0.1")
+    assert done.returncode == 2
+    assert "error: --dropout: trainers are compared at one value; give one" in done.stderr
