@@ -23,8 +23,8 @@ from megatron_bert.config.schema import Config
 from megatron_bert.distributed.launch import end_process_group, new_host_group, start_process_group
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
-from megatron_bert.optim.adamw import ShardedAdamW
 from megatron_bert.parallel.sharding import local_part
+from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.runtime import keep_freed_memory
 from megatron_bert.training.state import state_tensors
 
@@ -163,7 +163,7 @@ def measure_state(work: CheckpointWork, root: Path) -> StateFigures:
     start_process_group(device, _TIMEOUT_SECONDS)
     config, topology = work.config(), Topology.build(device)
     model = build_model(config, work.vocab_size, topology)
-    optimizer = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)
+    optimizer = build_optimizer(config, model)
     tensors = state_tensors(model, optimizer)
     # Moments begin as zeros that have no memory of their own yet.
     for moment in optimizer.state_tensors().values():

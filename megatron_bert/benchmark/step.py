@@ -23,7 +23,8 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel, build_model
-from megatron_bert.optim.adamw import ShardedAdamW
+from megatron_bert.optim.sharded import ShardedOptimizer
+from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.step import agree, take_step
 
 
@@ -91,12 +92,12 @@ class _Subject:
     config: Config
     vocab_size: int
     model: RankModel
-    optimizer: ShardedAdamW
+    optimizer: ShardedOptimizer
 
     @classmethod
     def build(cls, config: Config, vocab_size: int, topology: Topology) -> _Subject:
         model = build_model(config, vocab_size, topology)
-        optimizer = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)
+        optimizer = build_optimizer(config, model)
         return cls(config, vocab_size, model, optimizer)
 
     def step(self, batches: list[Batch]) -> torch.Tensor:

@@ -95,7 +95,11 @@ def _progress(state: RunState, figures: RunFigures | None) -> Iterator[tuple[str
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     optimizer = {name: _key(config, "optimizer", name) for name in _OPTIMIZER}
-    yield "optimizer", "AdamW, " + ", ".join(f"{_OPTIMIZER[n]} {v}" for n, v in optimizer.items())
+    name = "AdamW"
+    if _key(config, "optimizer", "name") == "muon":
+        momentum = _key(config, "optimizer", "momentum")
+        name = f"Muon (momentum {momentum}) for the blocks' matrices, AdamW for the rest"
+    yield "optimizer", f"{name}, " + ", ".join(f"{_OPTIMIZER[n]} {v}" for n, v in optimizer.items())
     warmup = _key(config, "schedule", "warmup_steps")
     share = _key(config, "schedule", "warmup_fraction")
     begin = f"{warmup} steps" if warmup is not None else f"share {0.01 if share is None else share}"

@@ -15,6 +15,8 @@ from megatron_bert.config.schema import ModelConfig
 
 MODEL_PREFIX = "model."
 """What the names of weights begin with among a checkpoint's tensors."""
+OPTIMIZER_PREFIX = "optim."
+"""The same of the optimizer's states."""
 
 
 class RunState:
@@ -59,6 +61,11 @@ class RunState:
     def consumed_rows(self) -> int:
         """Rows that the steps took."""
         return int(self._field("consumed_rows", kind=int))
+
+    @property
+    def optimizer(self) -> str:
+        """Whose moments it holds, as `optimizer.name` says; once there was but AdamW."""
+        return str(self._state.get("optimizer", "adamw"))
 
     @property
     def optimizer_updates(self) -> int:

@@ -161,7 +161,9 @@ class CheckpointStore:
             )
         return None
 
-    def load(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, JSON]:
+    def load(
+        self, path: Path, tensors: Mapping[str, torch.Tensor], *, left_out: str | None = None
+    ) -> dict[str, JSON]:
         """Fill `tensors` in place from the checkpoint `path` and return its state. Collective.
 
         Files are verified first, unless `newest` has just done it.
@@ -169,6 +171,7 @@ class CheckpointStore:
         Args:
             path: The checkpoint's folder.
             tensors: All tensors of the checkpoint by the names of `save`, sharded in any way.
+            left_out: Beginning of the names of those that are not wanted; default: none.
 
         Raises:
             CheckpointError: The checkpoint is missing or damaged, or does not have exactly these
@@ -178,7 +181,7 @@ class CheckpointStore:
             self._verify(path)
         state = self.read_state(path)
         try:
-            read_tensors(path, tensors, self.ranks)
+            read_tensors(path, tensors, self.ranks, left_out)
         except RanksFailedError as error:
             raise _translated(error, f"cannot load {path}: {error}") from error
         return state

@@ -95,8 +95,12 @@ def write_tensors(
     return records
 
 
-def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+def read_tensors(
+    folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks, left_out: str | None = None
+) -> None:
     """Fill `tensors` in place from the shards in `folder`. Collective.
+
+    Others may be there too if their names begin with `left_out`.
 
     Raises:
         RanksFailedError: A rank could not read, or the saved tensors are not those asked for (see
@@ -107,7 +111,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks
         lambda: {name: _Kind(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     ):
         wanted.update(part)
-    ranks.on_first(lambda: _check_fit(folder, wanted))
+    ranks.on_first(lambda: _check_fit(folder, wanted, left_out))
     with _dcp_errors(), _no_single_process_warning():
         load(
             dict(tensors),
@@ -216,8 +220,10 @@ def _read_headers(folder: Path) -> dict[str, TensorStorageMetadata]:
     return headers
 
 
-def _check_fit(folder: Path, wanted: Mapping[str, _Kind]) -> None:
-    """Check that the saved tensors are exactly `wanted`: by name, shape and type.
+def _check_fit(folder: Path, wanted: Mapping[str, _Kind], left_out: str | None) -> None:
+    """Check that the saved tensors are exactly `wanted`, by name, shape and type.
+
+    But for those whose names begin with `left_out`: nobody asked for them.
 
     DCP itself would skip an unexpected tensor, convert another type silently, and leave untouched
     what no shard covers.
@@ -225,6 +231,8 @@ def _check_fit(folder: Path, wanted: Mapping[str, _Kind]) -> None:
     kinds: dict[str, _Kind] = {}
     holes: list[str] = []
     for name, entry in _read_headers(folder).items():
+        if left_out is not None and name.startswith(left_out):
+            continue
         kinds[name] = _Kind(tuple(entry.size), entry.properties.dtype)
         if _has_hole(entry):
             holes.append(name)

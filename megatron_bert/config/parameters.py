@@ -16,12 +16,14 @@ class _Parameters:
         word: of the word embeddings' table, which is the decoder too.
         position: of the position embeddings' table.
         block: of one block.
+        matrices: of a block's matrices alone.
         end: of the final norm and the head, the decoder's table not counted.
     """
 
     word: int
     position: int
     block: int
+    matrices: int
     end: int
 
     @classmethod
@@ -34,12 +36,13 @@ class _Parameters:
         bias = int(model.family.biases)
         # An embedding norm takes the place of the first block's attention norm.
         norm = (1 + bias) * whole
-        into = (whole + bias) * (hidden + 2 * kv_size + 2 * ffn)
-        back = whole * (hidden + ffn) + 2 * bias * whole
+        columns = hidden + 2 * kv_size + 2 * ffn
+        matrices = whole * (columns + hidden + ffn)
         return cls(
             word=vocab_size // tensor * whole,
             position=0 if model.family.rotary else model.max_position_embeddings * whole,
-            block=2 * norm + into + back,
+            block=2 * norm + matrices + bias * (columns + 2 * whole),
+            matrices=matrices,
             end=norm + (whole + bias) * whole + norm + vocab_size // tensor,
         )
 
@@ -69,11 +72,24 @@ def rank_parameters(config: Config, vocab_size: int) -> list[int]:
         For each pipeline rank the parameters of one of its tensor-parallel ranks; the last rank
         of a pipeline has a copy of the word embeddings' table.
     """
-    pipeline = config.parallel.pipeline
     pieces = _Parameters.of(config.model, vocab_size, config.parallel.tensor)
-    counts = [0] * pipeline
-    for stage, layers in enumerate(stage_layers(config, vocab_size)):
-        counts[stage % pipeline] += len(layers) * pieces.block
+    counts = [blocks * pieces.block for blocks in _rank_blocks(config, vocab_size)]
     counts[0] += pieces.word + pieces.position
-    counts[-1] += pieces.end + (pieces.word if pipeline > 1 else 0)
+    counts[-1] += pieces.end + (pieces.word if len(counts) > 1 else 0)
     return counts
+
+
+def rank_state_bytes(config: Config, vocab_size: int) -> list[int]:
+    """Bytes of weights, gradients and the optimizer's states, counted as `rank_parameters` does."""
+    pieces = _Parameters.of(config.model, vocab_size, config.parallel.tensor)
+    # AdamW has two moments, Muon one for the blocks' matrices.
+    saved = 4 * pieces.matrices if config.optimizer.name == "muon" else 0
+    counts, blocks = rank_parameters(config, vocab_size), _rank_blocks(config, vocab_size)
+    return [16 * count - saved * held for count, held in zip(counts, blocks, strict=True)]
+
+
+def _rank_blocks(config: Config, vocab_size: int) -> list[int]:
+    """Blocks of each pipeline rank."""
+    pipeline = config.parallel.pipeline
+    blocks = [len(layers) for layers in stage_layers(config, vocab_size)]
+    return [sum(blocks[rank::pipeline]) for rank in range(pipeline)]

@@ -251,8 +251,12 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and gradient clipping."""
+    """What makes updates of gradients, and gradient clipping."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the blocks' matrices by orthogonalised momentum, at AdamW's learning rate; the
+    rest (embeddings, head, norms, biases) stays with AdamW. In a new run that changes it all
+    states of the optimizer begin at zero."""
     lr: PositiveFloat = 1.5e-4
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 1e-6
@@ -265,6 +269,8 @@ class OptimizerConfig(Section):
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
+    momentum: BelowOne = 0.95
+    """`muon`: decay of the matrices' momentum, which is Nesterov's."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
     max_skipped: NonNegativeInt = 10
@@ -406,7 +412,7 @@ class Config(Section):
     batch: BatchConfig
     """The global batch and its division."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW and gradient clipping."""
+    """What makes updates of gradients, and gradient clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the whole curriculum."""
     parallel: ParallelConfig = ParallelConfig()

@@ -23,7 +23,7 @@ from megatron_bert.parallel.tied import sum_tied_gradient
 # Of micro-batches, for which blocks are compiled in one job.
 _MOST_SHAPES = 64
 
-_COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,15 @@ class RankModel:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by the names that they have in the whole model."""
         return {name: p for chunk in self.chunks for name, p in chunk.named_parameters()}
+
+    def block_matrices(self) -> dict[str, nn.Parameter]:
+        """The weights of this rank's blocks that are matrices, by the same names."""
+        return {
+            f"blocks.{name}": parameter
+            for chunk in self.chunks
+            for name, parameter in chunk.blocks.named_parameters()
+            if parameter.dim() == 2
+        }
 
     def counts_here(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether this rank is the one that counts its shard in a sum over all ranks."""
@@ -93,7 +102,7 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
             config.parallel.pipeline_schedule,
             topology,
             config.model.hidden_size,
-            _COMPUTE_DTYPES[config.precision.compute],
+            DTYPES[config.precision.compute],
             reshard_after_forward=reshard,
         )
     return RankModel(chunks, runner, topology)
@@ -135,7 +144,7 @@ def _lay_out(
         chunk,
         blocks,
         topology,
-        _COMPUTE_DTYPES[config.precision.compute],
+        DTYPES[config.precision.compute],
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
     return chunk

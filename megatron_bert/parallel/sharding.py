@@ -44,3 +44,17 @@ def is_split_over(axis: str, parameter: Tensor) -> bool:
         name == axis and not placement.is_replicate()
         for name, placement in zip(names, parameter.placements, strict=True)
     )
+
+
+def placed_like(local: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of which `local` is this rank's part as that of `parameter` is; shares storage."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.layout import BatchLayout
-from megatron_bert.config.parameters import parameter_count, rank_parameters
+from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
 from megatron_bert.training.held_out import HeldOutRows
 
-# fp32 weight, gradient and two moments.
-_STATE_BYTES_PER_PARAMETER = 16
 # From where on work done for nothing is a reason to choose another layout.
 _MUCH_SURPLUS_PERCENT = 10.0
 
@@ -72,9 +70,8 @@ def _describe_stage(
 
 def _describe_memory(config: Config, vocab_size: int, data_parallel: int) -> str:
     """What the optimizer needs on the rank that holds the most."""
-    parameters = max(rank_parameters(config, vocab_size))
     shards = data_parallel // config.parallel.replicate
-    state = parameters * _STATE_BYTES_PER_PARAMETER / shards / 2**30
+    state = max(rank_state_bytes(config, vocab_size)) / shards / 2**30
     rank = "a rank" if config.parallel.pipeline == 1 else "on the fullest rank"
     return (
         f"memory      {state:.2f} GiB {rank} for weights, gradients and moments in fp32; "

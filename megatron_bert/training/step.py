@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_bert.data.batch import Batch
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel
-from megatron_bert.optim.adamw import ShardedAdamW
+from megatron_bert.optim.sharded import ShardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def agree(
 
 def take_step(
     model: RankModel,
-    optimizer: ShardedAdamW,
+    optimizer: ShardedOptimizer,
     batches: Sequence[Batch],
     masked_tokens: int,
     learning_rate: float,

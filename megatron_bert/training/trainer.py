@@ -26,13 +26,13 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.launch import new_host_group
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
-from megatron_bert.optim.adamw import ShardedAdamW
 from megatron_bert.optim.schedule import learning_rate
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
 from megatron_bert.training.description import describe_data, describe_plan
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.metrics import MetricsFile
+from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.pace import Pace
 from megatron_bert.training.preflight import check_ranks_agree
 from megatron_bert.training.profile import StepProfiler
@@ -99,9 +99,7 @@ class Trainer:
         )
         self._evaluator = Evaluator(config, held_out, self._topology)
         self._model = build_model(config, vocab_size, self._topology)
-        self._optimizer = ShardedAdamW(
-            self._model.named_parameters(), config.optimizer, self._model.counts_here
-        )
+        self._optimizer = build_optimizer(config, self._model)
         self._store = CheckpointStore(
             config.run.directory / "checkpoints",
             config.checkpoint.keep,
@@ -261,4 +259,6 @@ class Trainer:
             changed = [key for key in changed if key != "run.deadline"]
             if changed:
                 logger.info("changed since then: %s", ", ".join(changed))
+            if state.optimizer != self._optimizer.name and not state.is_imported:
+                logger.info("the states of %s begin at zero", self._optimizer.name)
         return state.step

@@ -108,6 +108,7 @@ def test_free_keys_change_within_a_run(build: Build, override: str) -> None:
     "override",
     [
         "optimizer.lr=1e-3",
+        "optimizer.name=muon",
         "schedule.decay=cosine",
         "mlm.probability=0.3",
         "data.train.0.weight=5",

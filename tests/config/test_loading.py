@@ -106,7 +106,7 @@ def test_a_stages_section_whose_keys_are_all_commented_out_is_empty(small_file: 
         ("data.train.0.prefx=x", r"data\.train\.0\.prefx .* data\.train\.0\.prefix\?"),
         ("curriculum.0.batch.globl_size=1", r"did you mean curriculum\.0\.batch\.global_size\?"),
         ("batch.qqq=1", r"batch\.qqq = 1 .* batch has global_size, micro_size, micro_tokens"),
-        ("optimizer.learning_rate=1", r"unknown key; optimizer has lr, min_lr, weight_decay"),
+        ("optimizer.learning_rate=1", r"unknown key; optimizer has name, lr, min_lr, weight_decay"),
         ("optimizer.warmup_frac=0.1", r"did you mean schedule\.warmup_fraction\?"),
         ("checkpoint.async_=true", r"did you mean checkpoint\.async\?"),
         (

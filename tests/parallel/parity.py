@@ -21,8 +21,9 @@ from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel, build_model
-from megatron_bert.optim.adamw import ShardedAdamW, Update
+from megatron_bert.optim.sharded import ShardedOptimizer, Update
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
+from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.staging import HostMemory
 from megatron_bert.training.step import agree, take_step
 
@@ -120,16 +121,18 @@ def parity_config(data: Path, **changes: Any) -> Config:
     return Config.model_validate(tree)
 
 
-def build(config: Config) -> tuple[RankModel, ShardedAdamW]:
+def build(config: Config) -> tuple[RankModel, ShardedOptimizer]:
     """What this rank holds under the configuration's layout."""
     topology = Topology.of(config.parallel, torch.device("cpu"))
     check_config(config, world_size=torch.distributed.get_world_size(), vocab_size=VOCABULARY)
     model = build_model(config, VOCABULARY, topology)
-    optimizer = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)
+    optimizer = build_optimizer(config, model)
     return model, optimizer
 
 
-def take_steps(config: Config, model: RankModel, optimizer: ShardedAdamW, steps: range) -> Trace:
+def take_steps(
+    config: Config, model: RankModel, optimizer: ShardedOptimizer, steps: range
+) -> Trace:
     """Take these steps (1-based) of the configuration's curriculum."""
     trace, topology = Trace(), model.topology
     source = training_source(config, Tokenizer.load(Path(config.data.tokenizer)))
@@ -162,7 +165,7 @@ def take_steps(config: Config, model: RankModel, optimizer: ShardedAdamW, steps:
 class _GradientRecorder:
     """Stands for the optimizer and notes what it is given."""
 
-    def __init__(self, optimizer: ShardedAdamW, model: RankModel, trace: Trace) -> None:
+    def __init__(self, optimizer: ShardedOptimizer, model: RankModel, trace: Trace) -> None:
         self._optimizer, self._model, self._trace = optimizer, model, trace
 
     def step(self, learning_rate: float, loss: Tensor) -> Update:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megatron_bert.optim.adamw import ShardedAdamW
+from megatron_bert.training.optimizer import build_optimizer
 from tests.distributed_harness import run_ranks
 from tests.small_model import (
     cpu_topology,
@@ -51,7 +51,7 @@ def test_gradients_are_summed_over_ranks_and_micro_batches(world_size: int) -> N
 def _losses(evaluate: bool) -> list[float]:
     config, topology = small_config(), cpu_topology()
     model = small_model(config, topology)
-    optimizer = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)
+    optimizer = build_optimizer(config, model)
     inputs = packed_inputs(4, first_row=4 * dist.get_rank())
     losses = []
     for _ in range(3):

@@ -31,7 +31,7 @@ ALL: list[Layout] = [(*sizes, {}) for sizes in LAYOUTS] + QUICK[1:2]
 SAVED_AFTER = 2
 
 
-def _config(data: Path, layout: Layout) -> Config:
+def _config(data: Path, layout: Layout, name: str = "adamw") -> Config:
     pipeline, _, tensor, others = layout
     return parity_config(
         data,
@@ -39,12 +39,13 @@ def _config(data: Path, layout: Layout) -> Config:
         parallel={"pipeline": pipeline, "tensor": tensor, **others},
         # Micro-batches and recomputation may change too.
         batch={"micro_size": 2 + pipeline},
+        optimizer={"name": name},
         recompute="full" if tensor > 1 and "pipeline_schedule" not in others else "none",
     )
 
 
-def _save(data: Path, layout: Layout, folder: Path) -> None:
-    config = _config(data, layout)
+def _save(data: Path, layout: Layout, folder: Path, name: str = "adamw") -> None:
+    config = _config(data, layout, name)
     model, optimizer = build(config)
     take_steps(config, model, optimizer, range(1, SAVED_AFTER + 1))
     saver = CheckpointSaver(CheckpointStore(folder, keep=1), in_background=False, max_failures=1)
@@ -89,8 +90,8 @@ def test_a_checkpoint_goes_on_under_another_layout(tiny_data: Path, tmp_path: Pa
     _check(tiny_data, tmp_path, QUICK)
 
 
-def _load_and_save(data: Path, layout: Layout, source: Path, target: Path) -> None:
-    config = _config(data, layout)
+def _load_and_save(data: Path, layout: Layout, source: Path, target: Path, name: str) -> None:
+    config = _config(data, layout, name)
     model, optimizer = build(config)
     store = CheckpointStore(source, keep=1)
     path = store.newest()
@@ -112,22 +113,40 @@ def _content(folder: Path) -> list[tuple[str, torch.Tensor]]:
 def test_every_layout_gives_on_the_bits_that_another_gave_it(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    """One checkpoint goes through all layouts in turn.
+    _pass_on(tiny_data, tmp_path, ALL[-1], ALL, "adamw")
+
+
+def test_muon_s_momentum_goes_from_layout_to_layout_to_the_bit(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    names = _pass_on(tiny_data, tmp_path, (1, 2, 2, {}), [*QUICK, (1, 1, 1, {})], "muon")
+    block = "optim.blocks.7.attention.query"
+    assert {name for name in names if name.startswith(block)} == {
+        f"{block}.weight.momentum",
+        f"{block}.bias.exp_avg",
+        f"{block}.bias.exp_avg_sq",
+    }
+
+
+def _pass_on(
+    data: Path, root: Path, first: Layout, layouts: Sequence[Layout], name: str
+) -> list[str]:
+    """One checkpoint goes through all layouts in turn; returns its tensors' names.
 
     Loading and saving are exact in each, so any one goes on from any other's checkpoint.
     """
-    folder = tmp_path / "0"
-    run_ranks(4, _save, tiny_data, ALL[-1], folder, deadline_seconds=120)
-    first = _content(folder)
-    assert any(name.startswith("optim.") for name, _ in first)
-    for number, layout in enumerate(ALL, start=1):
-        source, folder = folder, tmp_path / str(number)
-        run_ranks(
-            _ranks(layout), _load_and_save, tiny_data, layout, source, folder, deadline_seconds=120
-        )
-        for (name, tensor), (other, given) in zip(first, _content(folder), strict=True):
-            assert name == other
-            assert torch.equal(tensor, given), f"{layout}: {name}"
+    folder = root / "0"
+    run_ranks(_ranks(first), _save, data, first, folder, name, deadline_seconds=120)
+    content = _content(folder)
+    assert any(key.startswith("optim.") and tensor.any() for key, tensor in content)
+    for number, layout in enumerate(layouts, start=1):
+        source, folder = folder, root / str(number)
+        work = (_load_and_save, data, layout, source, folder, name)
+        run_ranks(_ranks(layout), *work, deadline_seconds=120)
+        for (key, tensor), (other, given) in zip(content, _content(folder), strict=True):
+            assert key == other
+            assert torch.equal(tensor, given), f"{layout}: {key}"
+    return [key for key, _ in content]
 
 
 @pytest.mark.slow

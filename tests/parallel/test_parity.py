@@ -39,16 +39,18 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_data: Path) -> Callable[[dict[str, Any]], Reference]:
+def reference(tiny_data: Path) -> Callable[..., Reference]:
     """One process's run of a model, made once."""
     made: dict[str, Reference] = {}
 
-    def of(model: dict[str, Any]) -> Reference:
-        if str(model) not in made:
-            ((trace,),) = run_ranks(1, traces_of, [parity_config(tiny_data, model=model)])
+    def of(model: dict[str, Any], **changes: Any) -> Reference:
+        what = str((model, changes))
+        if what not in made:
+            config = parity_config(tiny_data, model=model, **changes)
+            ((trace,),) = run_ranks(1, traces_of, [config])
             gradients = [assembled([parts]) for parts in trace.gradients]
-            made[str(model)] = Reference(trace, gradients, assembled([trace.weights]))
-        return made[str(model)]
+            made[what] = Reference(trace, gradients, assembled([trace.weights]))
+        return made[what]
 
     return of
 
@@ -118,6 +120,35 @@ def test_every_layout_trains_as_one_process_does(
     by_rank = run_ranks(pipeline * data * tensor, traces_of, configs, deadline_seconds=240)
     for change, traces in zip(changes, zip(*by_rank, strict=True), strict=True):
         _compare(list(traces), reference(change["model"]), str(change))
+
+
+# (ranks, parallel)
+MUON = [
+    (2, {}),
+    (2, {"tensor": 2}),
+    (2, {"pipeline": 2, "pipeline_schedule": "zero_bubble"}),
+    (3, {}),
+    (4, {"tensor": 2, "sequence": True, "reshard_after_forward": True}),
+    (4, {"tensor": 2, "pipeline": 2}),
+    (4, {"replicate": 2}),
+    (4, {"tensor": 4}),
+    pytest.param(8, {"tensor": 2, "replicate": 2}, marks=pytest.mark.slow),
+    pytest.param(8, {"tensor": 2, "pipeline": 2, "sequence": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), MUON, ids=str)
+def test_muon_s_updates_are_those_of_one_process(
+    tiny_data: Path, reference: Callable[..., Reference], ranks: int, parallel: dict[str, Any]
+) -> None:
+    # Key and value heads of their own: matrices that are split, and with 4 ranks such as are not.
+    changes: dict[str, Any] = {
+        "model": {"num_layers": 4, "num_query_groups": 2} | DROPOUT,
+        "optimizer": {"name": "muon"},
+    }
+    config = parity_config(tiny_data, **changes, parallel=parallel)
+    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config], deadline_seconds=240)]
+    _compare(traces, reference(**changes), str(parallel))
 
 
 # What goes wrong only where shards are uneven in two ways, or where everything comes together.

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pytest
 
 from megatron_bert.model.build import RankModel
-from megatron_bert.optim.adamw import ShardedAdamW
+from megatron_bert.optim.sharded import ShardedOptimizer
 from megatron_bert.training import trainer
 from megatron_bert.training.batches import ReadAhead
 from megatron_bert.training.evaluation import Evaluator
@@ -34,7 +34,7 @@ _OF_TRAINING: Sequence[tuple[object, str]] = (
     (trainer, "agree"),
     (trainer, "take_step"),
     (RankModel, "sum_shared_gradients"),
-    (ShardedAdamW, "step"),
+    (ShardedOptimizer, "step"),
     (StepRecorder, "add"),
     (MetricsFile, "write"),
     (Evaluator, "evaluate"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.config.load import load_config
-from megatron_bert.config.parameters import parameter_count, rank_parameters
+from megatron_bert.config.parameters import parameter_count, rank_parameters, rank_state_bytes
 from megatron_bert.training.description import describe_plan
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
@@ -74,6 +74,17 @@ def test_memory_is_the_fullest_rank_s_share_of_weights_gradients_and_moments(
     memory = line("memory", plan(world_size, *overrides))
     rank = "on the fullest rank" if len(counts) > 1 else "a rank"
     assert memory.startswith(f"{gibibytes:.2f} GiB {rank} for weights, gradients and moments")
+
+
+def test_muon_needs_a_quarter_less_for_the_blocks_matrices() -> None:
+    (both,), (one,) = (
+        rank_state_bytes(load_config(EXAMPLE, overrides), VOCABULARY)
+        for overrides in ([], ["optimizer.name=muon"])
+    )
+    # Query and output, key and value of one head, gate, up and down of 48 blocks.
+    assert both - one == 4 * 48 * 1536 * (2 * 1536 + 2 * 64 + 3 * 4096)
+    memory = line("memory", plan(1, "optimizer.name=muon"))
+    assert memory.startswith(f"{one / 2**30:.2f} GiB a rank")
 
 
 def test_a_pipeline_s_ranks_hold_the_model_and_one_more_table() -> None:

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.distributed.topology import Topology
+from megatron_bert.model.build import build_model
+from megatron_bert.parallel.sharding import local_part
 from megatron_bert.training.dry_run import dry_run
 from megatron_bert.training.metrics import read
+from megatron_bert.training.optimizer import build_optimizer
+from megatron_bert.training.state import load_state
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
@@ -42,8 +49,9 @@ def _check_kills(configs: list[Config]) -> None:
         (1, {"precision": {"compute": "bf16"}, "mlm": {"unit": "whole_word"}}),
         (2, {}),
         (2, {"parallel": {"tensor": 2}}),
+        (2, {"optimizer": {"name": "muon"}}),
     ],
-    ids=["one-rank", "bf16", "data-parallel", "tensor-parallel"],
+    ids=["one-rank", "bf16", "data-parallel", "tensor-parallel", "muon"],
 )
 def test_a_run_killed_in_any_step_resumes_with_the_same_bits(
     tiny_run: Callable[..., Config], world_size: int, changes: dict[str, Any]
@@ -151,6 +159,32 @@ def test_another_learning_rate_is_refused_in_the_same_run_and_taken_in_a_new_one
     assert list(lines) == [5, 6]
     # The branch's own checkpoint, not the one it came from, is where its next job goes on.
     assert list(steps_of(run_ranks(1, _train_once, branch, {})[0])) == list(range(5, 13))
+
+
+def _branched(config: Config, source: Config) -> tuple[int, list[dict[str, Any]]]:
+    """Updates that AdamW counts when it takes up `source`'s checkpoint; the branch's lines."""
+    path = source.run.directory / "checkpoints" / "step_00000004"
+    model = build_model(config, 512, Topology.of(config.parallel, torch.device("cpu")))
+    optimizer = build_optimizer(config, model)
+    load_state(CheckpointStore(path.parent, keep=1), path, model, optimizer)
+    assert not any(local_part(state).any() for state in optimizer.state_tensors().values())
+    return optimizer.updates, train(config)
+
+
+@pytest.mark.parametrize(("name", "other"), [("adamw", "muon"), ("muon", "adamw")])
+def test_another_optimizer_takes_up_the_weights_alone_and_in_a_new_run(
+    tiny_run: Callable[..., Config], name: str, other: str
+) -> None:
+    first = tiny_run("run", optimizer={"name": name})
+    run_ranks(1, _train_once, first, {"stop_after": 4})
+    message = run_ranks(1, _refused, tiny_run("run", optimizer={"name": other}))[0]
+    assert f"optimizer.name: was {name}, is {other}; may change only in a new run" in message
+    resume = {"resume": str(first.run.directory / "checkpoints" / "step_00000004")}
+    branch = tiny_run("branch", optimizer={"name": other}, checkpoint=resume)
+    updates, lines = run_ranks(2, _branched, branch, first)[0]
+    assert updates == 0
+    assert list(steps_of(lines)) == list(range(5, 13))
+    assert steps_of(lines)[12]["loss"] < steps_of(lines)[5]["loss"]
 
 
 def test_the_dry_run_says_where_the_job_would_go_on_or_that_it_may_not(

@@ -41,14 +41,16 @@ def _train(config: Config) -> list[dict[str, Any]]:
                 "model": {"num_layers": 4},
             },
         ),
+        (4, {"parallel": {"tensor": 2}, "optimizer": {"name": "muon"}}),
+        (4, {"parallel": {"pipeline": 2}, "optimizer": {"name": "muon"}}),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
 )
 def test_every_topology_trains_alike_dropout_included(
     tiny_run: Callable[..., Config], world_size: int, changes: dict[str, Any]
 ) -> None:
-    model = changes.get("model", {})
-    expected = steps_of(run_ranks(1, _train, tiny_run("one", model=model))[0])
+    one = {key: changes.get(key, {}) for key in ("model", "optimizer")}
+    expected = steps_of(run_ranks(1, _train, tiny_run("one", **one))[0])
     found = steps_of(run_ranks(world_size, _train, tiny_run("many", **changes))[0])
     assert list(found) == list(expected)
     for step, line in found.items():

@@ -1,0 +1,213 @@
+"""Whole matrices out of shards: each rank gets some of them, and every rank its parts back.
+
+Work on a whole matrix is so divided among all ranks that hold parts of it or copies of those
+parts, and each matrix is worked on once. A rank sends what it holds and gets as much: gathering
+every matrix on every rank would send that many times over.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from megatron_bert.distributed.topology import Topology
+from megatron_bert.parallel.sharding import is_split_over
+
+# A parameter is split over tensor parallelism first and its part over data parallelism, so that
+# the parts are joined in this order. Copies hold the same part.
+_AXES = ("dp_shard", "dp_replicate", "tp")
+
+Shape = tuple[int, ...]
+
+
+class MatrixOwners:
+    """Which rank works on which whole matrix, and the way there and back.
+
+    Every rank that holds parts of the matrices takes part in each call.
+
+    Attributes:
+        dtype: what matrices and messages are made of.
+    """
+
+    def __init__(
+        self, matrices: Mapping[str, Tensor], topology: Topology, dtype: torch.dtype
+    ) -> None:
+        """Deal the matrices out.
+
+        Args:
+            matrices: this rank's parameters by name, the same names in the same order on all
+                ranks that hold parts of them; DTensors where they are split.
+            topology: the ranks.
+            dtype: see the class.
+        """
+        mesh = topology.mesh
+        axes = [axis for axis in _AXES if mesh.get_group(axis).size() > 1]
+        shapes = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
+        owners = _deal(shapes, {axis: mesh.get_group(axis).size() for axis in axes})
+        self.dtype = dtype
+        self._hops: list[_Hop] = []
+        held = list(matrices)
+        for number, axis in enumerate(axes):
+            hop = _Hop(
+                group=mesh.get_group(axis),
+                joined={n: _part_over(axes[number + 1 :], matrices[n], mesh) for n in held},
+                split={name: _split_dim(axis, matrices[name]) for name in held},
+                owners={name: owners[name][axis] for name in held},
+                empty=torch.empty(0, dtype=dtype, device=topology.device),
+            )
+            self._hops.append(hop)
+            held = hop.owned_by[hop.rank]
+
+    def gather(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """This rank's parts of all matrices, in our dtype -> the whole matrices that it owns."""
+        for hop in self._hops:
+            parts = hop.gather(parts)
+        return parts
+
+    def scatter(self, wholes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The whole matrices that this rank owns -> its parts of all: `gather`'s way back."""
+        for hop in reversed(self._hops):
+            wholes = hop.scatter(wholes)
+        return wholes
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """One axis of the way.
+
+    Attributes:
+        group: the ranks along the axis.
+        joined: shapes of the matrices as they are behind this hop; in the order of messages.
+        split: the dimension along which the axis splits a matrix; None where each of its ranks
+            holds the same.
+        owners: which of the axis' ranks a matrix goes to.
+        empty: nothing, of the messages' dtype and device.
+    """
+
+    group: dist.ProcessGroup
+    joined: Mapping[str, Shape]
+    split: Mapping[str, int | None]
+    owners: Mapping[str, int]
+    empty: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def owned_by(self) -> list[list[str]]:
+        """The names by owner."""
+        ranks = range(self.group.size())
+        return [[name for name in self.joined if self.owners[name] == rank] for rank in ranks]
+
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts of all matrices -> those that this rank owns, joined along the axis."""
+        owned_by = self.owned_by
+        # What all ranks hold alike is on its owner already.
+        sent = [[n for n in names if self.split[n] is not None] for names in owned_by]
+        mine = sent[self.rank]
+        shapes = [[self._part_shape(n, rank) for n in mine] for rank in range(self.group.size())]
+        received = self._all_to_all([[parts[name] for name in names] for names in sent], shapes)
+        joined = dict(parts)
+        for name, *pieces in zip(mine, *received, strict=True):
+            dim = self.split[name]
+            assert dim is not None
+            joined[name] = torch.cat(pieces, dim)
+        return {name: joined[name] for name in owned_by[self.rank]}
+
+    def scatter(self, wholes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The matrices that this rank owns, joined along the axis -> its parts of all."""
+        owned_by, size = self.owned_by, self.group.size()
+        sent = [
+            [self._part(name, wholes[name], rank) for name in owned_by[self.rank]]
+            for rank in range(size)
+        ]
+        shapes = [[self._part_shape(name, self.rank) for name in names] for names in owned_by]
+        received = self._all_to_all(sent, shapes)
+        return {
+            name: part
+            for names, parts in zip(owned_by, received, strict=True)
+            for name, part in zip(names, parts, strict=True)
+        }
+
+    def _part(self, name: str, whole: Tensor, rank: int) -> Tensor:
+        dim = self.split[name]
+        if dim is None:
+            return whole
+        begin, length = _stretch(whole.shape[dim], rank, self.group.size())
+        return whole.narrow(dim, begin, length)
+
+    def _part_shape(self, name: str, rank: int) -> Shape:
+        shape, dim = list(self.joined[name]), self.split[name]
+        if dim is not None:
+            _, shape[dim] = _stretch(shape[dim], rank, self.group.size())
+        return tuple(shape)
+
+    def _all_to_all(
+        self, sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Shape]]
+    ) -> list[list[Tensor]]:
+        """Send a list of tensors to each rank; return what each sent, given its shapes."""
+        message = torch.cat([self.empty, *(t.reshape(-1) for to_rank in sent for t in to_rank)])
+        lengths = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
+        received = self.empty.new_empty(sum(map(sum, lengths)))
+        dist.all_to_all_single(
+            received,
+            message,
+            list(map(sum, lengths)),
+            [sum(tensor.numel() for tensor in to_rank) for to_rank in sent],
+            group=self.group,
+        )
+        pieces = iter(torch.split(received, [n for of_rank in lengths for n in of_rank]))
+        return [[next(pieces).view(shape) for shape in of_rank] for of_rank in shapes]
+
+
+def _deal(shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Each matrix' owner, as its place along the axes: the costliest first, to who has least."""
+    loads = [(0, rank) for rank in range(math.prod(sizes.values()))]
+    owners: dict[str, dict[str, int]] = {}
+    # Products of a matrix and its transpose.
+    costs = {name: rows * columns * min(rows, columns) for name, (rows, columns) in shapes.items()}
+    for name in sorted(costs, key=costs.__getitem__, reverse=True):
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + costs[name], rank))
+        owners[name] = {}
+        for axis, size in sizes.items():
+            rank, owners[name][axis] = divmod(rank, size)
+    return owners
+
+
+def _split_dim(axis: str, matrix: Tensor) -> int | None:
+    """The dimension along which an axis splits a matrix; None where all its ranks hold the same."""
+    if not is_split_over(axis, matrix):
+        return None
+    assert isinstance(matrix, DTensor)
+    names = matrix.device_mesh.mesh_dim_names
+    assert names is not None
+    dim: int = matrix.placements[names.index(axis)].dim  # type: ignore[attr-defined]
+    return dim
+
+
+def _part_over(axes: Sequence[str], matrix: Tensor, mesh: DeviceMesh) -> Shape:
+    """Shape of what is left of a matrix when these axes alone split it, from the last one on."""
+    shape = list(matrix.shape)
+    for axis in reversed(axes):
+        dim = _split_dim(axis, matrix)
+        if dim is not None:
+            group = mesh.get_group(axis)
+            _, shape[dim] = _stretch(shape[dim], group.rank(), group.size())
+    return tuple(shape)
+
+
+def _stretch(length: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Begin and length of a rank's part of a dimension: those of `torch.chunk`, as DTensors'."""
+    longest = -(-length // ranks)
+    begin = min(rank * longest, length)
+    return begin, min(longest, length - begin)
