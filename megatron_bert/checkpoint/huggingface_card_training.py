@@ -108,7 +108,10 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{_key(config, 'optimizer', 'lr')} to {_key(config, 'optimizer', 'min_lr')}, "
         f"{_key(config, 'schedule', 'decay')} decay, warm-up {begin}",
     )
-    yield "precision", f"{_key(config, 'precision', 'compute')}, weights and moments fp32"
+    precision = f"{_key(config, 'precision', 'compute')}, weights and moments fp32"
+    if _key(config, "precision", "reduce") == "bf16":
+        precision += ", gradients reduced in bf16"
+    yield "precision", precision
     yield (
         "masking",
         f"{_key(config, 'mlm', 'probability')} of the tokens, by {_key(config, 'mlm', 'unit')}; "

@@ -315,10 +315,13 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Number formats; weights, gradients and optimizer states are always fp32."""
+    """Number formats; weights, summed gradients and optimizer states are always fp32."""
 
     compute: Literal["bf16", "fp32"] = "bf16"
     """Format of forward and backward."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """Format in which gradients are added up over a step's micro-batches and reduced over the
+    data-parallel ranks, where there are several; `bf16` halves what is sent and held."""
 
 
 class CheckpointConfig(Section):

@@ -145,6 +145,7 @@ def _lay_out(
         blocks,
         topology,
         DTYPES[config.precision.compute],
+        reduce_dtype=DTYPES[config.precision.reduce],
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
     return chunk

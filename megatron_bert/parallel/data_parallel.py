@@ -1,8 +1,8 @@
 """Sharded data parallelism: PyTorch's `fully_shard` with this project's policy.
 
 Weights and optimizer states are sharded in fp32 over the data-parallel ranks, computation is in
-`compute_dtype`, gradients are reduced in fp32 and summed, never averaged: the loss is already
-divided by the number of masked tokens in the global batch.
+`compute_dtype`, gradients are reduced in fp32 (or bf16, on request) and summed, never averaged: the
+loss is already divided by the number of masked tokens in the global batch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def shard_over_data(
     topology: Topology,
     compute_dtype: torch.dtype,
     *,
+    reduce_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = False,
 ) -> None:
     """Shard each unit's parameters over the data-parallel ranks, then what remains of the model.
@@ -33,10 +34,15 @@ def shard_over_data(
             itself, so that its messages run beside its neighbours' computation.
         topology: the ranks.
         compute_dtype: type of weights and activations in forward and backward.
+        reduce_dtype: type in which a step's gradients are added up, over micro-batches and over
+            the ranks; where one rank has all rows, it stays fp32.
         reshard_after_forward: free a unit's gathered weights after its forward pass (ZeRO-3); by
             default they stay from the step's first forward to its last backward.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    if topology.data_parallel_size == 1:
+        # There is nothing to send, and rounding would be for nothing.
+        reduce_dtype = torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     for module in (*units, model):
         fully_shard(
             module,

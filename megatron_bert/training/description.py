@@ -94,6 +94,8 @@ def _describe_layout(config: Config, world_size: int, data_parallel: int) -> str
     ranks = "rank" if world_size == 1 else "ranks"
     line = f"layout      {world_size:,} {ranks}: {' x '.join(axes)}"
     line += f"; compute {config.precision.compute}"
+    if config.precision.reduce != "fp32" and data_parallel > 1:
+        line += f", gradients reduced in {config.precision.reduce}"
     return line if config.recompute == "none" else f"{line}, recomputation {config.recompute}"
 
 

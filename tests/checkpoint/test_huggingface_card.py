@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_bert.checkpoint.huggingface_card_training import training_sections
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.checkpoint.huggingface_import import import_model
+from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import find_checkpoint
+from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
 from megatron_bert.training.run_figures import run_figures
 from tests.checkpoint.huggingface_run import make_run
 from tests.distributed_harness import run_ranks
+from tests.small_model import small_config
 from tests.training.runs import run_config, train
 
 
@@ -72,6 +76,21 @@ def test_the_cards_figures_are_the_runs_own(trained: Path, exported: Path) -> No
 def test_the_card_has_the_curriculum(exported: Path) -> None:
     card = (exported / "README.md").read_text("utf-8")
     assert "| 32 | 7 | 12 | 0.15 | 1.0 |\n| 64 | 5 | 12 | 0.15 | 1.0 |\n" in card
+
+
+def test_the_card_names_muon_and_the_type_that_gradients_were_reduced_in() -> None:
+    config = small_config(optimizer={"name": "muon", "momentum": 0.9}, precision={"reduce": "bf16"})
+    state = {
+        "step": 3,
+        "consumed_rows": 24,
+        "topology": {"data": 2},
+        "config": config_dict(config),
+    }
+    rows = _rows("\n".join(training_sections(RunState(Path("step_3"), state), None)))
+    assert rows["optimizer"].startswith(
+        "Muon (momentum 0.9) for the blocks' matrices, AdamW for the rest, beta1 0.9"
+    )
+    assert rows["precision"] == "fp32, weights and moments fp32, gradients reduced in bf16"
 
 
 def test_the_cards_metadata_are_yaml_with_the_licence(exported: Path) -> None:

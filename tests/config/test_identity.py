@@ -109,6 +109,7 @@ def test_free_keys_change_within_a_run(build: Build, override: str) -> None:
     [
         "optimizer.lr=1e-3",
         "optimizer.name=muon",
+        "precision.reduce=bf16",
         "schedule.decay=cosine",
         "mlm.probability=0.3",
         "data.train.0.weight=5",

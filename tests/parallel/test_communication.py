@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from megatron_bert.training.optimizer import build_optimizer
 from tests.distributed_harness import run_ranks
 from tests.parallel.test_recomputation import kept_bytes
 from tests.small_model import cpu_topology, packed_inputs, small_config, small_model
@@ -20,19 +22,24 @@ _KINDS = {
     "_allgather_base_": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
     "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
 }
 
 
 class _Messages(TorchDispatchMode):
-    """Counts collectives, those of functional operators and of process groups."""
+    """Counts collectives, those of functional operators and of process groups, and their types."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.dtypes: dict[str, set[torch.dtype]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
-            self.counts[_KINDS[func.name().partition("::")[2]]] += 1
+            kind = _KINDS[func.name().partition("::")[2]]
+            self.counts[kind] += 1
+            sent = {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+            self.dtypes[kind] = self.dtypes.get(kind, set()) | sent
         return func(*args, **(kwargs or {}))
 
 
@@ -92,6 +99,52 @@ def test_zero_3_gathers_each_block_twice_a_micro_batch_and_reduces_once_a_step()
 def test_copies_of_the_shards_are_summed_once_a_step() -> None:
     counts = run_ranks(4, _messages, 3, 2, {"replicate": 2}, {})[0]
     assert counts["all_reduce"] == 3 + 1
+
+
+def _gradient_types(sizes: dict[str, Any], precision: dict[str, str]) -> set[torch.dtype]:
+    model = small_model(small_config(precision=precision), cpu_topology(**sizes))
+    inputs = [packed_inputs(2, first_row=2 * index) for index in range(2)]
+    with _Messages() as messages:
+        model.runner.train(inputs, torch.tensor(9.0))
+    # Of the sums those of the shards' copies: there is no tensor parallelism.
+    return {t for kind in ("reduce_scatter", "all_reduce") for t in messages.dtypes.get(kind, ())}
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize(("ranks", "sizes"), [(2, {}), (4, {"replicate": 2})], ids=str)
+def test_gradients_are_sent_in_fp32_and_in_bf16_on_request(
+    ranks: int, sizes: dict[str, Any], compute: str
+) -> None:
+    default, bf16 = (
+        run_ranks(ranks, _gradient_types, sizes, {"compute": compute, **reduce})[0]
+        for reduce in ({}, {"reduce": "bf16"})
+    )
+    assert default == {torch.float32}
+    assert bf16 == {torch.bfloat16}
+
+
+def _messages_of_muon(sizes: dict[str, Any], compute: str) -> tuple[Counter[str], set[torch.dtype]]:
+    config = small_config(optimizer={"name": "muon"}, precision={"compute": compute})
+    model = small_model(config, cpu_topology(**sizes))
+    optimizer = build_optimizer(config, model)
+    model.runner.train([packed_inputs(2)], torch.tensor(9.0))
+    with _Messages() as messages:
+        optimizer.step(1e-3)
+    return messages.counts, messages.dtypes.get("all_to_all", set())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "axes"),
+    [(1, {}, 0), (2, {}, 1), (4, {"tensor": 2}, 2), (4, {"replicate": 2}, 2)],
+    ids=str,
+)
+def test_muon_sends_matrices_there_and_back_once_an_axis_and_step(
+    ranks: int, sizes: dict[str, Any], axes: int
+) -> None:
+    counts, dtypes = run_ranks(ranks, _messages_of_muon, sizes, "bf16")[0]
+    # The sum is the norm's.
+    assert counts == +Counter({"all_to_all": 2 * axes, "all_reduce": 1})
+    assert dtypes <= {torch.bfloat16}
 
 
 def test_sequence_parallelism_keeps_fewer_activations() -> None:

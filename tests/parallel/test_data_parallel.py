@@ -48,6 +48,50 @@ def test_gradients_are_summed_over_ranks_and_micro_batches(world_size: int) -> N
     run_ranks(world_size, _check_gradients)
 
 
+def _check_reduction_in_bf16(sizes: dict[str, int], micro_batches: int) -> None:
+    first_row = 2 * micro_batches * dist.get_rank()
+    inputs = [packed_inputs(2, first_row + 2 * index) for index in range(micro_batches)]
+    exact, rounded = (
+        small_model(small_config(precision={"reduce": reduce}), cpu_topology(**sizes))
+        for reduce in ("fp32", "bf16")
+    )
+    for model in (exact, rounded):
+        model.runner.train(inputs, torch.ones(()))
+    others = rounded.named_parameters()
+    errors = {}
+    for name, one in exact.named_parameters().items():
+        gradient, other = _whole_gradient(one), _whole_gradient(others[name])
+        assert other.dtype == torch.float32
+        errors[name] = float((gradient - other).norm() / gradient.norm())
+        # The key's bias has no true gradient.
+        assert name.endswith("key.bias") or errors[name] < 0.02, name
+    assert any(error > 1e-4 for error in errors.values())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes"), [(2, {}), (4, {"replicate": 2}), (2, {"replicate": 2})], ids=str
+)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_reduced_in_bf16_are_fp32_s_up_to_its_rounding(
+    world_size: int, sizes: dict[str, int], micro_batches: int
+) -> None:
+    run_ranks(world_size, _check_reduction_in_bf16, sizes, micro_batches)
+
+
+def _check_alone() -> None:
+    gradients = []
+    for reduce in ("fp32", "bf16"):
+        model = small_model(small_config(precision={"reduce": reduce}), cpu_topology())
+        model.runner.train([packed_inputs(2), packed_inputs(2, 2)], torch.ones(()))
+        gradients.append([_whole_gradient(p) for p in model.named_parameters().values()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_rank_that_has_all_rows_rounds_no_gradient_for_nothing() -> None:
+    run_ranks(1, _check_alone)
+
+
 def _losses(evaluate: bool) -> list[float]:
     config, topology = small_config(), cpu_topology()
     model = small_model(config, topology)

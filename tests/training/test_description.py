@@ -87,6 +87,11 @@ def test_muon_needs_a_quarter_less_for_the_blocks_matrices() -> None:
     assert memory.startswith(f"{one / 2**30:.2f} GiB a rank")
 
 
+def test_the_plan_says_that_gradients_are_reduced_in_bf16_where_several_ranks_have_rows() -> None:
+    assert line("layout", plan(2, "precision.reduce=bf16")).endswith("reduced in bf16")
+    assert "reduced" not in line("layout", plan(2, "precision.reduce=bf16", "parallel.tensor=2"))
+
+
 def test_a_pipeline_s_ranks_hold_the_model_and_one_more_table() -> None:
     config = load_config(EXAMPLE, ["parallel.pipeline=5"])
     whole = parameter_count(config.model, VOCABULARY)

@@ -49,7 +49,7 @@ def _check_kills(configs: list[Config]) -> None:
         (1, {"precision": {"compute": "bf16"}, "mlm": {"unit": "whole_word"}}),
         (2, {}),
         (2, {"parallel": {"tensor": 2}}),
-        (2, {"optimizer": {"name": "muon"}}),
+        (2, {"optimizer": {"name": "muon"}, "precision": {"reduce": "bf16"}}),
     ],
     ids=["one-rank", "bf16", "data-parallel", "tensor-parallel", "muon"],
 )

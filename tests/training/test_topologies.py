@@ -64,6 +64,23 @@ def test_every_topology_trains_alike_dropout_included(
 
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
+    [(2, {}), (4, {"replicate": 2}), (4, {"pipeline": 2, "pipeline_schedule": "zero_bubble"})],
+    ids=str,
+)
+def test_gradients_reduced_in_bf16_stay_within_its_rounding(
+    tiny_run: Callable[..., Config], world_size: int, parallel: dict[str, Any]
+) -> None:
+    model = {"num_layers": 4}
+    bf16 = {"precision": {"reduce": "bf16"}, "parallel": parallel}
+    exact = steps_of(run_ranks(1, _train, tiny_run("exact", model=model))[0])
+    found = steps_of(run_ranks(world_size, _train, tiny_run("bf16", model=model, **bf16))[0])
+    assert any(line["loss"] != exact[step]["loss"] for step, line in found.items())
+    for step, line in found.items():
+        assert line["loss"] == pytest.approx(exact[step]["loss"], rel=2e-3), step
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
     [(2, {}), (3, {}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})],
     ids=str,
 )
