@@ -22,6 +22,7 @@ from megatron_bert.benchmark.kernels import Compute, Piece
 from megatron_bert.benchmark.rows import make_batches
 from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.arithmetic import masked_slots
+from megatron_bert.config.kernels import has_nvidias_apex
 from megatron_bert.config.schema import Config, ModelConfig
 from megatron_bert.parallel.random import dropout_keys, element_draws, hash_dropout, vector_draws
 from megatron_bert.parallel.vocabulary import vocab_parallel_cross_entropy
@@ -283,10 +284,8 @@ def _with_compiled(
 def _missing(name: str) -> str | None:
     """Why NVIDIA's optional package cannot be used; None where it can."""
     if name == "transformer engine":
-        package = "transformer_engine"
-        return None if find_spec(package) else f"the package {package} is not installed"
-    # The package registry's `apex` is another project.
-    try:
-        return None if hasattr(import_module("apex.optimizers"), "FusedAdam") else "no FusedAdam"
-    except ImportError:
-        return "NVIDIA's apex is not installed (the registry's package of that name is another's)"
+        there = find_spec("transformer_engine") is not None
+        return None if there else "the package transformer_engine is not installed"
+    if has_nvidias_apex():
+        return None
+    return "NVIDIA's apex is not installed (the registry's package of that name is another's)"

@@ -52,6 +52,7 @@ _CLASSES: Mapping[str, Change | Mapping[str, Change]] = MappingProxyType(
         "parallel": Change.FREE,
         "precision": Change.NEW_RUN,
         "recompute": Change.FREE,
+        "kernels": Change.FREE,
         "checkpoint": Change.FREE,
         "eval": Change.FREE,
         "log": Change.FREE,

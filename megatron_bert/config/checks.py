@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_bert.config.arithmetic import total_steps, warmup_steps
 from megatron_bert.config.diagnostics import format_value, raise_problems
+from megatron_bert.config.kernels import fp8_problems, kernel_problems
 from megatron_bert.config.layout_checks import layout_problems
 from megatron_bert.config.places import place_problem
 from megatron_bert.config.profiled_steps import profile_problems
@@ -38,6 +39,7 @@ def check_config(config: Config, *, world_size: int, vocab_size: int | None = No
         *value_problems(config),
         *_unavailable(config),
         *_logger_problems(config),
+        *kernel_problems(config),
         *layout_problems(config, world_size, rows),
     ]
     raise_problems(problems, "the configuration")
@@ -55,6 +57,7 @@ def value_problems(config: Config) -> list[str]:
         _batch_problems,
         _zero_bubble_problems,
         profile_problems,
+        fp8_problems,
     )
     return [problem for check in checks for problem in check(config)]
 

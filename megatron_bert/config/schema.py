@@ -322,6 +322,9 @@ class PrecisionConfig(Section):
     reduce: Literal["fp32", "bf16"] = "fp32"
     """Format in which gradients are added up over a step's micro-batches and reduced over the
     data-parallel ranks, where there are several; `bf16` halves what is sent and held."""
+    fp8: Literal["none", "current"] = "none"
+    """Products of the blocks' linear layers in FP8, each operand scaled by its own largest number
+    (`current`; nothing is kept from step to step); needs `kernels: te`."""
 
 
 class CheckpointConfig(Section):
@@ -425,6 +428,10 @@ class Config(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward instead of kept: none, attention's scores and softmax
     (`selective`), or all but each block's input (`full`)."""
+    kernels: Literal["auto", "torch", "te", "apex"] = "auto"
+    """What computes linear layers, norms and the update: PyTorch (`torch`), Transformer Engine
+    (`te`: the blocks' linear layers, and norms with a bias) or NVIDIA's Apex (`apex`: norms with a
+    bias, and AdamW), each where installed. `auto`: what was measured fastest, `torch`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, how many stay, where a job starts from."""
     eval: EvalConfig = EvalConfig()

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron_bert.config.kernels import chosen_kernels
 from megatron_bert.config.pipeline_stages import num_stages, stage_layers
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.bert import TIED_PARAMETER, BertForPretraining, ModelPart
 from megatron_bert.model.initialization import initialize_weights
+from megatron_bert.model.kernels import use_kernels
 from megatron_bert.parallel.data_parallel import shard_over_data
 from megatron_bert.parallel.micro_batches import MicroBatchRunner, WholeModel
 from megatron_bert.parallel.partial_gradients import sum_partial_gradients
@@ -128,6 +130,7 @@ def lay_out_chunks(
 def _lay_out(
     config: Config, vocab_size: int, topology: Topology, part: ModelPart
 ) -> BertForPretraining:
+    dtype = DTYPES[config.precision.compute]
     with torch.device("meta"):
         chunk = BertForPretraining(
             config.model,
@@ -137,21 +140,24 @@ def _lay_out(
             part=part,
             recompute=config.recompute,
         )
+    kernels = chosen_kernels(config)
+    use_kernels(chunk, kernels, topology.device, dtype, fp8=config.precision.fp8 != "none")
     blocks = list(chunk.blocks.values())
     if config.compile.enabled:
-        _compile(blocks)
+        # Other packages' kernels cannot be traced: what stands between them is compiled.
+        _compile(blocks, fullgraph=kernels == "torch")
     shard_over_data(
         chunk,
         blocks,
         topology,
-        DTYPES[config.precision.compute],
+        dtype,
         reduce_dtype=DTYPES[config.precision.reduce],
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
     return chunk
 
 
-def _compile(blocks: Sequence[nn.Module]) -> None:
+def _compile(blocks: Sequence[nn.Module], *, fullgraph: bool) -> None:
     """Have each block compiled when it first runs, for each shape of micro-batches by itself.
 
     One graph serves all blocks, as their weights are its inputs.
@@ -161,4 +167,4 @@ def _compile(blocks: Sequence[nn.Module]) -> None:
     # they are made from anyway: a third less memory, and no product is computed twice.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(fullgraph=fullgraph, dynamic=False)

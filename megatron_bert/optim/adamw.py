@@ -7,40 +7,50 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from megatron_bert.config.kernels import KernelsName
 from megatron_bert.config.schema import OptimizerConfig
+from megatron_bert.optim.update_rules import ApexRule, TorchRule, UpdateRule
 from megatron_bert.parallel.sharding import local_part, placed_like
+
+_RULES: Mapping[KernelsName, type[UpdateRule]] = {
+    "torch": TorchRule,
+    "te": TorchRule,
+    "apex": ApexRule,
+}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019) on the local shards, not on DTensors: it is pointwise.
 
-    Clipping and skipping happen inside the fused kernel, by its `grad_scale` and `found_inf`, so
+    Clipping and skipping happen inside the fused kernel (`megatron_bert.optim.update_rules`), so
     that a step neither makes an extra pass over the gradients nor waits for the device.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
-        """Update these of this rank's parameters, given by name."""
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        kernels: KernelsName = "torch",
+    ) -> None:
+        """Update some of this rank's parameters.
+
+        Args:
+            parameters: those, by name.
+            config: the rates of decay.
+            kernels: `apex` has NVIDIA's kernel compute the update, others PyTorch's.
+        """
         self._parameters = parameters
         self._shards = {name: local_part(p).detach() for name, p in parameters.items()}
         matrices = [s for n, s in self._shards.items() if self._parameters[n].dim() > 1]
         vectors = [s for n, s in self._shards.items() if self._parameters[n].dim() == 1]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                # Biases and norms are not pulled towards zero (Devlin et al. 2019's code).
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
-        for shard in self._shards.values():
-            self._optimizer.state[shard] = {
-                "step": torch.zeros((), dtype=torch.float32, device=shard.device),
-                "exp_avg": torch.zeros_like(shard),
-                "exp_avg_sq": torch.zeros_like(shard),
-            }
+        self._rule: UpdateRule = _RULES[kernels](matrices, vectors, config)
+        self._moments = {
+            name: {key: torch.zeros_like(shard) for key in _MOMENTS}
+            for name, shard in self._shards.items()
+        }
+        for name, shard in self._shards.items():
+            self._rule.keep_moments(shard, self._moments[name])
 
     def step(
         self,
@@ -59,29 +69,23 @@ class AdamW:
         """
         for name, shard in self._shards.items():
             shard.grad = gradients.get(name)
-        self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        self._rule.apply(learning_rate, divisor, skipped)
         for shard in self._shards.values():
             shard.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The moments, as `ShardedOptimizer.state_tensors` returns them."""
         return {
-            f"{name}.{key}": placed_like(self._optimizer.state[self._shards[name]][key], parameter)
+            f"{name}.{key}": placed_like(self._moments[name][key], parameter)
             for name, parameter in self._parameters.items()
-            for key in ("exp_avg", "exp_avg_sq")
+            for key in _MOMENTS
         }
 
     @property
     def updates(self) -> int:
         """Number of updates made (skipped ones not counted); waits for the device."""
-        first = next(iter(self._shards.values()))
-        return int(self._optimizer.state[first]["step"].item())
+        return int(self._rule.updates.item())
 
     @updates.setter
     def updates(self, value: int) -> None:
-        for shard in self._shards.values():
-            self._optimizer.state[shard]["step"].fill_(value)
+        self._rule.set_updates(value)

@@ -18,7 +18,8 @@ features in, F features out.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,9 @@ from megatron_bert.parallel.deferred import (
 )
 from megatron_bert.parallel.partial_gradients import mark_partial
 from megatron_bert.parallel.sharding import local_part, make_parameter
+
+LinearProduct: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Computes x W^T + b in place of PyTorch, backward too: of x [N, D], W [F, D], b [F] or None."""
 
 
 class ColumnParallelLinear(nn.Module):
@@ -66,6 +70,7 @@ class ColumnParallelLinear(nn.Module):
         self.weight = make_parameter((out_features, in_features), tp, dim)
         self.bias = make_parameter((out_features,), tp, dim) if bias else None
         self.deferred: WeightQueue | None = None
+        self.product: LinearProduct | None = None
         if replicated:
             mark_partial(self, *(name for name, _ in self.named_parameters()))
 
@@ -84,6 +89,7 @@ class RowParallelLinear(nn.Module):
         self.weight = make_parameter((out_features, in_features), tp, 1)
         self.bias = make_parameter((out_features,), tp) if bias else None
         self.deferred: WeightQueue | None = None
+        self.product: LinearProduct | None = None
         self.group = tp.group
         self.shards_tokens = tp.shards_tokens
         if bias and tp.shards_tokens:
@@ -119,6 +125,9 @@ def column_parallel(
     pairs = [layer.local_parameters() for layer in layers]
     if tp.size == 1:
         return tuple(_linear(layer, x_TD, *pair) for layer, pair in zip(layers, pairs, strict=True))
+    if layers[0].product is not None:
+        x_ND = _GivenToProducts.apply(x_TD, tp.group, tp.shards_tokens)  # type: ignore[no-untyped-call]
+        return tuple(_linear(layer, x_ND, *pair) for layer, pair in zip(layers, pairs, strict=True))
     weights, biases = zip(*pairs, strict=True)
     deferring = None
     if layers[0].deferred is not None:
@@ -135,9 +144,28 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
+    if layer.product is not None:
+        return layer.product(x_ND, weight, bias)
     if layer.deferred is None:
         return F.linear(x_ND, weight, bias)
     return linear_with_deferred_weight(layer, x_ND, weight, bias)
+
+
+class _GivenToProducts(torch.autograd.Function):
+    """What column-parallel products that have a backward pass of their own read: all tokens.
+
+    Backward the gradient, a part from each rank, is summed, and nothing runs beside that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, group: dist.ProcessGroup, shards_tokens: bool) -> Tensor:
+        ctx.group, ctx.shards_tokens = group, shards_tokens
+        return wait(start_all_gather(x_TD, group)) if shards_tokens else x_TD.view_as(x_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_ND: Tensor) -> tuple[Tensor | None, ...]:
+        start = start_reduce_scatter if ctx.shards_tokens else start_all_reduce
+        return wait(start(grads_ND[0], ctx.group)), None, None
 
 
 class _ColumnParallel(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
+from megatron_bert.config.kernels import describe_kernels
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
@@ -40,6 +41,7 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
     if vocab_size is not None and config.parallel.pipeline > 1:
         blocks = ", ".join(str(len(layers)) for layers in stage_layers(config, vocab_size))
         yield f"stages      {blocks} blocks"
+    yield f"kernels     {describe_kernels(config)}"
     curriculum = Curriculum(config)
     yield f"steps       {curriculum.total_steps:,}"
     yield f"token slots {curriculum.total_slots:,} ({_rounded(curriculum.total_slots)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_bert.config.kernels import chosen_kernels
 from megatron_bert.config.schema import Config
 from megatron_bert.model.build import DTYPES, RankModel
 from megatron_bert.optim.adamw import AdamW
@@ -26,6 +27,6 @@ def build_optimizer(config: Config, model: RankModel) -> ShardedOptimizer:
         others = {name: p for name, p in parameters.items() if name not in matrices}
     else:
         others = parameters
-    adamw = AdamW(others, config.optimizer)
+    adamw = AdamW(others, config.optimizer, chosen_kernels(config))
     clip_grad = config.optimizer.clip_grad
     return ShardedOptimizer(parameters, adamw, muon, model.counts_here, clip_grad)

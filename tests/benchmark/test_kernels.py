@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_bert.benchmark import kernel_pieces
 from megatron_bert.benchmark.kernels import KernelFigures, Piece, measure_kernels
 from megatron_bert.benchmark.kernels_command import measure_command
 from megatron_bert.benchmark.kernels_table import kernels_table
@@ -129,6 +130,7 @@ def test_optional_packages_are_given_the_same_work(
         "apex.normalization.fused_layer_norm",
         fused_layer_norm_affine=lambda x, w, b, shape, eps: F.layer_norm(x, shape, w, b, eps),
     )
+    monkeypatch.setattr(kernel_pieces, "has_nvidias_apex", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     figures = _measure(config, "compile.enabled=true", "model.vocab_size=512", "--dropout", "0")
     times = {piece.piece: {time.name: time for time in piece.times} for piece in figures.pieces}

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_bert.config import checks
+from megatron_bert.config import kernels as config_kernels
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import ONLY_AVAILABLE, check_config
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import all_keys
 from tests.config.conftest import Build, refusal
+from tests.stand_ins import install
 
 
 @pytest.mark.parametrize(
@@ -151,6 +155,79 @@ def test_a_logger_whose_package_is_missing_is_refused(
     monkeypatch.setattr(checks, "find_spec", lambda _: None)
     message = refusal(build, override)
     assert f"the package {package} is not installed; pip install {package}, or use {off}" in message
+
+
+@pytest.mark.parametrize(
+    ("kernels", "install", "others"),
+    [
+        ("te", "pip install --no-build-isolation 'transformer_engine[pytorch]'", "torch, apex"),
+        ("apex", "build https://github.com/NVIDIA/apex with its CUDA extensions", "torch, te"),
+    ],
+)
+def test_kernels_of_a_package_that_is_missing_are_refused(
+    build: Build, kernels: str, install: str, others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_kernels, "find_spec", lambda _: None)
+    message = refusal(build, f"kernels={kernels}")
+    assert message.startswith(f"kernels = {kernels}: the package ")
+    assert "is not installed" in message
+    assert f"{install}, or use one of auto, {others}" in message
+    for name in ("auto", "torch"):
+        check_config(build(f"kernels={name}"), world_size=1)
+    on_cpu = refusal(build, f"kernels={kernels}", "run.device=cpu")
+    assert "it computes on CUDA only and run.device = cpu; use torch or auto" in on_cpu
+
+
+def test_the_registrys_apex_is_told_from_nvidias_without_importing_it(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('was imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refusal(build, "kernels=apex")
+    assert "the package apex is not NVIDIA's: there is no apex.optimizers.FusedAdam" in message
+    assert "the package registry's apex is another project" in message
+    (package / "optimizers").mkdir()
+    (package / "optimizers" / "fused_adam.py").touch()
+    check_config(build("kernels=apex"), world_size=1)
+
+
+def test_transformer_engine_takes_no_zero_bubbles(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "transformer_engine")
+    keys = ("kernels=te", "parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble")
+    message = refusal(build, *keys, world_size=2)
+    assert "kernels = te: Transformer Engine computes both gradients of a layer at once" in message
+    assert "use kernels=torch, or parallel.pipeline_schedule=interleaved" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["kernels=torch"], "only Transformer Engine computes in FP8 and kernels = torch; use"),
+        (["precision.compute=fp32"], "precision.compute = fp32; use precision.compute=bf16, or"),
+        (["model.ffn_hidden_size=136"], "model.ffn_hidden_size = 136 gives products whose sides"),
+        (["curriculum.0.seq_length=24"], "curriculum.0.seq_length = 24 is no multiple of 16; use"),
+        (
+            ["parallel.tensor=2"],
+            "model.num_query_groups x head size = 32 over parallel.tensor = 2 ranks",
+        ),
+    ],
+)
+def test_fp8_products_are_refused_where_they_cannot_be(
+    build: Build, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "transformer_engine")
+    fp8 = ("kernels=te", "precision.fp8=current")
+    check_config(build(*fp8), world_size=1)
+    if message.startswith("model.num_query_groups"):
+        overrides = [*overrides, "model.num_attention_heads=8"]
+        message = message.replace("= 32", "= 16")
+    refused = refusal(build, *fp8, *overrides, world_size=2)
+    assert message in refused
+    assert "precision.fp8 = current: " in refused
 
 
 @pytest.mark.parametrize(("override", "remedy"), [("parallel.layout=auto", "use manual")])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megatron_bert.config.kernels import KernelsName
 from megatron_bert.model.bert import BertForPretraining
 from megatron_bert.optim.sharded import ShardedOptimizer
 from megatron_bert.training.optimizer import build_optimizer
@@ -59,11 +60,15 @@ def set_whole_gradients(wholes: Iterable[nn.Parameter], scale: float) -> None:
 
 
 def built(
-    tensor: int, precision: str = "fp32", **optimizer: Any
+    tensor: int, precision: str = "fp32", kernels: KernelsName = "torch", **optimizer: Any
 ) -> tuple[BertForPretraining, ShardedOptimizer]:
-    """The model over all ranks, `tensor` of them sharing its layers, and its optimizer."""
+    """The model over all ranks, `tensor` of them sharing its layers, and its optimizer.
+
+    `kernels` are the optimizer's; the model's are PyTorch's.
+    """
     config = small_config(
         optimizer={"weight_decay": 0.1, **optimizer}, precision={"compute": precision}
     )
     model = small_model(config, cpu_topology(tensor=tensor))
+    config = config.model_copy(update={"kernels": kernels})
     return model.chunks[0], build_optimizer(config, model)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_bert.config.errors import ConfigError
 from tests.distributed_harness import run_ranks
 from tests.optim.shards import RATE, built, set_gradients, set_whole_gradients, whole
+from tests.stand_ins import install
 
 
 def _reference(model: nn.Module) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
@@ -44,3 +47,79 @@ def test_updates_and_norm_are_those_of_adamw_on_the_whole_model(
     world_size: int, tensor: int, clip_grad: float
 ) -> None:
     run_ranks(world_size, _check_against_pytorch, tensor, clip_grad)
+
+
+class _FusedAdam(torch.optim.Optimizer):
+    """Apex's, in the form that CUDA graphs can capture, written out."""
+
+    def __init__(self, tensors: list[Tensor], lr: float, **options: Any) -> None:
+        assert options.pop("capturable")
+        assert options.pop("adam_w_mode")
+        super().__init__(tensors, {"lr": torch.tensor(lr), **options})
+        self.overflow = torch.zeros(1, dtype=torch.int32)
+
+    @torch.no_grad()
+    def step(self, grad_scaler: Any) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            # By what was found in the update before: this one's comes next.
+            group["step"] += (self.overflow != 1).to(torch.int)
+            device = group["params"][0].device
+            self.overflow.copy_(grad_scaler._check_inf_per_device(self)[device])
+            inverse = grad_scaler._get_scale_async().double().reciprocal().float()
+            if self.overflow:
+                continue
+            assert group["step"].dtype == torch.int32
+            beta1, beta2 = group["betas"]
+            for shard in group["params"]:
+                gradient, state = shard.grad * inverse, self.state[shard]
+                mean = state["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** group["step"])
+                square = (
+                    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                )
+                square = square / (1 - beta2 ** group["step"])
+                change = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * shard
+                shard -= group["lr"] * change
+
+
+def _check_apex(tensor: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, "apex.optimizers", FusedAdam=_FusedAdam)
+        model, optimizer = built(tensor, kernels="apex", clip_grad=0.5)
+    other_model, other = built(tensor, clip_grad=0.5)
+    for update, scale in enumerate((1.0, math.nan, 0.3, math.nan, math.nan, 0.01, 0.2)):
+        for trained, its in ((model, optimizer), (other_model, other)):
+            set_gradients(trained, scale)
+            assert its.step(RATE / (1 + update)).skipped.item() == float(math.isnan(scale))
+        assert optimizer.updates == other.updates
+    for (name, mine), theirs in zip(
+        model.named_parameters(), other_model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(whole(mine), whole(theirs), msg=name)
+    moments, others = optimizer.state_tensors(), other.state_tensors()
+    assert list(moments) == list(others)
+    for name, moment in moments.items():
+        torch.testing.assert_close(whole(moment), whole(others[name]), msg=name)
+    optimizer.updates = 9
+    assert optimizer.updates == 9
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_apex_s_updates_are_pytorch_s_skipped_ones_among_them(tensor: int) -> None:
+    run_ranks(tensor, _check_apex, tensor)
+
+
+def _apex_without_extensions() -> str:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
+
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, "apex.optimizers", FusedAdam=fail)
+        with pytest.raises(ConfigError) as refused:
+            built(1, kernels="apex")
+    return str(refused.value)
+
+
+def test_an_apex_without_its_extensions_is_refused_with_the_remedy() -> None:
+    (message,) = run_ranks(1, _apex_without_extensions)
+    assert message.startswith("kernels = apex: apex.optimizers.FusedAdam requires cuda extensions")
+    assert "or use kernels=torch" in message

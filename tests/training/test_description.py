@@ -29,6 +29,16 @@ def test_one_process_has_a_layout_of_one_rank() -> None:
     assert not [line for line in lines if line.startswith("stages")]
 
 
+def test_the_plan_says_what_computes() -> None:
+    assert line("kernels", plan(1)) == (
+        "torch (auto): PyTorch's, attention on CUDA in BF16 our own"
+    )
+    assert line("kernels", plan(1, "kernels=te", "precision.fp8=current")) == (
+        "te: Transformer Engine's linear layers and norms, attention as with torch; products in "
+        "FP8 (current)"
+    )
+
+
 def test_the_layout_names_every_kind_of_parallelism() -> None:
     lines = plan(
         320,

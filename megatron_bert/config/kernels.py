@@ -1,0 +1,118 @@
+"""Which package computes linear layers, norms and the update, and whether it can here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from megatron_bert.config.arithmetic import fixed_eval_length
+from megatron_bert.config.schema import Config
+
+KernelsName: TypeAlias = Literal["torch", "te", "apex"]
+
+# Rows and columns of FP8 products come in so many.
+_FP8_MULTIPLE = 16
+
+_MEANING: dict[KernelsName, str] = {
+    "torch": "PyTorch's, attention on CUDA in BF16 our own",
+    "te": "Transformer Engine's linear layers and norms, attention as with torch",
+    "apex": "Apex's norms and AdamW, the rest as with torch",
+}
+
+
+def chosen_kernels(config: Config) -> KernelsName:
+    """What `kernels` stands for: `auto` for what was measured fastest."""
+    return "torch" if config.kernels == "auto" else config.kernels
+
+
+def describe_kernels(config: Config) -> str:
+    """What the run computes with, for its plan."""
+    name = chosen_kernels(config)
+    shown = f"{name} (auto)" if config.kernels == "auto" else name
+    fp8 = config.precision.fp8
+    return f"{shown}: {_MEANING[name]}{'' if fp8 == 'none' else f'; products in FP8 ({fp8})'}"
+
+
+def kernel_problems(config: Config) -> Iterator[str]:
+    """What this machine, and the rest of the configuration, lack for `kernels`."""
+    kernels = config.kernels
+    if kernels in ("auto", "torch"):
+        return
+    key = f"kernels = {kernels}"
+    others = ", ".join(name for name in ("auto", "torch", "te", "apex") if name != kernels)
+    if config.run.device == "cpu":
+        yield f"{key}: it computes on CUDA only and run.device = cpu; use torch or auto"
+        return
+    if kernels == "te" and find_spec("transformer_engine") is None:
+        yield (
+            f"{key}: the package transformer_engine is not installed; on a machine with CUDA "
+            "pip install --no-build-isolation 'transformer_engine[pytorch]', or use one of "
+            f"{others}"
+        )
+    if kernels == "apex" and not has_nvidias_apex():
+        found = "is not NVIDIA's" if find_spec("apex") else "is not installed"
+        yield (
+            f"{key}: the package apex {found}: there is no apex.optimizers.FusedAdam (the package "
+            "registry's apex is another project); build https://github.com/NVIDIA/apex with its "
+            f"CUDA extensions, or use one of {others}"
+        )
+    if (
+        kernels == "te"
+        and config.parallel.pipeline > 1
+        and config.parallel.pipeline_schedule == "zero_bubble"
+    ):
+        yield (
+            f"{key}: Transformer Engine computes both gradients of a layer at once, and "
+            "parallel.pipeline_schedule = zero_bubble takes them apart; use kernels=torch, or "
+            "parallel.pipeline_schedule=interleaved"
+        )
+
+
+def has_nvidias_apex() -> bool:
+    """Look for the optimizer's file: importing another project's package might do anything."""
+    package = find_spec("apex")
+    places = [] if package is None else package.submodule_search_locations or []
+    return any((Path(place) / "optimizers" / "fused_adam.py").is_file() for place in places)
+
+
+def fp8_problems(config: Config) -> Iterator[str]:
+    """What speaks against `precision.fp8`."""
+    if config.precision.fp8 == "none":
+        return
+    key = f"precision.fp8 = {config.precision.fp8}"
+    if config.kernels != "te":
+        yield (
+            f"{key}: only Transformer Engine computes in FP8 and kernels = {config.kernels}; use "
+            "kernels=te, or precision.fp8=none"
+        )
+    if config.precision.compute != "bf16":
+        yield (
+            f"{key}: the rest is then in BF16 and precision.compute = {config.precision.compute}; "
+            "use precision.compute=bf16, or precision.fp8=none"
+        )
+    model, tensor = config.model, config.parallel.tensor
+    kv_size = model.num_query_groups * model.head_dim
+    sizes = {
+        "model.hidden_size": (model.hidden_size, tensor),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, tensor),
+        "model.num_query_groups x head size": (
+            kv_size,
+            1 if model.num_query_groups % tensor else tensor,
+        ),
+    }
+    for name, (size, parts) in sizes.items():
+        if size % (parts * _FP8_MULTIPLE):
+            over = f" over parallel.tensor = {parts} ranks" if parts > 1 else ""
+            yield (
+                f"{key}: {name} = {size}{over} gives products whose sides are no multiple of "
+                f"{_FP8_MULTIPLE}; use a multiple of {parts * _FP8_MULTIPLE}, or precision.fp8=none"
+            )
+    lengths = {f"curriculum.{n}.seq_length": s.seq_length for n, s in enumerate(config.curriculum)}
+    for name, length in {**lengths, "eval.fixed_seq_length": fixed_eval_length(config)}.items():
+        if length % _FP8_MULTIPLE:
+            yield (
+                f"{key}: {name} = {length} is no multiple of {_FP8_MULTIPLE}; use "
+                f"{length - length % _FP8_MULTIPLE + _FP8_MULTIPLE}, or precision.fp8=none"
+            )

@@ -1,0 +1,147 @@
+"""Other packages' kernels on the model's own parameters.
+
+Parameters stay where they are, under their names: what shards, saves, initialises or converts
+them knows nothing of this. A package's module serves as a function of the parameters that it is
+called with; it has none of its own and is no part of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.kernels import KernelsName
+from megatron_bert.model.norm import LayerNorm
+from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_bert.parallel.sharding import local_part
+
+_FP8_CAPABILITY = (8, 9)
+
+
+def use_kernels(
+    model: nn.Module, kernels: KernelsName, device: torch.device, dtype: torch.dtype, *, fp8: bool
+) -> None:
+    """Have these kernels compute the model's linear layers and norms.
+
+    Norms without a bias stay PyTorch's: neither package has them.
+
+    Args:
+        model: changed in place, before it is sharded.
+        kernels: whose.
+        device: where the model will compute.
+        dtype: what it computes in.
+        fp8: whether products are in FP8 (Transformer Engine).
+
+    Raises:
+        ConfigError: the package cannot be used here.
+    """
+    if kernels == "torch":
+        return
+    _check_device(kernels, device, fp8=fp8)
+    if kernels == "apex":
+        norm = _imported(kernels, "apex.normalization.fused_layer_norm").fused_layer_norm_affine
+        for layer in _norms(model):
+            layer.kernel = _ApexNorm(norm)
+        return
+    engine = _imported(kernels, "transformer_engine.pytorch")
+    autocast = _fp8_autocast(engine) if fp8 else nullcontext
+    for layer in _norms(model):
+        layer.kernel = _EngineNorm(engine, layer.weight.shape[0], layer.eps, dtype)
+    for linear in model.modules():
+        if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+            linear.product = _EngineLinear(engine, linear, dtype, autocast)
+
+
+def _check_device(kernels: KernelsName, device: torch.device, *, fp8: bool) -> None:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"kernels = {kernels}: it computes on CUDA only, and this machine shows PyTorch no "
+            "CUDA device; use torch or auto"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if fp8 and capability < _FP8_CAPABILITY:
+        raise ConfigError(
+            f"precision.fp8 = current: {torch.cuda.get_device_name(device)} has no FP8 products "
+            f"(compute capability {capability[0]}.{capability[1]}, 8.9 is needed); use "
+            "precision.fp8=none"
+        )
+
+
+def _imported(kernels: KernelsName, name: str) -> ModuleType:
+    # What a package that was built for another PyTorch or CUDA raises is no ImportError always.
+    try:
+        return import_module(name)
+    except Exception as error:
+        raise ConfigError(
+            f"kernels = {kernels}: {name} cannot be imported ({type(error).__name__}: {error}); "
+            "install one built for this PyTorch and CUDA, or use kernels=torch"
+        ) from error
+
+
+def _norms(model: nn.Module) -> list[LayerNorm]:
+    norms = (module for module in model.modules() if isinstance(module, LayerNorm))
+    return [norm for norm in norms if norm.bias is not None]
+
+
+def _fp8_autocast(engine: ModuleType) -> Callable[[], AbstractContextManager[Any]]:
+    """Scale each operand by its own largest number: there is no history to keep."""
+    recipe = _imported("te", "transformer_engine.common.recipe").Float8CurrentScaling()
+    if hasattr(engine, "autocast"):
+        return lambda: engine.autocast(enabled=True, recipe=recipe)
+    # Its name until version 2.8.
+    return lambda: engine.fp8_autocast(enabled=True, fp8_recipe=recipe)
+
+
+class _ApexNorm:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        return self._function(x, weight_D, bias_D, weight_D.shape, eps)
+
+
+class _EngineNorm:
+    def __init__(self, engine: ModuleType, size: int, eps: float, dtype: torch.dtype) -> None:
+        self._module = engine.LayerNorm(size, eps=eps, device="meta", dtype=dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, x: Tensor, weight_D: Tensor, bias_D: Tensor, _: float) -> Tensor:
+        y: Tensor = functional_call(self._module, {"weight": weight_D, "bias": bias_D}, (x,))
+        return y
+
+
+class _EngineLinear:
+    """`LinearProduct` of a layer: x W^T + b, where the layer adds the bias itself x W^T."""
+
+    def __init__(
+        self,
+        engine: ModuleType,
+        layer: ColumnParallelLinear | RowParallelLinear,
+        dtype: torch.dtype,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        outputs, inputs = local_part(layer.weight).shape
+        adds_bias = isinstance(layer, RowParallelLinear) and layer.group.size() > 1
+        has_bias = layer.bias is not None and not adds_bias
+        self._module = engine.Linear(
+            inputs, outputs, bias=has_bias, params_dtype=dtype, device="meta"
+        )
+        self._autocast = autocast
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+        parameters = {"weight": weight_FD}
+        if bias_F is not None:
+            parameters["bias"] = bias_F
+        with self._autocast():
+            y_NF: Tensor = functional_call(self._module, parameters, (x_ND,))
+        return y_NF

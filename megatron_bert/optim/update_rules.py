@@ -1,0 +1,180 @@
+"""AdamW's update of some tensors by a fused kernel, scaling and skipping inside it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.schema import OptimizerConfig
+
+
+class UpdateRule(ABC):
+    """Updates matrices, with weight decay, and vectors, without.
+
+    Biases and norms are not pulled towards zero (Devlin et al. 2019's code).
+
+    Args:
+        matrices: fp32 tensors that are updated in place by their `grad`.
+        vectors: the same.
+        config: the rates of decay.
+    """
+
+    @abstractmethod
+    def __init__(
+        self, matrices: Sequence[Tensor], vectors: Sequence[Tensor], config: OptimizerConfig
+    ) -> None: ...
+
+    @abstractmethod
+    def keep_moments(self, shard: Tensor, moments: Mapping[str, Tensor]) -> None:
+        """Use these tensors, `exp_avg` and `exp_avg_sq`, as a tensor's moments."""
+
+    @abstractmethod
+    def apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
+        """Update what has a gradient, without waiting for the device.
+
+        Args:
+            learning_rate: of this update.
+            scale: fp32 scalar by which gradients are divided first.
+            skipped: fp32 scalar; 1 leaves everything as it is.
+        """
+
+    @property
+    @abstractmethod
+    def updates(self) -> Tensor:
+        """Number of updates made (skipped ones not counted), a scalar on the device."""
+
+    @abstractmethod
+    def set_updates(self, value: int) -> None:
+        """Set that number."""
+
+
+class TorchRule(UpdateRule):
+    """PyTorch's fused AdamW."""
+
+    def __init__(
+        self, matrices: Sequence[Tensor], vectors: Sequence[Tensor], config: OptimizerConfig
+    ) -> None:
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": list(matrices), "weight_decay": config.weight_decay},
+                {"params": list(vectors), "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+
+    def keep_moments(self, shard: Tensor, moments: Mapping[str, Tensor]) -> None:
+        """See `UpdateRule`."""
+        step = torch.zeros((), dtype=torch.float32, device=shard.device)
+        self._optimizer.state[shard] = {"step": step, **moments}
+
+    def apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
+        """See `UpdateRule`."""
+        self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+
+    @property
+    def updates(self) -> Tensor:
+        """See `UpdateRule`."""
+        step: Tensor = next(iter(self._optimizer.state.values()))["step"]
+        return step
+
+    def set_updates(self, value: int) -> None:
+        """See `UpdateRule`."""
+        for state in self._optimizer.state.values():
+            state["step"].fill_(value)
+
+
+@dataclass
+class _Scaling:
+    """What Apex asks a gradient scaler for."""
+
+    scale: Tensor
+    skipped: Tensor
+
+    def _check_inf_per_device(self, _: object) -> dict[torch.device, Tensor]:
+        return {self.skipped.device: self.skipped}
+
+    def _get_scale_async(self) -> Tensor:
+        return self.scale
+
+
+class ApexRule(UpdateRule):
+    """NVIDIA Apex's FusedAdam in the form that CUDA graphs can capture: nothing is read back.
+
+    It raises its count of updates by 1 before each, unless the one before was skipped. So it is
+    told the count anew each time, 1 more where it will not raise it.
+
+    Raises:
+        ConfigError: Apex was built without its CUDA extensions.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Tensor], vectors: Sequence[Tensor], config: OptimizerConfig
+    ) -> None:
+        try:
+            fused_adam = import_module("apex.optimizers").FusedAdam
+            # One for each: within one, the second group would count by this update's skip.
+            self._optimizers: list[Any] = [
+                fused_adam(
+                    list(tensors),
+                    lr=config.lr,
+                    betas=(config.beta1, config.beta2),
+                    eps=config.eps,
+                    weight_decay=decay,
+                    adam_w_mode=True,
+                    capturable=True,
+                )
+                for tensors, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+                if tensors
+            ]
+        except (ImportError, AttributeError, RuntimeError) as error:
+            raise ConfigError(
+                f"kernels = apex: {error}; build https://github.com/NVIDIA/apex with its CUDA "
+                "extensions, or use kernels=torch"
+            ) from error
+        self._by_shard = {
+            shard: optimizer
+            for optimizer in self._optimizers
+            for shard in optimizer.param_groups[0]["params"]
+        }
+        device = next(iter(self._by_shard)).device
+        self._updates, self._skipped_before = (
+            torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)
+        )
+
+    def keep_moments(self, shard: Tensor, moments: Mapping[str, Tensor]) -> None:
+        """See `UpdateRule`."""
+        self._by_shard[shard].state[shard] = dict(moments)
+
+    def apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
+        """See `UpdateRule`."""
+        scaling = _Scaling(scale.reshape(1), skipped.reshape(1))
+        for optimizer in self._optimizers:
+            (group,) = optimizer.param_groups
+            group["lr"].fill_(learning_rate)
+            group["step"] = self._updates + self._skipped_before
+            optimizer.step(grad_scaler=scaling)
+        self._skipped_before = scaling.skipped.int()
+        self._updates += 1 - self._skipped_before
+
+    @property
+    def updates(self) -> Tensor:
+        """See `UpdateRule`."""
+        return self._updates
+
+    def set_updates(self, value: int) -> None:
+        """See `UpdateRule`."""
+        self._updates.fill_(value)
