@@ -54,7 +54,7 @@ def model_gemms(model: ModelConfig, vocab_size: int, tokens: int, masked: int) -
 
 def time_gemms(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of all of them, one after another."""
-    return sum(gemm.count * _seconds_of(gemm, dtype, device) for gemm in gemms)
+    return sum(gemm.count * _gemm_seconds(gemm, dtype, device) for gemm in gemms)
 
 
 def square_matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
@@ -65,7 +65,7 @@ def square_matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / seconds / 1e12
 
 
-def _seconds_of(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> float:
+def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> float:
     x = torch.randn(gemm.tokens, gemm.inputs, dtype=dtype, device=device)
     y = torch.randn(gemm.tokens, gemm.outputs, dtype=dtype, device=device)
     weight = torch.randn(gemm.outputs, gemm.inputs, dtype=dtype, device=device)

@@ -18,7 +18,8 @@ _KINDS = (
     ("data", r"Memcpy HtoD"),
     ("norm and elementwise", r"triton_|elementwise|layer_norm|reduce|softmax|vectorized|cat|copy"),
 )
-_LONGEST = 15
+# Enough to see where what is neither product nor attention goes.
+_LONGEST = 40
 
 
 def kernel_shares(step: Callable[[], object]) -> tuple[dict[str, float], dict[str, float]]:
