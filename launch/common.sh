@@ -18,15 +18,15 @@
 
 # Settings, from the environment:
 #   RANKS_PER_NODE   ranks on each node                    (default: one for every GPU, else one)
-#   TRIES            jobs in a row that may end without a newer checkpoint              (default 3)
+#   TRIES            jobs in a row that may end without a checkpoint 10 steps newer     (default 3)
 #   RESTARTS         failures of ranks that torchrun heals inside a job                 (default 0)
 #   MARGIN_SECONDS   how long before the scheduler's limit the run has saved and left (default 180)
-#   LEAST_SECONDS    a job that has less time than this before it must leave is refused (default 60)
+#   LEAST_SECONDS    a job that has less time than this before it must leave is refused (default 300)
 #   SAVE_SECONDS     how long ranks may take to save after a signal                   (default 600)
 #   PORT             where the nodes meet       (default: from the job's number, 20000 to 29999)
 #   MODULES          modules to load, where the machine has them
 
-: "${TRIES:=3}" "${RESTARTS:=0}" "${MARGIN_SECONDS:=180}" "${LEAST_SECONDS:=60}"
+: "${TRIES:=3}" "${RESTARTS:=0}" "${MARGIN_SECONDS:=180}" "${LEAST_SECONDS:=300}"
 : "${SAVE_SECONDS:=600}" "${MODULES:=}"
 
 tell() { printf '%s  %s\n' "$(date '+%F %T')" "$*" >&2; }
@@ -50,25 +50,55 @@ refuse() {
     exit 2
 }
 
+# A setting that is no number would end a function half-way, and not the script.
+check_settings() {
+    local name value
+    for name in TRIES RESTARTS MARGIN_SECONDS LEAST_SECONDS SAVE_SECONDS RANKS_PER_NODE PORT; do
+        value=${!name:-}
+        [ -n "$value" ] || continue
+        [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] || refuse "$name=$value: set a whole number, 0 or above"
+    done
+    [ "$TRIES" -ge 1 ] || refuse "TRIES=$TRIES: set at least 1"
+    [ "${RANKS_PER_NODE:-1}" -ge 1 ] || refuse "RANKS_PER_NODE=$RANKS_PER_NODE: set at least 1"
+    [ "${PORT:-1}" -ge 1 ] && [ "${PORT:-1}" -le 65535 ] || refuse "PORT=$PORT: set 1 to 65535"
+}
+
 load_modules() {
-    local name
+    local name file
     # A job's shell is no login shell, which would have this function.
-    # shellcheck source=/dev/null
-    command -v module >/dev/null || . /etc/profile.d/modules.sh 2>/dev/null || return 0
+    for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do
+        # shellcheck source=/dev/null
+        command -v module >/dev/null || . "$file" 2>/dev/null
+    done
+    if [ -n "$MODULES" ] && ! command -v module >/dev/null; then
+        tell "this machine has no command module; going on without MODULES=$MODULES"
+        return
+    fi
     for name in $MODULES; do
         module load "$name" || tell "module $name cannot be loaded; going on without it"
     done
 }
 
-# Python with the project: an active environment, else .venv in the checkout. Sets $gpus, those of this
-# node.
+# Python with the project: an active environment that has it, else .venv in the checkout. Sets $gpus,
+# those of this node.
 find_environment() {
-    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -r .venv/bin/activate ]; then
+    local answer package
+    # A module's Python would come first.
+    [ -z "${VIRTUAL_ENV:-}" ] || PATH=$VIRTUAL_ENV/bin:$PATH
+    if ! answer=$(ask_python 2>/dev/null) && [ -r .venv/bin/activate ]; then
         # shellcheck source=/dev/null
         . .venv/bin/activate
     fi
-    gpus=$(python -P -c 'import megatron_bert, torch; print(torch.cuda.device_count())') || refuse \
+    [ -n "$answer" ] || answer=$(ask_python) || refuse \
         "$(command -v python || echo python) cannot import megatron_bert and torch; make the environment $PWD/.venv as README.md says, or activate another before you submit"
+    read -r gpus package <<<"$answer"
+    tell "Python is $(command -v python), the package $package"
+    [[ $package == "$PWD"/* ]] || tell "warning: that package is not this checkout's, $PWD"
+}
+
+# How many GPUs there are, and where the package is.
+ask_python() {
+    python -P -c 'import megatron_bert, torch; print(torch.cuda.device_count(), megatron_bert.__path__[0])'
 }
 
 # A job that must leave as soon as it has begun would take one step, and have another like it follow.
@@ -87,6 +117,8 @@ prepare_job() {
     : "${job:?}" "${nodes:?}" "${first:?}" "${end?}" "${term_signal:?}" "${notices?}" "${notice_signal:?}" "${usage:?}"
     [ -n "$config" ] || refuse "no configuration; usage: $usage"
     shift
+    node_script=
+    check_settings
     check_time
     load_modules
     find_environment
@@ -135,10 +167,11 @@ write_node_script() {
 # stop_reason tells what was asked for: empty, "notice" (the scheduler's, ahead of its limit) or
 # "cancelled" (by a person).
 run_job() {
+    : "${node_script:?the job was not prepared}"
     stop_reason=
     "$@" &
     ranks=$!
-    trap 'pass_on cancelled "$term_signal"' TERM INT HUP USR2
+    trap 'pass_on cancelled "$term_signal"' TERM INT HUP USR1 USR2
     # shellcheck disable=SC2086 # one signal a word
     [ -z "$notices" ] || trap 'pass_on notice "$notice_signal"' $notices
     wait_for "$ranks"
@@ -157,6 +190,11 @@ wait_for() {
 
 # pass_on REASON SIGNAL
 pass_on() {
+    if [ -n "$stop_reason" ] && [ -n "${second_signal_ends:-}" ]; then
+        tell "told to stop again: the ranks are ended at once, without saving"
+        kill -s KILL -- "-$ranks" 2>/dev/null
+        return
+    fi
     [ -n "$stop_reason" ] || stop_reason=$1
     # Schedulers end a job that reaches its limit as they end one that was cancelled.
     [ -z "$end" ] || [ "$(date +%s)" -lt $((end - 60)) ] || stop_reason=notice
@@ -165,7 +203,7 @@ pass_on() {
 }
 
 # next_step: sets what is to follow by what the run directory says, never by an exit code:
-# finished, again, give-up, held, or cancelled.
+# finished, again, give-up, refused, held, or cancelled.
 next_step() {
     [ ! -e "$logs/REFUSED" ] || refuse "$(<"$logs/REFUSED")"
     if [ "$stop_reason" = cancelled ]; then
@@ -183,6 +221,7 @@ follow() {
     next_step
     case $following in
         finished | held | cancelled) exit 0 ;;
+        refused) exit 2 ;;
         again)
             submit_again && exit 0
             tell "no other job can be submitted from here; submit this one again yourself to go on"

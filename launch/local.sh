@@ -6,7 +6,8 @@
 #
 # A run that fails is started again from its last checkpoint, up to TRIES times without a newer one.
 # Ctrl-C or kill stops it: the step in hand is finished and saved, and the same command goes on from
-# there. So does `run.max_minutes=N`.
+# there. So does `run.max_minutes=N`. A second Ctrl-C ends it at once, without saving. `kill -9` of
+# this script leaves the ranks running.
 
 usage="bash launch/local.sh CONFIG [key=value ...]"
 case ${1:-} in
@@ -28,6 +29,8 @@ end=
 term_signal=TERM
 notice_signal=TERM
 notices=
+# A second Ctrl-C.
+second_signal_ends=yes
 
 while true; do
     prepare_job "$@"
@@ -36,6 +39,7 @@ while true; do
     next_step
     case $following in
         finished | held | cancelled) exit 0 ;;
+        refused) exit 2 ;;
         again) [ ! -e "$run_dir/STOPPED" ] || exit 0 ;;
         *) exit 1 ;;
     esac

@@ -13,6 +13,9 @@ if [ -n "$gpus" ] && ((gpus ? count < gpus : count)); then
     exit 2
 fi
 
+# A rank that is aborted would leave its memory as a file in the checkout.
+ulimit -c 0
+
 # NCCL says why it fails and is silent otherwise; its own default says nothing at all.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # An error of one rank ends the others' collectives, which would wait for it for ever.
@@ -21,6 +24,8 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # Cores are shared out between the ranks of a node; torchrun would give each of them one thread.
 cores=$(nproc)
+[ "$cores" -ge "$ranks_per_node" ] || printf 'node %s gives %d core(s) to %d ranks: ask for more of them\n' \
+    "$(hostname)" "$cores" "$ranks_per_node" >&2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks_per_node ? cores / ranks_per_node : 1))}
 # What a rank said last is in its log, also if it is killed.
 export PYTHONUNBUFFERED=1

@@ -43,16 +43,17 @@ fi
 nodes=${#hosts[@]}
 first=$(hostname)
 # Counted from now: the job has just begun.
-limit=$(ask qstat -j "$job" | sed -n 's/^hard resource_list:.*[ ,]h_rt=\([0-9:]*\).*/\1/p' |
+# Some print hard_resource_list, and some give it a number of its own.
+limit=$(ask qstat -j "$job" | sed -n 's/^hard[ _]resource_list[ 0-9]*:.*[ ,]h_rt=\([0-9:]*\).*/\1/p' |
     awk -F : '{ for (i = 1; i <= NF; i++) seconds = 60 * seconds + $i; print seconds }')
 end=${limit:+$(($(date +%s) + limit))}
 term_signal=TERM
 notice_signal=TERM
 # USR2 comes ahead of the limit, and ahead of a qdel too: the time tells which. Where that is not known
-# another job must be able to follow.
-notices=
+# another job must be able to follow. USR1 comes ahead of a suspension, and at a soft limit.
+notices=USR1
 [ -n "$end" ] || {
-    notices=USR2
+    notices="USR1 USR2"
     tell "Grid Engine tells no h_rt of this job; the run stops by the signal alone, and to end it by qdel put a file HOLD into the run directory first"
 }
 

@@ -5,7 +5,8 @@
     python -P -m megatron_bert.jobs announce --job 8 RUN_DIR
 
 `begin` checks the configuration and prints the run directory and, a line each, the keys to add to
-those given. `judge` prints one word: finished, again, give-up or held. Why goes to standard error.
+those given. `judge` prints one word: finished, again, give-up, refused or held; why goes to
+standard error.
 `announce` tells the number of the job that follows, where that is another one, or `any`
 before that is known.
 """

@@ -27,6 +27,8 @@ HOLD = "HOLD"
 """A file that a user puts into the run directory: no job follows."""
 LOCK_SECONDS = 20.0
 """How long a job that begins waits for the last ranks of the one before it to be gone."""
+LEAST_STEPS = 10
+"""Steps between two checkpoints that count as progress: fewer take less time than to start."""
 _TRIES = "tries.json"
 ANY = "any"
 """Announced in place of a number while that is not known yet."""
@@ -39,6 +41,7 @@ class Next(enum.Enum):
     FINISHED = "finished"
     AGAIN = "again"
     GIVE_UP = "give-up"
+    REFUSED = "refused"
     HELD = "held"
 
 
@@ -52,7 +55,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Tries:
-    """How many jobs in a row ended without a newer checkpoint than that of `step`.
+    """How many jobs in a row ended without progress from the checkpoint of `step`.
 
     `open`: a job has begun since, and was not judged yet.
     """
@@ -78,9 +81,11 @@ def take_up(run_dir: Path, job: str, most_tries: int) -> None:
         most_tries: as `judge` takes it.
 
     Raises:
-        UserError: another job holds the run, and nothing is changed; or this one was started so
-            often without a newer checkpoint.
+        UserError: `HOLD` is there, or another job holds the run, and nothing is changed; or this
+            one was started so often without progress.
     """
+    if (run_dir / HOLD).exists():
+        raise UserError(f"{run_dir / HOLD}: this file holds the run; remove it to go on")
     with _lock(run_dir):
         told = _announced(run_dir)
         tries = _read(run_dir)
@@ -127,7 +132,8 @@ def _announced(run_dir: Path) -> str | None:
 def judge(run_dir: Path, most_tries: int) -> Verdict:
     """Say what follows on the job that has just ended, and count it. Call it once a job.
 
-    A job has made progress if there is a newer checkpoint than after the one before it.
+    A job has made progress if the newest checkpoint is by `LEAST_STEPS` newer than after the one
+    before it. What a person has to mend is not tried again.
 
     Args:
         run_dir: the run directory.
@@ -147,6 +153,8 @@ def judge(run_dir: Path, most_tries: int) -> Verdict:
     ended += f"; the newest checkpoint is of step {tries.step}" if tries.step else "; no checkpoint"
     if (run_dir / HOLD).exists():
         return Verdict(Next.HELD, f"{ended}; remove {run_dir / HOLD} and submit again to go on")
+    if outcome is not None and outcome.needs_person:
+        return Verdict(Next.REFUSED, f"{ended}; mend this and submit again")
     if tries.fruitless >= most_tries:
         return Verdict(
             Next.GIVE_UP,
@@ -156,13 +164,17 @@ def judge(run_dir: Path, most_tries: int) -> Verdict:
 
 
 def _in_words(tries: _Tries) -> str:
-    return f"{tries.fruitless} job(s) in a row brought no newer checkpoint"
+    return f"{tries.fruitless} job(s) in a row brought no checkpoint {LEAST_STEPS} steps newer"
 
 
 def _count(run_dir: Path) -> _Tries:
     newest = _newest_step(run_dir)
     before = _read(run_dir)
-    tries = _Tries(newest, 0 if newest > before.step else before.fruitless + 1)
+    if newest >= before.step + LEAST_STEPS:
+        tries = _Tries(newest, 0)
+    else:
+        # Few steps a job add up to progress no more than none do.
+        tries = _Tries(newest, before.fruitless + 1)
     _write(run_dir, tries)
     return tries
 

@@ -1,4 +1,4 @@
-"""torchrun, which leaves by one line where a signal asked for it, not by a traceback.
+"""torchrun, which leaves by one line where a signal or a rank ended it, not by a traceback.
 
 python -P -m megatron_bert.jobs.torchrun [OPTION ...] SCRIPT [ARGUMENT ...]
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,10 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: torchrun's; those of the process by default.
 
     Raises:
-        ChildFailedError: a rank has failed.
+        SystemExit: a rank has failed; the exit code is 1, whatever the rank's was.
     """
     try:
         run.main(arguments)
+    except ChildFailedError:
+        # Its text is a traceback of this process and a table, under which the rank's own is lost.
+        sys.stderr.write("torchrun: a rank of this node has failed; what it said stands above\n")
+        sys.exit(1)
     except SignalException as stop:
         name = getattr(stop.sigval, "name", stop.sigval)
         sys.stderr.write(f"torchrun: told to stop by {name}; the ranks of this node have ended\n")

@@ -127,10 +127,12 @@ class Outcome:
     Attributes:
         kind: `FINISHED`, `STOPPED` or `FAILED`.
         reason: in words; empty where there is none to tell.
+        needs_person: whether it fails again until a person has mended configuration, data or place.
     """
 
     kind: str
     reason: str
+    needs_person: bool = False
 
 
 def read_outcome(path: Path) -> Outcome | None:
@@ -141,10 +143,11 @@ def read_outcome(path: Path) -> Outcome | None:
         except FileNotFoundError:
             continue
         try:
-            reason = json.loads(text).get("reason") or ""
+            content = json.loads(text)
+            reason, needs_person = content.get("reason") or "", content.get("needs_person") is True
         except (ValueError, AttributeError):
-            reason = f"{kind} is no file of this project"
-        return Outcome(kind, str(reason))
+            reason, needs_person = f"{kind} is no file of this project", False
+        return Outcome(kind, str(reason), needs_person)
     return None
 
 
@@ -177,6 +180,7 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
         "host": socket.gethostname(),
         "error": type(error).__name__,
         "reason": str(error),
+        "needs_person": isinstance(error, UserError),
     }
     if details := details_of(error):
         reason["details"] = details

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import ConfigError, UserError, run_cli
+from megatron_bert.config.errors import ConfigError, DataError, UserError, run_cli
 from megatron_bert.config.schema import Config
 from megatron_bert.jobs import going_on
 from megatron_bert.jobs.__main__ import main
@@ -119,11 +119,29 @@ def test_jobs_without_a_newer_checkpoint_are_counted_and_end_the_run(tmp_path: P
 def test_a_newer_checkpoint_and_a_person_clear_the_count(tmp_path: Path) -> None:
     judge(tmp_path, 3)
     judge(tmp_path, 3)
-    save(tmp_path, 7)
+    save(tmp_path, 17)
     assert [judge(tmp_path, 2).next for _ in range(3)] == [Next.AGAIN, Next.AGAIN, Next.GIVE_UP]
     take_up(tmp_path, "71", 3)
-    # The checkpoint of step 7 was there before.
+    # The checkpoint of step 17 was there before.
     assert [judge(tmp_path, 2).next for _ in range(2)] == [Next.AGAIN, Next.GIVE_UP]
+
+
+def test_jobs_of_a_few_steps_each_are_no_progress(tmp_path: Path) -> None:
+    verdicts = []
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        (tmp_path / STOPPED).write_text(json.dumps({"reason": "run.deadline"}))
+        verdicts.append(judge(tmp_path, 3))
+    assert [verdict.next for verdict in verdicts] == [Next.AGAIN, Next.AGAIN, Next.GIVE_UP]
+    assert "3 job(s) in a row brought no checkpoint 10 steps newer" in verdicts[-1].reason
+
+
+def test_what_a_person_has_to_mend_is_not_tried_again(tmp_path: Path) -> None:
+    save(tmp_path, 100)
+    record_failure(tmp_path, 0, DataError("data/x.bin: no such file"))
+    verdict = judge(tmp_path, 3)
+    assert verdict.next is Next.REFUSED
+    assert "data/x.bin: no such file" in verdict.reason
 
 
 def test_a_job_that_follows_goes_on_counting(tmp_path: Path) -> None:
@@ -154,7 +172,7 @@ def test_a_job_that_the_scheduler_queues_again_unjudged_is_counted_and_refused_a
 ) -> None:
     take_up(tmp_path, "71", 2)
     take_up(tmp_path, "71", 2)
-    with pytest.raises(UserError, match=r"2 job\(s\) in a row brought no newer checkpoint"):
+    with pytest.raises(UserError, match=r"2 job\(s\) in a row brought no checkpoint"):
         take_up(tmp_path, "71", 2)
     # A person's job begins to count anew.
     take_up(tmp_path, "72", 1)
@@ -220,6 +238,15 @@ def test_a_file_holds_the_run(tmp_path: Path) -> None:
     verdict = judge(tmp_path, 3)
     assert verdict.next is Next.HELD
     assert str(tmp_path / HOLD) in verdict.reason
+
+
+def test_a_held_run_does_not_begin_and_nothing_changes(tmp_path: Path) -> None:
+    (tmp_path / HOLD).touch()
+    (tmp_path / STOPPED).write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"HOLD: this file holds the run; remove it to go on"):
+        take_up(tmp_path, "71", 3)
+    assert contents(tmp_path) == before
 
 
 def test_begin_prints_the_run_directory_and_the_keys_to_add(

@@ -19,7 +19,7 @@ _SECONDS = 60.0
 _STUB = '#!/usr/bin/env bash\nprintf "%%s\\n" "%s $*" >>"$CALLS"\n%s\n'
 _PYTHON = """\
 case "$*" in
-    *device_count*) echo 0 ;;
+    *device_count*) echo "0 $PWD/megatron_bert" ;;
     *"jobs begin"*) echo "$RUN_DIR" ;;
     *"jobs judge"*) eval "${JUDGE:-echo again}" ;;
 esac
@@ -226,10 +226,18 @@ def test_a_copy_whose_number_cannot_be_read_stays_held(scripts: Scripts) -> None
     assert [call.split()[6] for call in announced] == ["any"]
 
 
-@pytest.mark.parametrize("limit", ["7200", "2:00:00", "02:00:00"])
-def test_grid_engine_may_tell_the_limit_in_hours(scripts: Scripts, limit: str) -> None:
+@pytest.mark.parametrize(
+    "told_limit",
+    [
+        "hard resource_list:         h_rt=7200,node_f=1",
+        "hard resource_list:         node_f=1,h_rt=2:00:00",
+        "hard_resource_list:         cpu_16=1,h_rt=02:00:00,m_mem_free=2.3G",
+        "hard_resource_list 1:       h_rt=7200",
+    ],
+)
+def test_grid_engine_may_tell_the_limit_in_several_ways(scripts: Scripts, told_limit: str) -> None:
     scripts.stub_all(_GRID_ENGINE)
-    scripts.stub("qstat", f"echo 'hard resource_list:         h_rt={limit},node_f=1'")
+    scripts.stub("qstat", f"echo '{told_limit}'")
     told = output(scripts.grid_engine())
     deadline = time.localtime(time.time() + 7200)
     assert f"the job's limit is {time.strftime('%F', deadline)}" in told
@@ -281,3 +289,75 @@ def test_the_configuration_of_a_local_run_is_the_callers(scripts: Scripts, tmp_p
     (begin,) = [call for call in scripts.calls("python") if "jobs begin" in call]
     assert f"--config {tmp_path}/c.yaml " in begin
     assert begin.endswith("-- optimizer.lr=1")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"MARGIN_SECONDS": "3m"},
+        {"SAVE_SECONDS": "-1"},
+        {"RESTARTS": "x"},
+        {"TRIES": "0"},
+        {"RANKS_PER_NODE": "two"},
+        {"PORT": "99999"},
+    ],
+)
+def test_a_setting_that_is_no_number_ends_the_job_before_anything_begins(
+    scripts: Scripts, setting: dict[str, str]
+) -> None:
+    scripts.stub("scontrol", at(3600))
+    scripts.stub("srun")
+    ((name, value),) = setting.items()
+    job = scripts.slurm(**setting)
+    assert f"error: {name}={value}: set " in output(job)
+    assert job.returncode == 2
+    assert not scripts.calls("python", "srun")
+    assert not any("requeue" in call for call in scripts.calls("scontrol"))
+
+
+def test_what_a_person_has_to_mend_is_not_submitted_again(scripts: Scripts) -> None:
+    scripts.stub("scontrol", at(3600))
+    scripts.stub("srun")
+    job = scripts.slurm(JUDGE="echo refused")
+    assert "what follows: refused" in output(job)
+    assert job.returncode == 2
+    assert not any("requeue" in call for call in scripts.calls("scontrol"))
+
+
+def _ranks_that_wait(scripts: Scripts, pipe: Path, on_term: str) -> None:
+    """Ranks that tell by a pipe that they run, and run until they are told to stop."""
+    os.mkfifo(pipe)
+    ranks = f'trap "{on_term}" TERM; echo >"$PIPE"; while :; do read -r -t 0.1 <>"$PIPE"; done'
+    scripts.stub("python", f'case "$*" in *torchrun*) {ranks} ;; esac\n{_PYTHON}')
+
+
+def test_usr1_on_grid_engine_stops_the_ranks_and_another_job_follows(
+    scripts: Scripts, tmp_path: Path
+) -> None:
+    scripts.stub_all(_GRID_ENGINE)
+    _ranks_that_wait(scripts, tmp_path / "pipe", "exit 1")
+    job = scripts.grid_engine(PIPE=str(tmp_path / "pipe"))
+    (tmp_path / "pipe").read_text()
+    job.send_signal(signal.SIGUSR1)
+    told = output(job)
+    assert "told to stop (notice)" in told
+    assert "job 72 follows" in told
+
+
+def test_a_second_interrupt_of_a_local_run_ends_its_ranks_at_once(
+    scripts: Scripts, tmp_path: Path
+) -> None:
+    # They do not answer.
+    _ranks_that_wait(scripts, tmp_path / "pipe", "echo >$CALLS.told")
+    job = scripts.start("local.sh", "c.yaml", PIPE=str(tmp_path / "pipe"))
+    (tmp_path / "pipe").read_text()
+    job.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + _SECONDS
+    while not (tmp_path / "calls.told").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    told = output(job)
+    assert "told to stop again: the ranks are ended at once" in told
+    assert "cancelled: no other job follows" in told
+    assert job.returncode == 0

@@ -137,7 +137,7 @@ def test_a_job_that_dies_at_once_is_given_up_after_its_tries(
     told = log.read_text()
     assert told.count("what follows:") == 2
     assert "what follows: give-up" in told
-    assert "2 job(s) in a row brought no newer checkpoint" in told
+    assert "2 job(s) in a row brought no checkpoint 10 steps newer" in told
 
 
 def test_a_configuration_that_cannot_be_used_ends_the_job_with_no_other(
