@@ -100,7 +100,7 @@ def megatron_model(config: Config, vocab_size: int) -> Any:
         # A kernel of Megatron-LM's or Apex's, not of this package's.
         masked_softmax_fusion=find_spec("scaled_masked_softmax_cuda") is not None,
     )
-    return BertModel(
+    model = BertModel(
         config=transformer,
         num_tokentypes=0,
         transformer_layer_spec=bert_layer_local_spec,
@@ -109,6 +109,8 @@ def megatron_model(config: Config, vocab_size: int) -> Any:
         add_binary_head=False,
         share_embeddings_and_output_weights=True,
     )
+    # Its type of parameters is that of the parallel layers alone; norms and positions follow here.
+    return model.bfloat16() if in_bf16 else model
 
 
 @contextlib.contextmanager

@@ -62,10 +62,14 @@ def time_trainer(
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
+            # It would wait for the device in each step.
+            logging_nan_inf_filter=False,
             disable_tqdm=True,
             # Batches are made beside the steps, where there are cores for it.
             dataloader_num_workers=4 if device.type == "cuda" else 0,
         )
+        # More GPUs would make it split each batch over them.
+        arguments._n_gpu = min(1, arguments.n_gpu)
         clock = _clock(warm_up, device)
         trainer = Trainer(
             model=trainer_model(config, vocab_size),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -18,12 +19,18 @@ from megatron_bert.benchmark.padded import document_pieces, pad_and_mask
 from megatron_bert.benchmark.peer_megatron import time_megatron
 from megatron_bert.benchmark.peer_trainer import time_trainer
 from megatron_bert.benchmark.rows import make_batches, text_tokens
-from megatron_bert.benchmark.step import measure_steps
-from megatron_bert.benchmark.step_figures import StepWork
+from megatron_bert.benchmark.step import StepSubject, wait_for_device
 from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.topology import Topology
 
 OURS, TRAINER, MEGATRON = "megatron_bert", "Trainer", "Megatron-core"
+_DESCRIPTIONS = {
+    OURS: "packed rows, assembled within the step",
+    TRAINER: "its defaults, SDPA, rows padded to the longest of a batch by its own collator",
+    MEGATRON: "rows padded to their length beforehand, its layer specification without "
+    "Transformer Engine and Apex, PyTorch's fused AdamW on weights of the compute type",
+}
 _PACKAGES = {TRAINER: ("transformers", "accelerate"), MEGATRON: ("megatron-core",)}
 
 
@@ -32,7 +39,8 @@ class PeersWork:
     """What is compared.
 
     Attributes:
-        config: model, dropout, precision, compilation (ours alone) and masking.
+        config: model, dropout, precision and masking of all; compilation, kernels, optimizer and
+            recomputation of ours alone.
         vocab_size: padded vocabulary.
         corpora: where the documents come from.
         seq_lengths: of the rows; a case each.
@@ -61,7 +69,7 @@ class PeerCase:
         text_share: of the slots that hold text: no padding, no CLS, no SEP.
         step_seconds: of a step.
         text_tokens_per_second: what counts.
-        ratio: ours over this one.
+        ratio: ours over this one; None where ours was not measured.
     """
 
     trainer: str
@@ -70,7 +78,7 @@ class PeerCase:
     text_share: float
     step_seconds: float
     text_tokens_per_second: int
-    ratio: float
+    ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ class PeersFigures:
         device: the GPU's name, or "cpu".
         versions: of packages, the others' too.
         quick: whether the work was cut short.
+        ours: what of the configuration bears on speed, as key=value.
+        trainers: how the others compute, in words.
         cases: by row length, ours first.
         failed: cases that were not measured, and why.
     """
@@ -90,6 +100,8 @@ class PeersFigures:
     device: str
     versions: dict[str, str]
     quick: bool
+    ours: str
+    trainers: dict[str, str]
     cases: list[PeerCase]
     failed: dict[str, str]
 
@@ -112,32 +124,50 @@ def measure_peers(
     hardware, versions = describe_hardware(), describe_versions()
     cases: list[PeerCase] = []
     failed = {name: why for name in _PACKAGES if (why := _obstacle(name, work.config))}
-    for name in _PACKAGES:
-        if name not in failed:
-            versions |= {package: version(package) for package in _PACKAGES[name]}
+    measured = [name for name in (OURS, *_PACKAGES) if name not in failed]
+    for name in measured[1:]:
+        versions |= {package: version(package) for package in _PACKAGES[name]}
     for seq_length in work.seq_lengths:
         rows = max(1, work.micro_tokens // seq_length)
-        ours = 0.0
-        for name in (OURS, *_PACKAGES):
-            if name in failed:
-                continue
+        ours: float | None = None
+        for name in measured:
             say(f"{name}, length {seq_length}")
-            result = _first_that_fits(work, name, seq_length, rows, device)
-            if result is None:
+            try:
+                case = _first_that_fits(work, name, seq_length, rows, device)
+            # Others fail in as many ways as there are; what was measured stays.
+            except Exception as error:
+                if name == OURS:
+                    raise
+                text = str(error).strip().partition("\n")[0]
+                failed[f"{name}, length {seq_length}"] = f"{type(error).__name__}: {text}"
+                continue
+            if case is None:
                 failed[f"{name}, length {seq_length}"] = "memory does not suffice for a quarter"
                 continue
-            rows_taken, text, seconds = result
-            rate = text / seconds
+            rate = case.text_tokens_per_second
             ours = rate if name == OURS else ours
-            share = text / (rows_taken * seq_length)
-            cases.append(
-                PeerCase(
-                    name, seq_length, rows_taken, round(share, 4), round(seconds, 5), round(rate),
-                    round(ours / rate, 2),
-                )
-            )  # fmt: skip
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return PeersFigures(hardware, device_name, versions, quick, cases, failed)
+            ratio = None if ours is None else round(ours / rate, 2)
+            cases.append(replace(case, ratio=ratio))
+    return PeersFigures(
+        hardware=hardware,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        versions=versions,
+        quick=quick,
+        ours=_in_keys(work.config),
+        trainers={name: _DESCRIPTIONS[name] for name in measured},
+        cases=cases,
+        failed=failed,
+    )
+
+
+def _in_keys(config: Config) -> str:
+    return (
+        f"precision.compute={config.precision.compute} precision.fp8={config.precision.fp8} "
+        f"kernels={config.kernels} compile.enabled={str(config.compile.enabled).lower()} "
+        f"optimizer.name={config.optimizer.name} recompute={config.recompute} "
+        f"model.hidden_dropout={config.model.hidden_dropout:g} "
+        f"model.attention_dropout={config.model.attention_dropout:g}"
+    )
 
 
 def _obstacle(name: str, config: Config) -> str | None:
@@ -152,42 +182,56 @@ def _obstacle(name: str, config: Config) -> str | None:
 
 def _first_that_fits(
     work: PeersWork, name: str, seq_length: int, rows: int, device: torch.device
-) -> tuple[int, float, float] | None:
-    """Rows of a step, its tokens of text and its seconds."""
-    for divisor in (1, 2, 4):
+) -> PeerCase | None:
+    """Time a trainer at as many rows as fit: all, half or a quarter."""
+    for fewer in dict.fromkeys(max(1, rows // divisor) for divisor in (1, 2, 4)):
+        _free(device)
         try:
-            fewer = max(1, rows // divisor)
-            return (fewer, *_MEASURES[name](work, seq_length, fewer, device))
+            text, seconds = _MEASURES[name](work, seq_length, fewer, device)
         except torch.OutOfMemoryError:
-            pass
-        # Here, as the error holds what the step had allocated.
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+            continue
+        return PeerCase(
+            trainer=name,
+            seq_length=seq_length,
+            rows=fewer,
+            text_share=round(text / (fewer * seq_length), 4),
+            step_seconds=round(seconds, 5),
+            text_tokens_per_second=round(text / seconds),
+            ratio=None,
+        )
     return None
 
 
+def _free(device: torch.device) -> None:
+    """Leave nothing of the trainer before: sharded models hold themselves until collected."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _ours(work: PeersWork, seq_length: int, rows: int, device: torch.device) -> tuple[float, float]:
-    steps = StepWork(
-        config=work.config,
-        vocab_size=work.vocab_size,
-        corpora=work.corpora,
-        seq_lengths=[seq_length],
-        micro_tokens=[rows * seq_length],
-        dropouts=[None],
-        micro_batches=1,
-        steps=work.steps,
-        warm_up=work.warm_up,
-        profiles=False,
-    )
-    figures = measure_steps(steps, device, quick=False, say=lambda _: None)
-    if figures.failed:
-        raise torch.OutOfMemoryError
-    pinned = device.type == "cuda"
-    batches = make_batches(
-        work.corpora, work.config.mlm, seq_length, rows, range(1), 1, pinned=pinned
-    )
-    return text_tokens(batches), figures.cases[0].step_seconds
+    """Steps on rows of their own, assembled within them: training does it in other threads."""
+    topology = Topology.of(work.config.parallel, device, work.config.distributed.timeout_seconds)
+    subject = StepSubject.build(work.config, work.vocab_size, topology)
+    steps = work.warm_up + work.steps
+    text = began = 0.0
+    for number in range(steps):
+        if number == work.warm_up:
+            wait_for_device(device)
+            began = time.perf_counter()
+        batches = make_batches(
+            work.corpora,
+            work.config.mlm,
+            seq_length,
+            rows,
+            range(number, number + 1),
+            steps,
+            pinned=device.type == "cuda",
+        )
+        subject.step(batches)
+        text += text_tokens(batches)
+    wait_for_device(device)
+    return text / steps, (time.perf_counter() - began) / work.steps
 
 
 def _trainer(

@@ -50,13 +50,13 @@ def measure_steps(
     failed: dict[str, str] = {}
     for dropout in work.dropouts:
         config = with_dropout(work.config, dropout)
-        subject: _Subject | None = None
+        subject: StepSubject | None = None
         for seq_length, micro_tokens in product(work.seq_lengths, work.micro_tokens):
             rows = max(1, micro_tokens // seq_length)
             name = f"length {seq_length}, {rows} rows, dropout {config.model.hidden_dropout:g}"
             say(name)
             try:
-                subject = subject or _Subject.build(config, work.vocab_size, topology)
+                subject = subject or StepSubject.build(config, work.vocab_size, topology)
                 cases.append(_measure_case(work, subject, seq_length, rows))
             except torch.OutOfMemoryError as error:
                 if dist.get_world_size() > 1:
@@ -69,6 +69,8 @@ def measure_steps(
                 gc.collect()
                 _free(device)
         subject = None
+        # A sharded model holds itself until it is collected.
+        gc.collect()
         _free(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     ranks = dist.get_world_size()
@@ -86,8 +88,8 @@ def with_dropout(config: Config, dropout: float | None) -> Config:
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """A model in training."""
+class StepSubject:
+    """A model in training, and its optimizer."""
 
     config: Config
     vocab_size: int
@@ -95,7 +97,8 @@ class _Subject:
     optimizer: ShardedOptimizer
 
     @classmethod
-    def build(cls, config: Config, vocab_size: int, topology: Topology) -> _Subject:
+    def build(cls, config: Config, vocab_size: int, topology: Topology) -> StepSubject:
+        """Make both, of the configuration's random weights."""
         model = build_model(config, vocab_size, topology)
         optimizer = build_optimizer(config, model)
         return cls(config, vocab_size, model, optimizer)
@@ -106,7 +109,7 @@ class _Subject:
         return take_step(self.model, self.optimizer, batches, agreement.masked_tokens, 1e-5).loss
 
 
-def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int) -> StepCase:
+def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: int) -> StepCase:
     topology = subject.model.topology
     device, config = topology.device, subject.config
     batches = _batches(work, topology, seq_length, rows)
@@ -115,15 +118,15 @@ def _measure_case(work: StepWork, subject: _Subject, seq_length: int, rows: int)
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
     loss = subject.step(batches)
-    _wait(device)
+    wait_for_device(device)
     first_seconds = time.perf_counter() - begin
     for _ in range(work.warm_up - 1):
         subject.step(batches)
-    _wait(device)
+    wait_for_device(device)
     begin = time.perf_counter()
     for _ in range(work.steps):
         loss = subject.step(batches)
-    _wait(device)
+    wait_for_device(device)
     seconds = (time.perf_counter() - begin) / work.steps
     memory = _peak_memory(device)
     shares: dict[str, float] = {}
@@ -205,7 +208,8 @@ def _peak_memory(device: torch.device) -> float | None:
     return int(peak) / 1e9
 
 
-def _wait(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
+    """Wait until all that was begun is done, on all ranks."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     if dist.get_world_size() > 1:

@@ -65,12 +65,14 @@ class StepProfiler:
         recording, self._recording = self._recording, None
         if recording is None:
             return
-        recording.stop(waiting=True)
+        # A device that failed is a reason to end the run, and the profiler's own troubles are not.
+        recording.wait()
         name = f"steps_{recording.first}_{recording.last}.rank_{dist.get_rank()}"
         try:
+            recording.stop()
             self._folder.mkdir(exist_ok=True)
             recording.write(self._folder / name)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             logger.warning("cannot write the profile %s: %s", self._folder / name, error)
         else:
             logger.info("profile of steps %s in %s", f"{recording.first}:{recording.last}", name)
@@ -83,7 +85,7 @@ class StepProfiler:
         if recording is not None:
             # A device that failed does so here too, and what ended the run is told already.
             with suppress(RuntimeError):
-                recording.stop(waiting=False)
+                recording.stop()
                 recording.forget()
 
 
@@ -101,7 +103,7 @@ class _Recording:
             )
         self._profile = profile(activities=activities, record_shapes=True)
         self._step: record_function | None = None
-        self._wait()
+        self.wait()
         self._profile.start()
 
     def begin(self, step: int) -> None:
@@ -110,9 +112,7 @@ class _Recording:
         self._step = record_function(f"step {step}")
         self._step.__enter__()  # type: ignore[no-untyped-call]
 
-    def stop(self, *, waiting: bool) -> None:
-        if waiting:
-            self._wait()
+    def stop(self) -> None:
         self._end_step()
         self._profile.stop()
 
@@ -138,7 +138,7 @@ class _Recording:
             self._step.__exit__(None, None, None)
             self._step = None
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Keep kernels of the steps before out of the trace, and have the last ones in it."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

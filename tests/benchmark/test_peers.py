@@ -64,8 +64,10 @@ def test_all_train_a_model_of_as_many_parameters() -> None:
 
 
 @pytest.mark.peers
-def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path) -> None:
-    done = _run(tmp_path, "--quick", "--json", "--lengths", "32", "--micro-tokens", "128")
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path, compute: str) -> None:
+    options = ("--quick", "--json", "--lengths", "32", "--micro-tokens", "128")
+    done = _run(tmp_path, f"precision.compute={compute}", *options)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert not figures["failed"]
@@ -78,6 +80,8 @@ def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path) -> None:
         rate = case["text_share"] * 128 / case["step_seconds"]
         assert case["text_tokens_per_second"] == pytest.approx(rate, rel=0.01)
         assert case["ratio"] == pytest.approx(ours / rate, rel=0.02)
+    assert f"precision.compute={compute} " in figures["ours"]
+    assert figures["trainers"].keys() == cases.keys()
     assert {"transformers", "accelerate", "megatron-core"} <= figures["versions"].keys()
 
 

@@ -119,6 +119,15 @@ def test_the_data_core_is_known_by_the_sources_it_was_built_from() -> None:
     assert code_facts()["hash of the data core's sources"] == built_from[:16]
 
 
+def test_a_data_core_of_an_older_build_is_one_that_differs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = code_facts()
+    monkeypatch.delattr("_megatron_bert_core.SOURCE_HASH")
+    assert code_facts()["hash of the data core's sources"] == "an older build"
+    assert code_facts() != before
+
+
 def _measure() -> str | None:
     return measure_all_reduce(torch.device("cpu"))
 

@@ -89,6 +89,21 @@ def test_a_profile_that_cannot_be_written_leaves_nothing_and_the_run_goes_on(
     assert list((tmp_path / "run" / "profile").iterdir()) == []
 
 
+def test_a_profiler_that_fails_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no trace")
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
+    profiler = StepProfiler(range(1, 2), tmp_path, torch.device("cpu"), taken=0)
+    profiler.begin(1)
+    profiler.write()
+    assert "no trace" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_job_behind_the_steps_says_that_it_profiles_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
