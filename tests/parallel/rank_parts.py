@@ -124,7 +124,7 @@ class Watch(TorchDispatchMode):
 
 
 @contextmanager
-def _without_the_harness_group() -> Iterator[tuple[int, int]]:
+def without_the_harness_group() -> Iterator[tuple[int, int]]:
     """Yield (rank, number of ranks) and leave the default group free for a fake one."""
     place = dist.get_rank(), dist.get_world_size()
     dist.barrier()
@@ -140,7 +140,7 @@ def _without_the_harness_group() -> Iterator[tuple[int, int]]:
 
 def build_parts(case: Case) -> dict[Place, Part]:
     """Build this process's share of the case's ranks, by their places."""
-    with _without_the_harness_group() as (builder, builders):
+    with without_the_harness_group() as (builder, builders):
         return {place: _build_part(case, place) for place in case.places[builder::builders]}
 
 
@@ -191,7 +191,7 @@ def _box(parameter: Any) -> Box:
 
 
 def shapes_of_the_whole(case: Case) -> dict[str, Shape]:
-    with _without_the_harness_group():
+    with without_the_harness_group():
         dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
         tp = Topology.build(torch.device("cpu")).tensor_parallel
         with torch.device("meta"):

@@ -1,0 +1,145 @@
+"""Bytes that a forward pass leaves for the backward pass, tensor by tensor.
+
+Names of sizes: N tokens of the micro-batch, T those that the rank's residual stream holds, M masked
+slots, D hidden, F feed-forward, V this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bert.planner.job import Work
+
+# Logits that stand in memory at a time (`parallel.vocabulary`).
+_LOGITS_PER_CHUNK = 2**26
+_CPU_SOFTMAX_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """One block and micro-batch.
+
+    Attributes:
+        kept: held from the block's forward pass to its backward pass.
+        forward: by how much more it holds at the worst moment of its forward pass.
+        backward: the same of its backward pass.
+    """
+
+    kept: float
+    forward: float
+    backward: float
+
+
+def block_bytes(work: Work) -> BlockBytes:
+    """What a block holds."""
+    attention, feed_forward = _Sublayer.attention(work), _Sublayer.feed_forward(work)
+    kept = attention.kept + feed_forward.kept
+    # While attention computes, what the other sub-layer keeps is not there yet, or not any more.
+    forward = max(attention.forward - feed_forward.kept, feed_forward.forward)
+    backward = max(attention.backward - feed_forward.kept, feed_forward.backward)
+    if work.recompute != "full":
+        return BlockBytes(kept, max(0.0, forward), max(0.0, backward))
+    entry = work.job.element_bytes * work.tokens * work.share * work.job.config.model.hidden_size
+    # Backward all that is made again stands beside the gradient that came.
+    again = kept - entry + max(0.0, forward, backward) + entry
+    return BlockBytes(entry, again, again)
+
+
+@dataclass(frozen=True)
+class _Sublayer:
+    """Attention or the feed-forward layer: as `BlockBytes`."""
+
+    kept: float
+    forward: float
+    backward: float
+
+    @classmethod
+    def attention(cls, work: Work) -> _Sublayer:
+        """Norm, projections, attention, dropout."""
+        model, e = work.job.config.model, work.job.element_bytes
+        heads = model.num_attention_heads / work.split.tensor
+        mixed = e * work.tokens * model.hidden_size / work.split.tensor
+        # Queries, keys, values, and attention's result, which the output's product reads.
+        kept = _norm_bytes(work) + 2 * mixed + 2 * e * work.tokens * work.kv_size
+        incoming = e * work.tokens * work.share * model.hidden_size
+        if not work.writes_scores:
+            # A kernel keeps a logarithm for each query and head.
+            return cls(kept + 4 * work.tokens * heads, 0.0, 2 * mixed + 2 * incoming)
+        scores = work.rows * heads * work.span.seq_length**2
+        # Softmax, and with dropout which weights it keeps, and those.
+        softmax = scores * (e + ((1 + e) if model.attention_dropout else 0))
+        forward, backward = _score_temporaries(work, scores, softmax, mixed)
+        if work.recompute == "selective":
+            forward += softmax
+            again = max(softmax + backward, forward + mixed)
+            return cls(kept, forward, again + 2 * incoming)
+        return cls(kept + softmax, forward, backward + 2 * incoming)
+
+    @classmethod
+    def feed_forward(cls, work: Work) -> _Sublayer:
+        """Norm, gate, up, activation, down, dropout."""
+        model, e = work.job.config.model, work.job.element_bytes
+        wide = e * work.tokens * model.ffn_hidden_size / work.split.tensor
+        incoming = e * work.tokens * work.share * model.hidden_size
+        if work.job.config.compile.enabled:
+            # The activation and the product of both are made again.
+            return cls(_norm_bytes(work) + 2 * wide, wide, 3 * wide + 2 * incoming)
+        return cls(_norm_bytes(work) + 4 * wide, 0.0, 2 * wide + incoming)
+
+
+def _norm_bytes(work: Work) -> float:
+    """A norm's input and two fp32 statistics a token; its output; which channels dropout keeps.
+
+    Compiled, the latter two are made again.
+    """
+    model, e = work.job.config.model, work.job.element_bytes
+    tokens, hidden = work.tokens * work.share, model.hidden_size
+    if work.job.config.compile.enabled:
+        return tokens * (e * hidden + 8)
+    return tokens * (2 * e * hidden + 8 + (hidden if model.hidden_dropout else 0))
+
+
+def _score_temporaries(
+    work: Work, scores: float, softmax: float, mixed: float
+) -> tuple[float, float]:
+    """How far written-out attention exceeds what it keeps, forward and backward."""
+    e = work.job.element_bytes
+    if not work.job.config.model.attention_dropout:
+        # The scores before and after what is added to them; attention's result is not there yet.
+        return scores * 2 * e - mixed, scores * 2 * e
+    # Dropout's numbers, three at a time: of 64 bits on the CPU, of 32 on CUDA.
+    draws = 3 * (8 if work.job.machine.gpu.name == "cpu" else 4)
+    # The scores stand, and which weights are kept, and those weights, are not there yet.
+    forward = scores * (e + draws - (1 + e)) - mixed
+    return forward, scores * 2 * e
+
+
+@dataclass(frozen=True)
+class HeadBytes:
+    """The head on one micro-batch.
+
+    Attributes:
+        kept: held until its backward pass: hidden states, gradients computed on the way.
+        logits: that stand while it computes.
+        table: the decoder's gradient, which waits for the embeddings' backward pass.
+    """
+
+    kept: float
+    logits: float
+    table: float
+
+
+def head_bytes(work: Work) -> HeadBytes:
+    """What the head holds, and at the worst moment beside."""
+    model, e = work.job.config.model, work.job.element_bytes
+    M, D, V = work.masked, model.hidden_size, work.job.vocab_size / work.split.tensor
+    chunk = min(M, max(1, _LOGITS_PER_CHUNK // max(1, int(V))))
+    many = chunk < M
+    # Dense, GELU and norm keep their inputs; the projection its finished gradient.
+    kept = e * 5 * M * D
+    table = V * D * (4 if many else e)
+    on_cpu = work.job.machine.gpu.name == "cpu"
+    softmax = 4 * min(chunk * V, _CPU_SOFTMAX_ELEMENTS) if on_cpu else 4 * chunk * V
+    # Of several chunks the new product stands beside the sum.
+    logits = chunk * V * e + softmax + (V * D * e if many else 0.0)
+    return HeadBytes(kept, logits, table)

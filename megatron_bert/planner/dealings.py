@@ -1,0 +1,138 @@
+"""The ways to deal weights out over the ranks that share rows, and the messages of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_bert.config.remedies import divisors
+from megatron_bert.planner.job import Job
+from megatron_bert.planner.layouts import Layout
+from megatron_bert.planner.network import Group
+from megatron_bert.planner.rank_parts import RankParts, rank_parts
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Dealings:
+    """Several of them side by side: each attribute is an array with an element a dealing.
+
+    Attributes:
+        replicate: copies of the weights.
+        shards: ranks that share a copy out.
+        reshard: whether weights are gathered for every pass.
+        gather: seconds to gather a block's weights.
+        reduce: to reduce a block's gradients, over shards and copies.
+        root_gather: to gather what stands outside the blocks, over all pipeline ranks.
+        root_reduce: the same of the gradients, of the rank with the most; and of gradients that
+            several ranks hold parts of.
+        update: AdamW, the norm, copies into and out of messages, and what a step takes beside.
+    """
+
+    replicate: NDArray[np.int64]
+    shards: NDArray[np.int64]
+    reshard: NDArray[np.bool_]
+    gather: Floats
+    reduce: Floats
+    root_gather: Floats
+    root_reduce: Floats
+    update: Floats
+
+    @classmethod
+    def all(cls, job: Job, base: Layout) -> Dealings:
+        """Every number of copies, with and without weights freed."""
+        split = base.split
+        # How many stages a rank holds changes its blocks by one at the most, and no message.
+        key = ("dealings", split.tensor, split.sequence, split.pipeline)
+
+        def make() -> Dealings:
+            return cls._of(
+                job,
+                [
+                    replace(base, replicate=replicate, reshard=reshard)
+                    for replicate in divisors(split.data)
+                    for reshard in ((False, True) if split.data > replicate else (False,))
+                ],
+            )
+
+        found: Dealings = job.once(key, make)
+        return found
+
+    @classmethod
+    def one(cls, job: Job, layout: Layout) -> Dealings:
+        """A layout's own."""
+        return cls._of(job, [layout])
+
+    @classmethod
+    def _of(cls, job: Job, layouts: Sequence[Layout]) -> Dealings:
+        rows = [_messages(job, layout) for layout in layouts]
+        gather, reduce, root_gather, root_reduce, update = np.array(rows, dtype=np.float64).T
+        replicate = np.array([layout.replicate for layout in layouts])
+        return cls(
+            replicate=replicate,
+            shards=layouts[0].split.data // replicate,
+            reshard=np.array([layout.reshard for layout in layouts]),
+            gather=gather,
+            reduce=reduce,
+            root_gather=root_gather,
+            root_reduce=root_reduce,
+            update=update,
+        )
+
+
+def _messages(job: Job, layout: Layout) -> tuple[float, float, float, float, float]:
+    """The seconds of a dealing, in the order of the attributes."""
+    split, machine = layout.split, job.machine
+    shards = split.data // layout.replicate
+    group = Group(shards, split.tensor)
+    copies = Group(layout.replicate, split.tensor * shards)
+    parts = rank_parts(job, split)
+
+    def gathering(parameters: float) -> float:
+        return group.gathering(machine, job.element_bytes * parameters)
+
+    def reduction(parameters: float) -> float:
+        scatter = group.gathering(machine, job.reduce_bytes * parameters)
+        return scatter + copies.sum(machine, job.reduce_bytes * parameters / shards)
+
+    block = max(part.block for part in parts)
+    return (
+        gathering(block),
+        reduction(block),
+        sum(gathering(part.root) for part in parts if part.root),
+        reduction(max(part.root for part in parts)) + _shared_gradients(job, layout, parts),
+        _update(job, shards, split.data > 1, parts),
+    )
+
+
+def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParts]) -> float:
+    """Sums of gradients that several ranks hold parts of: keys and values, norms, the table."""
+    split, model = layout.split, job.config.model
+    shards, hidden = split.data // layout.replicate, model.hidden_size
+    seconds = 0.0
+    replicated = model.num_query_groups % split.tensor > 0
+    if split.tensor > 1 and (replicated or split.sequence):
+        layers = max(part.layers for part in parts)
+        vectors = 2 * model.num_query_groups * model.head_dim if replicated else 4
+        size = 4 * layers * hidden * vectors / shards
+        seconds += Group(split.tensor, 1).sum(job.machine, size)
+    if split.pipeline > 1:
+        table = 4 * job.vocab_size / split.tensor * hidden / shards
+        ends = Group(2, split.tensor * split.data * (split.pipeline - 1))
+        seconds += ends.message(job.machine, table / 2)
+    return seconds
+
+
+def _update(job: Job, shards: int, travels: bool, parts: Sequence[RankParts]) -> float:
+    machine, whole = job.machine, max(part.parameters for part in parts)
+    # Weight, gradient and moments are read, and the gradient once more for its norm; 3 written.
+    moved = 32.0 * whole / shards
+    if travels:
+        moved += (2 * job.element_bytes + 2 * job.reduce_bytes) * whole
+    rate = 1e9 * machine.gpu.bandwidth * machine.rates.elementwise
+    norm = Group(job.ranks, 1).sum(machine, 8)
+    return moved / rate + norm + machine.rates.step

@@ -1,0 +1,119 @@
+"""What is planned: a run on a machine, and what a rank of a split computes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megatron_bert.config.curriculum import Curriculum, StageSpan
+from megatron_bert.config.layout import BatchLayout
+from megatron_bert.config.schema import Config
+from megatron_bert.planner.layouts import Layout, Split
+from megatron_bert.planner.machines import Machine
+
+# Heads for which there is a kernel that holds no scores (`model.attention.has_kernel`).
+_KERNEL_HEADS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run, and the ranks that it gets; equal to itself alone, so that results are looked up fast.
+
+    Attributes:
+        config: of the run; its layout counts for nothing.
+        vocab_size: padded vocabulary.
+        machine: the cluster.
+        ranks: of the job, one a GPU.
+        reduce_bytes: of an element when gradients are reduced: 4, as `fully_shard` is set up.
+    """
+
+    config: Config
+    vocab_size: int
+    machine: Machine
+    ranks: int
+    reduce_bytes: int = 4
+
+    @cached_property
+    def _made(self) -> dict[Hashable, Any]:
+        return {}
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned when it was first asked for under this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @cached_property
+    def spans(self) -> list[StageSpan]:
+        """The curriculum's stages."""
+        return Curriculum(self.config).spans
+
+    @cached_property
+    def element_bytes(self) -> int:
+        """Of an element in the compute type."""
+        return 2 if self.config.precision.compute == "bf16" else 4
+
+    @cached_property
+    def has_kernel(self) -> bool:
+        """Whether attention is computed by a kernel that holds no scores."""
+        is_cuda = self.machine.gpu.name != "cpu"
+        return is_cuda and self.element_bytes == 2 and self.config.model.head_dim in _KERNEL_HEADS
+
+    def batch(self, layout: Layout, span: StageSpan) -> BatchLayout:
+        """How a stage's rows are dealt out; what `BatchLayout.of` gives for the keys."""
+        split = layout.split
+        return BatchLayout.divide(
+            span.global_size,
+            split.data,
+            max(1, layout.micro_tokens // span.seq_length),
+            fewest=split.pipeline,
+            multiple_of=split.pipeline if split.virtual > 1 else 1,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one micro-batch is to one rank of a tensor-parallel group.
+
+    Attributes:
+        job: the run.
+        split: how ranks share the model.
+        recompute: what is computed again backward.
+        rows: of the micro-batch.
+        span: the stage of the curriculum.
+    """
+
+    job: Job
+    split: Split
+    recompute: str
+    rows: int
+    span: StageSpan
+
+    @property
+    def tokens(self) -> int:
+        """N, of the micro-batch."""
+        return self.rows * self.span.seq_length
+
+    @property
+    def share(self) -> float:
+        """The part of them that this rank's residual stream holds."""
+        return 1.0 / self.split.tensor if self.split.sequence else 1.0
+
+    @property
+    def masked(self) -> int:
+        """Masked slots of the micro-batch."""
+        return self.rows * self.span.masked_slots
+
+    @property
+    def kv_size(self) -> int:
+        """Channels of the keys that this rank computes; of the values as many."""
+        model, tensor = self.job.config.model, self.split.tensor
+        size = model.num_query_groups * model.head_dim
+        return size // tensor if model.num_query_groups % tensor == 0 else size
+
+    @property
+    def writes_scores(self) -> bool:
+        """Whether attention holds the scores of every pair of slots."""
+        return not self.job.has_kernel

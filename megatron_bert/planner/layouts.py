@@ -1,0 +1,157 @@
+"""Every layout of a number of ranks: what can be chosen, and the configuration's keys for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_bert.config.checks import value_problems
+from megatron_bert.config.layout_checks import legal_layouts
+from megatron_bert.config.schema import Config
+from megatron_bert.parallel.schedule import ScheduleName
+
+Recompute = Literal["none", "selective", "full"]
+
+# Token slots of a micro-batch. Below, products no longer fill a GPU; above, nothing is gained.
+_MICRO_TOKENS = tuple(2**power for power in range(9, 18))
+_VIRTUAL_STAGES = (2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How ranks share the model; what is left over shares rows.
+
+    Attributes:
+        tensor: `parallel.tensor`.
+        sequence: `parallel.sequence`.
+        pipeline: `parallel.pipeline`.
+        schedule: `parallel.pipeline_schedule`.
+        virtual: stages a pipeline rank; 1 where they do not interleave.
+        data: ranks that share rows.
+    """
+
+    tensor: int
+    sequence: bool
+    pipeline: int
+    schedule: ScheduleName
+    virtual: int
+    data: int
+
+    @property
+    def num_stages(self) -> int:
+        """Parts that the model is cut into."""
+        return self.pipeline * self.virtual
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that may be chosen without changing what is learnt.
+
+    Attributes:
+        split: how ranks share the model.
+        micro_tokens: `batch.micro_tokens`.
+        recompute: `recompute`.
+        replicate: `parallel.replicate`.
+        reshard: `parallel.reshard_after_forward`.
+    """
+
+    split: Split
+    micro_tokens: int
+    recompute: Recompute
+    replicate: int = 1
+    reshard: bool = False
+
+    def keys(self) -> dict[str, Any]:
+        """The configuration's keys and their values."""
+        split = self.split
+        keys: dict[str, Any] = {
+            "parallel.tensor": split.tensor,
+            "parallel.pipeline": split.pipeline,
+            "parallel.sequence": split.sequence,
+            "parallel.pipeline_schedule": split.schedule,
+            "parallel.virtual_stages": max(2, split.virtual),
+            "parallel.replicate": self.replicate,
+            "parallel.reshard_after_forward": self.reshard,
+            "batch.micro_tokens": self.micro_tokens,
+            "recompute": self.recompute,
+        }
+        return keys
+
+    def put_into(self, config: Config) -> Config:
+        """Return the configuration with this layout in place of its own."""
+        parallel = {
+            name.removeprefix("parallel."): value
+            for name, value in self.keys().items()
+            if name.startswith("parallel.")
+        }
+        batch = {"micro_tokens": self.micro_tokens, "micro_size": None}
+        return config.model_copy(
+            update={
+                "parallel": config.parallel.model_copy(update=parallel),
+                "batch": config.batch.model_copy(update=batch),
+                "recompute": self.recompute,
+            }
+        )
+
+
+def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
+    """Every legal way to share the model.
+
+    The configuration's own layout counts for nothing, but what forbids a layout holds: rows a step,
+    `compile.enabled` under zero bubble.
+    """
+    for schedule, virtual in _schedules(config):
+        for sequence in (False, True):
+            asked = _with(config, schedule, virtual, sequence)
+            if value_problems(asked):
+                continue
+            seen: set[tuple[int, int]] = set()
+            for layout in legal_layouts(asked, ranks, vocab_size):
+                tensor, pipeline = layout.tensor, layout.pipeline
+                # One rank has no pipeline and no shared tokens, whatever the keys say.
+                pointless = (pipeline == 1 and schedule != "1f1b") or (sequence and tensor == 1)
+                if pointless or (tensor, pipeline) in seen:
+                    continue
+                seen.add((tensor, pipeline))
+                data = ranks // (tensor * pipeline)
+                yield Split(tensor, sequence, pipeline, schedule, virtual, data)
+
+
+def micro_token_choices(config: Config, split: Split) -> Iterator[int]:
+    """Sizes of a micro-batch that differ in what a rank computes at a time, the largest first."""
+    seen: set[tuple[int, ...]] = set()
+    for micro_tokens in reversed(_MICRO_TOKENS):
+        rows = []
+        for stage in config.curriculum:
+            size = stage.batch.global_size or config.batch.global_size
+            of_rank = -(-size // split.data)
+            rows.append(min(of_rank, max(1, micro_tokens // stage.seq_length)))
+        if tuple(rows) not in seen:
+            seen.add(tuple(rows))
+            yield micro_tokens
+
+
+def _schedules(config: Config) -> Iterator[tuple[ScheduleName, int]]:
+    yield "1f1b", 1
+    for virtual in _VIRTUAL_STAGES:
+        if 2 * virtual <= config.model.num_layers:
+            yield "interleaved", virtual
+            yield "zero_bubble", virtual
+
+
+def _with(config: Config, schedule: ScheduleName, virtual: int, sequence: bool) -> Config:
+    # Zero bubble refuses recomputation: such layouts are offered without it.
+    parallel = {
+        # More than 1, so that what a pipeline's schedule refuses is seen.
+        "pipeline": 1 if schedule == "1f1b" else 2,
+        "pipeline_schedule": schedule,
+        "virtual_stages": max(2, virtual),
+        "sequence": sequence,
+    }
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=parallel),
+            "recompute": "none",
+        }
+    )

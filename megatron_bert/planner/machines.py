@@ -1,0 +1,232 @@
+"""Facts about GPUs and networks, and what of their peaks training reaches.
+
+The facts are data sheets' figures; the shares are this project's own, measured on one H100
+(docs/performance.md) or assumed where nothing was measured (docs/scaling.md says which is which).
+`tools/plan.py --calibrate` measures a machine's own shares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from megatron_bert.config.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU (or the CPU in the place of one).
+
+    Attributes:
+        name: as the command line takes it.
+        bf16_tflops: dense BF16 peak.
+        fp32_tflops: FP32 peak of the vector units, which `precision.compute=fp32` uses.
+        memory_gib: what a process can allocate at most, context not subtracted.
+        bandwidth: of its memory, GB/s.
+        link: to the other GPUs of its node, GB/s in one direction.
+        per_node: GPUs of a node, where nothing else is said.
+        source: where the figures stand.
+    """
+
+    name: str
+    bf16_tflops: float
+    fp32_tflops: float
+    memory_gib: float
+    bandwidth: float
+    link: float
+    per_node: int
+    source: str
+
+
+_H100_SHEET = "NVIDIA H100 Tensor Core GPU data sheet, SXM (half of the rates with sparsity)"
+_A100_SHEET = "NVIDIA A100 Tensor Core GPU data sheet, SXM"
+
+# NVLink: half of the sheet's figure, which adds up both directions. Memory: as the driver shows it.
+GPUS: Mapping[str, Gpu] = MappingProxyType(
+    {
+        gpu.name: gpu
+        for gpu in (
+            Gpu("h100-80gb", 989.0, 67.0, 79.1, 3350.0, 450.0, 8, _H100_SHEET),
+            # TSUBAME 4's: four to a node.
+            Gpu(
+                "h100-94gb",
+                989.0,
+                67.0,
+                93.1,
+                2400.0,
+                450.0,
+                4,
+                "TSUBAME 4.0 hardware page; Lenovo Press LP1732 (H100 SXM5 94 GB HBM2e)",
+            ),
+            Gpu("h200", 989.0, 67.0, 139.8, 4800.0, 450.0, 8, "NVIDIA H200 data sheet, SXM"),
+            Gpu("a100-80gb", 312.0, 19.5, 79.1, 2039.0, 300.0, 8, _A100_SHEET),
+            Gpu("a100-40gb", 312.0, 19.5, 39.4, 1555.0, 300.0, 8, _A100_SHEET),
+            # A stand-in for whatever host: rough figures of a core or two of a server.
+            Gpu("cpu", 0.05, 0.1, 8.0, 10.0, 2.0, 1, "assumed; --calibrate measures"),
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What connects nodes.
+
+    Attributes:
+        name: as the command line takes it.
+        per_node: GB/s in one direction that a node sends, over all its adapters.
+    """
+
+    name: str
+    per_node: float
+
+
+# Gbit/s of one adapter (InfiniBand Trade Association's names; Ethernet by its rate).
+_ADAPTERS: Mapping[str, int] = MappingProxyType(
+    {
+        "edr100": 100,
+        "hdr100": 100,
+        "hdr200": 200,
+        "ndr200": 200,
+        "ndr400": 400,
+        "xdr800": 800,
+        "eth10": 10,
+        "eth25": 25,
+        "eth100": 100,
+        "eth200": 200,
+        "eth400": 400,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What training reaches of the facts.
+
+    Attributes:
+        gemm: share of the peak in large products.
+        gemm_seconds: that each product takes beside.
+        attention_forward: share of the peak in attention's products, with dropout.
+        attention_backward: the same backward.
+        no_dropout: how many times as fast attention is without dropout.
+        elementwise: share of the memory's bandwidth in norms, activations, sums and the optimizer.
+        eager: how many times the bytes move where blocks are not compiled.
+        link: share of the links inside a node.
+        network: share of the adapters.
+        link_latency: seconds of a message inside a node, and as much again a 16th for each rank.
+        network_latency: the same across nodes.
+        idle: seconds a block and micro-batch in which the device waits.
+        host: seconds that the host takes to launch a block, forward and backward: the least time
+            of a block, however few its tokens.
+        step: seconds a step beside the model: ranks agree, metrics are written.
+        reserved_gib: memory that training cannot have: context, communicators, fragments.
+    """
+
+    gemm: float = 0.79
+    gemm_seconds: float = 10e-6
+    attention_forward: float = 0.235
+    attention_backward: float = 0.21
+    no_dropout: float = 1.4
+    elementwise: float = 0.64
+    eager: float = 2.5
+    link: float = 0.8
+    network: float = 0.85
+    link_latency: float = 10e-6
+    network_latency: float = 25e-6
+    idle: float = 0.3e-3
+    host: float = 1.5e-3
+    step: float = 2e-3
+    reserved_gib: float = 2.5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The cluster that is planned for.
+
+    Attributes:
+        gpu: its GPUs.
+        network: between its nodes.
+        gpus_per_node: of a node.
+        rates: what training reaches.
+    """
+
+    gpu: Gpu
+    network: Network
+    gpus_per_node: int
+    rates: Rates = Rates()
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory of a GPU that training can have."""
+        return (self.gpu.memory_gib - self.rates.reserved_gib) * GIB
+
+    def with_memory(self, gib: float) -> Machine:
+        """The same, with GPUs of another memory."""
+        return replace(self, gpu=replace(self.gpu, memory_gib=gib))
+
+    def peak(self, compute: str) -> float:
+        """FLOP/s of a GPU in a compute type."""
+        return 1e12 * (self.gpu.bf16_tflops if compute == "bf16" else self.gpu.fp32_tflops)
+
+
+def find_machine(
+    gpu: str, nodes_of: int | None = None, network: str | None = None, rates: Rates | None = None
+) -> Machine:
+    """Look a machine up by the names that the command line takes.
+
+    Args:
+        gpu: a name of `GPUS`.
+        nodes_of: GPUs of a node. Default: the usual number of that GPU.
+        network: an adapter and how many of them a node has, as `ndr200x4`. Default: an `ndr200`
+            for each GPU.
+        rates: measured ones. Default: the built-in ones.
+
+    Raises:
+        ConfigError: A name is unknown, or a number is not above 0; the message lists those known.
+    """
+    if gpu not in GPUS:
+        raise ConfigError(f"--gpu {gpu}: not known; use one of {', '.join(GPUS)}")
+    if nodes_of is not None and nodes_of < 1:
+        raise ConfigError(f"--nodes-of {nodes_of}: a node has at least 1 GPU; give their number")
+    per_node = GPUS[gpu].per_node if nodes_of is None else nodes_of
+    default = f"eth10x{per_node}" if gpu == "cpu" else f"ndr200x{per_node}"
+    found = _find_network(network or default)
+    return Machine(GPUS[gpu], found, per_node, rates or _default_rates(gpu))
+
+
+def _default_rates(gpu: str) -> Rates:
+    if gpu != "cpu":
+        return Rates()
+    # Written-out attention is products of the usual kind; a rank is a process, without a context.
+    return Rates(
+        gemm=0.6, attention_forward=0.3, attention_backward=0.3, no_dropout=3.0, eager=2.0,
+        link_latency=100e-6, network_latency=200e-6, idle=0.0, host=1e-3, reserved_gib=0.5,
+    )  # fmt: skip
+
+
+def _find_network(name: str) -> Network:
+    match = re.fullmatch(r"([a-z]+\d+)x(\d+)", name)
+    if match is None or match[1] not in _ADAPTERS or not int(match[2]):
+        raise ConfigError(
+            f"--network {name}: not known; give an adapter and how many of them a node has, as "
+            f"ndr200x4; adapters are {', '.join(_ADAPTERS)}"
+        )
+    return Network(name, _ADAPTERS[match[1]] * int(match[2]) / 8)
+
+
+def gpu_of_device(device_name: str, memory_gib: float) -> str | None:
+    """The name in `GPUS` of a device such as "NVIDIA H100 80GB HBM3"; None where it is none.
+
+    Args:
+        device_name: what the driver calls it.
+        memory_gib: what it has, which tells models of one name apart.
+    """
+    model = next((name for name in ("h200", "h100", "a100") if name in device_name.lower()), None)
+    if model is None:
+        return None
+    alike = [gpu for gpu in GPUS.values() if gpu.name.startswith(model)]
+    return min(alike, key=lambda gpu: abs(gpu.memory_gib - memory_gib)).name

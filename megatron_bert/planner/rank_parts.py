@@ -1,0 +1,98 @@
+"""What each pipeline rank holds of the model, in parameters and blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bert.config.parameters import rank_parameters
+from megatron_bert.config.pipeline_stages import stage_layers
+from megatron_bert.planner.job import Job
+from megatron_bert.planner.layouts import Split
+
+
+@dataclass(frozen=True)
+class RankParts:
+    """What a pipeline rank holds, as one rank of its tensor-parallel group.
+
+    Attributes:
+        parameters: all of them.
+        root: those outside the blocks.
+        layers: blocks, over its stages.
+        has_head: whether it ends the model.
+    """
+
+    parameters: int
+    root: int
+    layers: int
+    has_head: bool
+
+    @property
+    def block(self) -> float:
+        """Parameters of a block."""
+        return (self.parameters - self.root) / max(1, self.layers)
+
+
+def rank_parts(job: Job, split: Split) -> tuple[RankParts, ...]:
+    """What each pipeline rank holds."""
+    key = ("parts", split.tensor, split.pipeline, split.virtual)
+    parts: tuple[RankParts, ...] = job.once(key, lambda: _make_parts(job, split))
+    return parts
+
+
+def layers_of_stages(job: Job, num_stages: int) -> tuple[int, ...]:
+    """Blocks of each stage; only their number counts, not how ranks hold them."""
+    layers: tuple[int, ...] = job.once(
+        ("layers", num_stages), lambda: _make_layers(job, num_stages)
+    )
+    return layers
+
+
+def _make_layers(job: Job, num_stages: int) -> tuple[int, ...]:
+    parallel = job.config.parallel.model_copy(
+        update={"pipeline": num_stages, "pipeline_schedule": "1f1b"}
+    )
+    config = job.config.model_copy(update={"parallel": parallel})
+    return tuple(len(layers) for layers in stage_layers(config, job.vocab_size))
+
+
+def _make_parts(job: Job, split: Split) -> tuple[RankParts, ...]:
+    blocks = layers_of_stages(job, split.num_stages)
+    pieces: _Pieces = job.once(("pieces", split.tensor), lambda: _Pieces.of(job, split.tensor))
+    parts = []
+    for rank in range(split.pipeline):
+        layers = sum(blocks[rank :: split.pipeline])
+        first, last = rank == 0, rank == split.pipeline - 1
+        root = pieces.entry * first + pieces.end * last
+        # The last rank of a pipeline has a copy of the table, which its head decodes with.
+        root += pieces.table if last and not first else 0
+        parts.append(RankParts(root + layers * pieces.block, root, layers, last))
+    return tuple(parts)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Parameters of the model's pieces on a rank of a tensor-parallel group."""
+
+    entry: int
+    block: int
+    end: int
+    table: int
+
+    @classmethod
+    def of(cls, job: Job, tensor: int) -> _Pieces:
+        """Tell the pieces apart by counting models of two and of three blocks."""
+        model, parallel = job.config.model, job.config.parallel
+        parallel = parallel.model_copy(
+            update={"tensor": tensor, "pipeline": 2, "pipeline_schedule": "1f1b"}
+        )
+        counts = []
+        for layers in (2, 3):
+            update = {
+                "parallel": parallel,
+                "model": model.model_copy(update={"num_layers": layers}),
+            }
+            counts.append(rank_parameters(job.config.model_copy(update=update), job.vocab_size))
+        (first, last), more = counts
+        block = sum(more) - first - last
+        table = job.vocab_size // tensor * model.hidden_size
+        return cls(first - block, block, last - block - table, table)

@@ -1,0 +1,258 @@
+"""How long a training step takes under a layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+
+from megatron_bert.config.curriculum import StageSpan
+from megatron_bert.parallel.actions import StageTime
+from megatron_bert.parallel.schedule import make_schedule, simulate
+from megatron_bert.planner.compute import (
+    Passes,
+    Seconds,
+    block_passes,
+    embedding_passes,
+    head_passes,
+    weight_product_seconds,
+)
+from megatron_bert.planner.dealings import Dealings, Floats
+from megatron_bert.planner.job import Job, Work
+from megatron_bert.planner.layouts import Layout
+from megatron_bert.planner.network import Group
+from megatron_bert.planner.rank_parts import RankParts, layers_of_stages, rank_parts
+
+# Rounds of a pipeline after which each further one takes as long as the one before.
+_SIMULATED_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step, by what the busiest rank spends them on.
+
+    Attributes:
+        gemm: matrix products.
+        attention: softmax attention.
+        elementwise: norms, activations, dropout, sums of gradients.
+        host: waiting for the host.
+        tensor: tensor parallelism's messages that nothing hides.
+        bubble: waiting for other pipeline stages, and for messages between them.
+        gather: weights' gathering that nothing hides.
+        reduce: gradients' reduction that nothing hides.
+        optimizer: the update, and what a step takes beside the model.
+    """
+
+    gemm: float
+    attention: float
+    elementwise: float
+    host: float
+    tensor: float
+    bubble: float
+    gather: float
+    reduce: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+class StepModel:
+    """Predicts steps of a layout in a stage of the curriculum.
+
+    Args:
+        job: the run and its ranks.
+        layout: its `replicate` and `reshard` count for nothing.
+        span: the stage.
+    """
+
+    def __init__(self, job: Job, layout: Layout, span: StageSpan) -> None:
+        self._job, self._layout = job, layout
+        self.batch = job.batch(layout, span)
+        self.work = Work(job, layout.split, layout.recompute, self.batch.micro_size, span)
+        self._parts = rank_parts(job, layout.split)
+        self._block = _block(self.work)
+        self._embedding, self._head = _ends(self.work)
+        # Of ranks between the ends that with the most blocks.
+        middle = max(self._parts[1:-1], key=lambda part: part.layers, default=None)
+        ends = {0: self._parts[0], len(self._parts) - 1: self._parts[-1]}
+        candidates = [*ends.items(), *([] if middle is None else [(1, middle)])]
+        totals = [self._total_of(part, rank) for rank, part in candidates]
+        self._busiest = max(totals, key=lambda seconds: seconds.total)
+        self.busy = self._busiest.total * self.batch.num_micro_batches
+
+    def step(self, dealings: Dealings, bubble: float) -> Step:
+        """A step.
+
+        Args:
+            dealings: a single one.
+            bubble: what `estimated_bubble` or `simulated_bubble` says.
+        """
+        gather, reduce = self._data_messages(dealings)
+        total = self._busiest * self.batch.num_micro_batches
+        return Step(
+            gemm=total.gemm,
+            attention=total.attention,
+            elementwise=total.elementwise,
+            host=total.host,
+            tensor=total.tensor,
+            bubble=bubble,
+            gather=gather.item(),
+            reduce=reduce.item(),
+            optimizer=dealings.update.item(),
+        )
+
+    def seconds(self, dealings: Dealings) -> Floats:
+        """A step's total under each dealing, with the bubble by the formula."""
+        gather, reduce = self._data_messages(dealings)
+        return self.busy + self.estimated_bubble + gather + reduce + dealings.update
+
+    @cached_property
+    def estimated_bubble(self) -> float:
+        """By the formula: what a pipeline takes to fill and to empty."""
+        split = self._layout.split
+        if split.pipeline == 1:
+            return 0.0
+        block, layers = self._block, self._job.config.model.num_layers / split.num_stages
+        idle = block.forward.total + block.backward_input.total
+        weight = block.backward_weight.total
+        idle = max(0.0, idle - 2 * weight) if split.schedule == "zero_bubble" else idle + weight
+        return (split.pipeline - 1) * (layers * idle + 2 * self.message)
+
+    @property
+    def simulated_actions(self) -> int:
+        """Computations of the simulations, which say how long they take."""
+        split = self._layout.split
+        if split.pipeline == 1:
+            return 0
+        return 3 * split.num_stages * sum(self._simulated_micro_batches)
+
+    @property
+    def _simulated_micro_batches(self) -> list[int]:
+        # Between its ends a pipeline repeats itself: one round more tells what each further one
+        # takes.
+        count, ranks = self.batch.num_micro_batches, self._layout.split.pipeline
+        most = _SIMULATED_ROUNDS * ranks
+        return [count] if count <= most else [most - ranks, most]
+
+    def simulated_bubble(self) -> float:
+        """By the schedule that training uses: how much longer it takes than the busiest rank."""
+        if self._layout.split.pipeline == 1:
+            return 0.0
+        durations = {count: self._simulate(count) for count in self._simulated_micro_batches}
+        most, count = max(durations), self.batch.num_micro_batches
+        duration = durations[most]
+        if most < count:
+            fewer = min(durations)
+            each = (duration - durations[fewer]) / (most - fewer)
+            # Where the pipeline still fills up, the busiest rank sets the pace in the end.
+            duration += (count - most) * max(each, self.busy / count)
+        return duration - self.busy
+
+    def _simulate(self, micro_batches: int) -> float:
+        split = self._layout.split
+        schedule = make_schedule(split.schedule, split.pipeline, micro_batches, split.virtual)
+        return simulate(schedule, self.stage_times(), self.message).duration
+
+    def stage_times(self) -> list[StageTime]:
+        """What each stage takes for a micro-batch."""
+        blocks = layers_of_stages(self._job, self._layout.split.num_stages)
+        times = []
+        for stage, layers in enumerate(blocks):
+            pieces = [(self._block, layers)]
+            pieces += [(self._embedding, 1)] if stage == 0 else []
+            pieces += [(self._head, 1)] if stage == len(blocks) - 1 else []
+            times.append(
+                StageTime(
+                    forward=sum(n * piece.forward.total for piece, n in pieces),
+                    backward_input=sum(n * piece.backward_input.total for piece, n in pieces),
+                    backward_weight=sum(n * piece.backward_weight.total for piece, n in pieces),
+                )
+            )
+        return times
+
+    def _total_of(self, part: RankParts, rank: int) -> Seconds:
+        total = self._block.total * part.layers
+        if rank == 0:
+            total += self._embedding.total
+        return total + self._head.total if part.has_head else total
+
+    @cached_property
+    def message(self) -> float:
+        """Seconds that hidden states are under way to the next stage."""
+        work, split = self.work, self._layout.split
+        size = work.job.element_bytes * work.tokens * work.share
+        size *= work.job.config.model.hidden_size
+        return Group(split.pipeline, split.tensor * split.data).message(work.job.machine, size)
+
+    @cached_property
+    def _layer_counts(self) -> list[tuple[int, int]]:
+        """How many ranks hold so many blocks."""
+        return list(Counter(part.layers for part in self._parts).items())
+
+    def _data_messages(self, dealings: Dealings) -> tuple[Floats, Floats]:
+        """Gathering of weights and reduction of gradients, as far as computation does not hide it.
+
+        Each block's gathering runs beside the block before it, each reduction beside the blocks
+        before it; what stands outside the blocks has nothing to run beside. In a pipeline a rank
+        begins to gather when its first micro-batch arrives, so that gatherings add up; reductions
+        end side by side.
+        """
+        block = self._block
+        forward = block.forward.total
+        backward = block.backward_input.total + block.backward_weight.total
+        again = dealings.gather * dealings.reshard
+        gather, reduce = dealings.root_gather, np.zeros_like(again)
+        repeated = self.batch.num_micro_batches - 1
+        for layers, ranks in self._layer_counts:
+            gather = gather + ranks * _not_hidden(layers, dealings.gather, forward)
+            reduce = np.maximum(reduce, _not_hidden(layers, dealings.reduce + again, backward))
+            if repeated:
+                gather = gather + repeated * _not_hidden(layers, again, forward)
+                gather = gather + repeated * _not_hidden(layers, again, backward)
+        return gather, reduce + dealings.root_reduce
+
+
+def _not_hidden(layers: int, message: Floats, beside: float) -> Floats:
+    """What the messages of so many blocks add to their computation, one beside the next."""
+    total: Floats = np.maximum(layers * message + beside, message + layers * beside)
+    return total - layers * beside
+
+
+def _block(work: Work) -> Passes:
+    split = work.split
+    hides = split.schedule != "zero_bubble"
+    key = ("block", split.tensor, split.sequence, hides, work.recompute, work.rows, work.span.index)
+    block: Passes = work.job.once(key, lambda: block_passes(work, *_tensor_messages(work, hides)))
+    return block
+
+
+def _ends(work: Work) -> tuple[Passes, Passes]:
+    key = ("ends", work.split.tensor, work.rows, work.span.index)
+    ends: tuple[Passes, Passes] = work.job.once(
+        key, lambda: (embedding_passes(work), head_passes(work))
+    )
+    return ends
+
+
+def _tensor_messages(work: Work, hides: bool) -> tuple[float, float]:
+    """Seconds of a block's messages over the tensor-parallel group that nothing hides.
+
+    Args:
+        work: the micro-batch.
+        hides: whether weights' products follow the inputs' (zero bubble leaves them for later).
+    """
+    split, machine = work.split, work.job.machine
+    group = Group(split.tensor, 1)
+    size = work.job.element_bytes * work.tokens * work.job.config.model.hidden_size
+    gathering, summing = group.gathering(machine, size), group.sum(machine, size)
+    under = weight_product_seconds(work) if hides else (0.0, 0.0)
+    if not split.sequence:
+        return 2 * summing, sum(max(0.0, summing - beside) for beside in under)
+    # The second gathering of an input runs under the products that give its gradient: as many.
+    hidden = sum(2 * max(0.0, gathering - beside) for beside in under)
+    return 4 * gathering, 2 * gathering + hidden

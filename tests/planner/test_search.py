@@ -1,0 +1,135 @@
+"""All legal layouts are looked at, the best is found, and what is said of it can be used."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from megatron_bert.config.checks import check_config
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.layout import BatchLayout
+from megatron_bert.config.layout_checks import legal_layouts
+from megatron_bert.planner.layouts import Layout, Split, all_splits, micro_token_choices
+from megatron_bert.planner.machines import GPUS, find_machine, gpu_of_device
+from megatron_bert.planner.search import LayoutPlan, make_plan
+from tests.planner.jobs import VOCABULARY, job, recipe
+
+
+def test_a_plan_for_4096_gpus_takes_less_than_a_second_of_computing() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        make_plan(recipe(), VOCABULARY, find_machine("h100-80gb"), 4096)
+        seconds.append(time.process_time() - began)
+    # The quickest: other work on the machine slows each of them.
+    assert min(seconds) < 1.0, seconds
+
+
+def test_every_way_to_share_the_model_that_the_checks_allow_is_looked_at() -> None:
+    config = recipe()
+    found = {(s.tensor, s.pipeline) for s in all_splits(config, 16, VOCABULARY)}
+    legal = {(layout.tensor, layout.pipeline) for layout in legal_layouts(config, 16, VOCABULARY)}
+    assert found == legal
+
+
+@pytest.mark.parametrize("ranks", [1, 6, 32, 512])
+def test_every_layout_that_is_offered_passes_the_checks_of_training(ranks: int) -> None:
+    plan = make_plan(recipe(), VOCABULARY, find_machine("h100-80gb"), ranks)
+    for entry in [*plan.best, *(other for _, other in plan.alternatives), *plan.of_stages]:
+        config = entry.layout.put_into(recipe())
+        check_config(config, world_size=ranks, vocab_size=VOCABULARY)
+
+
+def test_zero_bubble_is_offered_only_where_blocks_are_not_compiled() -> None:
+    compiled = {split.schedule for split in all_splits(recipe(), 8, VOCABULARY)}
+    plain = all_splits(recipe("compile.enabled=false"), 8, VOCABULARY)
+    assert "zero_bubble" not in compiled
+    assert "zero_bubble" in {split.schedule for split in plain}
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        Split(1, False, 1, "1f1b", 1, 48),
+        Split(2, True, 4, "1f1b", 1, 6),
+        Split(1, False, 8, "interleaved", 2, 6),
+    ],
+)
+def test_micro_batches_are_those_that_training_makes_of_the_keys(split: Split) -> None:
+    planned = job(48)
+    for micro_tokens in micro_token_choices(planned.config, split):
+        layout = Layout(split, micro_tokens, "none")
+        config = layout.put_into(planned.config)
+        for span in planned.spans:
+            of_training = BatchLayout.of(config, span.global_size, span.seq_length, split.data)
+            assert planned.batch(layout, span) == of_training
+
+
+def test_the_best_is_the_quickest_of_those_that_fit_and_others_are_not_quicker() -> None:
+    plan = make_plan(recipe(), VOCABULARY, find_machine("h100-94gb"), 32)
+    assert [entry.days for entry in plan.best] == sorted(entry.days for entry in plan.best)
+    free = plan.job.machine.usable_bytes
+    assert all(entry.peak_bytes <= free for entry in plan.best)
+    assert all(entry.days >= plan.best[0].days for _, entry in plan.alternatives)
+    assert plan.too_large > 0
+
+
+def test_days_and_gpu_hours_are_those_of_all_steps() -> None:
+    plan = make_plan(recipe(), VOCABULARY, find_machine("h100-80gb"), 8)
+    best: LayoutPlan = plan.best[0]
+    spans = plan.job.spans
+    seconds = sum(
+        stage.step.total * (span.last_step - span.first_step + 1)
+        for stage, span in zip(best.stages, spans, strict=True)
+    )
+    assert best.days == pytest.approx(seconds / 86400)
+    assert best.gpu_hours == pytest.approx(8 * seconds / 3600)
+    for stage, span in zip(best.stages, spans, strict=True):
+        assert stage.tokens_per_second == pytest.approx(span.slots_per_step / stage.step.total)
+        assert 0.0 < stage.mfu < 1.0
+
+
+def test_what_fits_nowhere_is_refused_with_what_it_would_take() -> None:
+    huge = recipe("model.num_layers=200", "model.hidden_size=12288", "model.ffn_hidden_size=32768")
+    with pytest.raises(ConfigError, match=r"layouts of 2 x a100-40gb fits: the smallest takes"):
+        make_plan(huge, VOCABULARY, find_machine("a100-40gb"), 2)
+
+
+def test_ranks_that_no_layout_has_are_refused_as_training_refuses_them() -> None:
+    with pytest.raises(ConfigError, match=r"batch.global_size = 1024: fewer than the 2053"):
+        make_plan(recipe(), VOCABULARY, find_machine("h200"), 2053)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("h1000",), ["--gpu h1000", *GPUS]),
+        (("h200", 0), ["--nodes-of 0", "at least 1"]),
+        (("h200", 8, "ndr200"), ["--network ndr200", "ndr200x4"]),
+        (("h200", 8, "tin100x4"), ["--network tin100x4", "hdr200"]),
+    ],
+)
+def test_unknown_machines_are_refused_with_those_known(
+    arguments: tuple[str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_machine(*arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100-80gb"),
+        ("NVIDIA H100", 93.0, "h100-94gb"),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40gb"),
+        ("NVIDIA GeForce RTX 3090", 23.7, None),
+    ],
+)
+def test_a_device_is_found_in_the_table_by_its_name_and_memory(
+    device: str, gib: float, name: str | None
+) -> None:
+    assert gpu_of_device(device, gib) == name

@@ -1,0 +1,142 @@
+"""Predicted time against the H100 of docs/performance.md, and the pipeline against its schedule."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_bert.parallel.actions import StageTime
+from megatron_bert.parallel.schedule import ScheduleName, make_schedule, simulate
+from megatron_bert.planner.dealings import Dealings
+from megatron_bert.planner.layouts import Layout, Split
+from megatron_bert.planner.machines import find_machine
+from megatron_bert.planner.network import Group
+from megatron_bert.planner.step import Step, StepModel
+from tests.planner.jobs import job, single
+
+
+def _step_on_one_gpu(
+    seq_length: int, dropout: float, rows: int, micro_batches: int
+) -> tuple[Step, float]:
+    planned = job(
+        1,
+        f"curriculum=[{{seq_length: {seq_length}, steps: 1}}]",
+        f"batch.global_size={rows * micro_batches}",
+        f"model.hidden_dropout={dropout}",
+        f"model.attention_dropout={dropout}",
+    )
+    layout = single(rows * seq_length)
+    model = StepModel(planned, layout, planned.spans[0])
+    step = model.step(Dealings.one(planned, layout), model.simulated_bubble())
+    return step, planned.spans[0].slots_per_step / step.total
+
+
+# Every line of the table "RetrievaBERT-1.3B on one H100".
+@pytest.mark.parametrize(
+    ("seq_length", "dropout", "rows", "micro_batches", "tokens_per_second"),
+    [
+        (128, 0.1, 256, 3, 58_054),
+        (256, 0.1, 128, 3, 56_475),
+        (512, 0.1, 64, 4, 54_214),
+        (512, 0.1, 64, 3, 53_955),
+        (2048, 0.1, 16, 3, 39_887),
+        (512, 0.0, 64, 3, 56_235),
+        (128, 0.1, 128, 4, 55_337),
+        (512, 0.1, 32, 4, 51_371),
+        (2048, 0.1, 8, 4, 38_497),
+        (512, 0.0, 32, 4, 54_094),
+    ],
+)
+def test_steps_are_predicted_within_five_percent_of_what_an_h100_measured(
+    seq_length: int, dropout: float, rows: int, micro_batches: int, tokens_per_second: int
+) -> None:
+    _, predicted = _step_on_one_gpu(seq_length, dropout, rows, micro_batches)
+    assert predicted == pytest.approx(tokens_per_second, rel=0.05)
+
+
+# Shares of the table "Where the time of a step goes".
+@pytest.mark.parametrize(
+    ("seq_length", "rows", "tokens_per_second", "gemm", "elementwise", "attention"),
+    [
+        (512, 64, 53_955, 0.519, 0.275, 0.165),
+        (128, 256, 58_054, 0.572, 0.304, 0.079),
+        (2048, 16, 39_887, 0.378, 0.201, 0.394),
+    ],
+)
+def test_the_parts_of_a_step_are_those_that_an_h100_measured(
+    seq_length: int,
+    rows: int,
+    tokens_per_second: int,
+    gemm: float,
+    elementwise: float,
+    attention: float,
+) -> None:
+    step, _ = _step_on_one_gpu(seq_length, 0.1, rows, 3)
+    measured = 3 * rows * seq_length / tokens_per_second
+    # Products run into each other's ends at all lengths alike; attention of short rows is small.
+    assert step.gemm == pytest.approx(gemm * measured, rel=0.03)
+    assert step.elementwise == pytest.approx(elementwise * measured, rel=0.05)
+    assert step.attention == pytest.approx(attention * measured, abs=0.02 * measured)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
+@pytest.mark.parametrize("pipeline", [2, 4])
+def test_some_rounds_of_a_pipeline_tell_what_all_of_them_take(
+    schedule: ScheduleName, pipeline: int
+) -> None:
+    planned = job(16, "compile.enabled=false")
+    virtual = 1 if schedule == "1f1b" else 2
+    split = Split(1, False, pipeline, schedule, virtual, 16 // pipeline)
+    model = StepModel(planned, Layout(split, 512, "none"), planned.spans[2])
+    count = model.batch.num_micro_batches
+    assert count > 4 * pipeline
+    whole = simulate(
+        make_schedule(schedule, pipeline, count, virtual), model.stage_times(), model.message
+    ).duration
+    assert model.busy + model.simulated_bubble() == pytest.approx(whole, rel=1e-3)
+
+
+def test_stages_take_what_their_parts_take_in_training_order() -> None:
+    planned = job(4)
+    model = StepModel(
+        planned, Layout(Split(1, False, 4, "1f1b", 1, 1), 16384, "none"), planned.spans[0]
+    )
+    first, *_, last = model.stage_times()
+    # The head weighs about a block, and the last stage has one block less for it; it computes its
+    # gradients in its forward pass.
+    assert _total(last) == pytest.approx(_total(first), rel=0.15)
+    assert last.forward > first.forward
+
+
+def _total(stage: StageTime) -> float:
+    return stage.forward + stage.backward_input + stage.backward_weight
+
+
+def test_a_group_inside_a_node_is_as_fast_as_its_links_and_one_across_as_its_adapters() -> None:
+    machine = find_machine("h100-94gb", 4, "ndr200x4")
+    size = 1e9
+    inside = Group(4, 1).gathering(machine, size)
+    across = Group(32, 1).gathering(machine, size)
+    one_adapter = Group(8, 4).gathering(machine, size)
+    assert inside == pytest.approx(0.75 * size / 360e9, rel=0.02)
+    assert across == pytest.approx(31 / 32 * size / 85e9, rel=0.02)
+    # A group with one rank a node uses one of the four adapters.
+    assert one_adapter == pytest.approx(7 / 8 * size / 21.25e9, rel=0.02)
+
+
+def test_messages_that_computation_hides_cost_nothing_but_their_ends() -> None:
+    planned = job(8)
+    span = planned.spans[2]
+    layout = Layout(Split(1, False, 1, "1f1b", 1, 8), 16384, "none")
+    model = StepModel(planned, layout, span)
+    dealings = Dealings.one(planned, layout)
+    step = model.step(dealings, 0.0)
+    whole = 48 * dealings.reduce.item()
+    assert step.reduce < 0.2 * whole
+
+
+def test_reduction_in_half_the_bytes_takes_half_the_time() -> None:
+    planned = job(32)
+    layout = Layout(Split(1, False, 1, "1f1b", 1, 32), 16384, "none")
+    half = type(planned)(planned.config, planned.vocab_size, planned.machine, 32, reduce_bytes=2)
+    full_reduce = Dealings.one(planned, layout).root_reduce.item()
+    assert Dealings.one(half, layout).root_reduce.item() == pytest.approx(full_reduce / 2, rel=0.1)

@@ -1,0 +1,87 @@
+"""Say which layout a run should take on a cluster, how long it takes there, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.load import load_config
+from megatron_bert.files import write_durably
+from megatron_bert.planner.machines import GPUS, find_machine
+from megatron_bert.planner.report import configuration, describe, document
+from megatron_bert.planner.search import make_plan
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Opens no data. What is predicted, from what, and how far predictions were off: "
+        "docs/scaling.md.",
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="keys that replace the file's"
+    )
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="of the job")
+    parser.add_argument(
+        "--gpu", required=True, metavar="NAME", help=f"their kind: {', '.join(GPUS)}"
+    )
+    parser.add_argument(
+        "--nodes-of", type=int, metavar="N", help="GPUs of a node (default: that kind's usual)"
+    )
+    parser.add_argument(
+        "--network",
+        metavar="NAME",
+        help="an adapter and how many of them a node has, as ndr200x4 (default: one for each GPU)",
+    )
+    parser.add_argument(
+        "--keep", type=int, default=10, metavar="N", help="layouts shown (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the configuration with the best layout"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document, not a table")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Plan and print."""
+    given = _parser().parse_intermixed_args(arguments)
+    for name in ("gpus", "keep"):
+        if getattr(given, name) < 1:
+            raise ConfigError(f"--{name} {getattr(given, name)}: give 1 or more")
+    machine = find_machine(given.gpu, given.nodes_of, given.network)
+    config = load_config(given.config, given.overrides)
+    if config.model.vocab_size is None:
+        raise ConfigError(
+            "model.vocab_size is not set: a plan opens no tokenizer; add model.vocab_size=N"
+        )
+    plan = make_plan(config, config.model.vocab_size, machine, given.gpus, keep=given.keep)
+    if given.output is not None:
+        _write(given.output, configuration(plan, plan.best[0].layout))
+    if given.json:
+        lines = [json.dumps(document(plan), ensure_ascii=False, indent=2)]
+    else:
+        lines = list(describe(plan))
+        if given.output is not None:
+            lines.append(f"wrote {given.output}")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        write_durably(path, content)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {path}: {error.strerror}; give a file in a folder that can be written"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_cli(main)
