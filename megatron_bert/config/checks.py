@@ -16,11 +16,6 @@ from megatron_bert.config.profiled_steps import profile_problems
 from megatron_bert.config.remedies import near_divisors, near_multiples
 from megatron_bert.config.schema import Config, Corpus
 
-# The one value of each key that this version can do; the schema already knows the others.
-ONLY_AVAILABLE: dict[str, object] = {
-    "parallel.layout": "manual",
-}
-
 
 def check_config(config: Config, *, world_size: int, vocab_size: int | None = None) -> None:
     """Refuse a configuration that cannot be trained on `world_size` ranks.
@@ -37,7 +32,6 @@ def check_config(config: Config, *, world_size: int, vocab_size: int | None = No
     rows = config.model.vocab_size if vocab_size is None else vocab_size
     problems = [
         *value_problems(config),
-        *_unavailable(config),
         *_logger_problems(config),
         *kernel_problems(config),
         *layout_problems(config, world_size, rows),
@@ -60,20 +54,6 @@ def value_problems(config: Config) -> list[str]:
         fp8_problems,
     )
     return [problem for check in checks for problem in check(config)]
-
-
-def _unavailable(config: Config) -> Iterator[str]:
-    values = config.model_dump(mode="json", by_alias=True)
-    for key, available in ONLY_AVAILABLE.items():
-        value: object = values
-        for part in key.split("."):
-            assert isinstance(value, dict)
-            value = value[part]
-        if value != available:
-            yield (
-                f"{key} = {format_value(value)}: not available in this version; "
-                f"use {format_value(available)}"
-            )
 
 
 def _logger_problems(config: Config) -> Iterator[str]:

@@ -311,7 +311,8 @@ class ParallelConfig(Section):
     """Free a block's gathered weights after its forward pass too, and gather them again for the
     backward pass of every micro-batch (ZeRO-3): less memory, more messages."""
     layout: Literal["manual", "auto"] = "manual"
-    """`auto` chooses the layout by predicted step time."""
+    """`auto` has each job take the layout predicted to be the quickest on its ranks; this section's
+    keys, `batch.micro_tokens`, `batch.micro_size` and `recompute` then count for nothing."""
 
 
 class PrecisionConfig(Section):

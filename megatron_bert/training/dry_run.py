@@ -17,6 +17,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.training.auto_layout import with_layout
 from megatron_bert.training.description import describe_data, describe_plan
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.resume import check_continuity, starting_point
@@ -38,6 +39,7 @@ def dry_run(config: Config, world_size: int) -> None:
         ConfigError: the configuration cannot be trained on so many ranks.
         UserError: tokenizer or data are missing or do not fit; all problems in one message.
     """
+    config = with_layout(config, world_size)
     check_config(config, world_size=world_size)
     problems: list[str] = []
     tokenizer = _attempt(lambda: Tokenizer.load(Path(config.data.tokenizer)), problems)

@@ -24,6 +24,7 @@ from megatron_bert.distributed.launch import (
     requested_world_size,
     start_process_group,
 )
+from megatron_bert.training.auto_layout import with_layout
 from megatron_bert.training.dry_run import dry_run
 from megatron_bert.training.mirrors.processes import Mirrors
 from megatron_bert.training.preflight import (
@@ -184,6 +185,7 @@ def _prepare(config: Config, device: torch.device, directory: RunDirectory | Non
     check_run_directory_is_shared(config.run.directory)
     check_ranks_agree({**code_facts(), **config_dict(config)})
     # Here, not before: a refusal must replace what an earlier job left in the run directory.
+    config = with_layout(config, requested_world_size())
     check_config(config, world_size=requested_world_size())
     speed = measure_all_reduce(device)
     if speed is not None:

@@ -7,9 +7,8 @@ import pytest
 from megatron_bert.config import checks
 from megatron_bert.config import kernels as config_kernels
 from megatron_bert.config.arithmetic import resolve_vocab_size
-from megatron_bert.config.checks import ONLY_AVAILABLE, check_config
+from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.keys import all_keys
 from tests.config.conftest import Build, refusal
 from tests.stand_ins import install
 
@@ -228,19 +227,6 @@ def test_fp8_products_are_refused_where_they_cannot_be(
     refused = refusal(build, *fp8, *overrides, world_size=2)
     assert message in refused
     assert "precision.fp8 = current: " in refused
-
-
-@pytest.mark.parametrize(("override", "remedy"), [("parallel.layout=auto", "use manual")])
-def test_what_this_version_lacks_is_refused_plainly(
-    build: Build, override: str, remedy: str
-) -> None:
-    key, _, value = override.partition("=")
-    message = refusal(build, override, world_size=2)
-    assert f"{key} = {value}: not available in this version; {remedy}" in message
-
-
-def test_the_table_of_what_is_available_names_keys_and_their_defaults() -> None:
-    assert {name: all_keys()[name].default for name in ONLY_AVAILABLE} == ONLY_AVAILABLE
 
 
 def test_the_vocabulary_follows_the_tokenizer_padded_to_a_multiple_of_128(build: Build) -> None:

@@ -127,7 +127,6 @@ def test_print_config_prints_what_can_be_given_again(
         ("data.valid.0.prefix=missing", ["missing", "preprocess_data.py"]),
         ("model.vocab_size=256", ["model.vocab_size", "256", "512"]),
         ("parallel.pipeline=2", ["parallel.pipeline", "1 rank that work", "parallel.pipeline=1"]),
-        ("parallel.layout=auto", ["parallel.layout", "not available"]),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_the_dry_run(

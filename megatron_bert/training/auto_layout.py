@@ -1,0 +1,82 @@
+"""`parallel.layout: auto`: the planner's best layout for the ranks that a job finds."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_bert.config.arithmetic import resolve_vocab_size
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.schema import Config
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.distributed.agreement import Ranks
+from megatron_bert.distributed.launch import choose_device
+from megatron_bert.planner.layouts import Layout
+from megatron_bert.planner.machines import GIB, GPUS, Machine, find_machine, gpu_of_device
+from megatron_bert.planner.report import describe_layout
+from megatron_bert.planner.search import make_plan
+
+logger = logging.getLogger(__name__)
+
+
+def with_layout(config: Config, world_size: int) -> Config:
+    """The configuration with a layout in it; unchanged where `parallel.layout` is `manual`.
+
+    Collective: all ranks get the same one, for the smallest memory of them. What is chosen may
+    differ from job to job of a run, as every key of a layout may.
+
+    Args:
+        config: of the run; `parallel.layout` stays `auto`.
+        world_size: ranks of the job.
+
+    Raises:
+        ConfigError: the device is missing or none that the planner knows, or no layout fits.
+        UserError: the tokenizer, which tells the vocabulary, cannot be read.
+    """
+    if config.parallel.layout == "manual":
+        return config
+    ranks = Ranks()
+    device = choose_device(config.run.device)
+    machine = min(ranks.on_all(lambda: _machine_of(device)), key=lambda found: found.gpu.memory_gib)
+
+    def choose() -> Layout:
+        best = make_plan(config, _vocab_size(config), machine, world_size, keep=1).best[0]
+        logger.info(
+            "layout      chosen for %s x %s: %s (%.1f of %.1f GiB, %.3g s a step, predicted)",
+            f"{world_size:,}",
+            machine.gpu.name,
+            describe_layout(best.layout),
+            best.peak_bytes / GIB,
+            machine.usable_bytes / GIB,
+            best.stages[0].step.total,
+        )
+        return best.layout
+
+    return ranks.on_first(choose).put_into(config)
+
+
+def _vocab_size(config: Config) -> int:
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    pieces = Tokenizer.load(Path(config.data.tokenizer)).vocab_size
+    return resolve_vocab_size(config.model, pieces, 1)
+
+
+def _machine_of(device: torch.device) -> Machine:
+    """What this rank computes on, with as much memory as it has."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return find_machine("cpu", per_node).with_memory(pages / per_node / GIB)
+    facts = torch.cuda.get_device_properties(device)
+    memory = facts.total_memory / GIB
+    name = gpu_of_device(facts.name, memory)
+    if name is None:
+        raise ConfigError(
+            f"parallel.layout = auto: nothing is known of {facts.name}, only of {', '.join(GPUS)}; "
+            "use parallel.layout=manual and set the layout's keys"
+        )
+    return find_machine(name, per_node).with_memory(memory)
