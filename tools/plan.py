@@ -14,6 +14,7 @@ from megatron_bert.config.errors import ConfigError, run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.files import write_durably
 from megatron_bert.planner.machines import GPUS, find_machine
+from megatron_bert.planner.plots import write_picture
 from megatron_bert.planner.report import configuration, describe, document
 from megatron_bert.planner.search import make_plan
 
@@ -46,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write the configuration with the best layout"
     )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw time, memory and the pipeline's timeline as .svg or .png",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document, not a table")
     return parser
 
@@ -65,12 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = make_plan(config, config.model.vocab_size, machine, given.gpus, keep=given.keep)
     if given.output is not None:
         _write(given.output, configuration(plan, plan.best[0].layout))
+    if given.picture is not None:
+        write_picture(plan, given.picture)
     if given.json:
         lines = [json.dumps(document(plan), ensure_ascii=False, indent=2)]
     else:
         lines = list(describe(plan))
-        if given.output is not None:
-            lines.append(f"wrote {given.output}")
+        lines += [f"wrote {path}" for path in (given.output, given.picture) if path is not None]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 

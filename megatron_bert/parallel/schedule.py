@@ -99,13 +99,20 @@ def simulate(schedule: Schedule, stages: Sequence[StageTime], message: float = 0
         stages: what each stage takes.
         message: how long a message is under way; it holds up neither side.
     """
-    computations = [
-        [action for action in actions if not action.is_message] for actions in schedule.actions
-    ]
-    ends = _end_times(computations, stages, message)
+    ends = end_times(schedule, stages, message)
     duration = max(ends.values())
     busy = sum(stages[action.stage].of(action.kind) for action in ends)
     return Timing(duration, 1.0 - busy / (duration * schedule.num_ranks))
+
+
+def end_times(
+    schedule: Schedule, stages: Sequence[StageTime], message: float = 0.0
+) -> dict[Action, float]:
+    """When each computation of a step ends, counted from the step's begin; see `simulate`."""
+    computations = [
+        [action for action in actions if not action.is_message] for actions in schedule.actions
+    ]
+    return _end_times(computations, stages, message)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.config.checks import check_config
+from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import load_config
 from tools.plan import main
 
@@ -78,3 +79,24 @@ def test_what_cannot_be_used_ends_with_code_two_and_says_why(
     for word in words:
         assert word in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_a_picture_shows_layouts_memory_and_the_pipeline(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / f"plan.{ending}"
+    main(_arguments("--picture", str(picture)))
+    assert f"wrote {picture}" in capsys.readouterr().out
+    content = picture.read_bytes()
+    if ending == "png":
+        assert content.startswith(b"\x89PNG")
+        return
+    for words in (b"days of the whole curriculum", b"GiB of the fullest GPU", b"pipeline rank"):
+        assert words in content
+
+
+def test_a_picture_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"plan.gif: the ending is none of .png, .svg"):
+        main(_arguments("--picture", str(tmp_path / "plan.gif")))
