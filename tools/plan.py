@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import ConfigError, run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.files import write_durably
-from megatron_bert.planner.machines import GPUS, find_machine
+from megatron_bert.planner.calibrated import machine_by_name, machines_folder
+from megatron_bert.planner.machines import GPUS
 from megatron_bert.planner.plots import write_picture
 from megatron_bert.planner.report import configuration, describe, document
 from megatron_bert.planner.search import make_plan
@@ -25,13 +26,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Opens no data. What is predicted, from what, and how far predictions were off: "
         "docs/scaling.md.",
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="of the run")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="of the run")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="keys that replace the file's"
     )
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="of the job")
+    parser.add_argument("--gpus", type=int, metavar="N", help="of the job")
     parser.add_argument(
-        "--gpu", required=True, metavar="NAME", help=f"their kind: {', '.join(GPUS)}"
+        "--gpu", metavar="NAME", help=f"their kind: {', '.join(GPUS)}, or one that was calibrated"
     )
     parser.add_argument(
         "--nodes-of", type=int, metavar="N", help="GPUs of a node (default: that kind's usual)"
@@ -54,16 +55,35 @@ def _parser() -> argparse.ArgumentParser:
         help="draw time, memory and the pipeline's timeline as .svg or .png",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document, not a table")
+    parser.add_argument(
+        "--calibrate",
+        metavar="NAME",
+        help="plan nothing, but measure this machine (under torchrun messages too; a minute) and "
+        "store it under a name that --gpu then takes",
+    )
+    parser.add_argument(
+        "--machines",
+        type=Path,
+        metavar="FOLDER",
+        help=f"of calibrated machines (default: {machines_folder()})",
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Plan and print."""
+    """Plan and print, or measure."""
     given = _parser().parse_intermixed_args(arguments)
+    folder = given.machines or machines_folder()
+    if given.calibrate is not None:
+        _calibrate(given.calibrate, folder, given.network)
+        return
+    for name in ("config", "gpus", "gpu"):
+        if getattr(given, name) is None:
+            raise ConfigError(f"--{name} is missing: a plan needs --config, --gpus and --gpu")
     for name in ("gpus", "keep"):
         if getattr(given, name) < 1:
             raise ConfigError(f"--{name} {getattr(given, name)}: give 1 or more")
-    machine = find_machine(given.gpu, given.nodes_of, given.network)
+    machine = machine_by_name(given.gpu, folder, given.nodes_of, given.network)
     config = load_config(given.config, given.overrides)
     if config.model.vocab_size is None:
         raise ConfigError(
@@ -80,6 +100,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = list(describe(plan))
         lines += [f"wrote {path}" for path in (given.output, given.picture) if path is not None]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _calibrate(name: str, folder: Path, network: str | None) -> None:
+    """Measure; every rank takes part, the first one writes."""
+    # Here: planning needs no torch.
+    import torch.distributed as dist
+
+    from megatron_bert.benchmark.calibration import calibrate
+    from megatron_bert.distributed.launch import (
+        choose_device,
+        end_process_group,
+        start_process_group,
+    )
+
+    device = choose_device("auto")
+    start_process_group(device, 600.0)
+    is_first = dist.get_rank() == 0
+    calibration = calibrate(name, device, _say if is_first else _hush, network)
+    if is_first:
+        sys.stdout.write(f"wrote {calibration.save(folder)}\n")
+    end_process_group()
+
+
+def _say(what: str) -> None:
+    sys.stderr.write(f"{what} ...\n")
+
+
+def _hush(_: str) -> None:
+    """Say nothing: the first rank does."""
 
 
 def _write(path: Path, content: str) -> None:

@@ -14,6 +14,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import choose_device
+from megatron_bert.planner.calibrated import calibrations, machines_folder, measured_machine
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.machines import GIB, GPUS, Machine, find_machine, gpu_of_device
 from megatron_bert.planner.report import describe_layout
@@ -66,17 +67,21 @@ def _vocab_size(config: Config) -> int:
 
 
 def _machine_of(device: torch.device) -> Machine:
-    """What this rank computes on, with as much memory as it has."""
+    """What this rank computes on, with as much memory as it has; calibrated, where it was."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return find_machine("cpu", per_node).with_memory(pages / per_node / GIB)
     facts = torch.cuda.get_device_properties(device)
     memory = facts.total_memory / GIB
+    for calibration in calibrations(machines_folder()).values():
+        if calibration.device == facts.name:
+            return measured_machine(calibration, per_node).with_memory(memory)
     name = gpu_of_device(facts.name, memory)
     if name is None:
         raise ConfigError(
             f"parallel.layout = auto: nothing is known of {facts.name}, only of {', '.join(GPUS)}; "
-            "use parallel.layout=manual and set the layout's keys"
+            "measure it (tools/plan.py --calibrate NAME), or use parallel.layout=manual and set "
+            "the layout's keys"
         )
     return find_machine(name, per_node).with_memory(memory)

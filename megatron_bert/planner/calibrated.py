@@ -1,0 +1,126 @@
+"""Machines that were measured, in files beside the built-in table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.files import write_atomically
+from megatron_bert.planner.machines import GPUS, Gpu, Machine, Rates, find_machine
+
+Facts = TypeVar("Facts", Gpu, Rates)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A machine's facts and what training reaches of them.
+
+    Attributes:
+        device: what the driver calls the GPU, or the processor's name.
+        gpu: its facts: the table's where it has them, else measured ones.
+        rates: measured, and the built-in ones of what was not measured.
+        curves: what was measured, for the reader: [size, seconds] each.
+    """
+
+    device: str
+    gpu: Gpu
+    rates: Rates
+    curves: Mapping[str, list[list[float]]]
+
+    def save(self, folder: Path) -> Path:
+        """Write it under its GPU's name; returns the file.
+
+        Raises:
+            ConfigError: the name is a built-in one or no name of a file, or cannot be written.
+        """
+        name = self.gpu.name
+        if name in GPUS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ConfigError(
+                f"--calibrate {name}: give a name of letters, digits, - and _ that is none of "
+                f"{', '.join(GPUS)}"
+            )
+        path = folder / f"{name}.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: {error.strerror}; name another folder by --machines"
+            ) from None
+        return path
+
+
+def machines_folder() -> Path:
+    """Where calibrations lie if nothing else is said: in the user's own configuration."""
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(base) / "megatron_bert" / "machines"
+
+
+def calibrations(folder: Path) -> dict[str, Calibration]:
+    """Those of a folder, by their names; none where there is no folder.
+
+    Raises:
+        ConfigError: a file is none of a calibration.
+    """
+    found = [_read(path) for path in sorted(folder.glob("*.json"))]
+    return {calibration.gpu.name: calibration for calibration in found}
+
+
+def machine_by_name(
+    gpu: str, folder: Path, nodes_of: int | None = None, network: str | None = None
+) -> Machine:
+    """A built-in machine or a calibrated one; see `find_machine`.
+
+    Raises:
+        ConfigError: a name is unknown; the message lists those known.
+    """
+    measured = calibrations(folder)
+    if gpu in GPUS:
+        return find_machine(gpu, nodes_of, network)
+    if gpu not in measured:
+        raise ConfigError(
+            f"--gpu {gpu}: not known; use one of {', '.join([*GPUS, *measured])}, or measure this "
+            "machine: tools/plan.py --calibrate NAME"
+        )
+    return measured_machine(measured[gpu], nodes_of, network)
+
+
+def measured_machine(
+    calibration: Calibration, nodes_of: int | None = None, network: str | None = None
+) -> Machine:
+    """The machine of a calibration."""
+    per_node = calibration.gpu.per_node if nodes_of is None else nodes_of
+    usual = find_machine("cpu" if calibration.gpu.link < 10 else "h100-80gb", per_node, network)
+    return Machine(calibration.gpu, usual.network, per_node, calibration.rates)
+
+
+def _read(path: Path) -> Calibration:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Calibration(
+            device=str(values["device"]),
+            gpu=_facts(Gpu, values["gpu"]),
+            rates=_facts(Rates, values["rates"]),
+            curves=dict(values["curves"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no calibration ({error}); remove it, or write it again by "
+            "tools/plan.py --calibrate"
+        ) from None
+
+
+def _facts(kind: type[Facts], values: dict[str, Any]) -> Facts:
+    known = {field.name: field.type for field in fields(kind)}
+    for name in set(known) ^ set(values):
+        raise KeyError(name)
+    for name, value in values.items():
+        if known[name] != "str" and not (isinstance(value, int | float) and value >= 0):
+            raise ValueError(f"{name} = {value!r} is no number of 0 or more")
+    return kind(**values)

@@ -1,0 +1,88 @@
+"""A measured machine is stored beside the built-in ones, and planned for like them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_bert.benchmark.calibration import QUICK, calibrate
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.planner.calibrated import Calibration, calibrations, machine_by_name
+from megatron_bert.planner.search import make_plan
+from tests.distributed_harness import run_ranks
+from tests.planner.jobs import VOCABULARY, recipe
+
+
+def _measure(name: str) -> Calibration:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return calibrate(name, torch.device("cpu"), lambda _: None, sizes=QUICK)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Calibration:
+    """This machine, by two ranks."""
+    return run_ranks(2, _measure, "here")[0]
+
+
+def test_products_norms_attention_and_messages_are_measured(measured: Calibration) -> None:
+    assert set(measured.curves) == {"gemm_bf16", "gemm_fp32", "norm", "attention", "all_reduce"}
+    assert all(all(value >= 0 for value in point) for c in measured.curves.values() for point in c)
+    quickest = max(2 * side**3 / seconds for side, seconds in measured.curves["gemm_fp32"])
+    assert 1e12 * measured.gpu.fp32_tflops == pytest.approx(quickest)
+    # Facts are what was measured, so that all of it is reached.
+    assert measured.rates.gemm == pytest.approx(1.0)
+    # Of two ranks each sends as many bytes as are summed.
+    quickest = max(size / seconds for size, seconds in measured.curves["all_reduce"])
+    assert measured.gpu.link == pytest.approx(quickest / 1e9)
+    assert measured.rates.link == 1.0
+
+
+def test_a_stored_machine_is_read_back_and_planned_for(
+    measured: Calibration, tmp_path: Path
+) -> None:
+    path = measured.save(tmp_path / "machines")
+    assert path.name == "here.json"
+    assert calibrations(path.parent) == {"here": measured}
+    machine = machine_by_name("here", path.parent, 4)
+    assert machine.gpu == measured.gpu
+    assert machine.rates == measured.rates
+    slow = recipe("curriculum=[{seq_length: 128, steps: 2}]", "model.num_layers=2")
+    assert make_plan(slow, VOCABULARY, machine, 2).best
+
+
+def test_unknown_names_list_the_measured_machines_too(
+    measured: Calibration, tmp_path: Path
+) -> None:
+    measured.save(tmp_path)
+    with pytest.raises(ConfigError, match=r"--gpu there: not known; use one of h100-80gb, .*here"):
+        machine_by_name("there", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["h200", "../elsewhere", ""])
+def test_names_that_are_taken_or_no_names_of_files_are_refused(
+    measured: Calibration, tmp_path: Path, name: str
+) -> None:
+    renamed = dataclasses.replace(measured, gpu=dataclasses.replace(measured.gpu, name=name))
+    with pytest.raises(ConfigError, match="--calibrate"):
+        renamed.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "negative", "missing"])
+def test_a_damaged_file_is_refused_by_its_name(
+    measured: Calibration, tmp_path: Path, damage: str
+) -> None:
+    path = measured.save(tmp_path)
+    values = json.loads(path.read_text())
+    if damage == "negative":
+        values["rates"]["gemm"] = -1
+    if damage == "missing":
+        del values["gpu"]["link"]
+    path.write_text("{" if damage == "cut" else json.dumps(values))
+    with pytest.raises(ConfigError, match=r"here.json is no calibration"):
+        calibrations(tmp_path)
