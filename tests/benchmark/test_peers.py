@@ -78,8 +78,9 @@ def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path, compute: s
     for case in cases.values():
         assert case["rows"] == 4
         rate = case["text_share"] * 128 / case["step_seconds"]
-        assert case["text_tokens_per_second"] == pytest.approx(rate, rel=0.01)
-        assert case["ratio"] == pytest.approx(ours / rate, rel=0.02)
+        assert case["text_tokens_per_second"] == pytest.approx(rate, rel=0.01, abs=0.5)
+        expected = ours / case["text_tokens_per_second"]
+        assert case["ratio"] == pytest.approx(expected, abs=0.01)
     assert f"precision.compute={compute} " in figures["ours"]
     assert figures["trainers"].keys() == cases.keys()
     assert {"transformers", "accelerate", "megatron-core"} <= figures["versions"].keys()
