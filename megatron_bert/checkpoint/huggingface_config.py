@@ -37,6 +37,7 @@ class _Dialect:
         rates: the same of keys that may.
         defaults: ours, where theirs is another for a key of `rates`.
         fixed: what the architecture leaves no choice in; a configuration may leave it out.
+        heads: what heads take that are put upon the model, which say nothing of the model itself.
         tokens: special tokens whose ids it tells.
     """
 
@@ -46,6 +47,7 @@ class _Dialect:
     rates: Mapping[str, str]
     defaults: Mapping[str, float]
     fixed: Mapping[str, Any]
+    heads: Mapping[str, Any]
     tokens: tuple[str, ...]
 
 
@@ -77,6 +79,7 @@ _DIALECTS: Mapping[ArchitectureName, _Dialect] = MappingProxyType(
                 "type_vocab_size": 0,
                 "tie_word_embeddings": True,
             },
+            {},
             ("pad", "bos", "eos"),
         ),
         # In the keys of transformers 4; `newer_keys` adds those of 5.
@@ -113,6 +116,8 @@ _DIALECTS: Mapping[ArchitectureName, _Dialect] = MappingProxyType(
                 "decoder_bias": True,
                 "tie_word_embeddings": True,
             },
+            # Nothing has taught CLS to stand for the text: the library's default takes it alone.
+            {"classifier_pooling": "mean"},
             ("pad", "bos", "eos", "cls", "sep"),
         ),
     }
@@ -181,6 +186,7 @@ def huggingface_config(
         **{theirs: getattr(model, ours) for theirs, ours in keys.items()},
         **(newer_keys(model) if model.architecture == "modernbert" else {}),
         **dialect.fixed,
+        **dialect.heads,
         "torch_dtype": torch_name(dtype),
         **{f"{role}_token_id": token_ids[f"{role}_token_id"] for role in dialect.tokens},
     }

@@ -130,6 +130,8 @@ def test_an_export_holds_no_code_and_fills_masks(run_folder: Path) -> None:
     exported = run_folder / "exported"
     assert {path.suffix for path in exported.iterdir()} == {".json", ".md", ".safetensors"}
     config = json.loads((exported / "config.json").read_text())
+    # A classifier put upon it reads all tokens: nothing has taught CLS to stand for them.
+    assert config["classifier_pooling"] == "mean"
     assert "auto_map" not in config
     assert "trust_remote_code" not in (exported / "README.md").read_text()
     tokenizer = AutoTokenizer.from_pretrained(exported)
