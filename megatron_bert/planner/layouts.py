@@ -119,9 +119,9 @@ def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
 
 
 def micro_token_choices(config: Config, split: Split) -> Iterator[int]:
-    """Sizes of a micro-batch that differ in what a rank computes at a time, the largest first."""
+    """Sizes of a micro-batch that differ in what a rank computes at a time, each the smallest."""
     seen: set[tuple[int, ...]] = set()
-    for micro_tokens in reversed(_MICRO_TOKENS):
+    for micro_tokens in _MICRO_TOKENS:
         rows = []
         for stage in config.curriculum:
             size = stage.batch.global_size or config.batch.global_size

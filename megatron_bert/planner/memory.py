@@ -30,7 +30,8 @@ class Memory(Generic[Number]):
         optimizer: two moments.
         gathered: weights in the compute type.
         activations: of the micro-batches in flight.
-        working: of the block, or the logits, that is being computed.
+        working: of what is being computed beside, a block or the head.
+        logits: where those stand at that moment: with their softmax.
         buffers: of messages.
     """
 
@@ -40,6 +41,7 @@ class Memory(Generic[Number]):
     gathered: Number
     activations: Number
     working: Number
+    logits: Number
     buffers: Number
 
     @property
@@ -52,6 +54,7 @@ class Memory(Generic[Number]):
             + self.gathered
             + self.activations
             + self.working
+            + self.logits
             + self.buffers
         )
 
@@ -64,34 +67,23 @@ class RankNeeds:
         part: what it holds of the model.
         accumulates: whether it takes several micro-batches a step.
         activations: of the micro-batches in flight, in bytes.
-        working: of what is being computed.
+        working: of what is being computed beside.
+        logits: of them.
     """
 
     part: RankParts
     accumulates: bool
     activations: float
     working: float
+    logits: float
 
 
 def memories(job: Job, needs: Sequence[RankNeeds], dealings: Dealings) -> Memory[Floats]:
     """With weights dealt out: [needs, dealings] of each part."""
     e, shards = job.element_bytes, dealings.shards[None]
-    parameters, block, root, activations, working, accumulates = (
-        np.array(values, dtype=np.float64)[:, None]
-        for values in zip(
-            *(
-                (
-                    n.part.parameters,
-                    n.part.block,
-                    n.part.root,
-                    n.activations,
-                    n.working,
-                    n.accumulates,
-                )
-                for n in needs
-            ),
-            strict=True,
-        )
+    columns = zip(*(_numbers(need) for need in needs), strict=True)
+    parameters, block, root, activations, working, logits, accumulates = (
+        np.array(values, dtype=np.float64)[:, None] for values in columns
     )
     several = shards > 1
     shard = parameters / shards
@@ -106,7 +98,21 @@ def memories(job: Job, needs: Sequence[RankNeeds], dealings: Dealings) -> Memory
         gathered=e * np.where(dealings.reshard[None], root + 2 * block, parameters),
         activations=np.maximum(activations, (1.0 - accumulates) * 4.0 * shard),
         working=np.broadcast_to(working, shard.shape),
+        logits=np.broadcast_to(logits, shard.shape),
         buffers=e * block * several,
+    )
+
+
+def _numbers(need: RankNeeds) -> tuple[float, ...]:
+    part = need.part
+    return (
+        part.parameters,
+        part.block,
+        part.root,
+        need.activations,
+        need.working,
+        need.logits,
+        need.accumulates,
     )
 
 
@@ -125,16 +131,16 @@ def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds]:
     for rank in sorted({0, min(1, split.pipeline - 1), split.pipeline - 1}):
         part = parts[rank]
         flying = in_flight_layers(split, rank, part.layers, batch.num_micro_batches)
-        kept, working = block.kept * flying, max(block.forward, block.backward)
+        kept, working, logits = block.kept * flying, max(block.forward, block.backward), 0.0
         if part.has_head:
             head = head_bytes(work)
             # The final norm keeps its input. While the blocks go forward nothing of the head is
             # there; while they go backward, only the table's gradient.
             kept += entry
-            working = max(
-                block.forward, head.kept + head.table + head.logits, head.table + block.backward
-            )
-        needs.append(RankNeeds(part, accumulates, kept, working))
+            working = max(block.forward, head.table + block.backward)
+            if head.kept + head.table + head.logits > working:
+                working, logits = head.kept + head.table, head.logits
+        needs.append(RankNeeds(part, accumulates, kept, working, logits))
     return needs
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.flops import row_flops
@@ -23,6 +25,10 @@ from megatron_bert.planner.machines import GIB, Machine
 from megatron_bert.planner.memory import Memory, memories, memory, rank_needs
 from megatron_bert.planner.step import Step, StepModel
 
+# Layouts as quick as this are alike. First come those whose messages need not be hidden behind
+# every micro-batch, and of them the one that takes less memory and leaves more to what nobody
+# predicts.
+_ALIKE = 1.005
 # All layouts are ranked with their bubble by the formula, and the first of them, with as many more
 # as are asked for, again with it simulated: a computation of a pipeline takes about 10 us.
 _SIMULATED_AT_LEAST = 12
@@ -82,7 +88,8 @@ class Plan:
 
     Attributes:
         job: what was planned.
-        best: the quickest layouts that fit, the quickest first.
+        best: the quickest layouts that fit, in order; of those that are alike the one that takes
+            less memory comes first.
         alternatives: for each key that can be chosen the best layout that differs from the best of
             all in it.
         of_stages: for each stage of the curriculum the layout that is the quickest in it.
@@ -181,15 +188,19 @@ class _Search:
         self._of_stages = seconds
         self._seconds = np.dot(self._steps, seconds)
         self._peaks = peaks.max(axis=0)
-        # Of equally quick ones first the one that takes less.
-        order = np.lexsort((self._peaks, self._seconds.round(3)))
+        order = np.lexsort((self._peaks, self._reshard, _step_of(self._seconds)))
         self.fitting = order[self._peaks[order] <= job.machine.usable_bytes]
 
     def best(self, keep: int) -> list[LayoutPlan]:
         """The quickest layouts that fit."""
         near = self.fitting[: max(keep, _SIMULATED_AT_LEAST)]
         plans = [self.plan(self._layout(number)) for number in near]
-        return sorted(plans, key=lambda plan: plan.days)[:keep]
+        steps = _step_of(np.array([plan.days for plan in plans])).tolist()
+        order = sorted(
+            range(len(plans)),
+            key=lambda n: (steps[n], plans[n].layout.reshard, plans[n].peak_bytes),
+        )
+        return [plans[number] for number in order[:keep]]
 
     def alternatives(self, best: Layout) -> Iterator[tuple[str, LayoutPlan]]:
         """The quickest layout without each choice of the best one."""
@@ -280,6 +291,12 @@ class _Search:
             self._actions_left -= actions
             self._simulated[key] = model.simulated_bubble()
         return self._simulated[key], True
+
+
+def _step_of(seconds: Floats) -> NDArray[np.int64]:
+    """How many steps of `_ALIKE` each lies above the quickest."""
+    steps: NDArray[np.int64] = (np.log(seconds / seconds.min()) / math.log(_ALIKE)).astype(np.int64)
+    return steps
 
 
 # What can be chosen of a base.

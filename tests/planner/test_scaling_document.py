@@ -14,6 +14,8 @@ from megatron_bert.planner.emit_scaling import main, render
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
+# Thirty plans.
+@pytest.mark.slow
 def test_the_predicted_tables_are_fresh() -> None:
     guide = (DOCS / "scaling.md").read_text(encoding="utf-8")
     assert render(guide) == guide, "run python -m megatron_bert.planner.emit_scaling"
