@@ -90,8 +90,8 @@ def make_pieces(work: KernelWork) -> Iterator[Piece]:
 def _norm_piece(work: KernelWork, tokens: int) -> Piece:
     model = work.config.model
     hidden, eps, biases = model.hidden_size, model.norm_eps, model.family.biases
-    x_ND, weight_D = work.random(tokens, hidden), work.random(hidden)
-    bias_D = work.random(hidden) if biases else None
+    x_ND, weight_D = work.random(tokens, hidden), nn.Parameter(work.random(hidden).detach())
+    bias_D = nn.Parameter(work.random(hidden).detach()) if biases else None
     inputs = [x_ND, weight_D] + ([] if bias_D is None else [bias_D])
     plain = partial(F.layer_norm, x_ND, (hidden,), weight_D, bias_D, eps)
     alternatives, absent = _with_compiled(
@@ -116,12 +116,13 @@ def _norm_piece(work: KernelWork, tokens: int) -> Piece:
     )
 
 
-def _engine_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Compute:
+def _engine_norm(x_ND: Tensor, weight_D: nn.Parameter, bias_D: nn.Parameter, eps: float) -> Compute:
     module = import_module("transformer_engine.pytorch").LayerNorm(
         x_ND.shape[1], eps=eps, device=x_ND.device, dtype=x_ND.dtype
     )
-    parameters = {"weight": weight_D, "bias": bias_D}
-    return lambda: torch.func.functional_call(module, parameters, (x_ND,))
+    # The module's for good: backward, it reads its weight again.
+    module.weight, module.bias = weight_D, bias_D
+    return lambda: module(x_ND)
 
 
 def _apex_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Compute:

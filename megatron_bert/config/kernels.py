@@ -17,7 +17,7 @@ _FP8_MULTIPLE = 16
 
 _MEANING: dict[KernelsName, str] = {
     "torch": "PyTorch's, attention on CUDA in BF16 our own",
-    "te": "Transformer Engine's linear layers and norms, attention as with torch",
+    "te": "Transformer Engine's linear layers, the rest as with torch",
     "apex": "Apex's norms and AdamW, the rest as with torch",
 }
 

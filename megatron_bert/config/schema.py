@@ -431,8 +431,8 @@ class Config(Section):
     (`selective`), or all but each block's input (`full`)."""
     kernels: Literal["auto", "torch", "te", "apex"] = "auto"
     """What computes linear layers, norms and the update: PyTorch (`torch`), Transformer Engine
-    (`te`: the blocks' linear layers, and norms with a bias) or NVIDIA's Apex (`apex`: norms with a
-    bias, and AdamW), each where installed. `auto`: what was measured fastest, `torch`."""
+    (`te`: the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a bias, and AdamW), each
+    where installed. `auto`: what was measured fastest, `torch`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, how many stay, where a job starts from."""
     eval: EvalConfig = EvalConfig()

@@ -29,9 +29,10 @@ _FP8_CAPABILITY = (8, 9)
 def use_kernels(
     model: nn.Module, kernels: KernelsName, device: torch.device, dtype: torch.dtype, *, fp8: bool
 ) -> None:
-    """Have these kernels compute the model's linear layers and norms.
+    """Have these kernels compute the model's linear layers (`te`) or its norms (`apex`).
 
-    Norms without a bias stay PyTorch's: neither package has them.
+    Transformer Engine's norm reads its own weight a second time backward, when the module has the
+    one that it was called with no more: norms stay PyTorch's there, as those without a bias do.
 
     Args:
         model: changed in place, before it is sharded.
@@ -53,8 +54,6 @@ def use_kernels(
         return
     engine = _imported(kernels, "transformer_engine.pytorch")
     autocast = _fp8_autocast(engine) if fp8 else nullcontext
-    for layer in _norms(model):
-        layer.kernel = _EngineNorm(engine, layer.weight.shape[0], layer.eps, dtype)
     for linear in model.modules():
         if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
             linear.product = _EngineLinear(engine, linear, dtype, autocast)
@@ -109,18 +108,11 @@ class _ApexNorm:
         return self._function(x, weight_D, bias_D, weight_D.shape, eps)
 
 
-class _EngineNorm:
-    def __init__(self, engine: ModuleType, size: int, eps: float, dtype: torch.dtype) -> None:
-        self._module = engine.LayerNorm(size, eps=eps, device="meta", dtype=dtype)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, x: Tensor, weight_D: Tensor, bias_D: Tensor, _: float) -> Tensor:
-        y: Tensor = functional_call(self._module, {"weight": weight_D, "bias": bias_D}, (x,))
-        return y
-
-
 class _EngineLinear:
-    """`LinearProduct` of a layer: x W^T + b, where the layer adds the bias itself x W^T."""
+    """`LinearProduct` of a layer: x W^T + b, where the layer adds the bias itself x W^T.
+
+    The module keeps for backward what it was called with, and does not look at itself again.
+    """
 
     def __init__(
         self,

@@ -34,8 +34,7 @@ def test_the_plan_says_what_computes() -> None:
         "torch (auto): PyTorch's, attention on CUDA in BF16 our own"
     )
     assert line("kernels", plan(1, "kernels=te", "precision.fp8=current")) == (
-        "te: Transformer Engine's linear layers and norms, attention as with torch; products in "
-        "FP8 (current)"
+        "te: Transformer Engine's linear layers, the rest as with torch; products in FP8 (current)"
     )
 
 
