@@ -31,6 +31,7 @@ class AdamW:
         self,
         parameters: Mapping[str, nn.Parameter],
         config: OptimizerConfig,
+        device: torch.device,
         kernels: KernelsName = "torch",
     ) -> None:
         """Update some of this rank's parameters.
@@ -38,13 +39,14 @@ class AdamW:
         Args:
             parameters: those, by name.
             config: the rates of decay.
+            device: where they lie.
             kernels: `apex` has NVIDIA's kernel compute the update, others PyTorch's.
         """
         self._parameters = parameters
         self._shards = {name: local_part(p).detach() for name, p in parameters.items()}
         matrices = [s for n, s in self._shards.items() if self._parameters[n].dim() > 1]
         vectors = [s for n, s in self._shards.items() if self._parameters[n].dim() == 1]
-        self._rule: UpdateRule = _RULES[kernels](matrices, vectors, config)
+        self._rule: UpdateRule = _RULES[kernels](matrices, vectors, config, device)
         self._moments = {
             name: {key: torch.zeros_like(shard) for key in _MOMENTS}
             for name, shard in self._shards.items()

@@ -20,22 +20,32 @@ class UpdateRule(ABC):
 
     Biases and norms are not pulled towards zero (Devlin et al. 2019's code).
 
-    Args:
-        matrices: fp32 tensors that are updated in place by their `grad`.
-        vectors: the same.
-        config: the rates of decay.
+    Attributes:
+        updates: number of updates made (skipped ones not counted), int32 scalar on the device.
     """
 
     @abstractmethod
     def __init__(
-        self, matrices: Sequence[Tensor], vectors: Sequence[Tensor], config: OptimizerConfig
-    ) -> None: ...
+        self,
+        matrices: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        config: OptimizerConfig,
+        device: torch.device,
+    ) -> None:
+        """Update these; a rank may hold no element of any.
+
+        Args:
+            matrices: fp32 tensors that are updated in place by their `grad`.
+            vectors: the same.
+            config: the rates of decay.
+            device: where they lie.
+        """
+        self.updates = torch.zeros((), dtype=torch.int32, device=device)
 
     @abstractmethod
     def keep_moments(self, shard: Tensor, moments: Mapping[str, Tensor]) -> None:
         """Use these tensors, `exp_avg` and `exp_avg_sq`, as a tensor's moments."""
 
-    @abstractmethod
     def apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
         """Update what has a gradient, without waiting for the device.
 
@@ -44,23 +54,28 @@ class UpdateRule(ABC):
             scale: fp32 scalar by which gradients are divided first.
             skipped: fp32 scalar; 1 leaves everything as it is.
         """
-
-    @property
-    @abstractmethod
-    def updates(self) -> Tensor:
-        """Number of updates made (skipped ones not counted), a scalar on the device."""
+        self._apply(learning_rate, scale, skipped)
+        self.updates += 1 - skipped.int()
 
     @abstractmethod
+    def _apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None: ...
+
     def set_updates(self, value: int) -> None:
-        """Set that number."""
+        """Set the number of updates made."""
+        self.updates.fill_(value)
 
 
 class TorchRule(UpdateRule):
     """PyTorch's fused AdamW."""
 
     def __init__(
-        self, matrices: Sequence[Tensor], vectors: Sequence[Tensor], config: OptimizerConfig
+        self,
+        matrices: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        config: OptimizerConfig,
+        device: torch.device,
     ) -> None:
+        super().__init__(matrices, vectors, config, device)
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": list(matrices), "weight_decay": config.weight_decay},
@@ -77,22 +92,16 @@ class TorchRule(UpdateRule):
         step = torch.zeros((), dtype=torch.float32, device=shard.device)
         self._optimizer.state[shard] = {"step": step, **moments}
 
-    def apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
-        """See `UpdateRule`."""
+    def _apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
         self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
 
-    @property
-    def updates(self) -> Tensor:
-        """See `UpdateRule`."""
-        step: Tensor = next(iter(self._optimizer.state.values()))["step"]
-        return step
-
     def set_updates(self, value: int) -> None:
         """See `UpdateRule`."""
+        super().set_updates(value)
         for state in self._optimizer.state.values():
             state["step"].fill_(value)
 
@@ -117,19 +126,32 @@ class ApexRule(UpdateRule):
     It raises its count of updates by 1 before each, unless the one before was skipped. So it is
     told the count anew each time, 1 more where it will not raise it.
 
+    Its kernels are given no empty shards, which small models have on many ranks: they launch what
+    they have gathered only behind elements of a tensor, so that after an empty last one updates
+    are lost, and an empty one more than fit is written out of bounds.
+
     Raises:
         ConfigError: Apex was built without its CUDA extensions.
     """
 
     def __init__(
-        self, matrices: Sequence[Tensor], vectors: Sequence[Tensor], config: OptimizerConfig
+        self,
+        matrices: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        config: OptimizerConfig,
+        device: torch.device,
     ) -> None:
+        super().__init__(matrices, vectors, config, device)
+        groups = [
+            ([shard for shard in shards if shard.numel() > 0], decay)
+            for shards, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        ]
         try:
             fused_adam = import_module("apex.optimizers").FusedAdam
             # One for each: within one, the second group would count by this update's skip.
             self._optimizers: list[Any] = [
                 fused_adam(
-                    list(tensors),
+                    shards,
                     lr=config.lr,
                     betas=(config.beta1, config.beta2),
                     eps=config.eps,
@@ -137,8 +159,8 @@ class ApexRule(UpdateRule):
                     adam_w_mode=True,
                     capturable=True,
                 )
-                for tensors, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-                if tensors
+                for shards, decay in groups
+                if shards
             ]
         except (ImportError, AttributeError, RuntimeError) as error:
             raise ConfigError(
@@ -150,31 +172,18 @@ class ApexRule(UpdateRule):
             for optimizer in self._optimizers
             for shard in optimizer.param_groups[0]["params"]
         }
-        device = next(iter(self._by_shard)).device
-        self._updates, self._skipped_before = (
-            torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)
-        )
+        self._skipped_before = torch.zeros(1, dtype=torch.int32, device=device)
 
     def keep_moments(self, shard: Tensor, moments: Mapping[str, Tensor]) -> None:
         """See `UpdateRule`."""
-        self._by_shard[shard].state[shard] = dict(moments)
+        if shard in self._by_shard:
+            self._by_shard[shard].state[shard] = dict(moments)
 
-    def apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
-        """See `UpdateRule`."""
+    def _apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
         scaling = _Scaling(scale.reshape(1), skipped.reshape(1))
         for optimizer in self._optimizers:
             (group,) = optimizer.param_groups
             group["lr"].fill_(learning_rate)
-            group["step"] = self._updates + self._skipped_before
+            group["step"] = self.updates + self._skipped_before
             optimizer.step(grad_scaler=scaling)
         self._skipped_before = scaling.skipped.int()
-        self._updates += 1 - self._skipped_before
-
-    @property
-    def updates(self) -> Tensor:
-        """See `UpdateRule`."""
-        return self._updates
-
-    def set_updates(self, value: int) -> None:
-        """See `UpdateRule`."""
-        self._updates.fill_(value)

@@ -27,6 +27,6 @@ def build_optimizer(config: Config, model: RankModel) -> ShardedOptimizer:
         others = {name: p for name, p in parameters.items() if name not in matrices}
     else:
         others = parameters
-    adamw = AdamW(others, config.optimizer, chosen_kernels(config))
+    adamw = AdamW(others, config.optimizer, model.topology.device, chosen_kernels(config))
     clip_grad = config.optimizer.clip_grad
     return ShardedOptimizer(parameters, adamw, muon, model.counts_here, clip_grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,14 +60,20 @@ def set_whole_gradients(wholes: Iterable[nn.Parameter], scale: float) -> None:
 
 
 def built(
-    tensor: int, precision: str = "fp32", kernels: KernelsName = "torch", **optimizer: Any
+    tensor: int,
+    precision: str = "fp32",
+    kernels: KernelsName = "torch",
+    sizes: Mapping[str, int] | None = None,
+    **optimizer: Any,
 ) -> tuple[BertForPretraining, ShardedOptimizer]:
     """The model over all ranks, `tensor` of them sharing its layers, and its optimizer.
 
-    `kernels` are the optimizer's; the model's are PyTorch's.
+    `kernels` are the optimizer's; the model's are PyTorch's. `sizes` are the model's.
     """
     config = small_config(
-        optimizer={"weight_decay": 0.1, **optimizer}, precision={"compute": precision}
+        model={**(sizes or {})},
+        optimizer={"weight_decay": 0.1, **optimizer},
+        precision={"compute": precision},
     )
     model = small_model(config, cpu_topology(tensor=tensor))
     config = config.model_copy(update={"kernels": kernels})

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.schema import OptimizerConfig
+from megatron_bert.optim.adamw import AdamW
 from tests.distributed_harness import run_ranks
 from tests.optim.shards import RATE, built, set_gradients, set_whole_gradients, whole
 from tests.stand_ins import install
@@ -55,6 +57,8 @@ class _FusedAdam(torch.optim.Optimizer):
     def __init__(self, tensors: list[Tensor], lr: float, **options: Any) -> None:
         assert options.pop("capturable")
         assert options.pop("adam_w_mode")
+        # Theirs loses updates, or writes out of bounds, where there are.
+        assert all(shard.numel() for shard in tensors)
         super().__init__(tensors, {"lr": torch.tensor(lr), **options})
         self.overflow = torch.zeros(1, dtype=torch.int32)
 
@@ -81,11 +85,11 @@ class _FusedAdam(torch.optim.Optimizer):
                 shard -= group["lr"] * change
 
 
-def _check_apex(tensor: int) -> None:
+def _check_apex(tensor: int, sizes: dict[str, int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         install(patch, "apex.optimizers", FusedAdam=_FusedAdam)
-        model, optimizer = built(tensor, kernels="apex", clip_grad=0.5)
-    other_model, other = built(tensor, clip_grad=0.5)
+        model, optimizer = built(tensor, kernels="apex", sizes=sizes, clip_grad=0.5)
+    other_model, other = built(tensor, sizes=sizes, clip_grad=0.5)
     for update, scale in enumerate((1.0, math.nan, 0.3, math.nan, math.nan, 0.01, 0.2)):
         for trained, its in ((model, optimizer), (other_model, other)):
             set_gradients(trained, scale)
@@ -105,7 +109,25 @@ def _check_apex(tensor: int) -> None:
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_apex_s_updates_are_pytorch_s_skipped_ones_among_them(tensor: int) -> None:
-    run_ranks(tensor, _check_apex, tensor)
+    run_ranks(tensor, _check_apex, tensor, {})
+
+
+def test_apex_s_updates_are_pytorch_s_where_ranks_hold_no_element_of_most_parameters() -> None:
+    sizes = {"num_layers": 1, "hidden_size": 4, "num_attention_heads": 4, "ffn_hidden_size": 4}
+    run_ranks(8, _check_apex, 1, sizes)
+
+
+def _apex_without_shards() -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch, "apex.optimizers", FusedAdam=_FusedAdam)
+        adamw = AdamW({}, OptimizerConfig(), torch.device("cpu"), "apex")
+    for skipped in (0.0, 1.0, 0.0):
+        adamw.step({}, RATE, torch.tensor(1.0), torch.tensor(skipped))
+    return adamw.updates
+
+
+def test_a_rank_without_parameters_counts_the_updates_as_others_do() -> None:
+    assert _apex_without_shards() == 2
 
 
 def _apex_without_extensions() -> str:
