@@ -88,7 +88,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the pieces of a step alone, by each kernel that can compute them: attention, norm, "
         "activation, dropout, cross-entropy, AdamW (a minute or so)",
         description="Time what can compute each piece of a training step, at a configuration's "
-        "shapes, forward and with backward; what is not here is listed with the reason.",
+        "shapes, forward and with backward; what is not here is listed with the reason. On a GPU "
+        "each time is that of many calls one after another: pieces that take less than the host "
+        "needs to ask for them show the host's time, and small inputs come out of the device's "
+        "cache, faster than from memory.",
     )
     _add_model_options(kernels)
     peers = kinds.add_parser(

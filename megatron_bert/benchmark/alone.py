@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from megatron_bert.benchmark.attention_pieces import attention_piece
+from megatron_bert.benchmark.attention_pieces import own_attention
 from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.batch import Batch
 
-# Those that training takes, the first one that there is.
-_OWN_ATTENTION = ("triton (ours)", "written out")
 _SOFTMAX_ROWS = 512
 
 
@@ -28,10 +26,9 @@ def time_attention(
         dtype: of the tensors.
         device: where they lie.
     """
-    piece = attention_piece(model, batch, model.attention_dropout, dtype, device)
-    attend = next(piece.alternatives[name] for name in _OWN_ATTENTION if name in piece.alternatives)
+    inputs, attend = own_attention(model, batch, model.attention_dropout, dtype, device)
     grad = torch.randn_like(attend())
-    seconds = seconds_of(lambda: torch.autograd.grad(attend(), list(piece.inputs), grad), device)
+    seconds = seconds_of(lambda: torch.autograd.grad(attend(), inputs, grad), device)
     return model.num_layers * seconds
 
 

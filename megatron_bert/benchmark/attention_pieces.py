@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_bert.benchmark.kernels import Compute, Piece
+from megatron_bert.benchmark.kernels import Compute, Piece, made_at_first_call
 from megatron_bert.benchmark.rows import keys_per_query
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.batch import Batch
@@ -79,15 +79,29 @@ class _Case:
             keys_B=dropout_keys(torch.arange(rows, device=device), 0, "benchmark", range(1))[0],
         )
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What gets a gradient."""
+        return self.q_BSHK, self.k_BSGK, self.v_BSGK
+
     def heads_first(self) -> tuple[Tensor, Tensor, Tensor]:
         """[B, heads, S, K] each."""
-        q, k, v = (x.transpose(1, 2) for x in (self.q_BSHK, self.k_BSGK, self.v_BSGK))
+        q, k, v = (x.transpose(1, 2) for x in self.inputs)
         return q, k, v
 
     def all_slots(self) -> tuple[Tensor, Tensor, Tensor]:
         """[N, heads, K] each: rows after one another, as segments of any length are taken."""
-        q, k, v = (x.flatten(0, 1) for x in (self.q_BSHK, self.k_BSGK, self.v_BSGK))
+        q, k, v = (x.flatten(0, 1) for x in self.inputs)
         return q, k, v
+
+
+def own_attention(
+    model: ModelConfig, batch: Batch, dropout: float, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[Tensor, ...], Compute]:
+    """Queries, keys and values, and attention as training computes it; `attention_piece`'s."""
+    case = _Case.make(model, batch, dropout, dtype, device)
+    is_ours = has_kernel(device, dtype, model.head_dim)
+    return case.inputs, partial(_ours if is_ours else _written_out, case)
 
 
 def attention_piece(
@@ -125,13 +139,13 @@ def attention_piece(
         elif takes is _flash_3 and dropout > 0.0:
             absent[name] = "has no dropout"
         else:
-            alternatives[name] = takes(case)
+            alternatives[name] = made_at_first_call(partial(takes, case))
     seen = keys_per_query([batch])
     return Piece(
         "attention",
         f"{rows} rows of {slots}, {seen:.0f} keys a query, {model.num_attention_heads} heads, "
         f"{model.num_query_groups} of keys, of {model.head_dim}, dropout {dropout:g}",
-        (case.q_BSHK, case.k_BSGK, case.v_BSGK),
+        case.inputs,
         alternatives,
         absent,
         products=4.0 * rows * slots * seen * model.hidden_size,

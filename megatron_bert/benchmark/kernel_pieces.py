@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_bert.benchmark.attention_pieces import attention_piece
-from megatron_bert.benchmark.kernels import Compute, Piece
+from megatron_bert.benchmark.kernels import Compute, Piece, made_at_first_call
 from megatron_bert.benchmark.rows import make_batches
 from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.kernels import has_nvidias_apex
-from megatron_bert.config.schema import Config, ModelConfig
+from megatron_bert.config.schema import Config, ModelConfig, OptimizerConfig
+from megatron_bert.optim.update_rules import ApexRule, TorchRule, UpdateRule
 from megatron_bert.parallel.random import dropout_keys, element_draws, hash_dropout, vector_draws
 from megatron_bert.parallel.vocabulary import vocab_parallel_cross_entropy
 
@@ -101,7 +102,8 @@ def _norm_piece(work: KernelWork, tokens: int) -> Piece:
         reason = "has none without a bias" if bias_D is None else _missing(name)
         if reason is None:
             assert bias_D is not None
-            alternatives[name] = make(x_ND, weight_D, bias_D, eps)
+            made = partial(make, x_ND, weight_D, bias_D, eps)
+            alternatives[name] = made_at_first_call(made)
         else:
             absent[name] = reason
     size = x_ND.numel() * x_ND.element_size()
@@ -175,14 +177,16 @@ def _residual_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
     alternatives, absent = _with_compiled(work, hashed, inputs, partial(hashed, *inputs))
     alternatives["by a generator"] = partial(generated, *inputs)
     size = x_ND.numel() * x_ND.element_size()
-    # The residual's gradient is the output's: backward reads that and writes y's.
+    # The residual's gradient is the output's. With dropout, backward reads that, writes y's and
+    # sums the bias's meanwhile; without, y's is the output's too, read for the bias's alone.
+    backward = 2.0 if dropout else len(biases)
     return Piece(
         "bias, dropout, residual" if biases else "dropout, residual",
         f"{tokens} x {hidden}, dropout {dropout:g}",
         inputs,
         alternatives,
         absent,
-        moved=(3.0 * size, 5.0 * size),
+        moved=(3.0 * size, (3.0 + backward) * size),
         is_random=dropout > 0.0,
     )
 
@@ -213,34 +217,21 @@ def _loss_piece(work: KernelWork, masked: int) -> Piece:
 
 
 def _optimizer_piece(work: KernelWork) -> Piece:
-    parameters = [
-        nn.Parameter(torch.randn(shape, device=work.device))
-        for shape in _block_shapes(work.config.model)
-    ]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    keys = work.config.optimizer
-    options: dict[str, Any] = {
-        "lr": keys.lr,
-        "betas": (keys.beta1, keys.beta2),
-        "eps": keys.eps,
-        "weight_decay": keys.weight_decay,
-    }
-    adamw = partial(torch.optim.AdamW, parameters, **options)
-    alternatives = {
-        "fused (ours)": _stepping(adamw(fused=True), parameters),
-        "foreach": _stepping(adamw(foreach=True), parameters),
-    }
+    shapes = _block_shapes(work.config.model)
+    shards = [torch.randn(shape, device=work.device) for shape in shapes]
+    for shard in shards:
+        shard.grad = torch.randn_like(shard)
+    config = work.config.optimizer
+    alternatives = {"fused (ours)": _updating(TorchRule, shards, config)}
     absent = {}
     reason = _missing("apex")
     if reason is None:
-        fused_adam = import_module("apex.optimizers").FusedAdam
-        alternatives["apex"] = _stepping(fused_adam(parameters, **options), parameters)
+        alternatives["apex"] = made_at_first_call(partial(_updating, ApexRule, shards, config))
     else:
         absent["apex"] = reason
-    count = sum(parameter.numel() for parameter in parameters)
-    # Weight, gradient and two moments are read, all but the gradient written, in fp32.
-    moved = 7.0 * 4 * count
+    count = sum(shard.numel() for shard in shards)
+    # Weight, gradient and two moments are read and written, in fp32: the gradient as divided.
+    moved = 8.0 * 4 * count
     return Piece(
         "AdamW",
         f"{count:,} parameters of a block",
@@ -264,12 +255,23 @@ def _block_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
     return shapes + [(hidden,)] * norms
 
 
-def _stepping(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Compute:
-    def step() -> Tensor:
-        optimizer.step()
-        return parameters[0]
+def _updating(make: type[UpdateRule], shards: list[Tensor], config: OptimizerConfig) -> Compute:
+    """The update as training makes it: with what gradients are divided by, and a possible skip."""
+    device = shards[0].device
+    matrices, vectors = (
+        [s for s in shards if (s.dim() > 1) == is_matrix] for is_matrix in (True, False)
+    )
+    rule = make(matrices, vectors, config, device)
+    for shard in shards:
+        moments = {name: torch.zeros_like(shard) for name in ("exp_avg", "exp_avg_sq")}
+        rule.keep_moments(shard, moments)
+    divisor, skipped = torch.ones((), device=device), torch.zeros((), device=device)
 
-    return step
+    def update() -> Tensor:
+        rule.apply(config.lr, divisor, skipped)
+        return shards[0]
+
+    return update
 
 
 def _with_compiled(

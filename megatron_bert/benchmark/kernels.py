@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,15 @@ from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
 
 Compute = Callable[[], Tensor]
+
+
+def made_at_first_call(make: Callable[[], Compute]) -> Compute:
+    """What an optional package computes, imported and built when it is first called.
+
+    So what fails there fails as what is computed does: that alternative is listed as absent.
+    """
+    made = cache(make)
+    return lambda: made()()
 
 
 @dataclass(frozen=True)

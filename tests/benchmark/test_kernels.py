@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.benchmark import kernel_pieces
+from megatron_bert.benchmark import attention_pieces, kernel_pieces
+from megatron_bert.benchmark.alone import time_attention
+from megatron_bert.benchmark.gemm import seconds_of
+from megatron_bert.benchmark.kernel_pieces import KernelWork
 from megatron_bert.benchmark.kernels import KernelFigures, Piece, measure_kernels
 from megatron_bert.benchmark.kernels_command import measure_command
 from megatron_bert.benchmark.kernels_table import kernels_table
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.optim import update_rules
 from tests.benchmark.test_benchmark_tool import run_tool
 from tests.benchmark.test_step import MODEL
-from tests.stand_ins import install
+from tests.small_model import packed_inputs, small_config
+from tests.stand_ins import FusedAdam, install
 from tools import benchmark as tool
 
 PIECES = [
@@ -53,7 +59,9 @@ def test_every_piece_is_timed_by_what_is_here_and_the_rest_has_its_reason(
     ] * 2
     assert list(dict.fromkeys(piece["piece"] for piece in document["pieces"])) == PIECES
     for piece in document["pieces"]:
-        assert len(piece["times"]) == (1 if piece["piece"] in ("norm", "activation") else 2)
+        assert len(piece["times"]) == (
+            1 if piece["piece"] in ("norm", "activation", "AdamW") else 2
+        )
         for time in piece["times"]:
             assert time["forward_microseconds"] > 0
             assert (time["both_microseconds"] is None) == (piece["piece"] == "AdamW")
@@ -138,7 +146,7 @@ def test_optional_packages_are_given_the_same_work(
         DotProductAttention=_DotProductAttention,
         LayerNorm=_LayerNorm,
     )
-    install(monkeypatch, "apex.optimizers", FusedAdam=torch.optim.AdamW)
+    install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
     install(
         monkeypatch,
         "apex.normalization.fused_layer_norm",
@@ -151,12 +159,101 @@ def test_optional_packages_are_given_the_same_work(
     assert {"flash-attn 3", "transformer engine"} <= set(times["attention"])
     assert set(times["norm"]) == {"eager", "compiled", "transformer engine", "apex"}
     assert set(times["activation"]) == {"eager", "compiled"}
-    assert set(times["AdamW"]) == {"fused (ours)", "foreach", "apex"}
+    assert set(times["AdamW"]) == {"fused (ours)", "apex"}
     for piece in ("attention", "norm"):
         assert all((time.difference or 0) < 1e-5 for time in times[piece].values())
     table = "\n".join(kernels_table(figures))
     assert "not measured: takes CUDA" in table
     assert "  flash-attn 3 " in table
+
+
+def test_packages_that_cannot_be_imported_are_listed_and_the_others_are_measured(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_for = "RuntimeError: built for CUDA 99"
+
+    def fail(_: str) -> None:
+        raise RuntimeError("built for CUDA 99")
+
+    for name in ("flash_attn_interface", "transformer_engine"):
+        install(monkeypatch, name)
+    for module in (attention_pieces, kernel_pieces, update_rules):
+        monkeypatch.setattr(module, "import_module", fail)
+    monkeypatch.setattr(kernel_pieces, "has_nvidias_apex", lambda: True)
+    figures = _measure(config, "model.vocab_size=512", "--dropout", "0")
+    assert all(piece.times for piece in figures.pieces)
+    absent = {piece.piece: piece.absent for piece in figures.pieces}
+    assert absent["attention"]["flash-attn 3"] == built_for
+    assert absent["attention"]["transformer engine"] == built_for
+    assert absent["norm"] == {
+        "compiled": "compile.enabled=false",
+        "transformer engine": built_for,
+        "apex": built_for,
+    }
+    assert "built for CUDA 99; build https" in absent["AdamW"]["apex"]
+
+
+def test_a_step_s_attention_is_timed_without_a_look_at_other_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(_: str) -> None:
+        raise AssertionError("looked for a package")
+
+    monkeypatch.setattr(attention_pieces, "find_spec", look)
+    monkeypatch.setattr(attention_pieces, "import_module", look)
+    batch: Any = SimpleNamespace(positions_BS=packed_inputs(2)["positions"])
+    device = torch.device("cpu")
+    assert time_attention(small_config().model, batch, torch.float32, device) > 0
+
+
+@pytest.mark.parametrize(
+    ("biases", "dropout", "passes"), [(1, 0.1, 5), (1, 0.0, 4), (0, 0.1, 5), (0, 0.0, 3)]
+)
+def test_a_residual_without_dropout_has_no_gradient_of_its_own_to_write(
+    biases: int, dropout: float, passes: int
+) -> None:
+    architecture = "retrievabert" if biases else "modernbert"
+    model = {"architecture": architecture, "num_query_groups": 4}
+    config = small_config(model=model)
+    device = torch.device("cpu")
+    work = KernelWork(config, 128, None, [32], [64], [None], device)  # type: ignore[arg-type]
+    piece = kernel_pieces._residual_piece(work, 64, dropout)
+    assert piece.moved == (3 * 64 * 32 * 4, passes * 64 * 32 * 4)
+
+
+class _Device:
+    """A device whose clock work moves on, and the recording of an event too."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        assert enable_timing
+        event = SimpleNamespace(at=0.0)
+
+        def record() -> None:
+            event.at = self.seconds
+            self.seconds += 1e-5
+
+        event.record = record
+        event.elapsed_time = lambda later: 1e3 * (later.at - event.at)
+        return event
+
+
+@pytest.mark.parametrize(("taken", "most_calls"), [(1e-5, 3000), (0.02, 20)])
+def test_short_work_on_a_gpu_is_timed_over_many_calls_and_long_work_over_one(
+    taken: float, most_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, calls = _Device(), []
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+
+    def work() -> None:
+        calls.append(1)
+        device.seconds += taken
+
+    assert seconds_of(work, torch.device("cuda", 0)) == pytest.approx(taken, rel=0.01)
+    assert len(calls) <= most_calls
 
 
 def test_what_refuses_is_listed_with_its_own_words_and_the_others_are_measured() -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import OptimizerConfig
 from megatron_bert.optim.adamw import AdamW
 from tests.distributed_harness import run_ranks
 from tests.optim.shards import RATE, built, set_gradients, set_whole_gradients, whole
-from tests.stand_ins import install
+from tests.stand_ins import FusedAdam, install
 
 
 def _reference(model: nn.Module) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
@@ -51,43 +51,9 @@ def test_updates_and_norm_are_those_of_adamw_on_the_whole_model(
     run_ranks(world_size, _check_against_pytorch, tensor, clip_grad)
 
 
-class _FusedAdam(torch.optim.Optimizer):
-    """Apex's, in the form that CUDA graphs can capture, written out."""
-
-    def __init__(self, tensors: list[Tensor], lr: float, **options: Any) -> None:
-        assert options.pop("capturable")
-        assert options.pop("adam_w_mode")
-        # Theirs loses updates, or writes out of bounds, where there are.
-        assert all(shard.numel() for shard in tensors)
-        super().__init__(tensors, {"lr": torch.tensor(lr), **options})
-        self.overflow = torch.zeros(1, dtype=torch.int32)
-
-    @torch.no_grad()
-    def step(self, grad_scaler: Any) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            # By what was found in the update before: this one's comes next.
-            group["step"] += (self.overflow != 1).to(torch.int)
-            device = group["params"][0].device
-            self.overflow.copy_(grad_scaler._check_inf_per_device(self)[device])
-            inverse = grad_scaler._get_scale_async().double().reciprocal().float()
-            if self.overflow:
-                continue
-            assert group["step"].dtype == torch.int32
-            beta1, beta2 = group["betas"]
-            for shard in group["params"]:
-                gradient, state = shard.grad * inverse, self.state[shard]
-                mean = state["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** group["step"])
-                square = (
-                    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                )
-                square = square / (1 - beta2 ** group["step"])
-                change = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * shard
-                shard -= group["lr"] * change
-
-
 def _check_apex(tensor: int, sizes: dict[str, int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        install(patch, "apex.optimizers", FusedAdam=_FusedAdam)
+        install(patch, "apex.optimizers", FusedAdam=FusedAdam)
         model, optimizer = built(tensor, kernels="apex", sizes=sizes, clip_grad=0.5)
     other_model, other = built(tensor, sizes=sizes, clip_grad=0.5)
     for update, scale in enumerate((1.0, math.nan, 0.3, math.nan, math.nan, 0.01, 0.2)):
@@ -119,7 +85,7 @@ def test_apex_s_updates_are_pytorch_s_where_ranks_hold_no_element_of_most_parame
 
 def _apex_without_shards() -> int:
     with pytest.MonkeyPatch.context() as patch:
-        install(patch, "apex.optimizers", FusedAdam=_FusedAdam)
+        install(patch, "apex.optimizers", FusedAdam=FusedAdam)
         adamw = AdamW({}, OptimizerConfig(), torch.device("cpu"), "apex")
     for skipped in (0.0, 1.0, 0.0):
         adamw.step({}, RATE, torch.tensor(1.0), torch.tensor(skipped))
