@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = ("megatron-bert", "numpy", "sentencepiece", "tokenizers", "torch")
+# Where they are installed.
+_OPTIONAL = ("apex", "flash-attn", "flash-attn-3", "transformer-engine", "triton")
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,16 @@ def describe_hardware() -> Hardware:
 def describe_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a figure depends on, and this code's commit.
 
-    A checkout that differs from its commit says so by a `+`; one without git has none.
+    Beside them `cuda`, what PyTorch was built for, where that is CUDA. A checkout that differs
+    from its commit says so by a `+`; one without git has none.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    for name in _OPTIONAL:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    cuda = import_module("torch.version").cuda
+    if cuda is not None:
+        versions["cuda"] = cuda
     commit = _commit()
     return versions if commit is None else {**versions, "commit": commit}
 

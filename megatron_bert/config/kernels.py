@@ -58,6 +58,12 @@ def kernel_problems(config: Config) -> Iterator[str]:
             "registry's apex is another project); build https://github.com/NVIDIA/apex with its "
             f"CUDA extensions, or use one of {others}"
         )
+    if kernels == "te" and config.precision.compute != "bf16":
+        yield (
+            f"{key}: Transformer Engine multiplies fp32 in TF32, of 10 bits after the point, and "
+            f"precision.compute = {config.precision.compute}; use precision.compute=bf16, or "
+            "kernels=torch"
+        )
     if (
         kernels == "te"
         and config.parallel.pipeline > 1

@@ -78,8 +78,11 @@ def test_the_card_has_the_curriculum(exported: Path) -> None:
     assert "| 32 | 7 | 12 | 0.15 | 1.0 |\n| 64 | 5 | 12 | 0.15 | 1.0 |\n" in card
 
 
-def test_the_card_names_muon_and_the_type_that_gradients_were_reduced_in() -> None:
-    config = small_config(optimizer={"name": "muon", "momentum": 0.9}, precision={"reduce": "bf16"})
+def test_the_card_names_muon_and_the_types_of_products_and_of_reduced_gradients() -> None:
+    config = small_config(
+        optimizer={"name": "muon", "momentum": 0.9},
+        precision={"compute": "bf16", "reduce": "bf16", "fp8": "current"},
+    )
     state = {
         "step": 3,
         "consumed_rows": 24,
@@ -90,7 +93,10 @@ def test_the_card_names_muon_and_the_type_that_gradients_were_reduced_in() -> No
     assert rows["optimizer"].startswith(
         "Muon (momentum 0.9) for the blocks' matrices, AdamW for the rest, beta1 0.9"
     )
-    assert rows["precision"] == "fp32, weights and moments fp32, gradients reduced in bf16"
+    assert rows["precision"] == (
+        "bf16, weights and moments fp32, products of the blocks' linear layers in FP8 (current "
+        "scaling), gradients reduced in bf16"
+    )
 
 
 def test_the_cards_metadata_are_yaml_with_the_licence(exported: Path) -> None:

@@ -202,6 +202,14 @@ def test_transformer_engine_takes_no_zero_bubbles(
     assert "use kernels=torch, or parallel.pipeline_schedule=interleaved" in message
 
 
+def test_transformer_engine_takes_no_fp32(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "transformer_engine")
+    message = refusal(build, "kernels=te", "precision.compute=fp32")
+    assert "kernels = te: Transformer Engine multiplies fp32 in TF32" in message
+    assert "precision.compute = fp32; use precision.compute=bf16, or kernels=torch" in message
+    check_config(build("kernels=te"), world_size=1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
