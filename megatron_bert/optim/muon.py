@@ -17,6 +17,9 @@ from megatron_bert.parallel.whole_matrices import MatrixOwners
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _EPS = 1e-7
+# Matrices of fewer elements are orthogonalised together, up to so many: alone, small ones would
+# leave a device waiting for the host; together, large ones would only take memory.
+_BATCH_ELEMENTS = 1 << 24
 # Root mean square of an update's elements over the learning rate, as AdamW's are in practice (Liu
 # et al. 2025, "Muon is scalable for LLM training", section 2.2).
 _UPDATE_RMS = 0.2
@@ -51,20 +54,42 @@ class Muon:
         divisor: Tensor,
         skipped: Tensor,
     ) -> None:
-        """Update the weights and the momentum in place; arguments as those of `AdamW.step`."""
-        is_kept = skipped == 0
-        directions = {}
-        for name, momentum in self._momentum.items():
-            gradient = gradients[name] / divisor
-            _replace(momentum, torch.lerp(gradient, momentum, self._decay), is_kept)
-            direction = torch.lerp(gradient, momentum, self._decay)
-            directions[name] = direction.to(self._owners.dtype)
-        wholes = self._owners.gather(directions)
-        updates = self._owners.scatter({n: orthogonalized(whole) for n, whole in wholes.items()})
-        for name, shard in self._shards.items():
-            size = learning_rate * _UPDATE_RMS * math.sqrt(max(self._parameters[name].shape))
-            decayed = shard * (1 - learning_rate * self._weight_decay)
-            _replace(shard, decayed.add_(updates[name].to(shard.dtype), alpha=-size), is_kept)
+        """Update the weights and the momentum in place; arguments as those of `AdamW.step`.
+
+        The gradients' memory is used for the update.
+        """
+        wholes: Mapping[str, Tensor] = self._owners.gather(
+            self._directions(gradients, divisor, skipped) if self._shards else {}
+        )
+        updates = self._owners.scatter(_all_orthogonalized(wholes))
+        if not self._shards:
+            return
+        # In place of the gradients: what is taken off the weights, nothing where it is skipped.
+        steps, shards = [gradients[n] for n in self._shards], list(self._shards.values())
+        sizes = [math.sqrt(max(self._parameters[name].shape)) for name in self._shards]
+        kept = 1 - skipped
+        torch._foreach_copy_(steps, [updates[name] for name in self._shards])
+        torch._foreach_mul_(steps, [learning_rate * _UPDATE_RMS * size for size in sizes])
+        torch._foreach_mul_(steps, kept)
+        torch._foreach_mul_(shards, 1 - kept * (learning_rate * self._weight_decay))
+        torch._foreach_sub_(shards, steps)
+
+    def _directions(
+        self, gradients: Mapping[str, Tensor], divisor: Tensor, skipped: Tensor
+    ) -> dict[str, Tensor]:
+        """Update the momentum; its shards by name, a step ahead (Nesterov). Uses gradients up."""
+        own, momentum = [gradients[n] for n in self._momentum], list(self._momentum.values())
+        torch._foreach_div_(own, divisor)
+        # Not by a factor of 0: a skipped gradient may be NaN.
+        for gradient in own:
+            gradient.masked_fill_(skipped != 0, 0.0)
+        changes = torch._foreach_sub(own, momentum)
+        torch._foreach_mul_(changes, (1 - skipped) * (1 - self._decay))
+        torch._foreach_add_(momentum, changes)
+        torch._foreach_lerp_(own, momentum, self._decay)
+        directions = [torch.empty_like(shard, dtype=self._owners.dtype) for shard in own]
+        torch._foreach_copy_(directions, own)
+        return dict(zip(self._momentum, directions, strict=True))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The momentum, as `ShardedOptimizer.state_tensors` returns it."""
@@ -74,23 +99,31 @@ class Muon:
         }
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """Bring the singular values of a matrix close to 1, its singular vectors left as they are.
+def _all_orthogonalized(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of equal shape together, as many as small ones need for a device to be busy."""
+    names_by_shape: dict[torch.Size, list[str]] = {}
+    for name, matrix in matrices.items():
+        names_by_shape.setdefault(matrix.shape, []).append(name)
+    results: dict[str, Tensor] = {}
+    for shape, names in names_by_shape.items():
+        size = max(1, _BATCH_ELEMENTS // shape.numel())
+        for batch in (names[begin : begin + size] for begin in range(0, len(names), size)):
+            result = orthogonalized(torch.stack([matrices[name] for name in batch]))
+            results.update(zip(batch, result, strict=True))
+    return results
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices close to 1, their singular vectors left as they are.
 
     Args:
-        matrix: [rows, columns]; its dtype is that of the products.
+        matrices: [matrices, rows, columns]; their dtype is that of the products.
     """
     a, b, c = _COEFFICIENTS
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=_EPS)
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
     for _ in range(_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
-
-
-def _replace(old: Tensor, new: Tensor, is_kept: Tensor) -> None:
-    """Write `new` into `old` where the scalar says so, without waiting for the device."""
-    # Not by a factor of 0: `new` may be NaN.
-    old.copy_(torch.where(is_kept, new, old))
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x

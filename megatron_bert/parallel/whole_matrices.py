@@ -60,11 +60,14 @@ class MatrixOwners:
                 group=mesh.get_group(axis),
                 joined={n: _part_over(axes[number + 1 :], matrices[n], mesh) for n in held},
                 split={name: _split_dim(axis, matrices[name]) for name in held},
-                owners={name: owners[name][axis] for name in held},
+                owned_by=[
+                    [name for name in held if owners[name][axis] == rank]
+                    for rank in range(mesh.get_group(axis).size())
+                ],
                 empty=torch.empty(0, dtype=dtype, device=topology.device),
             )
             self._hops.append(hop)
-            held = hop.owned_by[hop.rank]
+            held = list(hop.owned_by[hop.rank])
 
     def gather(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """This rank's parts of all matrices, in our dtype -> the whole matrices that it owns."""
@@ -88,25 +91,19 @@ class _Hop:
         joined: shapes of the matrices as they are behind this hop; in the order of messages.
         split: the dimension along which the axis splits a matrix; None where each of its ranks
             holds the same.
-        owners: which of the axis' ranks a matrix goes to.
+        owned_by: for each of the axis' ranks, the names of the matrices that go to it.
         empty: nothing, of the messages' dtype and device.
     """
 
     group: dist.ProcessGroup
     joined: Mapping[str, Shape]
     split: Mapping[str, int | None]
-    owners: Mapping[str, int]
+    owned_by: Sequence[Sequence[str]]
     empty: Tensor
 
     @property
     def rank(self) -> int:
         return self.group.rank()
-
-    @property
-    def owned_by(self) -> list[list[str]]:
-        """The names by owner."""
-        ranks = range(self.group.size())
-        return [[name for name in self.joined if self.owners[name] == rank] for rank in ranks]
 
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts of all matrices -> those that this rank owns, joined along the axis."""
@@ -173,8 +170,7 @@ def _deal(shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> dict[str, di
     """Each matrix' owner, as its place along the axes: the costliest first, to who has least."""
     loads = [(0, rank) for rank in range(math.prod(sizes.values()))]
     owners: dict[str, dict[str, int]] = {}
-    # Products of a matrix and its transpose.
-    costs = {name: rows * columns * min(rows, columns) for name, (rows, columns) in shapes.items()}
+    costs = {name: _cost(*sorted(shape)) for name, shape in shapes.items()}
     for name in sorted(costs, key=costs.__getitem__, reverse=True):
         load, rank = loads[0]
         heapq.heapreplace(loads, (load + costs[name], rank))
@@ -182,6 +178,11 @@ def _deal(shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> dict[str, di
         for axis, size in sizes.items():
             rank, owners[name][axis] = divmod(rank, size)
     return owners
+
+
+def _cost(shorter: int, longer: int) -> int:
+    """Operations of x <- (b (x x^T) + c (x x^T)^2) x, which Muon repeats."""
+    return 4 * shorter**2 * longer + 2 * shorter**3
 
 
 def _split_dim(axis: str, matrix: Tensor) -> int | None:

@@ -29,7 +29,8 @@ def _owned(sizes: dict[str, Any]) -> tuple[set[str], set[str], list[int]]:
     assert returned.keys() == parts.keys()
     for name, part in parts.items():
         assert torch.equal(returned[name], 2 * part), name
-    costs = [whole.numel() * min(whole.shape) for whole in gathered.values()]
+    sides = [sorted(whole.shape) for whole in gathered.values()]
+    costs = [4 * shorter**2 * longer + 2 * shorter**3 for shorter, longer in sides]
     return set(matrices), set(gathered), costs
 
 
