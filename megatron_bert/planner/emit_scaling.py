@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plan(config: Config, machine: Machine, ranks: int, reduce_bytes: int = 4) -> Plan:
-    return make_plan(config, _VOCABULARY, machine, ranks, keep=1, reduce_bytes=reduce_bytes)
+def _plan(config: Config, machine: Machine, ranks: int) -> Plan:
+    return make_plan(config, _VOCABULARY, machine, ranks, keep=1)
 
 
 def _retrievabert() -> Iterator[str]:
@@ -96,8 +96,10 @@ def _one_day() -> Iterator[str]:
     yield f"|{'---|' * 9}"
     for network in ("ndr400x4", "ndr200x4", "hdr100x4", "ndr200x1", "eth100x1"):
         machine = find_machine("h100-94gb", 4, network)
-        for reduce_bytes, name in ((4, "fp32"), (2, "BF16")):
-            plan = _plan(config, machine, 32, reduce_bytes)
+        for reduce, name in (("fp32", "fp32"), ("bf16", "BF16")):
+            precision = config.precision.model_copy(update={"reduce": reduce})
+            reducing = config.model_copy(update={"precision": precision})
+            plan = _plan(reducing, machine, 32)
             best = plan.best[0]
             short, long = best.stages[0].step, best.stages[2].step
             yield (

@@ -26,14 +26,12 @@ class Job:
         vocab_size: padded vocabulary.
         machine: the cluster.
         ranks: of the job, one a GPU.
-        reduce_bytes: of an element when gradients are reduced: 4, as `fully_shard` is set up.
     """
 
     config: Config
     vocab_size: int
     machine: Machine
     ranks: int
-    reduce_bytes: int = 4
 
     @cached_property
     def _made(self) -> dict[Hashable, Any]:
@@ -54,6 +52,11 @@ class Job:
     def element_bytes(self) -> int:
         """Of an element in the compute type."""
         return 2 if self.config.precision.compute == "bf16" else 4
+
+    @cached_property
+    def reduce_bytes(self) -> int:
+        """Of an element of a gradient that is reduced."""
+        return 2 if self.config.precision.reduce == "bf16" else 4
 
     @cached_property
     def has_kernel(self) -> bool:

@@ -114,7 +114,6 @@ def make_plan(
     ranks: int,
     *,
     keep: int = 10,
-    reduce_bytes: int = 4,
 ) -> Plan:
     """Rank every legal layout by the predicted time of the whole curriculum.
 
@@ -124,13 +123,11 @@ def make_plan(
         machine: the cluster.
         ranks: GPUs of the job.
         keep: how many of the best are returned.
-        reduce_bytes: of an element of a gradient that is reduced; training uses 4, others tell what
-            they would be worth.
 
     Raises:
         ConfigError: No layout of so many ranks is legal, or none fits; the message says why.
     """
-    job = Job(config, vocab_size, machine, ranks, reduce_bytes)
+    job = Job(config, vocab_size, machine, ranks)
     search = _Search(job)
     if not search.legal:
         problems = layout_problems(config, ranks, vocab_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_bert.parallel.actions import StageTime
@@ -137,6 +139,8 @@ def test_messages_that_computation_hides_cost_nothing_but_their_ends() -> None:
 def test_reduction_in_half_the_bytes_takes_half_the_time() -> None:
     planned = job(32)
     layout = Layout(Split(1, False, 1, "1f1b", 1, 32), 16384, "none")
-    half = type(planned)(planned.config, planned.vocab_size, planned.machine, 32, reduce_bytes=2)
+    precision = planned.config.precision.model_copy(update={"reduce": "bf16"})
+    config = planned.config.model_copy(update={"precision": precision})
+    half = replace(planned, config=config)
     full_reduce = Dealings.one(planned, layout).root_reduce.item()
     assert Dealings.one(half, layout).root_reduce.item() == pytest.approx(full_reduce / 2, rel=0.1)
