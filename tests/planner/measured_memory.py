@@ -20,11 +20,11 @@ from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
-from megatron_bert.optim.adamw import ShardedAdamW
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.machines import find_machine
 from megatron_bert.planner.memory import Memory, memory
+from megatron_bert.training.optimizer import build_optimizer
 from tests.parallel.rank_parts import without_the_harness_group
 from tests.planner.storage_watch import StorageWatch
 
@@ -120,7 +120,7 @@ def _peak(case: Case) -> float:
     config = case.config
     topology = Topology.of(config.parallel, torch.device("cpu"))
     model = build_model(config, VOCABULARY, topology)
-    optimizer = ShardedAdamW(model.named_parameters(), config.optimizer, model.counts_here)
+    optimizer = build_optimizer(config, model)
     job = Job(config, VOCABULARY, find_machine("cpu"), case.ranks)
     span = job.spans[0]
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline

@@ -61,6 +61,7 @@ def measured() -> dict[str, float]:
     return dict(zip((case.name for case in CASES), peaks, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_predicted_memory_lies_within_ten_percent_of_what_is_allocated(
     case: Case, measured: dict[str, float]
