@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from megatron_bert.benchmark.padded import document_pieces, pad_and_mask
 from megatron_bert.benchmark.peer_megatron import time_megatron
 from megatron_bert.benchmark.peer_trainer import time_trainer
 from megatron_bert.benchmark.rows import make_batches, text_tokens
-from megatron_bert.benchmark.step import StepSubject, wait_for_device
+from megatron_bert.benchmark.step import StepSubject, release_memory, wait_for_device
 from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.topology import Topology
@@ -185,7 +184,7 @@ def _first_that_fits(
 ) -> PeerCase | None:
     """Time a trainer at as many rows as fit: all, half or a quarter."""
     for fewer in dict.fromkeys(max(1, rows // divisor) for divisor in (1, 2, 4)):
-        _free(device)
+        release_memory(device)
         try:
             text, seconds = _MEASURES[name](work, seq_length, fewer, device)
         except torch.OutOfMemoryError:
@@ -200,13 +199,6 @@ def _first_that_fits(
             ratio=None,
         )
     return None
-
-
-def _free(device: torch.device) -> None:
-    """Leave nothing of the trainer before: sharded models hold themselves until collected."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _ours(work: PeersWork, seq_length: int, rows: int, device: torch.device) -> tuple[float, float]:

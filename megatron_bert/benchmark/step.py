@@ -66,12 +66,9 @@ def measure_steps(
                 # What the step left half-way is told no further case. Here, as the error holds
                 # what the step had allocated.
                 subject = None
-                gc.collect()
-                _free(device)
+                release_memory(device)
         subject = None
-        # A sharded model holds itself until it is collected.
-        gc.collect()
-        _free(device)
+        release_memory(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     ranks = dist.get_world_size()
     return StepFigures(hardware, name, ranks, versions, quick, matmul, cases, failed)
@@ -113,7 +110,7 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
     topology = subject.model.topology
     device, config = topology.device, subject.config
     batches = _batches(work, topology, seq_length, rows)
-    _free(device)
+    release_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
@@ -216,6 +213,8 @@ def wait_for_device(device: torch.device) -> None:
         dist.barrier()
 
 
-def _free(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing needs: a sharded model holds itself until it is collected."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
