@@ -98,7 +98,7 @@ def measure_assembly(work: AssembleWork) -> dict[int, AssembleFigures]:
     datasets = work.corpora.open()
     stages = equal_stages(sum(dataset.num_tokens for dataset in datasets), work.seq_lengths)
     plan = RowPlan(datasets, work.corpora.weights, stages, seed=0)
-    assembler = make_assembler(datasets, plan, work.mlm, len(stages))
+    assembler = make_assembler(work.corpora, datasets, plan, work.mlm, len(stages))
     figures = {}
     first_row = 0
     for seq_length, rows in stages:

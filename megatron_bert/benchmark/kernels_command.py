@@ -24,10 +24,9 @@ def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> Ke
             f"kernels under torchrun with {ranks} ranks: they are measured on one; start it with "
             "python"
         )
-    # Of the rows only the segments count.
-    subject = subject_of(given, reads_ids=False)
+    subject = subject_of(given)
     config, lengths = subject.config, subject.lengths
-    with joined_ranks(config) as device, corpora_of(given) as corpora:
+    with joined_ranks(config) as device, corpora_of(given, subject) as corpora:
         work = KernelWork(
             config,
             subject.vocab_size,

@@ -35,7 +35,7 @@ def measure_memory(corpora: Corpora, seq_length: int, batches: int) -> MemoryFig
     datasets = corpora.open()
     stages = equal_stages(sum(dataset.num_tokens for dataset in datasets), [seq_length])
     plan = RowPlan(datasets, corpora.weights, stages, seed=0)
-    assembler = make_assembler(datasets, plan, mlm, len(stages))
+    assembler = make_assembler(corpora, datasets, plan, mlm, len(stages))
     warm_mb = before_mb
     for batch in range(batches):
         if batch == batches // 10:

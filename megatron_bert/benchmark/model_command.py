@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from _megatron_bert_core import IndexedDataset
 
-from megatron_bert.benchmark.synthetic import ARTICLES, VOCAB_SIZE, Corpora, write_corpora
+from megatron_bert.benchmark.synthetic import (
+    ARTICLES,
+    NUM_SPECIAL,
+    VOCAB_SIZE,
+    Corpora,
+    write_corpora,
+)
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import ConfigError, DataError
@@ -41,6 +47,7 @@ class Subject:
     Attributes:
         config: the checked configuration.
         vocab_size: padded vocabulary.
+        num_ids: token ids of the rows are below it.
         lengths: of rows.
         micro_tokens: slots of a micro-batch, at most.
         dropouts: None leaves the configuration's.
@@ -48,17 +55,17 @@ class Subject:
 
     config: Config
     vocab_size: int
+    num_ids: int
     lengths: list[int]
     micro_tokens: list[int]
     dropouts: list[float | None]
 
 
-def subject_of(given: argparse.Namespace, *, reads_ids: bool = True) -> Subject:
+def subject_of(given: argparse.Namespace) -> Subject:
     """Read the configuration and the options beside it.
 
     Args:
         given: the command line.
-        reads_ids: whether the model is given the corpus' ids, for which its vocabulary must do.
 
     Raises:
         ConfigError: they cannot be used.
@@ -68,13 +75,18 @@ def subject_of(given: argparse.Namespace, *, reads_ids: bool = True) -> Subject:
         # Words need a dictionary's table; what is measured does not depend on them.
         mlm = config.mlm.model_copy(update={"unit": "ngram"})
         config = config.model_copy(update={"mlm": mlm})
-    vocab_size = config.model.vocab_size
-    if vocab_size is None or reads_ids:
-        vocab_size = resolve_vocab_size(config.model, VOCAB_SIZE, config.parallel.tensor)
+    num_ids = min(VOCAB_SIZE, config.model.vocab_size or VOCAB_SIZE)
+    if num_ids < 2 * NUM_SPECIAL:
+        raise ConfigError(
+            f"model.vocab_size = {num_ids}: made-up rows need {2 * NUM_SPECIAL} ids or more; "
+            "give a larger one, or null for the LLM-jp tokenizer's"
+        )
+    vocab_size = resolve_vocab_size(config.model, num_ids, config.parallel.tensor)
     check_config(config, world_size=requested_world_size(), vocab_size=vocab_size)
     return Subject(
         config,
         vocab_size,
+        num_ids,
         _lengths(given.lengths, config),
         given.micro_tokens or [config.batch.max_micro_rows(1)],
         given.dropout or [None],
@@ -98,14 +110,14 @@ def joined_ranks(config: Config) -> Iterator[torch.device]:
 
 
 @contextmanager
-def corpora_of(given: argparse.Namespace) -> Iterator[Corpora]:
+def corpora_of(given: argparse.Namespace, subject: Subject) -> Iterator[Corpora]:
     """The dataset that was named, or one of made-up articles, which goes when the block ends.
 
     Raises:
         DataError: the dataset cannot be used.
     """
     with tempfile.TemporaryDirectory(prefix="megatron_bert_benchmark_") as folder:
-        yield _corpora(given, Path(folder))
+        yield _corpora(given, subject.num_ids, Path(folder))
 
 
 def _lengths(given: list[int] | None, config: Config) -> list[int]:
@@ -120,9 +132,10 @@ def _lengths(given: list[int] | None, config: Config) -> list[int]:
     return given
 
 
-def _corpora(given: argparse.Namespace, folder: Path) -> Corpora:
+def _corpora(given: argparse.Namespace, num_ids: int, folder: Path) -> Corpora:
     if given.data is None:
-        return write_corpora(folder, ARTICLES, _QUICK_TOKENS if given.quick else _TOKENS, [1.0])
+        tokens = _QUICK_TOKENS if given.quick else _TOKENS
+        return write_corpora(folder, ARTICLES, tokens, [1.0], num_ids)
     for suffix in (".bin", ".idx"):
         if not Path(given.data + suffix).is_file():
             raise DataError(
@@ -130,9 +143,9 @@ def _corpora(given: argparse.Namespace, folder: Path) -> Corpora:
                 "tools/preprocess_data.py wrote, without its endings"
             )
     dataset = IndexedDataset(given.data)
-    if dataset.max_token_id() >= VOCAB_SIZE:
+    if dataset.max_token_id() >= num_ids:
         raise DataError(
-            f"--data {given.data}: it has token ids of {VOCAB_SIZE} and above; give a dataset that "
-            "was made with the LLM-jp tokenizer v3.0"
+            f"--data {given.data}: it has token ids of {num_ids} and above; give a dataset that "
+            "was made with the LLM-jp tokenizer v3.0, and leave model.vocab_size out"
         )
-    return Corpora((given.data,), (1.0,))
+    return Corpora((given.data,), (1.0,), num_ids)

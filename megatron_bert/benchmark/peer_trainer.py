@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_bert.benchmark.synthetic import CLS, MASK, PAD, SEP, VOCAB_SIZE
+from megatron_bert.benchmark.synthetic import CLS, MASK, PAD, SEP
 from megatron_bert.checkpoint.huggingface_config import huggingface_config
 from megatron_bert.config.schema import Config
 
@@ -48,7 +48,7 @@ def time_trainer(
 
     examples = [{"input_ids": [CLS, *map(int, piece), SEP]} for piece in pieces]
     with tempfile.TemporaryDirectory(prefix="megatron_bert_trainer_") as folder:
-        tokenizer = _tokenizer()
+        tokenizer = _tokenizer(vocab_size)
         collator = DataCollatorForLanguageModeling(
             tokenizer=tokenizer, mlm_probability=config.mlm.probability
         )
@@ -105,13 +105,13 @@ def trainer_model(config: Config, vocab_size: int) -> torch.nn.Module:
     return model
 
 
-def _tokenizer() -> Any:
+def _tokenizer(vocab_size: int) -> Any:
     """One whose tokens are numbers, of the vocabulary's size."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    names = {number: str(number) for number in range(VOCAB_SIZE)}
+    names = {number: str(number) for number in range(vocab_size)}
     words = {name: number for number, name in names.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token=names[0])),

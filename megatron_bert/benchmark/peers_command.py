@@ -30,7 +30,7 @@ def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> Pe
     for option, values in options.items():
         if len(values) > 1:
             raise ConfigError(f"{option}: trainers are compared at one value; give one")
-    with joined_ranks(subject.config) as device, corpora_of(given) as corpora:
+    with joined_ranks(subject.config) as device, corpora_of(given, subject) as corpora:
         work = PeersWork(
             config=with_dropout(subject.config, subject.dropouts[0]),
             vocab_size=subject.vocab_size,

@@ -37,7 +37,7 @@ def make_batches(
     """
     datasets = corpora.open()
     plan = RowPlan(datasets, corpora.weights, [(seq_length, rows * of)], seed=0)
-    assembler = make_assembler(datasets, plan, mlm, 1)
+    assembler = make_assembler(corpora, datasets, plan, mlm, 1)
     slots = masked_slots(mlm.probability, mlm.unit, seq_length)
     batches = []
     for number in numbers:

@@ -20,7 +20,7 @@ def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> St
         UserError: the configuration or the dataset cannot be used.
     """
     subject = subject_of(given)
-    with joined_ranks(subject.config) as device, corpora_of(given) as corpora:
+    with joined_ranks(subject.config) as device, corpora_of(given, subject) as corpora:
         is_first = dist.get_rank() == 0
         work = _work(given, subject, corpora)
         figures = measure_steps(work, device, given.quick, say if is_first else _hush)

@@ -21,7 +21,7 @@ VOCAB_SIZE = 99_574
 """Of the LLM-jp tokenizer v3.0, whose first eight ids are special."""
 
 MASK, PAD, CLS, SEP = 3, 4, 5, 6
-_NUM_SPECIAL = 8
+NUM_SPECIAL = 8
 _TOKEN_BYTES = 4
 
 # What is drawn at a time, so that no temporary array is as large as a corpus.
@@ -47,10 +47,17 @@ ARTICLES = DocumentKind("articles", 2166)
 
 @dataclass(frozen=True)
 class Corpora:
-    """Datasets on disk and their weights in a blend."""
+    """Datasets on disk and their weights in a blend.
+
+    Attributes:
+        prefixes: of the datasets.
+        weights: one each.
+        num_ids: all token ids are below it, and so are those drawn when tokens are masked.
+    """
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]
+    num_ids: int = VOCAB_SIZE
 
     def open(self) -> list[IndexedDataset]:
         """Open all of them."""
@@ -81,7 +88,11 @@ def divide_documents(num_documents: int, weights: Sequence[float]) -> list[int]:
 
 
 def write_corpora(
-    folder: Path, kind: DocumentKind, num_tokens: int, weights: Sequence[float]
+    folder: Path,
+    kind: DocumentKind,
+    num_tokens: int,
+    weights: Sequence[float],
+    num_ids: int = VOCAB_SIZE,
 ) -> Corpora:
     """Write datasets of random tokens, about `num_tokens` together, in proportion to the weights.
 
@@ -93,10 +104,11 @@ def write_corpora(
     for number, documents in enumerate(num_documents):
         prefix = f"{folder}/{kind.name}_{number}"
         lengths_D = draw_lengths(documents, kind.mean_tokens, seed=number)
-        _write_tokens(Path(f"{prefix}.bin"), int(lengths_D.sum(dtype=np.int64)), seed=number)
+        total = int(lengths_D.sum(dtype=np.int64))
+        _write_tokens(Path(f"{prefix}.bin"), total, num_ids, seed=number)
         write_index(Path(f"{prefix}.idx"), _TOKEN_BYTES, lengths_D)
         prefixes.append(prefix)
-    return Corpora(tuple(prefixes), tuple(weights))
+    return Corpora(tuple(prefixes), tuple(weights), num_ids)
 
 
 def write_sentences(prefix: str, num_tokens: int, mean_tokens: float, sentences: int) -> int:
@@ -116,24 +128,28 @@ def write_sentences(prefix: str, num_tokens: int, mean_tokens: float, sentences:
     """
     num_documents = max(1, round(num_tokens / (mean_tokens * sentences)))
     lengths_N = draw_lengths(num_documents * sentences, mean_tokens, seed=0)
-    _write_tokens(Path(f"{prefix}.bin"), int(lengths_N.sum(dtype=np.int64)), seed=0)
+    _write_tokens(Path(f"{prefix}.bin"), int(lengths_N.sum(dtype=np.int64)), VOCAB_SIZE, seed=0)
     boundaries_D = np.arange(0, len(lengths_N) + 1, sentences)
     write_index(Path(f"{prefix}.idx"), _TOKEN_BYTES, lengths_N, boundaries_D)
     return num_documents
 
 
-def _write_tokens(path: Path, num_tokens: int, seed: int) -> None:
+def _write_tokens(path: Path, num_tokens: int, num_ids: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     with path.open("wb") as file:
         for begin in range(0, num_tokens, _DRAWN_AT_A_TIME):
             size = min(_DRAWN_AT_A_TIME, num_tokens - begin)
-            random.integers(_NUM_SPECIAL, VOCAB_SIZE, size, dtype=np.int32).tofile(file)
+            random.integers(NUM_SPECIAL, num_ids, size, dtype=np.int32).tofile(file)
 
 
 def make_assembler(
-    datasets: Sequence[IndexedDataset], plan: RowPlan, mlm: MlmConfig, num_stages: int
+    corpora: Corpora,
+    datasets: Sequence[IndexedDataset],
+    plan: RowPlan,
+    mlm: MlmConfig,
+    num_stages: int,
 ) -> BatchAssembler:
-    """An assembler over datasets that `write_corpora` wrote, for units that need no word table."""
+    """An assembler over the corpora's datasets, for units that need no word table."""
     no_table = np.empty(0, dtype=np.uint8)
     return BatchAssembler(
         datasets,
@@ -142,8 +158,8 @@ def make_assembler(
         sep_id=SEP,
         mask_id=MASK,
         pad_id=PAD,
-        vocab_size=VOCAB_SIZE,
-        special_ids=np.arange(_NUM_SPECIAL, dtype=np.int32),
+        vocab_size=corpora.num_ids,
+        special_ids=np.arange(NUM_SPECIAL, dtype=np.int32),
         first_class=no_table,
         last_class=no_table,
         starts_word=no_table,

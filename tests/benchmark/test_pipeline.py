@@ -10,6 +10,7 @@ from megatron_bert.benchmark import pipeline
 from megatron_bert.benchmark.pipeline_table import pipeline_table
 
 
+@pytest.mark.slow
 def test_every_schedule_is_measured_beside_its_prediction() -> None:
     figures = pipeline.measure_pipeline(pipeline.QUICK, lambda _: None)
     one, interleaved, zero_bubble = figures.schedules

@@ -37,7 +37,9 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_steps_are_measured_as_the_interface_says(config: Path, tmp_path: Path) -> None:
-    arguments = ("--config", config, "--quick", "--json", "--lengths", 32, 64)
+    # Made-up ids lie below it, so a small model is measured with a vocabulary of its own size.
+    keys = ("model.vocab_size=512",)
+    arguments = (*keys, "--config", config, "--quick", "--json", "--lengths", 32, 64)
     done = run_tool("step", *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -67,6 +69,7 @@ def test_a_dataset_that_is_not_there_is_named(config: Path, tmp_path: Path) -> N
         (("--lengths", 65), "model.max_position_embeddings=64"),
         (("--dropout", 1), "--dropout: 1 does not lie"),
         (("--steps", -1), "--steps: -1 is not above 0"),
+        (("model.vocab_size=12",), "model.vocab_size = 12: made-up rows need 16 ids"),
     ],
 )
 def test_figures_that_cannot_be_are_refused(

@@ -116,6 +116,7 @@ def test_every_layout_gives_on_the_bits_that_another_gave_it(
     _pass_on(tiny_data, tmp_path, ALL[-1], ALL, "adamw")
 
 
+@pytest.mark.slow
 def test_muon_s_momentum_goes_from_layout_to_layout_to_the_bit(
     tiny_data: Path, tmp_path: Path
 ) -> None:

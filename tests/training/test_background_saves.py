@@ -29,7 +29,7 @@ def _check_kills(uncut: Config, configs: list[Config]) -> None:
         assert _losses(config) == expected, f"killed in step {kill_in}"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_beside_a_save_resumes_with_the_bits_of_one_that_saved_in_turn(
     tiny_run: Callable[..., Config], world_size: int
 ) -> None:

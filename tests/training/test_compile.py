@@ -35,11 +35,11 @@ def _graphs() -> int:
     ("world_size", "layout", "backend"),
     [
         (1, {}, "aot_eager"),
-        (2, {"parallel": {"tensor": 2, "sequence": True}}, "aot_eager"),
         *(
             pytest.param(ranks, layout, "aot_eager", marks=pytest.mark.slow)
             for ranks, layout in (
                 (2, {}),
+                (2, {"parallel": {"tensor": 2, "sequence": True}}),
                 (2, {"parallel": {"pipeline": 2}}),
                 (1, {"recompute": "full"}),
                 (1, {"recompute": "selective"}),

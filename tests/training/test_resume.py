@@ -45,13 +45,17 @@ def _check_kills(configs: list[Config]) -> None:
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
-        (1, {}),
-        (1, {"precision": {"compute": "bf16"}, "mlm": {"unit": "whole_word"}}),
-        (2, {}),
-        (2, {"parallel": {"tensor": 2}}),
-        (2, {"optimizer": {"name": "muon"}, "precision": {"reduce": "bf16"}}),
+        pytest.param(1, {}, id="one-rank"),
+        pytest.param(2, {}, id="data-parallel"),
+        *(
+            pytest.param(ranks, changes, id=name, marks=pytest.mark.slow)
+            for name, ranks, changes in (
+                ("bf16", 1, {"precision": {"compute": "bf16"}, "mlm": {"unit": "whole_word"}}),
+                ("tensor-parallel", 2, {"parallel": {"tensor": 2}}),
+                ("muon", 2, {"optimizer": {"name": "muon"}, "precision": {"reduce": "bf16"}}),
+            )
+        ),
     ],
-    ids=["one-rank", "bf16", "data-parallel", "tensor-parallel", "muon"],
 )
 def test_a_run_killed_in_any_step_resumes_with_the_same_bits(
     tiny_run: Callable[..., Config], world_size: int, changes: dict[str, Any]
