@@ -94,6 +94,12 @@ class DocumentLengths:
     def num_nonempty_documents(self) -> int:
         """Documents of that side that have a token; counted anew at each call."""
 
+    def on_side(self, first: int, end: int) -> npt.NDArray[np.bool_]:
+        """Whether each of the dataset's documents `first` to `end`, without `end`, is on that side.
+
+        [end - first]. IndexError for a negative number, or an end before the first.
+        """
+
 class RowPlan:
     """The content of every row of a run, as a function of the row's number.
 

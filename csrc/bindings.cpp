@@ -87,6 +87,19 @@ void bind_indexed_dataset(py::module_& m) {
         .def("check_unchanged", &IndexedDataset::check_unchanged, NoGil());
 }
 
+Array<bool> documents_on_side(const CorpusLengths& lengths, std::int64_t first, std::int64_t end) {
+    if (first < 0 || end < first) {
+        throw py::index_error("documents " + std::to_string(first) + " to " + std::to_string(end));
+    }
+    Array<bool> on_side(end - first);
+    bool* out = on_side.mutable_data();
+    const py::gil_scoped_release release;
+    for (std::int64_t number = first; number < end; ++number) {
+        out[number - first] = lengths.has(number);
+    }
+    return on_side;
+}
+
 /// Keeps a Python object alive from C++ code that may drop it without holding the GIL.
 std::shared_ptr<const void> keep_alive(py::object object) {
     return {object.release().ptr(), [](const void* kept) {
@@ -153,7 +166,8 @@ void bind_row_plan(py::module_& m) {
         .def_property_readonly("num_tokens", &CorpusLengths::num_tokens)
         .def_property_readonly(
             "num_nonempty_documents",
-            py::cpp_function(&CorpusLengths::count_nonempty_documents, NoGil()));
+            py::cpp_function(&CorpusLengths::count_nonempty_documents, NoGil()))
+        .def("on_side", &documents_on_side, "first"_a, "end"_a);
 
     py::class_<RowPlan, std::shared_ptr<RowPlan>>(m, "RowPlan")
         .def(py::init(&make_row_plan), "lengths"_a, "weights"_a, "stages"_a, "seed"_a)

@@ -66,6 +66,9 @@ class CorpusLengths {
         return held_out_ == nullptr ? document : (*held_out_)[static_cast<std::size_t>(document)];
     }
 
+    /// Whether the dataset's document of that number is on this side.
+    bool has(std::int64_t number) const noexcept { return split_.has(number); }
+
     std::int64_t operator[](std::int64_t document) const noexcept {
         if (held_out_ != nullptr) {
             return length(number_of(document));

@@ -1,13 +1,13 @@
-"""Documents that were there before, told by a hash of their text."""
+"""Documents that were there before, told by a hash of their text or of their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from _megatron_bert_core import HashSet
+from _megatron_bert_core import HashSet, IndexedDataset
 
 # They may be mapped from a file larger than the memory to spare.
 _RESTORED_AT_A_TIME = 1 << 20
@@ -19,8 +19,16 @@ def hash_texts(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
     That two different ones of 200 million texts have the same has a probability of 6e-23. May be
     called from several threads at once.
     """
-    digests = b"".join([xxhash.xxh3_128_digest(text.encode()) for text in texts])
-    return np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+    return _words_of([xxhash.xxh3_128_digest(text.encode()) for text in texts])
+
+
+def hash_documents(dataset: IndexedDataset, numbers: Iterable[int]) -> npt.NDArray[np.uint64]:
+    """The same of documents' token ids, `[n, 2]`, alike for 2 and 4 bytes a token."""
+    return _words_of([xxhash.xxh3_128_digest(dataset.document(number).data) for number in numbers])
+
+
+def _words_of(digests: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
 class Deduplicator:

@@ -1,4 +1,4 @@
-"""What a dataset holds, and which rows a run's steps read."""
+"""What a dataset holds: counts, provenance, lengths, and the beginnings of its documents."""
 
 from __future__ import annotations
 
@@ -8,30 +8,27 @@ import numpy as np
 import numpy.typing as npt
 from _megatron_bert_core import IndexedDataset
 
-from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
-from megatron_bert.config.schema import Config
-from megatron_bert.data.batch import Batch
 from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
-from megatron_bert.data.source import training_source
+from megatron_bert.data.length_histogram import count_lengths, histogram
 from megatron_bert.data.tokenizer import Tokenizer
 
-_BAR_WIDTH = 50
 _SAMPLE_TOKENS = 60
 # Bounds time and memory, whatever the corpus.
-_ENTROPY_TOKENS = 1 << 24
-
-# Bounds the memory of a step's inspection, whatever its global batch.
-_SLOTS_AT_A_TIME = 1 << 20
+_COUNTED_TOKENS = 1 << 24
 
 
-def describe_dataset(prefix: str) -> Iterator[str]:
+def describe_dataset(prefix: str, tokenizer: Tokenizer | None = None) -> Iterator[str]:
     """Yield lines on a dataset: counts, provenance, distribution of document lengths.
 
+    With the tokenizer that made it also the share of unknown tokens and of byte pieces.
+
     Raises:
-        DataError: the dataset is missing or damaged.
+        DataError: the dataset is missing or damaged, or another tokenizer made it.
     """
     dataset = open_dataset(prefix)
+    if tokenizer is not None:
+        _check_made_by(tokenizer, prefix)
     lengths = dataset.document_lengths()
     yield f"dataset       {prefix}"
     yield f"documents     {dataset.num_documents:,}"
@@ -57,13 +54,17 @@ def describe_dataset(prefix: str) -> Iterator[str]:
             )
             + f", mean {lengths.mean():,.1f}"
         )
-        yield from _histogram(lengths)
+        yield from histogram(count_lengths(lengths))
     if dataset.num_tokens:
-        entropy, counted = _unigram_entropy(dataset)
+        ids, counts = _token_counts(dataset)
+        shares = counts / counts.sum()
         yield (
-            f"unigram entropy {entropy:.3f} nats over {counted:,} tokens: the loss of a model that "
-            "looks at no context"
+            f"unigram entropy {-(shares * np.log(shares)).sum():.3f} nats over {counts.sum():,} "
+            "tokens: the loss of a model that looks at no context"
         )
+        if tokenizer is not None:
+            yield f"unknown       {_share(tokenizer.unknown_ids, ids, counts)}"
+            yield f"byte pieces   {_share(tokenizer.byte_ids, ids, counts)}"
 
 
 def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
@@ -73,12 +74,7 @@ def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
         DataError: the dataset is missing or damaged, or another tokenizer made it.
     """
     dataset = open_dataset(prefix)
-    info = read_dataset_info(prefix)
-    if info is not None and info.tokenizer_hash != tokenizer.hash:
-        raise DataError(
-            f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
-            f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; give the former"
-        )
+    _check_made_by(tokenizer, prefix)
     for number in np.linspace(0, dataset.num_documents - 1, min(count, dataset.num_documents)):
         tokens = dataset.document(int(number))
         # As unsigned numbers, so that a negative id is too large as well.
@@ -89,79 +85,34 @@ def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
                 f"{tokenizer.name} has {tokenizer.vocab_size} pieces; give the one that made the "
                 f"dataset"
             )
-        more = "..." if len(tokens) > _SAMPLE_TOKENS else ""
-        text = tokenizer.decode(tokens[:_SAMPLE_TOKENS].tolist())
-        yield f"document {int(number):,} ({len(tokens):,} tokens): {text!r}{more}"
+        yield f"document {int(number):,} ({len(tokens):,} tokens): {beginning(tokens, tokenizer)}"
 
 
-def describe_steps(
-    config: Config, first_step: int, last_step: int, *, with_text: bool = False
-) -> Iterator[str]:
-    """Yield for each step, both ends included, the line `step K stage I batch_hash H`.
+def beginning(tokens_T: npt.NDArray[np.int32], tokenizer: Tokenizer) -> str:
+    """The beginning of a document as a quoted text, `...` behind it where it is not all."""
+    more = "..." if len(tokens_T) > _SAMPLE_TOKENS else ""
+    return f"{tokenizer.decode(tokens_T[:_SAMPLE_TOKENS].tolist())!r}{more}"
 
-    Steps count from 1, stages from 0, the hash has 16 hex digits: the values that training writes
-    into `metrics.jsonl`. With text, a line for each of the step's rows comes before.
 
-    Raises:
-        DataError: the steps do not lie in the run, or its data cannot be read.
-    """
-    curriculum = Curriculum(config)
-    if not 1 <= first_step <= last_step <= curriculum.total_steps:
+def _check_made_by(tokenizer: Tokenizer, prefix: str) -> None:
+    info = read_dataset_info(prefix)
+    if info is not None and info.tokenizer_hash != tokenizer.hash:
         raise DataError(
-            f"steps {first_step}:{last_step} do not lie in the run, whose steps are "
-            f"1:{curriculum.total_steps}; see --steps"
+            f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
+            f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; give the former"
         )
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    source = training_source(config, tokenizer)
-    source.check_unchanged()  # planning a large corpus takes a while
-    for step in range(first_step, last_step + 1):
-        span = curriculum.at(step)
-        rows = span.rows_of(step)
-        rows_at_a_time = max(1, _SLOTS_AT_A_TIME // span.seq_length)
-        batch_hash = 0
-        for first in rows[::rows_at_a_time]:
-            rows_B = np.arange(first, min(rows.stop, first + rows_at_a_time), dtype=np.int64)
-            batch = source.batch(rows_B, span.index)
-            batch_hash = (batch_hash + batch.batch_hash) % 2**64
-            if with_text:
-                yield from _row_texts(batch, tokenizer)
-        yield f"step {step} stage {span.index} batch_hash {batch_hash:016x}"
 
 
-def _row_texts(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
-    """A line a row: its number, how many tokens are masked, and its segments before masking."""
-    for row, positions_S, masked_M, labels_M, weights_M, tokens_S in zip(
-        batch.rows_B.tolist(),
-        batch.positions_BS.numpy(),
-        batch.masked_BM.numpy(),
-        batch.labels_BM.numpy(),
-        batch.weights_BM.numpy() > 0.0,
-        batch.tokens_BS.numpy().copy(),
-        strict=True,
-    ):
-        tokens_S[masked_M[weights_M]] = labels_M[weights_M]
-        segments = np.split(tokens_S, np.flatnonzero(positions_S == 0)[1:])
-        # Padding, a segment of its own, has no text.
-        texts = [repr(text) for ids in segments if (text := tokenizer.decode(ids.tolist()))]
-        yield f"row {row} ({int(weights_M.sum())} masked): {' | '.join(texts)}"
-
-
-def _unigram_entropy(dataset: IndexedDataset) -> tuple[float, int]:
-    """Entropy of the tokens' frequencies, and over how many tokens of evenly spaced documents."""
-    stride = -(-dataset.num_tokens // _ENTROPY_TOKENS)
+def _token_counts(
+    dataset: IndexedDataset,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The different ids of evenly spaced documents, and how often each stands there."""
+    stride = -(-dataset.num_tokens // _COUNTED_TOKENS)
     numbers = range(0, dataset.num_documents, stride)
     tokens = np.concatenate([dataset.document(number) for number in numbers])
-    _, counts = np.unique(tokens, return_counts=True)
-    shares = counts / max(1, len(tokens))
-    return float(-(shares * np.log(shares)).sum()), len(tokens)
+    return np.unique(tokens, return_counts=True)
 
 
-def _histogram(lengths: npt.NDArray[np.int64]) -> Iterator[str]:
-    """Bars over lengths 0, 1, 2-3, 4-7, ...: text lengths spread over orders of magnitude."""
-    buckets = np.frexp(lengths.astype(np.float64))[1]
-    counts = np.bincount(buckets)
-    for bucket in range(int(buckets.min()), len(counts)):
-        low = 1 << bucket >> 1
-        high = max(low, (1 << bucket) - 1)
-        bar = "#" * int(np.ceil(_BAR_WIDTH * counts[bucket] / counts.max()))
-        yield f"{low:>12,} - {high:<12,} {counts[bucket]:>12,} {bar}"
+def _share(wanted: list[int], ids: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> str:
+    found, total = int(counts[np.isin(ids, wanted)].sum()), int(counts.sum())
+    return f"{found:,} of {total:,} tokens ({found / total:.2%})"

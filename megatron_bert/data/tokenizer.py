@@ -53,6 +53,8 @@ class Tokenizer:
         special_ids: ids of every special piece (control, unknown and the five above), ascending.
         never_in_text: those of them that no text gives: all but `<unk>` of a vocabulary without
             byte fallback.
+        unknown_ids: ids that stand for characters which the vocabulary lacks.
+        byte_ids: ids of pieces that stand for one raw byte (byte fallback, `<0x0A>`).
     """
 
     def __init__(self, backend: Backend, name: str, digest: str) -> None:
@@ -75,6 +77,8 @@ class Tokenizer:
         self.pad_id = found[PAD]
         self.eod_id = found[EOD]
         self.special_ids = sorted(set(backend.special_ids) | set(found.values()))
+        self.unknown_ids = sorted(backend.unknown_ids)
+        self.byte_ids = sorted(backend.byte_ids)
         unknown = frozenset() if backend.byte_ids else backend.unknown_ids
         self.never_in_text = [i for i in self.special_ids if i not in unknown]
 

@@ -119,6 +119,8 @@ def test_the_two_sides_of_a_split_have_every_document_once(
         numbers = [number for number, on_side in enumerate(has) if on_side or not side]
         on_side = [lengths[number] if has[number] else 0 for number in numbers]
         half = DocumentLengths(dataset, held_out_fraction=fraction, held_out=side)
+        assert half.on_side(0, len(lengths)).tolist() == has
+        assert half.on_side(1, len(lengths)).tolist() == has[1:]
         assert half.num_tokens == sum(on_side)
         assert half.num_nonempty_documents == sum(length > 0 for length in on_side)
         if any(on_side):
@@ -136,6 +138,11 @@ def test_about_the_asked_share_of_documents_is_held_out(tmp_path: Path) -> None:
     rest = DocumentLengths(dataset, held_out_fraction=0.1, held_out=False).num_tokens
     assert held + rest == 20_000
     assert DocumentLengths(dataset, held_out_fraction=0.0, held_out=True).num_tokens == 0
+    all_of_it = DocumentLengths(dataset, held_out_fraction=0.0, held_out=False)
+    assert all_of_it.on_side(0, 20_000).all()
+    for first, end in ((-1, 3), (3, 2)):
+        with pytest.raises(IndexError, match=f"documents {first} to {end}"):
+            all_of_it.on_side(first, end)
     with pytest.raises(ValueError, match="held-out fraction"):
         DocumentLengths(dataset, held_out_fraction=1.0, held_out=False)
 

@@ -171,7 +171,7 @@ def test_a_step_is_hashed_alike_whole_or_in_parts(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(capsys, "--config", config, "--steps", "1:5")
-    monkeypatch.setattr("megatron_bert.data.inspection._SLOTS_AT_A_TIME", 32)
+    monkeypatch.setattr("megatron_bert.data.step_inspection._SLOTS_AT_A_TIME", 32)
     assert run(capsys, "--config", config, "--steps", "1:5") == whole
 
 

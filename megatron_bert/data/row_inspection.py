@@ -1,0 +1,178 @@
+"""Rows as the model sees them, token by token, and what many of them hold on average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bert.config.schema import Config
+from megatron_bert.data.batch import Batch
+from megatron_bert.data.length_histogram import count_lengths, histogram
+from megatron_bert.data.step_inspection import StepBatches, step_line, unmasked
+from megatron_bert.data.tokenizer import Tokenizer
+
+
+class TokenKind(Enum):
+    """What masking made of a token; all but the first are to be predicted.
+
+    A random token that happens to be the one that stood there counts as unchanged.
+    """
+
+    KEPT = "kept"
+    MASKED = "<MASK>"
+    RANDOM = "random"
+    UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """A token of a row.
+
+    Attributes:
+        seen: the piece that the model sees, without characters that do not print.
+        label: the piece to predict, which stood there; that which is seen, where none is.
+        kind: what masking made of it.
+    """
+
+    seen: str
+    label: str
+    kind: TokenKind
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row by its segments, the documents or parts of documents that attention stays inside of.
+
+    Attributes:
+        row: its number within the run.
+        segments: their tokens in order, `<CLS>` and `<SEP>` among them; padding is none.
+        padding: slots at its end that are empty.
+    """
+
+    row: int
+    segments: list[list[ShownToken]]
+    padding: int
+
+    @property
+    def predicted(self) -> int:
+        """Tokens to be predicted."""
+        return sum(t.kind is not TokenKind.KEPT for tokens in self.segments for t in tokens)
+
+
+def show_rows(
+    config: Config, first_step: int, last_step: int, rows_a_step: int
+) -> Iterator[ShownRow | str]:
+    """Yield each step's first rows and `describe_steps`' line; in the end, what all rows hold.
+
+    Raises:
+        DataError: the steps do not lie in the run, or its data cannot be read.
+    """
+    inspected = StepBatches(config, first_step, last_step)
+    shares = RowShares(inspected.tokenizer)
+    for step in inspected.steps:
+        batch_hash, left = 0, rows_a_step
+        for batch in inspected.batches(step):
+            batch_hash = (batch_hash + batch.batch_hash) % 2**64
+            shares.add(batch)
+            yield from _shown(batch, min(left, len(batch.rows_B)), inspected.tokenizer)
+            left -= min(left, len(batch.rows_B))
+        yield step_line(step, inspected.stage(step), batch_hash)
+    yield from shares.lines()
+
+
+class RowShares:
+    """Counts of what rows hold, added up batch by batch in memory that does not grow."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._rows = self._slots = self._padding = self._framing = 0
+        self._unknown = self._bytes = 0
+        self._predicted = {kind: 0 for kind in TokenKind if kind is not TokenKind.KEPT}
+        self._segment_lengths = count_lengths(np.empty(0, dtype=np.int64))
+
+    def add(self, batch: Batch) -> None:
+        """Count the rows of a batch."""
+        tokenizer = self._tokenizer
+        tokens_BS = unmasked(batch)
+        self._rows += len(tokens_BS)
+        self._slots += tokens_BS.size
+        self._padding += int((tokens_BS == tokenizer.pad_id).sum())
+        self._framing += int(np.isin(tokens_BS, (tokenizer.cls_id, tokenizer.sep_id)).sum())
+        self._unknown += int(np.isin(tokens_BS, tokenizer.unknown_ids).sum())
+        self._bytes += int(np.isin(tokens_BS, tokenizer.byte_ids).sum())
+        kinds_BS = _kinds(batch, tokenizer)
+        for kind in self._predicted:
+            self._predicted[kind] += int((kinds_BS == _CODES[kind]).sum())
+        starts = np.flatnonzero(batch.positions_BS.numpy() == 0)
+        lengths = np.diff(starts, append=tokens_BS.size)
+        is_text = tokens_BS.ravel()[starts] != tokenizer.pad_id
+        # Without <CLS> and <SEP>.
+        self._segment_lengths += count_lengths(lengths[is_text] - 2)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the shares, and a histogram of the segments' lengths."""
+        text = self._slots - self._padding - self._framing
+        predicted = sum(self._predicted.values())
+        yield f"rows          {self._rows:,} of {self._slots:,} slots"
+        yield f"padding       {_of(self._padding, self._slots)} of the slots"
+        yield f"<CLS>, <SEP>  {_of(self._framing, self._slots)} of the slots"
+        yield f"text          {_of(text, self._slots)} of the slots"
+        yield f"unknown       {_of(self._unknown, text)} of the text"
+        yield f"byte pieces   {_of(self._bytes, text)} of the text"
+        yield f"predicted     {_of(predicted, text)} of the text"
+        for kind, count in self._predicted.items():
+            yield f"  {kind.value:<11} {_of(count, predicted)} of them"
+        yield "text tokens per segment:"
+        yield from histogram(self._segment_lengths)
+
+
+_CODES = {kind: code for code, kind in enumerate(TokenKind)}
+_KINDS = tuple(TokenKind)
+
+
+def _kinds(batch: Batch, tokenizer: Tokenizer) -> npt.NDArray[np.int8]:
+    """Of each slot, [B, S], the code of its kind."""
+    kinds_BS = np.zeros(batch.tokens_BS.shape, dtype=np.int8)
+    used_BM = batch.weights_BM.numpy() > 0.0
+    rows_N, slots_N = np.nonzero(used_BM)[0], batch.masked_BM.numpy()[used_BM]
+    seen_N = batch.tokens_BS.numpy()[rows_N, slots_N]
+    kinds_BS[rows_N, slots_N] = np.select(
+        [seen_N == tokenizer.mask_id, seen_N == batch.labels_BM.numpy()[used_BM]],
+        [_CODES[TokenKind.MASKED], _CODES[TokenKind.UNCHANGED]],
+        _CODES[TokenKind.RANDOM],
+    )
+    return kinds_BS
+
+
+def _shown(batch: Batch, count: int, tokenizer: Tokenizer) -> Iterator[ShownRow]:
+    """The first rows of a batch."""
+    labels_BS, kinds_BS = unmasked(batch), _kinds(batch, tokenizer)
+    for number in range(count):
+        seen_S = batch.tokens_BS.numpy()[number]
+        tokens = [
+            ShownToken(_printable(tokenizer, seen), _printable(tokenizer, label), _KINDS[kind])
+            for seen, label, kind in zip(
+                seen_S.tolist(), labels_BS[number].tolist(), kinds_BS[number].tolist(), strict=True
+            )
+        ]
+        starts = np.flatnonzero(batch.positions_BS.numpy()[number] == 0).tolist()
+        parts = zip(starts, [*starts[1:], len(tokens)], strict=True)
+        yield ShownRow(
+            row=int(batch.rows_B[number]),
+            segments=[tokens[a:b] for a, b in parts if seen_S[a] != tokenizer.pad_id],
+            padding=int((seen_S == tokenizer.pad_id).sum()),
+        )
+
+
+def _printable(tokenizer: Tokenizer, token: int) -> str:
+    """A token's piece; a control character in it would reach the terminal."""
+    piece = tokenizer.id_to_piece(token)
+    return piece if piece.isprintable() else repr(piece)[1:-1]
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,} ({count / max(1, total):.2%})"
