@@ -34,7 +34,7 @@ refuse() {
 check_corpus() {
     [ ! -d "$1" ] || refuse "$1: a folder; name the .jsonl or .txt files in it"
     [[ $1 =~ \.(jsonl|txt)(\.gz|\.zst)?$ ]] ||
-        refuse "$1: unknown kind of text file; expected .jsonl or .txt, or either with .gz or .zst"
+        refuse "$1: unknown kind of text file; give .jsonl or .txt, either with .gz or .zst too"
     [ -r "$1" ] || refuse "$1: cannot be read; check who may"
 }
 

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for name in ("config", "gpus", "gpu"):
         if getattr(given, name) is None:
-            raise ConfigError(f"--{name} is missing: a plan needs --config, --gpus and --gpu")
+            raise ConfigError(f"--{name} is missing; give --config, --gpus and --gpu")
     for name in ("gpus", "keep"):
         if getattr(given, name) < 1:
             raise ConfigError(f"--{name} {getattr(given, name)}: give 1 or more")

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     options = _parser().parse_args(arguments)
     if options.output.suffix != ".model":
-        raise DataError(f"--output {options.output}: the name must end in .model")
+        raise DataError(f"--output {options.output}: give a name that ends in .model")
     if options.output.exists() and not options.overwrite:
         raise DataError(
             f"--output {options.output}: exists already, and datasets may depend on it; choose "

@@ -38,7 +38,7 @@ def run_isolated(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kw
         except BrokenProcessPool as error:
             raise DataError(
                 f"the process that ran {function.__name__} was killed; the machine has too little "
-                f"free memory for it, or see the lines above; --quick measures less"
+                f"free memory for it (give --quick to measure less), or see the lines above"
             ) from error
 
 

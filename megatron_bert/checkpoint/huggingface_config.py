@@ -223,7 +223,10 @@ def read_config(directory: Path) -> ReadConfig:
         if content.get(key) is None
     ]
     if problems:
-        raise CheckpointError("\n".join(f"{path}: {problem}" for problem in problems))
+        raise CheckpointError(
+            "\n".join(f"{path}: {problem}" for problem in problems)
+            + "\nname a directory whose model the training model can be, as it stands"
+        )
     model = _shape(content, architecture, path)
     return ReadConfig(model, content.get("pad_token_id"), _dtype(content))
 
@@ -253,7 +256,7 @@ def _architecture(content: Mapping[str, Any], path: Path) -> ArchitectureName:
     expected = " or ".join(repr(dialect.model_type) for dialect in _DIALECTS.values())
     raise CheckpointError(
         f"{path}: model_type is {model_type!r}, expected {expected}; no other architecture can be "
-        "converted"
+        "converted; name a directory of one of these"
     )
 
 
@@ -274,6 +277,7 @@ def _shape(content: Mapping[str, Any], architecture: ArchitectureName, path: Pat
                 f"{found['input']!r}; {found['msg']}"
                 for found in error.errors()
             )
+            + "\ncopy the directory again, or name another"
         ) from error
     for whole, part in (
         ("hidden_size", "num_attention_heads"),
@@ -283,7 +287,7 @@ def _shape(content: Mapping[str, Any], architecture: ArchitectureName, path: Pat
             theirs_part = {ours: name for name, ours in names.items()}.get(part, part)
             raise CheckpointError(
                 f"{path}: {whole} is {getattr(model, whole)}, not a multiple of {theirs_part}, "
-                f"{getattr(model, part)}"
+                f"{getattr(model, part)}; copy the directory again, or name another"
             )
     return model
 

@@ -136,8 +136,9 @@ def _checked_parameters(
     }
     if any(wrong.values()):
         raise CheckpointError(
-            f"{checkpoint}: cannot be converted; "
+            f"{checkpoint}: cannot be converted: "
             + "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
+            + "; use the version of this program that wrote it, or another checkpoint"
         )
     return parameters
 

@@ -68,7 +68,10 @@ def import_model(
     weights = HuggingFaceWeights(directory)
     problems = list(weights.problems(model_parameters(config.model, config.vocab_size)))
     if problems:
-        raise CheckpointError("\n".join(f"{directory}: {problem}" for problem in problems))
+        raise CheckpointError(
+            "\n".join(f"{directory}: {problem}" for problem in problems)
+            + f"\ncopy {directory} again, or name one whose weights are those of its config.json"
+        )
     path = directory / TOKENIZER_NAME if tokenizer is None else tokenizer
     known = _checked_tokenizer(path, directory, config)
     model = config.model.model_copy(
@@ -114,7 +117,7 @@ def _vocabulary(found: int, asked: int | None, directory: Path) -> int:
     if asked is not None and asked < found:
         raise CheckpointError(
             f"--vocab-size {asked}: {directory / CONFIG_NAME} has a vocab_size of {found}; rows "
-            "can be added, not taken away"
+            f"can be added, not taken away: give {found} or more"
         )
     return found if asked is None else asked
 

@@ -111,7 +111,8 @@ class HuggingFaceWeights:
         if any(not torch.equal(first, other) for other in others):
             raise CheckpointError(
                 f"{self._stored[name].file}: {second} differs from {name}; "
-                "the training model has one parameter for both (tie_word_embeddings)"
+                "the training model has one parameter for both; name a model that was saved with "
+                "tie_word_embeddings"
             )
         return first.float()
 
@@ -155,7 +156,9 @@ def _indexed(index: Path) -> dict[Path, frozenset[str]]:
     for name, file in places.items():
         # Of the directory itself: an index must not lead elsewhere.
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index}: weight_map.{name} is {file!r}, not a file's name")
+            raise CheckpointError(
+                f"{index}: weight_map.{name} is {file!r}, not a file's name; {remedy}"
+            )
         names.setdefault(index.with_name(file), set()).add(name)
     missing = sorted(file.name for file in names if not file.is_file())
     if missing:

@@ -24,6 +24,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 TENSOR_SUFFIX = ".safetensors"
 _READ_BYTES = 1 << 22
+_REMEDY = "restore it from a backup, or use another checkpoint"
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -79,7 +80,7 @@ class Manifest:
             DamagedCheckpointError: It is missing, unreadable, altered, or of an unknown version.
         """
         if not folder.is_dir():
-            raise DamagedCheckpointError(f"{folder}: no such folder")
+            raise DamagedCheckpointError(f"{folder}: no such folder; {_REMEDY}")
         path = folder / MANIFEST_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -89,12 +90,16 @@ class Manifest:
             manifest = cls(step=content["step"], files=files, state=content["state"])
         except FileNotFoundError as error:
             raise DamagedCheckpointError(
-                f"{path}: missing, so the checkpoint was never completed"
+                f"{path}: missing, so the checkpoint was never completed; {_REMEDY}"
             ) from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpointError(f"{path}: not a manifest ({error!r})") from error
+            raise DamagedCheckpointError(
+                f"{path}: not a manifest ({error!r}); {_REMEDY}"
+            ) from error
         if checksum != _checksum_of(content):
-            raise DamagedCheckpointError(f"{path}: altered, its own checksum does not fit")
+            raise DamagedCheckpointError(
+                f"{path}: altered, its own checksum does not fit; {_REMEDY}"
+            )
         if version != FORMAT_VERSION:
             raise DamagedCheckpointError(
                 f"{path}: format version {version}, but this program reads {FORMAT_VERSION}; "
@@ -110,10 +115,10 @@ class Manifest:
         """
         present = {path.name for path in folder.iterdir()}
         for name in sorted(set(self.files) - present):
-            raise DamagedCheckpointError(f"{folder / name}: missing")
+            raise DamagedCheckpointError(f"{folder / name}: missing; {_REMEDY}")
         for name in sorted(present - set(self.files)):
             if name.endswith(TENSOR_SUFFIX):
-                raise DamagedCheckpointError(f"{folder / name}: not of this checkpoint")
+                raise DamagedCheckpointError(f"{folder / name}: not of this checkpoint; {_REMEDY}")
 
     def verify_content(self, folder: Path, names: Iterable[str]) -> None:
         """Check size and checksum of the files `names` (some of `files`).
@@ -127,12 +132,12 @@ class Manifest:
             size = path.stat().st_size
             if size != expected.size:
                 raise DamagedCheckpointError(
-                    f"{path}: size is {size} bytes instead of {expected.size}"
+                    f"{path}: size is {size} bytes instead of {expected.size}; {_REMEDY}"
                 )
             checksum = file_checksum(path)
             if checksum != expected.checksum:
                 raise DamagedCheckpointError(
-                    f"{path}: checksum is {checksum} instead of {expected.checksum}"
+                    f"{path}: checksum is {checksum} instead of {expected.checksum}; {_REMEDY}"
                 )
 
 

@@ -57,7 +57,7 @@ class CheckpointStore:
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
         if keep < 1:
-            raise CheckpointError(f"checkpoint.keep is {keep}; at least 1 must be kept")
+            raise CheckpointError(f"checkpoint.keep is {keep}; set it to at least 1")
         self.root = root
         self.ranks = Ranks(group)
         self._folders = CheckpointFolders(root, keep)
@@ -120,7 +120,7 @@ class CheckpointStore:
             files = write_tensors(staging, shards, ranks, self._max_file_bytes, check)
             ranks.on_first(lambda: publish(Manifest(step, files, state)))
         except RanksFailedError as error:
-            message = f"cannot save {final}: {error}"
+            message = f"cannot save {final}: {error}; see that every rank can write there"
             if any(failure.errno in _NO_SPACE for failure in error.failures):
                 # Before the temporaries go, so that the free bytes are those that did not suffice.
                 message += self._explain_full_disk(total_bytes(shards, ranks))
@@ -183,7 +183,9 @@ class CheckpointStore:
         try:
             read_tensors(path, tensors, self.ranks, left_out)
         except RanksFailedError as error:
-            raise _translated(error, f"cannot load {path}: {error}") from error
+            raise _translated(
+                error, f"cannot load {path}: {error}; see that all ranks can read it"
+            ) from error
         return state
 
     def read_state(self, path: Path) -> dict[str, JSON]:
@@ -195,7 +197,9 @@ class CheckpointStore:
         try:
             manifest = self.ranks.on_first(lambda: Manifest.read(path))
         except RanksFailedError as error:
-            raise _translated(error, f"cannot load {path}: {error}") from error
+            raise _translated(
+                error, f"cannot load {path}: {error}; see that all ranks can read it"
+            ) from error
         return dict(manifest.state)
 
     def remove_leftovers(self) -> None:
@@ -207,7 +211,9 @@ class CheckpointStore:
         try:
             self.ranks.on_first(self._folders.remove_leftovers)
         except RanksFailedError as error:
-            raise _translated(error, f"cannot clean up {self.root}: {error}") from error
+            raise _translated(
+                error, f"cannot clean up {self.root}: {error}; see to who may write there"
+            ) from error
 
     def _verify(self, folder: Path) -> None:
         ranks = self.ranks

@@ -165,7 +165,8 @@ def read_whole_tensors(
                 )
         except (RanksFailedError, OSError) as error:
             raise CheckpointError(
-                f"cannot read {', '.join(names)} from {folder}: {error}"
+                f"cannot read {', '.join(names)} from {folder}: {error}; check the disk, or use "
+                "another checkpoint"
             ) from error
         for name in names:
             yield wholes.pop(name)
@@ -212,7 +213,9 @@ def _read_headers(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
         saved = HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
     except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the shards in {folder}: {error}") from error
+        raise CheckpointError(
+            f"cannot read the shards in {folder}: {error}; use another one"
+        ) from error
     headers: dict[str, TensorStorageMetadata] = {}
     for name, entry in saved.items():
         assert isinstance(entry, TensorStorageMetadata)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,47 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree, lines = _read(path)
     places = {key: f"{path}, line {line}" for key, line in lines.items() if key}
+    return _checked(tree, overrides, places, source=str(path), name=path.stem)
+
+
+def build_config(
+    tree: Mapping[str, Any], overrides: Sequence[str] = (), *, name: str = "run"
+) -> Config:
+    """Check a configuration that is at hand as plain values, as `load_config` checks a file.
+
+    Args:
+        tree: Sections, keys and values as YAML has them; it stays as it is.
+        overrides: `key.path=value` each, applied in order.
+        name: Names `run.dir` where that is not given: `runs/` + this.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    own = copy.deepcopy(dict(tree))
+    return _checked(own, overrides, {}, source="the configuration", name=name)
+
+
+def _checked(
+    tree: dict[str, Any],
+    overrides: Sequence[str],
+    places: dict[KeyPath, str],
+    *,
+    source: str,
+    name: str,
+) -> Config:
+    """Apply overrides to `tree` and check it; `places` says where each key was given."""
     problems = _override(tree, overrides, places)
     _fill_empty_sections(tree, ())
     run = tree.setdefault("run", {})
     if isinstance(run, dict) and run.get("dir") is None:
-        run["dir"] = f"{DEFAULT_RUNS_FOLDER}/{path.stem}"
+        run["dir"] = f"{DEFAULT_RUNS_FOLDER}/{name}"
     config = None
     try:
         config = Config.model_validate(tree)
         problems += value_problems(config)
     except ValidationError as error:
         problems += explain(error, places)
-    raise_problems(problems, str(path))
+    raise_problems(problems, source)
     assert config is not None, "a failed validation has at least one problem"
     return config
 
@@ -100,7 +130,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path}: holds {format_value(tree)}; expected sections such as `model:` and `data:`"
+            f"{path}: holds {format_value(tree)}; write sections such as `model:` and `data:`"
         )
     return tree, lines
 

@@ -29,7 +29,7 @@ def apply_override(tree: dict[str, Any], override: str) -> KeyPath:
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not name or not all(name.split(".")):
-        raise ConfigError(f"override {override!r}: expected the form {FORM}")
+        raise ConfigError(f"override {override!r}: write it as {FORM}")
     if not text.strip():
         raise ConfigError(f"override {override!r}: the value is empty; write {name}=null for none")
     value, _ = parse_document(text, f"override {override!r}")
@@ -53,7 +53,7 @@ def _step(node: Any, path: KeyPath, part: str) -> str | int:
     if not isinstance(node, list):
         raise ConfigError(
             f"{dotted((*path, part))}: {dotted(path)} = {format_value(node)} is a value, "
-            "not a section"
+            f"not a section; set {dotted(path)} itself, or correct the key"
         )
     if not part.isascii() or not part.isdigit():
         raise ConfigError(

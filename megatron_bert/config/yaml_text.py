@@ -28,6 +28,7 @@ _REDEFINED_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "floa
 
 _MERGE = "tag:yaml.org,2002:merge"
 _TEXT = "tag:yaml.org,2002:str"
+_REMEDY = "correct it, or put text that has marks of YAML in quotes"
 
 
 def _refusal(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
@@ -101,12 +102,12 @@ def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         mark = error.problem_mark or error.context_mark
         place = f"{source}, line {mark.line + 1}" if mark else source
         problem = ": ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{place}: {problem}") from None
+        raise ConfigError(f"{place}: {problem}; {_REMEDY}") from None
     except (yaml.YAMLError, ValueError) as error:
         first_line = str(error).splitlines()[0]
-        raise ConfigError(f"{source}: not readable as YAML: {first_line}") from None
+        raise ConfigError(f"{source}: not readable as YAML: {first_line}; {_REMEDY}") from None
     except RecursionError:
-        raise ConfigError(f"{source}: not readable as YAML: nested too deeply") from None
+        raise ConfigError(f"{source}: not readable as YAML: nested too deeply; {_REMEDY}") from None
 
 
 def _unshare(value: Any) -> Any:

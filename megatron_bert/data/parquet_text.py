@@ -160,7 +160,10 @@ def _text_path(path: Path, schema: pyarrow.Schema, json_key: str) -> tuple[str, 
     column = _find(schema, json_key)
     if column is None:
         there = ", ".join(repr(name) for name in schema.names) or "none"
-        raise DataError(f"{path}: no column {json_key!r} (columns here: {there}); see --json-key")
+        raise DataError(
+            f"{path}: no column {json_key!r} (columns here: {there}); name the text's "
+            "with --json-key"
+        )
     names, kind = column
     if not _is_string(kind):
         raise DataError(

@@ -198,7 +198,9 @@ def _json_text(document: RawDocument, values: Mapping[str, Any], json_key: str) 
         return text
     if text is None and json_key not in values:
         keys = ", ".join(repr(key) for key in list(values)[:8]) or "none"
-        raise _line_error(document, f"no key {json_key!r} (keys here: {keys}); see --json-key")
+        raise _line_error(
+            document, f"no key {json_key!r} (keys here: {keys}); name the text's with --json-key"
+        )
     raise _line_error(document, f"{json_key!r} is not a string but {type(text).__name__}")
 
 

@@ -259,9 +259,9 @@ def _write_documents(
         # Whatever cannot be used, the writer holds the batches that came before it, whole.
         writer.commit(state.note(inputs))
         raise DataError(
-            f"{error}; what was done until then is kept in {writer.partial}, where the same "
-            f"command goes on (or begins anew with --restart, as it must if an input was changed "
-            f"after the first of its documents)"
+            f"{error}; what was done until then is kept in {writer.partial}: mend that "
+            f"and give the same command to go on (with --restart, to begin anew, if an input was "
+            f"changed after the first of its documents)"
         ) from error
 
 

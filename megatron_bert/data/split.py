@@ -51,7 +51,9 @@ def split_documents(
             fraction is out of range, or a file cannot be written.
     """
     if not 0.0 < fraction < 1.0:
-        raise DataError(f"a held-out fraction of {fraction} is not between 0 and 1, e.g. 0.05")
+        raise DataError(
+            f"a held-out fraction of {fraction} is not between 0 and 1; give one that is, e.g. 0.05"
+        )
     places = [path.resolve() for path in (train, held_out, *reader.paths)]
     if train.resolve() in places[1:] or held_out.resolve() in places[2:]:
         raise DataError(
@@ -87,7 +89,9 @@ def split_documents(
         staged[True].replace(held_out)
         staged[False].replace(train)
     except OSError as error:
-        raise DataError(f"cannot write {train} and {held_out}: {error.strerror}") from error
+        raise DataError(
+            f"cannot write {train} and {held_out}: {error.strerror}; name others"
+        ) from error
     finally:
         for path in staged.values():
             with suppress(OSError):

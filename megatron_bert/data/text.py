@@ -179,8 +179,8 @@ def _kind(path: Path) -> str:
         raise DataError(f"{path}: a folder; name the files in it, as {path}/*.jsonl")
     if name.suffix not in (".jsonl", ".txt") and path.suffix != ".parquet":
         raise DataError(
-            f"{path}: unknown kind of text file; expected .jsonl or .txt, or either with .gz or "
-            f".zst, or .parquet"
+            f"{path}: unknown kind of text file; give .jsonl or .txt, either with .gz or .zst "
+            f"too, or .parquet"
         )
     return name.suffix
 

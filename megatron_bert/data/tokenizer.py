@@ -109,7 +109,7 @@ class Tokenizer:
             backend = TokenizersBackend(content, guarded, path)
         else:
             raise DataError(
-                f"tokenizer {path} ends in {path.suffix!r}; expected a SentencePiece .model or a "
+                f"tokenizer {path} ends in {path.suffix!r}; give a SentencePiece .model or a "
                 f"tokenizer.json"
             )
         return cls(backend, path.name, hashlib.sha256(content).hexdigest())

@@ -147,7 +147,7 @@ class TokenizersBackend:
         except Exception as error:
             raise DataError(
                 f"tokenizer {path} is not a tokenizer.json of the tokenizers library, or is "
-                f"damaged: {error}"
+                f"damaged ({error}); copy it again, or give another"
             ) from error
         tokenizer.no_padding()
         tokenizer.no_truncation()

@@ -66,7 +66,7 @@ def train_tokenizer(
     _check_numbers(vocab_size, max_sentences)
     sentences = _sample(_sentences(documents), max_sentences)
     if not sentences:
-        raise DataError("the input holds no text; give files with at least one document")
+        raise DataError("--input: the files hold no text; give some with at least one document")
     model = io.BytesIO()
     unknown, begin, end, *control = SPECIAL_PIECES
     try:
@@ -183,4 +183,4 @@ def _as_data_error(message: str, vocab_size: int) -> DataError:
             f"a vocabulary of {vocab_size} is too small: special pieces, bytes and the "
             f"characters of this input need {too_small[1]}; set a --vocab-size above that"
         )
-    return DataError(f"SentencePiece cannot train on this input: {message}")
+    return DataError(f"SentencePiece cannot train on this input: {message}; give other text")

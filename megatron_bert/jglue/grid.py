@@ -89,7 +89,9 @@ def _prepare(options: GridOptions, train: TaskFile, valid: TaskFile) -> Prepared
         recipe.valid_set(valid.examples, tokenizer, options.max_length),
     )
     if not prepared.train:
-        raise DataError(f"{train.path}: no answer stands where its answer_start says")
+        raise DataError(
+            f"{train.path}: no answer stands where its answer_start says; copy it again"
+        )
     return prepared
 
 
@@ -135,9 +137,14 @@ def _locked(folder: Path) -> Iterator[None]:
         path = folder / "results.json.lock"
         stream = lock_file(path)
     except FileInUseError as error:
-        raise UserError(f"--output {folder}: another process writes there ({error})") from error
+        raise UserError(
+            f"--output {folder}: another process writes there ({error}); wait for its end, or "
+            "name another"
+        ) from error
     except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
+        raise UserError(
+            f"--output {folder}: cannot be written ({error.strerror}); name another"
+        ) from error
     try:
         yield
     finally:

@@ -115,7 +115,8 @@ class ModelSource:
         if recipe.needs_offsets and not tokenizer.is_fast:
             raise DataError(
                 f"--model {self.folder}: {type(tokenizer).__name__} does not tell which characters "
-                "a token stands for, and answers are cut out of texts; a fast tokenizer does"
+                "a token stands for, and answers are cut out of texts; put a fast tokenizer "
+                "(tokenizer.json) there"
             )
         self._check_length(max_length)
         return tokenizer
@@ -168,7 +169,7 @@ class ModelSource:
         if new:
             raise DataError(
                 f"--model {self.folder}: the weights lack {len(new)} of the encoder's parameters, "
-                f"{new[0]} the first; are they of another architecture than config.json's?"
+                f"{new[0]} the first; put a config.json and weights of one architecture there"
             )
 
     @contextmanager
@@ -180,10 +181,10 @@ class ModelSource:
             # Of any kind: the tokenizers library raises plain exceptions for a damaged file.
             told = " ".join(str(error).split())
             remedy = (
-                "; --trust-remote-code executes the code that lies in it"
+                "give --trust-remote-code to execute the code that lies in it"
                 if "trust_remote_code" in told
-                else ""
+                else "copy the directory again, or name another"
             )
             raise DataError(
-                f"--model {self.folder}: its {part} cannot be loaded ({told[:300]}){remedy}"
+                f"--model {self.folder}: its {part} cannot be loaded ({told[:300]}); {remedy}"
             ) from error

@@ -15,6 +15,8 @@ import orjson
 from megatron_bert.config.errors import DataError
 from megatron_bert.jglue.tasks import JNLI_LABELS, MARC_JA_LABELS, NUM_CHOICES
 
+_REMEDY = "mend it, or copy JGLUE's file again"
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -90,10 +92,10 @@ def read_task_file(task: str, folder: Path, split: str, limit: int | None = None
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
     examples = _READERS[task](path, content)
     if not examples:
-        raise DataError(f"{path}: holds no rows")
+        raise DataError(f"{path}: holds no rows; {_REMEDY}")
     return TaskFile(path, hashlib.sha256(content).hexdigest(), list(islice(examples, limit)))
 
 
@@ -103,8 +105,8 @@ def _find(folder: Path, split: str) -> Path:
     found = sorted(folder.glob(f"{split}-*.json"))
     if not found:
         raise DataError(
-            f"--data {folder}: holds no {split}-*.json; training needs train-*.json and evaluation "
-            "valid-*.json, as JGLUE publishes them"
+            f"--data {folder}: holds no {split}-*.json; put JGLUE's there: training needs "
+            "train-*.json and evaluation valid-*.json"
         )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
@@ -117,12 +119,12 @@ class _Record:
 
     def __init__(self, place: str, value: Any) -> None:
         if not isinstance(value, Mapping):
-            raise DataError(f"{place}: is no JSON object")
+            raise DataError(f"{place}: is no JSON object; {_REMEDY}")
         self._place, self._value = place, value
 
     def field(self, name: str, kinds: type | tuple[type, ...], meant: str) -> Any:
         if name not in self._value:
-            raise DataError(f"{self._place}: the field {name!r} is missing")
+            raise DataError(f"{self._place}: the field {name!r} is missing; {_REMEDY}")
         value = self._value[name]
         # A JSON true is no number, though Python's is an int.
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -146,7 +148,9 @@ class _Record:
 
     def wrong(self, name: str, meant: str) -> DataError:
         shown = orjson.dumps(self._value[name]).decode()[:60]
-        return DataError(f"{self._place}: the field {name!r} is {shown}; it must be {meant}")
+        return DataError(
+            f"{self._place}: the field {name!r} is {shown}, but must be {meant}; {_REMEDY}"
+        )
 
 
 def _lines(path: Path, content: bytes) -> Iterator[_Record]:
@@ -156,7 +160,7 @@ def _lines(path: Path, content: bytes) -> Iterator[_Record]:
             try:
                 value = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise DataError(f"{place}: is no JSON ({error})") from error
+                raise DataError(f"{place}: is no JSON ({error}); {_REMEDY}") from error
             yield _Record(place, value)
 
 
@@ -202,7 +206,7 @@ def _read_jsquad(path: Path, content: bytes) -> list[Question]:
     try:
         document = orjson.loads(content)
     except orjson.JSONDecodeError as error:
-        raise DataError(f"{path}: is no JSON ({error})") from error
+        raise DataError(f"{path}: is no JSON ({error}); {_REMEDY}") from error
     examples = []
     for article in _Record(str(path), document).records("data"):
         for paragraph in article.records("paragraphs"):

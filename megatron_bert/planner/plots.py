@@ -42,7 +42,9 @@ def write_picture(plan: Plan, path: Path) -> None:
         UserError: the ending is another, matplotlib is missing, or the file cannot be written.
     """
     if path.suffix not in _ENDINGS:
-        raise UserError(f"--picture {path}: the ending is none of {', '.join(_ENDINGS)}")
+        raise UserError(
+            f"--picture {path}: the ending is none of {', '.join(_ENDINGS)}; name a file with one"
+        )
     figure = draw(plan)
     from matplotlib import rc_context
 

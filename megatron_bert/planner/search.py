@@ -131,7 +131,7 @@ def make_plan(
     search = _Search(job)
     if not search.legal:
         problems = layout_problems(config, ranks, vocab_size)
-        raise ConfigError("\n".join(problems) or f"no layout of {ranks} ranks is legal")
+        raise ConfigError("\n".join(problems) or f"no layout of {ranks} ranks is legal; use others")
     if not len(search.fitting):
         smallest = search.smallest()
         raise ConfigError(

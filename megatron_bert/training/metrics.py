@@ -140,7 +140,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         lines = _lines(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot read metrics ({error.strerror})") from error
+        raise UserError(
+            f"{path}: cannot read metrics ({error.strerror}); name a run that has some"
+        ) from error
     return list(_records(path, lines))
 
 

@@ -140,7 +140,7 @@ def write_picture(run: RunRecords, output: Path) -> None:
         UserError: the ending is another, matplotlib is missing, or the file cannot be written.
     """
     if output.suffix not in (".svg", ".png"):
-        raise UserError(f"--picture {output}: the name must end in .svg or .png")
+        raise UserError(f"--picture {output}: give a name that ends in .svg or .png")
     figure = draw_curves(run)
     if output.suffix == ".svg":
         _write(output, _as_svg(figure))

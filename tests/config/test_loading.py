@@ -159,9 +159,9 @@ def test_a_wrong_value_is_refused_with_what_is_expected(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lr", "override 'optimizer.lr': expected the form key.path=value"),
-        ("=1", "expected the form key.path=value"),
-        ("a..b=1", "expected the form key.path=value"),
+        ("optimizer.lr", "override 'optimizer.lr': write it as key.path=value"),
+        ("=1", "write it as key.path=value"),
+        ("a..b=1", "write it as key.path=value"),
         ("run.dir=", "the value is empty; write run.dir=null for none"),
         ("data.train=[", "override 'data.train=[', line 1:"),
         ("data.train.2.prefix=x", "data.train has entries 0 to 1; to add one, give the whole list"),
@@ -219,7 +219,7 @@ def test_a_problem_in_the_file_is_given_with_its_line(small_file: Path) -> None:
         (b"a: 1\n---\nb: 1\n", "line 2: expected a single document"),
         (b"run: \x07\n", "not readable as YAML: unacceptable character"),
         (b"run: \xff\n", "not UTF-8 (byte 5); save the file as UTF-8"),
-        (b"- run\n", "expected sections such as"),
+        (b"- run\n", "write sections such as"),
     ],
 )
 def test_a_file_that_is_not_yaml_is_refused_with_its_line(

@@ -81,7 +81,7 @@ def test_code_in_a_directory_is_executed_only_by_leave(copy: Path, tmp_path: Pat
     assert type(source.load_model(recipe)) is RetrievaBertForMultipleChoice
     assert not trace.exists()
     _change(copy / "config.json", model_type="another")
-    with pytest.raises(DataError, match="--trust-remote-code executes the code"):
+    with pytest.raises(DataError, match="--trust-remote-code to execute the code"):
         source.load_model(recipe)
     assert not trace.exists()
     assert "modeling_retrieva_bert.py" in source.fingerprint()

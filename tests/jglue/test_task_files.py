@@ -104,7 +104,7 @@ def test_a_value_that_a_task_has_no_use_for_is_told_with_what_it_must_be(
     ("answer", "told"),
     [
         ({"text": "猫"}, r"answers\[0\]: the field 'answer_start' is missing"),
-        ({"text": "猫", "answer_start": "0"}, "'answer_start' is \"0\"; it must be a whole"),
+        ({"text": "猫", "answer_start": "0"}, "'answer_start' is \"0\", but must be a whole"),
         ({"answer_start": 0}, r"answers\[0\]: the field 'text' is missing"),
         ("猫", r"answers\[0\]: is no JSON object"),
     ],

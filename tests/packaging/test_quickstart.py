@@ -62,7 +62,7 @@ def test_it_explains_itself_in_whatever_shell(shell: str) -> None:
         (["--gpu"], "unknown flag --gpu"),
         (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
         ([".", "nowhere.jsonl"], ".: a folder; name the .jsonl or .txt files in it"),
-        (["table.csv"], "table.csv: unknown kind of text file; expected .jsonl or .txt"),
+        (["table.csv"], "table.csv: unknown kind of text file; give .jsonl or .txt"),
         (["--json-key"], "--json-key: give a value behind it"),
         (["--on-error=ask"], "--on-error ask: give fail or skip"),
         (["run.dir=elsewhere"], "run.dir=elsewhere: run.dir and data are set by this script"),
@@ -115,7 +115,7 @@ def test_a_misspelt_key_is_refused_before_the_text_is_read(corpus: Path) -> None
 def test_a_refused_text_names_options_that_the_script_takes(corpus: Path) -> None:
     keyless = quickstart(corpus)
     assert keyless.returncode == 2
-    assert "see --json-key" in keyless.stderr
+    assert "with --json-key" in keyless.stderr
     assert "The same call, with the same input and options, goes on from there" in keyless.stderr
     broken = quickstart("--json-key", "body", corpus)
     assert broken.returncode == 2

@@ -157,7 +157,7 @@ def test_a_picture_of_another_kind_is_refused_and_nothing_is_written(
     tmp_path: Path, name: str
 ) -> None:
     folder = write_run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"must end in \.svg or \.png"):
+    with pytest.raises(UserError, match=r"ends in \.svg or \.png"):
         tool.main([str(folder), "--picture", str(tmp_path / name)])
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "metrics.jsonl"]
 

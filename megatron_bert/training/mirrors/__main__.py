@@ -101,7 +101,9 @@ def _only_one(path: Path, ended: threading.Event) -> TextIO:
             return lock_file(path)
         except FileInUseError as error:
             if ended.wait(_LOOK_SECONDS):
-                raise UserError(f"the metrics are being copied already ({error})") from error
+                raise UserError(
+                    f"the metrics are being copied already ({error}); wait for its end"
+                ) from error
 
 
 def _looks(ended: threading.Event) -> Iterator[None]:
