@@ -11,9 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.checkpoint.huggingface_import import TOKENIZER_NAME, import_model
-from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.checkpoint.summary import (
     describe_checkpoint,
@@ -22,7 +20,7 @@ from megatron_bert.checkpoint.summary import (
 )
 from megatron_bert.config.errors import run_cli
 from megatron_bert.config.yaml_text import format_document
-from megatron_bert.training.run_figures import run_figures
+from megatron_bert.training.export import export_model
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,13 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _to_hf(options: argparse.Namespace) -> None:
-    checkpoint = find_checkpoint(options.checkpoint)
-    export_checkpoint(
-        checkpoint,
+    checkpoint = export_model(
+        options.checkpoint,
         options.output,
         options.dtype,
-        options.tokenizer,
-        figures=run_figures(checkpoint, Manifest.read(checkpoint).step),
+        tokenizer=options.tokenizer,
         license_id=options.license,
     )
     sys.stdout.write(f"wrote {options.output}, the model of {checkpoint} in {options.dtype}\n")

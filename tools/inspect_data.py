@@ -17,7 +17,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.inspection import describe_dataset, samples
 from megatron_bert.data.overlap import describe_overlap
 from megatron_bert.data.row_inspection import show_rows
-from megatron_bert.data.row_view import legend, page, row_lines
+from megatron_bert.data.row_view import item_lines, legend, page
 from megatron_bert.data.step_inspection import describe_steps
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.files import write_atomically
@@ -141,10 +141,7 @@ def _rows(config: Config, given: argparse.Namespace) -> Iterator[str]:
     coloured = given.color == "always" or (given.color == "auto" and _terminal_has_colours())
     yield from legend(coloured=coloured)
     for item in items:
-        if isinstance(item, str):
-            yield item
-        else:
-            yield from row_lines(item, coloured=coloured)
+        yield from item_lines(item, coloured=coloured)
 
 
 def _terminal_has_colours() -> bool:

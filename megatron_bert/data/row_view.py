@@ -28,7 +28,7 @@ def legend(*, coloured: bool) -> Iterator[str]:
         yield f"{_paint(mark, _KIND_COLOURS[kind], coloured=coloured)}  {rest}"
 
 
-def row_lines(row: ShownRow, *, coloured: bool) -> Iterator[str]:
+def _row_lines(row: ShownRow, *, coloured: bool) -> Iterator[str]:
     """Yield a row's text: a line on it, and one for each segment; complete without colours too."""
     yield _title(row)
     for number, tokens in enumerate(row.segments):
@@ -37,6 +37,14 @@ def row_lines(row: ShownRow, *, coloured: bool) -> Iterator[str]:
             _paint(_marked(t), _KIND_COLOURS.get(t.kind, colour), coloured=coloured) for t in tokens
         )
         yield f"  {' '.join(words)}"
+
+
+def item_lines(item: ShownRow | str, *, coloured: bool) -> Iterator[str]:
+    """Yield the lines of what `show_rows` gives."""
+    if isinstance(item, str):
+        yield item
+    else:
+        yield from _row_lines(item, coloured=coloured)
 
 
 def page(title: str, items: Iterable[ShownRow | str]) -> str:

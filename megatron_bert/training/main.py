@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
     if args.dry_run:
         dry_run(config, requested_world_size())
         return 0
-    _train(config, began)
+    train(config, StopRequests(config.run.max_minutes, config.run.deadline, began=began))
     return 0
 
 
@@ -106,8 +106,17 @@ def _set_up_logging() -> None:
     )
 
 
-def _train(config: Config, began: float | None) -> None:
-    stops = StopRequests(config.run.max_minutes, config.run.deadline, began=began)
+def train(config: Config, stops: StopRequests, *, max_steps: int | None = None) -> None:
+    """Train on the ranks that torchrun started, or on this process alone, from end to end.
+
+    Args:
+        config: What `load_config` returned.
+        stops: Ends the job before its time, after a step, with a checkpoint.
+        max_steps: So many steps are taken, and no more; default: to the curriculum's end.
+
+    Raises:
+        UserError: configuration, data or checkpoint cannot be used.
+    """
     device = choose_device(config.run.device)
     set_determinism(config, device)
     if device.type == "cpu":
@@ -117,7 +126,7 @@ def _train(config: Config, began: float | None) -> None:
         start_process_group(device, config.distributed.timeout_seconds)
         try:
             with RollCall() as roll_call:
-                _run(config, device, stops, roll_call, mirrors)
+                _run(config, device, stops, roll_call, mirrors, max_steps)
         except BaseException:
             abandon_process_group()
             if stops.interrupt is not None:
@@ -132,28 +141,31 @@ def _run(
     stops: StopRequests,
     roll_call: RollCall,
     mirrors: Mirrors,
+    max_steps: int | None,
 ) -> None:
     directory, was_finished = _open_run_directory(config)
-    with _failure_told(config, stops, roll_call, is_recorded=not was_finished):
-        trainer = _prepare(config, device, directory)
-        if was_finished:
-            # No rank may fail in training, and tell of it, before FINISHED is gone.
-            Ranks().on_first(lambda: None if directory is None else directory.start())
-    with _failure_told(config, stops, roll_call):
+    # A process may train more than once.
+    with directory or nullcontext():
+        with _failure_told(config, stops, roll_call, is_recorded=not was_finished):
+            trainer = _prepare(config, device, directory)
+            if was_finished:
+                # No rank may fail in training, and tell of it, before FINISHED is gone.
+                Ranks().on_first(lambda: None if directory is None else directory.start())
+        with _failure_told(config, stops, roll_call):
+            if directory is not None:
+                directory.record_job(trainer.step, dist.get_world_size())
+                mirrors.start(config.log, directory.path, anew=trainer.step == 0)
+            end = trainer.run(stops, max_steps)
+            # A rank that is gone by now is still named, and the run is not called finished.
+            dist.barrier()
         if directory is not None:
-            directory.record_job(trainer.step, dist.get_world_size())
-            mirrors.start(config.log, directory.path, anew=trainer.step == 0)
-        end = trainer.run(stops)
-        # A rank that is gone by now is still named, and the run is not called finished.
-        dist.barrier()
-    if directory is not None:
-        outcome: dict[str, object] = {"step": end.step}
-        if end.stop_reason is None:
-            directory.finish(outcome)
-            logger.info("finished after step %s", f"{end.step:,}")
-        else:
-            directory.stop({**outcome, "reason": end.stop_reason})
-            logger.info("stopped after step %s: %s", f"{end.step:,}", end.stop_reason)
+            outcome: dict[str, object] = {"step": end.step}
+            if end.stop_reason is None:
+                directory.finish(outcome)
+                logger.info("finished after step %s", f"{end.step:,}")
+            else:
+                directory.stop({**outcome, "reason": end.stop_reason})
+                logger.info("stopped after step %s: %s", f"{end.step:,}", end.stop_reason)
 
 
 def _open_run_directory(config: Config) -> tuple[RunDirectory | None, bool]:

@@ -133,10 +133,10 @@ class Trainer:
             config, self._curriculum, vocab_size, dist.get_world_size(), metrics
         )
 
-    def run(self, stops: StopRequests) -> RunEnd:
-        """Train until the curriculum's end or until some rank is asked to stop."""
+    def run(self, stops: StopRequests, max_steps: int | None = None) -> RunEnd:
+        """Train until the curriculum's end, `max_steps` are taken or a rank is asked to stop."""
         config, topology = self._config, self._topology
-        steps = range(self._step + 1, self._total_steps + 1)
+        steps = range(self._step + 1, self._total_steps + 1)[:max_steps]
         reader = ReadAhead(
             self._source,
             topology.data_parallel_rank,
@@ -174,6 +174,8 @@ class Trainer:
                         profiler.write()
                 if agreement.stop:
                     stop_reason = stops.reason or "another rank was asked to stop"
+                elif step == steps[-1]:
+                    stop_reason = f"{len(steps)} steps were asked for"
                 self._evaluate_and_save(is_last=stop_reason is not None)
                 if stop_reason is not None:
                     break

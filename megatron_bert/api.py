@@ -1,0 +1,117 @@
+"""The same as the command lines, from Python: for notebooks and scripts of one process.
+
+Everything here is what `pretrain_bert.py` and the tools call; docs/python.md shows it at work.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_bert.config.errors import UserError
+from megatron_bert.config.load import build_config, config_dict, dump_config, load_config
+from megatron_bert.config.schema import Config
+from megatron_bert.data.batch import Batch
+from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+from megatron_bert.data.row_inspection import show_rows
+from megatron_bert.data.row_view import item_lines, page
+from megatron_bert.data.step_inspection import StepBatches
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from megatron_bert.training.export import export_model
+from megatron_bert.training.main import train as train_on_all_ranks
+from megatron_bert.training.report import RunRecords, draw_curves
+from megatron_bert.training.stops import STOP_SIGNALS, StopRequests
+
+__all__ = [
+    "Batch",
+    "Config",
+    "PreprocessOptions",
+    "RunRecords",
+    "Tokenizer",
+    "UserError",
+    "build_config",
+    "config_dict",
+    "draw_curves",
+    "dump_config",
+    "export_model",
+    "load_config",
+    "preprocess",
+    "read_batch",
+    "rows_as_html",
+    "rows_as_text",
+    "train",
+    "train_tokenizer",
+    "write_model",
+]
+
+
+def read_batch(config: Config, step: int) -> Batch:
+    """The rows that a step trains on, in order, of all ranks: tensors `[B, S]` and `[B, M]`.
+
+    Args:
+        config: of the run.
+        step: from 1.
+
+    Returns:
+        All rows of the step, or as many as have 2^20 slots.
+
+    Raises:
+        DataError: the run has no such step, or its data cannot be read.
+    """
+    return next(StepBatches(config, step, step).batches(step))
+
+
+def rows_as_text(config: Config, step: int, rows: int = 2) -> str:
+    """A step's first rows as the model sees them, as `tools/inspect_data.py --rows` prints them.
+
+    Raises:
+        DataError: as `read_batch`.
+    """
+    items = show_rows(config, step, step, rows)
+    return "\n".join(line for item in items for line in item_lines(item, coloured=False))
+
+
+def rows_as_html(config: Config, step: int, rows: int = 2) -> str:
+    """The same as a page of HTML that needs no other file.
+
+    Raises:
+        DataError: as `read_batch`.
+    """
+    return page(f"Step {step}", show_rows(config, step, step, rows))
+
+
+def train(config: Config, max_steps: int | None = None) -> RunRecords:
+    """Train in this process, as `pretrain_bert.py` does, from where the run's last job ended.
+
+    An interrupt stops it after the step in hand, with a checkpoint; another one at once. Must be
+    called in the main thread, which alone may listen for signals. What it says goes to logging.
+
+    Args:
+        config: of the run; `run.dir` receives its metrics and checkpoints.
+        max_steps: steps to take at most, 1 or more; default: all that are left.
+
+    Returns:
+        What the run has recorded so far, in all of its jobs.
+
+    Raises:
+        UserError: configuration, data or checkpoint cannot be used.
+    """
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"max_steps = {max_steps}: give 1 or more, or None for all")
+    with _own_signals():
+        stops = StopRequests(config.run.max_minutes, config.run.deadline)
+        train_on_all_ranks(config, stops, max_steps=max_steps)
+    return RunRecords.read(config.run.directory)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give the signals back to whom they belonged: a notebook interrupts its cells with one."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
