@@ -1,0 +1,1 @@
+"""Megatron-LM's arguments for BERT, and what each becomes in this project's configuration."""

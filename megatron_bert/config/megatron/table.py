@@ -1,0 +1,46 @@
+"""The whole table of arguments, and how to find one in it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
+from megatron_bert.config.megatron.argument import Argument
+from megatron_bert.config.megatron.machine_table import MACHINE
+from megatron_bert.config.megatron.model_table import DATA, MODEL
+from megatron_bert.config.megatron.training_table import OUTPUT, TRAINING
+
+PARTS: Mapping[str, tuple[Argument, ...]] = MappingProxyType(
+    {
+        "Model": MODEL,
+        "Data": DATA,
+        "Training": TRAINING,
+        "What is written, and when a job ends": OUTPUT,
+        "Machine": MACHINE,
+    }
+)
+
+ARGUMENTS: tuple[Argument, ...] = tuple(entry for part in PARTS.values() for entry in part)
+
+_EXACT: Mapping[str, Argument] = MappingProxyType(
+    {flag: entry for entry in ARGUMENTS for flag in entry.flags if "*" not in flag}
+)
+# A longer pattern says more than a shorter one.
+_FAMILIES = sorted(
+    ((flag, entry) for entry in ARGUMENTS for flag in entry.flags if "*" in flag),
+    key=lambda family: -len(family[0]),
+)
+
+
+def find(flag: str) -> Argument | None:
+    """The argument of this name, else the family that it belongs to."""
+    if flag in _EXACT:
+        return _EXACT[flag]
+    return next((entry for family, entry in _FAMILIES if fnmatchcase(flag, family)), None)
+
+
+def nearest(flag: str) -> str | None:
+    """The name most like an unknown one."""
+    return next(iter(difflib.get_close_matches(flag, _EXACT, n=1)), None)

@@ -1,0 +1,135 @@
+"""From Megatron-LM's arguments to a configuration, and what cannot be said in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_bert.config.checks import value_problems
+from megatron_bert.config.diagnostics import explain, raise_problems
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.megatron.argument import Fate
+from megatron_bert.config.megatron.compound_keys import Builder, set_compound_keys
+from megatron_bert.config.megatron.given import Given
+from megatron_bert.config.megatron.table import ARGUMENTS, find, nearest
+from megatron_bert.config.schema import Config
+
+_REQUIRED = (
+    "--num-layers",
+    "--hidden-size",
+    "--num-attention-heads",
+    "--max-position-embeddings",
+    "--seq-length",
+    "--micro-batch-size",
+    "--global-batch-size",
+    "--lr",
+)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A configuration made of Megatron-LM's arguments.
+
+    Attributes:
+        tree: The keys that are set, by section; it loads and holds no contradictions.
+        by_hand: What the user has to fill in, a sentence each.
+        differs: What is done in another way than in Megatron-LM, a sentence each.
+        lacks: Arguments without a counterpart, with the reason.
+        holds: Arguments whose wish is met without a key, with the reason.
+        unknown: Flags that are not in the table, with the nearest that is.
+    """
+
+    tree: dict[str, Any]
+    by_hand: tuple[str, ...]
+    differs: tuple[str, ...]
+    lacks: tuple[str, ...]
+    holds: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def translate(words: Sequence[str]) -> Translation:
+    """Translate the arguments of Megatron-LM's `pretrain_bert.py`.
+
+    What Megatron-LM takes for arguments that were not given is written out where it is not this
+    project's default too.
+
+    Raises:
+        ConfigError: An argument that a configuration cannot do without is missing, a value is of
+            the wrong kind, or the configuration would contradict itself; with the remedy.
+    """
+    given = Given(words)
+    _check_required(given)
+    builder = Builder(given)
+    _set_simple_keys(builder)
+    set_compound_keys(builder)
+    _check(builder.tree)
+    lacks, holds, unknown = _without_keys(given)
+    if given.stray:
+        unknown.append(f"{' '.join(given.stray)}: stands behind no argument")
+    return Translation(
+        tree=builder.tree,
+        by_hand=(*builder.by_hand, *_unfilled(builder.tree)),
+        differs=tuple(builder.differs),
+        lacks=tuple(lacks),
+        holds=tuple(holds),
+        unknown=tuple(unknown),
+    )
+
+
+def _check_required(given: Given) -> None:
+    missing = [flag for flag in _REQUIRED if not given.has(flag)]
+    if not given.has("--train-iters") and not given.has("--train-samples"):
+        missing.append("--train-iters")
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: not among the arguments, and a configuration needs them; add "
+            "what the run had"
+        )
+
+
+def _set_simple_keys(builder: Builder) -> None:
+    for entry in ARGUMENTS:
+        if entry.read is None or not entry.keys:
+            continue
+        if builder.given.has(entry.name) or entry.default is not None:
+            builder.set(entry.keys[0], builder.given.read(entry.name, entry.read))
+
+
+def _without_keys(given: Given) -> tuple[list[str], list[str], list[str]]:
+    lacks: list[str] = []
+    holds: list[str] = []
+    unknown: list[str] = []
+    for flag, values in given.values.items():
+        entry = find(flag)
+        shown = " ".join([flag, *values])
+        if entry is None:
+            like = nearest(flag)
+            unknown.append(f"{shown}: unknown{f'; is it {like}?' if like else ''}")
+        elif entry.fate is Fate.LACKS:
+            lacks.append(f"{shown}: {entry.note}")
+        elif entry.fate is Fate.HOLDS:
+            is_met = not entry.values or " ".join(values) in entry.values
+            (holds if is_met else lacks).append(f"{shown}: {entry.note}")
+    return lacks, holds, unknown
+
+
+def _unfilled(tree: Any, path: str = "") -> Iterator[str]:
+    """Values that a script is given only when it is started."""
+    if isinstance(tree, dict | list):
+        entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for name, value in entries:
+            yield from _unfilled(value, f"{path}.{name}" if path else str(name))
+    elif isinstance(tree, str) and "$" in tree:
+        yield f"{path} = {tree}: the script gets this when it is started; put it in"
+
+
+def _check(tree: dict[str, Any]) -> None:
+    problems: list[str] = []
+    try:
+        problems += value_problems(Config.model_validate(tree))
+    except ValidationError as error:
+        problems += explain(error, {})
+    raise_problems(problems, "what these arguments become")

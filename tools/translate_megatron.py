@@ -1,0 +1,94 @@
+"""Translate the arguments of Megatron-LM's pretrain_bert.py into a configuration file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.megatron.document import remarks, render_file
+from megatron_bert.config.megatron.shell_text import command_arguments
+from megatron_bert.config.megatron.translation import translate
+from megatron_bert.config.places import check_place
+from megatron_bert.files import write_durably
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        usage="%(prog)s [-h] [--variable NAME=VALUE] [--output FILE.yaml] [--overwrite] "
+        "(SCRIPT | -- ARGUMENT ...)",
+        epilog="A script is read, never run. What becomes of each argument: docs/megatron.md.",
+    )
+    parser.add_argument(
+        "script",
+        nargs="?",
+        type=Path,
+        metavar="SCRIPT",
+        help="shell script that runs pretrain_bert.py, or a file with its arguments alone",
+    )
+    parser.add_argument(
+        "--variable",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the script is given when it is started: DATA=/data/wiki, or 1=VALUE for $1",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.yaml", help="file to write (default: standard output)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Translate what the command line names."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options = _parser().parse_args(words[:end])
+    direct = words[end + 1 :]
+    if (options.script is None) == (not direct):
+        raise ConfigError(
+            "what to translate is not clear: give either a script, or Megatron-LM's arguments "
+            "behind --"
+        )
+    if options.script is not None:
+        variables = dict(map(_variable, options.variable))
+        direct = command_arguments(_read(options.script), str(options.script), variables)
+    translation = translate(direct)
+    text = render_file(translation)
+    if options.output is None:
+        sys.stdout.write(text)
+        return
+    check_place(options.output)
+    if options.output.exists() and not options.overwrite:
+        raise ConfigError(f"{options.output} exists; give --overwrite to replace it")
+    write_durably(options.output, text)
+    sys.stdout.write("".join(f"{line}\n" for line in remarks(translation)))
+    sys.stdout.write(
+        f"\nwrote {options.output}; next: python pretrain_bert.py --config {options.output} "
+        "--dry-run\n"
+    )
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ConfigError(f"--variable {text}: give NAME=VALUE")
+    return name, value
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"{path}: {reason}; give a shell script's file") from None
+
+
+if __name__ == "__main__":
+    run_cli(main)
