@@ -46,6 +46,7 @@ MACHINE: tuple[Argument, ...] = (
     holds(
         "--ddp-* --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
         "--tp-comm-* --disable-tp-comm-* --use-nccl-ub --nccl-* --fsdp-* --suggested-* "
+        "--no-async-tensor-model-parallel-allreduce "
         "--no-gradient-reduce-div-fusion --high-priority-stream-groups --use-tp-pp-dp-mapping "
         "--disable-symmetric-registration --create-all-gather-group --keep-fp8-transpose-cache "
         "--defer-embedding-wgrad-compute --wgrad-deferral-limit",
@@ -68,7 +69,10 @@ MACHINE: tuple[Argument, ...] = (
     holds("--accumulate-allreduce-grads-in-fp32", "`precision.reduce` is fp32 by default"),
     becomes("--grad-reduce-in-bf16", "precision.reduce", read=lambda _: "bf16"),
     becomes("--fp8-format", "precision.fp8 kernels", "scaled by each operand's present maximum"),
-    lacks("--fp8-* --fp4-* --first-last-layers-bf16 --num-layers-at-*", "see `precision.fp8`"),
+    lacks(
+        "--fp8-* --fp4-* --te-precision-config-file --first-last-layers-bf16 --num-layers-at-*",
+        "see `precision.fp8`",
+    ),
     holds(
         "--attention-softmax-in-fp32 --fp16-lm-cross-entropy --apply-query-key-layer-scaling",
         "softmax and loss are computed in fp32",
@@ -98,7 +102,7 @@ MACHINE: tuple[Argument, ...] = (
     lacks("--enable-cuda-graph --cuda-graph-* --external-cuda-graph", "see `compile.enabled`"),
     holds(
         "--manual-gc* --no-manual-gc-eval --empty-unused-memory-level --data-parallel-random-init "
-        "--te-rng-tracker --inference-*",
+        "--te-rng-tracker --inference-* --max-tokens-to-oom --config-logger-dir",
         "not needed: nothing here depends on it",
     ),
     holds(

@@ -50,6 +50,7 @@ MODEL: tuple[Argument, ...] = (
     lacks("--untie-embeddings-and-output-weights", "the head uses the embedding table"),
     holds("--bert-no-binary-head", "masked tokens are all that is predicted"),
     lacks("--init-method-xavier-uniform", "weights begin normally distributed, `model.init_std`"),
+    lacks("--embedding-init-method-std", "one `model.init_std` serves the embeddings too"),
     becomes("--init-method-std", "model.init_std", read=float, default="0.02"),
     becomes("--hidden-dropout", "model.hidden_dropout", read=float, default="0.1"),
     becomes("--attention-dropout", "model.attention_dropout", read=float, default="0.1"),
@@ -71,6 +72,10 @@ MODEL: tuple[Argument, ...] = (
     ),
     lacks("--spec", "see docs/architecture.md on where to add a block"),
     holds("--use-mcore-models --use-legacy-models", "there is one implementation"),
+    holds(
+        "--output-bert-embeddings --bert-embedder-type",
+        "the exported encoder gives hidden states, see docs/huggingface.md",
+    ),
     holds("--onnx-safe", "exports go to ONNX as they are, see docs/huggingface.md"),
 )
 

@@ -18,6 +18,13 @@ TRAINING: tuple[Argument, ...] = (
         "--rampup-batch-size",
         "write stages of one length with a growing `batch.global_size`: docs/training.md",
     ),
+    lacks(
+        "--decrease-batch-size-if-needed --iterations-to-skip",
+        "the batch fits every number of ranks, and no step is left out",
+    ),
+    holds(
+        "--calculate-per-token-loss", "the loss always is the mean over the step's masked tokens"
+    ),
     becomes("--seed", "run.seed", read=int, default="1234"),
     becomes("--deterministic-mode", "run.deterministic", read=given),
     becomes("--optimizer", "optimizer.name", "`adam`, `muon` and `dist_muon`", default="adam"),
@@ -75,6 +82,7 @@ OUTPUT: tuple[Argument, ...] = (
         "--finetune --pretrained-checkpoint --ckpt-step --no-load-optim --no-load-rng",
         "a new run begins at `checkpoint.resume: PATH`; see docs/checkpoints.md",
     ),
+    lacks("--save-retain-interval", "`checkpoint.keep` is how many of the newest stay"),
     lacks("--no-save-optim --no-save-rng", "a checkpoint always is whole"),
     holds(
         "--use-checkpoint-args --no-initialization --exit-on-missing-checkpoint "
