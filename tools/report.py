@@ -1,4 +1,8 @@
-"""Write one self-contained HTML page about a run: its curves, stages, figures and configuration."""
+"""Write one self-contained HTML page about runs: curves, stages, events, figures, configuration.
+
+The page needs no network. With several runs their curves stand in the same charts, and the keys in
+which their configurations differ in a table.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +14,43 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_bert.config.errors import run_cli
-from megatron_bert.training.report import RunRecords, write_picture, write_report
+from megatron_bert.report.page import write_page
+from megatron_bert.report.picture import check_name, write_picture
+from megatron_bert.report.records import RunRecords
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run directory")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a run directory")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE.html",
-        help="the page (default: report.html in the run directory)",
+        help="the page (default: report.html in the first run directory)",
     )
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="write the curves as .svg or .png too"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="write loss and learning rate as .svg or .png too (needs matplotlib)",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page and print the run in short."""
+    """Write the page and print the runs in short."""
     options = _parser().parse_args(arguments)
-    run = RunRecords.read(options.run)
-    output = options.output or options.run / "report.html"
     if options.picture is not None:
-        write_picture(run, options.picture)
-    write_report(run, output)
-    for label, text in run.facts().items():
-        sys.stdout.write(f"{label:<14}{text}\n")
+        check_name(options.picture)
+    runs = [RunRecords.read(directory) for directory in options.runs]
+    output = options.output or options.runs[0] / "report.html"
+    if options.picture is not None:
+        write_picture(runs, options.picture)
+    write_page(runs, output)
+    for run in runs:
+        for label, text in run.facts().items():
+            sys.stdout.write(f"{label:<14}{text}\n")
+        sys.stdout.write("\n" if len(runs) > 1 else "")
     sys.stdout.write(f"wrote {output}\n")
 
 

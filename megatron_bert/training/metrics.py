@@ -137,28 +137,39 @@ def read(path: Path) -> list[dict[str, Any]]:
         UserError: The file is missing, or a line before the last is no record (the message has
             its number).
     """
+    return [record for record in stream(path) if record is not None]
+
+
+def stream(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield what `read` returns, a record at a time, and None at the end for a torn last line.
+
+    Raises:
+        UserError: As `read`.
+    """
     try:
-        lines = _lines(path)
+        with _open(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                record = parse_record(line)
+                if record is not None:
+                    yield {name: _decode(value) for name, value in record.items()}
+                elif next(lines, None) is None:
+                    yield None
+                else:
+                    raise UserError(f"{path} line {number}: not a record; remove the line")
     except OSError as error:
         raise UserError(
             f"{path}: cannot read metrics ({error.strerror}); name a run that has some"
         ) from error
-    return list(_records(path, lines))
+
+
+def _open(path: Path) -> TextIO:
+    # Not str.splitlines: it also breaks at characters that a JSON string may hold, e.g. U+2028.
+    return path.open(encoding="utf-8", errors="replace", newline="\n")
 
 
 def _lines(path: Path) -> list[str]:
-    # Not str.splitlines: it also breaks at characters that a JSON string may hold, e.g. U+2028.
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
-        return list(stream)
-
-
-def _records(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        record = parse_record(line)
-        if record is not None:
-            yield {name: _decode(value) for name, value in record.items()}
-        elif number < len(lines):
-            raise UserError(f"{path} line {number}: not a record; remove the line")
+    with _open(path) as lines:
+        return list(lines)
 
 
 def parse_record(line: str) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ import pytest
 
 from megatron_bert.config.load import dump_config
 from megatron_bert.training.metrics import read
+from tests.debian_packages import need_programs
 from tests.training.runs import run_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
 FEW_STEPS = 60
 ENDLESS = 100_000
-_INSTALL_SECONDS = 300
 # Sums depend on the number of threads, and ranks that share a node get fewer of them.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Python reads it as it starts. It has each step take a while, so that a run needs several jobs on a
@@ -157,21 +156,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def need_scheduler(programs: Sequence[str], packages: Sequence[str]) -> None:
     """Install Debian's packages where the programs are missing; skip where that cannot be."""
-    path = f"{os.environ['PATH']}:/usr/sbin"
-    missing = [program for program in programs if shutil.which(program, path=path) is None]
     if os.geteuid() != 0:
         pytest.skip("a scheduler's daemons need root")
-    if not missing:
-        return
-    if shutil.which("apt-get") is None:
-        pytest.skip(f"{', '.join(missing)}: not installed, and there is no apt-get")
-    result = subprocess.run(
-        ["apt-get", "install", "-y", "--no-install-recommends", *packages],
-        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-        capture_output=True,
-        text=True,
-        timeout=_INSTALL_SECONDS,
-        check=False,
-    )
-    if result.returncode:
-        pytest.skip(f"apt-get install {' '.join(packages)}: {result.stderr.strip()[-200:]}")
+    need_programs(programs, packages)

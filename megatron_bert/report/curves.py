@@ -1,0 +1,191 @@
+"""Which curves there are to draw of some runs, thinned to as many points as can be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_bert.report.records import Floats, RunRecords
+
+AXES = ("step", "tokens", "seconds")
+# Points of a curve; more would only be drawn over one another.
+POINTS = 300
+# Of a training line: what counts on, or is no measurement, has no curve.
+_UNDRAWN = {
+    "step", "stage", "seq_length", "tokens", "masked_tokens", "consumed_rows", "spike_limit",
+}  # fmt: skip
+_LENGTHS = "_seq_length"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A measurement of a run, over its course.
+
+    Attributes:
+        run: which of the runs, from 0.
+        name: what it is, among others of the chart; empty where there is only one.
+        x: by axis (`AXES`), where each point lies.
+        y: the points; NaN: a gap.
+        low, high: the least and greatest value that went into each point.
+        dots: whether each point was measured by itself, and has a dot.
+    """
+
+    run: int
+    name: str
+    x: Mapping[str, Floats]
+    y: Floats
+    low: Floats
+    high: Floats
+    dots: bool = False
+
+
+@dataclass
+class Chart:
+    """Curves in one picture.
+
+    Attributes:
+        title: what they show.
+        unit: of the values.
+        logarithmic: whether the values' axis is.
+        curves: at least one.
+    """
+
+    title: str
+    unit: str = ""
+    logarithmic: bool = False
+    curves: list[Curve] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """The kinds of curves in it, in the order in which they first occur."""
+        return list(dict.fromkeys(curve.name for curve in self.curves))
+
+
+def charts_of(runs: Sequence[RunRecords]) -> list[Chart]:
+    """All charts for which one of the runs has measurements, the most looked at first."""
+    charts = {
+        "loss": Chart("Loss", "nats a masked token"),
+        "held-out fixed_loss": Chart("Held-out loss at the fixed length", "nats a masked token"),
+        "held-out loss": Chart("Held-out loss at the stage's length", "nats a masked token"),
+        "held-out accuracy": Chart("Masked accuracy, held out", "share guessed right"),
+        "held-out fixed_accuracy": Chart(
+            "Masked accuracy at the fixed length", "share guessed right"
+        ),
+        "lr": Chart("Learning rate"),
+        "grad_norm": Chart("Gradient norm", "before clipping", logarithmic=True),
+        "tokens_per_second": Chart("Throughput", "token slots a second"),
+        "mfu": Chart("MFU", "share of the dense BF16 peak"),
+        "tflops_per_gpu": Chart("TFLOP/s of a GPU"),
+        "memory": Chart("Peak memory", "GB of the first GPU"),
+        "seconds": Chart("Time of a step", "seconds", logarithmic=True),
+    }
+    for number, run in enumerate(runs):
+        for key, curve in [*_training(number, run), *_held_out(number, run)]:
+            charts.setdefault(key, Chart(_words(key))).curves.append(curve)
+    for measure in ("loss", "accuracy"):
+        # With one length and one masking rate these are the stages' own measurements.
+        if _repeats(charts[f"held-out fixed_{measure}"], charts[f"held-out {measure}"]):
+            del charts[f"held-out fixed_{measure}"]
+    first = sorted(charts, key=lambda key: (key != "loss", not key.startswith("held-out")))
+    return [charts[key] for key in first if charts[key].curves]
+
+
+def _training(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
+    """A curve for each measurement of the training lines, and the chart that it belongs to."""
+    x = {axis: thinned(values) for axis, values in positions(run).items()}
+    for name, values in run.columns.items():
+        if name in _UNDRAWN or not np.isfinite(values).any():
+            continue
+        key, kind = name, ""
+        for ending, chart in (("_memory_gb", "memory"), ("_seconds", "seconds")):
+            if name.endswith(ending):
+                key, kind = chart, _words(name.removesuffix(ending))
+        yield key, Curve(number, "training" if name == "loss" else kind, x, *_buckets(values))
+
+
+def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
+    """A curve for each measurement of the evaluation lines, and the chart that it belongs to."""
+    texts = {text for line in run.evaluations for text in line.get("valid", {})}
+    # The mean over one text is that text's.
+    mean = texts.pop() if len(texts) == 1 else "all texts"
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for at, line in enumerate(run.evaluations):
+        for path, value in _leaves(line):
+            found.setdefault(_place(path, mean), {})[at] = value
+    # A line of an evaluation may come before that of its step.
+    at_steps = np.searchsorted(run.columns["step"], [line["step"] for line in run.evaluations])
+    at_steps = np.minimum(at_steps, len(run.columns["step"]) - 1)
+    places = {axis: values[at_steps] for axis, values in positions(run).items()}
+    for (group, name), by_line in found.items():
+        lines = list(by_line)
+        x = {axis: values[lines] for axis, values in places.items()}
+        y = np.array(list(by_line.values()))
+        yield f"held-out {group}", Curve(number, name, x, y, y, y, dots=True)
+        if (group, name) == ("loss", mean):
+            yield "loss", Curve(number, "held out", x, y, y, y, dots=True)
+
+
+def _leaves(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Any]:
+    """The measurements of an evaluation line with their paths, at whatever depth they are."""
+    for name, entry in value.items():
+        if isinstance(entry, Mapping):
+            yield from _leaves(entry, (*path, name))
+        elif isinstance(entry, int | float) and not (
+            name.endswith(_LENGTHS) or (not path and name in _UNDRAWN)
+        ):
+            yield (*path, name), float(entry)
+
+
+def _place(path: tuple[str, ...], mean: str) -> tuple[str, str]:
+    """What is measured, and of what: of which text, and of which kind of tokens."""
+    if path[0] == "valid" and len(path) > 2:
+        text, rest = path[1], path[2:]
+    else:
+        text, rest = mean, (path[0].removeprefix("valid_"), *path[1:])
+    return rest[0], ", ".join((text, *rest[1:]))
+
+
+def positions(run: RunRecords) -> dict[str, Floats]:
+    """Where each training line lies, by axis; an axis that the metrics lack is left out."""
+    positions = {"step": run.columns["step"]}
+    if "tokens" in run.columns:
+        positions["tokens"] = run.columns["tokens"]
+    if "step_seconds" in run.columns:
+        positions["seconds"] = run.seconds()
+    return positions
+
+
+def thinned(values: Floats) -> Floats:
+    """Means over runs of neighbouring values, at most `POINTS` of them."""
+    return _buckets(values)[0]
+
+
+def _buckets(values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean, least and greatest over runs of neighbouring values, at most `POINTS` of them.
+
+    What is not finite counts for nothing; a bucket without any other value is NaN.
+    """
+    size = -(-len(values) // POINTS)
+    firsts = np.arange(0, len(values), size)
+    finite = np.isfinite(values)
+    count = np.add.reduceat(finite, firsts, dtype=np.int64)
+    total = np.add.reduceat(np.where(finite, values, 0.0), firsts)
+    low = np.minimum.reduceat(np.where(finite, values, np.inf), firsts)
+    high = np.maximum.reduceat(np.where(finite, values, -np.inf), firsts)
+    mean = np.divide(total, count, out=np.full(len(firsts), np.nan), where=count > 0)
+    return mean, np.where(count, low, np.nan), np.where(count, high, np.nan)
+
+
+def _repeats(chart: Chart, other: Chart) -> bool:
+    """Whether each curve stands in another chart too."""
+    others = {(curve.run, curve.name): curve.y for curve in other.curves}
+    return all(
+        np.array_equal(curve.y, others.get((curve.run, curve.name), np.empty(0)))
+        for curve in chart.curves
+    )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").removeprefix("held-out ").capitalize()

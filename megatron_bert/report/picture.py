@@ -1,0 +1,115 @@
+"""Loss and learning rate of some runs as one picture, for a README or a slide."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_bert.config.errors import UserError
+from megatron_bert.report.curves import thinned
+from megatron_bert.report.output import write
+from megatron_bert.report.records import RunRecords, names_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def check_name(output: Path) -> None:
+    """Refuse a picture's name before anything is read.
+
+    Raises:
+        UserError: it ends neither in `.svg` nor in `.png`.
+    """
+    if output.suffix not in (".svg", ".png"):
+        raise UserError(f"--picture {output}: the name must end in .svg or .png")
+
+
+def write_picture(runs: Sequence[RunRecords], output: Path) -> None:
+    """Write the curves as `.svg` or `.png`, by the name's ending.
+
+    Raises:
+        UserError: the ending is another, matplotlib is missing, two runs are the same directory, or
+            the file cannot be written.
+    """
+    check_name(output)
+    figure = draw_curves(runs)
+    if output.suffix == ".svg":
+        write(output, _as_svg(figure))
+        return
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write(output, buffer.getvalue())
+
+
+def draw_curves(runs: Sequence[RunRecords]) -> Figure:
+    """Draw loss and learning rate over the steps; with one run its stages and jobs are marked.
+
+    Raises:
+        UserError: matplotlib is missing, or two runs are the same directory.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "--picture needs matplotlib: pip install -c constraints.txt -e '.[examples]'"
+        ) from error
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    for run, name in zip(runs, names_of(runs), strict=True):
+        only = len(runs) == 1
+        steps = thinned(run.columns["step"])
+        (line,) = upper.plot(
+            steps, thinned(run.columns["loss"]), linewidth=1, label="training" if only else name
+        )
+        if run.evaluations:
+            upper.plot(
+                [e["step"] for e in run.evaluations],
+                [e["valid_loss"] for e in run.evaluations],
+                color="tab:orange" if only else line.get_color(),
+                linestyle="-" if only else ":",
+                marker="o",
+                markersize=3,
+                label="held out, at the stage's length" if only else f"{name}, held out",
+            )
+        if "lr" in run.columns:
+            colour = "tab:gray" if only else line.get_color()
+            lower.plot(steps, thinned(run.columns["lr"]), color=colour)
+    upper.set_ylabel("loss, nats a masked token")
+    upper.legend(loc="upper right")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("step")
+    if len(runs) == 1:
+        _mark_stages(runs[0], (upper, lower))
+        for job in runs[0].jobs[1:]:
+            lower.axvline(job["step"] + 1, color="tab:red", linestyle="--", linewidth=1)
+    return figure
+
+
+def _mark_stages(run: RunRecords, axes: Sequence[Axes]) -> None:
+    for number, (step, length) in enumerate(run.stage_starts()):
+        for axis in axes:
+            if number:
+                axis.axvline(step, color="tab:gray", linestyle=":", linewidth=1)
+        axes[0].annotate(
+            f"{length}",
+            (step, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 4),
+            textcoords="offset points",
+            color="tab:gray",
+            fontsize=8,
+            rotation=90,
+        )
+
+
+def _as_svg(figure: Figure) -> str:
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    # Text stays text, and the same run gives the same bytes.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "megatron_bert"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

@@ -1,0 +1,49 @@
+"""The configurations of some runs, compared key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.yaml_text import parse_document
+
+# Of every run another, and told already.
+_NAMES_THE_RUN = "run.dir"
+ABSENT = "—"
+
+
+def differences(texts: Sequence[str | None]) -> dict[str, list[str]]:
+    """The dotted keys whose values are not the same in all configurations, with the values.
+
+    Args:
+        texts: the resolved configurations, YAML; None, and what is not readable, has no keys.
+    """
+    settings = [_settings(text) for text in texts]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    rows = {key: [values.get(key, ABSENT) for values in settings] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1 and key != _NAMES_THE_RUN}
+
+
+def _settings(text: str | None) -> dict[str, str]:
+    try:
+        tree, _ = parse_document(text or "", "config.yaml")
+    except ConfigError:
+        return {}
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from _leaves(entry, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _leaves(entry, f"{key}.{index}")
+    elif value is not None:
+        # What has no value is as good as not there.
+        yield key, _as_text(value)
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,97 @@
+"""The timeline of a run's pipeline: which rank computes what, and when it waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.yaml_text import parse_document
+from megatron_bert.parallel.actions import Action, Kind, StageTime
+from megatron_bert.parallel.schedule import ScheduleName, end_times, make_schedule, simulate
+
+# Of a step's micro-batches as many as can be told apart, in rounds of one a rank.
+_ROUNDS = 2
+_WIDTH, _ROW, _LEFT = 480.0, 18, 24
+_CLASSES = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.BACKWARD_INPUT: "backward",
+    Kind.BACKWARD_WEIGHT: "weight",
+}
+_WORDS = {"forward": "forward", "backward": "backward", "weight": "gradients of weights"}
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A pipeline's timeline.
+
+    Attributes:
+        text: what it shows.
+        legend: the classes of its boxes, and what they stand for.
+        svg: an `<svg>` element.
+    """
+
+    text: str
+    legend: tuple[tuple[str, str], ...]
+    svg: str
+
+
+def timeline_of(config_text: str | None) -> Timeline | None:
+    """Draw the schedule of a resolved configuration, YAML.
+
+    A forward pass takes one unit, and so does either half of a backward pass: what the stages
+    really took is not recorded.
+
+    Returns:
+        The timeline, of HTML; None where the run has no pipeline, or its settings are not
+        readable.
+    """
+    pipeline = _pipeline(config_text)
+    if pipeline is None:
+        return None
+    ranks, name, virtual = pipeline
+    count = _ROUNDS * ranks
+    schedule = make_schedule(name, ranks, count, virtual)
+    stages = [StageTime()] * schedule.num_stages
+    ends = end_times(schedule, stages)
+    unit = (_WIDTH - _LEFT) / max(ends.values())
+    boxes = "".join(
+        _box(action, end, stages[action.stage], ranks, unit) for action, end in ends.items()
+    )
+    labels = "".join(
+        f'<text class="rank" x="{_LEFT - 6}" y="{rank * _ROW + 12}">{rank}</text>'
+        for rank in range(ranks)
+    )
+    kinds = dict.fromkeys(_CLASSES[action.kind] for action in ends)
+    idle = simulate(schedule, stages).idle_share
+    return Timeline(
+        f"{name} over {ranks} ranks, {count} micro-batches: ranks wait {idle:.0%} of the time; "
+        "the more micro-batches a step has, the less",
+        tuple((kind, _WORDS[kind]) for kind in kinds),
+        f'<svg viewBox="0 0 {_WIDTH:.0f} {ranks * _ROW}" role="img" '
+        f'aria-label="timeline of the pipeline">{labels}{boxes}</svg>',
+    )
+
+
+def _box(action: Action, end: float, stage: StageTime, ranks: int, unit: float) -> str:
+    length = stage.of(action.kind)
+    # Stages that a rank holds beside its first are lighter.
+    later = " later" if action.stage >= ranks else ""
+    return (
+        f'<rect class="{_CLASSES[action.kind]}{later}" x="{_LEFT + (end - length) * unit:.1f}" '
+        f'y="{action.stage % ranks * _ROW + 1}" width="{length * unit:.1f}" height="{_ROW - 2}"/>'
+    )
+
+
+def _pipeline(config_text: str | None) -> tuple[int, ScheduleName, int] | None:
+    """Ranks, schedule and stages a rank; None where there is no pipeline."""
+    try:
+        tree, _ = parse_document(config_text or "", "config.yaml")
+        parallel = tree["parallel"]
+        ranks, name = parallel["pipeline"], parallel["pipeline_schedule"]
+        virtual = 1 if name == "1f1b" else int(parallel["virtual_stages"])
+        known = name in get_args(ScheduleName)
+        return (int(ranks), name, virtual) if known and ranks > 1 else None
+    except (ConfigError, LookupError, TypeError, ValueError):
+        return None
