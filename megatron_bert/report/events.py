@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -33,13 +32,13 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where a stage, or a job that is not the run's first, begins.
+class Moment:
+    """What is marked in the charts.
 
     Attributes:
-        kind: `stage` or `job`.
-        row: the training line, from 0, that is its first.
-        label: a stage's length; empty for a job.
+        kind: `stage` or `job`, which begins (the first job is not marked); `skipped` or `spike`.
+        row: the training line, from 0, at which it is.
+        label: a stage's length; empty for all others.
     """
 
     kind: str
@@ -47,13 +46,14 @@ class Beginning:
     label: str
 
 
-def beginnings(run: RunRecords) -> list[Beginning]:
-    """Where stages and jobs begin."""
+def moments(run: RunRecords) -> list[Moment]:
+    """What is marked in a run's charts."""
     stages = [("stage", step, str(length)) for step, length in run.stage_starts()]
     jobs = [("job", job["step"] + 1, "") for job in run.jobs[1:]]
+    remarks = [(remark.kind, remark.step, "") for remark in run.remarks[:_MOST]]
     return [
-        Beginning(kind, int(np.searchsorted(run.columns["step"], step)), label)
-        for kind, step, label in [*stages, *jobs]
+        Moment(kind, int(np.searchsorted(run.columns["step"], step)), label)
+        for kind, step, label in [*stages, *jobs, *remarks]
     ]
 
 
@@ -125,13 +125,3 @@ def _end(run: RunRecords) -> Iterator[Event]:
         yield Event(
             run.last_step, run.outcome.kind.lower(), run.outcome.reason or "all steps taken"
         )
-
-
-def as_rows(runs: Sequence[RunRecords], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a table of all runs' events; `run` is there only with several."""
-    return [
-        {**({"run": name} if len(runs) > 1 else {}), "step": f"{event.step:,}"}
-        | {"what": event.kind, "": event.text}
-        for run, name in zip(runs, names, strict=True)
-        for event in events_of(run)
-    ]

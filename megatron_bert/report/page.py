@@ -56,8 +56,7 @@ def page_of(runs: Sequence[RunRecords]) -> str:
             "<main>",
             *_charts(runs),
             *_timelines(runs, names),
-            "<h2>Events</h2>",
-            *_table(events.as_rows(runs, names)),
+            *_events(runs, names),
             *_settings(runs, names),
             "</main>",
             f"<script>{script}</script>",
@@ -120,6 +119,11 @@ def _switch(names: Sequence[str]) -> Iterator[str]:
 def _charts(runs: Sequence[RunRecords]) -> Iterator[str]:
     charts = charts_of(runs)
     marks = {axis: list(_marks(runs, axis)) for axis in AXES}
+    yield (
+        '<p class="note">Dotted lines: a stage begins, with its row length. Dashed: a job goes on. '
+        "Red strokes: a skipped update or a spike. A light band: the range of the values that a "
+        'point is the mean of. <span class="live">Point at a chart to read its values.</span></p>'
+    )
     yield '<div class="charts">'
     for chart in charts:
         yield f"<figure><figcaption><b>{html.escape(chart.title)}</b>"
@@ -129,18 +133,14 @@ def _charts(runs: Sequence[RunRecords]) -> Iterator[str]:
         yield from (draw(chart, axis, len(runs), marks[axis]) for axis in AXES)
         yield '<p class="readout"></p></figure>'
     yield "</div>"
-    yield (
-        '<p class="note">Dotted: a stage begins, with its row length. Dashed: a job goes on. '
-        "A light band is the range of the values that a point is the mean of.</p>"
-    )
 
 
 def _marks(runs: Sequence[RunRecords], axis: str) -> Iterator[Mark]:
     for number, run in enumerate(runs):
         places = positions(run).get(axis)
         if places is not None:
-            for start in events.beginnings(run):
-                yield Mark(number, start.kind, float(places[start.row]), start.label)
+            for moment in events.moments(run):
+                yield Mark(number, moment.kind, float(places[moment.row]), moment.label)
 
 
 def _legend(chart: Chart, num_runs: int) -> Iterator[str]:
@@ -173,11 +173,15 @@ def _timelines(runs: Sequence[RunRecords], names: Sequence[str]) -> Iterator[str
         yield f"</figcaption>{drawing.svg}</figure>"
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    yield f'<div class="wide"><table><thead><tr>{_cells("th", rows[0])}</tr></thead><tbody>'
-    for row in rows:
-        yield f"<tr>{_cells('td', row.values())}</tr>"
-    yield "</tbody></table></div>"
+def _events(runs: Sequence[RunRecords], names: Sequence[str]) -> Iterator[str]:
+    yield "<h2>Events</h2>"
+    for run, name in zip(runs, names, strict=True):
+        if len(runs) > 1:
+            yield f"<h3>{html.escape(name)}</h3>"
+        yield "<table><thead><tr><th>step</th><th>what</th><th></th></tr></thead><tbody>"
+        for event in events.events_of(run):
+            yield f"<tr>{_cells('td', (f'{event.step:,}', event.kind, event.text))}</tr>"
+        yield "</tbody></table>"
 
 
 def _settings(runs: Sequence[RunRecords], names: Sequence[str]) -> Iterator[str]:

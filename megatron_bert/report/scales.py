@@ -13,6 +13,8 @@ from megatron_bert.report.records import Floats
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 # Shorter written out.
 _WRITTEN_OUT = 1e4
+# Of a logarithmic scale; a round number lies in any such range.
+_LEAST_RATIO = 3.0
 # Between a curve and the edges of its picture.
 _MARGIN = 0.04
 _TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
@@ -66,16 +68,15 @@ def scale_over(
         values: arrays of what is to be placed.
         start: where the least lies.
         end: where the greatest lies.
-        logarithmic: is given up where values are not positive.
+        logarithmic: is given up where values are not positive, or hardly differ.
     """
     finite = [array[np.isfinite(array)] for array in values]
     every = np.concatenate(finite) if finite else np.empty(0)
     if not every.size:
         return Scale(0.0, 1.0, start, end)
     low, high = float(every.min()), float(every.max())
-    if logarithmic and low > 0:
-        # At least a factor of two, or there is no round number in it.
-        margin = max((high / low) ** _MARGIN, math.sqrt(2.0 * low / high))
+    if logarithmic and low > 0 and high / low >= _LEAST_RATIO:
+        margin = (high / low) ** _MARGIN
         return Scale(low / margin, high * margin, start, end, logarithmic=True)
     if low == high:
         margin = abs(low) / 10 or 0.5

@@ -17,6 +17,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 470, 18, 222
 # Colours and dashes that the style sheet has.
 COLOURS = 8
 DASHES = 4
+_LINES = ("stage", "job")
+_STROKE = 10
 # Labels nearer to each other would touch.
 _LEAST_DISTANCE = 26.0
 
@@ -27,7 +29,7 @@ class Mark:
 
     Attributes:
         run: which of the runs, from 0.
-        kind: `stage` or `job`.
+        kind: a class of the style sheet; stages and jobs are lines, all else short strokes.
         at: where it lies on the axis.
         label: what stands at it; may be empty.
     """
@@ -55,7 +57,6 @@ def draw(chart: Chart, axis: str, num_runs: int, marks: Sequence[Mark]) -> str:
     ends = [float(curve.x[axis][-1]) for curve in curves]
     x = Scale(0.0, max((end for end in ends if end > 0), default=1.0), _LEFT, _RIGHT)
     unit, unit_name = time_unit(x.high) if axis == "seconds" else (1.0, axis)
-    # What is given up where a curve has been zero or less.
     y = scale_over(
         [values for curve in curves for values in (curve.low, curve.high)],
         _BOTTOM,
@@ -103,7 +104,7 @@ def _placed(scale: Scale) -> Iterable[tuple[float, float]]:
 
 
 def _marks(marks: Sequence[Mark], x: Scale) -> Iterator[str]:
-    """A line for each mark; those of several runs in one place are one, and of no run's colour."""
+    """Draw each mark; those of several runs in one place are one, and of no run's colour."""
     places = x.place(np.array([mark.at for mark in marks]))
     by_place: dict[tuple[str, str], list[Mark]] = {}
     for mark, place in zip(marks, places, strict=True):
@@ -113,7 +114,9 @@ def _marks(marks: Sequence[Mark], x: Scale) -> Iterator[str]:
     for (kind, at), here in sorted(by_place.items(), key=lambda item: float(item[0][1])):
         owner = f" r{here[0].run} c{here[0].run % COLOURS}" if len(here) == 1 else ""
         only = owner if len({mark.run for mark in marks}) > 1 else ""
-        if float(at) > _LEFT:
+        if kind not in _LINES:
+            yield f'<path class="{kind}" d="M{at} {_BOTTOM}v-{_STROKE}"/>'
+        elif float(at) > _LEFT:
             yield f'<path class="{kind}{only}" d="M{at} {_TOP}V{_BOTTOM}"/>'
         text = here[0].label
         if text and float(at) - last_label >= _LEAST_DISTANCE:
