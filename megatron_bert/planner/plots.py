@@ -13,6 +13,7 @@ from megatron_bert.parallel.schedule import end_times, make_schedule
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.machines import GIB
 from megatron_bert.planner.memory import Memory
+from megatron_bert.planner.report import describe_key, describe_layout
 from megatron_bert.planner.search import LayoutPlan, Plan
 from megatron_bert.planner.step import Step, StepModel
 
@@ -28,6 +29,12 @@ _COLOURS = {
     Kind.BACKWARD: "tab:green",
     Kind.BACKWARD_INPUT: "tab:green",
     Kind.BACKWARD_WEIGHT: "tab:olive",
+}
+_WORDS = {
+    Kind.FORWARD: "forward blue",
+    Kind.BACKWARD: "backward green",
+    Kind.BACKWARD_INPUT: "backward green",
+    Kind.BACKWARD_WEIGHT: "weights' gradients olive",
 }
 
 
@@ -76,6 +83,11 @@ def draw(plan: Plan) -> Figure:
     shown = _shown(plan)
     piped = next((entry.layout for _, entry in shown if entry.layout.split.pipeline > 1), None)
     figure = Figure(figsize=(11, 9 if piped else 6), layout="constrained")
+    figure.suptitle(
+        f"{plan.job.ranks:,} x {plan.job.machine.gpu.name}\n"
+        f"best: {describe_layout(plan.best[0].layout)}",
+        fontsize=10,
+    )
     axes = figure.subplots(3 if piped else 2, 1)
     _draw_times(axes[0], plan, shown)
     _draw_memory(axes[1], plan, shown)
@@ -89,7 +101,7 @@ def _shown(plan: Plan) -> list[tuple[str, LayoutPlan]]:
     found: dict[Layout, str] = {plan.best[0].layout: "best"}
     entries = {plan.best[0].layout: plan.best[0]}
     for name, entry in plan.alternatives:
-        found.setdefault(entry.layout, f"{name}={entry.layout.keys()[name]}")
+        found.setdefault(entry.layout, describe_key(entry.layout, name))
         entries[entry.layout] = entry
     return [(name, entries[layout]) for layout, name in found.items()]
 
@@ -107,7 +119,6 @@ def _draw_times(axis: Axes, plan: Plan, shown: Sequence[tuple[str, LayoutPlan]])
     }
     _stacked(axis, [name for name, _ in shown], parts)
     axis.set_xlabel("days of the whole curriculum (predicted)")
-    axis.set_title(f"{plan.job.ranks:,} x {plan.job.machine.gpu.name}")
 
 
 def _draw_memory(axis: Axes, plan: Plan, shown: Sequence[tuple[str, LayoutPlan]]) -> None:
@@ -139,7 +150,8 @@ def _draw_timeline(axis: Axes, plan: Plan, layout: Layout) -> None:
     count = min(model.batch.num_micro_batches, _DRAWN_ROUNDS * split.pipeline)
     schedule = make_schedule(split.schedule, split.pipeline, count, split.virtual)
     stages = model.stage_times()
-    for action, end in end_times(schedule, stages, model.message).items():
+    ends = end_times(schedule, stages, model.message)
+    for action, end in ends.items():
         seconds = stages[action.stage].of(action.kind)
         # Stages that a rank holds are told apart by how light they are.
         lightness = 1.0 - 0.6 * (action.stage // split.pipeline) / split.virtual
@@ -156,7 +168,8 @@ def _draw_timeline(axis: Axes, plan: Plan, layout: Layout) -> None:
     axis.set_yticks(range(split.pipeline))
     axis.set_ylabel("pipeline rank")
     shown = "" if count == model.batch.num_micro_batches else f", the first {count} micro-batches"
+    colours = dict.fromkeys(_WORDS[kind] for kind in Kind if any(a.kind is kind for a in ends))
     axis.set_xlabel(
         f"ms of a step at length {plan.job.spans[index].seq_length}, {split.schedule}{shown}: "
-        "forward blue, backward green, weights' gradients olive"
+        f"{', '.join(colours)}"
     )

@@ -155,13 +155,9 @@ def _alternatives(plan: Plan) -> Iterator[str]:
     best = plan.best[0]
     for name, entry in plan.alternatives:
         more = 100 * (entry.days / best.days - 1)
-        keys = entry.layout.keys()
-        what = f"{name}={_plain(keys[name])}"
-        if name == "parallel.pipeline_schedule":
-            what += f" x {keys['parallel.virtual_stages']}"
         yield (
-            f"  {what}: {entry.days:.3g} days ({more:+.1f} %), {entry.peak_bytes / GIB:.1f} GiB"
-            f"{_reason(plan, best, entry)}"
+            f"  {describe_key(entry.layout, name)}: {entry.days:.3g} days ({more:+.1f} %), "
+            f"{entry.peak_bytes / GIB:.1f} GiB{_reason(plan, best, entry)}"
         )
     if plan.too_large:
         smallest = plan.smallest
@@ -198,6 +194,13 @@ def _of_stages(plan: Plan) -> Iterator[str]:
                 f"  at length {span.seq_length} alone {describe_layout(entry.layout)} would be "
                 f"{gained:.1f} % quicker; a run's jobs may each have a layout of their own"
             )
+
+
+def describe_key(layout: Layout, name: str) -> str:
+    """One choice of a layout, as its key is set."""
+    keys = layout.keys()
+    stages = f" x {keys['parallel.virtual_stages']}" if name == "parallel.pipeline_schedule" else ""
+    return f"{name}={_plain(keys[name])}{stages}"
 
 
 def _plain(value: object) -> str:

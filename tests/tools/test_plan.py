@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,11 @@ def test_a_picture_shows_layouts_memory_and_the_pipeline(
         return
     for words in (b"days of the whole curriculum", b"GiB of the fullest GPU", b"pipeline rank"):
         assert words in content
+    assert b">best: " in content
+    # Keys stand there as they are set, and colours only where they are drawn.
+    assert b"=true" in content
+    assert not re.search(rb"=(True|False)", content)
+    assert (b"olive" in content) == (b"zero_bubble" in content)
 
 
 def test_a_picture_of_another_kind_is_refused(tmp_path: Path) -> None:
