@@ -120,7 +120,9 @@ def _kept(run: RunRecords) -> list[int]:
 
 def _end(run: RunRecords) -> Iterator[Event]:
     if run.torn:
-        yield Event(run.last_step, "torn line", "the metrics' last line, left by a killed job")
+        yield Event(
+            run.last_step, "torn line", "the metrics' last line: a job was killed, or is writing it"
+        )
     if run.outcome is not None:
         yield Event(
             run.last_step, run.outcome.kind.lower(), run.outcome.reason or "all steps taken"

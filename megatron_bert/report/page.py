@@ -6,7 +6,6 @@ import base64
 import hashlib
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 from megatron_bert.report import events, settings, timeline
@@ -68,7 +67,7 @@ def page_of(runs: Sequence[RunRecords]) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("megatron_bert.report").joinpath(name).read_text("utf-8")
+    return Path(__file__).with_name(name).read_text("utf-8")
 
 
 def _policy(script: str) -> str:

@@ -144,6 +144,17 @@ def test_every_module_of_the_package_is_importable_from_anywhere(
     assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
 
 
+def test_the_report_is_installed_with_its_style_and_script(
+    installation: Installation, tmp_path: Path
+) -> None:
+    code = (
+        "from pathlib import Path; from megatron_bert.report import page;"
+        "print(*sorted(path.name for path in Path(page.__file__).parent.glob('page.*')))"
+    )
+    result = installation.run("-c", code, cwd=tmp_path)
+    assert (result.stdout, result.stderr) == ("page.css page.js page.py\n", "")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs_from_the_checkout(installation: Installation, command: str) -> None:
     result = installation.run(command, "--help", cwd=installation.checkout)
