@@ -19,9 +19,10 @@ from megatron_bert.data.row_view import item_lines, page
 from megatron_bert.data.step_inspection import StepBatches
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from megatron_bert.report.picture import draw_curves
+from megatron_bert.report.records import RunRecords
 from megatron_bert.training.export import export_model
 from megatron_bert.training.main import train as train_on_all_ranks
-from megatron_bert.training.report import RunRecords, draw_curves
 from megatron_bert.training.stops import STOP_SIGNALS, StopRequests
 
 __all__ = [
