@@ -37,6 +37,7 @@ class CheckpointSaver:
 
     Attributes:
         seconds: What the last save that succeeded took to write, None before the first one.
+        saved_step: Its step.
     """
 
     def __init__(self, store: CheckpointStore, *, in_background: bool, max_failures: int) -> None:
@@ -47,6 +48,7 @@ class CheckpointSaver:
         self._in_flight: Future[None] | None = None
         self._abandoned = threading.Event()
         self.seconds: float | None = None
+        self.saved_step: int | None = None
 
     @property
     def is_saving(self) -> bool:
@@ -159,7 +161,7 @@ class CheckpointSaver:
     def _write(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
         began = time.perf_counter()
         path = self._store.save_shards(step, shards, state, self._check)
-        self.seconds = time.perf_counter() - began
+        self.seconds, self.saved_step = time.perf_counter() - began, step
         if self._store.ranks.rank == 0:
             logger.info("step %s · saved %s in %.1f s", f"{step:,}", path, self.seconds)
 

@@ -9,7 +9,7 @@ from megatron_bert.config.kernels import describe_kernels
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
-from megatron_bert.config.schema import Config
+from megatron_bert.config.schema import Config, ModelConfig
 from megatron_bert.data.source import RowSource
 from megatron_bert.training.held_out import HeldOutRows
 
@@ -25,29 +25,37 @@ def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> It
         vocab_size: padded vocabulary, None where only an absent tokenizer knows it.
         world_size: number of ranks.
     """
-    model = config.model
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
-    yield (
-        f"model       {model.num_layers} layers, hidden {model.hidden_size:,}, "
-        f"feed-forward {model.ffn_hidden_size:,}, {model.num_attention_heads} heads, "
-        f"{model.num_query_groups} key/value heads"
-    )
-    if vocab_size is None:
-        yield "parameters  unknown without the tokenizer: set model.vocab_size to count them"
-    else:
-        yield f"parameters  {parameter_count(model, vocab_size):,} (vocabulary {vocab_size:,})"
+    yield _describe_model(config.model, vocab_size)
+    if vocab_size is not None:
         yield _describe_memory(config, vocab_size, data_parallel)
     yield _describe_layout(config, world_size, data_parallel)
     if vocab_size is not None and config.parallel.pipeline > 1:
         blocks = ", ".join(str(len(layers)) for layers in stage_layers(config, vocab_size))
         yield f"stages      {blocks} blocks"
-    yield f"kernels     {describe_kernels(config)}"
+    yield _describe_precision(config, data_parallel)
+    compiled = ", blocks compiled" if config.compile.enabled else ""
+    yield f"kernels     {describe_kernels(config)}{compiled}"
     curriculum = Curriculum(config)
-    yield f"steps       {curriculum.total_steps:,}"
-    yield f"token slots {curriculum.total_slots:,} ({_rounded(curriculum.total_slots)})"
+    yield (
+        f"curriculum  {curriculum.total_steps:,} steps, {curriculum.total_slots:,} token slots "
+        f"({_rounded(curriculum.total_slots)})"
+    )
     for span in curriculum.spans:
         yield from _describe_stage(config, span, curriculum, data_parallel)
-    yield f"writes to   {config.run.directory}"
+    yield _describe_places(config)
+
+
+def _describe_model(model: ModelConfig, vocab_size: int | None) -> str:
+    if vocab_size is None:
+        size = "parameters unknown without the tokenizer (model.vocab_size would do)"
+    else:
+        size = f"{parameter_count(model, vocab_size):,} parameters, vocabulary {vocab_size:,}"
+    return (
+        f"model       {size}; {model.num_layers} layers, hidden {model.hidden_size:,}, "
+        f"feed-forward {model.ffn_hidden_size:,}, {model.num_attention_heads} heads, "
+        f"{model.num_query_groups} key/value heads"
+    )
 
 
 def _describe_stage(
@@ -95,10 +103,25 @@ def _describe_layout(config: Config, world_size: int, data_parallel: int) -> str
     axes.append(f"tensor {parallel.tensor}{sequence}")
     ranks = "rank" if world_size == 1 else "ranks"
     line = f"layout      {world_size:,} {ranks}: {' x '.join(axes)}"
-    line += f"; compute {config.precision.compute}"
+    return line if config.recompute == "none" else f"{line}; recomputation {config.recompute}"
+
+
+def _describe_precision(config: Config, data_parallel: int) -> str:
+    line = f"precision   compute {config.precision.compute}; weights and states fp32"
     if config.precision.reduce != "fp32" and data_parallel > 1:
-        line += f", gradients reduced in {config.precision.reduce}"
-    return line if config.recompute == "none" else f"{line}, recomputation {config.recompute}"
+        line += f"; gradients reduced in {config.precision.reduce}"
+    return line
+
+
+def _describe_places(config: Config) -> str:
+    log = config.log
+    line = (
+        f"writes to   {config.run.directory}: metrics.jsonl; a checkpoint every "
+        f"{config.checkpoint.interval:,} steps, the newest {config.checkpoint.keep} are kept"
+    )
+    if log.wandb.mode != "disabled":
+        line += f"; Weights & Biases {log.wandb.mode}, project {log.wandb.project}"
+    return f"{line}; TensorBoard" if log.tensorboard else line
 
 
 def describe_data(training: RowSource, held_out: HeldOutRows) -> Iterator[str]:

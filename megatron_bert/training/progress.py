@@ -1,98 +1,209 @@
-"""What a run says while it goes: one plain line an interval, on a terminal a bar below them."""
+"""What a run says while it goes: on a terminal a view that stays, elsewhere a line an interval."""
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 import sys
-from typing import NoReturn
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 
+# Between two drawings of the view: often enough to be alive, seldom enough to be read.
+_DRAW_SECONDS = 0.5
+
 logger = logging.getLogger(__name__)
 
 
-class ProgressLine:
-    """Prints loss, learning rate, speed and time left every so many steps.
+class Progress:
+    """Tells how far a run is, how it goes and when it will end.
 
-    The first step of a job and of each stage has a line as well: with few steps nothing would be
-    heard of a stage, and after the first one it is known whether the rest can work.
+    Where a person watches (standard output and standard error are a terminal), a few lines at its
+    bottom are kept up to date, and what is logged is printed above them. Elsewhere a line is logged
+    every so many steps. In both cases a line is logged for the first step of a job and of each
+    stage, after which it is known whether the rest can work, and for the last step.
+
+    Loss and speed are means over the stage's last steps, as many as lie between two lines. Time
+    left is reckoned from that speed for all stages, and counts steps alone: no evaluation, no save.
+
+    Args:
+        curriculum: of the run.
+        interval: steps between two lines.
+        last_saved: returns the step of the newest checkpoint, 0 where there is none.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, curriculum: Curriculum, interval: int) -> None:
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        interval: int,
+        last_saved: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._curriculum = curriculum
         self._interval = interval
+        self._last_saved = last_saved
+        self._clock = clock
+        self._recent = _RecentSteps(interval)
         self._stage: int | None = None
-        self._slots = 0
-        self._seconds = 0.0
-        self._bar: _Bar | None = None
+        self._watched = _a_person_watches()
+        self._view: _View | None = None
+        self._drawn = -math.inf
 
-    def after_step(
-        self,
-        step: int,
-        span: StageSpan,
-        *,
-        loss: float,
-        learning_rate: float,
-        grad_norm: float,
-        seconds: float,
-    ) -> None:
-        """Count a step that took `seconds` and print the line when it is due."""
-        self._slots += span.slots_per_step
-        self._seconds += seconds
-        if self._bar is None and sys.stderr.isatty():
-            self._bar = _Bar(step - 1, self._curriculum.total_steps)
-        if self._bar is not None:
-            self._bar.move(step, loss)
+    def after_step(self, record: Mapping[str, Any], span: StageSpan) -> None:
+        """Tell of a step, if it is time to.
+
+        Args:
+            record: the step's line of `metrics.jsonl`.
+            span: the stage that it belongs to.
+        """
+        step = record["step"]
         enters, self._stage = span.index != self._stage, span.index
-        if not enters and step % self._interval and step != self._curriculum.total_steps:
-            return
-        speed = self._slots / self._seconds
-        self._slots, self._seconds = 0, 0.0
-        logger.info(
-            "step %s/%s · stage %d/%d (%d) · loss %.4f · lr %.2e · grad %.2f · %s tokens/s · "
-            "%s left",
-            f"{step:,}",
-            f"{self._curriculum.total_steps:,}",
-            span.index + 1,
-            len(self._curriculum.spans),
-            span.seq_length,
-            loss,
-            learning_rate,
-            grad_norm,
-            f"{speed:,.0f}",
-            format_duration(self._slots_left(step) / speed),
-        )
+        self._recent.add(record["loss"], record["step_seconds"], enters=enters)
+        on_time = not self._watched and step % self._interval == 0
+        if enters or on_time or step == self._curriculum.total_steps:
+            logger.info("%s", " · ".join(self._line(record, span)))
+        if self._watched and self._clock() - self._drawn >= _DRAW_SECONDS:
+            self._drawn = self._clock()
+            self._view = self._view or _View(self._curriculum.total_steps)
+            self._draw(self._view, record, span)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._view is not None:
+            self._view.close()
+            self._view = None
 
-    def _slots_left(self, step: int) -> int:
-        return self._curriculum.total_slots - self._curriculum.slots_until(step)
+    def _line(self, record: Mapping[str, Any], span: StageSpan) -> Iterator[str]:
+        run_left, stage_left = self._seconds_left(record["step"], span)
+        yield f"step {record['step']:,}/{self._curriculum.total_steps:,}"
+        yield f"stage {self._stage_name(span)}"
+        yield from self._figures(record, span)
+        yield f"{format_duration(run_left)} left, {format_duration(stage_left)} of the stage"
+        yield self._checkpoint()
+
+    def _draw(self, view: _View, record: Mapping[str, Any], span: StageSpan) -> None:
+        step = record["step"]
+        run_left, stage_left = self._seconds_left(step, span)
+        done, length = step - span.first_step + 1, span.last_step - span.first_step + 1
+        view.draw(
+            run=(step, f"step {step:,}/{self._curriculum.total_steps:,}", run_left),
+            stage=(done, length, f"{self._stage_name(span)} · {done:,}/{length:,}", stage_left),
+            texts=[" · ".join(self._figures(record, span)), self._checkpoint()],
+        )
+
+    def _stage_name(self, span: StageSpan) -> str:
+        return f"{span.index + 1}/{len(self._curriculum.spans)} ({span.seq_length})"
+
+    def _figures(self, record: Mapping[str, Any], span: StageSpan) -> Iterator[str]:
+        """How the run goes; MFU and memory are known on CUDA only."""
+        yield f"loss {self._recent.loss:.4f}"
+        yield f"lr {record['lr']:.2e}"
+        yield f"grad {record['grad_norm']:.2f}"
+        yield f"{span.slots_per_step / self._recent.seconds:,.0f} tokens/s"
+        if record.get("mfu") is not None:
+            yield f"MFU {100 * record['mfu']:.1f} %"
+        if "peak_memory_gb" in record:
+            yield f"{record['peak_memory_gb']:.1f} GB"
+
+    def _checkpoint(self) -> str:
+        saved = self._last_saved()
+        return f"last checkpoint {saved:,}" if saved else "no checkpoint yet"
+
+    def _seconds_left(self, step: int, span: StageSpan) -> tuple[float, float]:
+        """Of the run and of its stage."""
+        seconds_per_slot = self._recent.seconds / span.slots_per_step
+        run_slots = self._curriculum.total_slots - self._curriculum.slots_until(step)
+        stage_slots = (span.last_step - step) * span.slots_per_step
+        return run_slots * seconds_per_slot, stage_slots * seconds_per_slot
 
 
-class _Bar:
-    """A bar on standard error; logged lines are printed above it, not through it."""
+class _RecentSteps:
+    """Loss and time of the last steps of a stage."""
 
-    def __init__(self, done: int, total: int) -> None:
+    def __init__(self, count: int) -> None:
+        self._steps: deque[tuple[float, float]] = deque(maxlen=count)
+        self._only_first = False
+
+    def add(self, loss: float, seconds: float, *, enters: bool) -> None:
+        # A stage's first step, in which blocks may be compiled, counts only until there is another.
+        if enters or self._only_first:
+            self._steps.clear()
+        self._only_first = enters
+        self._steps.append((loss, seconds))
+
+    @property
+    def loss(self) -> float:
+        """Mean in nats, of those that are finite, if any."""
+        losses = [loss for loss, _ in self._steps]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return sum(finite) / len(finite) if finite else losses[-1]
+
+    @property
+    def seconds(self) -> float:
+        """Mean of a step."""
+        return sum(seconds for _, seconds in self._steps) / len(self._steps)
+
+
+class _View:
+    """Lines at the bottom of a terminal; what is logged is printed above, not through them."""
+
+    def __init__(self, total_steps: int) -> None:
         self._redirection = logging_redirect_tqdm()
         self._redirection.__enter__()
-        self._bar: tqdm[NoReturn] = tqdm(total=total, initial=done, unit="step", leave=False)
+        self._run = _bar("run  ", 0)
+        self._run.total = total_steps
+        self._stage = _bar("stage", 1)
+        self._texts = [_at_bottom(position, "{desc}") for position in (2, 3)]
 
-    def move(self, step: int, loss: float) -> None:
-        """Show that `step` was taken."""
-        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        self._bar.update(step - self._bar.n)
+    def draw(
+        self,
+        *,
+        run: tuple[int, str, float],
+        stage: tuple[int, int, str, float],
+        texts: list[str],
+    ) -> None:
+        """Bring the lines up to date.
+
+        Args:
+            run: steps taken, where that is, seconds left.
+            stage: steps taken of it, its steps, where that is, seconds left.
+            texts: the lines below.
+        """
+        self._run.n, place, left = run
+        self._run.set_description_str(f"{place} · {format_duration(left)} left", refresh=True)
+        self._stage.n, self._stage.total, place, left = stage
+        self._stage.set_description_str(f"{place} · {format_duration(left)} left", refresh=True)
+        for line, text in zip(self._texts, texts, strict=True):
+            # Unlike bars, plain text is not cut by tqdm, and would run into the next line.
+            line.set_description_str(text[: line.format_dict["ncols"]], refresh=True)
 
     def close(self) -> None:
-        """Remove the bar."""
-        self._bar.close()
+        """Remove the lines."""
+        for line in (*reversed(self._texts), self._stage, self._run):
+            line.close()
         self._redirection.__exit__(None, None, None)
+
+
+def _bar(name: str, position: int) -> tqdm[NoReturn]:
+    return _at_bottom(position, name + " {percentage:3.0f} % |{bar:20}| {desc}")
+
+
+def _at_bottom(position: int, bar_format: str) -> tqdm[NoReturn]:
+    return tqdm(total=1, position=position, bar_format=bar_format, leave=False, dynamic_ncols=True)
+
+
+def _a_person_watches() -> bool:
+    """Whether lines can stay in place: behind a pipe (`| tee`) others would get in between."""
+    streams = (sys.stdout, sys.stderr)
+    return os.environ.get("TERM") != "dumb" and all(stream.isatty() for stream in streams)
 
 
 def format_duration(seconds: float) -> str:

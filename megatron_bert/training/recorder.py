@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import Config
 from megatron_bert.training.divergence import DivergenceWatch
 from megatron_bert.training.metrics import MetricsFile
-from megatron_bert.training.progress import ProgressLine
+from megatron_bert.training.progress import Progress
 from megatron_bert.training.spikes import SpikeWatch
 from megatron_bert.training.step import Agreement, StepResult
 
@@ -48,11 +48,21 @@ class StepRecorder:
         vocab_size: int,
         world_size: int,
         metrics: MetricsFile | None,
+        last_saved: Callable[[], int],
     ) -> None:
-        """Record on the rank that has a metrics file; every rank watches for divergence."""
+        """Record on the rank that has a metrics file; every rank watches for divergence.
+
+        Args:
+            config: of the run.
+            curriculum: of the run.
+            vocab_size: padded vocabulary.
+            world_size: number of ranks.
+            metrics: where lines go, None on every rank but the first.
+            last_saved: returns the step of the newest checkpoint, 0 where there is none.
+        """
         self._curriculum = curriculum
         self._metrics = metrics
-        self._progress = ProgressLine(curriculum, config.log.interval)
+        self._progress = Progress(curriculum, config.log.interval, last_saved)
         self._step_flops = [
             span.global_size
             * row_flops(config.model, vocab_size, span.seq_length, span.masked_slots)
@@ -101,7 +111,7 @@ class StepRecorder:
             self._metrics.sync()
 
     def close(self) -> None:
-        """Close the metrics file and the progress bar; a step not recorded yet is left out."""
+        """Close the metrics file and the view; a step not recorded yet is left out."""
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -117,7 +127,8 @@ class StepRecorder:
         """Write an evaluation's line."""
         if self._metrics is None:
             return
-        self._metrics.write({"step": step, "stage": span.index, **scores})
+        tokens = self._curriculum.slots_until(step)
+        self._metrics.write({"step": step, "stage": span.index, "tokens": tokens, **scores})
         logger.info(
             "step %s · validation loss %.4f · accuracy %.4f",
             f"{step:,}",
@@ -133,14 +144,7 @@ class StepRecorder:
         if self._metrics is not None:
             line = self._line(taken, loss, grad_norm, skipped)
             self._metrics.write(line | self._remarks(taken, loss, rows, skipped))
-            self._progress.after_step(
-                taken.step,
-                taken.span,
-                loss=loss,
-                learning_rate=taken.learning_rate,
-                grad_norm=grad_norm,
-                seconds=taken.seconds,
-            )
+            self._progress.after_step(line, taken.span)
         self._divergence.add(taken.step, rows, taken.result.finite_here.tolist(), skipped=skipped)
 
     def _remarks(self, taken: _Taken, loss: float, rows: range, skipped: bool) -> dict[str, object]:

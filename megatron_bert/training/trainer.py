@@ -129,8 +129,14 @@ class Trainer:
             data = describe_data(self._source, held_out)
             for line in (*plan, *data, *precision_warnings(config)):
                 logger.info("%s", line)
+        resumed_from = self._step
         self._recorder = StepRecorder(
-            config, self._curriculum, vocab_size, dist.get_world_size(), metrics
+            config,
+            self._curriculum,
+            vocab_size,
+            dist.get_world_size(),
+            metrics,
+            lambda: self._saver.saved_step or resumed_from,
         )
 
     def run(self, stops: StopRequests, max_steps: int | None = None) -> RunEnd:

@@ -360,8 +360,10 @@ def test_a_save_is_measured_once_it_has_succeeded(tmp_path: Path, in_background:
         saver.save(1, _tensors(), {})
         saver.finish()
     assert saver.seconds is None
+    assert saver.saved_step is None
     saver.save(2, _tensors(), {})
     saver.finish()
     assert saver.seconds is not None
     assert saver.seconds > 0.0
+    assert saver.saved_step == 2
     assert not saver.is_saving

@@ -148,7 +148,7 @@ def test_the_plan_tells_what_the_stages_differ_in(
     assert "9 rows a step, 30 % masked, learning rate x 1, 16 masked slots a row" in stages[0]
     assert "2 x 3 rows a rank, 3 surplus rows" in stages[0]
     assert "12 rows a step, 15 % masked, learning rate x 0.5, 12 masked slots a row" in stages[1]
-    assert f"token slots {84 * 32 + 15 * 64:,}" in caplog.text
+    assert f"{84 * 32 + 15 * 64:,} token slots" in caplog.text
     caplog.clear()
     dry_run(tiny_run(), 2)
     assert "rows a step" not in caplog.text

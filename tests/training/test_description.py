@@ -25,17 +25,43 @@ def line(name: str, lines: list[str]) -> str:
 
 def test_one_process_has_a_layout_of_one_rank() -> None:
     lines = plan(1)
-    assert line("layout", lines) == "1 rank: data 1 x tensor 1; compute bf16"
+    assert line("layout", lines) == "1 rank: data 1 x tensor 1"
     assert not [line for line in lines if line.startswith("stages")]
 
 
 def test_the_plan_says_what_computes() -> None:
-    assert line("kernels", plan(1)) == (
+    assert line("kernels", plan(1)).endswith(", attention on CUDA in BF16 our own, blocks compiled")
+    uncompiled = "compile.enabled=false"
+    assert line("kernels", plan(1, uncompiled)) == (
         "torch (auto): PyTorch's, attention on CUDA in BF16 our own"
     )
-    assert line("kernels", plan(1, "kernels=te", "precision.fp8=current")) == (
+    assert line("kernels", plan(1, uncompiled, "kernels=te", "precision.fp8=current")) == (
         "te: Transformer Engine's linear layers, the rest as with torch; products in FP8 (current)"
     )
+
+
+def test_the_plan_says_what_is_trained_how_long_and_where_it_is_written() -> None:
+    lines = plan(1, "run.dir=runs/first")
+    assert line("model", lines) == (
+        "1,301,388,032 parameters, vocabulary 99,584; 48 layers, hidden 1,536, feed-forward 4,096, "
+        "24 heads, 1 key/value heads"
+    )
+    assert line("curriculum", lines) == "454,000 steps, 187,301,888,000 token slots (187.3 B)"
+    places = "to   runs/first: metrics.jsonl; a checkpoint every 1,000 steps, the newest 3 are kept"
+    assert line("writes", lines) == places
+    loggers = ("log.wandb.mode=offline", "log.wandb.project=encoders", "log.tensorboard=true")
+    assert line("writes", plan(1, "run.dir=runs/first", *loggers)) == (
+        f"{places}; Weights & Biases offline, project encoders; TensorBoard"
+    )
+
+
+def test_the_plan_of_a_run_of_four_stages_fits_on_a_screen() -> None:
+    assert len(plan(1)) == 11
+
+
+def test_without_the_tokenizer_the_plan_says_what_is_unknown() -> None:
+    lines = list(describe_plan(load_config(EXAMPLE, []), None, 1))
+    assert line("model", lines).startswith("parameters unknown without the tokenizer")
 
 
 def test_the_layout_names_every_kind_of_parallelism() -> None:
@@ -50,7 +76,7 @@ def test_the_layout_names_every_kind_of_parallelism() -> None:
     )
     assert line("layout", lines) == (
         "320 ranks: pipeline 5 (interleaved, 2 stages a rank) x data 16 (2 copies x 8 shards) x "
-        "tensor 4 (sequence parallel); compute bf16, recomputation selective"
+        "tensor 4 (sequence parallel); recomputation selective"
     )
     counts = line("stages", lines).removesuffix(" blocks").split(", ")
     assert len(counts) == 10
@@ -59,7 +85,7 @@ def test_the_layout_names_every_kind_of_parallelism() -> None:
 
 def test_the_layout_leaves_out_what_has_no_effect() -> None:
     lines = plan(2, "parallel.sequence=true", "parallel.pipeline_schedule=zero_bubble")
-    assert line("layout", lines) == "2 ranks: data 2 x tensor 1; compute bf16"
+    assert line("layout", lines) == "2 ranks: data 2 x tensor 1"
 
 
 def test_a_pipeline_s_stages_are_told_by_their_blocks() -> None:
@@ -97,8 +123,10 @@ def test_muon_needs_a_quarter_less_for_the_blocks_matrices() -> None:
 
 
 def test_the_plan_says_that_gradients_are_reduced_in_bf16_where_several_ranks_have_rows() -> None:
-    assert line("layout", plan(2, "precision.reduce=bf16")).endswith("reduced in bf16")
-    assert "reduced" not in line("layout", plan(2, "precision.reduce=bf16", "parallel.tensor=2"))
+    assert line("precision", plan(2, "precision.reduce=bf16")) == (
+        "compute bf16; weights and states fp32; gradients reduced in bf16"
+    )
+    assert "reduced" not in line("precision", plan(2, "precision.reduce=bf16", "parallel.tensor=2"))
 
 
 def test_a_pipeline_s_ranks_hold_the_model_and_one_more_table() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.small_model import VOCABULARY, small_config
 class _Run:
     """Hands steps to a recorder as the trainer does."""
 
-    def __init__(self, metrics: Path | None, max_skipped: int = 2) -> None:
+    def __init__(self, metrics: Path | None, max_skipped: int = 2, last_saved: int = 0) -> None:
         config = small_config(
             curriculum=[
                 {"seq_length": 32, "steps": 4, "batch": {"global_size": 2}},
@@ -29,7 +30,9 @@ class _Run:
         )
         self.curriculum = Curriculum(config)
         file = None if metrics is None else MetricsFile(metrics)
-        self.recorder = StepRecorder(config, self.curriculum, VOCABULARY, 1, file)
+        self.recorder = StepRecorder(
+            config, self.curriculum, VOCABULARY, 1, file, lambda: last_saved
+        )
 
     def take(self, step: int, *, skipped: bool = False, loss: float | None = None) -> None:
         norm = math.nan if skipped else 2.0
@@ -72,6 +75,22 @@ def test_a_line_counts_rows_and_tokens_over_all_stages_and_keeps_the_losss_bits(
     assert line["batch_hash"] == f"{2**64 - 6:016x}"
     # fp32 widened, not rounded: the same bits come back.
     assert line["loss"] == torch.tensor(0.6).item()
+
+
+def test_an_evaluation_says_after_how_many_tokens_it_was_and_the_last_line_what_was_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = _Run(tmp_path / "metrics.jsonl", last_saved=3)
+    run.take(5)
+    run.recorder.flush()
+    scores: dict[str, object] = {"valid_loss": 2.0, "valid_accuracy": 0.5}
+    run.recorder.write_evaluation(5, run.curriculum.at(5), scores)
+    run.recorder.close()
+    assert caplog.messages[0].endswith("last checkpoint 3")
+    assert read(tmp_path / "metrics.jsonl")[-1] == {
+        "step": 5, "stage": 1, "tokens": 4 * 2 * 32 + 8 * 64, **scores,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("writes", [True, False])

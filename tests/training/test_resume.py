@@ -105,6 +105,30 @@ def test_a_stopped_run_saves_its_step_and_goes_on(tiny_run: Callable[..., Config
     run_ranks(2, _check_stop, tiny_run("uncut"), tiny_run("stopped"))
 
 
+def _progress_lines(config: Config, stop_after: int) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    progress = logging.getLogger("megatron_bert.training.progress")
+    progress.addHandler(handler)
+    progress.setLevel(logging.INFO)
+    train(config, stop_after=stop_after)
+    progress.removeHandler(handler)
+    return said
+
+
+def test_a_jobs_lines_tell_the_checkpoint_that_the_next_job_would_go_on_from(
+    tiny_run: Callable[..., Config],
+) -> None:
+    config = tiny_run(valid=False, log={"interval": 1})
+    (before,) = run_ranks(1, _progress_lines, config, 1)[0]
+    assert before.endswith("no checkpoint yet")
+    lines = run_ranks(1, _progress_lines, config, 4)[0]
+    assert [line.split(" · ")[-1] for line in lines] == [
+        "last checkpoint 1", "last checkpoint 1", "last checkpoint 3",
+    ]  # fmt: skip
+
+
 def _train_once(config: Config, stop: dict[str, int]) -> list[dict[str, Any]]:
     return train(config, **stop)
 
