@@ -62,7 +62,9 @@ def _logger_problems(config: Config) -> Iterator[str]:
         "tensorboard": ("log.tensorboard", config.log.tensorboard, False),
     }
     for package, (key, value, off) in wanted.items():
-        if value != off and find_spec(package) is None:
+        found = find_spec(package)
+        # A folder of that name, as wandb leaves where it ran, looks like a package without origin.
+        if value != off and (found is None or found.origin is None):
             yield (
                 f"{key} = {format_value(value)}: the package {package} is not installed; "
                 f"pip install {package}, or use {format_value(off)}"

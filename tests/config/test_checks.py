@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,16 @@ def test_a_logger_whose_package_is_missing_is_refused(
     monkeypatch.setattr(checks, "find_spec", lambda _: None)
     message = refusal(build, override)
     assert f"the package {package} is not installed; pip install {package}, or use {off}" in message
+
+
+def test_a_folder_with_a_loggers_name_is_not_taken_for_its_package(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As wandb leaves one where it ran.
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert "package wandb is not installed" in refusal(build, "log.wandb.mode=online")
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,25 @@ import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.load import dump_config
+from megatron_bert.config.schema import Config
 from megatron_bert.training.progress import Progress
 from tests.small_model import small_config
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 ROWS, COLUMNS = 24, 200
 
 
@@ -281,3 +286,26 @@ def test_closing_before_any_step_draws_nothing(terminal: Callable[..., Terminal]
     shown = terminal()
     progress(1).close()
     assert shown.written() == ""
+
+
+@pytest.mark.slow
+def test_a_run_on_a_terminal_leaves_whole_lines_and_nothing_of_the_view(
+    terminal: Callable[..., Terminal], tiny_run: Callable[..., Config], tmp_path: Path
+) -> None:
+    shown = terminal()
+    config = tmp_path / "tiny.yaml"
+    config.write_text(dump_config(tiny_run()))
+    subprocess.run(
+        [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--config", str(config)],
+        stdout=shown.stream,
+        stderr=shown.stream,
+        timeout=300,
+        check=True,
+    )
+    assert re.search(r"stage +\d+ % \|", shown.written())
+    lines = shown.screen()
+    assert not [line for line in lines if line.startswith(("run  ", "stage  ", "last checkpoint"))]
+    assert [line.split(" · ")[0] for line in lines if "tokens/s" in line] == [
+        "step 1/12", "step 8/12", "step 12/12",
+    ]  # fmt: skip
+    assert lines[-1] == "finished after step 12"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bert.config.errors import DataError, UserError
+from megatron_bert.config.errors import DataError, UserError, run_cli
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
 from megatron_bert.training.main import main
@@ -76,6 +76,32 @@ def test_a_finished_run_stays_so_when_a_command_is_refused_and_until_a_job_of_it
     with pytest.raises(DataError, match="rows are bad"):
         _main(*command, "curriculum.1.steps=6")
     assert list(_told(tmp_path / "run")) == ["FAILED"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["training", "dry-run"])
+@pytest.mark.parametrize(
+    ("override", "package"),
+    [("log.wandb.mode=offline", "wandb"), ("log.tensorboard=true", "tensorboard")],
+)
+def test_a_logger_that_is_not_installed_is_refused_before_training(
+    tiny_run: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    package: str,
+    options: list[str],
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump_config(tiny_run(valid=False)))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as refused:
+        run_cli(lambda: _main("--config", str(tmp_path / "tiny.yaml"), override, *options))
+    assert refused.value.code == 2
+    key, value = override.split("=")
+    wanted = f"{key} = {value}: the package {package} is not installed; pip install {package}, or"
+    assert f"error: {wanted}" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def _main(*arguments: str) -> None:

@@ -17,6 +17,7 @@ from megatron_bert.config.errors import UserError, run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training.mirrors.following import Bookmark, FollowedFile
+from megatron_bert.training.run_directory import Outcome, read_outcome
 
 _LOOK_SECONDS = 1.0
 # After the training's end: a service that does not answer must not hold a job. Less than torchrun's
@@ -29,11 +30,14 @@ logger = logging.getLogger(__name__)
 class Mirror(Protocol):
     """Where metrics are copied to."""
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Copy a line of the metrics file."""
+    def write(self, record: dict[str, Any], *, begins_stage: bool) -> None:
+        """Copy a line of the metrics file; `begins_stage` where none of its stage came before."""
 
-    def close(self) -> None:
-        """Finish copying."""
+    def caught_up(self) -> None:
+        """Take note that all lines there are were written."""
+
+    def close(self, end: Outcome | None) -> None:
+        """Finish copying, and tell how the job ended that wrote the lines, where that is known."""
 
 
 def main() -> None:
@@ -55,14 +59,11 @@ def main() -> None:
         raise UserError(f"{args.run_dir}: is no run directory; give the run.dir of a training")
     with _only_one(logs / f"{args.to}.lock", ended):
         bookmark = Bookmark(logs / f"{args.to}.json", anew=args.anew)
-        mirror = _open(args.to, args.run_dir, bookmark)
-        with FollowedFile(args.run_dir / "metrics.jsonl") as metrics:
-            for _ in _looks(ended):
-                for record in metrics.new_records():
-                    if bookmark.is_new(record):
-                        mirror.write(record)
-                bookmark.keep()
-        mirror.close()
+        # The training is what started this process.
+        training = os.getppid() if args.follow else None
+        mirror = _open(args.to, args.run_dir, bookmark, training)
+        _copy(args.run_dir / "metrics.jsonl", bookmark, mirror, ended)
+        mirror.close(end_of_job(args.run_dir) if args.follow else None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +77,23 @@ def _parser() -> argparse.ArgumentParser:
         "--anew", action="store_true", help="copy from the first line, whatever was copied before"
     )
     return parser
+
+
+def _copy(path: Path, bookmark: Bookmark, mirror: Mirror, ended: threading.Event) -> None:
+    stage: object = None
+    with FollowedFile(path) as metrics:
+        for _ in _looks(ended):
+            for record in metrics.new_records():
+                begins_stage = record.get("stage", stage) != stage
+                stage = record.get("stage", stage)
+                if bookmark.is_new(record):
+                    mirror.write(record, begins_stage=begins_stage)
+            mirror.caught_up()
+
+
+def end_of_job(run_dir: Path) -> Outcome:
+    """How the training ended that this process followed."""
+    return read_outcome(run_dir) or Outcome("KILLED", "the job ended without a word")
 
 
 def _leave_signals_to_the_training() -> None:
@@ -113,15 +131,15 @@ def _looks(ended: threading.Event) -> Iterator[None]:
     yield
 
 
-def _open(to: str, run_dir: Path, bookmark: Bookmark) -> Mirror:
+def _open(to: str, run_dir: Path, bookmark: Bookmark, training: int | None) -> Mirror:
     # Imported here: neither need be installed for the other.
     if to == "wandb":
         from megatron_bert.training.mirrors.to_wandb import WandbMirror
 
-        return WandbMirror(load_config(run_dir / "config.yaml"), run_dir, bookmark)
+        return WandbMirror(load_config(run_dir / "config.yaml"), run_dir, bookmark, training)
     from megatron_bert.training.mirrors.to_tensorboard import TensorBoardMirror
 
-    return TensorBoardMirror(run_dir)
+    return TensorBoardMirror(run_dir, bookmark)
 
 
 if __name__ == "__main__":

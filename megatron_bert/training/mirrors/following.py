@@ -109,13 +109,22 @@ class FollowedFile:
                 yield record
 
 
-def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a record by name, those of inner objects as `outer/inner`."""
-    found: dict[str, float] = {}
+def curves(record: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a line of metrics but its step, named `train/...` and `valid/...`.
+
+    Those of inner objects are `outer/inner`; `valid_loss` is `valid/loss`.
+    """
+    place = "train" if "loss" in record else "valid"
+    return {
+        name if "/" in name else f"{place}/{name.removeprefix('valid_')}": number
+        for name, number in _numbers(record)
+        if name != "step"
+    }
+
+
+def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, dict):
-            inner = scalars(value).items()
-            found.update((f"{name}/{inner_name}", number) for inner_name, number in inner)
+            yield from ((f"{name}/{inner}", number) for inner, number in _numbers(value))
         elif isinstance(value, int | float):
-            found[name] = float(value)
-    return found
+            yield name, float(value)

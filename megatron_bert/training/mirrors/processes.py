@@ -102,13 +102,11 @@ class Mirrors:
                 watcher.join()
 
     def _say_how_to_go_on(self, to: str, why: str) -> None:
-        synchronise = f", then wandb sync {self._run_dir}/wandb/*run-*" if to == "wandb" else ""
         logger.warning(
             "%s may lack lines of metrics.jsonl, which itself is complete: %s. Send the rest with: "
-            "python -P -m megatron_bert.training.mirrors %s %s%s",
+            "python -P -m megatron_bert.training.mirrors %s %s",
             to,
             why,
             self._run_dir,
             to,
-            synchronise,
         )

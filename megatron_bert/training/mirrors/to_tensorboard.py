@@ -8,9 +8,13 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from megatron_bert.training.mirrors.following import scalars
+from megatron_bert.training.mirrors.following import Bookmark, curves
+from megatron_bert.training.run_directory import Outcome
 
 
 class TensorBoardMirror:
@@ -20,28 +24,37 @@ class TensorBoardMirror:
 
     Args:
         run_dir: the run's directory.
+        bookmark: moved past what was written.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, bookmark: Bookmark) -> None:
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
+        self._bookmark = bookmark
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Write a line."""
-        values = [
-            Summary.Value(tag=_tag(name, record), simple_value=number)
-            for name, number in scalars(record).items()
-            if name != "step"
-        ]
-        event = Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))
-        self._writer.add_event(event)
+    def write(self, record: dict[str, Any], *, begins_stage: bool) -> None:
+        """Write a line, and a text where a stage begins."""
+        numbers = curves(record).items()
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers]
+        if begins_stage and "seq_length" in record:
+            values.append(_text("stage", f"stage {record['stage'] + 1}: {record['seq_length']}"))
+        self._add(values, record["step"])
 
-    def close(self) -> None:
+    def caught_up(self) -> None:
         """Write out what is buffered."""
+        self._writer.flush()
+        self._bookmark.keep()
+
+    def close(self, end: Outcome | None) -> None:
+        """Write how the job ended, as a text at the last step."""
+        if end is not None:
+            self._add([_text("job", f"{end.kind}: {end.reason}")], self._bookmark.step)
         self._writer.close()
 
+    def _add(self, values: list[Summary.Value], step: int) -> None:
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._writer.add_event(event)
 
-def _tag(name: str, record: dict[str, Any]) -> str:
-    # TensorBoard groups by what stands before the slash; inner objects have one already.
-    if "/" in name:
-        return name
-    return f"train/{name}" if "loss" in record else f"valid/{name.removeprefix('valid_')}"
+
+def _text(tag: str, text: str) -> Summary.Value:
+    tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode("utf-8", "backslashreplace")])
+    return Summary.Value(tag=tag, tensor=tensor, metadata=create_summary_metadata(tag, None))
