@@ -17,7 +17,7 @@ Runs every quick test that needs no GPU. Each flag adds a suite:
   --gpu          needs CUDA
   --all          all of them
 
-Two files run at a time (pytest-xdist; -n 0 for one). What follows goes to pytest, for example
+Three files run at a time (pytest-xdist; -n 0 for one). What follows goes to pytest, for example
 `bash tests/run.sh tests/data -k masking`; put -- before a first argument that starts with --.
 TEXT
 }
@@ -65,5 +65,5 @@ for suite in "${suites[@]}"; do
 done
 selection=$(printf ' and %s' "${left_out[@]}")
 
-# Two files at a time: most of a distributed test is waiting for processes to start, meet and end.
-exec "$python" -m pytest --numprocesses=2 --dist=loadfile ${left_out[0]:+-m "${selection# and }"} "$@"
+# Three files at a time on two cores: a distributed test mostly waits for processes to start, meet and end.
+exec "$python" -m pytest --numprocesses=3 --dist=loadfile ${left_out[0]:+-m "${selection# and }"} "$@"

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     direct = words[end + 1 :]
     if (options.script is None) == (not direct):
         raise ConfigError(
-            "what to translate is not clear: give either a script, or Megatron-LM's arguments "
+            f"{' '.join(words) or 'no argument'}: give either a script, or Megatron-LM's arguments "
             "behind --"
         )
     if options.script is not None:

@@ -24,7 +24,7 @@ def check_name(output: Path) -> None:
         UserError: it ends neither in `.svg` nor in `.png`.
     """
     if output.suffix not in (".svg", ".png"):
-        raise UserError(f"--picture {output}: the name must end in .svg or .png")
+        raise UserError(f"--picture {output}: give a name that ends in .svg or .png")
 
 
 def write_picture(runs: Sequence[RunRecords], output: Path) -> None:

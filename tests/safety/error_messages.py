@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 # What to do is an imperative, and it begins a clause.
 _VERBS = (
-    "add|append|begin|branch|check|choose|convert|copy|correct|cut|divide|drop|end|free|give|"
+    "add|append|begin|branch|check|choose|close|convert|copy|correct|cut|divide|drop|end|free|give|"
     "install|leave|lower|make|measure|mend|merge|move|name|open|pip|put|quote|raise|remove|"
     "rename|replace|restore|resume|run|save|see|set|start|stop|submit|take|train|try|use|wait|"
     "write"
@@ -154,7 +154,15 @@ def _arguments(name: str, function: ast.AST, module: ast.AST) -> list[ast.expr]:
         and isinstance(node.func, ast.Name)
         and node.func.id == function.name
     ]
-    return [call.args[names.index(name)] for call in calls]
+    place = names.index(name)
+    return [
+        argument
+        for call in calls
+        for argument in (
+            *call.args[place : place + 1],
+            *(keyword.value for keyword in call.keywords if keyword.arg == name),
+        )
+    ]
 
 
 def _names_something(text: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from megatron_bert import api
 from megatron_bert.config.load import config_dict, load_config
 from megatron_bert.config.schema import Config
+from megatron_bert.training.metrics import read
 from megatron_bert.training.run_directory import FINISHED, STOPPED
 
 
@@ -58,12 +59,13 @@ def test_training_goes_on_step_by_step_and_gives_the_signals_back(
         eval={"interval": 3},
     )
     first = api.train(config, max_steps=2)
-    assert [record["step"] for record in first.steps] == [1, 2]
-    assert first.steps[0]["batch_hash"] == f"{api.read_batch(config, 1).batch_hash:016x}"
+    assert list(first.columns["step"]) == [1, 2]
+    (line, *_) = read(config.run.directory / "metrics.jsonl")
+    assert line["batch_hash"] == f"{api.read_batch(config, 1).batch_hash:016x}"
     assert not first.evaluations
     assert (config.run.directory / STOPPED).exists()
     last = api.train(config, max_steps=5)
-    assert [record["step"] for record in last.steps] == [1, 2, 3]
+    assert list(last.columns["step"]) == [1, 2, 3]
     assert np.isfinite(last.evaluations[-1]["valid_loss"])
     assert (config.run.directory / FINISHED).exists()
     assert signal.getsignal(signal.SIGINT) is handler

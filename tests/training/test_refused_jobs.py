@@ -67,7 +67,7 @@ def test_a_finished_run_stays_so_when_a_command_is_refused_and_until_a_job_of_it
             _main(*command, key)
         assert _told(tmp_path / "run") == finished
 
-    def fail(self: Trainer, _: object) -> None:
+    def fail(self: Trainer, *_: object) -> None:
         assert self.step == 12
         assert not _told(tmp_path / "run")
         raise DataError("rows are bad")

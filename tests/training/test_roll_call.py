@@ -376,7 +376,7 @@ class _Trainer:
     def __init__(self, *_: object) -> None:
         pass
 
-    def run(self, _stops: object) -> RunEnd:
+    def run(self, *_: object) -> RunEnd:
         return RunEnd(step=1, stop_reason=None)
 
 
@@ -387,7 +387,7 @@ def _lose_a_rank_at_the_end(config: Config) -> None:
     barrier, main.Trainer, dist.barrier = dist.barrier, _Trainer, fail
     try:
         with pytest.raises(dist.DistNetworkError):
-            main._run(config, torch.device("cpu"), _Stops(), RollCall(), Mirrors())
+            main._run(config, torch.device("cpu"), _Stops(), RollCall(), Mirrors(), None)
     finally:
         dist.barrier = barrier
 

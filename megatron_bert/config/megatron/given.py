@@ -61,7 +61,7 @@ class Given:
             return read(value)
         except ValueError:
             remedy = (
-                f"say what it is: --variable {value.lstrip('$').strip('{}')}=VALUE"
+                f"give it: --variable {value.lstrip('$').strip('{}')}=VALUE"
                 if value.startswith("$")
                 else "give a number"
             )
