@@ -79,7 +79,8 @@ class RunRecords:
         columns = table.arrays()
         if missing := {"stage", "seq_length"} - columns.keys():
             raise UserError(
-                f"{path}: its lines have no {', '.join(missing)}: no run's metrics; name a run directory"
+                f"{path}: its lines have no {', '.join(missing)}, as a run's have; name a run "
+                "directory"
             )
         # Jobs that took no step leave no trace in the curves.
         jobs = [job for job in read_jobs(directory) if job["step"] < columns["step"][-1]]
