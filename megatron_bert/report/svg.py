@@ -121,7 +121,12 @@ def _marks(marks: Sequence[Mark], x: Scale) -> Iterator[str]:
         text = here[0].label
         if text and float(at) - last_label >= _LEAST_DISTANCE:
             last_label = float(at)
-            yield f'<text class="mark" x="{float(at) + 3:.1f}" y="{_TOP - 4}">{text}</text>'
+            # At the right edge a label stands before its line, or it would be cut.
+            anchor, place = ("start", 3) if float(at) < _RIGHT - _LEAST_DISTANCE else ("end", -3)
+            yield (
+                f'<text class="mark" text-anchor="{anchor}" x="{float(at) + place:.1f}" '
+                f'y="{_TOP - 4}">{text}</text>'
+            )
 
 
 def _line(curve: Curve, x: Scale, y: Scale, axis: str, classes: str) -> str:
