@@ -6,6 +6,7 @@ with several that of their network.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -172,6 +173,7 @@ def _facts(name: str, device: torch.device, curves: dict[str, Curve]) -> tuple[G
         link=link,
         per_node=per_node,
         source="measured",
+        kind=device.type,
     )
     return facts, True
 
@@ -189,20 +191,28 @@ def _rates(
     best = max(2 * n**3 / s for n, s in curves[f"gemm_{kind}"])
     smallest, seconds = curves[f"gemm_{kind}"][0]
     built_in = find_machine("h100-80gb" if compute is torch.bfloat16 else "cpu").rates
-    flops = 4 * sizes.rows * sizes.length**2 * _HEADS * _HEAD_SIZE
+    slots, width = sizes.rows * sizes.length, _HEADS * _HEAD_SIZE
+    flops = 4 * slots * sizes.length * width
     (_, forward, both), (_, _, plain_both) = curves["attention"]
+    # The planner adds what attention reads and writes to its products: once forward, four times
+    # backward.
+    moved = compute.itemsize * slots * 4 * width / (1e9 * facts.bandwidth * 0.95)
+    forward_products = max(forward - moved, forward / 2)
+    backward_products = max(both - forward - 4 * moved, (both - forward) / 2, 1e-9)
     found = replace(
         built_in,
         gemm=best / peak,
         gemm_seconds=max(0.0, seconds - 2 * smallest**3 / best),
-        attention_forward=flops / forward / peak,
-        attention_backward=2.5 * flops / max(both - forward, 1e-9) / peak,
+        attention_forward=flops / forward_products / peak,
+        attention_backward=2.5 * flops / backward_products / peak,
         no_dropout=max(1.0, both / plain_both),
         elementwise=_norm_rate(curves["norm"], compute.itemsize) / facts.bandwidth,
     )
     if "all_reduce" not in curves:
         return found
-    rate, latency = _ring_rate(curves["all_reduce"]), curves["all_reduce"][0][1] / 2
+    rate, ranks = _ring_rate(curves["all_reduce"]), dist.get_world_size()
+    # `network.Group.sum`: a ring's latencies or a tree's, whichever are fewer.
+    latency = curves["all_reduce"][0][1] / min(2 * (1 + ranks / 16), 2 * math.log2(ranks))
     if dist.get_world_size() <= facts.per_node:
         share = 1.0 if is_measured else rate / facts.link
         return replace(found, link=share, link_latency=latency)

@@ -39,6 +39,11 @@ class StageSpan:
     first_row: int
 
     @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return self.last_step - self.first_step + 1
+
+    @property
     def num_rows(self) -> int:
         """Rows of all its steps."""
         return self._rows_until(self.last_step)

@@ -108,7 +108,7 @@ def _score_temporaries(
         # The scores before and after what is added to them; attention's result is not there yet.
         return scores * 2 * e - mixed, scores * 2 * e
     # Dropout's numbers, three at a time: of 64 bits on the CPU, of 32 on CUDA.
-    draws = 3 * (8 if work.job.machine.gpu.name == "cpu" else 4)
+    draws = 3 * (8 if work.job.machine.gpu.kind == "cpu" else 4)
     # The scores stand, and which weights are kept, and those weights, are not there yet.
     forward = scores * (e + draws - (1 + e)) - mixed
     return forward, scores * 2 * e
@@ -138,7 +138,7 @@ def head_bytes(work: Work) -> HeadBytes:
     # Dense, GELU and norm keep their inputs; the projection its finished gradient.
     kept = e * 5 * M * D
     table = V * D * (4 if many else e)
-    on_cpu = work.job.machine.gpu.name == "cpu"
+    on_cpu = work.job.machine.gpu.kind == "cpu"
     softmax = 4 * min(chunk * V, _CPU_SOFTMAX_ELEMENTS) if on_cpu else 4 * chunk * V
     # Of several chunks the new product stands beside the sum.
     logits = chunk * V * e + softmax + (V * D * e if many else 0.0)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,15 +80,15 @@ def machine_by_name(
     Raises:
         ConfigError: a name is unknown; the message lists those known.
     """
-    measured = calibrations(folder)
     if gpu in GPUS:
         return find_machine(gpu, nodes_of, network)
-    if gpu not in measured:
+    paths = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    if gpu not in paths:
         raise ConfigError(
-            f"--gpu {gpu}: not known; use one of {', '.join([*GPUS, *measured])}, or measure this "
+            f"--gpu {gpu}: not known; use one of {', '.join([*GPUS, *paths])}, or measure this "
             "machine: tools/plan.py --calibrate NAME"
         )
-    return measured_machine(measured[gpu], nodes_of, network)
+    return measured_machine(_read(paths[gpu]), nodes_of, network)
 
 
 def measured_machine(
@@ -96,7 +96,7 @@ def measured_machine(
 ) -> Machine:
     """The machine of a calibration."""
     per_node = calibration.gpu.per_node if nodes_of is None else nodes_of
-    usual = find_machine("cpu" if calibration.gpu.link < 10 else "h100-80gb", per_node, network)
+    usual = find_machine("cpu" if calibration.gpu.kind == "cpu" else "h100-80gb", per_node, network)
     return Machine(calibration.gpu, usual.network, per_node, calibration.rates)
 
 
@@ -118,7 +118,9 @@ def _read(path: Path) -> Calibration:
 
 def _facts(kind: type[Facts], values: dict[str, Any]) -> Facts:
     known = {field.name: field.type for field in fields(kind)}
-    for name in set(known) ^ set(values):
+    # What a field added since has by default was not measured.
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    for name in (needed - set(values)) | (set(values) - set(known)):
         raise KeyError(name)
     for name, value in values.items():
         if known[name] != "str" and not (isinstance(value, int | float) and value >= 0):

@@ -61,7 +61,7 @@ class Job:
     @cached_property
     def has_kernel(self) -> bool:
         """Whether attention is computed by a kernel that holds no scores."""
-        is_cuda = self.machine.gpu.name != "cpu"
+        is_cuda = self.machine.gpu.kind == "cuda"
         return is_cuda and self.element_bytes == 2 and self.config.model.head_dim in _KERNEL_HEADS
 
     def batch(self, layout: Layout, span: StageSpan) -> BatchLayout:

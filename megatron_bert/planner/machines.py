@@ -30,6 +30,7 @@ class Gpu:
         link: to the other GPUs of its node, GB/s in one direction.
         per_node: GPUs of a node, where nothing else is said.
         source: where the figures stand.
+        kind: `cuda` or `cpu`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Gpu:
     link: float
     per_node: int
     source: str
+    kind: str = "cuda"
 
 
 _H100_SHEET = "NVIDIA H100 Tensor Core GPU data sheet, SXM (half of the rates with sparsity)"
@@ -66,7 +68,7 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
             Gpu("a100-80gb", 312.0, 19.5, 79.1, 2039.0, 300.0, 8, _A100_SHEET),
             Gpu("a100-40gb", 312.0, 19.5, 39.4, 1555.0, 300.0, 8, _A100_SHEET),
             # A stand-in for whatever host: rough figures of a core or two of a server.
-            Gpu("cpu", 0.05, 0.1, 8.0, 10.0, 2.0, 1, "assumed; --calibrate measures"),
+            Gpu("cpu", 0.05, 0.1, 8.0, 10.0, 2.0, 1, "assumed; --calibrate measures", "cpu"),
         )
     }
 )
@@ -121,7 +123,8 @@ class Rates:
         network_latency: the same across nodes.
         idle: seconds a block and micro-batch in which the device waits.
         host: seconds that the host takes to launch a block, forward and backward: the least time
-            of a block, however few its tokens.
+            of a block, however few its tokens; a third more where it is computed again.
+        host_message: that it takes beside for each message over a tensor-parallel group.
         step: seconds a step beside the model: ranks agree, metrics are written.
         reserved_gib: memory that training cannot have: context, communicators, fragments.
     """
@@ -139,6 +142,7 @@ class Rates:
     network_latency: float = 25e-6
     idle: float = 0.3e-3
     host: float = 1.5e-3
+    host_message: float = 40e-6
     step: float = 2e-3
     reserved_gib: float = 2.5
 

@@ -26,8 +26,9 @@ class Group:
     stride: int
 
     def per_node(self, machine: Machine) -> int:
-        """How many of its ranks share a node."""
-        return max(1, min(self.size, machine.gpus_per_node // self.stride))
+        """How many of its ranks share a node, in the group of which the fewest do."""
+        together = math.gcd(self.size * self.stride, machine.gpus_per_node)
+        return max(1, together // self.stride)
 
     def gathering(self, machine: Machine, total_bytes: float) -> float:
         """Seconds to gather, or to sum and scatter, `total_bytes` (those of all ranks together)."""
@@ -49,11 +50,21 @@ class Group:
         tree = 2 * math.log2(self.size) * step + 2 * total_bytes / rate
         return min(2 * self.gathering(machine, total_bytes), tree)
 
-    def message(self, machine: Machine, message_bytes: float) -> float:
-        """Seconds that a message to the neighbour is under way."""
+    def exchange(self, machine: Machine, rank_bytes: float) -> float:
+        """Seconds in which each rank sends every other one its share of `rank_bytes`."""
         if self.size == 1:
             return 0.0
-        inside = self.stride < machine.gpus_per_node
+        rates, inside = machine.rates, self.per_node(machine)
+        share, adapter = rank_bytes / self.size, machine.network.per_node / machine.gpus_per_node
+        within = (inside - 1) * share / (1e9 * machine.gpu.link * rates.link)
+        across = (self.size - inside) * share / (1e9 * adapter * rates.network)
+        return max(within, across) + self._latency(machine)
+
+    def message(self, machine: Machine, message_bytes: float) -> float:
+        """Seconds that a message to the neighbour is under way, on the slowest hop."""
+        if self.size == 1:
+            return 0.0
+        inside = self.per_node(machine) == self.size
         rates, adapter = machine.rates, machine.network.per_node / machine.gpus_per_node
         if inside:
             rate, latency = machine.gpu.link * rates.link, rates.link_latency
