@@ -79,6 +79,11 @@ def rank_parameters(config: Config, vocab_size: int) -> list[int]:
     return counts
 
 
+def block_matrix_parameters(model: ModelConfig, tensor: int = 1) -> int:
+    """Parameters of a block's matrices that a rank of a tensor-parallel group holds."""
+    return _Parameters.of(model, 0, tensor).matrices
+
+
 def rank_state_bytes(config: Config, vocab_size: int) -> list[int]:
     """Bytes of weights, gradients and the optimizer's states, counted as `rank_parameters` does."""
     pieces = _Parameters.of(config.model, vocab_size, config.parallel.tensor)

@@ -116,12 +116,23 @@ def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> P
         backward += Seconds(attention=attention_forward)
     busy = (forward + backward + weight).total
     # The host runs beside the device; what it lacks is shared out as the work is.
-    waiting = max(rates.idle, rates.host - busy)
+    launches = rates.host * (4 / 3 if work.recompute == "full" else 1.0)
+    launches += rates.host_message * _messages_of(work)
+    waiting = max(rates.idle, launches - busy)
     return Passes(
         forward + Seconds(host=waiting / 3),
         backward + Seconds(host=waiting / 3),
         weight + Seconds(host=waiting / 3),
     )
+
+
+def _messages_of(work: Work) -> int:
+    """Messages over the tensor-parallel group of a block, forward and backward."""
+    if work.split.tensor == 1:
+        return 0
+    # Sums; shared by tokens, two gatherings and two scatterings, and inputs once more backward.
+    forward, backward = (4, 6) if work.split.sequence else (2, 2)
+    return forward * (2 if work.recompute == "full" else 1) + backward
 
 
 def _products(work: Work) -> tuple[float, float, float]:

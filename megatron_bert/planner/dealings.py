@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_bert.config.remedies import divisors
+from megatron_bert.planner import muon
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
@@ -30,7 +31,8 @@ class Dealings:
         root_gather: to gather what stands outside the blocks, over all pipeline ranks.
         root_reduce: the same of the gradients, of the rank with the most; and of gradients that
             several ranks hold parts of.
-        update: AdamW, the norm, copies into and out of messages, and what a step takes beside.
+        update: AdamW or Muon, the norm, copies into and out of messages, and what a step takes
+            beside.
     """
 
     replicate: NDArray[np.int64]
@@ -66,6 +68,16 @@ class Dealings:
     def one(cls, job: Job, layout: Layout) -> Dealings:
         """A layout's own."""
         return cls._of(job, [layout])
+
+    @classmethod
+    def joined(cls, several: Sequence[Dealings]) -> Dealings:
+        """All of several, one after the other."""
+        return cls(
+            **{
+                field.name: np.concatenate([getattr(one, field.name) for one in several])
+                for field in fields(cls)
+            }
+        )
 
     @classmethod
     def _of(cls, job: Job, layouts: Sequence[Layout]) -> Dealings:
@@ -105,7 +117,7 @@ def _messages(job: Job, layout: Layout) -> tuple[float, float, float, float, flo
         reduction(block),
         sum(gathering(part.root) for part in parts if part.root),
         reduction(max(part.root for part in parts)) + _shared_gradients(job, layout, parts),
-        _update(job, shards, split.data > 1, parts),
+        _update(job, layout, parts),
     )
 
 
@@ -127,12 +139,19 @@ def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParts]) -> f
     return seconds
 
 
-def _update(job: Job, shards: int, travels: bool, parts: Sequence[RankParts]) -> float:
-    machine, whole = job.machine, max(part.parameters for part in parts)
-    # Weight, gradient and moments are read, and the gradient once more for its norm; 3 written.
-    moved = 32.0 * whole / shards
-    if travels:
-        moved += (2 * job.element_bytes + 2 * job.reduce_bytes) * whole
+def _update(job: Job, layout: Layout, parts: Sequence[RankParts]) -> float:
+    machine, part = job.machine, max(parts, key=lambda part: part.parameters)
+    shards, of_muon = layout.split.data // layout.replicate, muon.is_used(job)
+    # AdamW reads weight, gradient and moments, and the gradient once more for its norm; 3 written.
+    moved = 32.0 * part.parameters / shards
+    if of_muon:
+        moved += (muon.MOVED_BYTES + 2 * job.element_bytes - 32.0) * part.matrices / shards
+    if layout.split.data > 1:
+        moved += (2 * job.element_bytes + 2 * job.reduce_bytes) * part.parameters
     rate = 1e9 * machine.gpu.bandwidth * machine.rates.elementwise
     norm = Group(job.ranks, 1).sum(machine, 8)
-    return moved / rate + norm + machine.rates.step
+    seconds = moved / rate + norm + machine.rates.step
+    if of_muon:
+        most = max(parts, key=lambda part: part.layers)
+        seconds += muon.update_seconds(job, layout.split, layout.replicate, most)
+    return seconds

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_bert.config.curriculum import StageSpan
-from megatron_bert.planner.activations import block_bytes, head_bytes
+from megatron_bert.planner import muon
+from megatron_bert.planner.activations import HeadBytes, block_bytes, head_bytes
 from megatron_bert.planner.dealings import Dealings
 from megatron_bert.planner.job import Job, Work
 from megatron_bert.planner.layouts import Layout, Split
-from megatron_bert.planner.rank_parts import RankParts, rank_parts
+from megatron_bert.planner.rank_parts import rank_parts
 
 Floats = NDArray[np.float64]
 Number = TypeVar("Number", float, Floats)
@@ -27,7 +29,7 @@ class Memory(Generic[Number]):
     Attributes:
         weights: its fp32 shard.
         gradients: fp32, whole while micro-batches are accumulated.
-        optimizer: two moments.
+        optimizer: two moments; of Muon's matrices one.
         gathered: weights in the compute type.
         activations: of the micro-batches in flight.
         working: of what is being computed beside, a block or the head.
@@ -64,56 +66,160 @@ class RankNeeds:
     """What a pipeline rank needs in a stage of the curriculum, before its shards are dealt out.
 
     Attributes:
-        part: what it holds of the model.
-        accumulates: whether it takes several micro-batches a step.
+        parameters: that it holds with those it shares them out with.
+        root: of them those outside the blocks.
+        block: of a block.
+        matrices: of the blocks' matrices.
+        alike: of those of one shape.
+        owners: ranks that hold parts of its blocks.
+        accumulates: 1 where it takes several micro-batches a step, else 0.
         activations: of the micro-batches in flight, in bytes.
-        working: of what is being computed beside.
-        logits: of them.
+        of_block: of one block and micro-batch among them.
+        forward: beside, while a block goes forward.
+        backward: beside, while a block goes backward.
+        table: the decoder's gradient, which waits until the embeddings have gone backward.
+        head: beside, while the head computes, without its logits.
+        logits: of the head.
     """
 
-    part: RankParts
-    accumulates: bool
+    parameters: float
+    root: float
+    block: float
+    matrices: float
+    alike: float
+    owners: float
+    accumulates: float
     activations: float
-    working: float
+    of_block: float
+    forward: float
+    backward: float
+    table: float
+    head: float
     logits: float
 
-
-def memories(job: Job, needs: Sequence[RankNeeds], dealings: Dealings) -> Memory[Floats]:
-    """With weights dealt out: [needs, dealings] of each part."""
-    e, shards = job.element_bytes, dealings.shards[None]
-    columns = zip(*(_numbers(need) for need in needs), strict=True)
-    parameters, block, root, activations, working, logits, accumulates = (
-        np.array(values, dtype=np.float64)[:, None] for values in columns
-    )
-    several = shards > 1
-    shard = parameters / shards
-    # With one micro-batch each unit's gradient is packed, summed and freed, and its shard remains;
-    # gradients come while activations go, so that the worst moment has either these or those.
-    at_once = e * block + (4 + job.reduce_bytes) * block * several
-    whole = accumulates * 4.0 * parameters + (1.0 - accumulates) * at_once
-    return Memory(
-        weights=4.0 * shard,
-        gradients=whole,
-        optimizer=8.0 * shard,
-        gathered=e * np.where(dealings.reshard[None], root + 2 * block, parameters),
-        activations=np.maximum(activations, (1.0 - accumulates) * 4.0 * shard),
-        working=np.broadcast_to(working, shard.shape),
-        logits=np.broadcast_to(logits, shard.shape),
-        buffers=e * block * several,
-    )
+    def numbers(self) -> tuple[float, ...]:
+        """The attributes in order."""
+        return tuple(vars(self).values())
 
 
-def _numbers(need: RankNeeds) -> tuple[float, ...]:
-    part = need.part
-    return (
-        part.parameters,
-        part.block,
-        part.root,
-        need.activations,
-        need.working,
-        need.logits,
-        need.accumulates,
-    )
+class Moments:
+    """The moments of a step of which one takes the most memory: [needs, dealings] of each part.
+
+    Args:
+        job: the run.
+        needs: [numbers, needs, dealings or 1], `RankNeeds.numbers` first.
+        dealings: how weights are dealt out.
+    """
+
+    def __init__(self, job: Job, needs: Floats, dealings: Dealings) -> None:
+        self._job, self._dealings = job, dealings
+        self._needs = dict(zip((field.name for field in fields(RankNeeds)), needs, strict=True))
+        self._shards = dealings.shards.astype(np.float64)
+        self._several = dealings.shards > 1
+        # With one rank for all rows nothing is reduced, and sums stay in fp32.
+        shares = dealings.shards * dealings.replicate > 1
+        self._reduced = np.where(shares, float(job.reduce_bytes), 4.0)
+        self._once = 1.0 - self._needs["accumulates"]
+        parameters, block = self._needs["parameters"], self._needs["block"]
+        self._gathered = job.element_bytes * np.where(
+            dealings.reshard, self._needs["root"] + 2 * block, parameters
+        )
+        # Whole gradients, where micro-batches are added up before ranks reduce them.
+        self._sums = self._needs["accumulates"] * self._reduced * parameters
+        self._weights = 4.0 * parameters / self._shards
+        saved = 4.0 * self._needs["matrices"] if muon.is_used(job) else 0.0
+        self._optimizer = (8.0 * parameters - saved) / self._shards
+        self._buffers = job.element_bytes * block * self._several * self._needs["accumulates"]
+
+    def peaks(self) -> Floats:
+        """Bytes of each dealing's fullest rank."""
+        totals = (moment.total.max(axis=0) for moment in self.all())
+        return reduce(np.maximum, totals)
+
+    def all(self) -> Iterator[Memory[Floats]]:
+        """All of them."""
+        yield self._forward()
+        yield self._head()
+        yield self._backward()
+        yield self._first_reduction()
+        yield self._last_reduction()
+        if muon.is_used(self._job):
+            yield self._update()
+
+    def _forward(self) -> Memory[Floats]:
+        """The last block goes forward."""
+        return self._moment(self._sums, self._needs["forward"])
+
+    def _head(self) -> Memory[Floats]:
+        """The head computes, forward and backward."""
+        return self._moment(self._sums, self._needs["head"], logits=self._needs["logits"])
+
+    def _backward(self) -> Memory[Floats]:
+        """The first block that goes backward has its gradients."""
+        fresh = self._once * self._job.element_bytes * self._needs["block"]
+        return self._moment(self._sums + fresh, self._needs["table"] + self._needs["backward"])
+
+    # One micro-batch's gradients are packed, summed and freed unit by unit. What a unit kept for
+    # its backward pass is gone by then, and its gathered weights; shards of gradients come as
+    # activations go, so that the first or the last unit is the worst.
+
+    def _first_reduction(self) -> Memory[Floats]:
+        """Of a block, while the others' activations wait."""
+        e, block = self._job.element_bytes, self._needs["block"]
+        packed = e + self._several * self._reduced + 4.0 / self._shards
+        return self._moment(
+            self._sums + self._once * packed * block,
+            self._once * self._needs["table"],
+            activations=self._needs["activations"] - self._once * self._needs["of_block"],
+            gathered=self._gathered - self._once * e * block,
+        )
+
+    def _last_reduction(self) -> Memory[Floats]:
+        """Of what stands outside the blocks."""
+        e, root = self._job.element_bytes, self._needs["root"]
+        shards = 4.0 * self._needs["parameters"] / self._shards
+        packed = (e + self._several * self._reduced) * root
+        return self._moment(
+            np.maximum(self._sums, self._once * (shards + packed)),
+            0.0 * root,
+            activations=0.0 * root,
+            gathered=e * root,
+        )
+
+    def _update(self) -> Memory[Floats]:
+        """Muon updates the weights; gradients are shards."""
+        working = muon.working_bytes(
+            self._job,
+            self._needs["matrices"],
+            self._needs["alike"],
+            self._needs["owners"],
+            self._dealings.replicate.astype(np.float64),
+            self._shards,
+        )
+        nothing = np.zeros_like(working)
+        return self._moment(self._weights, working, activations=nothing, gathered=nothing)
+
+    def _moment(
+        self,
+        gradients: Floats,
+        working: Floats,
+        *,
+        activations: Floats | None = None,
+        gathered: Floats | None = None,
+        logits: Floats | float = 0.0,
+    ) -> Memory[Floats]:
+        nothing = np.zeros_like(self._weights)
+        return Memory(
+            weights=self._weights,
+            gradients=gradients + nothing,
+            optimizer=self._optimizer,
+            gathered=(self._gathered if gathered is None else gathered) + nothing,
+            activations=(self._needs["activations"] if activations is None else activations)
+            + nothing,
+            working=working + nothing,
+            logits=logits + nothing,
+            buffers=self._buffers,
+        )
 
 
 def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds]:
@@ -125,31 +231,42 @@ def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds]:
     work = Work(job, split, layout.recompute, batch.micro_size, span)
     block = block_bytes(work)
     entry = job.element_bytes * work.tokens * work.share * job.config.model.hidden_size
-    accumulates = batch.num_micro_batches > 1
     parts = rank_parts(job, split)
     needs = []
     for rank in sorted({0, min(1, split.pipeline - 1), split.pipeline - 1}):
         part = parts[rank]
-        flying = in_flight_layers(split, rank, part.layers, batch.num_micro_batches)
-        kept, working, logits = block.kept * flying, max(block.forward, block.backward), 0.0
-        if part.has_head:
-            head = head_bytes(work)
-            # The final norm keeps its input. While the blocks go forward nothing of the head is
-            # there; while they go backward, only the table's gradient.
-            kept += entry
-            working = max(block.forward, head.table + block.backward)
-            if head.kept + head.table + head.logits > working:
-                working, logits = head.kept + head.table, head.logits
-        needs.append(RankNeeds(part, accumulates, kept, working, logits))
+        kept = block.kept * in_flight_layers(split, rank, part.layers, batch.num_micro_batches)
+        head = head_bytes(work) if part.has_head else HeadBytes(0.0, 0.0, 0.0)
+        needs.append(
+            RankNeeds(
+                parameters=part.parameters,
+                root=part.root,
+                block=part.block,
+                matrices=part.matrices,
+                alike=part.layers * muon.elements_alike(job),
+                owners=split.tensor * split.data,
+                accumulates=float(batch.num_micro_batches > 1),
+                # The final norm keeps its input.
+                activations=kept + entry * part.has_head,
+                of_block=block.kept,
+                forward=block.forward,
+                backward=block.backward,
+                table=head.table,
+                head=head.kept + head.table,
+                logits=head.logits,
+            )
+        )
     return needs
 
 
 def memory(job: Job, layout: Layout, span: StageSpan) -> Memory[float]:
-    """Memory of the fullest pipeline rank in a stage of the curriculum."""
-    found = memories(job, rank_needs(job, layout, span), Dealings.one(job, layout))
-    fullest = int(found.total[:, 0].argmax())
+    """Memory of the fullest pipeline rank in a stage of the curriculum, at its worst moment."""
+    needs = np.array([need.numbers() for need in rank_needs(job, layout, span)])
+    moments = list(Moments(job, needs.T[:, :, None], Dealings.one(job, layout)).all())
+    worst = max(moments, key=lambda moment: moment.total.max())
+    rank = int(worst.total[:, 0].argmax())
     return Memory(
-        **{field.name: float(getattr(found, field.name)[fullest, 0]) for field in fields(found)}
+        **{field.name: float(getattr(worst, field.name)[rank, 0]) for field in fields(worst)}
     )
 
 

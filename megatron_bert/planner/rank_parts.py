@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bert.config.parameters import rank_parameters
+from megatron_bert.config.parameters import block_matrix_parameters, rank_parameters
 from megatron_bert.config.pipeline_stages import stage_layers
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Split
@@ -19,12 +19,14 @@ class RankParts:
         root: those outside the blocks.
         layers: blocks, over its stages.
         has_head: whether it ends the model.
+        matrices: of the parameters those of its blocks' matrices.
     """
 
     parameters: int
     root: int
     layers: int
     has_head: bool
+    matrices: int
 
     @property
     def block(self) -> float:
@@ -65,8 +67,13 @@ def _make_parts(job: Job, split: Split) -> tuple[RankParts, ...]:
         root = pieces.entry * first + pieces.end * last
         # The last rank of a pipeline has a copy of the table, which its head decodes with.
         root += pieces.table if last and not first else 0
-        parts.append(RankParts(root + layers * pieces.block, root, layers, last))
+        parts.append(_part(pieces, root, layers, last))
     return tuple(parts)
+
+
+def _part(pieces: _Pieces, root: int, layers: int, has_head: bool) -> RankParts:
+    parameters = root + layers * pieces.block
+    return RankParts(parameters, root, layers, has_head, layers * pieces.matrices)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class _Pieces:
 
     entry: int
     block: int
+    matrices: int
     end: int
     table: int
 
@@ -95,4 +103,5 @@ class _Pieces:
         (first, last), more = counts
         block = sum(more) - first - last
         table = job.vocab_size // tensor * model.hidden_size
-        return cls(first - block, block, last - block - table, table)
+        matrices = block_matrix_parameters(model, tensor)
+        return cls(first - block, block, matrices, last - block - table, table)

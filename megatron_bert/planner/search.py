@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,21 +18,24 @@ from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import (
     Layout,
     Recompute,
+    Split,
     all_splits,
     micro_token_choices,
 )
 from megatron_bert.planner.machines import GIB, Machine
-from megatron_bert.planner.memory import Memory, memories, memory, rank_needs
-from megatron_bert.planner.step import Step, StepModel
+from megatron_bert.planner.memory import Memory, Moments, memory, rank_needs
+from megatron_bert.planner.step import Step, StepModel, total_seconds
 
-# Layouts as quick as this are alike. First come those whose messages need not be hidden behind
-# every micro-batch, and of them the one that takes less memory and leaves more to what nobody
-# predicts.
-_ALIKE = 1.005
+# Layouts as quick as this are alike. First come those that leave memory to what nobody predicts,
+# and of them the simplest: it has the least that can be slower than is predicted.
+ALIKE_PERCENT = 0.5
+SCARCE_PERCENT = 5.0
 # All layouts are ranked with their bubble by the formula, and the first of them, with as many more
 # as are asked for, again with it simulated: a computation of a pipeline takes about 10 us.
 _SIMULATED_AT_LEAST = 12
 _MOST_SIMULATED_ACTIONS = 5_000
+# `rank_needs` tells of so many at the most.
+_MOST_RANKS = 3
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class StagePlan:
         step: seconds of a step.
         is_simulated: whether the pipeline was simulated; else its bubble is had by the formula.
         memory: of the fullest rank.
+        logits: bytes of them on the rank that has the head, at whatever moment.
         tokens_per_second: slots of the global batch, surplus rows not counted.
         mfu: share of the GPUs' peak that the needed products take, attention over whole rows.
         micro_batches: of a step and rank.
@@ -53,6 +57,7 @@ class StagePlan:
     step: Step
     is_simulated: bool
     memory: Memory[float]
+    logits: float
     tokens_per_second: float
     mfu: float
     micro_batches: int
@@ -77,9 +82,14 @@ class LayoutPlan:
     gpu_hours: float
 
     @property
+    def fullest(self) -> StagePlan:
+        """The stage that takes the most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.total)
+
+    @property
     def peak_bytes(self) -> float:
-        """Memory of the fullest rank in the stage that takes the most."""
-        return max(stage.memory.total for stage in self.stages)
+        """Memory of the fullest rank in it."""
+        return self.fullest.memory.total
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,8 @@ class Plan:
 
     Attributes:
         job: what was planned.
-        best: the quickest layouts that fit, in order; of those that are alike the one that takes
-            less memory comes first.
+        best: of each way to share the model the quickest layout that fits, in order; of those
+            that are alike the simplest comes first, and last those that leave little memory.
         alternatives: for each key that can be chosen the best layout that differs from the best of
             all in it.
         of_stages: for each stage of the curriculum the layout that is the quickest in it.
@@ -122,7 +132,7 @@ def make_plan(
         vocab_size: padded vocabulary.
         machine: the cluster.
         ranks: GPUs of the job.
-        keep: how many of the best are returned.
+        keep: how many of the best ways to share the model are returned.
 
     Raises:
         ConfigError: No layout of so many ranks is legal, or none fits; the message says why.
@@ -160,9 +170,8 @@ class _Search:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._steps = [span.last_step - span.first_step + 1 for span in job.spans]
+        self._steps = [span.num_steps for span in job.spans]
         self._simulated: dict[tuple[object, ...], float] = {}
-        self._cases: dict[tuple[object, ...], tuple[Floats, Floats]] = {}
         self._actions_left = _MOST_SIMULATED_ACTIONS
         self._bases = list(self._all_bases())
         dealt = [Dealings.all(job, base) for base in self._bases]
@@ -171,33 +180,42 @@ class _Search:
         if not self.legal:
             return
         self._base_of = np.repeat(np.arange(len(counts)), counts)
-        self._replicate = np.concatenate([dealings.replicate for dealings in dealt])
-        self._reshard = np.concatenate([dealings.reshard for dealings in dealt])
+        dealings = Dealings.joined(dealt)
+        self._replicate, self._reshard = dealings.replicate, dealings.reshard
         # [stages, layouts]: seconds of a step, bytes of the fullest rank.
-        of_stages = [
-            [self._of_stage(*of_base, index) for of_base in zip(self._bases, dealt, strict=True)]
-            for index in range(len(self._steps))
-        ]
         seconds, peaks = (
-            np.array([np.concatenate([case[n] for case in cases]) for cases in of_stages])
-            for n in range(2)
+            np.array(values)
+            for values in zip(
+                *(self._of_stage(index, dealings) for index in range(len(self._steps))), strict=True
+            )
         )
         self._of_stages = seconds
         self._seconds = np.dot(self._steps, seconds)
         self._peaks = peaks.max(axis=0)
-        order = np.lexsort((self._peaks, self._reshard, _step_of(self._seconds)))
+        parts = np.array([_parts_of(base) for base in self._bases])[self._base_of]
+        scarce = is_scarce(self._peaks, job.machine)
+        bands = _band_of(self._seconds)
+        order = np.lexsort((self._seconds, parts + self._reshard, scarce, bands))
         self.fitting = order[self._peaks[order] <= job.machine.usable_bytes]
 
     def best(self, keep: int) -> list[LayoutPlan]:
-        """The quickest layouts that fit."""
-        near = self.fitting[: max(keep, _SIMULATED_AT_LEAST)]
-        plans = [self.plan(self._layout(number)) for number in near]
-        steps = _step_of(np.array([plan.days for plan in plans])).tolist()
-        order = sorted(
-            range(len(plans)),
-            key=lambda n: (steps[n], plans[n].layout.reshard, plans[n].peak_bytes),
-        )
-        return [plans[number] for number in order[:keep]]
+        """The quickest way to share the model, each with the best of all else, that fit."""
+        most = max(keep, _SIMULATED_AT_LEAST)
+        near: dict[Split, int] = {}
+        for number in self.fitting:
+            near.setdefault(self._bases[self._base_of[number]].split, number)
+            if len(near) == most:
+                break
+        plans = [self.plan(self._layout(number)) for number in near.values()]
+        bands = _band_of(np.array([plan.days for plan in plans])).tolist()
+
+        def place(number: int) -> tuple[float, ...]:
+            plan = plans[number]
+            scarce = bool(is_scarce(np.array(plan.peak_bytes), self.job.machine))
+            parts = _parts_of(plan.layout) + plan.layout.reshard
+            return bands[number], scarce, parts, plan.days
+
+        return [plans[number] for number in sorted(range(len(plans)), key=place)[:keep]]
 
     def alternatives(self, best: Layout) -> Iterator[tuple[str, LayoutPlan]]:
         """The quickest layout without each choice of the best one."""
@@ -247,16 +265,28 @@ class _Search:
                     if split.schedule != "zero_bubble" or recompute == "none":
                         yield Layout(split, micro_tokens, recompute)
 
-    def _of_stage(self, base: Layout, dealings: Dealings, index: int) -> tuple[Floats, Floats]:
-        """Seconds of a step, and bytes of the fullest rank, under each dealing."""
+    def _of_stage(self, index: int, dealings: Dealings) -> tuple[Floats, Floats]:
+        """Seconds of a step, and bytes of the fullest rank, under each layout."""
         job, span = self.job, self.job.spans[index]
         # Limits of a micro-batch that give the same rows are one case.
-        key = (base.split, base.recompute, job.batch(base, span), index)
-        if key not in self._cases:
-            seconds = StepModel(job, base, span).seconds(dealings)
-            peaks = memories(job, rank_needs(job, base, span), dealings).total.max(axis=0)
-            self._cases[key] = (seconds, peaks)
-        return self._cases[key]
+        numbers: dict[Hashable, int] = {}
+        times: list[tuple[float, ...]] = []
+        needs: list[list[tuple[float, ...]]] = []
+        case_of = []
+        for base in self._bases:
+            key = (base.split, base.recompute, job.batch(base, span))
+            if key not in numbers:
+                numbers[key] = len(times)
+                times.append(StepModel(job, base, span).numbers)
+                of_ranks = [need.numbers() for need in rank_needs(job, base, span)]
+                # As many of each: of three ranks the fullest is that of two of them, too.
+                needs.append((of_ranks * _MOST_RANKS)[:_MOST_RANKS])
+            case_of.append(numbers[key])
+        cases = np.array(case_of)[self._base_of]
+        of_times, of_needs = np.array(times, dtype=np.float64), np.array(needs, dtype=np.float64)
+        seconds = total_seconds(of_times[cases].T, dealings)
+        peaks = Moments(job, of_needs[cases].transpose(2, 1, 0), dealings).peaks()
+        return seconds, peaks
 
     def _stage_plan(self, layout: Layout, index: int) -> StagePlan:
         job, span = self.job, self.job.spans[index]
@@ -271,6 +301,7 @@ class _Search:
             step=step,
             is_simulated=is_simulated,
             memory=memory(job, layout, span),
+            logits=rank_needs(job, layout, span)[-1].logits,
             tokens_per_second=span.slots_per_step / step.total,
             mfu=flops / step.total / peak,
             micro_batches=model.batch.num_micro_batches,
@@ -290,10 +321,24 @@ class _Search:
         return self._simulated[key], True
 
 
-def _step_of(seconds: Floats) -> NDArray[np.int64]:
-    """How many steps of `_ALIKE` each lies above the quickest."""
-    steps: NDArray[np.int64] = (np.log(seconds / seconds.min()) / math.log(_ALIKE)).astype(np.int64)
-    return steps
+def _band_of(seconds: Floats) -> NDArray[np.int64]:
+    """How many times `ALIKE_PERCENT` each lies above the quickest."""
+    wide = math.log1p(ALIKE_PERCENT / 100)
+    bands: NDArray[np.int64] = (np.log(seconds / seconds.min()) / wide).astype(np.int64)
+    return bands
+
+
+def is_scarce(peaks: Floats, machine: Machine) -> NDArray[np.bool_]:
+    """Whether so little memory is left that a prediction's error may take it."""
+    scarce: NDArray[np.bool_] = peaks > (1 - SCARCE_PERCENT / 100) * machine.usable_bytes
+    return scarce
+
+
+def _parts_of(layout: Layout) -> float:
+    """How far a layout is from the simplest: how often the model is halved, and what is beside."""
+    split = layout.split
+    halves = math.log2(split.tensor) + math.log2(split.num_stages)
+    return halves + split.sequence + (layout.recompute != "none")
 
 
 # What can be chosen of a base.

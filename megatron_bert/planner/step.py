@@ -92,7 +92,7 @@ class StepModel:
             dealings: a single one.
             bubble: what `estimated_bubble` or `simulated_bubble` says.
         """
-        gather, reduce = self._data_messages(dealings)
+        gather, reduce = data_messages(np.array(self.numbers)[:, None], dealings)
         total = self._busiest * self.batch.num_micro_batches
         return Step(
             gemm=total.gemm,
@@ -105,11 +105,6 @@ class StepModel:
             reduce=reduce.item(),
             optimizer=dealings.update.item(),
         )
-
-    def seconds(self, dealings: Dealings) -> Floats:
-        """A step's total under each dealing, with the bubble by the formula."""
-        gather, reduce = self._data_messages(dealings)
-        return self.busy + self.estimated_bubble + gather + reduce + dealings.update
 
     @cached_property
     def estimated_bubble(self) -> float:
@@ -190,34 +185,63 @@ class StepModel:
         return Group(split.pipeline, split.tensor * split.data).message(work.job.machine, size)
 
     @cached_property
-    def _layer_counts(self) -> list[tuple[int, int]]:
-        """How many ranks hold so many blocks."""
-        return list(Counter(part.layers for part in self._parts).items())
+    def numbers(self) -> tuple[float, ...]:
+        """What `total_seconds` makes a step's time of, under any dealing.
 
-    def _data_messages(self, dealings: Dealings) -> tuple[Floats, Floats]:
-        """Gathering of weights and reduction of gradients, as far as computation does not hide it.
-
-        Each block's gathering runs beside the block before it, each reduction beside the blocks
-        before it; what stands outside the blocks has nothing to run beside. In a pipeline a rank
-        begins to gather when its first micro-batch arrives, so that gatherings add up; reductions
-        end side by side.
+        Seconds of the busiest rank with the bubble by the formula, of a block forward and backward;
+        micro-batches after the first; two numbers of blocks, and how many ranks hold as many.
         """
         block = self._block
-        forward = block.forward.total
-        backward = block.backward_input.total + block.backward_weight.total
-        again = dealings.gather * dealings.reshard
-        gather, reduce = dealings.root_gather, np.zeros_like(again)
-        repeated = self.batch.num_micro_batches - 1
-        for layers, ranks in self._layer_counts:
-            gather = gather + ranks * _not_hidden(layers, dealings.gather, forward)
-            reduce = np.maximum(reduce, _not_hidden(layers, dealings.reduce + again, backward))
-            if repeated:
-                gather = gather + repeated * _not_hidden(layers, again, forward)
-                gather = gather + repeated * _not_hidden(layers, again, backward)
-        return gather, reduce + dealings.root_reduce
+        counts = list(Counter(part.layers for part in self._parts).items())
+        (layers, ranks), (others, of_others) = (*counts, (counts[0][0], 0))[:2]
+        return (
+            self.busy + self.estimated_bubble,
+            block.forward.total,
+            block.backward_input.total + block.backward_weight.total,
+            self.batch.num_micro_batches - 1,
+            layers,
+            ranks,
+            others,
+            of_others,
+        )
 
 
-def _not_hidden(layers: int, message: Floats, beside: float) -> Floats:
+def total_seconds(numbers: Floats, dealings: Dealings) -> Floats:
+    """A step's seconds under each dealing, with the bubble by the formula.
+
+    Args:
+        numbers: [numbers, dealings] of `StepModel`.
+        dealings: as many.
+    """
+    gather, reduce = data_messages(numbers, dealings)
+    total: Floats = numbers[0] + gather + reduce + dealings.update
+    return total
+
+
+def data_messages(numbers: Floats, dealings: Dealings) -> tuple[Floats, Floats]:
+    """Gathering of weights and reduction of gradients, as far as computation does not hide it.
+
+    Each block's gathering runs beside the block before it, each reduction beside the blocks
+    before it; what stands outside the blocks has nothing to run beside. In a pipeline a rank
+    begins to gather when its first micro-batch arrives, so that gatherings add up; reductions
+    end side by side.
+
+    Args:
+        numbers: [numbers, dealings or 1] of `StepModel`.
+        dealings: each of them.
+    """
+    _, forward, backward, repeated, *counts = numbers
+    again = dealings.gather * dealings.reshard
+    gather, reduce = dealings.root_gather, np.zeros_like(again)
+    for layers, ranks in (counts[:2], counts[2:]):
+        gather = gather + ranks * _not_hidden(layers, dealings.gather, forward)
+        reduce = np.maximum(reduce, _not_hidden(layers, dealings.reduce + again, backward))
+        gather = gather + repeated * _not_hidden(layers, again, forward)
+        gather = gather + repeated * _not_hidden(layers, again, backward)
+    return gather, reduce + dealings.root_reduce
+
+
+def _not_hidden(layers: Floats, message: Floats, beside: Floats) -> Floats:
     """What the messages of so many blocks add to their computation, one beside the next."""
     total: Floats = np.maximum(layers * message + beside, message + layers * beside)
     return total - layers * beside

@@ -44,6 +44,8 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
     recompute: str = "none"
     compute: str = "fp32"
+    reduce: str = "fp32"
+    optimizer: str = "adamw"
 
     @property
     def config(self) -> Config:
@@ -66,7 +68,8 @@ class Case:
                     "global_size": self.global_size,
                     "micro_tokens": self.rows * self.seq_length,
                 },
-                "precision": {"compute": self.compute},
+                "precision": {"compute": self.compute, "reduce": self.reduce},
+                "optimizer": {"name": self.optimizer},
                 "parallel": self.parallel,
                 "recompute": self.recompute,
             }

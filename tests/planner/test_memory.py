@@ -11,6 +11,8 @@ from tests.planner.measured_memory import Case, measure
 
 WORST_ERROR = 0.10
 
+_WIDE = {"hidden_size": 512, "ffn_hidden_size": 1376, "num_attention_heads": 8}
+
 CASES = [
     Case("plain"),
     Case("long rows", seq_length=512, rows=2, global_size=4),
@@ -51,13 +53,66 @@ CASES = [
         rows=4,
         global_size=8,
     ),
+    Case(
+        "bf16, one micro-batch, shards",
+        ranks=4,
+        model=_WIDE,
+        rows=4,
+        seq_length=32,
+        compute="bf16",
+        global_size=16,
+    ),
+    Case(
+        "fp32, one micro-batch, shards", ranks=4, model=_WIDE, rows=4, seq_length=64, global_size=16
+    ),
+    Case("bf16, shards", ranks=4, model=_WIDE, rows=4, seq_length=32, compute="bf16"),
+    Case(
+        "reduced in bf16",
+        ranks=4,
+        model=_WIDE,
+        rows=4,
+        seq_length=32,
+        compute="bf16",
+        reduce="bf16",
+    ),
+    Case(
+        "one micro-batch reduced in bf16",
+        ranks=4,
+        model=_WIDE,
+        rows=4,
+        seq_length=32,
+        compute="bf16",
+        reduce="bf16",
+        global_size=16,
+    ),
+    Case(
+        "bf16, pipeline",
+        ranks=4,
+        model=_WIDE,
+        rows=4,
+        seq_length=32,
+        compute="bf16",
+        parallel={"pipeline": 2},
+    ),
+    Case(
+        "one micro-batch, reshard",
+        ranks=4,
+        model=_WIDE,
+        rows=4,
+        global_size=16,
+        parallel={"reshard_after_forward": True},
+    ),
+    Case("muon", model=_WIDE, rows=1, optimizer="muon", global_size=2),
+    Case(
+        "muon, shards", ranks=4, model=_WIDE, rows=1, seq_length=64, optimizer="muon", global_size=4
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, float]:
     """Bytes of the fullest rank, by the case's name."""
-    (peaks,) = run_ranks(1, measure, CASES, deadline_seconds=240)
+    (peaks,) = run_ranks(1, measure, CASES, deadline_seconds=480)
     return dict(zip((case.name for case in CASES), peaks, strict=True))
 
 

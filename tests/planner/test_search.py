@@ -17,14 +17,17 @@ from megatron_bert.planner.search import LayoutPlan, make_plan
 from tests.planner.jobs import VOCABULARY, job, recipe
 
 
-def test_a_plan_for_4096_gpus_takes_less_than_a_second_of_computing() -> None:
-    seconds = []
-    for _ in range(3):
+@pytest.mark.parametrize(("ranks", "most"), [(64, 2.0), (4096, 1.0)])
+def test_a_plan_takes_about_a_second_of_computing_however_many_gpus(
+    ranks: int, most: float
+) -> None:
+    seconds: list[float] = []
+    # Other work on the machine slows each of them.
+    while len(seconds) < 3 and min(seconds, default=most) >= most:
         began = time.process_time()
-        make_plan(recipe(), VOCABULARY, find_machine("h100-80gb"), 4096)
+        make_plan(recipe(), VOCABULARY, find_machine("h100-80gb"), ranks)
         seconds.append(time.process_time() - began)
-    # The quickest: other work on the machine slows each of them.
-    assert min(seconds) < 1.0, seconds
+    assert min(seconds) < most, seconds
 
 
 def test_every_way_to_share_the_model_that_the_checks_allow_is_looked_at() -> None:
@@ -77,13 +80,26 @@ def test_the_best_is_the_quickest_of_those_that_fit_and_others_are_not_quicker()
     assert plan.too_large > 0
 
 
-def test_of_layouts_that_are_alike_the_one_that_takes_less_memory_comes_first() -> None:
-    plan = make_plan(recipe(), VOCABULARY, find_machine("h100-80gb"), 4096, keep=12)
-    quickest = min(entry.days for entry in plan.best)
-    alike = [entry for entry in plan.best if entry.days < 1.004 * quickest]
-    assert len(alike) > 1
-    assert not plan.best[0].layout.reshard
-    assert plan.best[0].peak_bytes == min(entry.peak_bytes for entry in alike)
+def test_each_way_to_share_the_model_is_ranked_once() -> None:
+    plan = make_plan(recipe(), VOCABULARY, find_machine("h100-80gb"), 64)
+    splits = [entry.layout.split for entry in plan.best]
+    assert len(splits) == len(set(splits)) == 10
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_where_the_host_limits_the_simplest_layout_is_the_best(ranks: int) -> None:
+    tiny = recipe(
+        "model.num_layers=4",
+        "model.hidden_size=128",
+        "model.ffn_hidden_size=384",
+        "model.num_attention_heads=2",
+        "curriculum=[{seq_length: 128, steps: 800}]",
+        "batch.global_size=16",
+    )
+    best = make_plan(tiny, VOCABULARY, find_machine("h100-80gb"), ranks).best[0].layout
+    assert (best.split.tensor, best.split.pipeline, best.recompute) == (1, 1, "none")
+    assert not best.split.sequence
+    assert not best.reshard
 
 
 def test_days_and_gpu_hours_are_those_of_all_steps() -> None:
@@ -91,8 +107,7 @@ def test_days_and_gpu_hours_are_those_of_all_steps() -> None:
     best: LayoutPlan = plan.best[0]
     spans = plan.job.spans
     seconds = sum(
-        stage.step.total * (span.last_step - span.first_step + 1)
-        for stage, span in zip(best.stages, spans, strict=True)
+        stage.step.total * span.num_steps for stage, span in zip(best.stages, spans, strict=True)
     )
     assert best.days == pytest.approx(seconds / 86400)
     assert best.gpu_hours == pytest.approx(8 * seconds / 3600)

@@ -125,6 +125,29 @@ def test_a_group_inside_a_node_is_as_fast_as_its_links_and_one_across_as_its_ada
     assert one_adapter == pytest.approx(7 / 8 * size / 21.25e9, rel=0.02)
 
 
+def test_a_group_that_straddles_nodes_is_none_inside_a_node() -> None:
+    machine = find_machine("h100-94gb", 4, "ndr200x4")
+    assert Group(3, 1).gathering(machine, 1e9) > 3 * Group(4, 1).gathering(machine, 1e9)
+    # Neighbours two apart: of three the second and the third are on two nodes.
+    across = Group(3, 2).message(machine, 1e9)
+    assert across == pytest.approx(1e9 / 21.25e9, rel=0.01)
+    assert Group(2, 2).message(machine, 1e9) < across / 10
+
+
+def test_muon_takes_its_products_and_messages_beside() -> None:
+    planned, by_muon = (job(32, f"optimizer.name={name}") for name in ("adamw", "muon"))
+    layout = Layout(Split(1, False, 1, "1f1b", 1, 32), 16384, "none")
+    beside = Dealings.one(by_muon, layout).update - Dealings.one(planned, layout).update
+    hidden, ffn = 1536, 4096
+    flops = 5 * (2 * 6 * hidden**3 + 3 * (4 * hidden**2 * ffn + 2 * hidden**3))
+    products = 48 * flops / 32 / (0.79 * 989e12)
+    # There and back, each rank sends its shards in BF16 by its own adapter.
+    matrices = 48 * (2 * hidden**2 + 2 * hidden * 64 + 3 * hidden * ffn)
+    messages = 2 * 2 * matrices / 32 * 24 / 32 / 21.25e9
+    assert beside.item() == pytest.approx(products + messages, rel=0.3)
+    assert beside.item() > products + messages
+
+
 def test_messages_that_computation_hides_cost_nothing_but_their_ends() -> None:
     planned = job(8)
     span = planned.spans[2]

@@ -1,0 +1,135 @@
+"""What Muon's update takes beside AdamW's: whole matrices brought together, and orthogonalised.
+
+Ranks that hold parts of the blocks' matrices, or copies of them, divide the whole ones among
+themselves (`parallel.whole_matrices`); each is orthogonalised by five iterations (`optim.muon`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_bert.planner.job import Job
+from megatron_bert.planner.layouts import Split
+from megatron_bert.planner.network import Group
+from megatron_bert.planner.rank_parts import RankParts
+
+_ITERATIONS = 5
+# Elements of matrices that are orthogonalised together; a larger matrix is alone.
+_BATCH_ELEMENTS = 2**24
+# Momentum, weights and gradients pass through kernels of one operation each, in fp32.
+MOVED_BYTES = 104.0
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Matrices of one shape in a block.
+
+    Attributes:
+        shorter: side.
+        longer: side.
+        count: in a block.
+    """
+
+    shorter: int
+    longer: int
+    count: int
+
+    @property
+    def elements(self) -> float:
+        """Of one."""
+        return float(self.shorter * self.longer)
+
+    @property
+    def flops(self) -> float:
+        """Of orthogonalising one."""
+        return _ITERATIONS * (4.0 * self.shorter**2 * self.longer + 2.0 * self.shorter**3)
+
+
+def is_used(job: Job) -> bool:
+    """Whether blocks' matrices are Muon's."""
+    return job.config.optimizer.name == "muon"
+
+
+def update_seconds(job: Job, split: Split, replicate: int, part: RankParts) -> float:
+    """Seconds of a pipeline rank's iterations and messages; its kernels by bytes not counted.
+
+    Args:
+        job: the run.
+        split: how ranks share the model.
+        replicate: copies of the weights.
+        part: what the pipeline rank holds.
+    """
+    return _iterations(job, split, part.layers) + _messages(job, split, replicate, part)
+
+
+def _iterations(job: Job, split: Split, layers: int) -> float:
+    """Of the rank that has the most of them, as the costliest first are dealt to who has least."""
+    owners, machine = split.tensor * split.data, job.machine
+    matrices = list(_matrices(job))
+    mean = layers * sum(matrix.count * matrix.flops for matrix in matrices) / owners
+    costliest = max(matrices, key=lambda matrix: matrix.flops)
+    most = -(-layers * costliest.count // owners) * costliest.flops
+    peak = machine.peak(job.config.precision.compute) * machine.rates.gemm
+    return max(mean, most) / peak
+
+
+def _messages(job: Job, split: Split, replicate: int, part: RankParts) -> float:
+    """To the owners and back, axis by axis; copies need nothing on the way there."""
+    shards, machine = split.data // replicate, job.machine
+    of_rank = job.element_bytes * part.matrices / shards
+    over_shards = Group(shards, split.tensor).exchange(machine, of_rank)
+    to_copies = Group(replicate, split.tensor * shards).exchange(machine, of_rank)
+    over_tensor = Group(split.tensor, 1).exchange(machine, of_rank / replicate)
+    return 2 * over_shards + to_copies + 2 * over_tensor
+
+
+def working_bytes(
+    job: Job, held: Floats, alike: Floats, owners: Floats, replicate: Floats, shards: Floats
+) -> Floats:
+    """Bytes that the update holds beside weights, gradients and states.
+
+    Args:
+        job: the run.
+        held: elements of the matrices that a rank holds with those it shares them out with.
+        alike: of those of one shape.
+        owners: ranks that divide the matrices.
+        replicate: copies of the weights.
+        shards: ranks that share a copy out.
+    """
+    e, largest = job.element_bytes, max(matrix.elements for matrix in _matrices(job))
+    own = held / shards
+    owned = np.maximum(own / replicate, largest)
+    batch = np.minimum(np.minimum(alike, max(_BATCH_ELEMENTS, largest)), owned)
+    moments: list[Floats] = [
+        # The momentum's change, and directions in the compute type.
+        (4.0 + e) * own,
+        # What is owned and the other batches' results; of a batch the stack, x before and after,
+        # and two products x x^T, which have about 3/8 of its elements each.
+        e * (2 * owned + 2.75 * batch),
+        # Directions, the message made of them, and what came; results on their way back.
+        (owners > 1).astype(np.float64) * e * np.maximum(3 * own + owned, 3 * owned + own),
+    ]
+    return np.maximum(np.maximum(moments[0], moments[1]), moments[2])
+
+
+def elements_alike(job: Job) -> float:
+    """Elements of a block's matrices of one shape, which are orthogonalised together; 0: none."""
+    if not is_used(job):
+        return 0.0
+    return max(matrix.count * matrix.elements for matrix in _matrices(job))
+
+
+def _matrices(job: Job) -> Iterator[_Matrix]:
+    """A block's: query and output, key and value, gate with up and down."""
+    model = job.config.model
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    keys = model.num_query_groups * model.head_dim
+    # The one down lies the other way.
+    for side, count in ((hidden, 2), (keys, 2), (ffn, 2), (ffn, 1)):
+        yield _Matrix(min(side, hidden), max(side, hidden), count)
