@@ -12,19 +12,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_bert.config.errors import ConfigError, run_cli
 from megatron_bert.config.load import load_config
+from megatron_bert.config.schema import Config
 from megatron_bert.files import write_durably
 from megatron_bert.planner.calibrated import machine_by_name, machines_folder
 from megatron_bert.planner.machines import GPUS
 from megatron_bert.planner.plots import write_picture
-from megatron_bert.planner.report import configuration, describe, document
+from megatron_bert.planner.report import (
+    configuration,
+    describe,
+    document,
+    is_written_plan,
+)
 from megatron_bert.planner.search import make_plan
+
+# Of the LLM-jp tokenizer that RetrievaBERT has, padded: where no tokenizer is at hand.
+_USUAL_VOCABULARY = 99_584
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Opens no data. What is predicted, from what, and how far predictions were off: "
-        "docs/scaling.md.",
+        epilog="Opens no data but the tokenizer. What is predicted, from what, and how far "
+        "predictions were off: docs/scaling.md.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="of the run")
     parser.add_argument(
@@ -85,21 +94,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ConfigError(f"--{name} {getattr(given, name)}: give 1 or more")
     machine = machine_by_name(given.gpu, folder, given.nodes_of, given.network)
     config = load_config(given.config, given.overrides)
-    if config.model.vocab_size is None:
-        raise ConfigError(
-            "model.vocab_size is not set: a plan opens no tokenizer; add model.vocab_size=N"
-        )
-    plan = make_plan(config, config.model.vocab_size, machine, given.gpus, keep=given.keep)
+    vocab_size, assumed = _vocabulary(config)
+    if given.output is not None:
+        _check_output(given.output, given.config)
+    plan = make_plan(config, vocab_size, machine, given.gpus, keep=given.keep)
     if given.output is not None:
         _write(given.output, configuration(plan, plan.best[0].layout))
     if given.picture is not None:
         write_picture(plan, given.picture)
     if given.json:
-        lines = [json.dumps(document(plan), ensure_ascii=False, indent=2)]
+        lines = [json.dumps(document(plan, assumed), ensure_ascii=False, indent=2)]
     else:
-        lines = list(describe(plan))
+        lines = list(describe(plan, assumed))
         lines += [f"wrote {path}" for path in (given.output, given.picture) if path is not None]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _vocabulary(config: Config) -> tuple[int, list[str]]:
+    """Rows of the embedding table, and what was assumed of them."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size, []
+    if Path(config.data.tokenizer).exists():
+        # Here: a plan with a known vocabulary needs no tokenizer's library.
+        from megatron_bert.data.vocabulary import padded_vocab_size
+
+        return padded_vocab_size(config), []
+    return _USUAL_VOCABULARY, [
+        f"there is no tokenizer {config.data.tokenizer}: a vocabulary of {_USUAL_VOCABULARY:,} is "
+        "assumed, LLM-jp's; model.vocab_size=N plans with another"
+    ]
 
 
 def _calibrate(name: str, folder: Path, network: str | None) -> None:
@@ -129,6 +152,23 @@ def _say(what: str) -> None:
 
 def _hush(_: str) -> None:
     """Say nothing: the first rank does."""
+
+
+def _check_output(path: Path, config: Path) -> None:
+    """Only a plan may be replaced.
+
+    Raises:
+        ConfigError: the file is something else.
+    """
+    if not path.exists():
+        return
+    if path.samefile(config):
+        raise ConfigError(f"--output {path} is --config itself; name another file")
+    if not is_written_plan(path):
+        raise ConfigError(
+            f"--output {path}: there is such a file, and no plan wrote it; name another, or remove "
+            "it"
+        )
 
 
 def _write(path: Path, content: str) -> None:

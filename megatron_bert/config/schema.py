@@ -313,6 +313,9 @@ class ParallelConfig(Section):
     layout: Literal["manual", "auto"] = "manual"
     """`auto` has each job take the layout predicted to be the quickest on its ranks; this section's
     keys, `batch.micro_tokens`, `batch.micro_size` and `recompute` then count for nothing."""
+    network: Text | None = None
+    """`layout: auto`: what connects nodes, an adapter and how many of them a node has, as
+    `ndr200x4`. Default: the InfiniBand adapters that a node shows, else one `ndr200` a GPU."""
 
 
 class PrecisionConfig(Section):

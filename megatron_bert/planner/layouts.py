@@ -78,6 +78,27 @@ class Layout:
         }
         return keys
 
+    def overrides(self, config: Config) -> dict[str, Any]:
+        """What to set in a configuration to get this layout: keys without effect are left out.
+
+        Those that would keep it from taking effect are reset.
+        """
+        split, keys = self.split, self.keys()
+        idle = []
+        if split.pipeline == 1:
+            idle.append("parallel.pipeline_schedule")
+        if split.virtual == 1:
+            idle.append("parallel.virtual_stages")
+        if split.tensor == 1:
+            idle.append("parallel.sequence")
+        for name in idle:
+            del keys[name]
+        if config.parallel.layout != "manual":
+            keys["parallel.layout"] = "manual"
+        if config.batch.micro_size is not None:
+            keys["batch.micro_size"] = None
+        return keys
+
     def put_into(self, config: Config) -> Config:
         """Return the configuration with this layout in place of its own."""
         parallel = {

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import Config
-from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.vocabulary import padded_vocab_size
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import choose_device
 from megatron_bert.planner.calibrated import calibrations, machines_folder, measured_machine
 from megatron_bert.planner.layouts import Layout
-from megatron_bert.planner.machines import GIB, GPUS, Machine, find_machine, gpu_of_device
-from megatron_bert.planner.report import describe_layout
+from megatron_bert.planner.machines import (
+    GIB,
+    GPUS,
+    Machine,
+    Network,
+    find_machine,
+    gpu_of_device,
+)
+from megatron_bert.planner.report import describe_layout, remarks
 from megatron_bert.planner.search import make_plan
 
 logger = logging.getLogger(__name__)
+
+_ADAPTERS = Path("/sys/class/infiniband")
 
 
 def with_layout(config: Config, world_size: int) -> Config:
@@ -41,42 +51,72 @@ def with_layout(config: Config, world_size: int) -> Config:
         return config
     ranks = Ranks()
     device = choose_device(config.run.device)
-    machine = min(ranks.on_all(lambda: _machine_of(device)), key=lambda found: found.gpu.memory_gib)
+    machine = min(
+        ranks.on_all(lambda: _machine_of(device, config.parallel.network)),
+        key=lambda found: found.gpu.memory_gib,
+    )
 
     def choose() -> Layout:
-        best = make_plan(config, _vocab_size(config), machine, world_size, keep=1).best[0]
+        best = make_plan(config, padded_vocab_size(config), machine, world_size, keep=1).best[0]
         logger.info(
-            "layout      chosen for %s x %s: %s (%.1f of %.1f GiB, %.3g s a step, predicted)",
+            "layout      chosen for %s x %s, network %s: %s (%.1f of %.1f GiB, %.3g s a step, "
+            "predicted)",
             f"{world_size:,}",
             machine.gpu.name,
+            machine.network.name,
             describe_layout(best.layout),
             best.peak_bytes / GIB,
             machine.usable_bytes / GIB,
             best.stages[0].step.total,
         )
+        for remark in remarks(config):
+            logger.info("layout      %s", remark)
         return best.layout
 
     return ranks.on_first(choose).put_into(config)
 
 
-def _vocab_size(config: Config) -> int:
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    pieces = Tokenizer.load(Path(config.data.tokenizer)).vocab_size
-    return resolve_vocab_size(config.model, pieces, 1)
+def _machine_of(device: torch.device, network: str | None) -> Machine:
+    """This rank's machine, with the network that is named or that the node shows."""
+    try:
+        machine = _computing_on(device, network)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--network", "parallel.network =")) from None
+    found = _network_of_node(_ADAPTERS) if network is None else None
+    return machine if found is None else replace(machine, network=found)
 
 
-def _machine_of(device: torch.device) -> Machine:
+def _network_of_node(folder: Path) -> Network | None:
+    """What the adapters of a node send together; None where it has none that work.
+
+    Args:
+        folder: the kernel's, `DEVICE/ports/N/rate` in it, which says "200 Gb/sec (4X HDR)".
+    """
+    rates = []
+    for path in sorted(folder.glob("*/ports/*/rate")):
+        try:
+            match = re.match(r"(\d+(?:\.\d+)?) Gb/sec", path.read_text())
+            works = "ACTIVE" in path.with_name("state").read_text()
+        except OSError:
+            continue
+        if match is not None and works:
+            rates.append(float(match[1]))
+    if not rates:
+        return None
+    return Network("+".join(f"{rate:g}" for rate in rates) + " Gbit/s", sum(rates) / 8)
+
+
+def _computing_on(device: torch.device, network: str | None) -> Machine:
     """What this rank computes on, with as much memory as it has; calibrated, where it was."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return find_machine("cpu", per_node).with_memory(pages / per_node / GIB)
+        return find_machine("cpu", per_node, network).with_memory(pages / per_node / GIB)
     facts = torch.cuda.get_device_properties(device)
     memory = facts.total_memory / GIB
     for calibration in calibrations(machines_folder()).values():
         if calibration.device == facts.name:
-            return measured_machine(calibration, per_node).with_memory(memory)
+            return measured_machine(calibration, per_node, network).with_memory(memory)
     name = gpu_of_device(facts.name, memory)
     if name is None:
         raise ConfigError(
@@ -84,4 +124,4 @@ def _machine_of(device: torch.device) -> Machine:
             "measure it (tools/plan.py --calibrate NAME), or use parallel.layout=manual and set "
             "the layout's keys"
         )
-    return find_machine(name, per_node).with_memory(memory)
+    return find_machine(name, per_node, network).with_memory(memory)

@@ -68,7 +68,6 @@ def test_a_plan_loads_no_torch() -> None:
         (["--gpus", "0"], ["--gpus 0", "1 or more"]),
         (["--network", "wet"], ["--network wet", "ndr200x4"]),
         (["--output", "/nowhere/at/all.yaml"], ["--output /nowhere/at/all.yaml"]),
-        (["model.vocab_size=null"], ["model.vocab_size"]),
     ],
 )
 def test_what_cannot_be_used_ends_with_code_two_and_says_why(
@@ -80,6 +79,53 @@ def test_what_cannot_be_used_ends_with_code_two_and_says_why(
     for word in words:
         assert word in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_plan_of_an_automatic_layout_is_one_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "plan.yaml"
+    given = ["parallel.layout=auto", "batch.micro_size=4", "batch.micro_tokens=null"]
+    main(_arguments("--output", str(output), *given))
+    assert load_config(output).parallel.layout == "manual"
+    out = capsys.readouterr().out
+    keys = [line.strip() for line in out.split("keys to set\n")[1].splitlines()]
+    assert {"parallel.layout=manual", "batch.micro_size=null"} <= set(keys)
+
+
+def test_a_vocabulary_is_the_tokenizers_or_said_to_be_assumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_tokenizer_path: Path
+) -> None:
+    output = tmp_path / "plan.yaml"
+    main(_arguments("--json", "--output", str(output), "model.vocab_size=null"))
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["vocab_size"] == 99_584
+    assert "99,584 is assumed" in plan["remarks"][0]
+    assert load_config(output).model.vocab_size is None
+    main(_arguments("--json", "model.vocab_size=null", f"data.tokenizer={tiny_tokenizer_path}"))
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["vocab_size"] < 99_584
+    assert plan["remarks"] == []
+
+
+def test_fp8_is_said_to_be_planned_as_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    main(_arguments("precision.fp8=current", "kernels=te"))
+    assert "precision.fp8 = current is planned as BF16" in capsys.readouterr().out
+
+
+def test_only_a_plan_is_replaced(tmp_path: Path) -> None:
+    config, other = tmp_path / "run.yaml", tmp_path / "other.yaml"
+    config.write_text(EXAMPLE.read_text())
+    other.write_text("kept")
+    arguments = ["--config", str(config), "--gpus", "8", "--gpu", "h100-80gb", "--output"]
+    with pytest.raises(UserError, match="is --config itself"):
+        main([*arguments, str(config)])
+    with pytest.raises(UserError, match="no plan wrote it"):
+        main([*arguments, str(other)])
+    assert other.read_text() == "kept"
+    plan = str(tmp_path / "plan.yaml")
+    main([*arguments, plan])
+    main([*arguments, plan])
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])

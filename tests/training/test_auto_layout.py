@@ -70,7 +70,7 @@ def test_a_run_begun_with_a_layout_by_hand_goes_on_with_a_chosen_one(
         [*command, "parallel.layout=auto"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "layout      chosen for 1 x cpu: tensor 1, data 1" in done.stdout
+    assert "layout      chosen for 1 x cpu, network eth10x1: tensor 1, data 1" in done.stdout
     assert list(steps_of(read(tmp_path / "run" / "metrics.jsonl"))) == [1, 2, 3, 4]
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["parallel"]["layout"] == "auto"
@@ -93,6 +93,22 @@ def test_the_dry_run_shows_the_layout_that_would_be_chosen(
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["--config", str(path), "--dry-run"]) == 0
     assert "layout      chosen for 4 x cpu" in caplog.text
+
+
+def test_the_network_is_what_the_key_names_or_the_nodes_adapters_send(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_run: Callable[..., Config]
+) -> None:
+    for name, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "4: ACTIVE"), ("mlx5_2", "1: DOWN")):
+        port = tmp_path / name / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "rate").write_text("200 Gb/sec (4X HDR)\n")
+        (port / "state").write_text(f"{state}\n")
+    monkeypatch.setattr(auto_layout, "_ADAPTERS", tmp_path)
+    cpu = torch.device("cpu")
+    assert auto_layout._machine_of(cpu, None).network.per_node == 50.0
+    assert auto_layout._machine_of(cpu, "eth25x2").network.per_node == 6.25
+    with pytest.raises(UserError, match=r"parallel.network = wet: not known"):
+        with_layout(tiny_run(parallel={"layout": "auto", "network": "wet"}), 1)
 
 
 def test_a_device_that_the_planner_does_not_know_is_refused(
