@@ -1,7 +1,8 @@
-"""Write the predicted tables of the documentation.
+"""Write the predicted tables of the documentation, and a picture.
 
 `python -m megatron_bert.planner.emit_scaling` writes what stands between the markers of
-`docs/scaling.md`, from `examples/retrievabert_1.3b.yaml` and the machines of the table.
+`docs/scaling.md`, and the picture that it shows, from `examples/retrievabert_1.3b.yaml` and the
+machines of the table.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from megatron_bert.config.schema import Config
 from megatron_bert.files import write_atomically
 from megatron_bert.planner.dealings import Dealings
 from megatron_bert.planner.machines import GIB, Machine, find_machine
+from megatron_bert.planner.plots import write_picture
 from megatron_bert.planner.rank_parts import rank_parts
 from megatron_bert.planner.report import describe_layout
 from megatron_bert.planner.search import Plan, make_plan
 
 GUIDE_FILE = "scaling.md"
+PICTURE_FILE = "scaling_30b_512.svg"
 _RECIPE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
 _VOCABULARY = 99_584
 
@@ -50,14 +53,21 @@ def render(guide: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables into the folder given by `--docs`."""
+    """Write the tables and the picture into the folder given by `--docs`."""
     parser = argparse.ArgumentParser(prog="emit_scaling", description=__doc__)
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the file")
     guide: Path = parser.parse_args(arguments).docs / GUIDE_FILE
     if not guide.is_file():
         raise ConfigError(f"{guide} does not exist; run in the checkout's root or give --docs")
     write_atomically(guide, render(guide.read_text(encoding="utf-8")))
+    write_picture(_pictured(), guide.with_name(PICTURE_FILE))
     return 0
+
+
+def _pictured() -> Plan:
+    """One whose best layout has a pipeline."""
+    machine = find_machine("h100-80gb", 8, "ndr400x8")
+    return _plan(_large_config(_LARGE["30B"], 4096), machine, 512)
 
 
 def _plan(config: Config, machine: Machine, ranks: int) -> Plan:

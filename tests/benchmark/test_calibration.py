@@ -12,7 +12,14 @@ import torch
 
 from megatron_bert.benchmark.calibration import QUICK, calibrate
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.planner.calibrated import Calibration, calibrations, machine_by_name
+from megatron_bert.planner.calibrated import (
+    Calibration,
+    calibrations,
+    machine_by_name,
+    measured_machine,
+)
+from megatron_bert.planner.job import Job
+from megatron_bert.planner.network import Group
 from megatron_bert.planner.search import make_plan
 from tests.distributed_harness import run_ranks
 from tests.planner.jobs import VOCABULARY, recipe
@@ -86,3 +93,33 @@ def test_a_damaged_file_is_refused_by_its_name(
     path.write_text("{" if damage == "cut" else json.dumps(values))
     with pytest.raises(ConfigError, match=r"here.json is no calibration"):
         calibrations(tmp_path)
+
+
+def test_only_the_machine_that_is_asked_for_is_read_and_rates_unknown_to_it_are_the_usual_ones(
+    measured: Calibration, tmp_path: Path
+) -> None:
+    path = measured.save(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    values = json.loads(path.read_text())
+    del values["rates"]["host_message"]
+    path.write_text(json.dumps(values))
+    assert machine_by_name("here", tmp_path).rates == measured.rates
+    assert machine_by_name("h200", tmp_path).gpu.kind == "cuda"
+    with pytest.raises(ConfigError, match=r"broken.json is no calibration"):
+        machine_by_name("broken", tmp_path)
+
+
+def test_a_measured_cpu_is_planned_as_one(measured: Calibration, tmp_path: Path) -> None:
+    measured.save(tmp_path)
+    machine = machine_by_name("here", tmp_path)
+    assert machine.gpu.kind == "cpu"
+    assert not Job(recipe(), VOCABULARY, machine, 1).has_kernel
+
+
+def test_a_measured_latency_gives_back_what_the_smallest_message_took(
+    measured: Calibration,
+) -> None:
+    machine = measured_machine(measured, nodes_of=2)
+    took = measured.curves["all_reduce"][0]
+    predicted = Group(2, 1).sum(machine, took[0])
+    assert took[1] <= predicted < 3 * took[1]

@@ -10,7 +10,7 @@ from megatron_bert.config.errors import ConfigError
 from megatron_bert.parallel.schedule import ScheduleName
 from megatron_bert.planner import step
 from megatron_bert.planner.compute import Passes, Seconds
-from megatron_bert.planner.emit_scaling import main, render
+from megatron_bert.planner.emit_scaling import PICTURE_FILE, main, render
 from megatron_bert.planner.layouts import Layout, Split
 from tests.planner.jobs import job
 
@@ -22,6 +22,11 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 def test_the_predicted_tables_are_fresh() -> None:
     guide = (DOCS / "scaling.md").read_text(encoding="utf-8")
     assert render(guide) == guide, "run python -m megatron_bert.planner.emit_scaling"
+
+
+def test_the_picture_that_the_guide_shows_has_a_pipeline() -> None:
+    assert f"({PICTURE_FILE})" in (DOCS / "scaling.md").read_text(encoding="utf-8")
+    assert "pipeline rank" in (DOCS / PICTURE_FILE).read_text(encoding="utf-8")
 
 
 def test_a_guide_without_its_markers_is_refused(tmp_path: Path) -> None:

@@ -128,6 +128,20 @@ def test_only_a_plan_is_replaced(tmp_path: Path) -> None:
     main([*arguments, plan])
 
 
+def test_a_small_run_is_shown_in_units_that_leave_its_numbers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = str(CHECKOUT / "examples" / "small_cpu.yaml")
+    main(["--config", small, "--gpus", "4", "--gpu", "h100-80gb"])
+    out = capsys.readouterr().out
+    assert " minutes  GPU hours" in out
+    assert "e-05" not in out
+    assert "why this one: the quickest that fits" in out
+    first = next(line for line in out.splitlines() if line.startswith("  1 "))
+    assert "tensor 1, data 4" in first
+    assert all(float(number) > 0 for number in first.split()[1:4])
+
+
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_a_picture_shows_layouts_memory_and_the_pipeline(
     ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
