@@ -280,8 +280,9 @@ def _alternatives(plan: Plan) -> Iterator[str]:
     for name, entry in plan.alternatives:
         more = 100 * (entry.days / best.days - 1)
         yield (
-            f"  {describe_key(entry.layout, name)}: {time.show(86400 * entry.days)} {time.name} ({more:+.1f} %), "
-            f"{memory.show(entry.peak_bytes)} {memory.name}{_reason(plan, best, entry)}"
+            f"  {describe_key(entry.layout, name)}: {time.show(86400 * entry.days)} {time.name} "
+            f"({more:+.1f} %), {memory.show(entry.peak_bytes)} {memory.name}"
+            f"{_reason(plan, best, entry)}"
         )
     if plan.too_large:
         smallest = plan.smallest
