@@ -6,6 +6,8 @@ Everything here is what `pretrain_bert.py` and the tools call; docs/python.md sh
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -99,20 +101,24 @@ def train(config: Config, max_steps: int | None = None) -> RunRecords:
     Raises:
         UserError: configuration, data or checkpoint cannot be used.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("api.train: it listens for signals; call it in the main thread")
     if max_steps is not None and max_steps < 1:
         raise UserError(f"max_steps = {max_steps}: give 1 or more, or None for all")
-    with _own_signals():
+    with _borrowed_hooks():
         stops = StopRequests(config.run.max_minutes, config.run.deadline)
         train_on_all_ranks(config, stops, max_steps=max_steps)
     return RunRecords.read(config.run.directory)
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Give the signals back to whom they belonged: a notebook interrupts its cells with one."""
+def _borrowed_hooks() -> Iterator[None]:
+    """Give back a notebook's way to interrupt cells, and to print tracebacks without a rank."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    print_traceback = sys.excepthook
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        sys.excepthook = print_traceback

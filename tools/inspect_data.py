@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_bert.config.errors import DataError, run_cli
 from megatron_bert.config.load import load_config
-from megatron_bert.config.places import check_place
+from megatron_bert.config.places import write_output
 from megatron_bert.config.schema import Config
 from megatron_bert.data.inspection import describe_dataset, samples
 from megatron_bert.data.overlap import describe_overlap
@@ -20,7 +20,6 @@ from megatron_bert.data.row_inspection import show_rows
 from megatron_bert.data.row_view import item_lines, legend, page
 from megatron_bert.data.step_inspection import describe_steps
 from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.files import write_atomically
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,17 +128,12 @@ def _rows(config: Config, given: argparse.Namespace) -> Iterator[str]:
     first, last = _steps(given.steps)
     items = show_rows(config, first, last, given.rows)
     if given.html is not None:
-        check_place(given.html)
-        try:
-            write_atomically(given.html, page(f"Steps {first} to {last} of {given.config}", items))
-        except OSError as error:
-            raise DataError(
-                f"cannot write {given.html}: {error.strerror}; name another file"
-            ) from error
+        write_output(given.html, page(f"Steps {first} to {last} of {given.config}", items))
         yield f"wrote {given.html}"
         return
     coloured = given.color == "always" or (given.color == "auto" and _terminal_has_colours())
-    yield from legend(coloured=coloured)
+    if given.rows:
+        yield from legend(coloured=coloured)
     for item in items:
         yield from item_lines(item, coloured=coloured)
 

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output or options.runs[0] / "report.html"
     if options.picture is not None:
         write_picture(runs, options.picture)
+        sys.stdout.write(f"wrote {options.picture}\n")
     write_page(runs, output)
     for run in runs:
         for label, text in run.facts().items():

@@ -13,8 +13,7 @@ from megatron_bert.config.errors import ConfigError, run_cli
 from megatron_bert.config.megatron.document import remarks, render_file
 from megatron_bert.config.megatron.shell_text import command_arguments
 from megatron_bert.config.megatron.translation import translate
-from megatron_bert.config.places import check_place
-from megatron_bert.files import write_durably
+from megatron_bert.config.places import write_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,10 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output is None:
         sys.stdout.write(text)
         return
-    check_place(options.output)
     if options.output.exists() and not options.overwrite:
         raise ConfigError(f"{options.output} exists; give --overwrite to replace it")
-    write_durably(options.output, text)
+    write_output(options.output, text)
     sys.stdout.write("".join(f"{line}\n" for line in remarks(translation)))
     sys.stdout.write(
         f"\nwrote {options.output}; next: python pretrain_bert.py --config {options.output} "

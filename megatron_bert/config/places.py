@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from megatron_bert.config.errors import UserError
+from megatron_bert.files import write_atomically
 
 
 def place_problem(path: Path) -> str | None:
@@ -30,3 +31,17 @@ def check_place(path: Path) -> None:
     problem = place_problem(path)
     if problem is not None:
         raise UserError(f"cannot write {path}: it {problem}")
+
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a file that a user named: whole, or not at all; text as UTF-8.
+
+    Raises:
+        UserError: the path climbs out of a folder that it names, or cannot be written.
+    """
+    check_place(path)
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from error

@@ -66,7 +66,7 @@ class ShownRow:
 def show_rows(
     config: Config, first_step: int, last_step: int, rows_a_step: int
 ) -> Iterator[ShownRow | str]:
-    """Yield each step's first rows and `describe_steps`' line; in the end, what all rows hold.
+    """Yield each step's heading, first rows and `describe_steps`' line, then what all rows hold.
 
     Raises:
         DataError: the steps do not lie in the run, or its data cannot be read.
@@ -74,6 +74,9 @@ def show_rows(
     inspected = StepBatches(config, first_step, last_step)
     shares = RowShares(inspected.tokenizer)
     for step in inspected.steps:
+        if rows_a_step:
+            length = config.curriculum[inspected.stage(step)].seq_length
+            yield f"step {step}, of rows of {length}:"
         batch_hash, left = 0, rows_a_step
         for batch in inspected.batches(step):
             batch_hash = (batch_hash + batch.batch_hash) % 2**64

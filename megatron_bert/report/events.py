@@ -50,7 +50,11 @@ def moments(run: RunRecords) -> list[Moment]:
     """What is marked in a run's charts."""
     stages = [("stage", step, str(length)) for step, length in run.stage_starts()]
     jobs = [("job", job["step"] + 1, "") for job in run.jobs[1:]]
-    remarks = [(remark.kind, remark.step, "") for remark in run.remarks[:_MOST]]
+    remarks = [
+        (kind, remark.step, "")
+        for kind in ("skipped", "spike")
+        for remark in [remark for remark in run.remarks if remark.kind == kind][:_MOST]
+    ]
     return [
         Moment(kind, int(np.searchsorted(run.columns["step"], step)), label)
         for kind, step, label in [*stages, *jobs, *remarks]

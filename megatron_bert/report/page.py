@@ -8,9 +8,9 @@ import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron_bert.config.places import write_output
 from megatron_bert.report import events, settings, timeline
 from megatron_bert.report.curves import AXES, Chart, charts_of, positions
-from megatron_bert.report.output import write
 from megatron_bert.report.records import RunRecords, names_of
 from megatron_bert.report.svg import COLOURS, DASHES, Mark, draw
 
@@ -24,7 +24,7 @@ def write_page(runs: Sequence[RunRecords], output: Path) -> None:
     Raises:
         UserError: two runs are the same directory, or the page cannot be written.
     """
-    write(output, page_of(runs))
+    write_output(output, page_of(runs))
 
 
 def page_of(runs: Sequence[RunRecords]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_bert.config.errors import UserError
+from megatron_bert.config.places import write_output
 from megatron_bert.report.curves import thinned
-from megatron_bert.report.output import write
 from megatron_bert.report.records import RunRecords, names_of
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ def write_picture(runs: Sequence[RunRecords], output: Path) -> None:
     check_name(output)
     figure = draw_curves(runs)
     if output.suffix == ".svg":
-        write(output, _as_svg(figure))
+        write_output(output, _as_svg(figure))
         return
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write(output, buffer.getvalue())
+    write_output(output, buffer.getvalue())
 
 
 def draw_curves(runs: Sequence[RunRecords]) -> Figure:

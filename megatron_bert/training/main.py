@@ -155,6 +155,7 @@ def _run(
             if directory is not None:
                 directory.record_job(trainer.step, dist.get_world_size())
                 mirrors.start(config.log, directory.path, anew=trainer.step == 0)
+            began = trainer.step
             end = trainer.run(stops, max_steps)
             # A rank that is gone by now is still named, and the run is not called finished.
             dist.barrier()
@@ -162,6 +163,8 @@ def _run(
             outcome: dict[str, object] = {"step": end.step}
             if end.stop_reason is None:
                 directory.finish(outcome)
+                if began == end.step:
+                    logger.info("no step is left: lengthen the last stage, or give another run.dir")
                 logger.info("finished after step %s", f"{end.step:,}")
             else:
                 directory.stop({**outcome, "reason": end.stop_reason})

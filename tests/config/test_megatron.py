@@ -226,6 +226,10 @@ def _at(tree: Any, key: str) -> object:
         ('run="python pretrain_bert.py --a"\nsrun sh -c "$run"; echo done', ["--a"]),
         ("--a 1 \\\n --b", ["--a", "1", "--b"]),
         ("if true; then\n torchrun pretrain_bert.py --a\nfi", ["--a"]),
+        ("H=1\nif a; then\n H=2\nelse\n H=3\nfi\npretrain_bert.py --h $H", ["--h", "$H"]),
+        ("if a; then H=2; fi\npretrain_bert.py --h $H", ["--h", "$H"]),
+        ("case $X in\n a) H=2 ;;\nesac\nH=${H:-4}\npretrain_bert.py --h $H", ["--h", "$H"]),
+        ("if a; then H=2; fi\nH=5\npretrain_bert.py --h $H", ["--h", "5"]),
     ],
 )  # fmt: skip
 def test_a_script_is_read_as_the_shell_would(text: str, expected: list[str]) -> None:

@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 # What to do is an imperative, and it begins a clause.
 _VERBS = (
-    "add|append|begin|branch|check|choose|close|convert|copy|correct|cut|divide|drop|end|free|give|"
+    "add|append|begin|branch|call|check|choose|close|convert|copy|correct|cut|divide|drop|end|free|give|"
     "install|leave|lower|make|measure|mend|merge|move|name|open|pip|put|quote|raise|remove|"
     "rename|replace|restore|resume|run|save|see|set|start|stop|submit|take|train|try|use|wait|"
     "write"

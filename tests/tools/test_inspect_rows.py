@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from _megatron_bert_core import IndexedDataset
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.config.errors import DataError, UserError
 from megatron_bert.config.load import load_config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -154,7 +154,7 @@ def test_a_page_holds_the_rows_and_the_shares_and_needs_no_other_file(
             assert any(line in other for other in lines)
     marked = " ".join(line for line in shown if line.startswith("  <CLS>"))
     assert page.count('class="masked"') == marked.count("[<MASK>|") + 1  # the legend
-    with pytest.raises(DataError, match=r"cannot write .*none/x\.html.*name another"):
+    with pytest.raises(UserError, match=r"cannot write .*none/x\.html.*name another"):
         tool.main([*map(str, command), "--html", str(tmp_path / "none" / "x.html")])
 
 

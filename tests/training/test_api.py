@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_the_batch_of_a_step_is_the_one_that_training_reads(
 def test_training_goes_on_step_by_step_and_gives_the_signals_back(
     tiny_run: Callable[..., Config],
 ) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+    handler, print_traceback = signal.getsignal(signal.SIGINT), sys.excepthook
     config = tiny_run(
         curriculum=[{"seq_length": 32, "steps": 3}],
         checkpoint={"async": False},
@@ -69,8 +70,14 @@ def test_training_goes_on_step_by_step_and_gives_the_signals_back(
     assert np.isfinite(last.evaluations[-1]["valid_loss"])
     assert (config.run.directory / FINISHED).exists()
     assert signal.getsignal(signal.SIGINT) is handler
+    assert sys.excepthook is print_traceback
     with pytest.raises(api.UserError, match="max_steps = 0: give 1 or more"):
         api.train(config, max_steps=0)
+    with (
+        ThreadPoolExecutor(1) as other,
+        pytest.raises(api.UserError, match="call it in the main thread"),
+    ):
+        other.submit(api.train, config).result()
 
 
 def test_the_package_itself_loads_neither_the_api_nor_torch() -> None:

@@ -2,7 +2,8 @@
 
 What such scripts do is understood: assignments, arrays, quotes, comments, lines that go on, and
 `$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME[@]}`. Whatever else begins with `$` stays as it
-stands, for the user to fill in.
+stands, for the user to fill in; so does a variable that a branch or a loop assigns, as nobody
+knows which of them would be taken.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _REDIRECTION = re.compile(r"\d*[<>].*")
 # Scalars, which are split where they are used, and arrays.
 Known: TypeAlias = dict[str, str | list[str]]
 _SEPARATORS = ";|&\n"
+_OPENING = ("if", "for", "while", "until", "case", "select")
+_CLOSING = ("fi", "done", "esac")
+# What may stand before the first command of a branch.
+_BRANCH = re.compile(r"(?:(?:then|else|do)\s+|[^\s()'\"]+\)\s*)")
 
 
 def command_arguments(text: str, source: str, variables: Mapping[str, str]) -> list[str]:
@@ -44,10 +49,16 @@ def command_arguments(text: str, source: str, variables: Mapping[str, str]) -> l
     known: Known = dict(variables)
     found: list[list[str]] = []
     bare: list[str] = []
-    for command in _commands(text):
+    depth = 0
+    for line in _commands(text):
+        word = line.split(None, 1)[0]
+        depth += (word in _OPENING) - (word in _CLOSING)
+        command = line if depth == 0 else _BRANCH.sub("", line, count=1)
         assignment = _ASSIGNMENT.fullmatch(command)
         if assignment and _is_whole_assignment(assignment[3], source):
             _assign(assignment, known, variables, source)
+            if depth and assignment[1] not in variables:
+                known[assignment[1]] = f"${assignment[1]}"
             continue
         words = _expand(_words(command, source), known, source)
         places = [index for index, word in enumerate(words) if _PROGRAM.fullmatch(word)]
