@@ -71,17 +71,12 @@ class RunRecords:
         table = _Table()
         path = directory / "metrics.jsonl"
         for number, record in enumerate(metrics.stream(path), start=1):
-            if record is not None and not isinstance(record.get("step"), int):
-                raise UserError(f"{path} line {number}: no whole number `step`; remove the line")
+            for name in _lacking(record or {"step": number}):
+                raise UserError(f"{path} line {number}: no number `{name}`; remove the line")
             table.add(record)
         if not table.length:
             raise UserError(f"{directory}: no step was recorded yet; train first")
         columns = table.arrays()
-        if missing := {"stage", "seq_length"} - columns.keys():
-            raise UserError(
-                f"{path}: its lines have no {', '.join(missing)}, as a run's have; name a run "
-                "directory"
-            )
         # Jobs that took no step leave no trace in the curves.
         jobs = [job for job in read_jobs(directory) if job["step"] < columns["step"][-1]]
         return cls(
@@ -133,7 +128,7 @@ class RunRecords:
             "steps": f"{self.last_step:,} of {', '.join(self._stages())}",
         }
         if "tokens" in self.columns:
-            facts["token slots"] = f"{int(self.columns['tokens'][-1]):,}"
+            facts["token slots"] = f"{int(np.nanmax(self.columns['tokens'])):,}"
         if "step_seconds" in self.columns:
             facts["time in steps"] = format_duration(self.seconds()[-1])
         if earlier := self.set_aside():
@@ -187,6 +182,16 @@ def _short_name(path: Path, paths: Sequence[Path]) -> str:
         if sum(other.parts[-count:] == end for other in paths) == 1:
             return str(Path(*end))
     return str(path)
+
+
+def _lacking(record: Mapping[str, Any]) -> list[str]:
+    """Numbers that a line of the metrics must have and has not."""
+    needed = ["step"]
+    if "loss" in record:
+        needed += ["stage", "seq_length", "loss"]
+    elif "valid_loss" in record:
+        needed += ["valid_loss", "valid_accuracy", "valid_seq_length"]
+    return [name for name in needed if not isinstance(record.get(name), int | float)]
 
 
 @dataclass

@@ -138,7 +138,9 @@ def _line(curve: Curve, x: Scale, y: Scale, axis: str, classes: str) -> str:
     if not curve.dots:
         return line
     dots = "".join(
-        f"M{across:.2f} {up:.2f}h0" for across, up in zip(*places, strict=True) if up == up
+        f"M{across:.2f} {up:.2f}h0"
+        for across, up in zip(*places, strict=True)
+        if across == across and up == up
     )
     return f'{line}<path class="dots {classes}" d="{dots}"/>'
 
@@ -158,7 +160,7 @@ def _path(across: Floats, up: Floats, digits: int = 2) -> str:
     """Lines from point to point; a point without a place is a gap."""
     parts, pen = [], "M"
     for a, b in zip(across.tolist(), up.tolist(), strict=True):
-        if b != b:
+        if a != a or b != b:
             pen = "M"
             continue
         parts.append(f"{pen}{a:.{digits}f} {b:.{digits}f}")

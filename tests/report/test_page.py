@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -119,11 +120,26 @@ def test_a_line_that_a_killed_job_left_half_written_is_told(tmp_path: Path) -> N
     assert "<td>torn line</td>" in page_of([run])
 
 
+def test_lines_without_tokens_are_gaps_of_the_curves_over_tokens(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 8)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in (records[0], records[-1]):
+        record.pop("tokens", None)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text)
+    run = RunRecords.read(folder)
+    assert int(run.facts()["token slots"].replace(",", "")) > 0
+    assert not re.search(r' d="[^"]*nan', page_of([run]))
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [
         ("{broken\n", r"metrics\.jsonl line 2: not a record; remove the line"),
-        ('{"loss": 1.0}\n', r"metrics\.jsonl line 2: no whole number `step`"),
+        ('{"loss": 1.0}\n', r"metrics\.jsonl line 2: no number `step`"),
+        ('{"step": 2, "stage": 0, "loss": 1.0}\n', r"line 2: no number `seq_length`"),
+        ('{"step": 2, "valid_loss": 1.0}\n', r"line 2: no number `valid_accuracy`"),
     ],
 )
 def test_damage_in_the_middle_is_refused_with_its_line(
