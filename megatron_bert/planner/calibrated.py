@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from megatron_bert.files import write_atomically
 from megatron_bert.planner.machines import GPUS, Gpu, Machine, Rates, find_machine
 
 Facts = TypeVar("Facts", Gpu, Rates)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,20 @@ def machines_folder() -> Path:
     return Path(base) / "megatron_bert" / "machines"
 
 
-def calibrations(folder: Path) -> dict[str, Calibration]:
-    """Those of a folder, by their names; none where there is no folder.
+def calibration_of_device(device: str, folder: Path) -> Calibration | None:
+    """The first of a folder that was measured on such a device, by the name its driver gives it.
 
-    Raises:
-        ConfigError: a file is none of a calibration.
+    A file that cannot be read is warned of and passed over: it may be another machine's.
     """
-    found = [_read(path) for path in sorted(folder.glob("*.json"))]
-    return {calibration.gpu.name: calibration for calibration in found}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            calibration = read_calibration(path)
+        except ConfigError as error:
+            logger.warning("%s", error)
+            continue
+        if calibration.device == device:
+            return calibration
+    return None
 
 
 def machine_by_name(
@@ -88,7 +97,7 @@ def machine_by_name(
             f"--gpu {gpu}: not known; use one of {', '.join([*GPUS, *paths])}, or measure this "
             "machine: tools/plan.py --calibrate NAME"
         )
-    return measured_machine(_read(paths[gpu]), nodes_of, network)
+    return measured_machine(read_calibration(paths[gpu]), nodes_of, network)
 
 
 def measured_machine(
@@ -100,7 +109,12 @@ def measured_machine(
     return Machine(calibration.gpu, usual.network, per_node, calibration.rates)
 
 
-def _read(path: Path) -> Calibration:
+def read_calibration(path: Path) -> Calibration:
+    """Read what `Calibration.save` wrote; rates it lacks are the built-in ones.
+
+    Raises:
+        ConfigError: the file is none of a calibration.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return Calibration(

@@ -177,9 +177,7 @@ class Machine:
         return 1e12 * (self.gpu.bf16_tflops if compute == "bf16" else self.gpu.fp32_tflops)
 
 
-def find_machine(
-    gpu: str, nodes_of: int | None = None, network: str | None = None, rates: Rates | None = None
-) -> Machine:
+def find_machine(gpu: str, nodes_of: int | None = None, network: str | None = None) -> Machine:
     """Look a machine up by the names that the command line takes.
 
     Args:
@@ -187,7 +185,6 @@ def find_machine(
         nodes_of: GPUs of a node. Default: the usual number of that GPU.
         network: an adapter and how many of them a node has, as `ndr200x4`. Default: an `ndr200`
             for each GPU.
-        rates: measured ones. Default: the built-in ones.
 
     Raises:
         ConfigError: A name is unknown, or a number is not above 0; the message lists those known.
@@ -199,7 +196,7 @@ def find_machine(
     per_node = GPUS[gpu].per_node if nodes_of is None else nodes_of
     default = f"eth10x{per_node}" if gpu == "cpu" else f"ndr200x{per_node}"
     found = _find_network(network or default)
-    return Machine(GPUS[gpu], found, per_node, rates or _default_rates(gpu))
+    return Machine(GPUS[gpu], found, per_node, _default_rates(gpu))
 
 
 def _default_rates(gpu: str) -> Rates:

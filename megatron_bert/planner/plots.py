@@ -110,7 +110,7 @@ def _draw_times(axis: Axes, plan: Plan, shown: Sequence[tuple[str, LayoutPlan]])
     parts = {
         field.name: [
             sum(
-                getattr(stage.step, field.name) * (span.last_step - span.first_step + 1) / 86400
+                getattr(stage.step, field.name) * span.num_steps / 86400
                 for stage, span in zip(entry.stages, plan.job.spans, strict=True)
             )
             for _, entry in shown

@@ -15,7 +15,11 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.vocabulary import padded_vocab_size
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import choose_device
-from megatron_bert.planner.calibrated import calibrations, machines_folder, measured_machine
+from megatron_bert.planner.calibrated import (
+    calibration_of_device,
+    machines_folder,
+    measured_machine,
+)
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.machines import (
     GIB,
@@ -114,9 +118,9 @@ def _computing_on(device: torch.device, network: str | None) -> Machine:
         return find_machine("cpu", per_node, network).with_memory(pages / per_node / GIB)
     facts = torch.cuda.get_device_properties(device)
     memory = facts.total_memory / GIB
-    for calibration in calibrations(machines_folder()).values():
-        if calibration.device == facts.name:
-            return measured_machine(calibration, per_node, network).with_memory(memory)
+    calibration = calibration_of_device(facts.name, machines_folder())
+    if calibration is not None:
+        return measured_machine(calibration, per_node, network).with_memory(memory)
     name = gpu_of_device(facts.name, memory)
     if name is None:
         raise ConfigError(

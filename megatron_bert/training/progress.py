@@ -92,7 +92,7 @@ class Progress:
     def _draw(self, view: _View, record: Mapping[str, Any], span: StageSpan) -> None:
         step = record["step"]
         run_left, stage_left = self._seconds_left(step, span)
-        done, length = step - span.first_step + 1, span.last_step - span.first_step + 1
+        done, length = step - span.first_step + 1, span.num_steps
         view.draw(
             run=(step, f"step {step:,}/{self._curriculum.total_steps:,}", run_left),
             stage=(done, length, f"{self._stage_name(span)} · {done:,}/{length:,}", stage_left),

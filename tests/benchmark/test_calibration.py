@@ -14,9 +14,10 @@ from megatron_bert.benchmark.calibration import QUICK, calibrate
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.planner.calibrated import (
     Calibration,
-    calibrations,
+    calibration_of_device,
     machine_by_name,
     measured_machine,
+    read_calibration,
 )
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.network import Group
@@ -54,7 +55,7 @@ def test_a_stored_machine_is_read_back_and_planned_for(
 ) -> None:
     path = measured.save(tmp_path / "machines")
     assert path.name == "here.json"
-    assert calibrations(path.parent) == {"here": measured}
+    assert read_calibration(path) == measured
     machine = machine_by_name("here", path.parent, 4)
     assert machine.gpu == measured.gpu
     assert machine.rates == measured.rates
@@ -92,7 +93,17 @@ def test_a_damaged_file_is_refused_by_its_name(
         del values["gpu"]["link"]
     path.write_text("{" if damage == "cut" else json.dumps(values))
     with pytest.raises(ConfigError, match=r"here.json is no calibration"):
-        calibrations(tmp_path)
+        read_calibration(path)
+
+
+def test_a_job_finds_its_device_s_calibration_beside_one_that_cannot_be_read(
+    measured: Calibration, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    measured.save(tmp_path)
+    assert calibration_of_device(measured.device, tmp_path) == measured
+    assert "broken.json is no calibration" in caplog.text
+    assert calibration_of_device("another", tmp_path) is None
 
 
 def test_only_the_machine_that_is_asked_for_is_read_and_rates_unknown_to_it_are_the_usual_ones(
