@@ -115,7 +115,10 @@ def test_the_picture_marks_every_stage_with_its_length(tmp_path: Path, steps: in
 def test_a_loss_that_is_no_number_is_a_gap_in_the_curve(tmp_path: Path) -> None:
     run = RunRecords.read(write_run(tmp_path / "run", nan_at=5))
     write_page([run], tmp_path / "page.html")
-    assert "<svg" in (tmp_path / "page.html").read_text("utf-8")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    loss = re.search(r'<path class="line [^>]* data-name="training" d="([^"]*)"', page)
+    assert loss is not None
+    assert (loss[1].count("M"), "nan" in loss[1]) == (2, False)
 
 
 def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
