@@ -169,6 +169,8 @@ def write_file(
             digest.update(data)
             write(data)
             size += len(data)
+            # A view of the whole tensor, which must be gone before the next one is made.
+            del data
     return FileRecord(size, digest.hexdigest())
 
 
