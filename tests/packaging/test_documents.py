@@ -139,3 +139,10 @@ def test_the_sites_links_are_those_of_the_checkout() -> None:
         )
         == "[a](index.md#x) [b](repository/examples/corpus.md) [c](data.md) [d](#own)"
     )
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    navigation = (CHECKOUT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages = {path.name for path in (CHECKOUT / "docs").glob("*.md")}
+    assert pages
+    assert not {page for page in pages if f": {page}\n" not in navigation}
