@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 
 import torch
 
 from megatron_bert.checkpoint.manifest import JSON
+from megatron_bert.checkpoint.save_result import SaveResult
 from megatron_bert.checkpoint.shards import HostCopy, LocalShards
 from megatron_bert.checkpoint.store import CheckpointDefectError, CheckpointStore
 from megatron_bert.config.errors import CheckpointError
@@ -34,16 +35,26 @@ class CheckpointSaver:
         store: Where checkpoints go.
         in_background: Write in a thread, while the caller goes on.
         max_failures: Failed saves in a row that end the run.
+        on_result: Told of every save, by the thread that writes it, but of a failed last one, which
+            raises.
 
     Attributes:
         seconds: What the last save that succeeded took to write, None before the first one.
         saved_step: Its step.
     """
 
-    def __init__(self, store: CheckpointStore, *, in_background: bool, max_failures: int) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        in_background: bool,
+        max_failures: int,
+        on_result: Callable[[SaveResult], None] | None = None,
+    ) -> None:
         self._store = store
         self._host_copy = HostCopy() if in_background else None
         self._max_failures = max_failures
+        self._on_result = on_result or (lambda _: None)
         self._failures: list[CheckpointError | CheckpointDefectError] = []  # in a row
         self._in_flight: Future[None] | None = None
         self._abandoned = threading.Event()
@@ -79,18 +90,19 @@ class CheckpointSaver:
                 in the background is noticed by the next call.
             CheckpointDefectError: The same, for a reason that no user can mend.
         """
+        called = time.perf_counter()
         self._wait()
         if is_last:
             # Also after failures: it may be the one that succeeds.
-            self._write(step, LocalShards.of(tensors), state)
+            self._write(step, LocalShards.of(tensors), state, _Stall(called))
             return
         self._raise_if_too_many()
         shards = LocalShards.of(tensors)
         if self._host_copy is None:
-            self._attempt(step, shards, state)
+            self._attempt(step, shards, state, _Stall(called))
             self._raise_if_too_many()
         else:
-            self._begin(step, self._host_copy, shards, state)
+            self._begin(step, self._host_copy, shards, state, _Stall(called))
 
     def finish(self) -> None:
         """Wait for the save in flight, if any. Collective.
@@ -113,7 +125,12 @@ class CheckpointSaver:
             self._in_flight = None
 
     def _begin(
-        self, step: int, host_copy: HostCopy, shards: LocalShards, state: Mapping[str, JSON]
+        self,
+        step: int,
+        host_copy: HostCopy,
+        shards: LocalShards,
+        state: Mapping[str, JSON],
+        stall: _Stall,
     ) -> None:
         """Copy the shards and write the copy in the background, on all ranks or on none."""
         try:
@@ -122,18 +139,24 @@ class CheckpointSaver:
             self._note_failure(step, CheckpointError(f"no memory for a copy: {error}"))
             self._raise_if_too_many()
         else:
-            self._in_flight = self._start(step, host_copy, shards, state)
+            self._in_flight = self._start(step, host_copy, shards, state, stall)
 
     def _start(
-        self, step: int, host_copy: HostCopy, shards: LocalShards, state: Mapping[str, JSON]
+        self,
+        step: int,
+        host_copy: HostCopy,
+        shards: LocalShards,
+        state: Mapping[str, JSON],
+        stall: _Stall,
     ) -> Future[None]:
         done: Future[None] = Future()
         copied = host_copy.take(shards)
+        stall.end()
 
         def work() -> None:
             try:
                 host_copy.wait()
-                self._attempt(step, copied, state)
+                self._attempt(step, copied, state, stall)
             except BaseException as error:
                 done.set_exception(error)
             else:
@@ -143,10 +166,12 @@ class CheckpointSaver:
         threading.Thread(target=work, name=f"save of step {step}", daemon=True).start()
         return done
 
-    def _attempt(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
+    def _attempt(
+        self, step: int, shards: LocalShards, state: Mapping[str, JSON], stall: _Stall
+    ) -> None:
         """Save and keep count of failures; what is not alike on all ranks is raised."""
         try:
-            self._write(step, shards, state)
+            self._write(step, shards, state, stall)
         except (CheckpointError, CheckpointDefectError) as error:
             # Its traceback would keep the shards.
             self._note_failure(step, error.with_traceback(None))
@@ -157,13 +182,17 @@ class CheckpointSaver:
         self._failures.append(error)
         if self._store.ranks.rank == 0:
             logger.warning("step %s was not saved: %s; %s", f"{step:,}", error, self._count())
+        self._on_result(SaveResult(step, error=str(error)))
 
-    def _write(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
+    def _write(
+        self, step: int, shards: LocalShards, state: Mapping[str, JSON], stall: _Stall
+    ) -> None:
         began = time.perf_counter()
-        path = self._store.save_shards(step, shards, state, self._check)
+        saved = self._store.save_shards(step, shards, state, self._check)
         self.seconds, self.saved_step = time.perf_counter() - began, step
         if self._store.ranks.rank == 0:
-            logger.info("step %s · saved %s in %.1f s", f"{step:,}", path, self.seconds)
+            logger.info("step %s · saved %s in %.1f s", f"{step:,}", saved.path, self.seconds)
+        self._on_result(SaveResult(step, self.seconds, stall.end(), saved.size))
 
     def _check(self) -> None:
         if self._abandoned.is_set():
@@ -179,3 +208,16 @@ class CheckpointSaver:
         failed = len(self._failures)
         saves = "1 save" if failed == 1 else f"{failed} saves in a row"
         return f"{saves} failed (checkpoint.max_failures={self._max_failures})"
+
+
+class _Stall:
+    """How long a caller stands still: from when it called to the first `end`."""
+
+    def __init__(self, called: float) -> None:
+        self._called = called
+        self._seconds: float | None = None
+
+    def end(self) -> float:
+        if self._seconds is None:
+            self._seconds = time.perf_counter() - self._called
+        return self._seconds

@@ -6,6 +6,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,14 @@ logger = logging.getLogger(__name__)
 
 class CheckpointDefectError(RuntimeError):
     """Saving or loading failed, on all ranks alike, for a reason that no user can mend."""
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that was just saved: its folder, and the bytes of its tensors' files."""
+
+    path: Path
+    size: int
 
 
 class CheckpointStore:
@@ -83,7 +92,7 @@ class CheckpointStore:
                 disk the bytes needed and free). Older checkpoints are as they were.
             CheckpointDefectError: Something else failed on some rank.
         """
-        return self.save_shards(step, LocalShards.of(tensors), state)
+        return self.save_shards(step, LocalShards.of(tensors), state).path
 
     def save_shards(
         self,
@@ -91,7 +100,7 @@ class CheckpointStore:
         shards: LocalShards,
         state: Mapping[str, JSON],
         check: Callable[[], None] = lambda: None,
-    ) -> Path:
+    ) -> SavedCheckpoint:
         """Do as `save` does with shards that were taken apart, and may be copied, before.
 
         It may run in a thread of its own, beside work of the same ranks in other groups.
@@ -126,7 +135,7 @@ class CheckpointStore:
                 message += self._explain_full_disk(total_bytes(shards, ranks))
             ranks.on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
             raise _translated(error, message) from error
-        return final
+        return SavedCheckpoint(final, sum(record.size for record in files.values()))
 
     def folders(self) -> list[Path]:
         """Return the folders that claim to be checkpoints, newest first, as this rank sees them."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from megatron_bert.report.records import Remark, RunRecords, job_in_words
+from megatron_bert.training.journal import END, SAVE, SAVE_FAILED, START
+from megatron_bert.training.run_directory import FAILED
 
 # Of a kind: a run that goes wrong for hours would fill the page.
 _MOST = 100
@@ -62,24 +66,88 @@ def moments(run: RunRecords) -> list[Moment]:
 
 
 def events_of(run: RunRecords) -> list[Event]:
-    """All events of a run, in the order of their steps."""
-    found = [
-        *_starts(run),
-        *(Event(step, "stage", f"rows of {length} tokens") for step, length in run.stage_starts()),
-        *_shortened("update skipped", _skips(run)),
-        *_shortened("loss spike", _spikes(run)),
-        *(Event(step, "checkpoint", "saved, and kept") for step in _kept(run)),
-        *_end(run),
-    ]
-    return sorted(found, key=lambda event: event.step)
+    """All events of a run, in the order in which they happened.
+
+    What the metrics tell stands within the last job that began before it: of steps that were gone
+    over again they have the last course only, while jobs and saves are told of all courses.
+    """
+    parts = _parts(run)
+    for event in _measured(run):
+        next(part for part in reversed(parts) if part.after < event.step).events.append(event)
+    told = []
+    for part in parts:
+        # Of one step: what was measured, what was saved, how it ended.
+        told += sorted([*part.begin, *part.events, *part.rest], key=lambda event: event.step)
+    return list(_bounded([*_set_aside(run), *told, *_end(run)]))
 
 
-def _starts(run: RunRecords) -> Iterator[Event]:
+@dataclass
+class _Part:
+    """A job's events, or those before the first job.
+
+    Attributes:
+        after: the step after which it began.
+        begin: its first event, if any.
+        events: those measured.
+        rest: those of `jobs.jsonl`.
+    """
+
+    after: int
+    begin: list[Event] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    rest: list[Event] = field(default_factory=list)
+
+
+def _parts(run: RunRecords) -> list[_Part]:
+    parts = [_Part(-1)]
+    kept = _kept(run)
+    # Of several saves of a step the last one is there.
+    saves = {line["step"]: at for at, line in enumerate(run.journal) if line["event"] == SAVE}
+    there = {saves[step] for step in kept & saves.keys()}
+    for at, line in enumerate(run.journal):
+        if line["event"] == START:
+            parts.append(_Part(line["step"], [_start(line, "restart" if parts[1:] else "start")]))
+        elif line["event"] == SAVE:
+            parts[-1].rest.append(_save(line, is_there=at in there))
+        elif line["event"] in (SAVE_FAILED, END):
+            kind = line.get("outcome", line["event"]).lower()
+            text = line.get("reason") or "all steps taken"
+            parts[-1].rest.append(Event(line["step"], kind, text))
+    return parts
+
+
+def _measured(run: RunRecords) -> Iterator[Event]:
+    """What is not told in `jobs.jsonl`; checkpoints are where an earlier version made them."""
+    yield from (
+        Event(step, "stage", f"rows of {length} tokens") for step, length in run.stage_starts()
+    )
+    yield from _skips(run)
+    yield from _spikes(run)
+    saves = {line["step"] for line in run.journal if line["event"] == SAVE}
+    yield from (Event(step, "checkpoint", "saved, and kept") for step in sorted(_kept(run) - saves))
+
+
+def _set_aside(run: RunRecords) -> Iterator[Event]:
     for name in run.set_aside():
         yield Event(0, "set aside", f"{name}: steps that no checkpoint leads to")
-    for number, job in enumerate(run.jobs):
-        began = f", {job['began']}" if "began" in job else ""
-        yield Event(job["step"], "restart" if number else "start", job_in_words(job) + began)
+
+
+def _start(line: Mapping[str, Any], kind: str) -> Event:
+    time = f", {line['time']}" if "time" in line else ""
+    return Event(line["step"], kind, job_in_words(line) + time)
+
+
+def _save(line: Mapping[str, Any], *, is_there: bool) -> Event:
+    gone = "" if is_there else "; removed since"
+    text = (
+        f"saved in {line['seconds']:.1f} s, {_in_words(line['bytes'])}; training stood still for "
+        f"{line['blocked_seconds']:.1f} s{gone}"
+    )
+    return Event(line["step"], "checkpoint", text)
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def _skips(run: RunRecords) -> list[Event]:
@@ -93,12 +161,12 @@ def _skip(remarks: Sequence[Remark]) -> Event:
     first, last = remarks[0], remarks[-1]
     until = f" to step {last.step:,}" if last is not first else ""
     where = _rows(first.rows and last.rows and (first.rows[0], last.rows[1]))
-    return Event(first.step, "", f"loss or gradient not finite{until}{where}")
+    return Event(first.step, "update skipped", f"loss or gradient not finite{until}{where}")
 
 
 def _spikes(run: RunRecords) -> list[Event]:
     return [
-        Event(remark.step, "", f"far above the losses before it{_rows(remark.rows)}")
+        Event(remark.step, "loss spike", f"far above the losses before it{_rows(remark.rows)}")
         for remark in run.remarks
         if remark.kind == "spike"
     ]
@@ -108,26 +176,34 @@ def _rows(rows: tuple[int, int] | None) -> str:
     return f", rows {rows[0]:,} to {rows[1]:,}" if rows else ""
 
 
-def _shortened(kind: str, events: Sequence[Event]) -> Iterator[Event]:
-    for event in events[:_MOST]:
-        yield Event(event.step, kind, event.text)
-    if len(events) > _MOST:
-        more = f"{len(events) - _MOST:,} more, the last one at step {events[-1].step:,}"
-        yield Event(events[_MOST].step, kind, more)
+def _bounded(events: Sequence[Event]) -> Iterator[Event]:
+    """Of each kind the first ones; the rest are one event."""
+    count: Counter[str] = Counter()
+    by_kind = {event.kind: event for event in events}
+    total = Counter(event.kind for event in events)
+    for event in events:
+        count[event.kind] += 1
+        if count[event.kind] <= _MOST:
+            yield event
+        elif count[event.kind] == _MOST + 1:
+            last = by_kind[event.kind].step
+            more = f"{total[event.kind] - _MOST:,} more, the last one at step {last:,}"
+            yield Event(event.step, event.kind, more)
 
 
-def _kept(run: RunRecords) -> list[int]:
+def _kept(run: RunRecords) -> set[int]:
     """Steps of the checkpoints that are there; others were removed as `checkpoint.keep` says."""
     names = (path.name for path in (run.directory / "checkpoints").glob("step_*"))
-    return sorted(int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name)))
+    return {int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))}
 
 
 def _end(run: RunRecords) -> Iterator[Event]:
+    """How the last job ended, where `jobs.jsonl` does not tell it (yet)."""
     if run.torn:
         yield Event(
             run.last_step, "torn line", "the metrics' last line: a job was killed, or is writing it"
         )
-    if run.outcome is not None:
-        yield Event(
-            run.last_step, run.outcome.kind.lower(), run.outcome.reason or "all steps taken"
-        )
+    outcome = run.outcome
+    told = bool(run.journal) and run.journal[-1]["event"] == END
+    if outcome is not None and (outcome.kind == FAILED or not told):
+        yield Event(run.last_step, outcome.kind.lower(), outcome.reason or "all steps taken")

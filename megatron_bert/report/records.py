@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.errors import UserError
 from megatron_bert.training import metrics
+from megatron_bert.training.journal import START, read_journal
 from megatron_bert.training.progress import format_duration
-from megatron_bert.training.run_directory import Outcome, read_jobs, read_outcome
+from megatron_bert.training.run_directory import JOBS, Outcome, read_outcome
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -43,8 +44,7 @@ class RunRecords:
         columns: the numbers of the training lines by name, each with one entry a line; NaN where a
             line lacks it. Always there: `step`, `stage`, `seq_length`, `loss`.
         evaluations: the evaluation lines.
-        jobs: the lines of `jobs.jsonl`, a job each that took steps; none where the run is of an
-            earlier version.
+        journal: the lines of `jobs.jsonl`, in the order in which it happened.
         remarks: steps that were skipped, and spikes.
         torn: whether the metrics end in a line that a killed job left half-written.
         outcome: how the last job ended; None: it runs, or was killed.
@@ -53,7 +53,7 @@ class RunRecords:
     directory: Path
     columns: Mapping[str, Floats]
     evaluations: Sequence[Mapping[str, Any]] = ()
-    jobs: Sequence[Mapping[str, Any]] = ()
+    journal: Sequence[Mapping[str, Any]] = ()
     remarks: Sequence[Remark] = ()
     torn: bool = False
     outcome: Outcome | None = None
@@ -77,13 +77,11 @@ class RunRecords:
         if not table.length:
             raise UserError(f"{directory}: no step was recorded yet; train first")
         columns = table.arrays()
-        # Jobs that took no step leave no trace in the curves.
-        jobs = [job for job in read_jobs(directory) if job["step"] < columns["step"][-1]]
         return cls(
             directory,
             columns,
             table.evaluations,
-            jobs,
+            read_journal(directory / JOBS),
             table.remarks,
             table.torn,
             read_outcome(directory),
@@ -93,6 +91,20 @@ class RunRecords:
     def last_step(self) -> int:
         """Number of the last recorded step."""
         return int(self.columns["step"][-1])
+
+    @property
+    def jobs(self) -> list[Mapping[str, Any]]:
+        """The starts of the jobs whose steps are in the curves.
+
+        Left out are those that took no step, and those whose steps a later job, which began no
+        later, took anew.
+        """
+        jobs: list[Mapping[str, Any]] = []
+        for job in self.journal:
+            if job["event"] == START and job["step"] < self.last_step:
+                jobs = [earlier for earlier in jobs if earlier["step"] < job["step"]]
+                jobs.append(job)
+        return jobs
 
     def seconds(self) -> Floats:
         """Time spent in steps up to each one, seconds; NaN where the metrics lack it."""

@@ -153,7 +153,7 @@ def _run(
                 Ranks().on_first(lambda: None if directory is None else directory.start())
         with _failure_told(config, stops, roll_call):
             if directory is not None:
-                directory.record_job(trainer.step, dist.get_world_size())
+                directory.journal.start(trainer.step, dist.get_world_size())
                 mirrors.start(config.log, directory.path, anew=trainer.step == 0)
             began = trainer.step
             end = trainer.run(stops, max_steps)

@@ -19,6 +19,8 @@ from typing import Any, TextIO
 from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.files import write_atomically
 
+# Many times a line's, also of an evaluation of many texts.
+_END_BYTES = 1 << 16
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 logger = logging.getLogger(__name__)
@@ -160,6 +162,21 @@ def stream(path: Path) -> Iterator[dict[str, Any] | None]:
         raise UserError(
             f"{path}: cannot read metrics ({error.strerror}); name a run that has some"
         ) from error
+
+
+def last_step(path: Path) -> int:
+    """Return the step of a metrics file's last whole line, looked for in its end alone; else 0."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _END_BYTES))
+            # Without what is torn at its end; at its beginning that is no record.
+            lines = stream.read().decode("utf-8", "replace").split("\n")[:-1]
+    except OSError:
+        return 0
+    records = filter(None, (parse_record(f"{line}\n") for line in reversed(lines)))
+    steps = (record.get("step") for record in records)
+    return next((step for step in steps if isinstance(step, int)), 0)
 
 
 def _open(path: Path) -> TextIO:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from megatron_bert.config.errors import UserError, details_of
 from megatron_bert.files import sync_to_disk, write_atomically
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training import metrics
+from megatron_bert.training.journal import END, Journal, read_journal
 
 FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
 JOBS = "jobs.jsonl"
-# Where Slurm and Grid Engine tell a job its number.
-_JOB_NUMBERS = ("SLURM_JOB_ID", "JOB_ID")
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +38,14 @@ class RunDirectory:
     Attributes:
         path: The folder.
         metrics: `metrics.jsonl` in it.
+        journal: `jobs.jsonl` in it.
         logs: The folder of logs in it, made.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.journal = Journal(path / JOBS)
         self.logs = path / "logs"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -78,29 +76,8 @@ class RunDirectory:
         self._lock.close()
 
     def start(self) -> None:
-        """Remove what tells how an earlier job of the run ended."""
+        """Remove what tells how an earlier job of the run ended (see `forget_outcome`)."""
         forget_outcome(self.path)
-
-    def record_job(self, step: int, ranks: int) -> None:
-        """Add this job to `jobs.jsonl`; a run that begins anew begins that file anew.
-
-        A line that is none of ours, as a killed job may have left it, is dropped.
-
-        Args:
-            step: the steps taken before this job.
-            ranks: those of this job.
-        """
-        before = read_jobs(self.path) if step else []
-        record = {
-            "job": next(filter(None, map(os.environ.get, _JOB_NUMBERS)), None),
-            "step": step,
-            "ranks": ranks,
-            # Set by torchrun.
-            "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-            "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        lines = "".join(json.dumps(job) + "\n" for job in [*before, record])
-        write_atomically(self.path / JOBS, lines)
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration, YAML, to `config.yaml`."""
@@ -116,7 +93,8 @@ class RunDirectory:
 
     def _end(self, name: str, reason: Mapping[str, object]) -> None:
         text = _as_text(reason)
-        self.start()
+        self.journal.end(name, dict(reason))
+        forget_outcome(self.path)
         write_atomically(self.path / name, text)
 
 
@@ -125,7 +103,7 @@ class Outcome:
     """How the last job of a run ended, as it left it in the run directory.
 
     Attributes:
-        kind: `FINISHED`, `STOPPED` or `FAILED`.
+        kind: `FINISHED`, `STOPPED`, `FAILED` or `KILLED`.
         reason: in words; empty where there is none to tell.
         needs_person: whether it fails again until a person has mended configuration, data or place.
     """
@@ -133,6 +111,10 @@ class Outcome:
     kind: str
     reason: str
     needs_person: bool = False
+
+
+KILLED = Outcome("KILLED", "the job ended without a word")
+"""What can be said of a job that has ended and left nothing."""
 
 
 def read_outcome(path: Path) -> Outcome | None:
@@ -152,20 +134,22 @@ def read_outcome(path: Path) -> Outcome | None:
 
 
 def forget_outcome(path: Path) -> None:
-    """Remove from the run directory `path` what tells how its last job ended."""
+    """Remove from the run directory `path` what tells how its last job ended.
+
+    It stays in `jobs.jsonl`, where a job that failed or was killed did not write it itself: any
+    rank may have failed, and only who holds the run's lock, as the caller must, writes there.
+    """
+    outcome = read_outcome(path)
+    journal = read_journal(path / JOBS)
+    trained = bool(journal) and journal[-1]["event"] != END
+    if trained or (outcome is not None and outcome.kind == FAILED):
+        outcome = outcome or KILLED
+        facts: dict[str, object] = {"reason": outcome.reason} if outcome.reason else {}
+        step = metrics.last_step(path / "metrics.jsonl")
+        Journal(path / JOBS).end(outcome.kind, {"step": step, **facts})
     for kind in (FINISHED, STOPPED, FAILED):
         (path / kind).unlink(missing_ok=True)
     sync_to_disk(path)
-
-
-def read_jobs(path: Path) -> list[dict[str, Any]]:
-    """Return what `RunDirectory.record_job` wrote into the run directory `path`, a job each."""
-    try:
-        with (path / JOBS).open(encoding="utf-8", errors="replace", newline="\n") as stream:
-            jobs = [metrics.parse_record(line) for line in stream]
-    except FileNotFoundError:
-        return []
-    return [job for job in jobs if job is not None]
 
 
 def record_failure(path: Path, rank: int, error: BaseException) -> None:

@@ -109,6 +109,7 @@ class Trainer:
             self._store,
             in_background=config.checkpoint.async_,
             max_failures=config.checkpoint.max_failures,
+            on_result=None if directory is None else directory.journal.save,
         )
         self._pace = Pace(
             config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.checkpoint.manifest import JSON
+from megatron_bert.checkpoint.save_result import SaveResult
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.shards import HostCopy, LocalShards
 from megatron_bert.checkpoint.store import CheckpointDefectError, CheckpointStore
@@ -31,6 +33,35 @@ def _saver(root: Path, *, in_background: bool = True, max_failures: int = 3) -> 
     group = new_host_group(SECONDS) if dist.is_initialized() else None
     store = CheckpointStore(root, keep=9, group=group)
     return CheckpointSaver(store, in_background=in_background, max_failures=max_failures)
+
+
+@MODES
+def test_a_save_is_told_with_its_size_and_how_long_the_caller_stood_still(
+    tmp_path: Path, in_background: bool
+) -> None:
+    told: list[SaveResult] = []
+    saver = CheckpointSaver(
+        CheckpointStore(tmp_path, keep=1),
+        in_background=in_background,
+        max_failures=9,
+        on_result=told.append,
+    )
+    began = time.perf_counter()
+    saver.save(1, _tensors(), {"step": 1})
+    stood_still = time.perf_counter() - began
+    saver.finish()
+    with before_host_calls(disk_full_at("write", "shard-*")):
+        saver.save(2, _tensors(), {"step": 2})
+        saver.finish()
+    saver.save(3, _tensors(), {"step": 3}, is_last=True)
+    first, failed, last = told
+    assert 0 < first.blocked_seconds <= stood_still
+    files = (tmp_path / "step_00000003").glob("*.safetensors")
+    assert first.size == last.size == sum(path.stat().st_size for path in files)
+    assert failed.step == 2
+    assert "No space left" in str(failed.error)
+    for waited_for in (last,) if in_background else (first, last):
+        assert waited_for.blocked_seconds >= waited_for.seconds > 0
 
 
 def _tensors(value: float = 0.0) -> dict[str, torch.Tensor]:

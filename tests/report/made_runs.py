@@ -71,7 +71,7 @@ def make_run(
             file.write(_evaluation(step, stage, loss, texts))
     file.close()
     jobs = [
-        {"job": str(71 + n), "step": n * steps // 3, "ranks": 4, "nodes": 1, "began": "2026-01-01"}
+        {"job": str(71 + n), "step": n * steps // 3, "ranks": 4, "nodes": 1, "time": "2026-01-01"}
         for n in range(3)
     ]
     (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_bert.report.events import events_of
 from megatron_bert.report.records import RunRecords
 from megatron_bert.report.settings import differences
 from tests.report.made_runs import make_run
+
+LEFT_OUT = ("stage", "loss spike")
+SAVED = "saved in 12.3 s, 3.9 GB; training stood still for 0.2 s"
 
 
 def told(run: Path, kind: str) -> list[tuple[int, str]]:
@@ -48,3 +52,60 @@ def test_a_key_without_a_value_differs_from_none_that_is_absent() -> None:
     assert differences([one, other]) == {"a.b": ["1", "2"], "d.1": ["y", "—"], "a.e": ["—", "true"]}
     assert differences([one, None]).keys() == {"a.b", "d.0", "d.1"}
     assert differences([one, "not: [readable"]).keys() == {"a.b", "d.0", "d.1"}
+
+
+def write_journal(run: Path, *lines: dict[str, object]) -> None:
+    (run / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def start(step: int) -> dict[str, object]:
+    return {"event": "start", "job": None, "step": step, "ranks": 4, "nodes": 1, "time": "today"}
+
+
+def save(step: int) -> dict[str, object]:
+    numbers = {"seconds": 12.34, "blocked_seconds": 0.21, "bytes": 3_900_000_000}
+    return {"event": "save", "step": step, **numbers}
+
+
+def test_a_run_that_went_back_is_told_in_the_order_in_which_it_happened(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 30, skipped=(12, 22))
+    write_journal(
+        run,
+        start(0),
+        save(10),
+        save(20),
+        {"event": "end", "outcome": "KILLED", "step": 25, "reason": "without a word"},
+        # The checkpoint of step 20 was damaged.
+        start(10),
+        save(20),
+        {"event": "save failed", "step": 25, "reason": "no room"},
+    )
+    (run / "checkpoints" / "step_00000020").mkdir(parents=True)
+    events = [event for event in events_of(RunRecords.read(run)) if event.kind not in LEFT_OUT]
+    assert [(event.step, event.kind, event.text) for event in events] == [
+        (0, "start", "4 rank(s) from step 1, today"),
+        (10, "checkpoint", f"{SAVED}; removed since"),
+        (20, "checkpoint", f"{SAVED}; removed since"),
+        (25, "killed", "without a word"),
+        (10, "restart", "4 rank(s) from step 11, today"),
+        (12, "update skipped", "loss or gradient not finite, rows 11,264 to 12,287"),
+        (20, "checkpoint", SAVED),
+        (22, "update skipped", "loss or gradient not finite, rows 21,504 to 22,527"),
+        (25, "save failed", "no room"),
+        (30, "finished", "all steps taken"),
+    ]
+    assert [job["step"] for job in RunRecords.read(run).jobs] == [0, 10]
+
+
+def test_jobs_whose_steps_were_taken_anew_are_not_marked_in_the_charts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 30)
+    write_journal(run, *map(start, (0, 12, 20, 0, 12, 12, 30)))
+    assert [job["step"] for job in RunRecords.read(run).jobs] == [0, 12]
+
+
+def test_many_saves_do_not_fill_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 300)
+    write_journal(run, start(0), *(save(step) for step in range(1, 300)))
+    saves = told(run, "checkpoint")
+    assert len(saves) == 101
+    assert saves[-1] == (101, "199 more, the last one at step 299")

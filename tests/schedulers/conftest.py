@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_bert.config.load import dump_config
+from megatron_bert.training.journal import START, read_journal
 from megatron_bert.training.metrics import read
 from tests.debian_packages import need_programs
 from tests.training.runs import run_config
@@ -87,9 +87,9 @@ class Run:
         return max(self.steps(), default=0) if path.exists() else 0
 
     def jobs(self) -> list[dict[str, Any]]:
-        """Return the lines of `jobs.jsonl`."""
-        path = self.directory / "jobs.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """Return the starts in `jobs.jsonl`."""
+        lines = read_journal(self.directory / "jobs.jsonl")
+        return [line for line in lines if line["event"] == START]
 
     def ended(self) -> str | None:
         """Return which of the marker files lies there."""

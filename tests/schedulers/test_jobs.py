@@ -18,7 +18,6 @@ from megatron_bert.training.run_directory import (
     FINISHED,
     STOPPED,
     RunDirectory,
-    read_jobs,
     record_failure,
 )
 
@@ -287,28 +286,3 @@ def test_judge_prints_one_word(tmp_path: Path, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr()
     assert told.out == "again\n"
     assert "killed, or never began to train; no checkpoint" in told.err
-
-
-def test_jobs_are_recorded_with_number_ranks_and_nodes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with RunDirectory(tmp_path) as directory:
-        directory.record_job(0, 8)
-        directory.record_job(5, 4)
-    lines = [json.loads(line) for line in (tmp_path / "jobs.jsonl").read_text().splitlines()]
-    assert [(line["job"], line["step"], line["ranks"], line["nodes"]) for line in lines] == [
-        ("4711", 0, 8, 2),
-        ("4711", 5, 4, 2),
-    ]
-    # A killed job leaves a torn line.
-    with (tmp_path / "jobs.jsonl").open("a") as stream:
-        stream.write('{"job": "47')
-    assert [job["step"] for job in read_jobs(tmp_path)] == [0, 5]
-    with RunDirectory(tmp_path) as directory:
-        directory.record_job(9, 4)
-    assert [job["step"] for job in read_jobs(tmp_path)] == [0, 5, 9]
-    with RunDirectory(tmp_path) as directory:
-        directory.record_job(0, 8)
-    assert len((tmp_path / "jobs.jsonl").read_text().splitlines()) == 1

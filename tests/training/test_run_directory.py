@@ -102,7 +102,7 @@ def test_exactly_one_file_tells_how_the_run_ended(tmp_path: Path, end: str) -> N
             first({"reason": "earlier"})
         getattr(run, end)({"reason": "信号", "step": 5})
     name = {"finish": "FINISHED", "stop": "STOPPED"}[end]
-    assert _names(tmp_path) == {name, "logs", "run.lock"}
+    assert _names(tmp_path) == {name, "jobs.jsonl", "logs", "run.lock"}
     assert json.loads((tmp_path / name).read_text()) == {"reason": "信号", "step": 5}
 
 

@@ -17,7 +17,7 @@ from megatron_bert.config.errors import UserError, run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training.mirrors.following import Bookmark, FollowedFile
-from megatron_bert.training.run_directory import Outcome, read_outcome
+from megatron_bert.training.run_directory import KILLED, Outcome, read_outcome
 
 _LOOK_SECONDS = 1.0
 # After the training's end: a service that does not answer must not hold a job. Less than torchrun's
@@ -93,7 +93,7 @@ def _copy(path: Path, bookmark: Bookmark, mirror: Mirror, ended: threading.Event
 
 def end_of_job(run_dir: Path) -> Outcome:
     """How the training ended that this process followed."""
-    return read_outcome(run_dir) or Outcome("KILLED", "the job ended without a word")
+    return read_outcome(run_dir) or KILLED
 
 
 def _leave_signals_to_the_training() -> None:
