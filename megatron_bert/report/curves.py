@@ -120,11 +120,12 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
     places = {axis: values[at_steps] for axis, values in positions(run).items()}
     for (group, name), by_line in found.items():
         lines = list(by_line)
-        x = {axis: values[lines] for axis, values in places.items()}
-        y = np.array(list(by_line.values()))
-        yield f"held-out {group}", Curve(number, name, x, y, y, y, dots=True)
+        x = {axis: thinned(values[lines]) for axis, values in places.items()}
+        points = _buckets(np.array(list(by_line.values())))
+        dots = len(lines) <= POINTS
+        yield f"held-out {group}", Curve(number, name, x, *points, dots=dots)
         if (group, name) == ("loss", mean):
-            yield "loss", Curve(number, "held out", x, y, y, y, dots=True)
+            yield "loss", Curve(number, "held out", x, *points, dots=dots)
 
 
 def _leaves(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Any]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.places import write_output
 from megatron_bert.report.curves import thinned
@@ -66,8 +68,8 @@ def draw_curves(runs: Sequence[RunRecords]) -> Figure:
         )
         if run.evaluations:
             upper.plot(
-                [e["step"] for e in run.evaluations],
-                [e["valid_loss"] for e in run.evaluations],
+                thinned(np.array([float(e["step"]) for e in run.evaluations])),
+                thinned(np.array([float(e["valid_loss"]) for e in run.evaluations])),
                 color="tab:orange" if only else line.get_color(),
                 linestyle="-" if only else ":",
                 marker="o",

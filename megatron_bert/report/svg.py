@@ -146,14 +146,22 @@ def _line(curve: Curve, x: Scale, y: Scale, axis: str, classes: str) -> str:
 
 
 def _band(curve: Curve, x: Scale, y: Scale, axis: str, classes: str) -> str:
-    """The range of what went into each point, where that is more than the point."""
-    known = np.isfinite(curve.low)
+    """The range of what went into each point, where that is more than the point.
+
+    It breaks where the line does.
+    """
     if not (curve.high > curve.low).any():
         return ""
-    across = x.place(curve.x[axis])[known]
-    there = _path(across, y.place(curve.high)[known], digits=1)
-    back = _path(across[::-1], y.place(curve.low)[known][::-1], digits=1)
-    return f'<path class="band {classes}" d="{there}L{back[1:]}Z"/>'
+    across, low, high = x.place(curve.x[axis]), y.place(curve.low), y.place(curve.high)
+    known = np.flatnonzero(np.isfinite(across + low + high + y.place(curve.y)))
+    pieces = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
+    outlines = (
+        f"{_path(across[at], high[at], digits=1)}L"
+        f"{_path(across[at][::-1], low[at][::-1], digits=1)[1:]}Z"
+        for at in pieces
+        if len(at) > 1
+    )
+    return f'<path class="band {classes}" d="{"".join(outlines)}"/>'
 
 
 def _path(across: Floats, up: Floats, digits: int = 2) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -12,6 +13,8 @@ from megatron_bert.parallel.schedule import ScheduleName, end_times, make_schedu
 
 # Of a step's micro-batches as many as can be told apart, in rounds of one a rank.
 _ROUNDS = 2
+# In a drawing; each is some 70 bytes of the page, and more are too narrow to be seen.
+_MOST_BOXES = 1200
 _WIDTH, _ROW, _LEFT = 480.0, 18, 24
 _CLASSES = {
     Kind.FORWARD: "forward",
@@ -51,8 +54,30 @@ def timeline_of(config_text: str | None) -> Timeline | None:
     if pipeline is None:
         return None
     ranks, name, virtual = pipeline
-    count = _ROUNDS * ranks
-    schedule = make_schedule(name, ranks, count, virtual)
+    schedule = make_schedule(name, ranks, _ROUNDS * ranks, virtual)
+    idle = simulate(schedule, [StageTime()] * schedule.num_stages).idle_share
+    drawn = _drawn_ranks(pipeline)
+    fewer = f". Drawn is the same schedule over {drawn} ranks" if drawn < ranks else ""
+    svg, kinds = _draw(name, drawn, virtual)
+    return Timeline(
+        f"{name} over {ranks} ranks, {_ROUNDS * ranks} micro-batches: ranks wait {idle:.0%} of the "
+        f"time; the more micro-batches a step has, the less{fewer}",
+        tuple((kind, _WORDS[kind]) for kind in kinds),
+        svg,
+    )
+
+
+def _drawn_ranks(pipeline: tuple[int, ScheduleName, int]) -> int:
+    """As many ranks, of those of a pipeline, as have room in a drawing."""
+    ranks, name, virtual = pipeline
+    # Each micro-batch passes each stage forward and backward, in two parts in a zero bubble.
+    boxes_a_round = virtual * (3 if name == "zero_bubble" else 2)
+    return min(ranks, max(2, math.isqrt(_MOST_BOXES // (_ROUNDS * boxes_a_round))))
+
+
+def _draw(name: ScheduleName, ranks: int, virtual: int) -> tuple[str, list[str]]:
+    """Draw a schedule; return the `<svg>` element and the classes of its boxes."""
+    schedule = make_schedule(name, ranks, _ROUNDS * ranks, virtual)
     stages = [StageTime()] * schedule.num_stages
     ends = end_times(schedule, stages)
     unit = (_WIDTH - _LEFT) / max(ends.values())
@@ -63,15 +88,11 @@ def timeline_of(config_text: str | None) -> Timeline | None:
         f'<text class="rank" x="{_LEFT - 6}" y="{rank * _ROW + 12}">{rank}</text>'
         for rank in range(ranks)
     )
-    kinds = dict.fromkeys(_CLASSES[action.kind] for action in ends)
-    idle = simulate(schedule, stages).idle_share
-    return Timeline(
-        f"{name} over {ranks} ranks, {count} micro-batches: ranks wait {idle:.0%} of the time; "
-        "the more micro-batches a step has, the less",
-        tuple((kind, _WORDS[kind]) for kind in kinds),
+    svg = (
         f'<svg viewBox="0 0 {_WIDTH:.0f} {ranks * _ROW}" role="img" '
-        f'aria-label="timeline of the pipeline">{labels}{boxes}</svg>',
+        f'aria-label="timeline of the pipeline">{labels}{boxes}</svg>'
     )
+    return svg, list(dict.fromkeys(_CLASSES[action.kind] for action in ends))
 
 
 def _box(action: Action, end: float, stage: StageTime, ranks: int, unit: float) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from megatron_bert.report.curves import POINTS, Chart, charts_of
 from megatron_bert.report.records import RunRecords
 from megatron_bert.report.scales import Scale, scale_over, short, time_unit
+from megatron_bert.report.svg import draw
 
 
 def run_of(
@@ -47,6 +49,38 @@ def test_what_is_not_finite_is_a_gap_where_nothing_else_is_near() -> None:
     (curve,) = chart([run_of(2 * POINTS, loss=loss)], "Loss").curves
     assert np.flatnonzero(np.isnan(curve.y)).tolist() == [5]
     assert curve.y[6] == curve.high[6] == 5.0
+
+
+def test_held_out_curves_are_thinned_like_those_of_training() -> None:
+    lines: list[dict[str, object]] = [
+        {"step": step, "valid_loss": 50.0 if step == 700 else 2.0, "valid_accuracy": 0.5}
+        for step in range(1, 10 * POINTS + 1)
+    ]
+    run = run_of(10 * POINTS, lines)
+    for title, name in (("Loss", "held out"), ("Held-out loss at the stage's length", "all texts")):
+        (curve,) = (curve for curve in chart([run], title).curves if curve.name == name)
+        assert len(curve.y) == len(curve.low) == len(curve.x["step"]) == POINTS
+        assert (curve.high.max(), curve.low.max(), curve.dots) == (50.0, 2.0, False)
+        assert curve.x["tokens"][69] == 128 * np.arange(691, 701).mean()
+    (few,) = chart([run_of(9, lines[:9])], "Masked accuracy, held out").curves
+    assert few.dots
+
+
+def test_a_band_breaks_where_its_line_does() -> None:
+    loss = np.full(20 * POINTS, 3.0)
+    loss[::2] = 4.0
+    loss[1000:1100] = np.nan
+    training = chart([run_of(20 * POINTS, loss=loss)], "Loss")
+    for axis in ("step", "seconds"):
+        drawn = draw(training, axis, 1, [])
+        paths = dict(re.findall(r'<path class="(band|line) [^>]* d="([^"]+)"', drawn))
+        assert paths["line"].count("M") == paths["band"].count("M") == paths["band"].count("Z") == 2
+        last, first = (
+            [float(x) for x in re.findall(r"[ML]([\d.]+)", piece)]
+            for piece in paths["band"].removesuffix("Z").split("Z")
+        )
+        # Five points are missing between them, 1/300 of the width each.
+        assert min(first) - max(last) == pytest.approx(6 * 412 / POINTS, abs=0.3)
 
 
 def test_measurements_of_any_name_have_their_chart() -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.config.errors import UserError, run_cli
+from megatron_bert.config.yaml_text import format_document
 from megatron_bert.report.curves import AXES
 from megatron_bert.report.page import page_of
 from megatron_bert.report.records import RunRecords, names_of
+from megatron_bert.report.timeline import Timeline, timeline_of
 from tests.report.made_runs import make_run
 from tools import report as tool
 
@@ -93,6 +95,30 @@ def test_a_pipelines_timeline_has_every_computation(tmp_path: Path, schedule: st
     assert (
         boxes == {"1f1b": 2 * 4 * 2, "interleaved": 4 * 4 * 2, "zero_bubble": 4 * 4 * 3}[schedule]
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "drawn"),
+    [("1f1b", 1, 17), ("interleaved", 2, 12), ("zero_bubble", 2, 10)],
+)
+def test_the_timeline_of_many_ranks_stays_small_and_says_so(
+    schedule: str, virtual: int, drawn: int
+) -> None:
+    def timeline(ranks: int) -> Timeline:
+        parallel = {
+            "pipeline": ranks, "pipeline_schedule": schedule, "virtual_stages": virtual
+        }  # fmt: skip
+        found = timeline_of(format_document({"parallel": parallel}))
+        assert found is not None
+        return found
+
+    many = timeline(20)
+    assert f"{schedule} over 20 ranks, 40 micro-batches: ranks wait " in many.text
+    assert many.text.endswith(f"the less. Drawn is the same schedule over {drawn} ranks")
+    assert many.svg == timeline(drawn).svg
+    assert "Drawn" not in timeline(drawn).text
+    assert 600 < many.svg.count("<rect") <= 1200
+    assert len(many.svg) < 100_000
 
 
 @pytest.mark.parametrize(
