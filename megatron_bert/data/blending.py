@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_bert.config.schema import Corpus
+from megatron_bert.config.words import times
 from megatron_bert.data.corpora import OpenCorpus
 
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models".
@@ -48,17 +49,17 @@ def blend_warnings(corpora: Sequence[Corpus], epochs: Sequence[float]) -> list[s
     missed = [i for i, wanted in asked.items() if abs(epochs[i] / wanted - 1.0) > _TOLERANCE]
     if missed:
         corpora_missed = ", ".join(
-            f"{corpora[i].prefix} {epochs[i]:.3g} times (data.train.{i}.epochs = {asked[i]:g})"
+            f"{corpora[i].prefix} {times(epochs[i])} (data.train.{i}.epochs = {asked[i]:g})"
             for i in missed
         )
         remedy = _remedy([wanted / epochs[i] for i, wanted in asked.items()])
         warnings.append(f"the curriculum reads {corpora_missed}; {remedy}")
-    for index, (corpus, times) in enumerate(zip(corpora, epochs, strict=True)):
-        if times > _MOST_USEFUL_EPOCHS:
+    for index, (corpus, read) in enumerate(zip(corpora, epochs, strict=True)):
+        if read > _MOST_USEFUL_EPOCHS:
             key = f"data.train.{index}.{'weight' if corpus.epochs is None else 'epochs'}"
             remedy = f"lower {key}, add text to the corpus" if len(corpora) > 1 else "add text"
             warnings.append(
-                f"{corpus.prefix} is read {times:.1f} times; beyond {_MOST_USEFUL_EPOCHS:g} times "
+                f"{corpus.prefix} is read {times(read)}; beyond {_MOST_USEFUL_EPOCHS:g} times "
                 f"repeated text teaches less and less (Muennighoff et al. 2023, Scaling "
                 f"Data-Constrained Language Models): {remedy}, or shorten the curriculum"
             )

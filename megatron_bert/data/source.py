@@ -13,6 +13,7 @@ from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, MlmConfig
+from megatron_bert.config.words import counted, times
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.blending import blend_warnings, blend_weights
 from megatron_bert.data.corpora import CorpusPart, OpenCorpus, open_corpus, training_parts
@@ -133,8 +134,8 @@ class RowSource:
     def describe(self) -> list[str]:
         """Lines on each corpus: documents, tokens, and how many epochs the run reads."""
         return [
-            f"{corpus.part.prefix}: {corpus.num_documents:,} documents, "
-            f"{corpus.num_tokens:,} tokens{_share(corpus.part)}, read {epochs:.3f} times"
+            f"{corpus.part.prefix}: {counted(corpus.num_documents, 'document')}, "
+            f"{counted(corpus.num_tokens, 'token')}{_share(corpus.part)}, read {times(epochs)}"
             for corpus, epochs in zip(self._corpora, self._plan.epochs(), strict=True)
         ]
 
@@ -210,6 +211,7 @@ def _assembler(
 def _share(part: CorpusPart) -> str:
     if part.held_out:
         return ""
-    if part.corpus.epochs is not None:
-        return f", {part.corpus.epochs:g} epochs asked for"
+    epochs = part.corpus.epochs
+    if epochs is not None:
+        return f", {epochs:g} {'epoch' if epochs == 1 else 'epochs'} asked for"
     return f", weight {part.corpus.weight_or_default:g}"

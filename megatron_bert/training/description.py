@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.kernels import describe_kernels
@@ -10,40 +11,57 @@ from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
 from megatron_bert.config.schema import Config, ModelConfig
+from megatron_bert.config.words import counted
 from megatron_bert.data.source import RowSource
 from megatron_bert.training.held_out import HeldOutRows
 
 # From where on work done for nothing is a reason to choose another layout.
 _MUCH_SURPLUS_PERCENT = 10.0
+# Of stages or corpora in a line.
+_MOST_ITEMS = 3
 
 
-def describe_plan(config: Config, vocab_size: int | None, world_size: int) -> Iterator[str]:
-    """Yield what is known from the configuration alone.
+def describe_plan(
+    config: Config, vocab_size: int | None, world_size: int, *, whole: bool = False
+) -> Iterator[str]:
+    """Yield what is known from the configuration alone, and warnings.
 
     Args:
         config: the checked configuration.
         vocab_size: padded vocabulary, None where only an absent tokenizer knows it.
         world_size: number of ranks.
+        whole: a line for each stage, however many there are; default: all of it, with
+            `describe_data`, is ten lines at most.
     """
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
     yield _describe_model(config.model, vocab_size)
     if vocab_size is not None:
         yield _describe_memory(config, vocab_size, data_parallel)
-    yield _describe_layout(config, world_size, data_parallel)
-    if vocab_size is not None and config.parallel.pipeline > 1:
-        blocks = ", ".join(str(len(layers)) for layers in stage_layers(config, vocab_size))
-        yield f"stages      {blocks} blocks"
-    yield _describe_precision(config, data_parallel)
-    compiled = ", blocks compiled" if config.compile.enabled else ""
-    yield f"kernels     {describe_kernels(config)}{compiled}"
+    yield _describe_layout(config, vocab_size, world_size, data_parallel)
+    yield _describe_computation(config, data_parallel)
     curriculum = Curriculum(config)
-    yield (
-        f"curriculum  {curriculum.total_steps:,} steps, {curriculum.total_slots:,} token slots "
-        f"({_rounded(curriculum.total_slots)})"
-    )
-    for span in curriculum.spans:
-        yield from _describe_stage(config, span, curriculum, data_parallel)
+    steps = counted(curriculum.total_steps, "step")
+    slots = f"{curriculum.total_slots:,} token slots ({_rounded(curriculum.total_slots)})"
+    layouts = [
+        BatchLayout.of(config, span.global_size, span.seq_length, data_parallel)
+        for span in curriculum.spans
+    ]
+    stages = map(partial(_describe_stage, curriculum), curriculum.spans, layouts)
+    yield from _listed("curriculum", [f"{steps}, {slots}", *stages], None if whole else 2)
+    yield from _surplus_warnings(layouts, data_parallel)
     yield _describe_places(config)
+
+
+def _listed(label: str, items: Sequence[str], most_lines: int | None) -> Iterator[str]:
+    """A line an item, or, where that were more than so many lines, a few items a line."""
+    lines = len(items) if most_lines is None else min(most_lines, len(items))
+    shown = items if most_lines is None else items[: lines * _MOST_ITEMS]
+    for number in range(lines):
+        a_line = -(-len(shown) // lines)
+        text = "; ".join(shown[number * a_line : (number + 1) * a_line])
+        if number == lines - 1 and len(shown) < len(items):
+            text += f"; and {len(items) - len(shown):,} more (--dry-run lists them)"
+        yield f"{label:<12}{text}"
 
 
 def _describe_model(model: ModelConfig, vocab_size: int | None) -> str:
@@ -52,30 +70,32 @@ def _describe_model(model: ModelConfig, vocab_size: int | None) -> str:
     else:
         size = f"{parameter_count(model, vocab_size):,} parameters, vocabulary {vocab_size:,}"
     return (
-        f"model       {size}; {model.num_layers} layers, hidden {model.hidden_size:,}, "
-        f"feed-forward {model.ffn_hidden_size:,}, {model.num_attention_heads} heads, "
-        f"{model.num_query_groups} key/value heads"
+        f"model       {size}; {counted(model.num_layers, 'layer')}, hidden {model.hidden_size:,}, "
+        f"feed-forward {model.ffn_hidden_size:,}, {counted(model.num_attention_heads, 'head')}, "
+        f"{counted(model.num_query_groups, 'key/value head')}"
     )
 
 
-def _describe_stage(
-    config: Config, span: StageSpan, curriculum: Curriculum, data_parallel: int
-) -> Iterator[str]:
-    layout = BatchLayout.of(config, span.global_size, span.seq_length, data_parallel)
+def _describe_stage(curriculum: Curriculum, span: StageSpan, layout: BatchLayout) -> str:
     share = 100 * layout.surplus_share
-    surplus = f", {layout.surplus_rows} surplus rows ({share:.3g} %)" if share else ""
-    yield (
-        f"stage {span.index + 1:<5} length {span.seq_length}, steps {span.first_step:,} to "
+    surplus = f", {counted(layout.surplus_rows, 'surplus row')} ({share:.3g} %)" if share else ""
+    return (
+        f"stage {span.index + 1}: length {span.seq_length}, steps {span.first_step:,} to "
         f"{span.last_step:,}, {_own_values(span, curriculum)}"
-        f"{span.masked_slots} masked slots a row, "
-        f"{layout.num_micro_batches} x {layout.micro_size} rows a rank{surplus}"
+        f"{counted(span.masked_slots, 'masked slot')} a row, "
+        f"{layout.num_micro_batches} x {counted(layout.micro_size, 'row')} a rank{surplus}"
     )
-    if share > _MUCH_SURPLUS_PERCENT:
-        yield (
-            f"warning     {share:.3g} % of the rows that stage {span.index + 1} computes are "
-            f"surplus: {data_parallel} data-parallel ranks take {layout.num_micro_batches} "
-            "micro-batches each; use more rows a step, or fewer ranks"
-        )
+
+
+def _surplus_warnings(layouts: Sequence[BatchLayout], data_parallel: int) -> Iterator[str]:
+    for number, layout in enumerate(layouts, start=1):
+        share = 100 * layout.surplus_share
+        if share > _MUCH_SURPLUS_PERCENT:
+            yield (
+                f"warning     {share:.3g} % of the rows that stage {number} computes are "
+                f"surplus: {data_parallel} data-parallel ranks take {layout.num_micro_batches} "
+                "micro-batches each; use more rows a step, or fewer ranks"
+            )
 
 
 def _describe_memory(config: Config, vocab_size: int, data_parallel: int) -> str:
@@ -89,7 +109,9 @@ def _describe_memory(config: Config, vocab_size: int, data_parallel: int) -> str
     )
 
 
-def _describe_layout(config: Config, world_size: int, data_parallel: int) -> str:
+def _describe_layout(
+    config: Config, vocab_size: int | None, world_size: int, data_parallel: int
+) -> str:
     parallel = config.parallel
     axes = []
     if parallel.pipeline > 1:
@@ -101,34 +123,47 @@ def _describe_layout(config: Config, world_size: int, data_parallel: int) -> str
     axes.append(f"data {data_parallel}{shards}")
     sequence = " (sequence parallel)" if parallel.sequence and parallel.tensor > 1 else ""
     axes.append(f"tensor {parallel.tensor}{sequence}")
-    ranks = "rank" if world_size == 1 else "ranks"
-    line = f"layout      {world_size:,} {ranks}: {' x '.join(axes)}"
+    line = f"layout      {counted(world_size, 'rank')}: {' x '.join(axes)}"
+    if vocab_size is not None and parallel.pipeline > 1:
+        blocks = ", ".join(str(len(layers)) for layers in stage_layers(config, vocab_size))
+        line += f"; {blocks} blocks"
     return line if config.recompute == "none" else f"{line}; recomputation {config.recompute}"
 
 
-def _describe_precision(config: Config, data_parallel: int) -> str:
-    line = f"precision   compute {config.precision.compute}; weights and states fp32"
+def _describe_computation(config: Config, data_parallel: int) -> str:
+    line = f"compute     {config.precision.compute}; weights and states fp32"
     if config.precision.reduce != "fp32" and data_parallel > 1:
         line += f"; gradients reduced in {config.precision.reduce}"
-    return line
+    compiled = ", blocks compiled" if config.compile.enabled else ""
+    return f"{line}; kernels {describe_kernels(config)}{compiled}"
 
 
 def _describe_places(config: Config) -> str:
-    log = config.log
+    log, interval, keep = config.log, config.checkpoint.interval, config.checkpoint.keep
+    often = "step" if interval == 1 else f"{interval:,} steps"
+    kept = "newest is" if keep == 1 else f"newest {keep} are"
     line = (
-        f"writes to   {config.run.directory}: metrics.jsonl; a checkpoint every "
-        f"{config.checkpoint.interval:,} steps, the newest {config.checkpoint.keep} are kept"
+        f"writes to   {config.run.directory}: metrics.jsonl; "
+        f"a checkpoint every {often}, the {kept} kept"
     )
     if log.wandb.mode != "disabled":
         line += f"; Weights & Biases {log.wandb.mode}, project {log.wandb.project}"
     return f"{line}; TensorBoard" if log.tensorboard else line
 
 
-def describe_data(training: RowSource, held_out: HeldOutRows) -> Iterator[str]:
-    """Yield a line a corpus: documents, tokens, how often they are read; and warnings."""
-    yield from (f"train       {line}" for line in training.describe())
-    for source in held_out.sources[held_out.fixed]:
-        yield from (f"valid       {line}" for line in source.describe())
+def describe_data(
+    training: RowSource, held_out: HeldOutRows, *, whole: bool = False
+) -> Iterator[str]:
+    """Yield each corpus' documents, tokens, and how often it is read; and warnings.
+
+    Args:
+        training: rows of the run.
+        held_out: those that are evaluated.
+        whole: a line for each corpus; default: as `describe_plan`.
+    """
+    yield from _listed("train", training.describe(), None if whole else 2)
+    texts = [line for source in held_out.sources[held_out.fixed] for line in source.describe()]
+    yield from _listed("valid", texts, None if whole else 1)
     for warning in (*training.warnings(), *held_out.warnings):
         yield f"warning     {warning}"
 

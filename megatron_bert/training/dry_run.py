@@ -53,7 +53,7 @@ def dry_run(config: Config, world_size: int) -> None:
         if not problems:
             data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
             data_lines += _attempt(partial(_describe_start, config, tokenizer), problems) or []
-    plan = describe_plan(config, vocab_size, world_size)
+    plan = describe_plan(config, vocab_size, world_size, whole=True)
     for line in [*plan, *data_lines, *precision_warnings(config)]:
         logger.info("%s", line)
     if problems:
@@ -63,7 +63,7 @@ def dry_run(config: Config, world_size: int) -> None:
 def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Open and plan all data; return a line a corpus, and warnings."""
     training = training_source(config, tokenizer)
-    return list(describe_data(training, HeldOutRows.plan(config, tokenizer)))
+    return list(describe_data(training, HeldOutRows.plan(config, tokenizer), whole=True))
 
 
 def _describe_start(config: Config, tokenizer: Tokenizer) -> list[str]:

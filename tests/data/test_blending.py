@@ -49,7 +49,8 @@ def test_corpora_are_read_in_the_proportion_of_the_epochs_asked_for(
     source = _source(tiny_tokenizer, blend, (64, 2000), (128, 2000), (256, 500))
     short, long = _epochs(source)
     assert short / long == pytest.approx(asked[0] / asked[1], rel=0.01)
-    assert f"{asked[0]:g} epochs asked for" in source.describe()[0]
+    epochs = "1 epoch" if asked[0] == 1 else f"{asked[0]:g} epochs"
+    assert f", {epochs} asked for, " in source.describe()[0]
 
 
 def test_empty_documents_take_no_rows_and_count_for_nothing(
@@ -83,7 +84,7 @@ def test_a_corpus_that_is_read_more_than_four_times_is_told_once_with_the_remedy
     blend = [Corpus(prefix="crawl", weight=0.9), Corpus(prefix="wiki", weight=0.1)]
     assert blend_warnings(blend, [0.7, 4.0]) == []
     (warning,) = blend_warnings(blend, [0.7, 6.53])
-    assert warning.startswith("wiki is read 6.5 times; beyond 4 times")
+    assert warning.startswith("wiki is read 6.53 times; beyond 4 times")
     assert "Muennighoff et al. 2023" in warning
     assert "lower data.train.1.weight" in warning
 

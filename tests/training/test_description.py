@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from megatron_bert.config.load import load_config
 from megatron_bert.config.parameters import parameter_count, rank_parameters, rank_state_bytes
-from megatron_bert.training.description import describe_plan
+from megatron_bert.config.words import times
+from megatron_bert.data.source import training_source
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.training.description import describe_data, describe_plan
+from megatron_bert.training.held_out import HeldOutRows
+from tests.core.support import write_documents
+from tests.small_model import small_config
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
 VOCABULARY = 99_584
@@ -26,17 +33,19 @@ def line(name: str, lines: list[str]) -> str:
 def test_one_process_has_a_layout_of_one_rank() -> None:
     lines = plan(1)
     assert line("layout", lines) == "1 rank: data 1 x tensor 1"
-    assert not [line for line in lines if line.startswith("stages")]
+    assert not [line for line in lines if line.endswith("blocks")]
 
 
 def test_the_plan_says_what_computes() -> None:
-    assert line("kernels", plan(1)).endswith(", attention on CUDA in BF16 our own, blocks compiled")
+    assert line("compute", plan(1)).endswith(", attention on CUDA in BF16 our own, blocks compiled")
     uncompiled = "compile.enabled=false"
-    assert line("kernels", plan(1, uncompiled)) == (
-        "torch (auto): PyTorch's, attention on CUDA in BF16 our own"
+    assert line("compute", plan(1, uncompiled)) == (
+        "bf16; weights and states fp32; kernels torch (auto): PyTorch's, attention on CUDA in "
+        "BF16 our own"
     )
-    assert line("kernels", plan(1, uncompiled, "kernels=te", "precision.fp8=current")) == (
-        "te: Transformer Engine's linear layers, the rest as with torch; products in FP8 (current)"
+    assert line("compute", plan(1, uncompiled, "kernels=te", "precision.fp8=current")) == (
+        "bf16; weights and states fp32; kernels te: "
+        "Transformer Engine's linear layers, the rest as with torch; products in FP8 (current)"
     )
 
 
@@ -44,9 +53,10 @@ def test_the_plan_says_what_is_trained_how_long_and_where_it_is_written() -> Non
     lines = plan(1, "run.dir=runs/first")
     assert line("model", lines) == (
         "1,301,388,032 parameters, vocabulary 99,584; 48 layers, hidden 1,536, feed-forward 4,096, "
-        "24 heads, 1 key/value heads"
+        "24 heads, 1 key/value head"
     )
-    assert line("curriculum", lines) == "454,000 steps, 187,301,888,000 token slots (187.3 B)"
+    first, *_ = (line for line in lines if line.startswith("curriculum"))
+    assert first.startswith("curriculum  454,000 steps, 187,301,888,000 token slots (187.3 B); ")
     places = "to   runs/first: metrics.jsonl; a checkpoint every 1,000 steps, the newest 3 are kept"
     assert line("writes", lines) == places
     loggers = ("log.wandb.mode=offline", "log.wandb.project=encoders", "log.tensorboard=true")
@@ -55,8 +65,79 @@ def test_the_plan_says_what_is_trained_how_long_and_where_it_is_written() -> Non
     )
 
 
-def test_the_plan_of_a_run_of_four_stages_fits_on_a_screen() -> None:
-    assert len(plan(1)) == 11
+def planned_with_data(
+    folder: Path, tokenizer: Tokenizer, corpora: int, stages: int, *, whole: bool = False
+) -> list[str]:
+    """All lines of a plan but its warnings."""
+    names = [str(folder / f"corpus{number}") for number in range(corpora)]
+    for name in names:
+        write_documents(Path(name), [[50, 51, 52]] * 40)
+    config = small_config(
+        model={"num_layers": 2},
+        data={"train": [{"prefix": name} for name in names], "held_out_fraction": 0.2},
+        curriculum=[{"seq_length": 32, "steps": 1}] * stages,
+        parallel={"pipeline": 2},
+        checkpoint={"interval": 1, "keep": 1},
+    )
+    training = training_source(config, tokenizer)
+    lines = [
+        *describe_plan(config, tokenizer.vocab_size, 4, whole=whole),
+        *describe_data(training, HeldOutRows.plan(config, tokenizer), whole=whole),
+    ]
+    return [line for line in lines if not line.startswith("warning")]
+
+
+def test_the_plan_of_four_stages_and_five_corpora_is_ten_lines_that_tell_all(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    lines = planned_with_data(tmp_path, tiny_tokenizer, corpora=5, stages=4)
+    assert len(lines) == 10
+    text = "\n".join(lines)
+    assert all(text.count(f"stage {stage}: length 32, ") == 1 for stage in range(1, 5))
+    train = [line for line in lines if line.startswith("train")]
+    assert [line.count("corpus") for line in train] == [3, 2]
+    assert line("layout", lines) == "4 ranks: pipeline 2 (1f1b) x data 2 x tensor 1; 1, 1 blocks"
+    assert line("valid", lines).endswith("; and 2 more (--dry-run lists them)")
+    assert "a checkpoint every step, the newest is kept" in text
+
+
+def test_the_plan_of_any_run_is_ten_lines_and_a_dry_runs_has_one_for_each_thing(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    lines = planned_with_data(tmp_path, tiny_tokenizer, corpora=9, stages=12)
+    assert len(lines) == 10
+    curriculum, train = (
+        [line for line in lines if line.startswith(name)][-1] for name in ("curriculum", "train")
+    )
+    assert curriculum.endswith("; and 7 more (--dry-run lists them)")
+    assert train.endswith("; and 3 more (--dry-run lists them)")
+    everything = planned_with_data(tmp_path, tiny_tokenizer, corpora=9, stages=12, whole=True)
+    counts = Counter(line.split()[0] for line in everything)
+    assert (counts["curriculum"], counts["train"], counts["valid"]) == (13, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (545419.454, "545,419 times"),
+        (99.96, "99.96 times"),
+        (6.53, "6.53 times"),
+        (1.00001, "1 time"),
+        (0.42134, "0.4213 times"),
+    ],
+)
+def test_how_often_is_told_in_few_digits(count: float, text: str) -> None:
+    assert times(count) == text
+
+
+def test_one_is_not_told_as_several() -> None:
+    lines = plan(
+        1, "model.num_layers=1", "batch.micro_tokens=64", "curriculum=[{seq_length: 64, steps: 1}]"
+    )
+    assert "; 1 layer, hidden" in line("model", lines)
+    total, stage = (line for line in lines if line.startswith("curriculum"))
+    assert total.startswith("curriculum  1 step, ")
+    assert stage.endswith(" x 1 row a rank")
 
 
 def test_without_the_tokenizer_the_plan_says_what_is_unknown() -> None:
@@ -74,11 +155,13 @@ def test_the_layout_names_every_kind_of_parallelism() -> None:
         "parallel.replicate=2",
         "recompute=selective",
     )
-    assert line("layout", lines) == (
+    layout, blocks, recomputation = line("layout", lines).split("; ")
+    assert layout == (
         "320 ranks: pipeline 5 (interleaved, 2 stages a rank) x data 16 (2 copies x 8 shards) x "
-        "tensor 4 (sequence parallel); recomputation selective"
+        "tensor 4 (sequence parallel)"
     )
-    counts = line("stages", lines).removesuffix(" blocks").split(", ")
+    assert recomputation == "recomputation selective"
+    counts = blocks.removesuffix(" blocks").split(", ")
     assert len(counts) == 10
     assert sum(map(int, counts)) == 48
 
@@ -89,7 +172,8 @@ def test_the_layout_leaves_out_what_has_no_effect() -> None:
 
 
 def test_a_pipeline_s_stages_are_told_by_their_blocks() -> None:
-    assert line("stages", plan(5, "parallel.pipeline=5")) == "9, 10, 10, 10, 9 blocks"
+    layout = line("layout", plan(5, "parallel.pipeline=5"))
+    assert layout.endswith("; 9, 10, 10, 10, 9 blocks")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +207,9 @@ def test_muon_needs_a_quarter_less_for_the_blocks_matrices() -> None:
 
 
 def test_the_plan_says_that_gradients_are_reduced_in_bf16_where_several_ranks_have_rows() -> None:
-    assert line("precision", plan(2, "precision.reduce=bf16")) == (
-        "compute bf16; weights and states fp32; gradients reduced in bf16"
-    )
-    assert "reduced" not in line("precision", plan(2, "precision.reduce=bf16", "parallel.tensor=2"))
+    reduced = "bf16; weights and states fp32; gradients reduced in bf16; kernels "
+    assert line("compute", plan(2, "precision.reduce=bf16")).startswith(reduced)
+    assert "reduced" not in line("compute", plan(2, "precision.reduce=bf16", "parallel.tensor=2"))
 
 
 def test_a_pipeline_s_ranks_hold_the_model_and_one_more_table() -> None:
