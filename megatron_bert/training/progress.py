@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -31,10 +31,12 @@ class Progress:
     stage, after which it is known whether the rest can work, and for the last step.
 
     Loss and speed are means over the stage's last steps, as many as lie between two lines. Time
-    left is reckoned from that speed for all stages, and counts steps alone: no evaluation, no save.
+    left is reckoned from that speed, for other stages in proportion to what their steps compute
+    (longer rows attend to more), and counts steps alone: no evaluation, no save.
 
     Args:
         curriculum: of the run.
+        step_flops: what a step of each stage computes.
         interval: steps between two lines.
         last_saved: returns the step of the newest checkpoint, 0 where there is none.
         clock: seconds that never go back.
@@ -43,11 +45,13 @@ class Progress:
     def __init__(
         self,
         curriculum: Curriculum,
+        step_flops: Sequence[float],
         interval: int,
         last_saved: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._curriculum = curriculum
+        self._step_flops = step_flops
         self._interval = interval
         self._last_saved = last_saved
         self._clock = clock
@@ -56,6 +60,7 @@ class Progress:
         self._watched = _a_person_watches()
         self._view: _View | None = None
         self._drawn = -math.inf
+        self._undrawn: tuple[Mapping[str, Any], StageSpan] | None = None
 
     def after_step(self, record: Mapping[str, Any], span: StageSpan) -> None:
         """Tell of a step, if it is time to.
@@ -70,10 +75,17 @@ class Progress:
         on_time = not self._watched and step % self._interval == 0
         if enters or on_time or step == self._curriculum.total_steps:
             logger.info("%s", " · ".join(self._line(record, span)))
+        self._undrawn = record, span
         if self._watched and self._clock() - self._drawn >= _DRAW_SECONDS:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the view up to date now: the next step may be long in coming, or never come."""
+        if self._watched and self._undrawn is not None:
             self._drawn = self._clock()
             self._view = self._view or _View(self._curriculum.total_steps)
-            self._draw(self._view, record, span)
+            self._draw(self._view, *self._undrawn)
+            self._undrawn = None
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -119,10 +131,13 @@ class Progress:
 
     def _seconds_left(self, step: int, span: StageSpan) -> tuple[float, float]:
         """Of the run and of its stage."""
-        seconds_per_slot = self._recent.seconds / span.slots_per_step
-        run_slots = self._curriculum.total_slots - self._curriculum.slots_until(step)
-        stage_slots = (span.last_step - step) * span.slots_per_step
-        return run_slots * seconds_per_slot, stage_slots * seconds_per_slot
+        stage_left = (span.last_step - step) * self._recent.seconds
+        seconds_per_flop = self._recent.seconds / self._step_flops[span.index]
+        later_flops = sum(
+            later.num_steps * self._step_flops[later.index]
+            for later in self._curriculum.spans[span.index + 1 :]
+        )
+        return stage_left + later_flops * seconds_per_flop, stage_left
 
 
 class _RecentSteps:

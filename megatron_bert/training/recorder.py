@@ -62,12 +62,12 @@ class StepRecorder:
         """
         self._curriculum = curriculum
         self._metrics = metrics
-        self._progress = Progress(curriculum, config.log.interval, last_saved)
         self._step_flops = [
             span.global_size
             * row_flops(config.model, vocab_size, span.seq_length, span.masked_slots)
             for span in curriculum.spans
         ]
+        self._progress = Progress(curriculum, self._step_flops, config.log.interval, last_saved)
         self._world_size = world_size
         self._taken: _Taken | None = None
         self._spikes = SpikeWatch()
@@ -100,10 +100,11 @@ class StepRecorder:
             self._record(previous)
 
     def flush(self) -> None:
-        """Record the last step now, waiting for the device."""
+        """Record the last step now, waiting for the device; what follows is no step, or the end."""
         if self._taken is not None:
             self._record(self._taken)
             self._taken = None
+        self._progress.refresh()
 
     def sync(self) -> None:
         """Wait until what was recorded is on the disk."""

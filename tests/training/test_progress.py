@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
@@ -127,10 +127,12 @@ CURRICULUM = Curriculum(
 )
 
 
-def progress(interval: int, *, saved: int = 0) -> Progress:
+def progress(
+    interval: int, *, saved: int = 0, step_flops: Sequence[float] = (1.0, 1.0)
+) -> Progress:
     """Progress of a run of seven steps, of which the clock says that each takes a second."""
     ticks = count()
-    return Progress(CURRICULUM, interval, lambda: saved, lambda: float(next(ticks)))
+    return Progress(CURRICULUM, step_flops, interval, lambda: saved, lambda: float(next(ticks)))
 
 
 def take(shown: Progress, step: int, **values: Any) -> None:
@@ -190,6 +192,18 @@ def test_a_first_step_that_compiles_does_not_spoil_what_is_said_of_the_time_left
     take(lines, 2)
     assert "6 h 0 min left" in caplog.messages[0]
     assert "512 tokens/s · 2 s left" in caplog.messages[1]
+
+
+def test_stages_that_compute_more_take_longer(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    lines = progress(1, step_flops=(2e9, 12e9))
+    take(lines, 1, step_seconds=1.0)
+    take(lines, 5, step_seconds=5.0)
+    # Three steps of a second, and three of six times the work; then two of five seconds.
+    assert [message.split(" · ")[6] for message in caplog.messages] == [
+        "21 s left, 3 s of the stage",
+        "10 s left, 10 s of the stage",
+    ]
 
 
 def test_a_loss_that_is_not_finite_stays_out_of_the_mean(caplog: pytest.LogCaptureFixture) -> None:
@@ -252,11 +266,30 @@ def test_closing_the_view_leaves_only_what_was_logged(terminal: Callable[..., Te
 def test_the_view_is_calm(terminal: Callable[..., Terminal]) -> None:
     shown = terminal()
     hundredths = count()
-    with closing(Progress(CURRICULUM, 1, lambda: 0, lambda: next(hundredths) / 100)) as view:
+    with closing(
+        Progress(CURRICULUM, (1, 1), 1, lambda: 0, lambda: next(hundredths) / 100)
+    ) as view:
         for step in (1, 2, 3, 4):
             take(view, step)
     drawn = re.findall(r"step \d/7 · \d s left", shown.written())
     assert len(drawn) == 1, "drawn at every step, however fast they are"
+
+
+def test_the_view_shows_the_last_step_while_it_is_evaluated_and_saved(
+    terminal: Callable[..., Terminal],
+) -> None:
+    shown = terminal()
+    with closing(Progress(CURRICULUM, (1, 1), 1, lambda: 0, lambda: 0.0)) as view:
+        for step in range(1, 8):
+            take(view, step)
+        assert shown.screen()[-4].endswith("| step 1/7 · 3 s left")
+        view.refresh()
+        run, stage, *_ = shown.screen()[-4:]
+        assert re.fullmatch(r"run   100 % \|█+\| step 7/7 · 0 s left", run)
+        assert re.fullmatch(r"stage 100 % \|█+\| 2/2 \(64\) · 3/3 · 0 s left", stage)
+        drawn = shown.written()
+        view.refresh()
+        assert shown.written() == drawn, "nothing is new"
 
 
 def test_no_line_of_the_view_is_longer_than_a_narrow_terminal_is_wide(

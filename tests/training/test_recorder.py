@@ -11,7 +11,7 @@ import torch
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.training.divergence import DivergedError
 from megatron_bert.training.metrics import MetricsFile, read
-from megatron_bert.training.progress import format_duration
+from megatron_bert.training.progress import Progress, format_duration
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.step import Agreement, StepResult
 from tests.small_model import VOCABULARY, small_config
@@ -57,6 +57,41 @@ def test_a_step_is_written_when_the_next_one_is_on_its_way(tmp_path: Path) -> No
     run.recorder.flush()
     run.recorder.close()
     assert [line["step"] for line in read(path)] == [1, 2]
+
+
+def test_the_view_is_brought_up_to_date_before_what_is_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    run = _Run(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(Progress, "after_step", lambda _, line, span: told.append(line["step"]))
+    monkeypatch.setattr(Progress, "refresh", lambda _: told.append("refresh"))
+    run.take(1)
+    run.take(2)
+    assert told == [1]
+    run.recorder.flush()
+    run.recorder.close()
+    assert told == [1, 2, "refresh"]
+
+
+def test_time_left_counts_what_the_rows_of_a_stage_compute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    flops = {32: 3.0, 64: 10.0}
+    monkeypatch.setattr(
+        "megatron_bert.training.recorder.row_flops", lambda _, __, length, ___: flops[length]
+    )
+    clock = iter((0.0, 60.0, 61.0))
+    monkeypatch.setattr(
+        "megatron_bert.training.recorder.time.perf_counter", lambda: next(clock, 61.0)
+    )
+    run = _Run(tmp_path / "metrics.jsonl")
+    run.take(1)
+    run.recorder.flush()
+    run.recorder.close()
+    # Two rows of 3 a minute: three steps more so, and forty of eight rows of 10, 13 times as much.
+    assert "8 h 56 min left, 3 min of the stage" in caplog.messages[0]
 
 
 def test_a_line_counts_rows_and_tokens_over_all_stages_and_keeps_the_losss_bits(
