@@ -21,6 +21,8 @@ from megatron_bert.data.row_view import item_lines, legend, page
 from megatron_bert.data.step_inspection import describe_steps
 from megatron_bert.data.tokenizer import Tokenizer
 
+_SAMPLES = 3
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -42,9 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples",
         type=int,
-        default=3,
         metavar="N",
-        help="how many documents or duplicates (default: %(default)s)",
+        help="how many documents (with --tokenizer) or duplicates (with --duplicates) to show "
+        f"(default: {_SAMPLES})",
     )
     of_run = parser.add_mutually_exclusive_group()
     of_run.add_argument(
@@ -72,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),
-        default="auto",
-        help="of --rows; auto: on a terminal, unless NO_COLOR is set (default: %(default)s)",
+        help="of --rows; auto: on a terminal, unless NO_COLOR is set (default: auto)",
     )
     return parser
 
@@ -84,16 +85,18 @@ def _steps(given: str | None) -> tuple[int, int]:
         return int(first), int(last or first)
     except ValueError:
         raise DataError(
-            f"--steps {given or 'is missing'}: give the first and the last step, as 1:10"
+            f"--steps {given or 'is missing'}: give the first and the last step, as 1:10, or "
+            "--duplicates instead"
         ) from None
 
 
 def _lines(given: argparse.Namespace) -> Iterator[str]:
     _check(given)
+    num_samples = _SAMPLES if given.samples is None else given.samples
     if given.config is not None:
         config = load_config(given.config, given.overrides)
         if given.duplicates:
-            yield from describe_overlap(config, given.samples)
+            yield from describe_overlap(config, num_samples)
         elif given.rows is not None:
             yield from _rows(config, given)
         else:
@@ -102,26 +105,44 @@ def _lines(given: argparse.Namespace) -> Iterator[str]:
     tokenizer = None if given.tokenizer is None else Tokenizer.load(given.tokenizer)
     yield from describe_dataset(given.prefix, tokenizer)
     if tokenizer is not None:
-        yield from samples(given.prefix, tokenizer, given.samples)
+        yield from samples(given.prefix, tokenizer, num_samples)
 
 
 def _check(given: argparse.Namespace) -> None:
-    """Refuse options that would have no effect."""
-    if given.samples < 0:
-        raise DataError(f"--samples {given.samples}: give 0 or more")
-    if given.rows is not None and given.rows < 0:
-        raise DataError(f"--rows {given.rows}: give 0 or more")
-    if given.html is not None and given.rows is None:
-        raise DataError(f"--html {given.html}: it shows the rows that --rows N chooses; give that")
-    shows_rows = given.text or given.rows is not None
-    if shows_rows and (given.config is None or given.duplicates):
-        option = "--text" if given.text else f"--rows {given.rows}"
-        raise DataError(f"{option}: shows rows of steps; choose these by --config and --steps")
-    if given.config is None and (given.duplicates or given.steps is not None):
-        option = "--duplicates" if given.duplicates else f"--steps {given.steps}"
-        raise DataError(f"{option}: tells of a run; give its --config instead of --prefix")
-    if given.config is None and given.overrides:
+    """Refuse numbers below 0, and options that would have no effect."""
+    for option, number in (("--samples", given.samples), ("--rows", given.rows)):
+        if number is not None and number < 0:
+            raise DataError(f"{option} {number}: give 0 or more")
+    for option, has_effect, remedy in _purposes(given):
+        value = getattr(given, option.removeprefix("--"))
+        if value is None or value is False or has_effect:
+            continue
+        named = option if value is True else f"{option} {value}"
+        raise DataError(f"{named}: would have no effect; {remedy}, or leave it out")
+    if given.overrides and given.config is None:
         raise DataError(f"{given.overrides[0]}: an override needs --config; give that, or leave it")
+
+
+def _purposes(given: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
+    """Of each option that not every call has a use for: whether this one has, and what gives it."""
+    of_a_run = given.config is not None
+    of_steps = of_a_run and not given.duplicates
+    yield "--tokenizer", not of_a_run, "a run's is its data.tokenizer: set that"
+    yield "--duplicates", of_a_run, "give a run's --config instead of --prefix"
+    yield "--steps", of_a_run, "give a run's --config instead of --prefix"
+    yield "--text", of_steps, "choose a run's steps by --config and --steps"
+    yield "--rows", of_steps, "choose a run's steps by --config and --steps"
+    yield "--html", given.rows is not None, "give --rows N, which chooses the rows it shows"
+    yield (
+        "--color",
+        bool(given.rows) and given.html is None,
+        "give --rows N, N from 1, and no --html, whose page has colours of its own",
+    )
+    yield (
+        "--samples",
+        given.duplicates or given.tokenizer is not None,
+        "give --tokenizer beside --prefix, or --duplicates beside --config",
+    )
 
 
 def _rows(config: Config, given: argparse.Namespace) -> Iterator[str]:
@@ -131,7 +152,7 @@ def _rows(config: Config, given: argparse.Namespace) -> Iterator[str]:
         write_output(given.html, page(f"Steps {first} to {last} of {given.config}", items))
         yield f"wrote {given.html}"
         return
-    coloured = given.color == "always" or (given.color == "auto" and _terminal_has_colours())
+    coloured = _terminal_has_colours() if given.color in (None, "auto") else given.color == "always"
     if given.rows:
         yield from legend(coloured=coloured)
     for item in items:

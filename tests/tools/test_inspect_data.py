@@ -144,11 +144,6 @@ def test_a_step_is_shown_with_the_text_of_its_rows_before_masking(
             assert ast.literal_eval(segment).replace(" ", "") in everything
 
 
-def test_text_without_steps_is_refused(prefix: Path) -> None:
-    with pytest.raises(DataError, match="--text"):
-        tool.main(["--prefix", str(prefix), "--text"])
-
-
 def test_no_step_is_hashed_of_files_that_changed_while_its_rows_were_planned(
     config: Path, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

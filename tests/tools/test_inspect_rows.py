@@ -226,12 +226,43 @@ def test_the_two_sides_of_one_corpus_are_compared_and_no_document_with_itself(
     ("arguments", "message"),
     [
         (["--config", "{config}", "--duplicates", "data.valid=[]"], r"data\.valid is empty.*set"),
-        (["--config", "{config}", "--duplicates", "--rows", "1"], r"--rows 1: .*--steps"),
-        (["--config", "{config}", "--steps", "1", "--html", "x"], r"--html x: .*--rows"),
         (["--config", "{config}", "--steps", "1", "--rows", "-1"], r"--rows -1: give 0"),
-        (["--prefix", "p", "--duplicates"], r"--duplicates: .*--config"),
-        (["--prefix", "p", "--steps", "1"], r"--steps 1: .*--config"),
-        (["--prefix", "p", "--rows", "1"], r"--rows 1: .*--config"),
+        (["--config", "{config}"], r"--steps is missing: give .*--duplicates"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(config: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tool.main([argument.format(config=config) for argument in arguments])
+
+
+STEPS = ["--config", "{config}", "--steps", "1"]
+DUPLICATES = ["--config", "{config}", "--duplicates"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*STEPS, "--tokenizer", "t"], r"--tokenizer t: .*set that, or leave"),
+        ([*DUPLICATES, "--tokenizer", "t"], r"--tokenizer t: .*set that, or leave"),
+        (["--prefix", "p", "--duplicates"], r"--duplicates: .*give a run's --config"),
+        (["--prefix", "p", "--steps", "1"], r"--steps 1: .*give a run's --config"),
+        (["--prefix", "p", "--text"], r"--text: .*--config and --steps"),
+        ([*DUPLICATES, "--text"], r"--text: .*--config and --steps"),
+        (["--prefix", "p", "--rows", "1"], r"--rows 1: .*--config and --steps"),
+        ([*DUPLICATES, "--rows", "1"], r"--rows 1: .*--config and --steps"),
+        ([*STEPS, "--html", "x"], r"--html x: .*give --rows N"),
+        ([*STEPS, "--text", "--html", "x"], r"--html x: .*give --rows N"),
+        (["--prefix", "p", "--html", "x"], r"--html x: .*give --rows N"),
+        ([*STEPS, "--color", "auto"], r"--color auto: .*give --rows N, N from 1"),
+        ([*STEPS, "--rows", "0", "--color", "never"], r"--color never: .*N from 1"),
+        (
+            [*STEPS, "--rows", "1", "--html", "x", "--color", "always"],
+            r"--color always: .*no --html",
+        ),
+        (["--prefix", "p", "--color", "always"], r"--color always: .*give --rows N"),
+        (["--prefix", "p", "--samples", "3"], r"--samples 3: .*give --tokenizer"),
+        ([*STEPS, "--samples", "0"], r"--samples 0: .*--duplicates beside --config"),
+        (["--prefix", "p", "run.seed=1"], r"run\.seed=1: .*--config"),
     ],
 )
 def test_options_without_effect_are_refused(
