@@ -6,13 +6,12 @@ tables between the markers of `docs/configuration.md`.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from megatron_bert.config.change_table import change_of
-from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.emitted_tables import guide_to_write, with_tables
+from megatron_bert.config.errors import run_cli
 from megatron_bert.config.keys import Key, all_keys, json_schema
 from megatron_bert.files import write_atomically
 
@@ -31,25 +30,14 @@ def render_guide(guide: str) -> str:
     Raises:
         ConfigError: A marker is missing.
     """
-    for name, table in (("keys", _key_table()), ("changes", _change_table())):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, found_begin, rest = guide.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found_begin or not found_end:
-            raise ConfigError(f"{GUIDE_FILE}: markers {begin} and {end} are missing; restore them")
-        guide = f"{before}{begin}\n{table}\n{end}{after}"
-    return guide
+    tables = {"keys": [_key_table()], "changes": _change_table()}
+    return with_tables(guide, GUIDE_FILE, tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write both files into the folder given by `--docs`."""
-    parser = argparse.ArgumentParser(prog="emit_schema", description=__doc__)
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the files")
-    folder: Path = parser.parse_args(arguments).docs
-    guide = folder / GUIDE_FILE
-    if not guide.is_file():
-        raise ConfigError(f"{guide} does not exist; run in the checkout's root or give --docs")
-    write_atomically(folder / SCHEMA_FILE, render_schema())
+    guide = guide_to_write(arguments, GUIDE_FILE, __doc__)
+    write_atomically(guide.with_name(SCHEMA_FILE), render_schema())
     write_atomically(guide, render_guide(guide.read_text(encoding="utf-8")))
     return 0
 
@@ -79,14 +67,12 @@ def _default(key: Key) -> str:
     return "see there" if key.default is None else f"`{json.dumps(key.default)}`"
 
 
-def _change_table() -> str:
-    lines = ["| key | may change |", "|---|---|"]
-    lines += [
-        f"| `{key.name}` | {change_of(key.name).value} |"
-        for key in all_keys().values()
-        if key.is_leaf
-    ]
-    return "\n".join(lines)
+def _change_table() -> Iterator[str]:
+    yield "| key | may change |"
+    yield "|---|---|"
+    for key in all_keys().values():
+        if key.is_leaf:
+            yield f"| `{key.name}` | {change_of(key.name).value} |"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_bert.config.change_table import ABSENT, Change, change_of, refusal
 from megatron_bert.config.diagnostics import raise_problems
 from megatron_bert.config.keys import all_keys, dotted, pattern
+from megatron_bert.config.leaves import leaves
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
 from megatron_bert.config.stage_changes import curriculum_problems
@@ -87,7 +88,7 @@ def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> Iterator[tuple[KeyPath, Any, Any]]:
     """Leaves that differ: path, old value, new value; those of `new` first, in its order."""
-    before, after = dict(_leaves(old, ())), dict(_leaves(new, ()))
+    before, after = dict(leaves(old)), dict(leaves(new))
     for path in dict.fromkeys([*after, *before]):
         first, second = _value_at(before, path), _value_at(after, path)
         # A key of another version that this one does not know has nothing to say to it.
@@ -95,19 +96,8 @@ def _differences(
             yield path, first, second
 
 
-def _value_at(leaves: Mapping[KeyPath, Any], path: KeyPath) -> Any:
+def _value_at(values: Mapping[KeyPath, Any], path: KeyPath) -> Any:
     key = all_keys().get(pattern(path))
-    if path in leaves or key is None or key.required:
-        return leaves.get(path, ABSENT)
+    if path in values or key is None or key.required:
+        return values.get(path, ABSENT)
     return key.default
-
-
-def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    if isinstance(value, Mapping):
-        for name, entry in value.items():
-            yield from _leaves(entry, (*path, name))
-    elif isinstance(value, list):
-        for index, entry in enumerate(value):
-            yield from _leaves(entry, (*path, index))
-    else:
-        yield path, value

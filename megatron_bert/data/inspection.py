@@ -11,6 +11,7 @@ from _megatron_bert_core import IndexedDataset
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
 from megatron_bert.data.length_histogram import count_lengths, histogram
+from megatron_bert.data.share_text import share
 from megatron_bert.data.tokenizer import Tokenizer
 
 _SAMPLE_TOKENS = 60
@@ -63,8 +64,8 @@ def describe_dataset(prefix: str, tokenizer: Tokenizer | None = None) -> Iterato
             "tokens: the loss of a model that looks at no context"
         )
         if tokenizer is not None:
-            yield f"unknown       {_share(tokenizer.unknown_ids, ids, counts)}"
-            yield f"byte pieces   {_share(tokenizer.byte_ids, ids, counts)}"
+            yield f"unknown       {_share_of_tokens(tokenizer.unknown_ids, ids, counts)}"
+            yield f"byte pieces   {_share_of_tokens(tokenizer.byte_ids, ids, counts)}"
 
 
 def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
@@ -113,6 +114,7 @@ def _token_counts(
     return np.unique(tokens, return_counts=True)
 
 
-def _share(wanted: list[int], ids: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> str:
-    found, total = int(counts[np.isin(ids, wanted)].sum()), int(counts.sum())
-    return f"{found:,} of {total:,} tokens ({found / total:.2%})"
+def _share_of_tokens(
+    wanted: list[int], ids: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]
+) -> str:
+    return share(int(counts[np.isin(ids, wanted)].sum()), int(counts.sum()), "tokens")

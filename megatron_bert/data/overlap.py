@@ -21,6 +21,7 @@ from megatron_bert.data.corpora import (
 from megatron_bert.data.deduplication import hash_documents, hash_texts
 from megatron_bert.data.inspection import beginning
 from megatron_bert.data.progress import Progress
+from megatron_bert.data.share_text import share
 from megatron_bert.data.tokenizer import Tokenizer
 
 # Bounds memory, whatever the corpora.
@@ -69,8 +70,8 @@ def describe_overlap(config: Config, examples: int) -> Iterator[str]:
                 )
             ]
         yield (
-            f"{part.prefix}: {_share(copies, corpus.num_documents)} documents stand in held-out "
-            "text too"
+            f"{part.prefix}: {share(copies, corpus.num_documents, 'documents')} stand in "
+            "held-out text too"
         )
     yield from known.lines()
     for corpus, number, match in pairs:
@@ -122,8 +123,9 @@ class _HeldOutDocuments:
         for number, corpus in enumerate(self._corpora):
             in_corpus = self._corpus == number
             yield (
-                f"{corpus.part.prefix}: {_share(int(found[in_corpus].sum()), in_corpus.sum())} "
-                "documents are trained on"
+                f"{corpus.part.prefix}: "
+                f"{share(int(found[in_corpus].sum()), int(in_corpus.sum()), 'documents')} are "
+                "trained on"
             )
 
     def name(self, match: int) -> str:
@@ -150,7 +152,3 @@ def _hashed(corpus: OpenCorpus) -> Iterator[tuple[npt.NDArray[np.uint64], Int64A
             yield hashes[has_tokens], numbers[has_tokens]
             # As if all documents were alike: it is only to be seen that it goes on.
             progress.show(num_bytes * end // dataset.num_documents)
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count:,} of {total:,} ({count / max(1, total):.2%})"

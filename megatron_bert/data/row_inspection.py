@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,8 @@ import numpy.typing as npt
 from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch
 from megatron_bert.data.length_histogram import count_lengths, histogram
-from megatron_bert.data.step_inspection import StepBatches, step_line, unmasked
+from megatron_bert.data.share_text import share
+from megatron_bert.data.step_inspection import StepBatches, unmasked
 from megatron_bert.data.tokenizer import Tokenizer
 
 
@@ -77,21 +79,21 @@ def show_rows(
         if rows_a_step:
             length = config.curriculum[inspected.stage(step)].seq_length
             yield f"step {step}, of rows of {length}:"
-        batch_hash, left = 0, rows_a_step
-        for batch in inspected.batches(step):
-            batch_hash = (batch_hash + batch.batch_hash) % 2**64
-            shares.add(batch)
-            yield from _shown(batch, min(left, len(batch.rows_B)), inspected.tokenizer)
-            left -= min(left, len(batch.rows_B))
-        yield step_line(step, inspected.stage(step), batch_hash)
+        first = inspected.rows(step)[:rows_a_step]
+        yield from inspected.described(step, partial(_counted_and_shown, shares, first))
     yield from shares.lines()
+
+
+def _counted_and_shown(shares: RowShares, rows: range, batch: Batch) -> Iterator[ShownRow]:
+    shares.add(batch)
+    yield from _shown(batch, rows, shares.tokenizer)
 
 
 class RowShares:
     """Counts of what rows hold, added up batch by batch in memory that does not grow."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._rows = self._slots = self._padding = self._framing = 0
         self._unknown = self._bytes = 0
         self._predicted = {kind: 0 for kind in TokenKind if kind is not TokenKind.KEPT}
@@ -99,7 +101,7 @@ class RowShares:
 
     def add(self, batch: Batch) -> None:
         """Count the rows of a batch."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         tokens_BS = unmasked(batch)
         self._rows += len(tokens_BS)
         self._slots += tokens_BS.size
@@ -121,14 +123,14 @@ class RowShares:
         text = self._slots - self._padding - self._framing
         predicted = sum(self._predicted.values())
         yield f"rows          {self._rows:,} of {self._slots:,} slots"
-        yield f"padding       {_of(self._padding, self._slots)} of the slots"
-        yield f"<CLS>, <SEP>  {_of(self._framing, self._slots)} of the slots"
-        yield f"text          {_of(text, self._slots)} of the slots"
-        yield f"unknown       {_of(self._unknown, text)} of the text"
-        yield f"byte pieces   {_of(self._bytes, text)} of the text"
-        yield f"predicted     {_of(predicted, text)} of the text"
+        yield f"padding       {share(self._padding, self._slots, 'slots')}"
+        yield f"<CLS>, <SEP>  {share(self._framing, self._slots, 'slots')}"
+        yield f"text          {share(text, self._slots, 'slots')}"
+        yield f"unknown       {share(self._unknown, text, 'text tokens')}"
+        yield f"byte pieces   {share(self._bytes, text, 'text tokens')}"
+        yield f"predicted     {share(predicted, text, 'text tokens')}"
         for kind, count in self._predicted.items():
-            yield f"  {kind.value:<11} {_of(count, predicted)} of them"
+            yield f"  {kind.value:<11} {share(count, predicted, 'predicted')}"
         yield "text tokens per segment:"
         yield from histogram(self._segment_lengths)
 
@@ -151,10 +153,13 @@ def _kinds(batch: Batch, tokenizer: Tokenizer) -> npt.NDArray[np.int8]:
     return kinds_BS
 
 
-def _shown(batch: Batch, count: int, tokenizer: Tokenizer) -> Iterator[ShownRow]:
-    """The first rows of a batch."""
+def _shown(batch: Batch, rows: range, tokenizer: Tokenizer) -> Iterator[ShownRow]:
+    """The rows of a batch that are among `rows`."""
+    chosen = [number for number, row in enumerate(batch.rows_B.tolist()) if row in rows]
+    if not chosen:
+        return
     labels_BS, kinds_BS = unmasked(batch), _kinds(batch, tokenizer)
-    for number in range(count):
+    for number in chosen:
         seen_S = batch.tokens_BS.numpy()[number]
         tokens = [
             ShownToken(_printable(tokenizer, seen), _printable(tokenizer, label), _KINDS[kind])
@@ -175,7 +180,3 @@ def _printable(tokenizer: Tokenizer, token: int) -> str:
     """A token's piece; a control character in it would reach the terminal."""
     piece = tokenizer.id_to_piece(token)
     return piece if piece.isprintable() else repr(piece)[1:-1]
-
-
-def _of(count: int, total: int) -> str:
-    return f"{count:,} ({count / max(1, total):.2%})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from megatron_bert.data.tokenizer import Tokenizer
 
 # Bounds the memory of a step's inspection, whatever its global batch.
 _SLOTS_AT_A_TIME = 1 << 20
+
+_Item = TypeVar("_Item")
 
 
 class StepBatches:
@@ -46,14 +49,27 @@ class StepBatches:
         """The stage, from 0, that a step belongs to."""
         return self._curriculum.at(step).index
 
+    def rows(self, step: int) -> range:
+        """The numbers of the rows that a step reads."""
+        return self._curriculum.at(step).rows_of(step)
+
     def batches(self, step: int) -> Iterator[Batch]:
         """Yield a step's rows in order, as many at a time as bound the memory."""
-        span = self._curriculum.at(step)
-        rows = span.rows_of(step)
+        span, rows = self._curriculum.at(step), self.rows(step)
         rows_at_a_time = max(1, _SLOTS_AT_A_TIME // span.seq_length)
         for first in rows[::rows_at_a_time]:
             rows_B = np.arange(first, min(rows.stop, first + rows_at_a_time), dtype=np.int64)
             yield self._source.batch(rows_B, span.index)
+
+    def described(
+        self, step: int, of_batch: Callable[[Batch], Iterable[_Item]]
+    ) -> Iterator[_Item | str]:
+        """Yield what a function yields of a step's batches, then `step K stage I batch_hash H`."""
+        batch_hash = 0
+        for batch in self.batches(step):
+            batch_hash = (batch_hash + batch.batch_hash) % 2**64
+            yield from of_batch(batch)
+        yield f"step {step} stage {self.stage(step)} batch_hash {batch_hash:016x}"
 
 
 def describe_steps(
@@ -68,18 +84,12 @@ def describe_steps(
         DataError: the steps do not lie in the run, or its data cannot be read.
     """
     inspected = StepBatches(config, first_step, last_step)
+
+    def texts(batch: Batch) -> Iterable[str]:
+        return _row_texts(batch, inspected.tokenizer) if with_text else ()
+
     for step in inspected.steps:
-        batch_hash = 0
-        for batch in inspected.batches(step):
-            batch_hash = (batch_hash + batch.batch_hash) % 2**64
-            if with_text:
-                yield from _row_texts(batch, inspected.tokenizer)
-        yield step_line(step, inspected.stage(step), batch_hash)
-
-
-def step_line(step: int, stage: int, batch_hash: int) -> str:
-    """The line on a step whose numbers stand in its line of `metrics.jsonl` too."""
-    return f"step {step} stage {stage} batch_hash {batch_hash:016x}"
+        yield from inspected.described(step, texts)
 
 
 def unmasked(batch: RowArrays) -> npt.NDArray[np.int32]:

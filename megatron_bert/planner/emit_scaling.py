@@ -7,11 +7,11 @@ machines of the table.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.emitted_tables import guide_to_write, with_tables
+from megatron_bert.config.errors import run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.files import write_atomically
@@ -40,25 +40,13 @@ def render(guide: str) -> str:
     Raises:
         ConfigError: A marker is missing.
     """
-    tables = {"retrievabert": _retrievabert, "one-day": _one_day, "large": _large}
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, found_begin, rest = guide.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found_begin or not found_end:
-            raise ConfigError(f"{GUIDE_FILE}: markers {begin} and {end} are missing; restore them")
-        lines = "\n".join(table())
-        guide = f"{before}{begin}\n{lines}\n{end}{after}"
-    return guide
+    tables = {"retrievabert": _retrievabert(), "one-day": _one_day(), "large": _large()}
+    return with_tables(guide, GUIDE_FILE, tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the tables and the picture into the folder given by `--docs`."""
-    parser = argparse.ArgumentParser(prog="emit_scaling", description=__doc__)
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the file")
-    guide: Path = parser.parse_args(arguments).docs / GUIDE_FILE
-    if not guide.is_file():
-        raise ConfigError(f"{guide} does not exist; run in the checkout's root or give --docs")
+    guide = guide_to_write(arguments, GUIDE_FILE, __doc__)
     write_atomically(guide, render(guide.read_text(encoding="utf-8")))
     write_picture(_pictured(), guide.with_name(PICTURE_FILE))
     return 0

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_bert.config.errors import UserError
+from megatron_bert.durations import format_duration
 from megatron_bert.training import metrics
 from megatron_bert.training.journal import START, read_journal
-from megatron_bert.training.progress import format_duration
 from megatron_bert.training.run_directory import JOBS, Outcome, read_outcome
 
 Floats: TypeAlias = NDArray[np.float64]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.keys import dotted
+from megatron_bert.config.leaves import leaves
 from megatron_bert.config.yaml_text import parse_document
 
 # Of every run another, and told already.
@@ -30,19 +32,8 @@ def _settings(text: str | None) -> dict[str, str]:
         tree, _ = parse_document(text or "", "config.yaml")
     except ConfigError:
         return {}
-    return dict(_leaves(tree, ""))
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for name, entry in value.items():
-            yield from _leaves(entry, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for index, entry in enumerate(value):
-            yield from _leaves(entry, f"{key}.{index}")
-    elif value is not None:
-        # What has no value is as good as not there.
-        yield key, _as_text(value)
+    # What has no value is as good as not there.
+    return {dotted(path): _as_text(value) for path, value in leaves(tree) if value is not None}
 
 
 def _as_text(value: Any) -> str:

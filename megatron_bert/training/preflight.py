@@ -7,7 +7,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch.distributed as dist
 import megatron_bert
 from megatron_bert.config.diagnostics import format_value
 from megatron_bert.config.errors import RunError, UserError
+from megatron_bert.config.keys import dotted
+from megatron_bert.config.leaves import leaves
 from megatron_bert.distributed.agreement import Ranks
 
 # A network file system may show a new file to another node only after a while.
@@ -86,12 +88,15 @@ def check_ranks_agree(facts: Mapping[str, object]) -> None:
     if len(set(ranks.on_all(lambda: digest))) == 1:
         return
     hosts = ranks.on_all(socket.gethostname)
-    held = [dict(_leaves(json.loads(its), "")) for its in ranks.on_all(lambda: text)]
-    names = dict.fromkeys(name for leaves in held for name in leaves)
+    held = [
+        {dotted(path): value for path, value in leaves(json.loads(its))}
+        for its in ranks.on_all(lambda: text)
+    ]
+    names = dict.fromkeys(name for its in held for name in its)
     problems = [
         problem
         for name in names
-        if (problem := _difference(name, [leaves.get(name, _ABSENT) for leaves in held], hosts))
+        if (problem := _difference(name, [its.get(name, _ABSENT) for its in held], hosts))
     ]
     raise UserError(
         "\n".join(problems)
@@ -196,12 +201,3 @@ def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     names = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks))
     ranks_text = ", ".join(map(str, ranks))
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {ranks_text} (host {names})"
-
-
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list) and value:
-        entries = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, entry in entries:
-            yield from _leaves(entry, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
+from megatron_bert.durations import format_duration
 
 # Between two drawings of the view: often enough to be alive, seldom enough to be read.
 _DRAW_SECONDS = 0.5
@@ -219,14 +220,3 @@ def _a_person_watches() -> bool:
     """Whether lines can stay in place: behind a pipe (`| tee`) others would get in between."""
     streams = (sys.stdout, sys.stderr)
     return os.environ.get("TERM") != "dumb" and all(stream.isatty() for stream in streams)
-
-
-def format_duration(seconds: float) -> str:
-    """Write a duration as people say it: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    minutes = int(seconds // 60)
-    hours, days = minutes // 60, minutes // 1440
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

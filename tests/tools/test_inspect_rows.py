@@ -98,11 +98,11 @@ def test_the_shares_are_those_of_all_rows_of_the_steps(
     text = 12 * 128 - padding - 2 * segments
     predicted = int(batch.weights_BM.sum())
     assert "rows          12 of 1,536 slots" in lines
-    assert f"padding       {padding:,} ({padding / 1536:.2%}) of the slots" in lines
-    assert f"text          {text:,} ({text / 1536:.2%}) of the slots" in lines
-    assert "unknown       0 (0.00%) of the text" in lines
-    assert f"predicted     {predicted:,} ({predicted / text:.2%}) of the text" in lines
-    kinds = [re.fullmatch(r"  \S+ +([\d,]+) \(.*of them", line) for line in lines]
+    assert f"padding       {padding:,} of 1,536 slots ({padding / 1536:.2%})" in lines
+    assert f"text          {text:,} of 1,536 slots ({text / 1536:.2%})" in lines
+    assert f"unknown       0 of {text:,} text tokens (0.00%)" in lines
+    assert f"predicted     {predicted:,} of {text:,} text tokens ({predicted / text:.2%})" in lines
+    kinds = [re.fullmatch(r"  \S+ +([\d,]+) of [\d,]+ predicted \(.*", line) for line in lines]
     assert sum(int(kind[1].replace(",", "")) for kind in kinds if kind) == predicted
     bars = [re.fullmatch(r" *[\d,]+ - [\d,]+ +(\d+) #*", line) for line in lines]
     assert sum(int(bar[1]) for bar in bars if bar) == segments
@@ -194,8 +194,8 @@ def test_documents_in_train_and_in_valid_are_found(
     )
     lines = run(capsys, "--config", config, "--duplicates", "--samples", "2")
     assert lines[:2] == [
-        f"{tmp_path}/t: 3 of 5 (60.00%) documents stand in held-out text too",
-        f"{tmp_path}/v: 3 of 6 (50.00%) documents are trained on",
+        f"{tmp_path}/t: 3 of 5 documents (60.00%) stand in held-out text too",
+        f"{tmp_path}/v: 3 of 6 documents (50.00%) are trained on",
     ]
     assert [line.split(" (")[0] for line in lines[2:]] == [
         f"document 1 of {tmp_path}/t = document 0 of {tmp_path}/v",

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.durations import format_duration
 from megatron_bert.training.divergence import DivergedError
 from megatron_bert.training.metrics import MetricsFile, read
-from megatron_bert.training.progress import Progress, format_duration
+from megatron_bert.training.progress import Progress
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.step import Agreement, StepResult
 from tests.small_model import VOCABULARY, small_config

@@ -6,17 +6,15 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.emitted_tables import guide_to_write, with_tables
+from megatron_bert.config.errors import run_cli
 from megatron_bert.config.megatron.argument import Argument, Fate
 from megatron_bert.config.megatron.table import PARTS
 from megatron_bert.files import write_atomically
 
 GUIDE_FILE = "megatron.md"
-_BEGIN, _END = "<!-- arguments: begin -->", "<!-- arguments: end -->"
 
 
 def render(guide: str) -> str:
@@ -25,28 +23,22 @@ def render(guide: str) -> str:
     Raises:
         ConfigError: A marker is missing.
     """
-    before, found_begin, rest = guide.partition(_BEGIN)
-    _, found_end, after = rest.partition(_END)
-    if not found_begin or not found_end:
-        raise ConfigError(f"{GUIDE_FILE}: markers {_BEGIN} and {_END} are missing; restore them")
-    parts = [f"### {name}\n\n{_rows(arguments)}" for name, arguments in PARTS.items()]
-    return before + _BEGIN + "\n" + "\n\n".join(parts) + "\n" + _END + after
+    return with_tables(guide, GUIDE_FILE, {"arguments": _lines()})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table into the folder given by `--docs`."""
-    parser = argparse.ArgumentParser(prog="emit_table", description=__doc__)
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the file")
-    guide: Path = parser.parse_args(arguments).docs / GUIDE_FILE
-    if not guide.is_file():
-        raise ConfigError(f"{guide} does not exist; run in the checkout's root or give --docs")
+    guide = guide_to_write(arguments, GUIDE_FILE, __doc__)
     write_atomically(guide, render(guide.read_text(encoding="utf-8")))
     return 0
 
 
-def _rows(arguments: Sequence[Argument]) -> str:
-    lines = ["| Megatron-LM | here | remark |", "|---|---|---|"]
-    return "\n".join([*lines, *map(_row, arguments)])
+def _lines() -> Iterator[str]:
+    for number, (name, arguments) in enumerate(PARTS.items()):
+        if number:
+            yield ""
+        yield from (f"### {name}", "", "| Megatron-LM | here | remark |", "|---|---|---|")
+        yield from map(_row, arguments)
 
 
 def _row(entry: Argument) -> str:

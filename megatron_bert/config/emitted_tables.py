@@ -1,0 +1,44 @@
+"""Tables of the documentation that code writes, between markers of a page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from megatron_bert.config.errors import ConfigError
+
+
+def guide_to_write(arguments: Sequence[str] | None, file: str, description: str | None) -> Path:
+    """The page, in the folder that the command line's `--docs` gives.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
+    guide: Path = parser.parse_args(arguments).docs / file
+    if not guide.is_file():
+        raise ConfigError(f"{guide} does not exist; run in the checkout's root or give --docs")
+    return guide
+
+
+def with_tables(guide: str, file: str, tables: Mapping[str, Iterable[str]]) -> str:
+    """A page's text with its tables put anew; what stands outside the markers is kept.
+
+    Args:
+        guide: the text, in which `<!-- NAME: begin -->` and `<!-- NAME: end -->` enclose a table.
+        file: the page's name, for errors.
+        tables: their lines by name, asked for once the markers are found.
+
+    Raises:
+        ConfigError: A marker is missing.
+    """
+    for name, lines in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, found_begin, rest = guide.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not found_begin or not found_end:
+            raise ConfigError(f"{file}: markers {begin} and {end} are missing; restore them")
+        guide = "\n".join([before + begin, *lines, end + after])
+    return guide
