@@ -1,18 +1,24 @@
-"""`pip install .` and `pip install -e .` of a fresh checkout, each into an empty environment."""
+"""A fresh checkout, and the wheel that `python -m build` makes of it, in empty environments."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from scikit_build_core.build import build_sdist
+
+from tests.packaging.test_checkout import list_files
 
 pytestmark = pytest.mark.slow  # compiles the data core
 
@@ -83,8 +89,29 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["plain", "editable"])
-def installation(request: pytest.FixtureRequest, workshop: Path) -> Iterator[Installation]:
+@pytest.fixture(scope="module")
+def wheel(workshop: Path) -> Path:
+    """Made of the source archive, as `python -m build` makes both."""
+    checkout, aside = workshop / "作業 場所", workshop / "aside"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(checkout)
+        archive = workshop / build_sdist(str(workshop))
+    # Unpacked where the checkout lies, so that both installations share a build.
+    checkout.rename(aside)
+    with tarfile.open(archive) as opened:
+        opened.extractall(workshop, filter="data")
+    (workshop / archive.name.removesuffix(".tar.gz")).rename(checkout)
+    run_pip(sys.executable, "wheel", ".", "--wheel-dir", str(workshop), cwd=checkout)
+    shutil.rmtree(checkout)
+    aside.rename(checkout)
+    (made,) = workshop.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def installation(
+    request: pytest.FixtureRequest, workshop: Path, wheel: Path
+) -> Iterator[Installation]:
     home = workshop / str(request.param)
     checkout = workshop / "作業 場所"
     venv.create(home / "environment", symlinks=True)
@@ -92,25 +119,44 @@ def installation(request: pytest.FixtureRequest, workshop: Path) -> Iterator[Ins
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site_packages = home / "environment" / "lib" / version / "site-packages"
     (site_packages / "dependencies.pth").write_text(f"{workshop / 'dependencies'}\n")
-    pip: list[str | Path] = [python, "-m", "pip", "install", "--no-index", "--no-deps"]
-    target = ["--editable", "."] if request.param == "editable" else ["."]
-    # Unoptimised, and in one folder: what is tested is where files land.
-    build = {
-        "SKBUILD_BUILD_DIR": str(workshop / "build"),
+    target = ["--editable", "."] if request.param == "editable" else [str(wheel)]
+    run_pip(python, "install", *target, cwd=checkout)
+    yield Installation(checkout, site_packages, python)
+    shutil.rmtree(home)
+
+
+def run_pip(python: str | Path, command: str, *arguments: str, cwd: Path) -> None:
+    """Builds or installs without a network; unoptimised: what is tested is where files land."""
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+    variables = {
+        "SKBUILD_BUILD_DIR": str(cwd.parent / "build"),
         "SKBUILD_CMAKE_BUILD_TYPE": "Debug",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
     result = subprocess.run(
-        [*pip, "--no-build-isolation", *target],
-        cwd=checkout,
-        env={**os.environ, **build},
+        [python, "-m", "pip", command, *offline, *arguments],
+        cwd=cwd,
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,
+        timeout=280,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    yield Installation(checkout, site_packages, python)
-    shutil.rmtree(home)
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_the_data_core(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        held = set(opened.namelist())
+    files = {
+        str(name)
+        for name in list_files("--cached")
+        if name.parts[0] == "megatron_bert" and (CHECKOUT / name).is_file()
+    }
+    assert {"megatron_bert/report/page.css", "megatron_bert/report/page.js"} < files
+    assert files - held == set()
+    assert {"_megatron_bert_core.pyi"} < {name for name in held if "/" not in name}
+    assert any(re.fullmatch(r"_megatron_bert_core\.[^/]*\.so", name) for name in held)
 
 
 def test_the_data_core_is_installed_at_the_top_level(installation: Installation) -> None:
@@ -144,17 +190,6 @@ def test_every_module_of_the_package_is_importable_from_anywhere(
     assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
 
 
-def test_the_report_is_installed_with_its_style_and_script(
-    installation: Installation, tmp_path: Path
-) -> None:
-    code = (
-        "from pathlib import Path; from megatron_bert.report import page;"
-        "print(*sorted(path.name for path in Path(page.__file__).parent.glob('page.*')))"
-    )
-    result = installation.run("-c", code, cwd=tmp_path)
-    assert (result.stdout, result.stderr) == ("page.css page.js page.py\n", "")
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs_from_the_checkout(installation: Installation, command: str) -> None:
     result = installation.run(command, "--help", cwd=installation.checkout)
@@ -167,3 +202,25 @@ def test_a_command_runs_from_another_folder(installation: Installation) -> None:
     result = installation.run(command, "--help", cwd=installation.site_packages)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout.lower()
+
+
+def test_the_package_runs_from_anywhere(installation: Installation, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "stage": 0, "seq_length": 128, "loss": 9.0}\n'
+    )
+    code = (
+        "from pathlib import Path\n"
+        "from megatron_bert.api import RunRecords\n"
+        "from megatron_bert.report.page import write_page\n"
+        "write_page([RunRecords.read(Path())], Path('page.html'))"
+    )
+    result = installation.run("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    docs = installation.checkout / "docs"
+    shutil.copy(docs / "configuration.md", tmp_path)
+    command = ["-m", "megatron_bert.config.emit_schema", "--docs", str(tmp_path)]
+    result = installation.run(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    written = (tmp_path / "config.schema.json").read_bytes()
+    assert written == (docs / "config.schema.json").read_bytes()
