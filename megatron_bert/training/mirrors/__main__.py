@@ -49,7 +49,7 @@ def main() -> None:
     args = _parser().parse_args()
     logging.basicConfig(format="%(message)s")
     ended = threading.Event()
-    if args.follow:
+    if args.follow is not None:
         _leave_signals_to_the_training()
         threading.Thread(target=_end_with_the_training, args=[ended], daemon=True).start()
     else:
@@ -59,11 +59,9 @@ def main() -> None:
         raise UserError(f"{args.run_dir}: is no run directory; give the run.dir of a training")
     with _only_one(logs / f"{args.to}.lock", ended):
         bookmark = Bookmark(logs / f"{args.to}.json", anew=args.anew)
-        # The training is what started this process.
-        training = os.getppid() if args.follow else None
-        mirror = _open(args.to, args.run_dir, bookmark, training)
+        mirror = _open(args.to, args.run_dir, bookmark, args.follow)
         _copy(args.run_dir / "metrics.jsonl", bookmark, mirror, ended)
-        mirror.close(end_of_job(args.run_dir) if args.follow else None)
+        mirror.close(None if args.follow is None else end_of_job(args.run_dir))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run_dir", type=Path, help="a run's directory")
     parser.add_argument("to", choices=["wandb", "tensorboard"])
     parser.add_argument(
-        "--follow", action="store_true", help="go on until standard input ends; the training's use"
+        "--follow",
+        type=int,
+        metavar="PID",
+        help="go on until standard input ends; the training's use, whose process PID is",
     )
     parser.add_argument(
         "--anew", action="store_true", help="copy from the first line, whatever was copied before"

@@ -78,8 +78,10 @@ class Mirrors:
         # Also in a checkout that was not installed.
         root = str(Path(megatron_bert.__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        # Told, not asked for by the copy: once this process has died, its parent is another.
+        follow = ["--follow", str(os.getpid())]
         return subprocess.Popen(
-            [*command, str(self._run_dir), to, "--follow", *(["--anew"] if anew else [])],
+            [*command, str(self._run_dir), to, *follow, *(["--anew"] if anew else [])],
             stdin=subprocess.PIPE,
             stdout=sys.stderr,
             env={**os.environ, "PYTHONPATH": path},
