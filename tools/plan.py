@@ -16,13 +16,9 @@ from megatron_bert.config.schema import Config
 from megatron_bert.files import write_durably
 from megatron_bert.planner.calibrated import machine_by_name, machines_folder
 from megatron_bert.planner.machines import GPUS
+from megatron_bert.planner.plan_files import configuration, document, is_written_plan
 from megatron_bert.planner.plots import write_picture
-from megatron_bert.planner.report import (
-    configuration,
-    describe,
-    document,
-    is_written_plan,
-)
+from megatron_bert.planner.report import describe
 from megatron_bert.planner.search import make_plan
 
 # Of the LLM-jp tokenizer that RetrievaBERT has, padded: where no tokenizer is at hand.

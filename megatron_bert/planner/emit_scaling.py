@@ -17,10 +17,11 @@ from megatron_bert.config.schema import Config
 from megatron_bert.files import write_atomically
 from megatron_bert.planner.dealings import Dealings
 from megatron_bert.planner.machines import GIB, Machine, find_machine
+from megatron_bert.planner.plan import Plan
 from megatron_bert.planner.plots import write_picture
 from megatron_bert.planner.rank_parts import rank_parts
-from megatron_bert.planner.report import describe_layout
-from megatron_bert.planner.search import Plan, make_plan
+from megatron_bert.planner.search import make_plan
+from megatron_bert.planner.wording import describe_layout
 
 GUIDE_FILE = "scaling.md"
 PICTURE_FILE = "scaling_30b_512.svg"

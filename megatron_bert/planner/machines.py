@@ -195,7 +195,7 @@ def find_machine(gpu: str, nodes_of: int | None = None, network: str | None = No
         raise ConfigError(f"--nodes-of {nodes_of}: a node has at least 1 GPU; give their number")
     per_node = GPUS[gpu].per_node if nodes_of is None else nodes_of
     default = f"eth10x{per_node}" if gpu == "cpu" else f"ndr200x{per_node}"
-    found = _find_network(network or default)
+    found = find_network(network or default)
     return Machine(GPUS[gpu], found, per_node, _default_rates(gpu))
 
 
@@ -209,11 +209,20 @@ def _default_rates(gpu: str) -> Rates:
     )  # fmt: skip
 
 
-def _find_network(name: str) -> Network:
+def find_network(name: str, named_by: str = "--network") -> Network:
+    """Look a network up by its name, as `ndr200x4`: an adapter and how many of them a node has.
+
+    Args:
+        name: what the user gave.
+        named_by: and behind what, for the error.
+
+    Raises:
+        ConfigError: The name is unknown; the message lists the adapters.
+    """
     match = re.fullmatch(r"([a-z]+\d+)x(\d+)", name)
     if match is None or match[1] not in _ADAPTERS or not int(match[2]):
         raise ConfigError(
-            f"--network {name}: not known; give an adapter and how many of them a node has, as "
+            f"{named_by} {name}: not known; give an adapter and how many of them a node has, as "
             f"ndr200x4; adapters are {', '.join(_ADAPTERS)}"
         )
     return Network(name, _ADAPTERS[match[1]] * int(match[2]) / 8)

@@ -13,9 +13,9 @@ from megatron_bert.parallel.schedule import end_times, make_schedule
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.machines import GIB
 from megatron_bert.planner.memory import Memory
-from megatron_bert.planner.report import describe_key, describe_layout
-from megatron_bert.planner.search import LayoutPlan, Plan
+from megatron_bert.planner.plan import LayoutPlan, Plan
 from megatron_bert.planner.step import Step, StepModel
+from megatron_bert.planner.wording import describe_key, describe_layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

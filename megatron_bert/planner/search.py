@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.flops import row_flops
@@ -23,98 +20,17 @@ from megatron_bert.planner.layouts import (
     micro_token_choices,
 )
 from megatron_bert.planner.machines import GIB, Machine
-from megatron_bert.planner.memory import Memory, Moments, memory, rank_needs
-from megatron_bert.planner.step import Step, StepModel, total_seconds
+from megatron_bert.planner.memory import Moments, memory, rank_needs
+from megatron_bert.planner.ordering import band_of, is_scarce, parts_of
+from megatron_bert.planner.plan import LayoutPlan, Plan, StagePlan
+from megatron_bert.planner.step import StepModel, total_seconds
 
-# Layouts as quick as this are alike. First come those that leave memory to what nobody predicts,
-# and of them the simplest: it has the least that can be slower than is predicted.
-ALIKE_PERCENT = 0.5
-SCARCE_PERCENT = 5.0
 # All layouts are ranked with their bubble by the formula, and the first of them, with as many more
 # as are asked for, again with it simulated: a computation of a pipeline takes about 10 us.
 _SIMULATED_AT_LEAST = 12
 _MOST_SIMULATED_ACTIONS = 5_000
 # `rank_needs` tells of so many at the most.
 _MOST_RANKS = 3
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A layout in one stage of the curriculum.
-
-    Attributes:
-        step: seconds of a step.
-        is_simulated: whether the pipeline was simulated; else its bubble is had by the formula.
-        memory: of the fullest rank.
-        logits: bytes of them on the rank that has the head, at whatever moment.
-        tokens_per_second: slots of the global batch, surplus rows not counted.
-        mfu: share of the GPUs' peak that the needed products take, attention over whole rows.
-        micro_batches: of a step and rank.
-        micro_rows: of a micro-batch.
-        surplus_share: of computed rows that are surplus.
-    """
-
-    step: Step
-    is_simulated: bool
-    memory: Memory[float]
-    logits: float
-    tokens_per_second: float
-    mfu: float
-    micro_batches: int
-    micro_rows: int
-    surplus_share: float
-
-
-@dataclass(frozen=True)
-class LayoutPlan:
-    """A layout over the whole curriculum.
-
-    Attributes:
-        layout: its keys.
-        stages: of the curriculum, in order.
-        days: of the run, without evaluation, checkpoints and time between jobs.
-        gpu_hours: the same, over all GPUs.
-    """
-
-    layout: Layout
-    stages: tuple[StagePlan, ...]
-    days: float
-    gpu_hours: float
-
-    @property
-    def fullest(self) -> StagePlan:
-        """The stage that takes the most memory."""
-        return max(self.stages, key=lambda stage: stage.memory.total)
-
-    @property
-    def peak_bytes(self) -> float:
-        """Memory of the fullest rank in it."""
-        return self.fullest.memory.total
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was found.
-
-    Attributes:
-        job: what was planned.
-        best: of each way to share the model the quickest layout that fits, in order; of those
-            that are alike the simplest comes first, and last those that leave little memory.
-        alternatives: for each key that can be chosen the best layout that differs from the best of
-            all in it.
-        of_stages: for each stage of the curriculum the layout that is the quickest in it.
-        legal: layouts of the job.
-        too_large: of them those that do not fit.
-        smallest: the legal layout that takes the least memory.
-    """
-
-    job: Job
-    best: tuple[LayoutPlan, ...]
-    alternatives: tuple[tuple[str, LayoutPlan], ...]
-    of_stages: tuple[LayoutPlan, ...]
-    legal: int
-    too_large: int
-    smallest: LayoutPlan
 
 
 def make_plan(
@@ -192,9 +108,9 @@ class _Search:
         self._of_stages = seconds
         self._seconds = np.dot(self._steps, seconds)
         self._peaks = peaks.max(axis=0)
-        parts = np.array([_parts_of(base) for base in self._bases])[self._base_of]
+        parts = np.array([parts_of(base) for base in self._bases])[self._base_of]
         scarce = is_scarce(self._peaks, job.machine)
-        bands = _band_of(self._seconds)
+        bands = band_of(self._seconds)
         order = np.lexsort((self._seconds, parts + self._reshard, scarce, bands))
         self.fitting = order[self._peaks[order] <= job.machine.usable_bytes]
 
@@ -207,12 +123,12 @@ class _Search:
             if len(near) == most:
                 break
         plans = [self.plan(self._layout(number)) for number in near.values()]
-        bands = _band_of(np.array([plan.days for plan in plans])).tolist()
+        bands = band_of(np.array([plan.days for plan in plans])).tolist()
 
         def place(number: int) -> tuple[float, ...]:
             plan = plans[number]
             scarce = bool(is_scarce(np.array(plan.peak_bytes), self.job.machine))
-            parts = _parts_of(plan.layout) + plan.layout.reshard
+            parts = parts_of(plan.layout) + plan.layout.reshard
             return bands[number], scarce, parts, plan.days
 
         return [plans[number] for number in sorted(range(len(plans)), key=place)[:keep]]
@@ -319,26 +235,6 @@ class _Search:
             self._actions_left -= actions
             self._simulated[key] = model.simulated_bubble()
         return self._simulated[key], True
-
-
-def _band_of(seconds: Floats) -> NDArray[np.int64]:
-    """How many times `ALIKE_PERCENT` each lies above the quickest."""
-    wide = math.log1p(ALIKE_PERCENT / 100)
-    bands: NDArray[np.int64] = (np.log(seconds / seconds.min()) / wide).astype(np.int64)
-    return bands
-
-
-def is_scarce(peaks: Floats, machine: Machine) -> NDArray[np.bool_]:
-    """Whether so little memory is left that a prediction's error may take it."""
-    scarce: NDArray[np.bool_] = peaks > (1 - SCARCE_PERCENT / 100) * machine.usable_bytes
-    return scarce
-
-
-def _parts_of(layout: Layout) -> float:
-    """How far a layout is from the simplest: how often the model is halved, and what is beside."""
-    split = layout.split
-    halves = math.log2(split.tensor) + math.log2(split.num_stages)
-    return halves + split.sequence + (layout.recompute != "none")
 
 
 # What can be chosen of a base.

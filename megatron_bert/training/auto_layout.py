@@ -27,10 +27,11 @@ from megatron_bert.planner.machines import (
     Machine,
     Network,
     find_machine,
+    find_network,
     gpu_of_device,
 )
-from megatron_bert.planner.report import describe_layout, remarks
 from megatron_bert.planner.search import make_plan
+from megatron_bert.planner.wording import describe_layout, remarks
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +83,11 @@ def with_layout(config: Config, world_size: int) -> Config:
 
 def _machine_of(device: torch.device, network: str | None) -> Machine:
     """This rank's machine, with the network that is named or that the node shows."""
-    try:
-        machine = _computing_on(device, network)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--network", "parallel.network =")) from None
-    found = _network_of_node(_ADAPTERS) if network is None else None
+    machine = _computing_on(device)
+    if network is None:
+        found = _network_of_node(_ADAPTERS)
+    else:
+        found = find_network(network, "parallel.network =")
     return machine if found is None else replace(machine, network=found)
 
 
@@ -110,17 +111,17 @@ def _network_of_node(folder: Path) -> Network | None:
     return Network("+".join(f"{rate:g}" for rate in rates) + " Gbit/s", sum(rates) / 8)
 
 
-def _computing_on(device: torch.device, network: str | None) -> Machine:
-    """What this rank computes on, with as much memory as it has; calibrated, where it was."""
+def _computing_on(device: torch.device) -> Machine:
+    """What this rank computes on, with the memory it has and the usual network; as calibrated."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return find_machine("cpu", per_node, network).with_memory(pages / per_node / GIB)
+        return find_machine("cpu", per_node).with_memory(pages / per_node / GIB)
     facts = torch.cuda.get_device_properties(device)
     memory = facts.total_memory / GIB
     calibration = calibration_of_device(facts.name, machines_folder())
     if calibration is not None:
-        return measured_machine(calibration, per_node, network).with_memory(memory)
+        return measured_machine(calibration, per_node).with_memory(memory)
     name = gpu_of_device(facts.name, memory)
     if name is None:
         raise ConfigError(
@@ -128,4 +129,4 @@ def _computing_on(device: torch.device, network: str | None) -> Machine:
             "measure it (tools/plan.py --calibrate NAME), or use parallel.layout=manual and set "
             "the layout's keys"
         )
-    return find_machine(name, per_node, network).with_memory(memory)
+    return find_machine(name, per_node).with_memory(memory)

@@ -13,7 +13,9 @@ from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.layout_checks import legal_layouts
 from megatron_bert.planner.layouts import Layout, Split, all_splits, micro_token_choices
 from megatron_bert.planner.machines import GPUS, find_machine, gpu_of_device
-from megatron_bert.planner.search import LayoutPlan, make_plan
+from megatron_bert.planner.plan import LayoutPlan
+from megatron_bert.planner.search import make_plan
+from megatron_bert.planner.wording import significant, unit_for
 from tests.planner.jobs import VOCABULARY, job, recipe
 
 
@@ -159,3 +161,22 @@ def test_a_device_is_found_in_the_table_by_its_name_and_memory(
     device: str, gib: float, name: str | None
 ) -> None:
     assert gpu_of_device(device, gib) == name
+
+
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [(0.0, "0"), (0.04432, "0.0443"), (2.0, "2.00"), (132.7, "133"), (1_254_967.0, "1,250,000")],
+)
+def test_a_predicted_number_has_three_digits(number: float, written: str) -> None:
+    assert significant(number) == written
+
+
+def test_the_numbers_of_a_column_have_as_many_decimals_as_the_best_needs_for_three_digits() -> None:
+    days = unit_for(1.684 * 86400, "days", 86400.0)
+    assert [days.show(86400 * number) for number in (1.684, 2.0, 12.345)] == [
+        "1.68",
+        "2.00",
+        "12.35",
+    ]
+    seconds = unit_for(1286.4, "seconds", 1.0)
+    assert [seconds.show(number) for number in (1286.4, 2.0)] == ["1,286", "2"]

@@ -1,0 +1,103 @@
+"""Why a plan's best layout is that one, and not another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+import numpy as np
+
+from megatron_bert.planner.ordering import SCARCE_PERCENT, is_scarce
+from megatron_bert.planner.plan import LayoutPlan, Plan, StagePlan
+from megatron_bert.planner.step import Step
+from megatron_bert.planner.wording import (
+    describe_key,
+    describe_layout,
+    memory_unit,
+    significant,
+    time_unit,
+)
+
+_WORTH_ANOTHER_LAYOUT_PERCENT = 2.0
+
+
+def beside_best(plan: Plan, entry: LayoutPlan) -> str:
+    """Why a quicker layout does not come first, and whether its memory is scarce."""
+    best, notes = plan.best[0], []
+    if entry.days < best.days:
+        more, memory = entry.peak_bytes - best.peak_bytes, memory_unit(plan)
+        notes.append(
+            f"{100 * (1 - entry.days / best.days):.1f} % quicker, takes "
+            f"{significant(abs(more) / memory.size)} {memory.name} {'more' if more > 0 else 'less'}"
+        )
+    if is_scarce(np.array(entry.peak_bytes), plan.job.machine):
+        notes.append(f"less than {SCARCE_PERCENT:g} % of the memory is left")
+    return f" [{'; '.join(notes)}]" if notes else ""
+
+
+def why(plan: Plan) -> str:
+    """What speaks for the best, in a sentence."""
+    best = plan.best[0]
+    shares = {
+        field.name: sum(
+            getattr(stage.step, field.name) * span.num_steps
+            for stage, span in zip(best.stages, plan.job.spans, strict=True)
+        )
+        / (86400 * best.days)
+        for field in fields(Step)
+    }
+    computing = sum(shares.pop(name) for name in ("gemm", "attention", "elementwise"))
+    largest = max(shares, key=lambda name: shares[name])
+    rivals = [entry for _, entry in plan.alternatives if entry.days < best.days]
+    quickest = "the quickest that fits" if not rivals else "the simplest of the quickest that fit"
+    return (
+        f"why this one: {quickest}; GPUs compute {100 * computing:.0f} % of the time, and of the "
+        f"rest the most goes into {largest} ({100 * shares[largest]:.1f} %)"
+    )
+
+
+def alternatives(plan: Plan) -> Iterator[str]:
+    """Yield what each other choice would cost, and what does not fit."""
+    best, time, memory = plan.best[0], time_unit(plan), memory_unit(plan)
+    for name, entry in plan.alternatives:
+        more = 100 * (entry.days / best.days - 1)
+        yield (
+            f"  {describe_key(entry.layout, name)}: {time.show(86400 * entry.days)} {time.name} "
+            f"({more:+.1f} %), {memory.show(entry.peak_bytes)} {memory.name}"
+            f"{_reason(plan, best, entry)}"
+        )
+    if plan.too_large:
+        smallest = plan.smallest
+        yield (
+            f"  {plan.too_large:,} layouts do not fit; the smallest takes "
+            f"{memory.show(smallest.peak_bytes)} {memory.name} ({describe_layout(smallest.layout)})"
+        )
+
+
+def _reason(plan: Plan, best: LayoutPlan, other: LayoutPlan) -> str:
+    """What the other one spends more on, over the whole curriculum."""
+    shares = []
+    for field in fields(Step):
+        ours, theirs = (
+            sum(
+                getattr(stage.step, field.name) * span.num_steps
+                for stage, span in zip(entry.stages, plan.job.spans, strict=True)
+            )
+            for entry in (best, other)
+        )
+        shares.append((100 * (theirs - ours) / (86400 * best.days), field.name))
+    largest, name = max(shares)
+    return f": {name} {largest:+.1f} %" if largest > 0.05 else ""
+
+
+def quicker_in_a_stage(plan: Plan) -> Iterator[str]:
+    """Where another layout is quicker in a stage: the jobs of a run may each have their own."""
+    best = plan.best[0]
+    for index, (entry, span) in enumerate(zip(plan.of_stages, plan.job.spans, strict=True)):
+        ours: StagePlan = best.stages[index]
+        gained = 100 * (1 - entry.stages[index].step.total / ours.step.total)
+        if gained >= _WORTH_ANOTHER_LAYOUT_PERCENT:
+            yield (
+                f"  at length {span.seq_length} alone {describe_layout(entry.layout)} would be "
+                f"{gained:.1f} % quicker; a run's jobs may each have a layout of their own"
+            )
