@@ -9,11 +9,17 @@ from collections.abc import Sequence
 
 import pytest
 
-_INSTALL_SECONDS = 300
+_INSTALL_SECONDS = 300.0
+_UPDATE_SECONDS = 90.0
+# Another test file's installation at the same time is waited for; a server that is silent is not.
+_OPTIONS = ("-o", "DPkg::Lock::Timeout=200", "-o", "Acquire::http::Timeout=20")
 
 
 def need_programs(programs: Sequence[str], packages: Sequence[str]) -> None:
-    """Install Debian's packages where the programs are missing; skip where that cannot be."""
+    """Install Debian's packages where the programs are missing; skip where that cannot be.
+
+    The reason says what is missing and what failed.
+    """
     path = f"{os.environ['PATH']}:/usr/sbin"
     missing = [program for program in programs if shutil.which(program, path=path) is None]
     if not missing:
@@ -22,13 +28,35 @@ def need_programs(programs: Sequence[str], packages: Sequence[str]) -> None:
         pytest.skip(f"{', '.join(missing)}: not installed, and installing takes root")
     if shutil.which("apt-get") is None:
         pytest.skip(f"{', '.join(missing)}: not installed, and there is no apt-get")
-    result = subprocess.run(
-        ["apt-get", "install", "-y", "--no-install-recommends", *packages],
-        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-        capture_output=True,
-        text=True,
-        timeout=_INSTALL_SECONDS,
-        check=False,
-    )
-    if result.returncode:
-        pytest.skip(f"apt-get install {' '.join(packages)}: {result.stderr.strip()[-200:]}")
+    install = ("install", "-y", "--no-install-recommends", *packages)
+    failures = [_failure_of(install, _INSTALL_SECONDS)]
+    if failures[0] is not None:
+        # The lists of packages may be missing, as in a fresh container, or name what has gone.
+        failures = [
+            _failure_of(("update",), _UPDATE_SECONDS),
+            _failure_of(install, _INSTALL_SECONDS),
+        ]
+    if failures[-1] is not None:
+        said = "; then ".join(filter(None, failures))
+        pytest.skip(f"{', '.join(missing)}: not installed, and cannot be: {said}")
+
+
+def _failure_of(command: Sequence[str], seconds: float) -> str | None:
+    """Run apt-get; say what it ran and how that failed, None where it did not."""
+    shown = f"apt-get {' '.join(command)}"
+    try:
+        result = subprocess.run(
+            ["apt-get", *_OPTIONS, *command],
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"`{shown}` did not end within {seconds:g} s"
+    if result.returncode == 0:
+        return None
+    why = result.stderr.strip()[-200:] or "it said nothing"
+    return f"`{shown}` ended with exit code {result.returncode}: {why}"
