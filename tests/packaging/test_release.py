@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,18 @@ def test_the_source_archive_holds_all_that_a_wheel_is_made_of(archive: Path) -> 
     assert not any(name.startswith(("docs/", ".ci/", ".github/", "runs/")) for name in held)
 
 
-def _steps(workflow: Path) -> list[dict[str, Any]]:
+def _jobs(workflow: Path) -> list[dict[str, Any]]:
     tree, _ = parse_document(workflow.read_text(encoding="utf-8"), workflow.name)
-    assert {"name", "on", "jobs", "permissions"} <= set(tree)
+    assert {"name", "on", "jobs"} <= set(tree)
+    assert tree["permissions"] == {"contents": "read"}
     for job in tree["jobs"].values():
         assert job["timeout-minutes"] > 0
-    return [step for job in tree["jobs"].values() for step in job["steps"]]
+        assert "permissions" not in job
+    return list(tree["jobs"].values())
+
+
+def _steps(workflow: Path) -> list[dict[str, Any]]:
+    return [step for job in _jobs(workflow) for step in job["steps"]]
 
 
 def test_the_workflows_run_the_two_commands_the_documentation_and_the_package() -> None:
@@ -82,3 +89,41 @@ def test_actions_are_pinned_to_a_major_version(workflow: Path) -> None:
     used = [step["uses"] for step in _steps(workflow) if "uses" in step]
     assert used
     assert [action for action in used if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action)] == []
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_no_step_can_read_the_token_of_the_checkout(workflow: Path) -> None:
+    for step in _steps(workflow):
+        if step.get("uses", "").startswith("actions/checkout"):
+            assert step["with"] == {"persist-credentials": False}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_no_two_jobs_fill_one_cache(workflow: Path) -> None:
+    keys = [
+        (version, step["with"]["cache-dependency-path"])
+        for job in _jobs(workflow)
+        for step in job["steps"]
+        if "cache" in step.get("with", {})
+        for version in job.get("strategy", {"matrix": {}})["matrix"].get(
+            "python-version", [step["with"]["python-version"]]
+        )
+    ]
+    assert keys
+    assert len(set(keys)) == len(keys)
+    for _, files in keys:
+        assert all((CHECKOUT / name).is_file() for name in files.split())
+
+
+def test_the_workflows_use_pythons_that_the_package_takes() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    oldest = project["requires-python"].removeprefix(">=3.")
+    text = "".join(path.read_text(encoding="utf-8") for path in WORKFLOWS)
+    # The oldest of them among others.
+    assert min(map(int, re.findall(r'"3\.(\d+)"', text))) == int(oldest)
+
+
+def test_the_built_wheel_is_installed_and_imported() -> None:
+    commands = "\n".join(step.get("run", "") for path in WORKFLOWS for step in _steps(path))
+    assert "install -c constraints.txt dist/*.whl" in commands
+    assert 'python -c "import megatron_bert.api, _megatron_bert_core"' in commands
