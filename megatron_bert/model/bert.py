@@ -111,10 +111,10 @@ class MaskedHead(nn.Module):
         """Sum the loss of the masked positions' hidden states against their labels.
 
         Returns:
-            fp32 [1, 2]: summed cross-entropy in nats, and number of tokens whose label has the
-            largest logit. A pipeline joins micro-batches' results along the first dimension.
+            fp32 [1, 1 + B x M]: summed cross-entropy in nats, and for each masked slot its weight
+            where its label has the largest logit, else 0.
         """
-        loss, correct = vocab_parallel_cross_entropy(
+        loss, correct_N = vocab_parallel_cross_entropy(
             self.transform(hidden_BMD).flatten(0, 1),
             local_part(table),
             local_part(self.bias),
@@ -122,7 +122,7 @@ class MaskedHead(nn.Module):
             weights_BM.flatten(),
             self.group,
         )
-        return torch.stack([loss[None], correct[None]], dim=1)
+        return torch.cat([loss[None, None], correct_N[None]], dim=1)
 
 
 class BertForPretraining(nn.Module):

@@ -33,8 +33,8 @@ class MicroBatchRunner(Protocol):
         """
         ...
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Return the summed output [K] of the head over the micro-batches; 0 without the head."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Return the head's output for each micro-batch, in turn; none on a rank without it."""
         ...
 
 
@@ -42,7 +42,7 @@ class WholeModel:
     """The model on this rank, from embeddings to head.
 
     Args:
-        model: sharded over data; its output is [1, K], the first of which is the loss.
+        model: sharded over data; its output is [1, K], the first of which is the summed loss.
         reshard_after_forward: as it was sharded.
     """
 
@@ -63,9 +63,9 @@ class WholeModel:
         return loss
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See `MicroBatchRunner`."""
         self._model.eval()
-        outputs = [self._model(*micro_batch.values())[0] for micro_batch in micro_batches]
+        outputs = [self._model(*micro_batch.values()) for micro_batch in micro_batches]
         free_gathered_weights(self._model)
-        return torch.stack(outputs).double().sum(0)
+        return outputs

@@ -26,9 +26,6 @@ from megatron_bert.parallel.schedule import (
 )
 from megatron_bert.parallel.stage_messages import StageMessages
 
-# Outputs of the head for one micro-batch: loss and number right.
-_HEAD_OUTPUTS = 2
-
 
 class Pipeline:
     """This rank's stages of a model that several ranks hold, and the order of their work.
@@ -77,20 +74,17 @@ class Pipeline:
         return torch.stack(losses).sum() if losses else torch.zeros_like(count)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See `MicroBatchRunner`."""
         for chunk in self._chunks:
             chunk.eval()
         number, ranks, stages = self._sizes(micro_batches)
         if number not in self._evaluation:
             self._evaluation[number] = make_forward_schedule(ranks, number, stages)
-        outputs = self._run(self._evaluation[number], micro_batches, lambda sums: sums[0])
+        outputs = self._run(self._evaluation[number], micro_batches, lambda sums: sums)
         for chunk in self._chunks:
             free_gathered_weights(chunk)
-        if not outputs:
-            device = self._topology.device
-            return torch.zeros(_HEAD_OUTPUTS, dtype=torch.float64, device=device)
-        return torch.stack(outputs).double().sum(0)
+        return outputs
 
     def _sizes(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
         return len(micro_batches), self._topology.pipeline_size, len(self._chunks)

@@ -74,8 +74,8 @@ def vocab_parallel_cross_entropy(
         group: the tensor-parallel group.
 
     Returns:
-        The summed loss (fp32, scalar) and the summed weight of tokens whose label has the largest
-        logit (fp32, scalar, no gradient), both over the whole vocabulary.
+        The summed loss (fp32, scalar), and for each token its weight where its label has the
+        largest logit, else 0 (fp32 [N], no gradient); both over the whole vocabulary.
     """
     with_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
     return _ProjectedCrossEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]
@@ -99,7 +99,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         chunk = max(1, _LOGITS_PER_CHUNK // vocab)
         first_id = group.rank() * vocab
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
-        correct = hidden_ND.new_zeros((), dtype=torch.float32)
+        correct_N = hidden_ND.new_empty(count, dtype=torch.float32)
         gradients = _HeadGradients(hidden_ND, weight_VD) if with_grad else None
         for part in _slices(0, count, chunk):
             logits_nV = F.linear(hidden_ND[part], weight_VD, bias_V)
@@ -107,7 +107,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
                 weights_n = weights_N[rows].float()
                 softmax = _softmax(slice_nV, labels_N[rows] - first_id, group)
                 loss += (softmax.loss_n * weights_n).sum()
-                correct += (softmax.correct_n * weights_n).sum()
+                correct_N[rows] = softmax.correct_n * weights_n
                 if gradients is not None:
                     gradients.replace_logits(slice_nV, softmax, weights_n)
             if gradients is not None:
@@ -118,8 +118,8 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             if group.size() > 1:
                 hidden_grad = all_reduce(hidden_grad, group)
             ctx.save_for_backward(hidden_grad, gradients.weight_VD, gradients.bias_V)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(correct_N)
+        return loss, correct_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,8 @@ _UNDRAWN = {
     "step", "stage", "seq_length", "tokens", "masked_tokens", "consumed_rows", "spike_limit",
 }  # fmt: skip
 _LENGTHS = "_seq_length"
+_HELD_OUT = "held-out "
+_SHARE = "share guessed right"
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,8 @@ def charts_of(runs: Sequence[RunRecords]) -> list[Chart]:
         "loss": Chart("Loss", "nats a masked token"),
         "held-out fixed_loss": Chart("Held-out loss at the fixed length", "nats a masked token"),
         "held-out loss": Chart("Held-out loss at the stage's length", "nats a masked token"),
-        "held-out accuracy": Chart("Masked accuracy, held out", "share guessed right"),
-        "held-out fixed_accuracy": Chart(
-            "Masked accuracy at the fixed length", "share guessed right"
-        ),
+        "held-out accuracy": Chart("Masked accuracy, held out", _SHARE),
+        "held-out fixed_accuracy": Chart("Masked accuracy at the fixed length", _SHARE),
         "lr": Chart("Learning rate"),
         "grad_norm": Chart("Gradient norm", "before clipping", logarithmic=True),
         "tokens_per_second": Chart("Throughput", "token slots a second"),
@@ -83,13 +83,21 @@ def charts_of(runs: Sequence[RunRecords]) -> list[Chart]:
     }
     for number, run in enumerate(runs):
         for key, curve in [*_training(number, run), *_held_out(number, run)]:
-            charts.setdefault(key, Chart(_words(key))).curves.append(curve)
+            charts.setdefault(key, _unforeseen(key)).curves.append(curve)
     for measure in ("loss", "accuracy"):
         # With one length and one masking rate these are the stages' own measurements.
         if _repeats(charts[f"held-out fixed_{measure}"], charts[f"held-out {measure}"]):
             del charts[f"held-out fixed_{measure}"]
-    first = sorted(charts, key=lambda key: (key != "loss", not key.startswith("held-out")))
+    first = sorted(charts, key=lambda key: (key != "loss", not key.startswith(_HELD_OUT)))
     return [charts[key] for key in first if charts[key].curves]
+
+
+def _unforeseen(key: str) -> Chart:
+    """The chart of a measurement that has none of its own, by name, or of one text's kinds."""
+    measure, colon, text = key.removeprefix(_HELD_OUT).partition(": ")
+    if not measure.startswith("accuracy"):
+        return Chart(_words(measure) + colon + text)
+    return Chart(_words(f"masked_{measure}") + colon + text, _SHARE)
 
 
 def _training(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
@@ -123,7 +131,7 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
         x = {axis: thinned(values[lines]) for axis, values in places.items()}
         points = _buckets(np.array(list(by_line.values())))
         dots = len(lines) <= POINTS
-        yield f"held-out {group}", Curve(number, name, x, *points, dots=dots)
+        yield f"{_HELD_OUT}{group}", Curve(number, name, x, *points, dots=dots)
         if (group, name) == ("loss", mean):
             yield "loss", Curve(number, "held out", x, *points, dots=dots)
 
@@ -140,12 +148,12 @@ def _leaves(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[An
 
 
 def _place(path: tuple[str, ...], mean: str) -> tuple[str, str]:
-    """What is measured, and of what: of which text, and of which kind of tokens."""
+    """What is measured, and of which text; of kinds of a text's tokens: of which kind."""
     if path[0] == "valid" and len(path) > 2:
-        text, rest = path[1], path[2:]
+        text, (measure, *kind) = path[1], path[2:]
     else:
-        text, rest = mean, (path[0].removeprefix("valid_"), *path[1:])
-    return rest[0], ", ".join((text, *rest[1:]))
+        text, measure, kind = mean, path[0].removeprefix("valid_"), list(path[1:])
+    return (f"{measure}: {text}", ", ".join(kind)) if kind else (measure, text)
 
 
 def positions(run: RunRecords) -> dict[str, Floats]:
@@ -189,4 +197,4 @@ def _repeats(chart: Chart, other: Chart) -> bool:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").removeprefix("held-out ").capitalize()
+    return name.replace("_", " ").capitalize()

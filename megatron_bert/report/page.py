@@ -149,7 +149,7 @@ def _legend(chart: Chart, num_runs: int) -> Iterator[str]:
         return
     for number, name in enumerate(kinds):
         colour = f"c{number % COLOURS}" if num_runs == 1 else ""
-        dash = "d0" if num_runs == 1 else f"d{number % DASHES}"
+        dash = f"d{(number // COLOURS if num_runs == 1 else number) % DASHES}"
         yield f'<span class="key">{_SAMPLE.format(colour=colour, dash=dash)}'
         yield f"{html.escape(name)}</span>"
 

@@ -84,7 +84,8 @@ def look(chart: Chart, curve: Curve, num_runs: int) -> str:
     kind = chart.names().index(curve.name)
     if num_runs > 1:
         return f"r{curve.run} c{curve.run % COLOURS} d{kind % DASHES}"
-    return f"r0 c{kind % COLOURS} d0"
+    # Of more kinds than colours the rest is dashed.
+    return f"r0 c{kind % COLOURS} d{kind // COLOURS % DASHES}"
 
 
 def _frame(x: Scale, y: Scale, label: str) -> Iterator[str]:

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
+from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
 from megatron_bert.training.held_out import HeldOutRows, Measure
+from megatron_bert.training.scores import Score, SlotKinds, Tally
 from megatron_bert.training.staging import HostMemory
 
 
-@dataclass(frozen=True)
-class Score:
-    """Mean over a corpus' masked tokens: cross-entropy in nats and share predicted right."""
-
-    loss: float
-    accuracy: float
-
-
 class Evaluator:
-    """Scores the model on each held-out text, always on the same rows and masks."""
+    """Scores the model on each held-out text, always on the same rows and masks.
 
-    def __init__(self, config: Config, held_out: HeldOutRows, topology: Topology) -> None:
+    Args:
+        config: of the run.
+        held_out: the text's rows.
+        tokenizer: that made the text; tells tokens' kinds.
+        topology: the ranks.
+    """
+
+    def __init__(
+        self, config: Config, held_out: HeldOutRows, tokenizer: Tokenizer, topology: Topology
+    ) -> None:
         self._config = config
         self._held_out = held_out
         self._topology = topology
+        self._kinds = SlotKinds(tokenizer, topology.device)
 
     @property
     def has_text(self) -> bool:
@@ -46,7 +48,8 @@ class Evaluator:
 
         Returns:
             The fields of a metrics line: `valid_loss` and `valid_accuracy` (means over the corpora
-            as the stage is trained), and under `valid` each corpus' scores both ways.
+            as the stage is trained), and under `valid` each corpus' scores both ways, with the
+            accuracy by kind as the stage is trained.
         """
         held_out = self._held_out
         own, fixed = Measure(span.seq_length, span.probability), held_out.fixed
@@ -63,6 +66,8 @@ class Evaluator:
                     "accuracy": at_stage.accuracy,
                     "fixed_loss": at_fixed.loss,
                     "fixed_accuracy": at_fixed.accuracy,
+                    "accuracy_by_replacement": at_stage.by_replacement,
+                    "accuracy_by_characters": at_stage.by_characters,
                 }
                 for name, at_stage, at_fixed in zip(held_out.names, here, there, strict=True)
             },
@@ -73,19 +78,19 @@ class Evaluator:
 
     def _score(self, model: RankModel, source: RowSource) -> Score:
         topology, device = self._topology, self._topology.device
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        tally = Tally(self._kinds, device)
         with closing(self._read(source)) as steps:
             for micro_batches in steps:
                 copies = [batch.to(device) for batch in micro_batches]
-                sums[:2] += model.runner.evaluate([batch.by_name() for batch in copies])
-                if topology.pipeline_rank == 0:
-                    sums[2] += sum(batch.weights_BM.sum() for batch in copies)
+                outputs = model.runner.evaluate([batch.by_name() for batch in copies])
+                # None where the head is another rank's, which counts them.
+                for batch, output in zip(copies, outputs, strict=bool(outputs)):
+                    tally.add(batch, output)
         if topology.tensor_parallel.rank > 0:
             # The others of its group have computed the same, and one of them counts.
-            sums.zero_()
-        dist.all_reduce(sums)
-        loss, correct, count = sums.tolist()
-        return Score(loss / max(1.0, count), correct / max(1.0, count))
+            tally.sums.zero_()
+        dist.all_reduce(tally.sums)
+        return tally.score()
 
     def _read(self, source: RowSource) -> ReadAhead:
         """A text's rows in global batches of `batch.global_size` rows, whatever the stage."""

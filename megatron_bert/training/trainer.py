@@ -97,7 +97,7 @@ class Trainer:
                 ],
             }
         )
-        self._evaluator = Evaluator(config, held_out, self._topology)
+        self._evaluator = Evaluator(config, held_out, self._tokenizer, self._topology)
         self._model = build_model(config, vocab_size, self._topology)
         self._optimizer = build_optimizer(config, self._model)
         self._store = CheckpointStore(

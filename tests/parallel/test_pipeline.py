@@ -74,17 +74,25 @@ def _pipeline(schedule: ScheduleName, ranks: int, virtual: int) -> tuple[Pipelin
 
 def _one_after_another(
     count: int, micro_batches: list[MicroBatch], divisor: Tensor
-) -> tuple[list[_Stage], Tensor, Tensor]:
-    """The stages with their gradients, the loss, and the head's sums."""
+) -> tuple[list[_Stage], Tensor, list[Tensor]]:
+    """The stages with their gradients, the loss, and the head's output of each micro-batch."""
     stages = [_Stage(number, count) for number in range(count)]
-    sums = torch.zeros(2)
+    outputs: list[Tensor] = []
     for micro_batch in micro_batches:
         x = micro_batch["tokens"]
         for stage in stages:
             x = stage(x, micro_batch["targets"])
         (x[0, 0] / divisor).backward()
-        sums += x[0].detach()
-    return stages, sums[0] / divisor, sums
+        outputs.append(x.detach())
+    return stages, torch.cat(outputs)[:, 0].sum() / divisor, outputs
+
+
+def _check_evaluation(
+    runner: Pipeline, micro_batches: list[MicroBatch], outputs: list[Tensor]
+) -> None:
+    """The last rank has the outputs of all micro-batches in their order, the others none."""
+    expected = outputs if dist.get_rank() == dist.get_world_size() - 1 else []
+    torch.testing.assert_close(runner.evaluate(micro_batches), expected, rtol=1e-5, atol=1e-5)
 
 
 def _check_steps(schedule: ScheduleName, ranks: int, virtual: int) -> None:
@@ -94,7 +102,7 @@ def _check_steps(schedule: ScheduleName, ranks: int, virtual: int) -> None:
     # Rows of another length, then other numbers of micro-batches, in mid-run and back.
     for number, slots in ((2, 5), (2, 9), (3, 9), (1, 5), (2, 5)):
         micro_batches = _micro_batches(number * ranks, slots)
-        stages, loss, sums = _one_after_another(count, micro_batches, divisor)
+        stages, loss, outputs = _one_after_another(count, micro_batches, divisor)
         found = runner.train(micro_batches, divisor)
         torch.testing.assert_close(found, loss if is_last else torch.zeros(()))
         assert not found.requires_grad
@@ -106,8 +114,7 @@ def _check_steps(schedule: ScheduleName, ranks: int, virtual: int) -> None:
                 assert isinstance(p.grad, DTensor), name
                 torch.testing.assert_close(p.grad.full_tensor(), reference.grad)
                 p.grad = None
-        found = runner.evaluate(micro_batches)
-        torch.testing.assert_close(found, sums.double() * is_last, rtol=1e-5, atol=1e-5)
+        _check_evaluation(runner, micro_batches, outputs)
         assert not any(chunk.training for chunk in chunks)
 
 
@@ -123,10 +130,8 @@ def _check_evaluation_of_few(ranks: int, virtual: int) -> None:
     runner, _ = _pipeline("interleaved", ranks, virtual)
     for number in (1, 2, 5):
         micro_batches = _micro_batches(number, 4)
-        _, _, sums = _one_after_another(ranks * virtual, micro_batches, torch.tensor(1.0))
-        found = runner.evaluate(micro_batches)
-        expected = sums.double() * (dist.get_rank() == ranks - 1)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        _, _, outputs = _one_after_another(ranks * virtual, micro_batches, torch.tensor(1.0))
+        _check_evaluation(runner, micro_batches, outputs)
 
 
 def test_evaluation_takes_any_number_of_micro_batches() -> None:

@@ -78,4 +78,5 @@ def _check_evaluation() -> None:
         small_model(small_config(model=DROPOUT, recompute=how), cpu_topology()).runner
         for how in ("none", "full")
     )
-    assert torch.equal(plain.evaluate([packed_inputs(2)]), recomputing.evaluate([packed_inputs(2)]))
+    (expected,), (found,) = (runner.evaluate([packed_inputs(2)]) for runner in (plain, recomputing))
+    assert torch.equal(found, expected)

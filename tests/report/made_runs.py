@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.config.yaml_text import format_document
+from megatron_bert.data.token_kinds import TOKEN_KINDS
 from megatron_bert.training.metrics import MetricsFile
+from megatron_bert.training.scores import REPLACEMENTS
 
 STAGES = (128, 256, 512, 2048)
 ROWS = 1024
@@ -87,7 +89,15 @@ def _evaluation(step: int, stage: int, loss: float, texts: Sequence[str]) -> dic
             "accuracy": 1 / (loss + 0.2 * number),
             "fixed_loss": loss + 0.1 + 0.2 * number,
             "fixed_accuracy": 1 / (loss + 0.1 + 0.2 * number),
-            "accuracy_by_kind": {"kanji": 0.9 / (loss + number), "kana": 1.1 / (loss + number)},
+            "accuracy_by_replacement": {
+                kind: (1 + place) / (9 * (loss + number)) for place, kind in enumerate(REPLACEMENTS)
+            },
+            # As many as a Japanese text has at the most: one more than there are colours.
+            "accuracy_by_characters": {
+                kind: (1 + place) / (9 * (loss + number))
+                for place, kind in enumerate(TOKEN_KINDS)
+                if kind != "latin"
+            },
         }
         for number, text in enumerate(texts)
     }

@@ -93,7 +93,7 @@ def test_measurements_of_any_name_have_their_chart() -> None:
 
 
 def test_held_out_scores_are_sorted_by_what_they_measure_and_of_what() -> None:
-    kinds = {"kanji": 0.3, "kana": 0.4}
+    kinds = {"han": 0.3, "latin_start": 0.4}
     scores = {"loss": 2.0, "accuracy": 0.5, "fixed_loss": 2.5, "fixed_accuracy": 0.4}
     line = {
         "step": 2,
@@ -101,7 +101,10 @@ def test_held_out_scores_are_sorted_by_what_they_measure_and_of_what() -> None:
         "valid_seq_length": 128,
         "valid_loss": 2.5,
         "valid_accuracy": 0.45,
-        "valid": {"wiki": scores | {"accuracy_by_kind": kinds}, "law": scores | {"loss": 3.0}},
+        "valid": {
+            "wiki": scores | {"accuracy_by_characters": kinds},
+            "law": scores | {"loss": 3.0},
+        },
     }
     run = run_of(3, [line])
     assert chart([run], "Loss").names() == ["training", "held out"]
@@ -109,7 +112,10 @@ def test_held_out_scores_are_sorted_by_what_they_measure_and_of_what() -> None:
         "all texts", "wiki", "law",
     ]  # fmt: skip
     assert chart([run], "Held-out loss at the fixed length").names() == ["wiki", "law"]
-    assert chart([run], "Accuracy by kind").names() == ["wiki, kanji", "wiki, kana"]
+    by_characters = chart([run], "Masked accuracy by characters: wiki")
+    assert (by_characters.names(), by_characters.unit) == (
+        ["han", "latin_start"], "share guessed right",
+    )  # fmt: skip
     (held_out,) = (c for c in chart([run], "Loss").curves if c.name == "held out")
     assert {axis: places.tolist() for axis, places in held_out.x.items()} == {
         "step": [2.0],

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_bert.config.errors import UserError, run_cli
 from megatron_bert.config.yaml_text import format_document
+from megatron_bert.data.token_kinds import TOKEN_KINDS
 from megatron_bert.report.curves import AXES
 from megatron_bert.report.page import page_of
 from megatron_bert.report.records import RunRecords, names_of
@@ -59,6 +60,16 @@ def test_each_chart_has_a_curve_of_each_run_over_each_axis(runs: list[RunRecords
             lines = re.findall(r'class="line r(\d)[^"]*" data-run="(\d)".*? d="(M[^"]+)"', chart)
             assert {int(run) for run, _, _ in lines} == {0, 1, 2}, (title, axis)
             assert all(first == second for first, second, _ in lines)
+
+
+def test_every_kind_of_a_run_is_told_apart_in_chart_and_legend(runs: list[RunRecords]) -> None:
+    page = page_of(runs[1:2])
+    figure = page.split("<b>Masked accuracy by characters: wiki</b>")[1].split("</figure>")[0]
+    drawn = figure.split('<svg class="chart by-step"')[1].split("</svg>")[0]
+    lines = re.findall(r'class="line r0 (c\d d\d)" data-run="0" data-name="(\w+)"', drawn)
+    key = re.findall(r'class="(c\d)"><path class="line (d\d)".*?</svg>\s*(\w+)</span>', figure)
+    assert len({look for look, _ in lines}) == len(lines) == len(TOKEN_KINDS) - 1
+    assert [(f"{colour} {dash}", name) for colour, dash, name in key] == lines
 
 
 def test_the_keys_that_differ_are_told_and_no_others(runs: list[RunRecords]) -> None:

@@ -33,7 +33,7 @@ def _scores(config: Config) -> dict[str, object]:
     """Scores of an untrained model in the second stage."""
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     topology = cpu_topology()
-    evaluator = Evaluator(config, HeldOutRows.plan(config, tokenizer), topology)
+    evaluator = Evaluator(config, HeldOutRows.plan(config, tokenizer), tokenizer, topology)
     model = build_model(config, tokenizer.vocab_size, topology)
     return evaluator.evaluate(model, Curriculum(config).spans[1])
 

@@ -1,0 +1,72 @@
+"""What a token is made of, told from its text: a table by which held-out accuracy is split up."""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.word_boundaries import CharacterClass, UInt8Array, character_class
+
+_SPACE = "▁"
+# What a piece decodes to that is but a part of a character's bytes.
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+TOKEN_KINDS = (
+    "han", "hiragana", "katakana", "latin", "latin_start", "latin_continued", "digits",
+    "punctuation", "mixed", "other",
+)  # fmt: skip
+"""Kinds of tokens, by their number in `token_kinds`.
+
+A token whose characters are of several kinds (食べ, `B2`) is `mixed`. Raw bytes, special tokens,
+bare spaces and all other scripts are `other`. Latin letters are `latin_start` in a piece with
+SentencePiece's `▁` and `latin_continued` in one without it; where the tokenizer marks words in
+another way they are `latin`. Scripts without spaces are not divided so: there the mark says but
+where a sentence begins.
+"""
+
+_OF_CLASS = {
+    CharacterClass.HAN: "han",
+    CharacterClass.HIRAGANA: "hiragana",
+    CharacterClass.KATAKANA: "katakana",
+    CharacterClass.PUNCTUATION: "punctuation",
+}
+
+
+def token_kinds(tokenizer: Tokenizer) -> UInt8Array:
+    """For each of the tokenizer's pieces the number of its kind, uint8 `[vocab_size]`.
+
+    What pads the vocabulary beyond the pieces has none: no text, and so no label, holds it.
+    """
+    pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size)]
+    marks_words = any(piece.startswith(_SPACE) for piece in pieces)
+    special = frozenset(tokenizer.special_ids)
+    kinds = np.full(len(pieces), TOKEN_KINDS.index("other"), dtype=np.uint8)
+    for token, piece in enumerate(pieces):
+        if token in special or tokenizer.is_byte(token):
+            continue
+        # The pieces of byte-level BPE are no text themselves.
+        kind = _kind(piece if marks_words else tokenizer.decode([token]))
+        if kind == "latin" and marks_words:
+            kind = "latin_start" if piece.startswith(_SPACE) else "latin_continued"
+        kinds[token] = TOKEN_KINDS.index(kind)
+    return kinds
+
+
+def _kind(text: str) -> str:
+    found = {_character_kind(character) for character in text if character not in (_SPACE, " ")}
+    if len(found) > 1:
+        return "mixed"
+    return found.pop() if found else "other"
+
+
+@lru_cache(maxsize=1 << 16)
+def _character_kind(character: str) -> str:
+    kind = character_class(character)
+    if kind is CharacterClass.ALPHANUMERIC:
+        if unicodedata.category(character).startswith("N"):
+            return "digits"
+        return "latin" if "LATIN" in unicodedata.name(character, "") else "other"
+    return "other" if character == _BROKEN else _OF_CLASS.get(kind, "other")

@@ -1,0 +1,99 @@
+"""How well masked tokens are predicted: counts on the device, and what they come to.
+
+Shape suffixes: B rows, M masked slots a row, K kinds of tokens, V pieces of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_bert.data.batch import RowArrays
+from megatron_bert.data.token_kinds import TOKEN_KINDS, token_kinds
+from megatron_bert.data.tokenizer import Tokenizer
+
+REPLACEMENTS = ("masked", "random", "kept")
+"""What the model sees in the place of a token that it is to predict: `<MASK>`, another token, or
+the token itself (also where it was drawn at random)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a text's masked tokens come to.
+
+    Attributes:
+        loss: mean cross-entropy, nats.
+        accuracy: share predicted right.
+        by_replacement: the same share of the tokens of each of the `REPLACEMENTS` that occurs.
+        by_characters: and of those of each of the `TOKEN_KINDS` that occurs.
+    """
+
+    loss: float
+    accuracy: float
+    by_replacement: Mapping[str, float]
+    by_characters: Mapping[str, float]
+
+
+class SlotKinds:
+    """Tells the kind of a masked slot: what stands there, and what is to be predicted.
+
+    Args:
+        tokenizer: that made the text.
+        device: where the rows are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
+        self._mask_id = tokenizer.mask_id
+        self._of_token_V = torch.from_numpy(token_kinds(tokenizer)).to(device)
+
+    def __call__(self, rows: RowArrays) -> Tensor:
+        """int64 [B, M]: numbers of replacement and kind, the first times K plus the second."""
+        seen_BM = rows.tokens_BS.gather(1, rows.masked_BM.long())
+        # By their place in REPLACEMENTS: none is both the mask and the label.
+        replacement_BM = 1 - (seen_BM == self._mask_id).long() + (seen_BM == rows.labels_BM)
+        kind_BM = self._of_token_V[rows.labels_BM.long()]
+        return replacement_BM * len(TOKEN_KINDS) + kind_BM
+
+
+class Tally:
+    """Sums of a text's masked tokens, in one tensor on the device.
+
+    Attributes:
+        sums: fp64, what the ranks add up before `score`.
+    """
+
+    def __init__(self, kinds: SlotKinds, device: torch.device) -> None:
+        self._kinds = kinds
+        count = len(REPLACEMENTS) * len(TOKEN_KINDS)
+        self.sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
+        self._loss, self._right_and_all = self.sums[:1], self.sums[1:].view(2, count)
+
+    def add(self, rows: RowArrays, output: Tensor) -> None:
+        """Count a micro-batch, given what `model.bert.MaskedHead` returned for it."""
+        sums = output[0].double()
+        self._loss += sums[:1]
+        right_and_all = torch.stack([sums[1:], rows.weights_BM.flatten().double()])
+        self._right_and_all.index_add_(1, self._kinds(rows).flatten(), right_and_all)
+
+    def score(self) -> Score:
+        """What the sums come to; waits for the device. Without any token, 0."""
+        loss, *counts = self.sums.tolist()
+        table = np.array(counts).reshape(2, len(REPLACEMENTS), len(TOKEN_KINDS))
+        right, all_tokens = table.sum((1, 2)).tolist()
+        return Score(
+            loss / max(1.0, all_tokens),
+            right / max(1.0, all_tokens),
+            _shares(REPLACEMENTS, table.sum(2)),
+            _shares(TOKEN_KINDS, table.sum(1)),
+        )
+
+
+def _shares(names: Sequence[str], right_and_all: NDArray[np.float64]) -> dict[str, float]:
+    """Share of each kind's tokens that is right; kinds without any are left out."""
+    counts = zip(names, *right_and_all.tolist(), strict=True)
+    return {name: right / count for name, right, count in counts if count}
