@@ -17,6 +17,8 @@ POINTS = 300
 _UNDRAWN = {
     "step", "stage", "seq_length", "tokens", "masked_tokens", "consumed_rows", "spike_limit",
 }  # fmt: skip
+# What few training lines have: points of its own, as between them there is nothing.
+_NOW_AND_THEN = {"save_seconds"}
 _LENGTHS = "_seq_length"
 _HELD_OUT = "held-out "
 _SHARE = "share guessed right"
@@ -79,7 +81,7 @@ def charts_of(runs: Sequence[RunRecords]) -> list[Chart]:
         "mfu": Chart("MFU", "share of the dense BF16 peak"),
         "tflops_per_gpu": Chart("TFLOP/s of a GPU"),
         "memory": Chart("Peak memory", "GB of the first GPU"),
-        "seconds": Chart("Time of a step", "seconds", logarithmic=True),
+        "seconds": Chart("Time of steps, evaluations and saves", "seconds", logarithmic=True),
     }
     for number, run in enumerate(runs):
         for key, curve in [*_training(number, run), *_held_out(number, run)]:
@@ -102,15 +104,18 @@ def _unforeseen(key: str) -> Chart:
 
 def _training(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
     """A curve for each measurement of the training lines, and the chart that it belongs to."""
-    x = {axis: thinned(values) for axis, values in positions(run).items()}
+    places = positions(run)
+    x = {axis: thinned(at) for axis, at in places.items()}
     for name, values in run.columns.items():
         if name in _UNDRAWN or not np.isfinite(values).any():
             continue
-        key, kind = name, ""
-        for ending, chart in (("_memory_gb", "memory"), ("_seconds", "seconds")):
-            if name.endswith(ending):
-                key, kind = chart, _words(name.removesuffix(ending))
-        yield key, Curve(number, "training" if name == "loss" else kind, x, *_buckets(values))
+        key, kind = _shared(name) or (name, "training" if name == "loss" else "")
+        if name in _NOW_AND_THEN:
+            found = np.isfinite(values)
+            x_found = {axis: thinned(at[found]) for axis, at in places.items()}
+            yield key, Curve(number, kind, x_found, *_buckets(values[found]), dots=True)
+        else:
+            yield key, Curve(number, kind, x, *_buckets(values))
 
 
 def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
@@ -131,9 +136,18 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
         x = {axis: thinned(values[lines]) for axis, values in places.items()}
         points = _buckets(np.array(list(by_line.values())))
         dots = len(lines) <= POINTS
-        yield f"{_HELD_OUT}{group}", Curve(number, name, x, *points, dots=dots)
+        key, kind = _shared(group) or (f"{_HELD_OUT}{group}", name)
+        yield key, Curve(number, kind, x, *points, dots=dots)
         if (group, name) == ("loss", mean):
             yield "loss", Curve(number, "held out", x, *points, dots=dots)
+
+
+def _shared(name: str) -> tuple[str, str] | None:
+    """The chart that measurements of one unit share, and what this one is called there."""
+    for ending, chart in (("_memory_gb", "memory"), ("_seconds", "seconds")):
+        if name.endswith(ending):
+            return chart, _words(name.removesuffix(ending))
+    return None
 
 
 def _leaves(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Any]:

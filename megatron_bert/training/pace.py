@@ -27,6 +27,9 @@ class Pace:
         evaluates: whether there is held-out text.
         bytes_to_save: what this rank writes in a save.
         clock: seconds that never go back.
+
+    Attributes:
+        evaluation_seconds: what the last evaluation took, None before the first one.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Pace:
         self._unmeasured_save = bytes_to_save / _UNMEASURED_BYTES_PER_SECOND
         self._clock = clock
         self._seconds_per_slot: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._evaluation_seconds: float | None = None
+        self.evaluation_seconds: float | None = None
         self._under_way: int | None = None
         self._began = 0.0
 
@@ -69,7 +72,7 @@ class Pace:
         """Measure the evaluation inside."""
         began = self._clock()
         yield
-        self._evaluation_seconds = self._clock() - began
+        self.evaluation_seconds = self._clock() - began
 
     def seconds_to_end(self, save_seconds: float | None, *, saving: bool) -> float:
         """How long it takes from now to the end of the last save if one more step is begun.
@@ -87,7 +90,7 @@ class Pace:
         steps = range(first, min(first + 1, self._curriculum.total_steps) + 1)
         slots = max(self._curriculum.at(step).slots_per_step for step in steps)
         step_seconds = slots * max(self._seconds_per_slot, default=0.0)
-        evaluation = self._evaluation_seconds
+        evaluation = self.evaluation_seconds
         if evaluation is None:
             evaluation = self._evaluation_steps * step_seconds
         save = self._unmeasured_save if save_seconds is None else save_seconds

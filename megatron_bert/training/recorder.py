@@ -32,6 +32,8 @@ class _Taken:
     learning_rate: float
     result: StepResult
     seconds: float
+    data_seconds: float
+    save_seconds: float | None
 
 
 class StepRecorder:
@@ -70,6 +72,7 @@ class StepRecorder:
         self._progress = Progress(curriculum, self._step_flops, config.log.interval, last_saved)
         self._world_size = world_size
         self._taken: _Taken | None = None
+        self._save_seconds: float | None = None
         self._spikes = SpikeWatch()
         self._divergence = DivergenceWatch(
             config.optimizer.max_skipped, config.run.directory / "checkpoints"
@@ -83,18 +86,34 @@ class StepRecorder:
         agreement: Agreement,
         learning_rate: float,
         result: StepResult,
+        data_seconds: float,
     ) -> None:
         """Take note of a step that was just handed to the device; record the one before it.
+
+        Args:
+            step: its number.
+            span: the stage that it belongs to.
+            agreement: what the ranks knew of it beforehand.
+            learning_rate: of its update.
+            result: what it leaves behind.
+            data_seconds: how long its rows were waited for.
 
         Raises:
             DivergedError: more than `optimizer.max_skipped` updates in a row were skipped.
             RunError: the metrics could not be written.
         """
         now = time.perf_counter()
-        previous, self._taken = (
-            self._taken,
-            _Taken(step, span, agreement, learning_rate, result, now - self._began),
+        taken = _Taken(
+            step,
+            span,
+            agreement,
+            learning_rate,
+            result,
+            now - self._began,
+            data_seconds,
+            self._save_seconds,
         )
+        previous, self._taken, self._save_seconds = self._taken, taken, None
         self._began = now
         if previous is not None:
             self._record(previous)
@@ -123,6 +142,13 @@ class StepRecorder:
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure the save inside; the line of the step after it tells how long that took."""
+        began = time.perf_counter()
+        yield
+        self._save_seconds = time.perf_counter() - began
 
     def write_evaluation(self, step: int, span: StageSpan, scores: dict[str, object]) -> None:
         """Write an evaluation's line."""
@@ -188,7 +214,11 @@ class StepRecorder:
             "tokens": self._curriculum.slots_until(taken.step),
             "tokens_per_second": span.slots_per_step / taken.seconds,
             "step_seconds": taken.seconds,
+            "data_seconds": taken.data_seconds,
+            **taken.result.parts.seconds(),
         }
+        if taken.save_seconds is not None:
+            line["save_seconds"] = taken.save_seconds
         if torch.cuda.is_available() and taken.result.loss.is_cuda:
             tflops = self._step_flops[span.index] / taken.seconds / self._world_size / 1e12
             line["tflops_per_gpu"] = tflops

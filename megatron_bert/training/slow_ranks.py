@@ -95,6 +95,9 @@ class SlowRankWatch:
         interval: steps between the ranks' figures.
         device: this rank's device.
         clock: seconds that never go back.
+
+    Attributes:
+        last_wait: how long the last step's rows were waited for, seconds.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class SlowRankWatch:
         self._hosts = Ranks().on_all(socket.gethostname)
         self._probe = DeviceProbe(device)
         self._next_probe = clock()
+        self.last_wait = 0.0
         self._waited = 0.0
         self._steps = 0
         self._began = clock()
@@ -118,7 +122,8 @@ class SlowRankWatch:
                 batch = next(rows)
             except StopIteration:
                 return
-            self._waited += self._clock() - began
+            self.last_wait = self._clock() - began
+            self._waited += self.last_wait
             yield batch
 
     def figures(self, step: int) -> list[int] | None:

@@ -13,6 +13,7 @@ from megatron_bert.data.batch import Batch
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel
 from megatron_bert.optim.sharded import ShardedOptimizer
+from megatron_bert.training.step_parts import StepParts
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,15 @@ class StepResult:
         skipped: 1.0 where the update was skipped for a non-finite loss or gradient.
         finite_here: [2], whether the loss of this rank's own rows, and its share of the summed
             gradient, were finite.
+        parts: how long `model` (forward and backward, the sums over ranks that complete loss and
+            gradients) and `optimizer` (norm, clipping, update) take.
     """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
     finite_here: Tensor
+    parts: StepParts
 
 
 def agree(
@@ -90,6 +94,7 @@ def take_step(
     the same, however the batch is divided.
     """
     device = model.topology.device
+    parts = StepParts(device)
     count = torch.tensor(max(1, masked_tokens), dtype=torch.float32).to(device, non_blocking=True)
     loss = model.runner.train([batch.to(device).by_name() for batch in batches], count)
     model.sum_shared_gradients()
@@ -98,9 +103,11 @@ def take_step(
         # The others of its group have computed the same, and one of them counts.
         loss = torch.zeros_like(loss)
     dist.all_reduce(loss)
+    parts.end("model")
     update = optimizer.step(learning_rate, loss)
+    parts.end("optimizer")
     finite_here = torch.stack([own_loss_is_finite, update.is_finite_here])
-    return StepResult(loss, update.grad_norm, update.skipped, finite_here)
+    return StepResult(loss, update.grad_norm, update.skipped, finite_here, parts)
 
 
 def _signed(value: int) -> int:

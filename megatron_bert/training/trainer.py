@@ -175,7 +175,8 @@ class Trainer:
                     rate,
                 )
                 self._step = step
-                self._recorder.add(step, self._curriculum.at(step), agreement, rate, result)
+                span = self._curriculum.at(step)
+                self._recorder.add(step, span, agreement, rate, result, slow_ranks.last_wait)
                 if profiler.is_complete(step) or agreement.stop:
                     with self._recorder.paused(), self._pace.paused():
                         profiler.write()
@@ -225,18 +226,20 @@ class Trainer:
                 span = self._curriculum.at(step)
                 with self._pace.evaluation():
                     scores = self._evaluator.evaluate(self._model, span)
+                scores["evaluation_seconds"] = self._pace.evaluation_seconds
                 self._recorder.write_evaluation(step, span, scores)
             # Last, so that a resumed run does not miss the evaluation's line.
             if save:
                 self._recorder.sync()
-                save_state(
-                    self._saver,
-                    step,
-                    self._model,
-                    self._optimizer,
-                    self._facts(),
-                    is_last=finished or is_last,
-                )
+                with self._recorder.saving():
+                    save_state(
+                        self._saver,
+                        step,
+                        self._model,
+                        self._optimizer,
+                        self._facts(),
+                        is_last=finished or is_last,
+                    )
 
     def _facts(self) -> dict[str, Any]:
         """What the checkpoint's manifest says beside the tensors."""

@@ -60,10 +60,15 @@ def make_run(
             "tokens": tokens,
             "tokens_per_second": ROWS * STAGES[stage] / seconds,
             "step_seconds": seconds,
+            "data_seconds": 1e-4 * draw.uniform(0.5, 2.0),
+            "model_seconds": 0.9 * seconds,
+            "optimizer_seconds": 0.02,
             "tflops_per_gpu": 410 / seconds * STAGES[stage] / 1000,
             "mfu": 0.41 / seconds * STAGES[stage] / 1000,
             "peak_memory_gb": 40.0 + 8 * stage,
         }
+        if step % max(2, steps // 10) == 1:
+            line["save_seconds"] = draw.uniform(0.5, 1.5)
         if step in skipped:
             line["rows"] = [(step - 1) * ROWS, step * ROWS - 1]
         elif step == steps // 2:
@@ -109,4 +114,5 @@ def _evaluation(step: int, stage: int, loss: float, texts: Sequence[str]) -> dic
         "valid_seq_length": STAGES[stage],
         "fixed_seq_length": 512,
         "valid": scores,
+        "evaluation_seconds": 3.0 + stage,
     }

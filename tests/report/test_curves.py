@@ -11,6 +11,8 @@ from megatron_bert.report.records import RunRecords
 from megatron_bert.report.scales import Scale, scale_over, short, time_unit
 from megatron_bert.report.svg import draw
 
+TIMES = "Time of steps, evaluations and saves"
+
 
 def run_of(
     steps: int, evaluations: list[dict[str, object]] | None = None, **columns: object
@@ -87,9 +89,24 @@ def test_measurements_of_any_name_have_their_chart() -> None:
     run = run_of(
         3, data_seconds=[1, 1, 1], reserved_memory_gb=[7, 7, 8], temperature=[60, 61, np.nan]
     )
-    assert chart([run], "Time of a step").names() == ["Step", "Data"]
+    assert chart([run], TIMES).names() == ["Step", "Data"]
     assert chart([run], "Peak memory").names() == ["Reserved"]
     assert chart([run], "Temperature").names() == [""]
+
+
+def test_saves_and_evaluations_are_points_where_they_were() -> None:
+    evaluations: list[dict[str, object]] = [
+        {"step": step, "valid_loss": 2.0, "evaluation_seconds": 7.0} for step in (2, 4)
+    ]
+    saves = [np.nan, np.nan, 0.5, np.nan, 1.5]
+    found = {
+        curve.name: curve
+        for curve in chart([run_of(5, evaluations, save_seconds=saves)], TIMES).curves
+    }
+    save, evaluation = found["Save"], found["Evaluation"]
+    assert (save.dots, evaluation.dots, found["Step"].dots) == (True, True, False)
+    assert (save.x["step"].tolist(), save.y.tolist()) == ([3.0, 5.0], [0.5, 1.5])
+    assert (evaluation.x["step"].tolist(), evaluation.y.tolist()) == ([2.0, 4.0], [7.0, 7.0])
 
 
 def test_held_out_scores_are_sorted_by_what_they_measure_and_of_what() -> None:

@@ -53,7 +53,10 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs: list[RunRecords]
 
 def test_each_chart_has_a_curve_of_each_run_over_each_axis(runs: list[RunRecords]) -> None:
     page = page_of(runs)
-    for title in ("Loss", "Gradient norm", "MFU", "Peak memory", "Time of a step", "Throughput"):
+    for title in (
+        "Loss", "Gradient norm", "MFU", "Peak memory", "Throughput",
+        "Time of steps, evaluations and saves",
+    ):  # fmt: skip
         figure = page.split(f"<b>{title}</b>")[1].split("</figure>")[0]
         for axis in AXES:
             chart = figure.split(f'<svg class="chart by-{axis}"')[1].split("</svg>")[0]

@@ -12,6 +12,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch
 from megatron_bert.training import trainer
 from megatron_bert.training.step import StepResult
+from megatron_bert.training.step_parts import StepParts
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
@@ -23,8 +24,10 @@ def _compute_nothing(
     _model: object, _optimizer: object, batches: Sequence[Batch], _masked: int, _rate: float
 ) -> StepResult:
     assert len(batches) == 1
-    finite = torch.tensor([True, True])
-    return StepResult(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0), finite)
+    parts, finite = StepParts(torch.device("cpu")), torch.tensor([True, True])
+    for name in ("model", "optimizer"):
+        parts.end(name)
+    return StepResult(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0), finite, parts)
 
 
 def _median_step_seconds(config: Config) -> float:

@@ -15,6 +15,7 @@ from megatron_bert.training.metrics import MetricsFile, read
 from megatron_bert.training.progress import Progress
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.step import Agreement, StepResult
+from megatron_bert.training.step_parts import StepParts
 from tests.small_model import VOCABULARY, small_config
 
 
@@ -42,9 +43,10 @@ class _Run:
             torch.tensor(norm),
             torch.tensor(float(skipped)),
             torch.tensor([True, not skipped]),
+            StepParts(torch.device("cpu")),
         )
         agreement = Agreement(masked_tokens=9, batch_hash=2**64 - step, stop=False)
-        self.recorder.add(step, self.curriculum.at(step), agreement, 1e-3, result)
+        self.recorder.add(step, self.curriculum.at(step), agreement, 1e-3, result, 0.01)
 
 
 def test_a_step_is_written_when_the_next_one_is_on_its_way(tmp_path: Path) -> None:
@@ -111,6 +113,21 @@ def test_a_line_counts_rows_and_tokens_over_all_stages_and_keeps_the_losss_bits(
     assert line["batch_hash"] == f"{2**64 - 6:016x}"
     # fp32 widened, not rounded: the same bits come back.
     assert line["loss"] == torch.tensor(0.6).item()
+
+
+def test_the_line_after_a_save_says_how_long_that_took(tmp_path: Path) -> None:
+    run = _Run(tmp_path / "metrics.jsonl")
+    for step in range(1, 5):
+        run.take(step)
+        if step == 2:
+            run.recorder.flush()
+            with run.recorder.paused(), run.recorder.saving():
+                pass
+    run.recorder.flush()
+    run.recorder.close()
+    lines = read(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "save_seconds" in line] == [3]
+    assert all(line["data_seconds"] == 0.01 for line in lines)
 
 
 def test_an_evaluation_says_after_how_many_tokens_it_was_and_the_last_line_what_was_saved(
