@@ -25,7 +25,7 @@ from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel, build_model
 from megatron_bert.optim.sharded import ShardedOptimizer
 from megatron_bert.training.optimizer import build_optimizer
-from megatron_bert.training.step import agree, take_step
+from megatron_bert.training.step import StepResult, agree, take_step
 
 
 def measure_steps(
@@ -100,10 +100,10 @@ class StepSubject:
         optimizer = build_optimizer(config, model)
         return cls(config, vocab_size, model, optimizer)
 
-    def step(self, batches: list[Batch]) -> torch.Tensor:
-        """One step as training takes it; returns its loss, on the device."""
+    def step(self, batches: list[Batch]) -> StepResult:
+        """One step as training takes it."""
         agreement = agree(batches, False, self.model.topology)
-        return take_step(self.model, self.optimizer, batches, agreement.masked_tokens, 1e-5).loss
+        return take_step(self.model, self.optimizer, batches, agreement.masked_tokens, 1e-5)
 
 
 def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: int) -> StepCase:
@@ -114,7 +114,7 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
-    loss = subject.step(batches)
+    result = subject.step(batches)
     wait_for_device(device)
     first_seconds = time.perf_counter() - begin
     for _ in range(work.warm_up - 1):
@@ -122,7 +122,7 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
     wait_for_device(device)
     begin = time.perf_counter()
     for _ in range(work.steps):
-        loss = subject.step(batches)
+        result = subject.step(batches)
     wait_for_device(device)
     seconds = (time.perf_counter() - begin) / work.steps
     memory = _peak_memory(device)
@@ -157,7 +157,7 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
         attention_seconds=alone[1],
         softmax_seconds=alone[2],
         first_step_seconds=round(first_seconds, 2),
-        loss=round(float(loss), 4),
+        loss=round(result.read().loss, 4),
         shares=shares,
         kernels=kernels,
     )

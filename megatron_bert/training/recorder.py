@@ -17,7 +17,8 @@ from megatron_bert.training.divergence import DivergenceWatch
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.progress import Progress
 from megatron_bert.training.spikes import SpikeWatch
-from megatron_bert.training.step import Agreement, StepResult
+from megatron_bert.training.step import Agreement, StepNumbers, StepResult
+from megatron_bert.training.step_parts import Moment, moment
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class _Taken:
     agreement: Agreement
     learning_rate: float
     result: StepResult
-    seconds: float
+    began: Moment
     data_seconds: float
     save_seconds: float | None
 
@@ -49,6 +50,7 @@ class StepRecorder:
         curriculum: Curriculum,
         vocab_size: int,
         world_size: int,
+        device: torch.device,
         metrics: MetricsFile | None,
         last_saved: Callable[[], int],
     ) -> None:
@@ -59,6 +61,7 @@ class StepRecorder:
             curriculum: of the run.
             vocab_size: padded vocabulary.
             world_size: number of ranks.
+            device: which computes the steps.
             metrics: where lines go, None on every rank but the first.
             last_saved: returns the step of the newest checkpoint, 0 where there is none.
         """
@@ -71,13 +74,14 @@ class StepRecorder:
         ]
         self._progress = Progress(curriculum, self._step_flops, config.log.interval, last_saved)
         self._world_size = world_size
+        self._device = device
         self._taken: _Taken | None = None
         self._save_seconds: float | None = None
         self._spikes = SpikeWatch()
         self._divergence = DivergenceWatch(
             config.optimizer.max_skipped, config.run.directory / "checkpoints"
         )
-        self._began = time.perf_counter()
+        self._began = moment(device)
 
     def add(
         self,
@@ -102,19 +106,18 @@ class StepRecorder:
             DivergedError: more than `optimizer.max_skipped` updates in a row were skipped.
             RunError: the metrics could not be written.
         """
-        now = time.perf_counter()
         taken = _Taken(
             step,
             span,
             agreement,
             learning_rate,
             result,
-            now - self._began,
+            self._began,
             data_seconds,
             self._save_seconds,
         )
         previous, self._taken, self._save_seconds = self._taken, taken, None
-        self._began = now
+        self._began = result.parts.ended
         if previous is not None:
             self._record(previous)
 
@@ -139,9 +142,8 @@ class StepRecorder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what happens inside, which is no step, out of the steps' time."""
-        began = time.perf_counter()
         yield
-        self._began += time.perf_counter() - began
+        self._began = moment(self._device)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -164,63 +166,64 @@ class StepRecorder:
         )
 
     def _record(self, taken: _Taken) -> None:
-        loss = float(taken.result.loss)
-        grad_norm = float(taken.result.grad_norm)
-        skipped = bool(taken.result.skipped)
+        numbers = taken.result.read()
         rows = taken.span.rows_of(taken.step)
         if self._metrics is not None:
-            line = self._line(taken, loss, grad_norm, skipped)
-            self._metrics.write(line | self._remarks(taken, loss, rows, skipped))
+            line = self._line(taken, numbers)
+            self._metrics.write(line | self._remarks(taken, numbers, rows))
             self._progress.after_step(line, taken.span)
-        self._divergence.add(taken.step, rows, taken.result.finite_here.tolist(), skipped=skipped)
+        self._divergence.add(taken.step, rows, numbers.finite_here, skipped=numbers.skipped)
 
-    def _remarks(self, taken: _Taken, loss: float, rows: range, skipped: bool) -> dict[str, object]:
+    def _remarks(self, taken: _Taken, numbers: StepNumbers, rows: range) -> dict[str, object]:
         """What a line has beside the others', with a warning: its rows, of numbers gone wrong."""
         remarks: dict[str, object] = {"rows": [rows.start, rows[-1]]}
         where = (
             f"rows {rows.start:,} to {rows[-1]:,} (tools/inspect_data.py --config FILE --steps "
             f"{taken.step}:{taken.step} --text)"
         )
-        if skipped:
+        if numbers.skipped:
             logger.warning(
                 "step %s: loss or gradient is not finite, update skipped; %s",
                 f"{taken.step:,}",
                 where,
             )
             return remarks
-        limit = self._spikes.limit_exceeded(loss, taken.span.index)
+        limit = self._spikes.limit_exceeded(numbers.loss, taken.span.index)
         if limit is None:
             return {}
         logger.warning(
-            "step %s: loss %.4f is a spike, above %.4f; %s", f"{taken.step:,}", loss, limit, where
+            "step %s: loss %.4f is a spike, above %.4f; %s",
+            f"{taken.step:,}",
+            numbers.loss,
+            limit,
+            where,
         )
         return {**remarks, "spike_limit": limit}
 
-    def _line(
-        self, taken: _Taken, loss: float, grad_norm: float, skipped: bool
-    ) -> dict[str, object]:
+    def _line(self, taken: _Taken, numbers: StepNumbers) -> dict[str, object]:
         span = taken.span
+        seconds = taken.began.seconds_until(taken.result.parts.ended)
         line: dict[str, object] = {
             "step": taken.step,
             "stage": span.index,
             "seq_length": span.seq_length,
-            "loss": loss,
+            "loss": numbers.loss,
             "lr": taken.learning_rate,
-            "grad_norm": grad_norm,
-            "skipped": skipped,
+            "grad_norm": numbers.grad_norm,
+            "skipped": numbers.skipped,
             "masked_tokens": taken.agreement.masked_tokens,
             "consumed_rows": self._curriculum.rows_until(taken.step),
             "batch_hash": f"{taken.agreement.batch_hash:016x}",
             "tokens": self._curriculum.slots_until(taken.step),
-            "tokens_per_second": span.slots_per_step / taken.seconds,
-            "step_seconds": taken.seconds,
+            "tokens_per_second": span.slots_per_step / seconds,
+            "step_seconds": seconds,
             "data_seconds": taken.data_seconds,
             **taken.result.parts.seconds(),
         }
         if taken.save_seconds is not None:
             line["save_seconds"] = taken.save_seconds
-        if torch.cuda.is_available() and taken.result.loss.is_cuda:
-            tflops = self._step_flops[span.index] / taken.seconds / self._world_size / 1e12
+        if self._device.type == "cuda":
+            tflops = self._step_flops[span.index] / seconds / self._world_size / 1e12
             line["tflops_per_gpu"] = tflops
             line["mfu"] = _mfu(tflops)
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

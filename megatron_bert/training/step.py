@@ -34,24 +34,44 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step leaves behind, still on the device.
+class StepNumbers:
+    """What a step came to.
 
     Attributes:
         loss: mean cross-entropy over the global batch's masked tokens, nats.
         grad_norm: global L2 norm before clipping.
-        skipped: 1.0 where the update was skipped for a non-finite loss or gradient.
-        finite_here: [2], whether the loss of this rank's own rows, and its share of the summed
+        skipped: whether the update was skipped for a non-finite loss or gradient.
+        finite_here: whether the loss of this rank's own rows, and its share of the summed
             gradient, were finite.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    finite_here: tuple[bool, bool]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind, on its way to the host.
+
+    Attributes:
+        numbers: fp32 [5] on the host, `StepNumbers` in their order, there once the device has come
+            to the step's end.
         parts: how long `model` (forward and backward, the sums over ranks that complete loss and
             gradients) and `optimizer` (norm, clipping, update) take.
     """
 
-    loss: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
-    finite_here: Tensor
+    numbers: Tensor
     parts: StepParts
+
+    def read(self) -> StepNumbers:
+        """Wait for the end of this step, though not for steps after it, and read its numbers."""
+        self.parts.ended.wait()
+        loss, grad_norm, skipped, finite_loss, finite_gradient = self.numbers.tolist()
+        return StepNumbers(
+            loss, grad_norm, bool(skipped), (bool(finite_loss), bool(finite_gradient))
+        )
 
 
 def agree(
@@ -105,9 +125,12 @@ def take_step(
     dist.all_reduce(loss)
     parts.end("model")
     update = optimizer.step(learning_rate, loss)
+    numbers = [loss, update.grad_norm, update.skipped, own_loss_is_finite, update.is_finite_here]
+    # To pinned memory, from CUDA, which the host does not wait for. `item` would wait for all that
+    # the device was given, the next step as well, and leave it without work after that.
+    on_host = torch.stack([number.float() for number in numbers]).to("cpu", non_blocking=True)
     parts.end("optimizer")
-    finite_here = torch.stack([own_loss_is_finite, update.is_finite_here])
-    return StepResult(loss, update.grad_norm, update.skipped, finite_here, parts)
+    return StepResult(on_host, parts)
 
 
 def _signed(value: int) -> int:

@@ -136,6 +136,7 @@ class Trainer:
             self._curriculum,
             vocab_size,
             dist.get_world_size(),
+            self._topology.device,
             metrics,
             lambda: self._saver.saved_step or resumed_from,
         )

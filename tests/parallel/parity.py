@@ -156,8 +156,9 @@ def take_steps(
                 model, recorder, micro_batches, agreement.masked_tokens, config.optimizer.lr
             )  # type: ignore[arg-type]
             trace.batch_hashes.append(agreement.batch_hash)
-            trace.losses.append(result.loss.item())
-            trace.grad_norms.append(result.grad_norm.item())
+            numbers = result.read()
+            trace.losses.append(numbers.loss)
+            trace.grad_norms.append(numbers.grad_norm)
     trace.weights = {name: Part.of(p) for name, p in model.named_parameters().items()}
     return trace
 

@@ -15,7 +15,7 @@ from megatron_bert.training.metrics import MetricsFile, read
 from megatron_bert.training.progress import Progress
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.step import Agreement, StepResult
-from megatron_bert.training.step_parts import StepParts
+from megatron_bert.training.step_parts import HostMoment, StepParts
 from tests.small_model import VOCABULARY, small_config
 
 
@@ -33,20 +33,24 @@ class _Run:
         self.curriculum = Curriculum(config)
         file = None if metrics is None else MetricsFile(metrics)
         self.recorder = StepRecorder(
-            config, self.curriculum, VOCABULARY, 1, file, lambda: last_saved
+            config,
+            self.curriculum,
+            VOCABULARY,
+            1,
+            torch.device("cpu"),
+            file,
+            lambda: last_saved,
         )
 
-    def take(self, step: int, *, skipped: bool = False, loss: float | None = None) -> None:
+    def take(self, step: int, *, skipped: bool = False, loss: float | None = None) -> StepResult:
         norm = math.nan if skipped else 2.0
-        result = StepResult(
-            torch.tensor(0.1 * step if loss is None else loss),
-            torch.tensor(norm),
-            torch.tensor(float(skipped)),
-            torch.tensor([True, not skipped]),
-            StepParts(torch.device("cpu")),
-        )
+        parts = StepParts(torch.device("cpu"))
+        parts.end("model")
+        loss = 0.1 * step if loss is None else loss
+        result = StepResult(torch.tensor([loss, norm, skipped, True, not skipped]), parts)
         agreement = Agreement(masked_tokens=9, batch_hash=2**64 - step, stop=False)
         self.recorder.add(step, self.curriculum.at(step), agreement, 1e-3, result, 0.01)
+        return result
 
 
 def test_a_step_is_written_when_the_next_one_is_on_its_way(tmp_path: Path) -> None:
@@ -60,6 +64,22 @@ def test_a_step_is_written_when_the_next_one_is_on_its_way(tmp_path: Path) -> No
     run.recorder.flush()
     run.recorder.close()
     assert [line["step"] for line in read(path)] == [1, 2]
+
+
+def test_a_steps_numbers_are_read_when_that_step_has_ended_whatever_came_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(HostMoment, "wait", lambda moment: waited.append(moment))
+    run = _Run(tmp_path / "metrics.jsonl")
+    first = run.take(1)
+    assert waited == []
+    second = run.take(2)
+    # Whether the second one has ended is not asked while the third one could be on its way.
+    assert waited == [first.parts.ended]
+    run.recorder.flush()
+    run.recorder.close()
+    assert waited == [first.parts.ended, second.parts.ended]
 
 
 def test_the_view_is_brought_up_to_date_before_what_is_no_step(
@@ -85,9 +105,9 @@ def test_time_left_counts_what_the_rows_of_a_stage_compute(
     monkeypatch.setattr(
         "megatron_bert.training.recorder.row_flops", lambda _, __, length, ___: flops[length]
     )
-    clock = iter((0.0, 60.0, 61.0))
+    clock = iter((0.0, 60.0, 60.0))
     monkeypatch.setattr(
-        "megatron_bert.training.recorder.time.perf_counter", lambda: next(clock, 61.0)
+        "megatron_bert.training.step_parts.time.perf_counter", lambda: next(clock, 61.0)
     )
     run = _Run(tmp_path / "metrics.jsonl")
     run.take(1)
