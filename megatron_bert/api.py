@@ -105,19 +105,24 @@ def train(config: Config, max_steps: int | None = None) -> RunRecords:
         raise UserError("api.train: it listens for signals; call it in the main thread")
     if max_steps is not None and max_steps < 1:
         raise UserError(f"max_steps = {max_steps}: give 1 or more, or None for all")
-    with _borrowed_hooks():
-        stops = StopRequests(config.run.max_minutes, config.run.deadline)
+    with _borrowed_hooks() as signals:
+        stops = StopRequests(config.run.max_minutes, config.run.deadline, signals=signals)
         train_on_all_ranks(config, stops, max_steps=max_steps)
     return RunRecords.read(config.run.directory)
 
 
 @contextmanager
-def _borrowed_hooks() -> Iterator[None]:
-    """Give back a notebook's way to interrupt cells, and to print tracebacks without a rank."""
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+def _borrowed_hooks() -> Iterator[list[signal.Signals]]:
+    """Give back a notebook's way to interrupt cells, and to print tracebacks without a rank.
+
+    Yields the signals that may be listened for. A handler that is not Python's, of a program that
+    embeds it, could not be given back: its signal is left alone.
+    """
+    found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: handler for number, handler in found.items() if handler is not None}
     print_traceback = sys.excepthook
     try:
-        yield
+        yield list(handlers)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -11,6 +11,9 @@ from typing import TypeAlias
 
 TEMPORARY_INFIX = ".tmp-"
 
+StrPath: TypeAlias = str | os.PathLike[str]
+"""A path as callers from Python have it."""
+
 Write: TypeAlias = Callable[[bytes | memoryview], None]
 """Appends bytes (a memoryview must be one of bytes) to a file."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from megatron_bert.config.keys import key_at
 from megatron_bert.config.overrides import apply_override
 from megatron_bert.config.schema import Config
 from megatron_bert.config.yaml_text import KeyPath, format_document, parse_document
+from megatron_bert.files import StrPath
 
 DEFAULT_RUNS_FOLDER = "runs"
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: StrPath, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, apply overrides and check everything that needs no machine.
 
     Args:
         path: A YAML file.
-        overrides: `key.path=value` each, applied in order.
+        overrides: `key.path=value` each, applied in order; a bare text is one of them.
 
     Returns:
         The configuration, with `run.dir` set (default: `runs/` + the file's stem).
@@ -35,6 +36,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             the wrong type or out of range, or two values contradict each other; all problems
             of the load in one message.
     """
+    path = Path(path)
     tree, lines = _read(path)
     places = {key: f"{path}, line {line}" for key, line in lines.items() if key}
     return _checked(tree, overrides, places, source=str(path), name=path.stem)
@@ -46,15 +48,14 @@ def build_config(
     """Check a configuration that is at hand as plain values, as `load_config` checks a file.
 
     Args:
-        tree: Sections, keys and values as YAML has them; it stays as it is.
-        overrides: `key.path=value` each, applied in order.
+        tree: Sections, keys and values as YAML has them, or paths; it stays as it is.
+        overrides: As `load_config`.
         name: Names `run.dir` where that is not given: `runs/` + this.
 
     Raises:
         ConfigError: As `load_config`.
     """
-    own = copy.deepcopy(dict(tree))
-    return _checked(own, overrides, {}, source="the configuration", name=name)
+    return _checked(_plain(tree), overrides, {}, source="the configuration", name=name)
 
 
 def _checked(
@@ -66,7 +67,8 @@ def _checked(
     name: str,
 ) -> Config:
     """Apply overrides to `tree` and check it; `places` says where each key was given."""
-    problems = _override(tree, overrides, places)
+    given = [overrides] if isinstance(overrides, str) else overrides
+    problems = _override(tree, given, places)
     _fill_empty_sections(tree, ())
     run = tree.setdefault("run", {})
     if isinstance(run, dict) and run.get("dir") is None:
@@ -90,6 +92,15 @@ def config_dict(config: Config) -> dict[str, Any]:
 def dump_config(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that loads to an equal one."""
     return format_document(config_dict(config))
+
+
+def _plain(value: Any) -> Any:
+    """A copy of nested values in which mappings are dicts and paths are text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _override(

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
 from megatron_bert.data.text import TextDocuments, report_skipped
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.files import StrPath
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class PreprocessOptions:
     """What to turn into which dataset, and how.
 
     Attributes:
-        inputs: text files, read in this order.
+        inputs: text files, read in this order, or a single one.
         tokenizer: the tokenizer's file.
         output_prefix: P of `P.bin`, `P.idx` and `P.json`.
         json_key: key of the text in `.jsonl`, its column in `.parquet`.
@@ -68,9 +70,9 @@ class PreprocessOptions:
         restart: whether what an earlier job has done of this is thrown away.
     """
 
-    inputs: Sequence[Path]
-    tokenizer: Path
-    output_prefix: Path
+    inputs: StrPath | Sequence[StrPath]
+    tokenizer: StrPath
+    output_prefix: StrPath
     json_key: str = "text"
     field_keys: Sequence[str] = ()
     normalize: Normalization = "none"
@@ -84,9 +86,16 @@ class PreprocessOptions:
     restart: bool = False
 
     @property
+    def input_files(self) -> list[Path]:
+        """The text files."""
+        inputs = self.inputs
+        return [Path(p) for p in ([inputs] if isinstance(inputs, str | PathLike) else inputs)]
+
+    @property
     def dataset_prefix(self) -> Path:
         """P, or that of the shard."""
-        return self.output_prefix if self.shard is None else self.shard.prefix(self.output_prefix)
+        prefix = Path(self.output_prefix)
+        return prefix if self.shard is None else self.shard.prefix(prefix)
 
 
 @dataclass
@@ -163,7 +172,11 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
     """
     _check(options)
     inputs = InputDocuments(
-        options.inputs, options.txt_documents, options.json_key, options.field_keys, options.shard
+        options.input_files,
+        options.txt_documents,
+        options.json_key,
+        options.field_keys,
+        options.shard,
     )
     tokenizer = Tokenizer.load(options.tokenizer)
     words = None if options.word_boundaries is None else WordFinder(options.word_boundaries)
@@ -205,7 +218,9 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
 def _check(options: PreprocessOptions) -> None:
     if options.workers < 1:
         raise DataError(f"--workers {options.workers}: give at least 1")
-    check_name(options.output_prefix)
+    check_name(Path(options.output_prefix))
+    if isinstance(options.field_keys, str):
+        raise DataError(f"field_keys = {options.field_keys!r}: a bare text; give a list of keys")
     twice = sorted(key for key, times in Counter(options.field_keys).items() if times > 1)
     if twice:
         raise DataError(f"--field-key {' '.join(twice)}: given twice; give each key once")

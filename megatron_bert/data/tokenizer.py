@@ -17,6 +17,7 @@ from megatron_bert.data.tokenizer_backends import (
     SentencePieceBackend,
     TokenizersBackend,
 )
+from megatron_bert.files import StrPath
 
 MASK = "<MASK>"
 CLS = "<CLS>"
@@ -35,6 +36,8 @@ Int64Array = npt.NDArray[np.int64]
 
 class Tokenizer:
     """Text to token ids and back, by a SentencePiece `.model` or a `tokenizer.json`.
+
+    `Tokenizer.load(PATH)` opens one.
 
     Special tokens are found by piece, never by number, in the spelling `<MASK>` or, as
     LLM-jp's Hugging Face repositories have it, `<MASK|LLM-jp>`. Text that holds such a piece
@@ -83,7 +86,7 @@ class Tokenizer:
         self.never_in_text = [i for i in self.special_ids if i not in unknown]
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: StrPath) -> Tokenizer:
         """Read a SentencePiece `.model` or a `tokenizer.json`.
 
         Raises:
@@ -115,7 +118,13 @@ class Tokenizer:
         return cls(backend, path.name, hashlib.sha256(content).hexdigest())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without any special token."""
+        """Token ids of each text, without any special token.
+
+        Raises:
+            DataError: a bare text was given, of which every character would count as one.
+        """
+        if isinstance(texts, str):
+            raise DataError(f"texts = {texts[:60]!r}: a bare text; give a list of texts")
         ids, lengths = self._backend.encode(list(texts))
         return [some.tolist() for some in np.split(ids, np.cumsum(lengths))[:-1]]
 

@@ -15,7 +15,7 @@ import sentencepiece
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
 from megatron_bert.data.tokenizer import SPECIAL_PIECES
-from megatron_bert.files import write_atomically
+from megatron_bert.files import StrPath, write_atomically
 
 DEFAULT_MAX_SENTENCES = 10_000_000
 
@@ -61,8 +61,10 @@ def train_tokenizer(
 
     Raises:
         DataError: the documents hold no text, or too little or too much for `vocab_size`, or a
-            number is out of range.
+            number is out of range; or a bare text was given in place of texts.
     """
+    if isinstance(documents, str):
+        raise DataError(f"documents = {documents[:60]!r}: a bare text; give a list of texts")
     _check_numbers(vocab_size, max_sentences)
     sentences = _sample(_sentences(documents), max_sentences)
     if not sentences:
@@ -121,12 +123,13 @@ def check_writable(path: Path) -> None:
         raise _cannot_write(path, error) from error
 
 
-def write_model(model: bytes, path: Path) -> None:
+def write_model(model: bytes, path: StrPath) -> None:
     """Write a model so that it appears under its name whole or not at all.
 
     Raises:
         DataError: the folder cannot be written to.
     """
+    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, model)

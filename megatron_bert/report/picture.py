@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,8 +47,11 @@ def write_picture(runs: Sequence[RunRecords], output: Path) -> None:
     write_output(output, buffer.getvalue())
 
 
-def draw_curves(runs: Sequence[RunRecords]) -> Figure:
+def draw_curves(runs: RunRecords | Sequence[RunRecords]) -> Figure:
     """Draw loss and learning rate over the steps; with one run its stages and jobs are marked.
+
+    Args:
+        runs: what `RunRecords.read` and `train` return, of one run or of several.
 
     Raises:
         UserError: matplotlib is missing, or two runs are the same directory.
@@ -56,8 +60,11 @@ def draw_curves(runs: Sequence[RunRecords]) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            "--picture needs matplotlib: pip install -c constraints.txt -e '.[examples]'"
+            f"matplotlib, which draws the curves, cannot be imported by {sys.executable}; install "
+            "it there: python -m pip install matplotlib"
         ) from error
+    if isinstance(runs, RunRecords):
+        runs = [runs]
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for run, name in zip(runs, names_of(runs), strict=True):

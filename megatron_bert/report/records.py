@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.errors import UserError
 from megatron_bert.durations import format_duration
+from megatron_bert.files import StrPath
 from megatron_bert.training import metrics
 from megatron_bert.training.journal import START, read_journal
 from megatron_bert.training.run_directory import JOBS, Outcome, read_outcome
@@ -59,13 +60,14 @@ class RunRecords:
     outcome: Outcome | None = None
 
     @classmethod
-    def read(cls, directory: Path) -> RunRecords:
+    def read(cls, directory: StrPath) -> RunRecords:
         """Read a run directory.
 
         Raises:
             UserError: there is none, it has no metrics or damaged ones, or no step was recorded
                 yet.
         """
+        directory = Path(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no such run directory; give the run.dir of a run")
         table = _Table()

@@ -8,15 +8,16 @@ from megatron_bert.checkpoint.huggingface_config import ExportDtype
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.store import find_checkpoint
+from megatron_bert.files import StrPath
 from megatron_bert.training.run_figures import run_figures
 
 
 def export_model(
-    source: Path,
-    output: Path,
+    source: StrPath,
+    output: StrPath,
     dtype: ExportDtype = "fp32",
     *,
-    tokenizer: Path | None = None,
+    tokenizer: StrPath | None = None,
     license_id: str = "unknown",
 ) -> Path:
     """Write a directory for `AutoModelForMaskedLM` and `AutoTokenizer`.
@@ -35,12 +36,12 @@ def export_model(
         CheckpointError: there is no checkpoint, it is damaged, or `output` cannot be made.
         DataError: the tokenizer is missing or is not the one that the run was trained with.
     """
-    checkpoint = find_checkpoint(source)
+    checkpoint = find_checkpoint(Path(source))
     export_checkpoint(
         checkpoint,
-        output,
+        Path(output),
         dtype,
-        tokenizer,
+        None if tokenizer is None else Path(tokenizer),
         figures=run_figures(checkpoint, Manifest.read(checkpoint).step),
         license_id=license_id,
     )

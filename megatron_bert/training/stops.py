@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from types import FrameType
 
@@ -30,6 +31,7 @@ class StopRequests:
         deadline: float | None = None,
         *,
         began: float | None = None,
+        signals: Iterable[signal.Signals] = STOP_SIGNALS,
     ) -> None:
         """Listen for signals.
 
@@ -37,6 +39,7 @@ class StopRequests:
             max_minutes: `run.max_minutes`, from `began` on.
             deadline: `run.deadline`, in seconds since 1970.
             began: when the job did, on the monotonic clock; default: now.
+            signals: which to listen for.
         """
         self._limits: dict[str, float] = {}
         """When the job must have ended, on the monotonic clock, by the key that says so."""
@@ -49,7 +52,7 @@ class StopRequests:
         self._settled = False
         self.seconds_to_end = 0.0
         self.interrupt: KeyboardInterrupt | None = None
-        for number in STOP_SIGNALS:
+        for number in signals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_bert import api
 from megatron_bert.config.load import config_dict, load_config
@@ -50,10 +51,71 @@ def test_the_batch_of_a_step_is_the_one_that_training_reads(
     assert batch.tokens_BS.shape == (12, 32)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_are_taken_as_text_too(
+    kind: type, tiny_run: Callable[..., Config], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(api.dump_config(tiny_run()))
+    config = api.load_config(kind(path), "run.seed=3")
+    assert config.run.seed == 3
+    tree = api.config_dict(config)
+    tree["data"]["tokenizer"] = kind(config.data.tokenizer)
+    tree["data"]["train"] = ({"prefix": kind(config.data.train[0].prefix)},)
+    assert api.build_config(tree).data == config.data
+    tokenizer = api.Tokenizer.load(kind(config.data.tokenizer))
+    assert tokenizer.decode(tokenizer.encode_batch(["Text"])[0]) == "Text"
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "Text"}\n')
+    for inputs in (kind(text), [kind(text)]):
+        options = api.PreprocessOptions(
+            inputs, kind(config.data.tokenizer), kind(tmp_path / "new"), overwrite=True
+        )
+        assert api.preprocess(options).documents == 1
+    api.write_model(b"model", kind(tmp_path / "new.model"))
+    assert (tmp_path / "new.model").read_bytes() == b"model"
+    with pytest.raises(api.UserError, match="no such run directory"):
+        api.RunRecords.read(kind(tmp_path / "none"))
+    with pytest.raises(api.UserError, match="no such directory"):
+        api.export_model(kind(tmp_path / "none"), kind(tmp_path / "out"), tokenizer=kind("a"))
+
+
+def test_a_bare_text_where_a_list_is_meant_is_refused(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run()
+    with pytest.raises(api.UserError, match="documents = 'Text': a bare text; give a list"):
+        api.train_tokenizer("Text", 300)
+    with pytest.raises(api.UserError, match="texts = 'Text': a bare text; give a list"):
+        api.Tokenizer.load(config.data.tokenizer).encode_batch("Text")
+    with pytest.raises(api.UserError, match="field_keys = 'url': a bare text; give a list"):
+        api.preprocess(api.PreprocessOptions("a", "b", "c", field_keys="url"))
+
+
+def test_curves_need_no_list_of_one_run_and_say_where_matplotlib_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = {name: np.array([1.0, 2.0]) for name in ("step", "stage", "seq_length", "loss")}
+    run = api.RunRecords(Path("run"), columns)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(api.UserError, match=f"cannot be imported by {sys.executable}; install"):
+        api.draw_curves(run)
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    one, listed = api.draw_curves(run), api.draw_curves([run])
+    assert len(one.axes[0].lines) == len(listed.axes[0].lines)
+
+
 def test_training_goes_on_step_by_step_and_gives_the_signals_back(
-    tiny_run: Callable[..., Config],
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler, print_traceback = signal.getsignal(signal.SIGINT), sys.excepthook
+    unlike_python = signal.getsignal(signal.SIGUSR2)
+    random_state = torch.get_rng_state()
+    # A program that embeds Python may have put a handler of its own behind a signal.
+    monkeypatch.setattr(
+        api.signal,
+        "getsignal",
+        lambda number, get=signal.getsignal: None if number == signal.SIGUSR2 else get(number),
+    )
     config = tiny_run(
         curriculum=[{"seq_length": 32, "steps": 3}],
         checkpoint={"async": False},
@@ -69,7 +131,10 @@ def test_training_goes_on_step_by_step_and_gives_the_signals_back(
     assert list(last.columns["step"]) == [1, 2, 3]
     assert np.isfinite(last.evaluations[-1]["valid_loss"])
     assert (config.run.directory / FINISHED).exists()
+    monkeypatch.undo()
     assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGUSR2) is unlike_python
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert sys.excepthook is print_traceback
     with pytest.raises(api.UserError, match="max_steps = 0: give 1 or more"):
         api.train(config, max_steps=0)
