@@ -39,6 +39,11 @@ class RankLayout:
     pipeline: int
     replicate: int
 
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest job that this layout is one of."""
+        return self.tensor * self.pipeline * self.replicate
+
     @classmethod
     def of(cls, config: Config) -> RankLayout:
         """The layout that a configuration asks for."""

@@ -42,7 +42,13 @@ def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 def requested_world_size() -> int:
     """The number of ranks that torchrun started (1 without torchrun)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return announced_world_size() or 1
+
+
+def announced_world_size() -> int | None:
+    """What WORLD_SIZE says, which torchrun sets; None where nobody did."""
+    given = os.environ.get("WORLD_SIZE")
+    return None if given is None else int(given)
 
 
 def start_process_group(device: torch.device, timeout_seconds: float) -> None:

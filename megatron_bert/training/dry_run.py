@@ -13,6 +13,7 @@ from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import UserError
+from megatron_bert.config.layout_checks import RankLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source
@@ -28,17 +29,19 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def dry_run(config: Config, world_size: int) -> None:
+def dry_run(config: Config, world_size: int | None) -> None:
     """Print the plan, also where data is missing; then say what is missing.
 
     Args:
         config: what `load_config` returned.
-        world_size: ranks of the job.
+        world_size: ranks of the job; None: as few as the layout takes, which is then said.
 
     Raises:
         ConfigError: the configuration cannot be trained on so many ranks.
         UserError: tokenizer or data are missing or do not fit; all problems in one message.
     """
+    if world_size is None:
+        world_size = _fewest_ranks(config)
     config = with_layout(config, world_size)
     check_config(config, world_size=world_size)
     problems: list[str] = []
@@ -58,6 +61,20 @@ def dry_run(config: Config, world_size: int) -> None:
         logger.info("%s", line)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _fewest_ranks(config: Config) -> int:
+    """The smallest job of the configuration's layout; one rank where the job chooses it."""
+    if config.parallel.layout == "auto":
+        return 1
+    fewest = RankLayout.of(config).fewest_ranks
+    if fewest > 1:
+        logger.info(
+            "ranks       %s, the fewest that the layout takes (WORLD_SIZE=N plans for others); "
+            "to train, start them: torchrun",
+            f"{fewest:,}",
+        )
+    return fewest
 
 
 def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:

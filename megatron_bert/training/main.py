@@ -19,6 +19,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import (
     abandon_process_group,
+    announced_world_size,
     choose_device,
     end_process_group,
     requested_world_size,
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
         sys.stdout.write(dump_config(config))
         return 0
     if args.dry_run:
-        dry_run(config, requested_world_size())
+        dry_run(config, announced_world_size())
         return 0
     train(config, StopRequests(config.run.max_minutes, config.run.deadline, began=began))
     return 0

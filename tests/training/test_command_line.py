@@ -106,6 +106,19 @@ def test_a_dry_run_with_all_data_describes_it_and_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_plans_for_as_many_ranks_as_the_layout_takes(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.replicate=2"]
+    assert main(["--config", str(config_file), "--dry-run", *layout]) == 0
+    assert "ranks       8, the fewest that the layout takes (WORLD_SIZE=N plans for" in caplog.text
+    # A number of ranks that was given is taken at its word.
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=r"layouts of 1 rank that work: .*parallel\.pipeline=1"):
+        main(["--config", str(config_file), "--dry-run", *layout])
+
+
 def test_print_config_prints_what_can_be_given_again(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,7 +139,7 @@ def test_print_config_prints_what_can_be_given_again(
         ("data.train.0.prefix=missing", ["missing", "preprocess_data.py"]),
         ("data.valid.0.prefix=missing", ["missing", "preprocess_data.py"]),
         ("model.vocab_size=256", ["model.vocab_size", "256", "512"]),
-        ("parallel.pipeline=2", ["parallel.pipeline", "1 rank that work", "parallel.pipeline=1"]),
+        ("parallel.tensor=3", ["parallel.tensor = 3", "use 1, 2 or 4"]),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_the_dry_run(

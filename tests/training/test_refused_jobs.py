@@ -62,7 +62,7 @@ def test_a_finished_run_stays_so_when_a_command_is_refused_and_until_a_job_of_it
     finished = _told(tmp_path / "run")
     assert list(finished) == ["FINISHED"]
     refused = ("optimizer.lr=1e-3", "data.train.0.prefix=missing", "checkpoint.resume=none")
-    for key in (*refused, "parallel.tensor=3"):
+    for key in (*refused, "parallel.tensor=2", "parallel.tensor=3"):
         with pytest.raises(UserError):
             _main(*command, key)
         assert _told(tmp_path / "run") == finished
