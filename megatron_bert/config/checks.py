@@ -11,7 +11,7 @@ from megatron_bert.config.arithmetic import total_steps, warmup_steps
 from megatron_bert.config.diagnostics import format_value, raise_problems
 from megatron_bert.config.kernels import fp8_problems, kernel_problems
 from megatron_bert.config.layout_checks import layout_problems
-from megatron_bert.config.places import place_problem
+from megatron_bert.config.places import place_problem, shell_problem
 from megatron_bert.config.profiled_steps import profile_problems
 from megatron_bert.config.remedies import near_divisors, near_multiples
 from megatron_bert.config.schema import Config, Corpus
@@ -54,6 +54,21 @@ def value_problems(config: Config) -> list[str]:
         fp8_problems,
     )
     return [problem for check in checks for problem in check(config)]
+
+
+def shell_problems(config: Config) -> Iterator[str]:
+    """Paths in which something waits for a shell, as a translated script's may."""
+    paths = {
+        "run.dir": config.run.dir,
+        "data.tokenizer": config.data.tokenizer,
+        "checkpoint.resume": config.checkpoint.resume,
+    }
+    for name, corpora in (("train", config.data.train), ("valid", config.data.valid)):
+        paths |= {f"data.{name}.{i}.prefix": corpus.prefix for i, corpus in enumerate(corpora)}
+    for key, path in paths.items():
+        problem = None if path is None else shell_problem(path)
+        if problem is not None:
+            yield f"{key} = {path}: {problem}"
 
 
 def _logger_problems(config: Config) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bert.config.checks import value_problems
+from megatron_bert.config.checks import shell_problems, value_problems
 from megatron_bert.config.diagnostics import explain, format_value, raise_problems
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import key_at
@@ -76,7 +76,7 @@ def _checked(
     config = None
     try:
         config = Config.model_validate(tree)
-        problems += value_problems(config)
+        problems += [*value_problems(config), *shell_problems(config)]
     except ValidationError as error:
         problems += explain(error, places)
     raise_problems(problems, source)

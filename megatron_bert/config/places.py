@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from pathlib import Path
 
 from megatron_bert.config.errors import UserError
 from megatron_bert.files import write_atomically
+
+# A variable ($NAME, ${NAME}, $1, $(command)), or a home.
+_SHELL = re.compile(r"\$(?:\w+|\{[^}]*\}?|\([^)]*\)?)|^~[\w.-]*(?=/|$)")
 
 
 def place_problem(path: Path) -> str | None:
@@ -20,6 +24,21 @@ def place_problem(path: Path) -> str | None:
     if ".." not in named:
         return None
     return f"leaves by `..` a folder that it names; give {os.path.normpath(path)} if that is meant"
+
+
+def shell_problem(path: str) -> str | None:
+    """Say what in a path only a shell would have replaced; None: nothing.
+
+    Args:
+        path: as the configuration has it.
+    """
+    left = _SHELL.search(path)
+    if left is None:
+        return None
+    return (
+        f"{left[0]} is for a shell, which reads no configuration file; write out what it stands "
+        "for, or give the key as an override, in double quotes"
+    )
 
 
 def check_place(path: Path) -> None:

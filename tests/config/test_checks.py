@@ -108,6 +108,31 @@ def test_contradicting_values_are_refused_with_values_that_work(
     assert message in refusal(build, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("key", "path", "left"),
+    [
+        ("run.dir", "$1", "$1"),
+        ("run.dir", "runs/$NAME-x", "$NAME"),
+        ("run.dir", "runs/${NAME:-a}/b", "${NAME:-a}"),
+        ("run.dir", "~/runs", "~"),
+        ("data.tokenizer", "~you/my.model", "~you"),
+        ("data.train.1.prefix", "$(pwd)/ja", "$(pwd)"),
+        ("checkpoint.resume", "$HOME/start", "$HOME"),
+    ],
+)
+def test_a_path_that_waits_for_a_shell_is_refused(
+    build: Build, key: str, path: str, left: str
+) -> None:
+    text = refusal(build, f"{key}='{path}'")
+    assert f"{key} = {path}: {left} is for a shell, which reads no configuration file" in text
+    assert "write out what it stands for" in text
+
+
+@pytest.mark.parametrize("path", ["runs/a~", "runs/~a", "runs/5$", "./~old"])
+def test_a_path_with_a_mark_that_no_shell_would_replace_is_taken(build: Build, path: str) -> None:
+    assert build(f"run.dir={path}").run.dir == path
+
+
 def test_keys_of_a_pipeline_have_no_effect_without_one(build: Build) -> None:
     schedule = ["parallel.pipeline_schedule=zero_bubble", "parallel.virtual_stages=9"]
     check_config(build(*schedule, "recompute=full", "compile.enabled=true"), world_size=1)

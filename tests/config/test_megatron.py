@@ -57,8 +57,11 @@ def test_the_published_example_becomes_a_configuration_that_loads(tmp_path: Path
     translation = _of(EXAMPLE)
     path = tmp_path / "large.yaml"
     path.write_text(render_file(translation))
-    config = load_config(path)
-    check_config(load_config(path, ["log.tensorboard=false"]), world_size=128)
+    with pytest.raises(ConfigError, match=r"run\.dir = \$CHECKPOINT_PATH: .* write out"):
+        load_config(path)
+    by_hand = ["run.dir=runs/large", "data.train.0.prefix=data/wiki", "log.tensorboard=false"]
+    config = load_config(path, by_hand)
+    check_config(config, world_size=128)
     assert (config.model.num_layers, config.model.ffn_hidden_size) == (24, 2688)
     assert (config.parallel.tensor, config.parallel.pipeline) == (8, 16)
     assert config.schedule.warmup_steps == 9900

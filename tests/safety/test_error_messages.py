@@ -21,6 +21,7 @@ EXCEPTIONS = {
     ("megatron_bert/checkpoint/saver.py", "_check"): "ends a save that nobody waits for",
     ("megatron_bert/checkpoint/store.py", "_verify"): _PASSED_ON,
     ("megatron_bert/config/checks.py", "_place_problems"): "place_problem says what to do",
+    ("megatron_bert/config/checks.py", "shell_problems"): "shell_problem says what to do",
     ("megatron_bert/config/diagnostics.py", "raise_problems"): _PASSED_ON,
     ("megatron_bert/config/places.py", "check_place"): "place_problem says what to do",
     ("megatron_bert/data/parsing.py", "_line_error"): "LineError's text adds what to do",
