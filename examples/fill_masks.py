@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from megatron_bert.config.errors import DataError, run_cli
+from megatron_bert.config.errors import DataError, Parser, run_cli
 from megatron_bert.data.text import DocumentReader, iterate_documents
 from megatron_bert.huggingface.configuration_retrieva_bert import RetrievaBertConfig
 from megatron_bert.huggingface.modeling_retrieva_bert import RetrievaBertForMaskedLM
@@ -103,7 +103,7 @@ def _shown(token: str, is_right: bool) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="exported model")
     parser.add_argument(
         "--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl or .txt"

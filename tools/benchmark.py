@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_bert.benchmark.data import FULL, QUICK, DataOptions, measure_data
 from megatron_bert.benchmark.table import data_table
-from megatron_bert.config.errors import run_cli
+from megatron_bert.config.errors import Parser, run_cli
 from megatron_bert.config.load import load_config
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ _CORPUS = [_CHECKOUT / "examples" / "corpus" / f"{name}.jsonl" for name in ("eng
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     data = kinds.add_parser(
         "data",
@@ -159,16 +160,18 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number above 0")
+    return int(text)
 
 
 def _probability(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"{value:g} does not lie from 0 to below 1")
+        raise argparse.ArgumentTypeError(f"{text}: give a number from 0 to below 1")
     return value
 
 

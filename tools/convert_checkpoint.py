@@ -18,13 +18,13 @@ from megatron_bert.checkpoint.summary import (
     describe_huggingface,
     is_huggingface,
 )
-from megatron_bert.config.errors import run_cli
+from megatron_bert.config.errors import Parser, run_cli
 from megatron_bert.config.yaml_text import format_document
 from megatron_bert.training.export import export_model
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_to_hf(commands)
     _add_from_hf(commands)
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_to_hf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_to_hf(commands: argparse._SubParsersAction[Parser]) -> None:
     to_hf = commands.add_parser(
         "to-hf",
         help="write a directory for AutoModelForMaskedLM and AutoTokenizer",
@@ -81,7 +81,7 @@ def _add_to_hf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
 
 
-def _add_from_hf(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_from_hf(commands: argparse._SubParsersAction[Parser]) -> None:
     from_hf = commands.add_parser(
         "from-hf",
         help="write a checkpoint that pretraining goes on from",

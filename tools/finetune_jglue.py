@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import UserError, run_cli
+from megatron_bert.config.errors import Parser, UserError, run_cli
 from megatron_bert.config.places import check_place
 from megatron_bert.jglue.results import Results, table
 from megatron_bert.jglue.tasks import EPOCHS, LEARNING_RATES, TASKS, Task
@@ -24,7 +24,7 @@ _SHORTEST_INPUT = 16
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Writes results.json into --output after every training. The same command goes "
         "on where a killed one was; other tasks, seeds, learning rates and epochs are added to "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import DataError, run_cli
+from megatron_bert.config.errors import DataError, Parser, run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.config.places import write_output
 from megatron_bert.config.schema import Config
@@ -25,7 +25,7 @@ _SAMPLES = 3
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="With --config, each step's line has its number, its stage and the batch_hash that "
         "training writes into metrics.jsonl.",

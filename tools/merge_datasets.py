@@ -9,14 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import run_cli
+from megatron_bert.config.errors import Parser, run_cli
 from megatron_bert.data.merge import merge_datasets
 
 _MOST_NAMES = 3
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Datasets are joined in the order given, shards (S-00000-of-00004 and so on) by "
         "their number. They need the same tokenizer and, for P.words, the same dictionary. The "

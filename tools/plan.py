@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.errors import ConfigError, Parser, run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.files import write_durably
@@ -26,7 +26,7 @@ _USUAL_VOCABULARY = 99_584
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Opens no data but the tokenizer. What is predicted, from what, and how far "
         "predictions were off: docs/scaling.md.",

@@ -12,7 +12,7 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import run_cli
+from megatron_bert.config.errors import Parser, run_cli
 from megatron_bert.data.dictionary_words import Dictionary
 from megatron_bert.data.parsing import Normalization
 from megatron_bert.data.preprocess import PreprocessOptions, preprocess
@@ -21,7 +21,7 @@ from megatron_bert.data.text_arguments import add_text_arguments
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Documents keep their order. P.bin holds tokens of text only, no special ones. A "
         "job that was killed goes on where it was when it is run again (its work is in P.partial).",

@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import run_cli
+from megatron_bert.config.errors import Parser, run_cli
 from megatron_bert.data.split import split_documents
 from megatron_bert.data.text_arguments import add_text_arguments, open_texts
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="Equal texts stay together. Both files are .jsonl with the key `text`.",
     )

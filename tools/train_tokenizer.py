@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import DataError, run_cli
+from megatron_bert.config.errors import DataError, Parser, run_cli
 from megatron_bert.data.progress import Progress
 from megatron_bert.data.text import DocumentReader, iterate_documents
 from megatron_bert.data.text_arguments import add_text_arguments, open_texts
@@ -24,7 +24,7 @@ from megatron_bert.data.tokenizer_training import (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="The model is a unigram model with byte fallback whose ids 0 to 7 are <unk> <s> "
         "</s> <MASK> <PAD> <CLS> <SEP> <EOD>. The same input gives the same model.",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.errors import ConfigError, Parser, run_cli
 from megatron_bert.config.megatron.document import remarks, render_file
 from megatron_bert.config.megatron.shell_text import command_arguments
 from megatron_bert.config.megatron.translation import translate
@@ -17,7 +17,7 @@ from megatron_bert.config.places import write_output
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         usage="%(prog)s [-h] [--variable NAME=VALUE] [--output FILE.yaml] [--overwrite] "
         "(SCRIPT | -- ARGUMENT ...)",

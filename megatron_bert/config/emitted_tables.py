@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.errors import ConfigError, Parser
 
 
 def guide_to_write(arguments: Sequence[str] | None, file: str, description: str | None) -> Path:
@@ -15,7 +14,7 @@ def guide_to_write(arguments: Sequence[str] | None, file: str, description: str 
     Raises:
         ConfigError: It is not there.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
     guide: Path = parser.parse_args(arguments).docs / file
     if not guide.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
@@ -32,6 +33,23 @@ class RunError(Exception):
 
     Notes (`add_note`) are details, for those who look for the cause.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose refusals are told as all others are; `run_cli` is around its `main`.
+
+    Of its own it would write `usage: ... PROGRAM: error: ...`, in which nobody finds `error:` at
+    the beginning of a line.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Show the usage, and refuse what was given.
+
+        Raises:
+            ConfigError: always.
+        """
+        self.print_usage(sys.stderr)
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:

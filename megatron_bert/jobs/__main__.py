@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import ConfigError, run_cli
+from megatron_bert.config.errors import ConfigError, Parser, run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.jobs.going_on import announce, judge, take_up
 from megatron_bert.jobs.layout import layout_keys
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -P -m megatron_bert.jobs", description=(__doc__ or "").splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)

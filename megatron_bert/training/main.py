@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.config.checks import check_config
+from megatron_bert.config.errors import Parser
 from megatron_bert.config.load import config_dict, dump_config, load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pretrain_bert.py",
         description="Pretrain a BERT-type encoder. Start it with torchrun for several ranks, "
         "or with python for one.",

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from megatron_bert.benchmark import data as data_benchmark
-from megatron_bert.config.errors import DataError
+from megatron_bert.config.errors import ConfigError, DataError
 from tools import benchmark as tool
 
 RATE = {"type": "number", "exclusiveMinimum": 0}
@@ -118,11 +118,13 @@ def test_a_missing_corpus_ends_the_tool_with_two_and_one_error(tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
-def test_what_does_not_exist_yet_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
+def test_what_does_not_exist_or_is_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="invalid choice: 'network'"):
         tool.main(["network"])
-    assert stopped.value.code == 2
-    assert "invalid choice: 'network'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--steps: 0: give a whole number above 0"):
+        tool.main(["step", "--steps", "0"])
+    with pytest.raises(ConfigError, match="--dropout: x: give a number from 0"):
+        tool.main(["step", "--dropout", "x"])
 
 
 @pytest.mark.faults

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import DataError, RunError, run_cli
+from megatron_bert.config.errors import DataError, Parser, RunError, run_cli
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +33,30 @@ def test_each_line_of_a_user_error_is_marked_as_one(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         run_cli(refuse)
     assert capsys.readouterr().err == "error: 2 problems:\nerror:   this\nerror:   that\n"
+
+
+@pytest.mark.parametrize("arguments", [["--count=many"], ["go", "--far=1"], ["--none"]])
+def test_a_command_line_that_cannot_be_read_is_told_as_any_other_refusal(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser(prog="tool.py")
+    parser.add_argument("--count", type=int)
+    parser.add_subparsers().add_parser("go").add_argument("--far", choices=["2"])
+    with pytest.raises(SystemExit) as left:
+        run_cli(lambda: parser.parse_args(arguments) and None)
+    assert left.value.code == 2
+    usage, *_, line = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: tool.py")
+    assert line.startswith("error: ")
+    assert arguments[-1].split("=")[0] in line
+    assert line.endswith("--help")
+
+
+def test_every_command_line_is_read_by_the_parser_that_tells_so() -> None:
+    folders = [CHECKOUT / "megatron_bert", CHECKOUT / "tools", CHECKOUT / "examples"]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    others = [path for path in files if "argparse.ArgumentParser(" in path.read_text("utf-8")]
+    assert others == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert import api
+from megatron_bert.config.errors import UserError
 from megatron_bert.training import main as training
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ def test_every_command_of_a_guide_is_understood_by_its_program(document: str) ->
         parser = _parser_of(program)
         try:
             parsed = _parse(parser, arguments)
-        except SystemExit:
+        except (SystemExit, UserError):
             pytest.fail(f"{document}: {' '.join(words)}")
         config = getattr(parsed, "config", None)
         if config is not None and str(config).startswith("examples/"):

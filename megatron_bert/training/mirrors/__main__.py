@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from megatron_bert.config.errors import UserError, run_cli
+from megatron_bert.config.errors import Parser, UserError, run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training.mirrors.following import Bookmark, FollowedFile
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -P -m megatron_bert.training.mirrors")
+    parser = Parser(prog="python -P -m megatron_bert.training.mirrors")
     parser.add_argument("run_dir", type=Path, help="a run's directory")
     parser.add_argument("to", choices=["wandb", "tensorboard"])
     parser.add_argument(
