@@ -125,8 +125,8 @@ mkdir -p -- "$folder" || exit 1
 printf '  everything lands in %s\n' "$folder"
 
 say "2/8 Held-out text: one document in twenty is never trained on, to measure what was learned"
-stands "$folder/train.jsonl" "The split" || run tools/split_corpus.py --input "${corpora[@]}" \
-    --train "$folder/train.jsonl" --valid "$folder/valid.jsonl" "${reading[@]}"
+stands "$folder/train.jsonl" "The split" || run tools/split_corpus.py --overwrite \
+    --input "${corpora[@]}" --train "$folder/train.jsonl" --valid "$folder/valid.jsonl" "${reading[@]}"
 
 say "3/8 Tokenizer: the vocabulary, learned from the text itself (SentencePiece, unigram)"
 # About one piece for every 60 bytes of text, between 1,000 and 16,000.

@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="share of the documents to hold out, at least one (default: %(default)s)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser
 
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.valid,
         options.fraction,
         on_error=options.on_error,
+        overwrite=options.overwrite,
     )
     sys.stdout.write(
         f"wrote {options.train}: {counts.train:,} documents, and {options.valid}: "

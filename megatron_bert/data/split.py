@@ -36,6 +36,7 @@ def split_documents(
     fraction: float,
     *,
     on_error: OnError = "fail",
+    overwrite: bool = False,
 ) -> SplitCounts:
     """Write the documents as `{"text": ...}` lines into two `.jsonl` files.
 
@@ -45,10 +46,11 @@ def split_documents(
         held_out: file of the `fraction` (at least one document) with the smallest hashes.
         fraction: share of the documents to hold out, above 0 and below 1.
         on_error: what to do at a line that cannot be used.
+        overwrite: whether files that are there already are replaced.
 
     Raises:
         UserError: a line cannot be used, there are fewer than two different documents, the
-            fraction is out of range, or a file cannot be written.
+            fraction is out of range, or a file cannot be written or is there already.
     """
     if not 0.0 < fraction < 1.0:
         raise DataError(
@@ -63,6 +65,11 @@ def split_documents(
         check_place(place)
         if place.is_dir():
             raise DataError(f"cannot write {place}: it is a folder; name a file in it")
+        if place.exists() and not overwrite:
+            raise DataError(
+                f"{place} exists already, and a model may have been trained on what it leaves out; "
+                "choose another name, or replace it with --overwrite"
+            )
     hashes = {_hash(text) for text in iterate_documents(reader, on_error) if text}
     if len(hashes) < 2:
         raise DataError(

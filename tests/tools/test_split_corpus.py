@@ -27,7 +27,7 @@ def split(
 ) -> tuple[SplitCounts, list[str], list[str]]:
     reader = DocumentReader([write_corpus(folder / "corpus.jsonl", texts)])
     train, valid = folder / "train.jsonl", folder / "valid.jsonl"
-    counts = split_documents(reader, train, valid, fraction)
+    counts = split_documents(reader, train, valid, fraction, overwrite=True)
     return counts, texts_of(train), texts_of(valid)
 
 
@@ -163,6 +163,20 @@ def test_no_file_is_written_over_the_other_or_over_the_corpus(
         split_documents(DocumentReader([corpus]), tmp_path / train, tmp_path / valid, 0.5)
     assert corpus.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "valid.jsonl"])
+def test_an_existing_file_is_replaced_only_on_demand(tmp_path: Path, name: str) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", numbered(4))
+    (tmp_path / name).write_text("mine")
+    arguments = ["--input", str(corpus), "--train", str(tmp_path / "train.jsonl")]
+    arguments += ["--valid", str(tmp_path / "valid.jsonl")]
+    with pytest.raises(DataError, match=rf"{name} exists already.*--overwrite"):
+        tool.main(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", name]
+    assert (tmp_path / name).read_text() == "mine"
+    tool.main([*arguments, "--overwrite"])
+    assert len(texts_of(tmp_path / "train.jsonl")) == 3
 
 
 def test_empty_documents_are_left_out(tmp_path: Path) -> None:
