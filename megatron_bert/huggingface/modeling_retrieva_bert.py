@@ -287,6 +287,9 @@ class RetrievaBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # A pretrained model brings its head for masked words, which no other model of these has a use
+    # for; without this transformers would report its weights as unexpected.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^cls\."]
     # Trainer divides a loss that is a mean over the batch at hand by its accumulation steps; the
     # heads that take `num_items_in_batch` say so.
     accepts_loss_kwargs = False

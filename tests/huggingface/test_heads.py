@@ -221,6 +221,7 @@ def test_a_new_head_on_pretrained_weights_is_all_that_is_new(head: str, tmp_path
     pretrained.save_pretrained(tmp_path)
     model, report = HEADS[head].from_pretrained(tmp_path, output_loading_info=True)
     assert all(name.startswith(("pooler", "classifier", "qa_")) for name in report["missing_keys"])
+    assert not report["unexpected_keys"]
     for name, parameter in pretrained.bert.named_parameters():
         assert torch.equal(model.bert.get_parameter(name), parameter), name
 
@@ -230,6 +231,13 @@ def test_the_encoder_alone_loads_from_a_masked_language_model(tmp_path: Path) ->
     pretrained.save_pretrained(tmp_path)
     encoder, report = RetrievaBertModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
+    # Its head for masked words is no surprise, whereas a weight of another model is one.
+    assert not report["unexpected_keys"]
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["bert.encoder.layer.9.mlp.up_proj.weight"] = torch.zeros(1)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    _, report = RetrievaBertModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert len(report["unexpected_keys"]) == 1
     ids = _ids(ROWS, SLOTS)
     assert torch.equal(
         encoder.eval()(ids).last_hidden_state, pretrained.bert(ids).last_hidden_state
