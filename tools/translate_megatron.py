@@ -55,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{' '.join(words) or 'no argument'}: give either a script, or Megatron-LM's arguments "
             "behind --"
         )
+    if direct and options.variable:
+        raise ConfigError(
+            f"--variable {options.variable[0]}: is for a script; leave it out, and put the value "
+            "into the arguments"
+        )
     if options.script is not None:
         variables = dict(map(_variable, options.variable))
         direct = command_arguments(_read(options.script), str(options.script), variables)
@@ -67,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError(f"{options.output} exists; give --overwrite to replace it")
     write_output(options.output, text)
     sys.stdout.write("".join(f"{line}\n" for line in remarks(translation)))
+    first = "fill in what is listed, then " if translation.by_hand else ""
     sys.stdout.write(
-        f"\nwrote {options.output}; next: python pretrain_bert.py --config {options.output} "
+        f"\nwrote {options.output}; next: {first}python pretrain_bert.py --config {options.output} "
         "--dry-run\n"
     )
 

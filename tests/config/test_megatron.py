@@ -14,6 +14,7 @@ from megatron_bert.config.load import config_dict, load_config
 from megatron_bert.config.megatron.argument import Fate
 from megatron_bert.config.megatron.document import render_file
 from megatron_bert.config.megatron.emit_table import GUIDE_FILE, main, render
+from megatron_bert.config.megatron.shell_arithmetic import with_results
 from megatron_bert.config.megatron.shell_text import command_arguments
 from megatron_bert.config.megatron.table import ARGUMENTS, find
 from megatron_bert.config.megatron.translation import Translation, translate
@@ -226,6 +227,17 @@ def _at(tree: Any, key: str) -> object:
         ('OPTIONS=" --a 1 \\\n --b"\nX=1 torchrun pretrain_bert.py $OPTIONS', ["--a", "1", "--b"]),
         ('N=${N:-8}\nA="--n $N"\nA+=" --m"\npretrain_bert.py $A', ["--n", "8", "--m"]),
         ("W=$(($G*2))\npretrain_bert.py --w $W --d $1/x", ["--w", "$W", "--d", "data/x"]),
+        ("export A=1 B='2 3'\npretrain_bert.py --a $A --b $B", ["--a", "1", "--b", "2", "3"]),
+        ("A=1 B=2 # two\npretrain_bert.py --a $A --b $B", ["--a", "1", "--b", "2"]),
+        ("export A B=2 2>/dev/null; pretrain_bert.py --a $A --b $B", ["--a", "$A", "--b", "2"]),
+        ("A=1 && B=2 &&\n pretrain_bert.py --a $A$B", ["--a", "12"]),
+        ("cd x && A=1 && pretrain_bert.py --a $A", ["--a", "1"]),
+        ("[ -z x ] && A=1\nfalse || B=1\npretrain_bert.py $A $B", ["$A", "$B"]),
+        ("cat <<END >x.json\n{\"a\": 'it\nA=1 && (\nEND\npretrain_bert.py --a $A", ["--a", "$A"]),
+        ("cat <<-'END'\n\tA=1\n\tEND\nB=2; pretrain_bert.py $A $B", ["$A", "2"]),
+        ("sbatch <<END\nA=\\$((2*3))\ntorchrun pretrain_bert.py --a \\$A\nEND\n", ["--a", "6"]),
+        ("echo '<< END'\ncat <<<END\nA=$((1<<END))\npretrain_bert.py --a", ["--a"]),
+        ("D=${X:-$1}\npretrain_bert.py --d $D", ["--d", "data"]),
         ('run="python pretrain_bert.py --a"\nsrun sh -c "$run"; echo done', ["--a"]),
         ("--a 1 \\\n --b", ["--a", "1", "--b"]),
         ("if true; then\n torchrun pretrain_bert.py --a\nfi", ["--a"]),
@@ -236,7 +248,49 @@ def _at(tree: Any, key: str) -> object:
     ],
 )  # fmt: skip
 def test_a_script_is_read_as_the_shell_would(text: str, expected: list[str]) -> None:
-    assert command_arguments(text, "x.sh", {"1": "data"}) == expected
+    given = {"1": "data"} if "$1" in text else {}
+    assert command_arguments(text, "x.sh", given) == expected
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("$((A*B))", "32"),
+        ("$(( $A * ${B} + 2 - 1 ))", "33"),
+        ("$(( (A + B) * -2 ))", "-24"),
+        ("$((-7 / 2))x$((-7 % 2))", "-3x-1"),
+        ("$(( $((A / 3)) % 2 ))", "1"),
+        ("$(($2*2))", "6"),
+        # What is not computed stays as it stands.
+        ("$((A*UNKNOWN))", "$((A*UNKNOWN))"),
+        ("$((A/0))", "$((A/0))"),
+        ("$((A**B))", "$((A**B))"),
+        ("$((A<<1))", "$((A<<1))"),
+        ("$((010))", "$((010))"),
+        ("$((TEXT))", "$((TEXT))"),
+        ("$((A", "$((A"),
+        ("$(date)", "$(date)"),
+    ],
+)
+def test_arithmetic_of_whole_numbers_is_computed(expression: str, result: str) -> None:
+    values = {"A": "4", "B": "8", "2": "3", "TEXT": "__import__('os')"}
+    assert with_results(expression, values.get) == result
+    script = f'A=4 B=8 TEXT=x\nW="{expression}"\npretrain_bert.py --w $W'
+    if "$2" not in expression and "$" not in result:
+        assert command_arguments(script, "x.sh", {}) == ["--w", result]
+
+
+def test_a_variable_that_the_script_has_not_is_refused() -> None:
+    script = "B=$((A*2))\npretrain_bert.py --a $DATA_PATH --b $B"
+    given = {"DATA_PATH": "a", "A": "2"}
+    assert command_arguments(script, "x.sh", given) == ["--a", "a", "--b", "4"]
+    message = (
+        r"--variable DATAPATH=a: x.sh has no \$DATAPATH; it is given \$A, \$DATA_PATH; correct"
+    )
+    with pytest.raises(ConfigError, match=message):
+        command_arguments(script, "x.sh", {"DATAPATH": "a"})
+    # What the script sets itself may be given too: the value from outside counts.
+    assert command_arguments("A=1\npretrain_bert.py --a $A", "x.sh", {"A": "2"}) == ["--a", "2"]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +334,9 @@ def test_the_tool_writes_a_file_that_loads_and_says_what_is_left_to_do(
     output = tmp_path / "large.yaml"
     variables = ["--variable", "DATA_PATH=data/wiki", "--variable", "CHECKPOINT_PATH=runs/large"]
     tool.main([str(script), *variables, "--output", str(output)])
-    assert "data.tokenizer: no --tokenizer-model was given" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "data.tokenizer: no --tokenizer-model was given" in told
+    assert f"next: fill in what is listed, then python pretrain_bert.py --config {output}" in told
     tree = config_dict(load_config(output))
     assert (tree["run"]["dir"], tree["data"]["train"][0]["prefix"]) == ("runs/large", "data/wiki")
     with pytest.raises(ConfigError, match="--overwrite"):
@@ -296,6 +352,7 @@ def test_the_tool_writes_a_file_that_loads_and_says_what_is_left_to_do(
         (["x.sh", "--", "--a"], "give either a script"),
         (["nowhere.sh"], "nowhere.sh: No such file"),
         (["x.sh", "--variable", "A"], "NAME=VALUE"),
+        (["--variable", "A=1", "--", "--a"], "--variable A=1: is for a script; leave it out"),
     ],
 )
 def test_the_tool_refuses_what_it_cannot_read(arguments: list[str], message: str) -> None:
