@@ -41,6 +41,18 @@ def test_an_example_says_in_its_first_lines_what_it_is_for(name: str) -> None:
     assert any("language-server" not in line for line in comments)
 
 
+def test_the_examples_agree_on_where_tokenizer_and_datasets_lie() -> None:
+    datas = [load_config(path).data for path in EXAMPLES.values()]
+    published = "data/llm-jp-tokenizer-100k.ver3.0b1.model"
+    assert {data.tokenizer for data in datas} == {"data/my.model", published}
+    own = [data for data in datas if data.tokenizer != published]
+    assert all("data/train" in [corpus.prefix for corpus in data.train] for data in own)
+    assert {corpus.prefix for data in own for corpus in data.valid} == {"data/valid"}
+    readme = (CHECKOUT / "README.md").read_text("utf-8")
+    assert "--output data/my.model" in readme
+    assert "--output-prefix data/train" in readme
+
+
 @pytest.fixture(scope="module")
 def stand_ins(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the files lie that the examples name, all with the tiny corpus' content."""
@@ -88,9 +100,6 @@ def test_an_example_passes_a_dry_run_on_the_data_that_it_names(
     overrides = [f"curriculum.{stage}.steps=3" for stage in range(len(config.curriculum))]
     if config.data.held_out_fraction:
         overrides.append(f"data.held_out_fraction={HELD_OUT}")
-    if not Path(config.data.tokenizer).suffix:
-        # A script sets these keys.
-        overrides.append("data.tokenizer=data/my.model")
     assert main(["--config", str(EXAMPLES[name]), "--dry-run", *overrides]) == 0
     start = "goes on     from" if name.startswith("continue") else "begins      afresh"
     assert start in caplog.text

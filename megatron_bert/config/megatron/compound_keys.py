@@ -136,7 +136,7 @@ def _held_out(given: Given) -> float:
 
 def _set_tokenizer(builder: Builder) -> None:
     words = builder.given.words("--tokenizer-model")
-    builder.tree["data"]["tokenizer"] = words[0] if words else "data/tokenizer.model"
+    builder.tree["data"]["tokenizer"] = words[0] if words else "data/my.model"
     if not words:
         builder.by_hand.append(
             "data.tokenizer: no --tokenizer-model was given; name the SentencePiece model or "
