@@ -101,8 +101,12 @@ def train(config: Config, max_steps: int | None = None) -> RunRecords:
     Raises:
         UserError: configuration, data or checkpoint cannot be used.
     """
-    if threading.current_thread() is not threading.main_thread():
-        raise UserError("api.train: it listens for signals; call it in the main thread")
+    thread = threading.current_thread()
+    if thread is not threading.main_thread():
+        raise UserError(
+            f"api.train in the thread {thread.name}: only the main thread can listen for signals; "
+            "call it in that"
+        )
     if max_steps is not None and max_steps < 1:
         raise UserError(f"max_steps = {max_steps}: give 1 or more, or None for all")
     with _borrowed_hooks() as signals:

@@ -157,12 +157,13 @@ def _prepare_process() -> None:
     """
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
         raise UserError(
-            f"{', '.join(missing)} cannot be imported; the extra jglue brings what it needs: "
-            "pip install -c constraints.txt -e '.[jglue]'"
+            f"packages {', '.join(missing)} cannot be imported; the extra jglue brings what it "
+            "needs: pip install -c constraints.txt -e '.[jglue]'"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
         raise UserError(
-            "WORLD_SIZE is above 1: start this tool with python, not with torchrun; one process "
+            f"WORLD_SIZE = {ranks}: start this tool with python, not with torchrun; one process "
             "and one GPU train a cell, and others may run beside it with an --output of their own"
         )
     # The model lies on the disk: nothing is looked up in a hub.

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     direct = words[end + 1 :]
     if (options.script is None) == (not direct):
         raise ConfigError(
-            f"{' '.join(words) or 'no argument'}: give either a script, or Megatron-LM's arguments "
+            f"arguments {' '.join(words) or '(none)'}: give either a script, or Megatron-LM's "
             "behind --"
         )
     if direct and options.variable:

@@ -21,7 +21,9 @@ def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> Pe
     """
     ranks = requested_world_size()
     if ranks > 1:
-        raise ConfigError(f"{ranks} ranks: trainers are compared on one; start without torchrun")
+        raise ConfigError(
+            f"WORLD_SIZE = {ranks}: trainers are compared on one rank; start without torchrun"
+        )
     subject = subject_of(given)
     options: dict[str, list[Any]] = {
         "--micro-tokens": subject.micro_tokens,
@@ -29,7 +31,8 @@ def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> Pe
     }
     for option, values in options.items():
         if len(values) > 1:
-            raise ConfigError(f"{option}: trainers are compared at one value; give one")
+            shown = " ".join(map(str, values))
+            raise ConfigError(f"{option} {shown}: trainers are compared at one value; give one")
     with joined_ranks(subject.config) as device, corpora_of(given, subject) as corpora:
         work = PeersWork(
             config=with_dropout(subject.config, subject.dropouts[0]),

@@ -126,7 +126,7 @@ def _checked_tokenizer(path: Path, directory: Path, config: ReadConfig) -> Token
     """Load the tokenizer of the run to come, which must have the pieces of the model's own."""
     own = directory / TOKENIZER_NAME
     if path == own and not own.is_file():
-        raise DataError(f"{own}: no such file; name the model's tokenizer with --tokenizer")
+        raise DataError(f"tokenizer {own}: no such file; name the model's with --tokenizer")
     known = Tokenizer.load(path)
     if known.vocab_size > config.vocab_size:
         raise DataError(

@@ -18,7 +18,9 @@ def guide_to_write(arguments: Sequence[str] | None, file: str, description: str 
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
     guide: Path = parser.parse_args(arguments).docs / file
     if not guide.is_file():
-        raise ConfigError(f"{guide} does not exist; run in the checkout's root or give --docs")
+        raise ConfigError(
+            f"the document {guide} does not exist; run in the checkout's root or give --docs"
+        )
     return guide
 
 

@@ -50,7 +50,7 @@ def describe_overlap(config: Config, examples: int) -> Iterator[str]:
     held_out, warnings = open_evaluation_corpora(config, tokenizer)
     if not held_out:
         raise DataError(
-            "data.valid is empty and data.held_out_fraction is 0: there is no held-out text to "
+            "data.valid = [] and data.held_out_fraction = 0: there is no held-out text to "
             "compare with; set one of them"
         )
     yield from warnings

@@ -145,8 +145,8 @@ def check_unused_by_others(prefix: Path, final_prefix: Path, suffixes: Collectio
 def _refuse(existing: list[str]) -> None:
     if existing:
         raise DataError(
-            f"{', '.join(existing)} already there; choose another --output-prefix, or replace "
-            f"the dataset with --overwrite"
+            f"files {', '.join(existing)} already there; choose another --output-prefix, or "
+            "replace the dataset with --overwrite"
         )
 
 

@@ -68,7 +68,7 @@ def train_tokenizer(
     _check_numbers(vocab_size, max_sentences)
     sentences = _sample(_sentences(documents), max_sentences)
     if not sentences:
-        raise DataError("--input: the files hold no text; give some with at least one document")
+        raise DataError("documents (--input): 0 lines of text in all of them; give at least one")
     model = io.BytesIO()
     unknown, begin, end, *control = SPECIAL_PIECES
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -78,7 +79,8 @@ def draw(plan: Plan) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            "pictures need matplotlib: pip install -c constraints.txt -e '.[examples]'"
+            f"matplotlib, which draws the plan, cannot be imported by {sys.executable}; install "
+            "it there: python -m pip install matplotlib"
         ) from error
     shown = _shown(plan)
     piped = next((entry.layout for _, entry in shown if entry.layout.split.pipeline > 1), None)

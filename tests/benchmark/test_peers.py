@@ -88,4 +88,4 @@ def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path) -> None:
 def test_a_comparison_takes_one_dropout(tmp_path: Path) -> None:
     done = _run(tmp_path, "--dropout", "0", "0.1")
     assert done.returncode == 2
-    assert "error: --dropout: trainers are compared at one value; give one" in done.stderr
+    assert "error: --dropout 0.0 0.1: trainers are compared at one value; give one" in done.stderr

@@ -1,7 +1,8 @@
 """The texts of the errors that a user can mend, as the source has them.
 
-A text is put together as far as the source shows it: `{}` stands for a value that only a run
-knows. A name stands for the strings that its function, or the module, gives it.
+A text is put together as far as the source shows it: `{path}` stands for a value that only a run
+knows, under the name that the source has for it. A name stands for the strings that its function,
+or the module, gives it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-VALUE = "{}"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 # What to do is an imperative, and it begins a clause.
@@ -23,7 +23,18 @@ _VERBS = (
     "write"
 )
 _REMEDY = re.compile(rf"(?:(?:[;:.,]|\b(?:and|or|so))\s+|\(|\n)(?:{_VERBS})\b", re.IGNORECASE)
-_NAME = re.compile(r"--\w|\b[a-z_]+\.[a-z_]+\b|\b[A-Z]+_[A-Z_]+\b")
+# What is wrong stands before that: a thing, and its value. A thing is an option (`--steps`), a key
+# (`run.dir`) or a variable (`WORLD_SIZE`), has a word before its value, or is a value that says by
+# itself what it is: a place, or the text of another error.
+_OPTION = re.compile(r"--[a-z][a-z-]*")
+_PLACES = "path|file|folder|directory|dir|prefix|source|script|output|checkpoint|root|place"
+_THING = re.compile(
+    rf"{_OPTION.pattern}|--\{{|\b[a-z_]+\.[a-z_]+\b|\b[A-Z]+_[A-Z_]+\b"
+    rf"|\w ?= ?\{{|[A-Za-z]{{2,}} [`'(]?\{{"
+    rf"|\{{\w*(?:{_PLACES}|option|flag|key|name|error|problem)s?\}}"
+)
+# Known to a run alone, or written out because the condition leaves one only.
+_VALUE = re.compile(r"\{|=\s?\w|\b\d+\b")
 
 
 @dataclass(frozen=True)
@@ -35,20 +46,28 @@ class Message:
         function: in which function, or in none.
         line: its number.
         texts: what it may say; one where nothing in it depends on a condition.
+        switches: options of the command lines that have no value.
     """
 
     file: str
     function: str
     line: int
     texts: tuple[str, ...]
+    switches: frozenset[str] = frozenset()
 
     def lacks(self) -> str | None:
-        """What is missing: a value, or a remedy; None where both are there."""
+        """What is missing: thing, value or remedy; None where all three are there."""
         for text in self.texts:
-            if not _names_something(text):
-                return f"no value, option or key: {text!r}"
-            if not _REMEDY.search(text):
+            remedy = _REMEDY.search(text)
+            if remedy is None:
                 return f"no remedy: {text!r}"
+            wrong = text[: remedy.start()]
+            if not _THING.search(wrong):
+                return f"no thing: {text!r}"
+            option = _OPTION.search(wrong)
+            is_switch = option is not None and option[0] in self.switches
+            if not is_switch and not _VALUE.search(wrong):
+                return f"no value: {text!r}"
         return None
 
 
@@ -56,6 +75,9 @@ def user_errors(root: Path, files: Sequence[Path]) -> list[Message]:
     """Every message of the family of `UserError`, and every line of the lists of problems."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
     family = _family(trees.values())
+    switches = frozenset(
+        flag for tree in trees.values() for node in ast.walk(tree) for flag in _switch(node)
+    )
     messages = []
     for path, tree in trees.items():
         for function, node in _nodes(tree):
@@ -63,8 +85,22 @@ def user_errors(root: Path, files: Sequence[Path]) -> list[Message]:
             if expression is not None:
                 texts = tuple(_texts(expression, [function, tree]))
                 name = getattr(function, "name", "")
-                messages.append(Message(str(path.relative_to(root)), name, node.lineno, texts))
+                file = str(path.relative_to(root))
+                messages.append(Message(file, name, node.lineno, texts, switches))
     return messages
+
+
+def _switch(node: ast.AST) -> Iterator[str]:
+    """The option that a call declares, if it is one without a value."""
+    if isinstance(node, ast.Call) and any(
+        isinstance(given.value, ast.Constant) and given.value.value == "store_true"
+        for given in node.keywords
+    ):
+        yield from (
+            argument.value
+            for argument in node.args
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+        )
 
 
 def _family(trees: Iterator[ast.Module]) -> set[str]:
@@ -111,9 +147,28 @@ def _texts(node: ast.expr, scopes: list[ast.AST]) -> Iterator[str]:
         yield from _texts(node.body, scopes)
         yield from _texts(node.orelse, scopes)
     elif isinstance(node, ast.Name):
-        yield from _given(node.id, scopes) or [VALUE]
+        yield from _given(node.id, scopes) or [f"{{{node.id}}}"]
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.GeneratorExp):
+        # Lines that are joined.
+        yield from _texts(node.args[0].elt, scopes)
     else:
-        yield VALUE
+        yield f"{{{_label(node)}}}"
+
+
+def _label(node: ast.AST) -> str:
+    """What the source calls a value: its last name, or that of what it is made from."""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+        case ast.Call(func=function, args=arguments):
+            values = [a for a in arguments if not isinstance(a, ast.Constant)]
+            if values:
+                return _label(values[-1])
+            changed = arguments and isinstance(function, ast.Attribute)
+            return _label(function.value if changed else function)
+        case ast.Subscript(value=inner) | ast.FormattedValue(value=inner):
+            return _label(inner)
+    return ""
 
 
 def _joined(parts: Sequence[ast.expr], scopes: list[ast.AST]) -> Iterator[str]:
@@ -163,8 +218,3 @@ def _arguments(name: str, function: ast.AST, module: ast.AST) -> list[ast.expr]:
             *(keyword.value for keyword in call.keywords if keyword.arg == name),
         )
     ]
-
-
-def _names_something(text: str) -> bool:
-    """A value, an option (`--steps`), a key (`run.dir`) or a variable (`WORLD_SIZE`)."""
-    return VALUE in text or _NAME.search(text) is not None

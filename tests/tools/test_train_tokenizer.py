@@ -74,7 +74,7 @@ def test_numbers_out_of_range_are_refused_before_any_document_is_read(
 
 @pytest.mark.parametrize("texts", [[], ["", "\n\n"]])
 def test_no_text_is_an_error(texts: list[str]) -> None:
-    with pytest.raises(DataError, match="hold no text"):
+    with pytest.raises(DataError, match="0 lines of text"):
         train_tokenizer(texts, 500)
 
 

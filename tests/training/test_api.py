@@ -140,7 +140,7 @@ def test_training_goes_on_step_by_step_and_gives_the_signals_back(
         api.train(config, max_steps=0)
     with (
         ThreadPoolExecutor(1) as other,
-        pytest.raises(api.UserError, match="call it in the main thread"),
+        pytest.raises(api.UserError, match="only the main thread can listen"),
     ):
         other.submit(api.train, config).result()
 

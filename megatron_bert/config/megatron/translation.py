@@ -85,8 +85,8 @@ def _check_required(given: Given) -> None:
         missing.append("--train-iters")
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)}: not among the arguments, and a configuration needs them; add "
-            "what the run had"
+            f"arguments {', '.join(missing)}: not given, and a configuration needs them; add what "
+            "the run had"
         )
 
 
