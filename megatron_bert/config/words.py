@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things: 1 layer, 1,024 rows."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things: 1 layer, 1,024 rows, 2 micro-batches (whose plural has to be given)."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def times(count: float) -> str:

@@ -16,6 +16,9 @@ from megatron_bert.config.errors import ConfigError
 # NCCL's watchdog ends the process without a word. The hosts' messages (gloo) are to fail before it,
 # and then to ask which ranks are gone, which takes up to 16 s.
 _NCCL_MARGIN_SECONDS = 30.0
+# Ranks come at the pace at which their nodes load an interpreter and torch, which may be a file
+# system's first reading: whoever wants to hear of a lost rank sooner still waits so long here.
+_LEAST_START_SECONDS = 300.0
 
 
 def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -55,10 +58,11 @@ def start_process_group(device: torch.device, timeout_seconds: float) -> None:
     """Join the ranks that torchrun started, or make a group of one.
 
     CPU tensors always travel over gloo, so that control messages (counts, stop flags) never
-    touch the GPU's stream; CUDA tensors travel over NCCL.
+    touch the GPU's stream; CUDA tensors travel over NCCL. The ranks' first meeting may take at
+    least `_LEAST_START_SECONDS`.
     """
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=max(timeout_seconds, _LEAST_START_SECONDS))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:

@@ -91,10 +91,11 @@ def _surplus_warnings(layouts: Sequence[BatchLayout], data_parallel: int) -> Ite
     for number, layout in enumerate(layouts, start=1):
         share = 100 * layout.surplus_share
         if share > _MUCH_SURPLUS_PERCENT:
+            micro_batches = counted(layout.num_micro_batches, "micro-batch", "micro-batches")
             yield (
                 f"warning     {share:.3g} % of the rows that stage {number} computes are "
-                f"surplus: {data_parallel} data-parallel ranks take {layout.num_micro_batches} "
-                "micro-batches each; use more rows a step, or fewer ranks"
+                f"surplus: {data_parallel} data-parallel ranks take {micro_batches} each; use "
+                "more rows a step, or fewer ranks"
             )
 
 

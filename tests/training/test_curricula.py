@@ -144,7 +144,7 @@ def test_the_plan_tells_what_the_stages_differ_in(
 ) -> None:
     caplog.set_level(logging.INFO)
     dry_run(configure(), 2)
-    stages = [message for message in caplog.messages if message.startswith("stage")]
+    stages = [message for message in caplog.messages if ": length " in message]
     assert "9 rows a step, 30 % masked, learning rate x 1, 16 masked slots a row" in stages[0]
     assert "2 x 3 rows a rank, 3 surplus rows" in stages[0]
     assert "12 rows a step, 15 % masked, learning rate x 0.5, 12 masked slots a row" in stages[1]

@@ -30,8 +30,9 @@ class Holdings:
     resident_mb: float
     open_files: int
     threads: int
-    bytes_but_metrics: int
+    other_bytes: int
     metrics_bytes: int
+    journal_bytes: int
 
     @classmethod
     def at(cls, step: int, run_dir: Path) -> Holdings:
@@ -42,6 +43,7 @@ class Holdings:
         gc.collect()
         sizes = {path: path.stat().st_size for path in run_dir.rglob("*") if path.is_file()}
         metrics_bytes = sizes.pop(run_dir / "metrics.jsonl")
+        journal_bytes = sizes.pop(run_dir / "jobs.jsonl")
         return cls(
             step,
             resident_megabytes(),
@@ -49,6 +51,7 @@ class Holdings:
             len(list(Path("/proc/self/task").iterdir())),
             sum(sizes.values()),
             metrics_bytes,
+            journal_bytes,
         )
 
 
@@ -103,5 +106,7 @@ def test_ten_thousand_steps_take_no_more_memory_files_threads_or_disk_than_the_f
     for held in seen:
         assert held.open_files == first.open_files, held
         assert held.threads == first.threads, held
-        assert held.bytes_but_metrics < first.bytes_but_metrics * 1.01, held
+        assert held.other_bytes < first.other_bytes * 1.01, held
         assert held.metrics_bytes < held.step * MAX_BYTES_A_LINE, held
+        # A line for the job's start, and one for each save.
+        assert held.journal_bytes < (held.step // SAVE_EVERY + 1) * MAX_BYTES_A_LINE, held
