@@ -12,8 +12,8 @@ class SaveResult:
     Attributes:
         step: Of the checkpoint.
         seconds: What writing it took.
-        blocked_seconds: How long the caller stood still for it, a wait for the save before it
-            included.
+        blocked_seconds: How long training stood still for it: a wait for the save before it, and
+            the writing, or on its way to the background the copy into the host's memory.
         size: Bytes of its tensors' files.
         error: Why it failed, and the numbers above are 0; None where it did not.
     """

@@ -58,6 +58,7 @@ class CheckpointSaver:
         self._failures: list[CheckpointError | CheckpointDefectError] = []  # in a row
         self._in_flight: Future[None] | None = None
         self._abandoned = threading.Event()
+        self._stall = _Stall()
         self.seconds: float | None = None
         self.saved_step: int | None = None
 
@@ -90,19 +91,21 @@ class CheckpointSaver:
                 in the background is noticed by the next call.
             CheckpointDefectError: The same, for a reason that no user can mend.
         """
-        called = time.perf_counter()
+        stall = _Stall()
         self._wait()
+        # No save is in flight that could still ask for its own.
+        self._stall = stall
         if is_last:
             # Also after failures: it may be the one that succeeds.
-            self._write(step, LocalShards.of(tensors), state, _Stall(called))
+            self._write(step, LocalShards.of(tensors), state)
             return
         self._raise_if_too_many()
         shards = LocalShards.of(tensors)
         if self._host_copy is None:
-            self._attempt(step, shards, state, _Stall(called))
+            self._attempt(step, shards, state)
             self._raise_if_too_many()
         else:
-            self._begin(step, self._host_copy, shards, state, _Stall(called))
+            self._begin(step, self._host_copy, shards, state)
 
     def finish(self) -> None:
         """Wait for the save in flight, if any. Collective.
@@ -130,7 +133,6 @@ class CheckpointSaver:
         host_copy: HostCopy,
         shards: LocalShards,
         state: Mapping[str, JSON],
-        stall: _Stall,
     ) -> None:
         """Copy the shards and write the copy in the background, on all ranks or on none."""
         try:
@@ -139,7 +141,7 @@ class CheckpointSaver:
             self._note_failure(step, CheckpointError(f"no memory for a copy: {error}"))
             self._raise_if_too_many()
         else:
-            self._in_flight = self._start(step, host_copy, shards, state, stall)
+            self._in_flight = self._start(step, host_copy, shards, state)
 
     def _start(
         self,
@@ -147,16 +149,16 @@ class CheckpointSaver:
         host_copy: HostCopy,
         shards: LocalShards,
         state: Mapping[str, JSON],
-        stall: _Stall,
     ) -> Future[None]:
         done: Future[None] = Future()
         copied = host_copy.take(shards)
-        stall.end()
 
         def work() -> None:
             try:
                 host_copy.wait()
-                self._attempt(step, copied, state, stall)
+                # A CUDA device copies in its own order: no step begins there before that.
+                self._stall.end()
+                self._attempt(step, copied, state)
             except BaseException as error:
                 done.set_exception(error)
             else:
@@ -166,12 +168,10 @@ class CheckpointSaver:
         threading.Thread(target=work, name=f"save of step {step}", daemon=True).start()
         return done
 
-    def _attempt(
-        self, step: int, shards: LocalShards, state: Mapping[str, JSON], stall: _Stall
-    ) -> None:
+    def _attempt(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
         """Save and keep count of failures; what is not alike on all ranks is raised."""
         try:
-            self._write(step, shards, state, stall)
+            self._write(step, shards, state)
         except (CheckpointError, CheckpointDefectError) as error:
             # Its traceback would keep the shards.
             self._note_failure(step, error.with_traceback(None))
@@ -184,15 +184,13 @@ class CheckpointSaver:
             logger.warning("step %s was not saved: %s; %s", f"{step:,}", error, self._count())
         self._on_result(SaveResult(step, error=str(error)))
 
-    def _write(
-        self, step: int, shards: LocalShards, state: Mapping[str, JSON], stall: _Stall
-    ) -> None:
+    def _write(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
         began = time.perf_counter()
         saved = self._store.save_shards(step, shards, state, self._check)
         self.seconds, self.saved_step = time.perf_counter() - began, step
         if self._store.ranks.rank == 0:
             logger.info("step %s · saved %s in %.1f s", f"{step:,}", saved.path, self.seconds)
-        self._on_result(SaveResult(step, self.seconds, stall.end(), saved.size))
+        self._on_result(SaveResult(step, self.seconds, self._stall.end(), saved.size))
 
     def _check(self) -> None:
         if self._abandoned.is_set():
@@ -211,13 +209,13 @@ class CheckpointSaver:
 
 
 class _Stall:
-    """How long a caller stands still: from when it called to the first `end`."""
+    """How long training stands still for a save: from now to the first `end`."""
 
-    def __init__(self, called: float) -> None:
-        self._called = called
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
         self._seconds: float | None = None
 
     def end(self) -> float:
         if self._seconds is None:
-            self._seconds = time.perf_counter() - self._called
+            self._seconds = time.perf_counter() - self._began
         return self._seconds

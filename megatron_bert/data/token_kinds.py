@@ -47,8 +47,8 @@ def token_kinds(tokenizer: Tokenizer) -> UInt8Array:
     for token, piece in enumerate(pieces):
         if token in special or tokenizer.is_byte(token):
             continue
-        # The pieces of byte-level BPE are no text themselves.
-        kind = _kind(piece if marks_words else tokenizer.decode([token]))
+        # The pieces of byte-level BPE are no text themselves, and WordPiece marks what continues.
+        kind = _kind(piece if marks_words else tokenizer.decode([token]).removeprefix("##"))
         if kind == "latin" and marks_words:
             kind = "latin_start" if piece.startswith(_SPACE) else "latin_continued"
         kinds[token] = TOKEN_KINDS.index(kind)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bert.report.records import Floats, RunRecords
+from megatron_bert.training.journal import SAVE
 
 AXES = ("step", "tokens", "seconds")
 # Points of a curve; more would only be drawn over one another.
@@ -17,8 +18,6 @@ POINTS = 300
 _UNDRAWN = {
     "step", "stage", "seq_length", "tokens", "masked_tokens", "consumed_rows", "spike_limit",
 }  # fmt: skip
-# What few training lines have: points of its own, as between them there is nothing.
-_NOW_AND_THEN = {"save_seconds"}
 _LENGTHS = "_seq_length"
 _HELD_OUT = "held-out "
 _SHARE = "share guessed right"
@@ -84,7 +83,7 @@ def charts_of(runs: Sequence[RunRecords]) -> list[Chart]:
         "seconds": Chart("Time of steps, evaluations and saves", "seconds", logarithmic=True),
     }
     for number, run in enumerate(runs):
-        for key, curve in [*_training(number, run), *_held_out(number, run)]:
+        for key, curve in [*_training(number, run), *_saves(number, run), *_held_out(number, run)]:
             charts.setdefault(key, _unforeseen(key)).curves.append(curve)
     for measure in ("loss", "accuracy"):
         # With one length and one masking rate these are the stages' own measurements.
@@ -104,18 +103,26 @@ def _unforeseen(key: str) -> Chart:
 
 def _training(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
     """A curve for each measurement of the training lines, and the chart that it belongs to."""
-    places = positions(run)
-    x = {axis: thinned(at) for axis, at in places.items()}
+    x = {axis: thinned(at) for axis, at in positions(run).items()}
     for name, values in run.columns.items():
         if name in _UNDRAWN or not np.isfinite(values).any():
             continue
         key, kind = _shared(name) or (name, "training" if name == "loss" else "")
-        if name in _NOW_AND_THEN:
-            found = np.isfinite(values)
-            x_found = {axis: thinned(at[found]) for axis, at in places.items()}
-            yield key, Curve(number, kind, x_found, *_buckets(values[found]), dots=True)
-        else:
-            yield key, Curve(number, kind, x, *_buckets(values))
+        yield key, Curve(number, kind, x, *_buckets(values))
+
+
+def _saves(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
+    """How long training stood still for each save; of steps gone over again, the last time."""
+    stood = {
+        line["step"]: line["blocked_seconds"]
+        for line in run.journal
+        if line["event"] == SAVE and line["step"] <= run.last_step
+    }
+    if stood:
+        steps = sorted(stood)
+        x = {axis: thinned(at) for axis, at in _positions_at(run, steps).items()}
+        stood_still = np.array([stood[step] for step in steps])
+        yield "seconds", Curve(number, "Save", x, *_buckets(stood_still), dots=True)
 
 
 def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
@@ -127,10 +134,7 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
     for at, line in enumerate(run.evaluations):
         for path, value in _leaves(line):
             found.setdefault(_place(path, mean), {})[at] = value
-    # A line of an evaluation may come before that of its step.
-    at_steps = np.searchsorted(run.columns["step"], [line["step"] for line in run.evaluations])
-    at_steps = np.minimum(at_steps, len(run.columns["step"]) - 1)
-    places = {axis: values[at_steps] for axis, values in positions(run).items()}
+    places = _positions_at(run, [line["step"] for line in run.evaluations])
     for (group, name), by_line in found.items():
         lines = list(by_line)
         x = {axis: thinned(values[lines]) for axis, values in places.items()}
@@ -140,6 +144,13 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
         yield key, Curve(number, kind, x, *points, dots=dots)
         if (group, name) == ("loss", mean):
             yield "loss", Curve(number, "held out", x, *points, dots=dots)
+
+
+def _positions_at(run: RunRecords, steps: Sequence[int]) -> dict[str, Floats]:
+    """Where on each axis something stands that was done behind these steps."""
+    # What was written of it may come before its step's own line.
+    rows = np.minimum(np.searchsorted(run.columns["step"], steps), len(run.columns["step"]) - 1)
+    return {axis: values[rows] for axis, values in positions(run).items()}
 
 
 def _shared(name: str) -> tuple[str, str] | None:

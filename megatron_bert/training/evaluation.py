@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-
-import torch.distributed as dist
+from functools import cached_property
 
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.layout import BatchLayout
@@ -36,7 +35,12 @@ class Evaluator:
         self._config = config
         self._held_out = held_out
         self._topology = topology
-        self._kinds = SlotKinds(tokenizer, topology.device)
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _kinds(self) -> SlotKinds:
+        """A second's work for a large vocabulary, which a run without held-out text is spared."""
+        return SlotKinds(self._tokenizer, self._topology.device)
 
     @property
     def has_text(self) -> bool:
@@ -83,13 +87,11 @@ class Evaluator:
             for micro_batches in steps:
                 copies = [batch.to(device) for batch in micro_batches]
                 outputs = model.runner.evaluate([batch.by_name() for batch in copies])
-                # None where the head is another rank's, which counts them.
+                # Without any where the head is another rank's, which counts them.
                 for batch, output in zip(copies, outputs, strict=bool(outputs)):
                     tally.add(batch, output)
-        if topology.tensor_parallel.rank > 0:
-            # The others of its group have computed the same, and one of them counts.
-            tally.sums.zero_()
-        dist.all_reduce(tally.sums)
+        # Of a tensor-parallel group all have computed the same.
+        tally.sum_over_ranks(counts_here=topology.tensor_parallel.rank == 0)
         return tally.score()
 
     def _read(self, source: RowSource) -> ReadAhead:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ class _Taken:
     result: StepResult
     began: Moment
     data_seconds: float
-    save_seconds: float | None
 
 
 class StepRecorder:
@@ -76,7 +74,6 @@ class StepRecorder:
         self._world_size = world_size
         self._device = device
         self._taken: _Taken | None = None
-        self._save_seconds: float | None = None
         self._spikes = SpikeWatch()
         self._divergence = DivergenceWatch(
             config.optimizer.max_skipped, config.run.directory / "checkpoints"
@@ -114,9 +111,8 @@ class StepRecorder:
             result,
             self._began,
             data_seconds,
-            self._save_seconds,
         )
-        previous, self._taken, self._save_seconds = self._taken, taken, None
+        previous, self._taken = self._taken, taken
         self._began = result.parts.ended
         if previous is not None:
             self._record(previous)
@@ -144,13 +140,6 @@ class StepRecorder:
         """Leave what happens inside, which is no step, out of the steps' time."""
         yield
         self._began = moment(self._device)
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Measure the save inside; the line of the step after it tells how long that took."""
-        began = time.perf_counter()
-        yield
-        self._save_seconds = time.perf_counter() - began
 
     def write_evaluation(self, step: int, span: StageSpan, scores: dict[str, object]) -> None:
         """Write an evaluation's line."""
@@ -220,8 +209,6 @@ class StepRecorder:
             "data_seconds": taken.data_seconds,
             **taken.result.parts.seconds(),
         }
-        if taken.save_seconds is not None:
-            line["save_seconds"] = taken.save_seconds
         if self._device.type == "cuda":
             tflops = self._step_flops[span.index] / seconds / self._world_size / 1e12
             line["tflops_per_gpu"] = tflops

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -61,17 +62,13 @@ class SlotKinds:
 
 
 class Tally:
-    """Sums of a text's masked tokens, in one tensor on the device.
-
-    Attributes:
-        sums: fp64, what the ranks add up before `score`.
-    """
+    """Sums of a text's masked tokens, fp64 in one tensor on the device."""
 
     def __init__(self, kinds: SlotKinds, device: torch.device) -> None:
         self._kinds = kinds
         count = len(REPLACEMENTS) * len(TOKEN_KINDS)
-        self.sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
-        self._loss, self._right_and_all = self.sums[:1], self.sums[1:].view(2, count)
+        self._sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
+        self._loss, self._right_and_all = self._sums[:1], self._sums[1:].view(2, count)
 
     def add(self, rows: RowArrays, output: Tensor) -> None:
         """Count a micro-batch, given what `model.bert.MaskedHead` returned for it."""
@@ -80,9 +77,15 @@ class Tally:
         right_and_all = torch.stack([sums[1:], rows.weights_BM.flatten().double()])
         self._right_and_all.index_add_(1, self._kinds(rows).flatten(), right_and_all)
 
+    def sum_over_ranks(self, *, counts_here: bool) -> None:
+        """Add up what all ranks counted, but for those that counted what another one did too."""
+        if not counts_here:
+            self._sums.zero_()
+        dist.all_reduce(self._sums)
+
     def score(self) -> Score:
         """What the sums come to; waits for the device. Without any token, 0."""
-        loss, *counts = self.sums.tolist()
+        loss, *counts = self._sums.tolist()
         table = np.array(counts).reshape(2, len(REPLACEMENTS), len(TOKEN_KINDS))
         right, all_tokens = table.sum((1, 2)).tolist()
         return Score(

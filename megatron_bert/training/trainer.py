@@ -232,15 +232,14 @@ class Trainer:
             # Last, so that a resumed run does not miss the evaluation's line.
             if save:
                 self._recorder.sync()
-                with self._recorder.saving():
-                    save_state(
-                        self._saver,
-                        step,
-                        self._model,
-                        self._optimizer,
-                        self._facts(),
-                        is_last=finished or is_last,
-                    )
+                save_state(
+                    self._saver,
+                    step,
+                    self._model,
+                    self._optimizer,
+                    self._facts(),
+                    is_last=finished or is_last,
+                )
 
     def _facts(self) -> dict[str, Any]:
         """What the checkpoint's manifest says beside the tensors."""

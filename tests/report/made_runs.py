@@ -67,8 +67,6 @@ def make_run(
             "mfu": 0.41 / seconds * STAGES[stage] / 1000,
             "peak_memory_gb": 40.0 + 8 * stage,
         }
-        if step % max(2, steps // 10) == 1:
-            line["save_seconds"] = draw.uniform(0.5, 1.5)
         if step in skipped:
             line["rows"] = [(step - 1) * ROWS, step * ROWS - 1]
         elif step == steps // 2:
@@ -77,9 +75,20 @@ def make_run(
         if step % max(1, steps // 20) == 0:
             file.write(_evaluation(step, stage, loss, texts))
     file.close()
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"job": str(71 + n), "step": n * steps // 3, "ranks": 4, "nodes": 1, "time": "2026-01-01"}
         for n in range(3)
+    ]
+    jobs += [
+        {
+            "event": "save",
+            "time": "2026-01-02",
+            "step": step,
+            "seconds": draw.uniform(5, 7),
+            "blocked_seconds": draw.uniform(0.5, 1.5),
+            "bytes": 10**9,
+        }
+        for step in range(1, steps, max(2, steps // 10))
     ]
     (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     (folder / "config.yaml").write_text(format_document(dict(settings or {})))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from megatron_bert.report.curves import POINTS, Chart, charts_of
 from megatron_bert.report.records import RunRecords
 from megatron_bert.report.scales import Scale, scale_over, short, time_unit
 from megatron_bert.report.svg import draw
+from megatron_bert.training.journal import SAVE
 
 TIMES = "Time of steps, evaluations and saves"
 
@@ -98,11 +100,12 @@ def test_saves_and_evaluations_are_points_where_they_were() -> None:
     evaluations: list[dict[str, object]] = [
         {"step": step, "valid_loss": 2.0, "evaluation_seconds": 7.0} for step in (2, 4)
     ]
-    saves = [np.nan, np.nan, 0.5, np.nan, 1.5]
-    found = {
-        curve.name: curve
-        for curve in chart([run_of(5, evaluations, save_seconds=saves)], TIMES).curves
-    }
+    saves = [
+        {"event": SAVE, "step": step, "blocked_seconds": seconds}
+        for step, seconds in [(3, 9.0), (5, 1.5), (3, 0.5), (6, 9.0)]
+    ]
+    run = replace(run_of(5, evaluations), journal=saves)
+    found = {curve.name: curve for curve in chart([run], TIMES).curves}
     save, evaluation = found["Save"], found["Evaluation"]
     assert (save.dots, evaluation.dots, found["Step"].dots) == (True, True, False)
     assert (save.x["step"].tolist(), save.y.tolist()) == ([3.0, 5.0], [0.5, 1.5])

@@ -46,6 +46,12 @@ def test_pieces_of_byte_level_bpe_are_read_as_text_and_mark_no_words(tmp_path: P
     assert _kinds_of(pieces, tmp_path / "tokenizer.json", byte_level=True) == expected
 
 
+def test_the_mark_of_wordpiece_is_no_part_of_a_piece(tmp_path: Path) -> None:
+    expected = {"##ing": "latin", "##3": "digits", "##京": "han", "play": "latin"}
+    pieces = {piece: number for number, piece in enumerate(expected)}
+    assert _kinds_of(pieces, tmp_path / "tokenizer.json") == expected
+
+
 def test_every_piece_of_a_sentencepiece_model_has_a_kind(tiny_tokenizer: Tokenizer) -> None:
     kinds = token_kinds(tiny_tokenizer)
     assert kinds.shape == (tiny_tokenizer.vocab_size,)

@@ -135,18 +135,21 @@ def test_a_line_counts_rows_and_tokens_over_all_stages_and_keeps_the_losss_bits(
     assert line["loss"] == torch.tensor(0.6).item()
 
 
-def test_the_line_after_a_save_says_how_long_that_took(tmp_path: Path) -> None:
+def test_what_is_no_step_is_left_out_of_the_steps_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("megatron_bert.training.step_parts.time.perf_counter", lambda: now)
     run = _Run(tmp_path / "metrics.jsonl")
-    for step in range(1, 5):
+    for step in range(1, 4):
+        now += 1.0
         run.take(step)
-        if step == 2:
-            run.recorder.flush()
-            with run.recorder.paused(), run.recorder.saving():
-                pass
+        with run.recorder.paused():
+            now += 60.0 * (step == 2)
     run.recorder.flush()
     run.recorder.close()
     lines = read(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines if "save_seconds" in line] == [3]
+    assert [line["step_seconds"] for line in lines] == [1.0] * 3
     assert all(line["data_seconds"] == 0.01 for line in lines)
 
 

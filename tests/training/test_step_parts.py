@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from megatron_bert.training import step
 from megatron_bert.training.step_parts import StepParts
 
 
@@ -44,6 +47,49 @@ def test_on_cuda_events_are_recorded_and_waited_for_when_they_are_read(
     parts.ended.wait()
     assert log[3:] == ["waited"]
     assert parts.seconds() == {"model_seconds": 2e-3, "optimizer_seconds": 2e-3}
+
+
+def test_a_steps_numbers_go_to_the_host_unawaited_before_the_moment_that_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[object] = []
+
+    class Numbers:
+        def to(self, device: str, *, non_blocking: bool) -> torch.Tensor:
+            log.append((device, non_blocking))
+            return torch.tensor([2.0, 3.0, 0.0, 1.0, 1.0])
+
+    end = StepParts.end
+    monkeypatch.setattr(StepParts, "end", lambda parts, name: (log.append(name), end(parts, name)))
+    monkeypatch.setattr(torch, "stack", lambda _: Numbers())
+    monkeypatch.setattr(step.dist, "all_reduce", lambda _: None)
+    one = torch.ones(())
+    topology = SimpleNamespace(device=torch.device("cpu"), tensor_parallel=SimpleNamespace(rank=0))
+    model = SimpleNamespace(
+        topology=topology,
+        runner=SimpleNamespace(train=lambda *_: one),
+        sum_shared_gradients=lambda: None,
+    )
+    update = SimpleNamespace(grad_norm=one, skipped=one, is_finite_here=one)
+    optimizer = SimpleNamespace(step=lambda *_: update)
+    result = step.take_step(model, optimizer, [], 1, 1e-3)  # type: ignore[arg-type]
+    assert log == ["model", ("cpu", True), "optimizer"]
+    assert result.read() == step.StepNumbers(2.0, 3.0, False, (True, True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_reading_a_steps_numbers_does_not_wait_for_what_the_device_was_given_after_it() -> None:
+    device = torch.device("cuda")
+    parts = StepParts(device)
+    numbers = torch.tensor([2.0, 3.0, 0.0, 1.0, 1.0], device=device).to("cpu", non_blocking=True)
+    parts.end("model")
+    torch.cuda._sleep(10**9)  # some tenths of a second
+    after = torch.cuda.Event()
+    after.record()
+    assert step.StepResult(numbers, parts).read().loss == 2.0
+    assert not after.query()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
