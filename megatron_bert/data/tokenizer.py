@@ -70,8 +70,9 @@ class Tokenizer:
         missing = [piece for piece in _REQUIRED if ids[piece] is None]
         if missing:
             raise DataError(
-                f"tokenizer {name} has no special piece {', '.join(missing)}; train one that has "
-                f"it with tools/train_tokenizer.py, or add it as a control symbol"
+                f"tokenizer {name} has no special piece {', '.join(missing)}, named just so; "
+                "train one with tools/train_tokenizer.py, or add what is missing: to a "
+                "SentencePiece model as control symbols, to a tokenizer.json under added_tokens"
             )
         found = {piece: number for piece, number in ids.items() if number is not None}
         self.mask_id = found[MASK]

@@ -222,8 +222,8 @@ def find_network(name: str, named_by: str = "--network") -> Network:
     match = re.fullmatch(r"([a-z]+\d+)x(\d+)", name)
     if match is None or match[1] not in _ADAPTERS or not int(match[2]):
         raise ConfigError(
-            f"{named_by} {name}: not known; give an adapter and how many of them a node has, as "
-            f"ndr200x4; adapters are {', '.join(_ADAPTERS)}"
+            f"network {name} of {named_by} is not known; give an adapter and how many of them a "
+            f"node has, as ndr200x4; adapters are {', '.join(_ADAPTERS)}"
         )
     return Network(name, _ADAPTERS[match[1]] * int(match[2]) / 8)
 

@@ -87,7 +87,7 @@ def _machine_of(device: torch.device, network: str | None) -> Machine:
     if network is None:
         found = _network_of_node(_ADAPTERS)
     else:
-        found = find_network(network, "parallel.network =")
+        found = find_network(network, "parallel.network")
     return machine if found is None else replace(machine, network=found)
 
 

@@ -92,10 +92,12 @@ def _surplus_warnings(layouts: Sequence[BatchLayout], data_parallel: int) -> Ite
         share = 100 * layout.surplus_share
         if share > _MUCH_SURPLUS_PERCENT:
             micro_batches = counted(layout.num_micro_batches, "micro-batch", "micro-batches")
+            ranks = counted(data_parallel, "data-parallel rank")
+            fewer = ", or fewer ranks" if data_parallel > 1 else ""
             yield (
-                f"warning     {share:.3g} % of the rows that stage {number} computes are "
-                f"surplus: {data_parallel} data-parallel ranks take {micro_batches} each; use "
-                "more rows a step, or fewer ranks"
+                f"warning     {share:.3g} % of the rows that stage {number} computes are surplus: "
+                f"{ranks} with {micro_batches} of {counted(layout.micro_size, 'row')}; use more "
+                f"rows a step, smaller micro-batches{fewer}"
             )
 
 

@@ -65,10 +65,10 @@ def test_a_dataset_that_is_not_there_is_named(config: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--lengths", 0), "--lengths: 0 is not above 0"),
+        (("--lengths", 0), "--lengths: 0: give a whole number above 0"),
         (("--lengths", 65), "model.max_position_embeddings=64"),
-        (("--dropout", 1), "--dropout: 1 does not lie"),
-        (("--steps", -1), "--steps: -1 is not above 0"),
+        (("--dropout", 1), "--dropout: 1: give a number from 0 to below 1"),
+        (("--steps", -1), "--steps: -1: give a whole number above 0"),
         (("model.vocab_size=12",), "model.vocab_size = 12: made-up rows need 16 ids"),
     ],
 )

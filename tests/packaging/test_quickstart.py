@@ -112,6 +112,7 @@ def test_a_misspelt_key_is_refused_before_the_text_is_read(corpus: Path) -> None
     assert "2/8" not in result.stdout
 
 
+@pytest.mark.slow
 def test_a_refused_text_names_options_that_the_script_takes(corpus: Path) -> None:
     keyless = quickstart(corpus)
     assert keyless.returncode == 2

@@ -86,6 +86,7 @@ def _ranks(layout: Layout) -> int:
     return layout[0] * layout[1] * layout[2]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_under_another_layout(tiny_data: Path, tmp_path: Path) -> None:
     _check(tiny_data, tmp_path, QUICK)
 

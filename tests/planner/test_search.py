@@ -134,8 +134,8 @@ def test_ranks_that_no_layout_has_are_refused_as_training_refuses_them() -> None
     [
         (("h1000",), ["--gpu h1000", *GPUS]),
         (("h200", 0), ["--nodes-of 0", "at least 1"]),
-        (("h200", 8, "ndr200"), ["--network ndr200", "ndr200x4"]),
-        (("h200", 8, "tin100x4"), ["--network tin100x4", "hdr200"]),
+        (("h200", 8, "ndr200"), ["network ndr200 of --network", "ndr200x4"]),
+        (("h200", 8, "tin100x4"), ["network tin100x4 of --network", "hdr200"]),
     ],
 )
 def test_unknown_machines_are_refused_with_those_known(

@@ -225,7 +225,10 @@ def test_the_two_sides_of_one_corpus_are_compared_and_no_document_with_itself(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "{config}", "--duplicates", "data.valid=[]"], r"data\.valid is empty.*set"),
+        (
+            ["--config", "{config}", "--duplicates", "data.valid=[]"],
+            r"data\.valid = \[\].*set",
+        ),
         (["--config", "{config}", "--steps", "1", "--rows", "-1"], r"--rows -1: give 0"),
         (["--config", "{config}"], r"--steps is missing: give .*--duplicates"),
     ],

@@ -107,7 +107,7 @@ def test_the_network_is_what_the_key_names_or_the_nodes_adapters_send(
     cpu = torch.device("cpu")
     assert auto_layout._machine_of(cpu, None).network.per_node == 50.0
     assert auto_layout._machine_of(cpu, "eth25x2").network.per_node == 6.25
-    with pytest.raises(UserError, match=r"parallel.network = wet: not known"):
+    with pytest.raises(UserError, match=r"network wet of parallel.network is not known"):
         with_layout(tiny_run(parallel={"layout": "auto", "network": "wet"}), 1)
 
 

@@ -20,6 +20,31 @@ def _train(config: Config) -> list[dict[str, Any]]:
     return train(config)
 
 
+Alone = Callable[..., dict[int, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def lines_of_one_rank() -> dict[str, dict[int, dict[str, Any]]]:
+    """What runs of one rank came to, by what they changed."""
+    return {}
+
+
+@pytest.fixture
+def alone(
+    tiny_run: Callable[..., Config], lines_of_one_rank: dict[str, dict[int, dict[str, Any]]]
+) -> Alone:
+    """Trains on one rank, with some keys changed; those that did are not done again."""
+
+    def train_alone(**changes: Any) -> dict[int, dict[str, Any]]:
+        key = repr(changes)
+        if key not in lines_of_one_rank:
+            lines = run_ranks(1, _train, tiny_run("alone", **changes))[0]
+            lines_of_one_rank[key] = steps_of(lines)
+        return lines_of_one_rank[key]
+
+    return train_alone
+
+
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
@@ -47,10 +72,9 @@ def _train(config: Config) -> list[dict[str, Any]]:
     ids=lambda value: str(value) if isinstance(value, int) else "-".join(map(str, value.values())),
 )
 def test_every_topology_trains_alike_dropout_included(
-    tiny_run: Callable[..., Config], world_size: int, changes: dict[str, Any]
+    tiny_run: Callable[..., Config], alone: Alone, world_size: int, changes: dict[str, Any]
 ) -> None:
-    one = {key: changes.get(key, {}) for key in ("model", "optimizer")}
-    expected = steps_of(run_ranks(1, _train, tiny_run("one", **one))[0])
+    expected = alone(**{key: changes.get(key, {}) for key in ("model", "optimizer")})
     found = steps_of(run_ranks(world_size, _train, tiny_run("many", **changes))[0])
     assert list(found) == list(expected)
     for step, line in found.items():
@@ -68,11 +92,11 @@ def test_every_topology_trains_alike_dropout_included(
     ids=str,
 )
 def test_gradients_reduced_in_bf16_stay_within_its_rounding(
-    tiny_run: Callable[..., Config], world_size: int, parallel: dict[str, Any]
+    tiny_run: Callable[..., Config], alone: Alone, world_size: int, parallel: dict[str, Any]
 ) -> None:
     model = {"num_layers": 4}
     bf16 = {"precision": {"reduce": "bf16"}, "parallel": parallel}
-    exact = steps_of(run_ranks(1, _train, tiny_run("exact", model=model))[0])
+    exact = alone(model=model, optimizer={})
     found = steps_of(run_ranks(world_size, _train, tiny_run("bf16", model=model, **bf16))[0])
     assert any(line["loss"] != exact[step]["loss"] for step, line in found.items())
     for step, line in found.items():
@@ -85,10 +109,10 @@ def test_gradients_reduced_in_bf16_stay_within_its_rounding(
     ids=str,
 )
 def test_bf16_stays_within_its_rounding(
-    tiny_run: Callable[..., Config], world_size: int, parallel: dict[str, Any]
+    tiny_run: Callable[..., Config], alone: Alone, world_size: int, parallel: dict[str, Any]
 ) -> None:
     bf16 = {"precision": {"compute": "bf16"}, "parallel": parallel}
-    exact = steps_of(run_ranks(1, _train, tiny_run("exact"))[0])
+    exact = alone(model={}, optimizer={})
     found = steps_of(run_ranks(world_size, _train, tiny_run("bf16", **bf16))[0])
     for step, line in found.items():
         assert line["loss"] == pytest.approx(exact[step]["loss"], rel=2e-3), step
@@ -109,6 +133,7 @@ def test_the_model_learns(tiny_run: Callable[..., Config]) -> None:
     assert evaluation["valid"]["valid"]["loss"] == evaluation["valid_loss"]
 
 
+@pytest.mark.slow
 def test_the_model_learns_what_only_context_tells(
     tiny_data: Path, tiny_run: Callable[..., Config]
 ) -> None:
