@@ -94,7 +94,8 @@ class RunDirectory:
     def _end(self, name: str, reason: Mapping[str, object]) -> None:
         text = _as_text(reason)
         self.journal.end(name, dict(reason))
-        forget_outcome(self.path)
+        # Not `forget_outcome`: where that line could not be written, it would call this job killed.
+        _remove_outcome_files(self.path)
         write_atomically(self.path / name, text)
 
 
@@ -147,6 +148,10 @@ def forget_outcome(path: Path) -> None:
         facts: dict[str, object] = {"reason": outcome.reason} if outcome.reason else {}
         step = metrics.last_step(path / "metrics.jsonl")
         Journal(path / JOBS).end(outcome.kind, {"step": step, **facts})
+    _remove_outcome_files(path)
+
+
+def _remove_outcome_files(path: Path) -> None:
     for kind in (FINISHED, STOPPED, FAILED):
         (path / kind).unlink(missing_ok=True)
     sync_to_disk(path)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,3 +196,26 @@ def test_an_end_is_told_once_whoever_takes_the_run_up(tmp_path: Path) -> None:
         (None, None), ("KILLED", KILLED), ("FAILED", "no data"), ("FAILED", "no tokenizer"),
         (None, None), ("STOPPED", "run.deadline"),
     ]  # fmt: skip
+
+
+def test_a_run_whose_last_line_could_not_be_written_was_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
+    failures = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))]
+    real_open = Path.open
+
+    def open_on_a_bad_day(path: Path, mode: str = "r", **rest: Any) -> Any:
+        if failures and mode == "a" and path.name == "jobs.jsonl":
+            raise failures.pop()
+        return real_open(path, mode, **rest)
+
+    with RunDirectory(tmp_path) as run:
+        run.journal.start(0, 1)
+        monkeypatch.setattr(Path, "open", open_on_a_bad_day)
+        run.finish({"step": 9})
+        assert (told(tmp_path), failures) == ([("start", 0)], [])
+        assert (tmp_path / "FINISHED").exists()
+        # The next job makes up for it.
+        run.start()
+    assert told(tmp_path) == [("start", 0), ("FINISHED", 9)]
