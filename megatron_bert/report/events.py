@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_bert.report.records import Remark, RunRecords, job_in_words
 from megatron_bert.training.journal import END, SAVE, SAVE_FAILED, START
-from megatron_bert.training.run_directory import FAILED
+from megatron_bert.training.run_directory import FAILED, FINISHED
 
 # Of a kind: a run that goes wrong for hours would fill the page.
 _MOST = 100
@@ -110,10 +110,15 @@ def _parts(run: RunRecords) -> list[_Part]:
         elif line["event"] == SAVE:
             parts[-1].rest.append(_save(line, is_there=at in there))
         elif line["event"] in (SAVE_FAILED, END):
-            kind = line.get("outcome", line["event"]).lower()
-            text = line.get("reason") or "all steps taken"
-            parts[-1].rest.append(Event(line["step"], kind, text))
+            kind = line.get("outcome", line["event"])
+            parts[-1].rest.append(_ended(line["step"], kind, line.get("reason", "")))
     return parts
+
+
+def _ended(step: int, kind: str, reason: str) -> Event:
+    """How a job or a save ended; only of one that took all steps the kind alone says why."""
+    unsaid = "all steps taken" if kind == FINISHED else "no reason was given"
+    return Event(step, kind.lower(), reason or unsaid)
 
 
 def _measured(run: RunRecords) -> Iterator[Event]:
@@ -206,4 +211,4 @@ def _end(run: RunRecords) -> Iterator[Event]:
     outcome = run.outcome
     told = bool(run.journal) and run.journal[-1]["event"] == END
     if outcome is not None and (outcome.kind == FAILED or not told):
-        yield Event(run.last_step, outcome.kind.lower(), outcome.reason or "all steps taken")
+        yield _ended(run.last_step, outcome.kind, outcome.reason)

@@ -6,7 +6,7 @@ import json
 import logging
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +18,8 @@ from megatron_bert.training.journal import END, Journal, read_journal
 
 FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
 JOBS = "jobs.jsonl"
+# What `FAILED` holds beside the reason, and `jobs.jsonl` keeps.
+_FAILURE = ("error", "rank", "host")
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +109,13 @@ class Outcome:
         kind: `FINISHED`, `STOPPED`, `FAILED` or `KILLED`.
         reason: in words; empty where there is none to tell.
         needs_person: whether it fails again until a person has mended configuration, data or place.
+        failure: of a failure, what else is known: the `error`'s class, its `rank` and `host`.
     """
 
     kind: str
     reason: str
     needs_person: bool = False
+    failure: Mapping[str, object] = field(default_factory=dict)
 
 
 KILLED = Outcome("KILLED", "the job ended without a word")
@@ -125,13 +129,23 @@ def read_outcome(path: Path) -> Outcome | None:
             text = (path / kind).read_text("utf-8", errors="replace")
         except FileNotFoundError:
             continue
-        try:
-            content = json.loads(text)
-            reason, needs_person = content.get("reason") or "", content.get("needs_person") is True
-        except (ValueError, AttributeError):
-            reason, needs_person = f"{kind} is no file of this project", False
-        return Outcome(kind, str(reason), needs_person)
+        return _parse_outcome(kind, text)
     return None
+
+
+def _parse_outcome(kind: str, text: str) -> Outcome:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        return Outcome(kind, f"{kind} is no file of this project")
+    return Outcome(
+        kind,
+        str(content.get("reason") or ""),
+        content.get("needs_person") is True,
+        {name: content[name] for name in _FAILURE if name in content},
+    )
 
 
 def forget_outcome(path: Path) -> None:
@@ -145,9 +159,9 @@ def forget_outcome(path: Path) -> None:
     trained = bool(journal) and journal[-1]["event"] != END
     if trained or (outcome is not None and outcome.kind == FAILED):
         outcome = outcome or KILLED
-        facts: dict[str, object] = {"reason": outcome.reason} if outcome.reason else {}
+        reason = {"reason": outcome.reason} if outcome.reason else {}
         step = metrics.last_step(path / "metrics.jsonl")
-        Journal(path / JOBS).end(outcome.kind, {"step": step, **facts})
+        Journal(path / JOBS).end(outcome.kind, {"step": step, **reason, **outcome.failure})
     _remove_outcome_files(path)
 
 
@@ -168,7 +182,7 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
         "rank": rank,
         "host": socket.gethostname(),
         "error": type(error).__name__,
-        "reason": str(error),
+        "reason": str(error) or type(error).__name__,
         "needs_person": isinstance(error, UserError),
     }
     if details := details_of(error):

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from megatron_bert.report.events import events_of
 from megatron_bert.report.records import RunRecords
 from megatron_bert.report.settings import differences
@@ -95,6 +97,16 @@ def test_a_run_that_went_back_is_told_in_the_order_in_which_it_happened(tmp_path
         (30, "finished", "all steps taken"),
     ]
     assert [job["step"] for job in RunRecords.read(run).jobs] == [0, 10]
+
+
+@pytest.mark.parametrize("kind", ["FAILED", "STOPPED", "KILLED"])
+def test_only_a_run_that_finished_took_all_steps(tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path / "run", 30)
+    write_journal(run, start(0), {"event": "end", "outcome": kind, "step": 30})
+    assert told(run, kind.lower()) == [(30, "no reason was given")]
+    (run / "FINISHED").rename(run / "FAILED")
+    write_journal(run, start(0))
+    assert told(run, "failed") == [(30, "no reason was given")]
 
 
 def test_jobs_whose_steps_were_taken_anew_are_not_marked_in_the_charts(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.config.errors import UserError
-from megatron_bert.training.run_directory import RunDirectory, record_failure
+from megatron_bert.training.journal import read_journal
+from megatron_bert.training.run_directory import RunDirectory, read_outcome, record_failure
 
 HOLD = (
     "import sys; from pathlib import Path; "
@@ -129,6 +130,28 @@ def test_the_first_failure_of_any_rank_is_the_one_recorded(tmp_path: Path) -> No
     assert (failure["rank"], failure["error"]) == (3, "ValueError")
     assert failure["reason"] == "rows 1 to 4 are bad"
     assert failure["host"] == socket.gethostname()
+
+
+def test_a_failure_without_a_text_is_told_by_its_class(tmp_path: Path) -> None:
+    record_failure(tmp_path, 2, AssertionError())
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None
+    assert (outcome.kind, outcome.reason) == ("FAILED", "AssertionError")
+    with RunDirectory(tmp_path) as run:
+        run.start()
+    (line,) = read_journal(tmp_path / "jobs.jsonl")
+    assert (line["reason"], line["error"]) == ("AssertionError", "AssertionError")
+    assert (line["rank"], line["host"]) == (2, socket.gethostname())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_file_of_an_outcome_that_is_none_of_ours_is_called_so(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "STOPPED").write_text(content)
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None
+    assert (outcome.kind, outcome.reason) == ("STOPPED", "STOPPED is no file of this project")
 
 
 def test_the_details_of_a_failure_stand_apart_from_its_reason(tmp_path: Path) -> None:
