@@ -1,7 +1,7 @@
 """`jobs.jsonl`: what the jobs of a run did, one JSON object a line: began, saved, ended.
 
-Only ever appended to, by the one process that holds the run's lock: what a later job prunes, goes
-back over or removes still stands here.
+Whole lines are only ever appended, by the one process that holds the run's lock: what a later job
+prunes, goes back over or removes still stands here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Journal:
             step=step,
             ranks=ranks,
             # Set by torchrun.
-            nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+            nodes=int(os.environ.get("GROUP_WORLD_SIZE") or "1"),
         )
 
     def save(self, result: SaveResult) -> None:
@@ -83,7 +83,7 @@ class Journal:
         try:
             if not self._ends_whole:
                 # A killed job or a full disk left half a line, which this one would be glued to.
-                metrics.MetricsFile(self._path).truncate_after(sys.maxsize)
+                metrics.cut_torn_line(self._path)
             self._ends_whole = False
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(line)
@@ -95,13 +95,64 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a `jobs.jsonl`, if it can be read; what is none of ours is left out.
+    """Return the lines of a `jobs.jsonl`, if it can be read, in the form in which they are written.
 
-    A line without `event` is of an earlier version, which recorded starts only.
+    Left out is what is none of ours: another event, or one that lacks what its kind tells.
     """
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
             records = [metrics.parse_record(line) for line in stream]
     except OSError:
         return []
-    return [{"event": START, **record} for record in records if record is not None]
+    lines = [_in_todays_form(record) for record in records if record is not None]
+    return [line for line in lines if _is_ours(line)]
+
+
+def _in_todays_form(record: dict[str, Any]) -> dict[str, Any]:
+    """A line without `event` is of an earlier version, which recorded when jobs `began` only."""
+    if "event" in record:
+        return record
+    time = {"time": record["began"]} if "began" in record else {}
+    return {"event": START, **record, **time}
+
+
+def _is_ours(line: dict[str, Any]) -> bool:
+    event = line["event"]
+    needed = _FIELDS.get(event) if isinstance(event, str) else None
+    return (
+        needed is not None
+        and all(name in line and holds(line[name]) for name, holds in needed.items())
+        and all(isinstance(line.get(name, ""), str) for name in ("time", "reason"))
+    )
+
+
+def _is_amount(value: object) -> bool:
+    # Larger ones no format of ours could show; NaN is none.
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < 2**63
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_amount(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+# What a line must have to be told in the report.
+_FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
+    START: {
+        "job": lambda value: value is None or _is_text(value),
+        "step": _is_count,
+        "ranks": _is_count,
+        "nodes": _is_count,
+    },
+    SAVE: {
+        "step": _is_count,
+        "seconds": _is_amount,
+        "blocked_seconds": _is_amount,
+        "bytes": _is_count,
+    },
+    SAVE_FAILED: {"step": _is_count, "reason": _is_text},
+    END: {"step": _is_count, "outcome": _is_text},
+}

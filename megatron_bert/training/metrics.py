@@ -200,6 +200,28 @@ def parse_record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut off what stands behind a file's last line break; all before it is as it was.
+
+    Raises:
+        OSError: The file could not be opened, read or cut.
+    """
+    try:
+        stream = path.open("r+b")
+    except FileNotFoundError:
+        return
+    with stream:
+        size = stream.seek(0, os.SEEK_END)
+        place, start = -1, size
+        while place < 0 and start > 0:
+            end, start = start, max(0, start - _END_BYTES)
+            stream.seek(start)
+            place = stream.read(end - start).rfind(b"\n")
+        whole = start + place + 1
+        if whole < size:
+            stream.truncate(whole)
+
+
 def _encode(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

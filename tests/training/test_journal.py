@@ -22,8 +22,10 @@ from megatron_bert.report.events import events_of
 from megatron_bert.report.records import RunRecords
 from megatron_bert.training import main
 from megatron_bert.training.journal import Journal, read_journal
+from megatron_bert.training.metrics import cut_torn_line
 from megatron_bert.training.run_directory import RunDirectory, record_failure
 from megatron_bert.training.stops import STOP_SIGNALS, StopRequests
+from tests.report.made_runs import make_run
 from tests.training.runs import train
 
 KILLED = "the job ended without a word"
@@ -143,6 +145,56 @@ def test_half_a_line_of_a_killed_job_is_removed_and_lines_of_an_earlier_version_
     Journal(path).end("FINISHED", {"step": 9})
     assert told(tmp_path) == [("start", 0), ("FINISHED", 9)]
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        '{"note": "moved disk"}',
+        '{"step": null}',
+        '{"event": null, "step": 1}',
+        '{"event": ["save"], "step": 1}',
+        '{"event": "moved", "step": 1}',
+        '{"event": "start", "job": 7, "step": 1, "ranks": 1, "nodes": 1}',
+        '{"event": "start", "job": null, "step": true, "ranks": 1, "nodes": 1}',
+        '{"event": "save", "step": 1, "seconds": NaN, "blocked_seconds": 0, "bytes": 1}',
+        '{"event": "save", "step": -1, "seconds": 1, "blocked_seconds": 0, "bytes": 1}',
+        '{"event": "save failed", "step": 1}',
+        '{"event": "end", "step": 1, "outcome": 5}',
+        '{"event": "end", "step": 1, "outcome": "FAILED", "reason": 5}',
+        "moved disk",
+    ],
+)
+def test_a_line_that_is_none_of_ours_stays_and_is_not_told(
+    tmp_path: Path, foreign: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run", 30)
+    path = run / "jobs.jsonl"
+    path.write_text(f"{foreign}\n")
+    Journal(path).start(0, 1)
+    assert caplog.text == ""
+    assert path.read_text().startswith(f"{foreign}\n")
+    assert told(run) == [("start", 0)]
+    assert [event.kind for event in events_of(RunRecords.read(run))].count("start") == 1
+
+
+def test_when_a_job_of_an_earlier_version_began_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 30)
+    record = {"job": "7", "step": 0, "ranks": 2, "nodes": 1, "began": "2026-01-01T00:00:00+00:00"}
+    (run / "jobs.jsonl").write_text(json.dumps(record) + "\n")
+    (start,) = (event for event in events_of(RunRecords.read(run)) if event.kind == "start")
+    assert start.text.endswith(", 2026-01-01T00:00:00+00:00")
+
+
+@pytest.mark.parametrize("whole", ["", "a\n", "\n", "a\n\u2028b\n" + "c" * 70_000 + "\n"])
+@pytest.mark.parametrize("torn", ["", "d", "d" * 150_000])
+def test_only_what_stands_behind_the_last_line_break_is_cut(
+    tmp_path: Path, whole: str, torn: str
+) -> None:
+    path = tmp_path / "jobs.jsonl"
+    path.write_text(whole + torn)
+    cut_torn_line(path)
+    assert path.read_text() == whole
 
 
 def test_a_line_that_cannot_be_written_is_missing_and_the_next_one_is_whole(
