@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Appends to `jobs.jsonl`.
+    """Appends a job's lines to `jobs.jsonl`.
 
     A line that cannot be written is told in a warning and is missing then: no training ends for
     it, as the checkpoints and metrics do not depend on it.
+
+    Two threads write: the main one, and the one that saves in the background. A save that was given
+    up may outlive its job and tell of itself while the next job of the same process writes with a
+    journal of its own. So `end` and `close` close this one: what comes later is not written.
 
     Args:
         path: The file; made by the first line.
@@ -37,6 +42,13 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._ends_whole = False
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Write no line from now on; one that is being written is waited for."""
+        with self._lock:
+            self._is_closed = True
 
     def start(self, step: int, ranks: int) -> None:
         """Add that this job begins to train.
@@ -68,18 +80,24 @@ class Journal:
             )
 
     def end(self, outcome: str, facts: dict[str, object]) -> None:
-        """Add how a job ended.
+        """Add how a job ended, and close.
 
         Args:
             outcome: The name of the file that tells it, or `KILLED`.
             facts: What there is to tell of it: `step`, `reason`.
         """
-        self._append(END, outcome=outcome, **facts)
+        self._append(END, is_last=True, outcome=outcome, **facts)
 
-    def _append(self, event: str, **facts: object) -> None:
-        time = datetime.now(UTC).isoformat(timespec="seconds")
+    def _append(self, event: str, *, is_last: bool = False, **facts: object) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = is_last
+                time = datetime.now(UTC).isoformat(timespec="seconds")
+                self._write({"event": event, "time": time, **facts})
+
+    def _write(self, record: dict[str, object]) -> None:
         # Escaped to ASCII: a file's name in a message may hold what no UTF-8 has.
-        line = json.dumps({"event": event, "time": time, **facts}) + "\n"
+        line = json.dumps(record) + "\n"
         try:
             if not self._ends_whole:
                 # A killed job or a full disk left half a line, which this one would be glued to.

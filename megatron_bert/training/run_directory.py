@@ -74,7 +74,8 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Let another run have the folder; a save that was given up no longer writes there."""
+        self.journal.close()
         self._lock.close()
 
     def start(self) -> None:

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -271,3 +273,36 @@ def test_a_run_whose_last_line_could_not_be_written_was_not_killed(
         # The next job makes up for it.
         run.start()
     assert told(tmp_path) == [("start", 0), ("FINISHED", 9)]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_save_that_outlives_its_job_does_not_tell_of_itself_in_the_next_ones_part(
+    tmp_path: Path, ends: bool
+) -> None:
+    with RunDirectory(tmp_path) as first:
+        first.journal.start(0, 1)
+        if ends:
+            first.stop({"step": 3, "reason": "signal SIGTERM"})
+            first.journal.save(SaveResult(3, error="given up, because the run ends"))
+    with RunDirectory(tmp_path) as second:
+        second.start()
+        second.journal.start(3, 1)
+        first.journal.save(SaveResult(3, error="given up, because the run ends"))
+        second.journal.save(SaveResult(6))
+    end = ("STOPPED", 3) if ends else ("KILLED", 0)
+    assert told(tmp_path) == [("start", 0), end, ("start", 3), ("save", 6)]
+
+
+def test_lines_of_two_threads_are_all_there(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "jobs.jsonl")
+    barrier = threading.Barrier(2, timeout=60)
+
+    def save(first: int) -> None:
+        barrier.wait()
+        for step in range(first, first + 20):
+            journal.save(SaveResult(step))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(save, (0, 100)))
+    steps = [step for _, step in told(tmp_path)]
+    assert sorted(steps) == [*range(20), *range(100, 120)]
