@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,8 +14,9 @@ from megatron_bert.report.records import Remark, RunRecords, job_in_words
 from megatron_bert.training.journal import END, SAVE, SAVE_FAILED, START
 from megatron_bert.training.run_directory import FAILED, FINISHED
 
-# Of a kind: a run that goes wrong for hours would fill the page.
+# Of a kind, half of them the first: a run that goes wrong for hours would fill the page.
 _MOST = 100
+_T = TypeVar("_T")
 _CHECKPOINT = re.compile(r"step_(\d+)")
 
 
@@ -28,11 +28,13 @@ class Event:
         step: the last step that was taken before, or the one it happened to.
         kind: in a word or two.
         text: in words.
+        is_there: whether it left something that is still there: a checkpoint to go on from.
     """
 
     step: int
     kind: str
     text: str
+    is_there: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class Moment:
 def moments(run: RunRecords) -> list[Moment]:
     """What is marked in a run's charts."""
     stages = [("stage", step, str(length)) for step, length in run.stage_starts()]
-    jobs = [("job", job["step"] + 1, "") for job in run.jobs[1:]]
+    jobs = [("job", job["step"] + 1, "") for job in _first_and_last(run.jobs[1:])]
     remarks = [
         (kind, remark.step, "")
         for kind in ("skipped", "spike")
-        for remark in [remark for remark in run.remarks if remark.kind == kind][:_MOST]
+        for remark in _first_and_last([remark for remark in run.remarks if remark.kind == kind])
     ]
     return [
         Moment(kind, int(np.searchsorted(run.columns["step"], step)), label)
@@ -129,7 +131,8 @@ def _measured(run: RunRecords) -> Iterator[Event]:
     yield from _skips(run)
     yield from _spikes(run)
     saves = {line["step"] for line in run.journal if line["event"] == SAVE}
-    yield from (Event(step, "checkpoint", "saved, and kept") for step in sorted(_kept(run) - saves))
+    for step in sorted(_kept(run) - saves):
+        yield Event(step, "checkpoint", "saved, and kept", is_there=True)
 
 
 def _set_aside(run: RunRecords) -> Iterator[Event]:
@@ -148,7 +151,7 @@ def _save(line: Mapping[str, Any], *, is_there: bool) -> Event:
         f"saved in {line['seconds']:.1f} s, {_in_words(line['bytes'])}; training stood still for "
         f"{line['blocked_seconds']:.1f} s{gone}"
     )
-    return Event(line["step"], "checkpoint", text)
+    return Event(line["step"], "checkpoint", text, is_there)
 
 
 def _in_words(size: int) -> str:
@@ -182,18 +185,30 @@ def _rows(rows: tuple[int, int] | None) -> str:
 
 
 def _bounded(events: Sequence[Event]) -> Iterator[Event]:
-    """Of each kind the first ones; the rest are one event."""
-    count: Counter[str] = Counter()
-    by_kind = {event.kind: event for event in events}
-    total = Counter(event.kind for event in events)
-    for event in events:
-        count[event.kind] += 1
-        if count[event.kind] <= _MOST:
-            yield event
-        elif count[event.kind] == _MOST + 1:
-            last = by_kind[event.kind].step
-            more = f"{total[event.kind] - _MOST:,} more, the last one at step {last:,}"
-            yield Event(event.step, event.kind, more)
+    """Of each kind the first and last ones and what is still there; all between are one event."""
+    of_kind: dict[str, list[int]] = {}
+    for place, event in enumerate(events):
+        of_kind.setdefault(event.kind, []).append(place)
+    folds: dict[int, Event | None] = {}
+    for kind, places in of_kind.items():
+        # Where nothing is ever removed, that is bounded too.
+        there = [place for place in places if events[place].is_there][-_MOST:]
+        hidden = sorted(set(places) - set(_first_and_last(places)) - set(there))
+        if hidden:
+            first, last = events[hidden[0]], events[hidden[-1]]
+            folds |= dict.fromkeys(hidden)
+            text = f"{len(hidden):,} more, the last of them at step {last.step:,}"
+            folds[hidden[0]] = Event(first.step, kind, text)
+    for place, event in enumerate(events):
+        shown = folds.get(place, event)
+        if shown is not None:
+            yield shown
+
+
+def _first_and_last(items: Sequence[_T]) -> Sequence[_T]:
+    """At most `_MOST` of them."""
+    half = _MOST // 2
+    return items if len(items) <= _MOST else [*items[:half], *items[-half:]]
 
 
 def _kept(run: RunRecords) -> set[int]:

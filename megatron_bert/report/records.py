@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_bert.config.errors import UserError
+from megatron_bert.config.words import counted
 from megatron_bert.durations import format_duration
 from megatron_bert.files import StrPath
 from megatron_bert.training import metrics
@@ -19,6 +20,8 @@ from megatron_bert.training.journal import START, read_journal
 from megatron_bert.training.run_directory import JOBS, Outcome, read_outcome
 
 Floats: TypeAlias = NDArray[np.float64]
+# That the facts name.
+_MOST_JOBS = 10
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class RunRecords:
         if earlier := self.set_aside():
             facts["set aside"] = ", ".join(earlier)
         if self.jobs:
-            facts["jobs"] = "; ".join(map(job_in_words, self.jobs))
+            facts["jobs"] = _jobs_in_words(self.jobs)
         facts["loss"] = (
             f"{loss[0]:.3f} at the first step, {tail.mean():.3f} mean of the last {len(tail)}"
         )
@@ -170,11 +173,20 @@ class RunRecords:
         return self.outcome.kind.lower() + reason
 
 
+def _jobs_in_words(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """The first and the last ones; of a run in hundreds of jobs all of them would fill the page."""
+    words = [job_in_words(job) for job in jobs]
+    if len(words) > _MOST_JOBS:
+        half = _MOST_JOBS // 2
+        words = [*words[:half], f"{len(words) - 2 * half:,} more", *words[-half:]]
+    return "; ".join(words)
+
+
 def job_in_words(job: Mapping[str, Any]) -> str:
     """Tell a job of `jobs.jsonl` with its number, size and first step."""
     number = f"job {job['job']}, " if job["job"] else ""
-    nodes = f" on {job['nodes']} nodes" if job["nodes"] > 1 else ""
-    return f"{number}{job['ranks']} rank(s){nodes} from step {job['step'] + 1:,}"
+    nodes = f" on {counted(job['nodes'], 'node')}" if job["nodes"] > 1 else ""
+    return f"{number}{counted(job['ranks'], 'rank')}{nodes} from step {job['step'] + 1:,}"
 
 
 def names_of(runs: Iterable[RunRecords]) -> list[str]:

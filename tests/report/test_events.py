@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.report.events import events_of
-from megatron_bert.report.records import RunRecords
+from megatron_bert.report.events import events_of, moments
+from megatron_bert.report.records import RunRecords, job_in_words
 from megatron_bert.report.settings import differences
 from tests.report.made_runs import make_run
 
@@ -33,7 +33,8 @@ def test_a_run_that_goes_wrong_for_long_does_not_fill_the_page(tmp_path: Path) -
     run = make_run(tmp_path / "run", 300, skipped=range(1, 300, 2))
     events = told(run, "update skipped")
     assert len(events) == 101
-    assert events[-1][1] == "50 more, the last one at step 299"
+    assert events[50] == (101, "50 more, the last of them at step 199")
+    assert [events[0][0], events[49][0], events[51][0], events[-1][0]] == [1, 99, 201, 299]
 
 
 def test_jobs_checkpoints_and_the_end_are_told(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_jobs_checkpoints_and_the_end_are_told(tmp_path: Path) -> None:
     for name in ("step_00000010", "step_00000030", "step_00000020.tmp-1", "latest"):
         (run / "checkpoints" / name).mkdir(parents=True)
     (run / "metrics.before-1.jsonl").touch()
-    assert told(run, "start") == [(0, "job 71, 4 rank(s) from step 1, 2026-01-01")]
+    assert told(run, "start") == [(0, "job 71, 4 ranks from step 1, 2026-01-01")]
     assert [step for step, _ in told(run, "restart")] == [10, 20]
     assert [step for step, _ in told(run, "checkpoint")] == [10, 30]
     assert [step for step, _ in told(run, "set aside")] == [0]
@@ -85,11 +86,11 @@ def test_a_run_that_went_back_is_told_in_the_order_in_which_it_happened(tmp_path
     (run / "checkpoints" / "step_00000020").mkdir(parents=True)
     events = [event for event in events_of(RunRecords.read(run)) if event.kind not in LEFT_OUT]
     assert [(event.step, event.kind, event.text) for event in events] == [
-        (0, "start", "4 rank(s) from step 1, today"),
+        (0, "start", "4 ranks from step 1, today"),
         (10, "checkpoint", f"{SAVED}; removed since"),
         (20, "checkpoint", f"{SAVED}; removed since"),
         (25, "killed", "without a word"),
-        (10, "restart", "4 rank(s) from step 11, today"),
+        (10, "restart", "4 ranks from step 11, today"),
         (12, "update skipped", "loss or gradient not finite, rows 11,264 to 12,287"),
         (20, "checkpoint", SAVED),
         (22, "update skipped", "loss or gradient not finite, rows 21,504 to 22,527"),
@@ -115,9 +116,45 @@ def test_jobs_whose_steps_were_taken_anew_are_not_marked_in_the_charts(tmp_path:
     assert [job["step"] for job in RunRecords.read(run).jobs] == [0, 12]
 
 
-def test_many_saves_do_not_fill_the_page(tmp_path: Path) -> None:
+def test_of_many_saves_the_first_and_last_are_told_and_those_still_there(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 300)
     write_journal(run, start(0), *(save(step) for step in range(1, 300)))
+    for step in (100, 200, 299):
+        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     saves = told(run, "checkpoint")
-    assert len(saves) == 101
-    assert saves[-1] == (101, "199 more, the last one at step 299")
+    assert [step for step, text in saves if text == SAVED] == [100, 200, 299]
+    assert saves[50] == (51, "197 more, the last of them at step 249")
+    assert [step for step, _ in saves] == [*range(1, 52), 100, 200, *range(250, 300)]
+
+
+def test_of_many_saves_that_are_all_there_the_newest_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 300)
+    for step in range(1, 300):
+        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    assert [step for step, _ in told(run, "checkpoint")] == [*range(1, 52), *range(200, 300)]
+
+
+def test_of_many_jobs_the_last_ones_and_their_ends_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 300)
+    lines: list[dict[str, object]] = []
+    for step in range(0, 300, 2):
+        end = {"event": "end", "outcome": "STOPPED", "step": step + 2, "reason": f"job {step // 2}"}
+        lines += [start(step), end]
+    write_journal(run, *lines)
+    assert told(run, "restart")[-1] == (298, "4 ranks from step 299, today")
+    assert told(run, "stopped")[-1] == (300, "job 149")
+    assert len(told(run, "stopped")) == 101
+    records = RunRecords.read(run)
+    jobs = records.facts()["jobs"].split("; ")
+    assert (len(jobs), jobs[0], jobs[5]) == (11, "4 ranks from step 1", "140 more")
+    assert jobs[-1] == "4 ranks from step 299"
+    marks = [moment.row for moment in moments(records) if moment.kind == "job"]
+    assert (len(marks), marks[0], marks[-1]) == (100, 2, 298)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "size"), [(1, 1, "1 rank"), (8, 2, "8 ranks on 2 nodes")]
+)
+def test_a_jobs_size_is_told(ranks: int, nodes: int, size: str) -> None:
+    job = {"job": None, "step": 0, "ranks": ranks, "nodes": nodes}
+    assert job_in_words(job) == f"{size} from step 1"
