@@ -14,6 +14,8 @@ from megatron_bert.training.journal import SAVE
 AXES = ("step", "tokens", "seconds")
 # Points of a curve; more would only be drawn over one another.
 POINTS = 300
+# Of one for each kind of a text's tokens, of which there are many: they would be most of the page.
+POINTS_OF_KINDS = 60
 # Of a training line: what counts on, or is no measurement, has no curve.
 _UNDRAWN = {
     "step", "stage", "seq_length", "tokens", "masked_tokens", "consumed_rows", "spike_limit",
@@ -130,16 +132,19 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
     texts = {text for line in run.evaluations for text in line.get("valid", {})}
     # The mean over one text is that text's.
     mean = texts.pop() if len(texts) == 1 else "all texts"
-    found: dict[tuple[str, str], dict[int, float]] = {}
+    found: dict[tuple[str, str, bool], dict[int, float]] = {}
     for at, line in enumerate(run.evaluations):
         for path, value in _leaves(line):
             found.setdefault(_place(path, mean), {})[at] = value
     places = _positions_at(run, [line["step"] for line in run.evaluations])
-    for (group, name), by_line in found.items():
+    for (group, name, is_kind), by_line in found.items():
         lines = list(by_line)
-        x = {axis: thinned(values[lines]) for axis, values in places.items()}
-        points = _buckets(np.array(list(by_line.values())))
-        dots = len(lines) <= POINTS
+        most = POINTS_OF_KINDS if is_kind else POINTS
+        x = {axis: thinned(values[lines], most) for axis, values in places.items()}
+        points = _buckets(np.array(list(by_line.values())), most)
+        if is_kind:
+            points = (points[0],) * 3  # a band each would hide the other curves
+        dots = len(lines) <= most
         key, kind = _shared(group) or (f"{_HELD_OUT}{group}", name)
         yield key, Curve(number, kind, x, *points, dots=dots)
         if (group, name) == ("loss", mean):
@@ -172,13 +177,13 @@ def _leaves(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[An
             yield (*path, name), float(entry)
 
 
-def _place(path: tuple[str, ...], mean: str) -> tuple[str, str]:
-    """What is measured, and of which text; of kinds of a text's tokens: of which kind."""
+def _place(path: tuple[str, ...], mean: str) -> tuple[str, str, bool]:
+    """What is measured, of which text, or of which kind of a text's tokens, and which of both."""
     if path[0] == "valid" and len(path) > 2:
         text, (measure, *kind) = path[1], path[2:]
     else:
         text, measure, kind = mean, path[0].removeprefix("valid_"), list(path[1:])
-    return (f"{measure}: {text}", ", ".join(kind)) if kind else (measure, text)
+    return (f"{measure}: {text}", ", ".join(kind), True) if kind else (measure, text, False)
 
 
 def positions(run: RunRecords) -> dict[str, Floats]:
@@ -191,17 +196,17 @@ def positions(run: RunRecords) -> dict[str, Floats]:
     return positions
 
 
-def thinned(values: Floats) -> Floats:
-    """Means over runs of neighbouring values, at most `POINTS` of them."""
-    return _buckets(values)[0]
+def thinned(values: Floats, most: int = POINTS) -> Floats:
+    """Means over runs of neighbouring values, at most `most` of them."""
+    return _buckets(values, most)[0]
 
 
-def _buckets(values: Floats) -> tuple[Floats, Floats, Floats]:
-    """Mean, least and greatest over runs of neighbouring values, at most `POINTS` of them.
+def _buckets(values: Floats, most: int = POINTS) -> tuple[Floats, Floats, Floats]:
+    """Mean, least and greatest over runs of neighbouring values, at most `most` of them.
 
     What is not finite counts for nothing; a bucket without any other value is NaN.
     """
-    size = -(-len(values) // POINTS)
+    size = -(-len(values) // most)
     firsts = np.arange(0, len(values), size)
     finite = np.isfinite(values)
     count = np.add.reduceat(finite, firsts, dtype=np.int64)

@@ -24,16 +24,18 @@ def make_run(
     *,
     seed: int = 0,
     texts: Sequence[str] = ("wiki",),
+    evaluations: int = 20,
     skipped: Sequence[int] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a run of four stages and three jobs on four GPUs, evaluated twenty times.
+    """Write a run of four stages and three jobs on four GPUs.
 
     Args:
         folder: the run directory, made.
         steps: training lines.
         seed: of the noise.
         texts: what it is evaluated on.
+        evaluations: how often; at most after every step.
         skipped: steps whose loss is no number.
         settings: its configuration.
     """
@@ -72,7 +74,7 @@ def make_run(
         elif step == steps // 2:
             line |= {"rows": [(step - 1) * ROWS, step * ROWS - 1], "spike_limit": loss - 0.1}
         file.write(line)
-        if step % max(1, steps // 20) == 0:
+        if step % max(1, steps // evaluations) == 0:
             file.write(_evaluation(step, stage, loss, texts))
     file.close()
     jobs: list[dict[str, Any]] = [

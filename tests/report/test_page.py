@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,27 @@ def test_every_kind_of_a_run_is_told_apart_in_chart_and_legend(runs: list[RunRec
     key = re.findall(r'class="(c\d)"><path class="line (d\d)".*?</svg>\s*(\w+)</span>', figure)
     assert len({look for look, _ in lines}) == len(lines) == len(TOKEN_KINDS) - 1
     assert [(f"{colour} {dash}", name) for colour, dash, name in key] == lines
+
+
+def test_many_kinds_of_many_texts_do_not_fill_the_page(tmp_path: Path) -> None:
+    run = RunRecords.read(
+        make_run(tmp_path / "run", 600, texts=("wiki", "law", "news"), evaluations=600)
+    )
+    for line in run.evaluations:
+        assert len(line["valid"]) == 3
+    without = [
+        line
+        | {
+            "valid": {
+                text: {name: score for name, score in scores.items() if "_by_" not in name}
+                for text, scores in line["valid"].items()
+            }
+        }
+        for line in run.evaluations
+    ]
+    page, plain = page_of([run]), page_of([replace(run, evaluations=without)])
+    assert page.count("<figure>") == plain.count("<figure>") + 6
+    assert len(page) < 1.5 * len(plain)
 
 
 def test_the_keys_that_differ_are_told_and_no_others(runs: list[RunRecords]) -> None:
