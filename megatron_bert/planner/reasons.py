@@ -38,14 +38,7 @@ def beside_best(plan: Plan, entry: LayoutPlan) -> str:
 def why(plan: Plan) -> str:
     """What speaks for the best, in a sentence."""
     best = plan.best[0]
-    shares = {
-        field.name: sum(
-            getattr(stage.step, field.name) * span.num_steps
-            for stage, span in zip(best.stages, plan.job.spans, strict=True)
-        )
-        / (86400 * best.days)
-        for field in fields(Step)
-    }
+    shares = _shares(plan, best)
     computing = sum(shares.pop(name) for name in ("gemm", "attention", "elementwise"))
     largest = max(shares, key=lambda name: shares[name])
     rivals = [entry for _, entry in plan.alternatives if entry.days < best.days]
@@ -64,7 +57,7 @@ def alternatives(plan: Plan) -> Iterator[str]:
         yield (
             f"  {describe_key(entry.layout, name)}: {time.show(86400 * entry.days)} {time.name} "
             f"({more:+.1f} %), {memory.show(entry.peak_bytes)} {memory.name}"
-            f"{_reason(plan, best, entry)}"
+            f"{_reason(plan, entry)}"
         )
     if plan.too_large:
         smallest = plan.smallest
@@ -74,20 +67,23 @@ def alternatives(plan: Plan) -> Iterator[str]:
         )
 
 
-def _reason(plan: Plan, best: LayoutPlan, other: LayoutPlan) -> str:
+def _reason(plan: Plan, other: LayoutPlan) -> str:
     """What the other one spends more on, over the whole curriculum."""
-    shares = []
-    for field in fields(Step):
-        ours, theirs = (
-            sum(
-                getattr(stage.step, field.name) * span.num_steps
-                for stage, span in zip(entry.stages, plan.job.spans, strict=True)
-            )
-            for entry in (best, other)
-        )
-        shares.append((100 * (theirs - ours) / (86400 * best.days), field.name))
-    largest, name = max(shares)
+    ours, theirs = _shares(plan, plan.best[0]), _shares(plan, other)
+    largest, name = max((100 * (theirs[name] - ours[name]), name) for name in ours)
     return f": {name} {largest:+.1f} %" if largest > 0.05 else ""
+
+
+def _shares(plan: Plan, entry: LayoutPlan) -> dict[str, float]:
+    """What the parts of a layout's steps take, as shares of the best layout's whole time."""
+    return {
+        field.name: sum(
+            getattr(stage.step, field.name) * span.num_steps
+            for stage, span in zip(entry.stages, plan.job.spans, strict=True)
+        )
+        / (86400 * plan.best[0].days)
+        for field in fields(Step)
+    }
 
 
 def quicker_in_a_stage(plan: Plan) -> Iterator[str]:
