@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import distributions
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 REQUIREMENTS = Path(__file__).with_name("older_release.txt")
 _STORE = Path(sys.prefix) / "transformers-releases"
@@ -112,7 +112,18 @@ def _fetch_tests(folder: Path, release: str) -> None:
             # Not extractall, whose safe way Python 3.11.2 does not have yet.
             for member in tar:
                 if member.isfile() and member.name.startswith(prefix):
-                    _extract(tar, member, folder / member.name.removeprefix(prefix))
+                    _extract(tar, member, place_in(folder, member.name.removeprefix(prefix)))
+
+
+def place_in(folder: Path, name: str) -> Path:
+    """Where in `folder` an archive's file goes.
+
+    Raises:
+        ValueError: its name leads out of the folder.
+    """
+    if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+        raise ValueError(f"the archive holds {name!r}, which leads out of {folder}; do not use it")
+    return folder / name
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
