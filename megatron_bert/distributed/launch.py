@@ -49,9 +49,9 @@ def requested_world_size() -> int:
 
 
 def announced_world_size() -> int | None:
-    """What WORLD_SIZE says, which torchrun sets; None where nobody did."""
+    """What WORLD_SIZE says, which torchrun sets; None where nobody did, or it is empty."""
     given = os.environ.get("WORLD_SIZE")
-    return None if given is None else int(given)
+    return int(given) if given else None
 
 
 def start_process_group(device: torch.device, timeout_seconds: float) -> None:

@@ -58,3 +58,11 @@ def _place() -> tuple[int, int, int]:
 
 def test_neighbouring_ranks_share_a_tensor_parallel_group_and_data_takes_the_rest() -> None:
     assert run_ranks(4, _place) == [(2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1)]
+
+
+@pytest.mark.parametrize(("given", "ranks"), [("", None), ("4", 4)])
+def test_an_empty_number_of_ranks_is_none(
+    monkeypatch: pytest.MonkeyPatch, given: str, ranks: int | None
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    assert launch.announced_world_size() == ranks
