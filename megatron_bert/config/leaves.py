@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_bert.config.yaml_text import KeyPath
 
 
-def leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield each value that is neither mapping nor list, with its path from `path` on."""
+def leaves(
+    tree: Any, path: KeyPath = (), *, with_empty: bool = False
+) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield each value that is neither mapping nor list, with its path from `path` on.
+
+    Args:
+        tree: what is gone through.
+        path: where it stands itself.
+        with_empty: whether a mapping or list that holds nothing is a value too, and not as good as
+            absent.
+    """
+    entries: Iterable[tuple[Any, Any]] | None = None
     if isinstance(tree, Mapping):
-        for name, entry in tree.items():
-            yield from leaves(entry, (*path, name))
+        entries = tree.items()
     elif isinstance(tree, list):
-        for index, entry in enumerate(tree):
-            yield from leaves(entry, (*path, index))
-    else:
+        entries = enumerate(tree)
+    if entries is None or (with_empty and not tree):
         yield path, tree
+        return
+    for name, entry in entries:
+        yield from leaves(entry, (*path, name), with_empty=with_empty)

@@ -89,7 +89,7 @@ def check_ranks_agree(facts: Mapping[str, object]) -> None:
         return
     hosts = ranks.on_all(socket.gethostname)
     held = [
-        {dotted(path): value for path, value in leaves(json.loads(its))}
+        {dotted(path): value for path, value in leaves(json.loads(its), with_empty=True)}
         for its in ranks.on_all(lambda: text)
     ]
     names = dict.fromkeys(name for its in held for name in its)

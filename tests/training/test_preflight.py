@@ -71,8 +71,9 @@ def test_ranks_that_hold_the_same_pass() -> None:
 
 
 def test_ranks_that_differ_are_named_with_what_they_hold_on_all_ranks() -> None:
-    usual = {"optimizer": {"lr": 0.1}, "curriculum": [{"steps": 3}], "hash": "a"}
+    usual = {"optimizer": {"lr": 0.1}, "curriculum": [{"steps": 3}], "hash": "a", "texts": []}
     odd = {"optimizer": {"lr": 0.2}, "curriculum": [{"steps": 3}, {"steps": 4}], "hash": "a"}
+    odd |= {"texts": {}, "units": []}
     messages = run_ranks(3, _compare, [odd, usual, usual])
     assert len(set(messages)) == 1
     assert messages[0] is not None
@@ -83,7 +84,12 @@ def test_ranks_that_differ_are_named_with_what_they_hold_on_all_ranks() -> None:
     )
     assert lines[0].startswith("curriculum.1.steps is 4 on rank 0 (")
     assert lines[0].endswith("but absent on 2 ranks, such as rank 1")
-    assert len(lines) == 3
+    # What holds nothing is still something else than nothing, or another thing that holds nothing.
+    assert lines[2].startswith("texts is {} on rank 0 (")
+    assert lines[2].endswith("but [] on 2 ranks, such as rank 1")
+    assert lines[3].startswith("units is [] on rank 0 (")
+    assert lines[3].endswith("but absent on 2 ranks, such as rank 1")
+    assert len(lines) == 5
 
 
 def test_values_that_differ_beyond_what_is_shown_of_them_differ() -> None:
