@@ -77,20 +77,9 @@ def make_run(
         if step % max(1, steps // evaluations) == 0:
             file.write(_evaluation(step, stage, loss, texts))
     file.close()
-    jobs: list[dict[str, Any]] = [
+    jobs = [
         {"job": str(71 + n), "step": n * steps // 3, "ranks": 4, "nodes": 1, "time": "2026-01-01"}
         for n in range(3)
-    ]
-    jobs += [
-        {
-            "event": "save",
-            "time": "2026-01-02",
-            "step": step,
-            "seconds": draw.uniform(5, 7),
-            "blocked_seconds": draw.uniform(0.5, 1.5),
-            "bytes": 10**9,
-        }
-        for step in range(1, steps, max(2, steps // 10))
     ]
     (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     (folder / "config.yaml").write_text(format_document(dict(settings or {})))
