@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -245,11 +246,98 @@ def _at(tree: Any, key: str) -> object:
         ("if a; then H=2; fi\npretrain_bert.py --h $H", ["--h", "$H"]),
         ("case $X in\n a) H=2 ;;\nesac\nH=${H:-4}\npretrain_bert.py --h $H", ["--h", "$H"]),
         ("if a; then H=2; fi\nH=5\npretrain_bert.py --h $H", ["--h", "5"]),
+        # Quotes.
+        ('B="1 2"\npretrain_bert.py "$B" $B x"$B"y', ["1 2", "1", "2", "x1 2y"]),
+        ('B=(1 "2 3")\npretrain_bert.py "${B[@]}" ${B[@]}', ["1", "2 3", "1", "2", "3"]),
+        ("B=1\npretrain_bert.py '$B' \\$B \"\\$B ${X:-it's}\"", ["$B", "$B", "$B it's"]),
+        ('echo "5\\" disk; x"\npretrain_bert.py --a', ["--a"]),
+        ("pretrain_bert.py --w $((X * 2)) \"$((X * 2))\"", ["--w", "$((X * 2))", "$((X * 2))"]),
+        ("A=\"--b 'c d'\"; eval \"pretrain_bert.py $A; echo\"", ["--b", "c d"]),
+        # Groups.
+        ("(cd x; case $1 in a|b) ;; esac; pretrain_bert.py --a) | tee log", ["--a"]),
+        ("run() { pretrain_bert.py --a; }\nA=1", ["--a"]),
+        # Here-documents that only name it, one with a quote.
+        ("cat <<END\nIt's pretrain_bert.py\nEND\npretrain_bert.py --a", ["--a"]),
+        ("cat <<END\npretrain_bert.py is it\n  it's\nEND\npretrain_bert.py --a", ["--a"]),
+        ("cat <<END\nuse pretrain_bert.py\nEND\npretrain_bert.py --a", ["--a"]),
+        ("cat >x <<END\n X=1 torchrun \\\n pretrain_bert.py --a\nEND", ["--a"]),
     ],
 )  # fmt: skip
 def test_a_script_is_read_as_the_shell_would(text: str, expected: list[str]) -> None:
     given = {"1": "data"} if "$1" in text else {}
     assert command_arguments(text, "x.sh", given) == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "grep -q x f && A=2",
+        "A=$(grep x f) && A=2",
+        "! cd x && A=2",
+        "[ -f x ] && B=1 && A=2",
+        "cd x && [ -f x ] && A=2",
+        "([ -f x ]) && A=2",
+        "[ -f x ] && { A=2; }",
+        "[ -f x ] && {\n A=2\n}",
+        "x | A=2",
+        "setup() {\n A=5\n}",
+        "function setup\n{\n A=5\n}",
+        "setup() { [ x ]; A=5; }",
+        "((A++))",
+        "((A = 5))",
+        "let A+=3",
+        "read -r A <f",
+        "while read B A; do :; done",
+        "unset A",
+        "declare -i A=3+4",
+        "A[1]=5",
+        "for A in 1 2; do :; done",
+        "for ((A=0; A<2; A++)); do :; done",
+    ],
+)
+def test_a_variable_that_may_have_changed_is_unknown(line: str) -> None:
+    script = f"A=1\n{line}\nC=3\npretrain_bert.py --a $A --c $C"
+    assert command_arguments(script, "x.sh", {}) == ["--a", "$A", "--c", "3"]
+    assert command_arguments(script, "x.sh", {"A": "9"}) == ["--a", "9", "--c", "3"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "mkdir -p x && cd x && . env.sh && A=2",
+        "grep -q x f || exit 1; A=2",
+        "((A > 5))\nA=2",
+        "log() { echo; }; A=2",
+        "(cd x; true) && true; A=2",
+    ],
+)
+def test_a_variable_that_is_surely_assigned_is_known(line: str) -> None:
+    assert command_arguments(f"A=1\n{line}\npretrain_bert.py $A", "x.sh", {}) == ["2"]
+
+
+def test_a_script_of_many_lines_is_read_in_time() -> None:
+    start = time.process_time()
+    text = "cat <<END\n" * 10_000 + "pretrain_bert.py --a"
+    assert command_arguments(text, "x.sh", {}) == ["--a"]
+    # It takes a minute where each line looks through all that follow.
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        ("$((X * 2))", "give it: --variable X=VALUE$"),
+        ("$((4 * $X / Y))", "give it: --variable X=VALUE --variable Y=VALUE$"),
+        ("${X}", "give it: --variable X=VALUE$"),
+        ("$(nproc)", "write the number in its place"),
+        ("${X%%,*}", "write the number in its place"),
+        ("$((4/0))", "write the number in its place"),
+        ("2x", "give a number"),
+    ],
+)
+def test_the_remedy_for_what_is_no_number_names_what_can_be_given(value: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        translate([*LARGE.split(), "--train-iters", value])
 
 
 @pytest.mark.parametrize(
@@ -261,11 +349,11 @@ def test_a_script_is_read_as_the_shell_would(text: str, expected: list[str]) -> 
         ("$((-7 / 2))x$((-7 % 2))", "-3x-1"),
         ("$(( $((A / 3)) % 2 ))", "1"),
         ("$(($2*2))", "6"),
-        # What is not computed stays as it stands.
-        ("$((A*UNKNOWN))", "$((A*UNKNOWN))"),
-        ("$((A/0))", "$((A/0))"),
-        ("$((A**B))", "$((A**B))"),
-        ("$((A<<1))", "$((A<<1))"),
+        # What is not computed stays as it stands, with the numbers that are known.
+        ("$((A*UNKNOWN))", "$((4*UNKNOWN))"),
+        ("$((A/0))", "$((4/0))"),
+        ("$((A**B))", "$((4**8))"),
+        ("$((A<<1))", "$((4<<1))"),
         ("$((010))", "$((010))"),
         ("$((TEXT))", "$((TEXT))"),
         ("$((A", "$((A"),

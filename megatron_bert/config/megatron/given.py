@@ -13,6 +13,11 @@ from megatron_bert.config.megatron.table import find
 T = TypeVar("T")
 
 _FLAG = re.compile(r"--[A-Za-z]")
+_OPEN = re.compile(r"[$`]")
+# A command's output, or a variable that is cut to shape: no value of a variable replaces it.
+_OUTPUT = re.compile(r"\$\((?!\()|`|\$\{\w+[^\w}]")
+# `$NAME`, `${NAME}`, `$1`, and inside of `$((...))` without the dollar.
+_NAME = re.compile(r"[A-Za-z_]\w*|(?<=\$)\d|(?<=\$\{)\d+", re.ASCII)
 
 
 class Given:
@@ -60,12 +65,17 @@ class Given:
         try:
             return read(value)
         except ValueError:
-            remedy = (
-                f"give it: --variable {value.lstrip('$').strip('{}')}=VALUE"
-                if value.startswith("$")
-                else "give a number"
-            )
-            raise ConfigError(f"{flag} {value}: not a number; {remedy}") from None
+            raise ConfigError(f"{flag} {value}: not a number; {_remedy(value)}") from None
+
+
+def _remedy(value: str) -> str:
+    """How a value becomes a number that a script has left open."""
+    if not _OPEN.search(value):
+        return "give a number"
+    names = dict.fromkeys(_NAME.findall(value))
+    if not names or _OUTPUT.search(value):
+        return "write the number in its place"
+    return f"give it: {' '.join(f'--variable {name}=VALUE' for name in names)}"
 
 
 def _is_one(entry: Argument) -> bool:

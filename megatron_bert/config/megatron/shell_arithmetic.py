@@ -22,7 +22,7 @@ _LONGEST = 500
 
 
 def with_results(text: str, value_of: Callable[[str], str | None]) -> str:
-    """Put in the result of each `$((...))` that can be computed; others stay as they stand.
+    """Put in the result of each `$((...))` that can be computed, into others what is known.
 
     Args:
         text: part of a shell's command.
@@ -32,9 +32,11 @@ def with_results(text: str, value_of: Callable[[str], str | None]) -> str:
     start = text.rfind(_OPENING)
     while start >= 0:
         end = _end(text, start)
-        result = None if end is None else _compute(text[start + 3 : end - 2], value_of)
-        if result is not None:
-            text = f"{text[:start]}{result}{text[end:]}"
+        if end is not None:
+            inner = text[start + 3 : end - 2]
+            result = _compute(inner, value_of)
+            put_in = f"$(({_with_numbers(inner, value_of)}))" if result is None else str(result)
+            text = f"{text[:start]}{put_in}{text[end:]}"
         start = text.rfind(_OPENING, 0, start)
     return text
 
@@ -42,11 +44,21 @@ def with_results(text: str, value_of: Callable[[str], str | None]) -> str:
 def _end(text: str, start: int) -> int | None:
     """Behind the `))` that closes what opens at `start`."""
     depth = 0
-    for index in range(start + 1, len(text)):
+    for index in range(start + 1, min(len(text), start + _LONGEST)):
         depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
             return index + 1 if text[index - 1] == ")" else None
     return None
+
+
+def _with_numbers(text: str, value_of: Callable[[str], str | None]) -> str:
+    """What is unknown keeps its name."""
+
+    def number(match: re.Match[str]) -> str:
+        value = value_of(match[1])
+        return value if value is not None and re.fullmatch(r"-?\d+", value) else match[0]
+
+    return _VARIABLE.sub(number, text)
 
 
 def _compute(text: str, value_of: Callable[[str], str | None]) -> int | None:

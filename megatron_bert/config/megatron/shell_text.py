@@ -2,8 +2,9 @@
 
 What such scripts do is understood: assignments, arrays, quotes, comments, lines that go on,
 here-documents, `$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME[@]}` and `$((A * B))`. Whatever else
-begins with `$` stays as it stands, for the user to fill in; so does a variable that a branch or a
-loop assigns, as nobody knows which of them would be taken.
+begins with `$` stays as it stands, for the user to fill in; so does a variable that is assigned in
+a branch, a loop, a function, braces, or behind a command that may fail (`grep -q x f && A=2`), as
+nobody knows which of them would be taken.
 """
 
 from __future__ import annotations
@@ -13,17 +14,26 @@ from collections.abc import Mapping
 from itertools import takewhile
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.megatron.shell_commands import assignments, commands, is_redirection
+from megatron_bert.config.megatron.shell_commands import (
+    Command,
+    assignments,
+    changed_names,
+    commands,
+    is_redirection,
+)
 from megatron_bert.config.megatron.shell_variables import Variables
 
 COMMAND = "pretrain_bert.py"
 
 _PROGRAM = re.compile(rf"(?:\S*/)?{re.escape(COMMAND)}")
-_OPENING = ("if", "for", "while", "until", "case", "select")
-_CLOSING = ("fi", "done", "esac")
-_TESTS = ("[", "[[", "test", "!")
-# What may stand before the first command of a branch.
-_BRANCH = re.compile(r"(?:(?:then|else|do)\s+|[^\s()'\"]+\)\s*)")
+# A string that a shell runs may hold another: `srun sh -c "sh -c 'torchrun ...'"`.
+_DEEPEST = 5
+# Commands that scripts take for granted: what stands behind them and `&&` is done.
+_GRANTED = re.compile(
+    r"(?:cd|pushd|popd|mkdir|source|\.|export|local|declare|readonly|typeset|set|shopt|ulimit|umask"
+    r"|module|ml|conda|echo|printf|true|:|trap|sleep|wait|date)(?=\s|$)"
+)
+_OUTPUT = re.compile(r"\$\((?!\()|`")
 
 
 def command_arguments(text: str, source: str, variables: Mapping[str, str]) -> list[str]:
@@ -38,35 +48,76 @@ def command_arguments(text: str, source: str, variables: Mapping[str, str]) -> l
         ConfigError: There is no such command, more than one, a quote that does not end, or a
             variable that the script does not have.
     """
-    known = Variables(variables, source)
-    found: list[list[str]] = []
-    bare: list[str] = []
-    depth, is_test = 0, False
-    for command in commands(text, COMMAND):
-        word = command.text.split(None, 1)[0]
-        depth += (word in _OPENING) - (word in _CLOSING)
-        is_alternative = command.joint == "||" or (command.joint == "&&" and is_test)
-        is_test = word in _TESTS or word.startswith("((")
-        line = command.text if depth == 0 else _BRANCH.sub("", command.text, count=1)
-        if assigned := assignments(line):
-            for assignment in assigned:
-                known.assign(assignment, for_certain=depth == 0 and not is_alternative)
-            continue
-        words = known.expand(known.words(known.compute(line)))
-        places = [index for index, word in enumerate(words) if _PROGRAM.fullmatch(word)]
-        if places:
-            behind = words[places[-1] + 1 :]
-            found.append(list(takewhile(lambda word: not is_redirection(word), behind)))
-        elif words and words[0].startswith("--"):
-            bare += words
+    reader = _Reader(Variables(variables, source))
+    try:
+        reader.read(text)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}; close the quote") from None
+    found = reader.found
     if len(found) > 1:
         raise ConfigError(
             f"{source}: {len(found)} commands run {COMMAND}; leave one of them in the file"
         )
-    if not found and not bare:
+    if not found and not reader.bare:
         raise ConfigError(
             f"{source}: no command runs {COMMAND}, and no line begins with an argument; give a "
             "script that runs it, or its arguments behind --"
         )
-    known.check_given()
-    return found[0] if found else bare
+    reader.known.check_given()
+    return found[0] if found else reader.bare
+
+
+class _Reader:
+    """What is read of a script.
+
+    Attributes:
+        known: its variables.
+        found: the arguments of each command that runs the program.
+        bare: words of lines that begin with an argument.
+    """
+
+    def __init__(self, known: Variables) -> None:
+        self.known = known
+        self.found: list[list[str]] = []
+        self.bare: list[str] = []
+
+    def read(self, text: str, depth: int = 0) -> None:
+        """Read a script, or a string that is run as one.
+
+        Raises:
+            ValueError: a quote does not end.
+        """
+        is_certain = is_granted = True
+        for command in commands(text, COMMAND):
+            # An alternative stays one to the end of its chain.
+            is_certain = not command.joint.startswith("|") and (
+                command.joint != "&&" or (is_certain and is_granted)
+            )
+            is_granted = _is_granted(command)
+            if changed := changed_names(command.text):
+                for name in changed:
+                    self.known.forget(name)
+            elif assigned := assignments(command.text):
+                for assignment in assigned:
+                    certain = is_certain and not command.is_nested
+                    self.known.assign(assignment, for_certain=certain)
+            else:
+                self._read_words(self.known.words(command.text), depth)
+
+    def _read_words(self, words: list[str], depth: int) -> None:
+        places = [index for index, word in enumerate(words) if _PROGRAM.fullmatch(word)]
+        if places:
+            behind = words[places[-1] + 1 :]
+            self.found.append(list(takewhile(lambda word: not is_redirection(word), behind)))
+        elif words and words[0].startswith("--"):
+            self.bare += words
+        elif depth < _DEEPEST:
+            for word in words:
+                if COMMAND in word and " " in word:
+                    self.read(word, depth + 1)
+
+
+def _is_granted(command: Command) -> bool:
+    if assignments(command.text):
+        return _OUTPUT.search(command.text) is None
+    return _GRANTED.match(command.text) is not None

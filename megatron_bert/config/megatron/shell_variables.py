@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from typing import TypeAlias
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.megatron.shell_arithmetic import with_results
 from megatron_bert.config.megatron.shell_commands import Assignment
+from megatron_bert.config.megatron.shell_words import (
+    Kind,
+    Part,
+    quoted_parts,
+    split_words,
+)
 
-# Scalars, which are split where they are used, and arrays.
+# Scalars, which are split where they are used without quotes, and arrays.
 Value: TypeAlias = str | list[str]
 
 _VARIABLE = re.compile(
-    r"\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?\}|\{(\w+):?-([^{}]*)\})",
+    r"\$(?:(\d|[A-Za-z_]\w*)|\{(\w+)(?:\[[@*]\])?\}|\{(\w+):?-([^{}]*)\})", re.ASCII
 )
+# Between words that have come out of one; no word of a command can hold it.
+_BREAK = "\0"
 
 
 class Variables:
@@ -39,47 +46,48 @@ class Variables:
         Args:
             assignment: of the script.
             for_certain: whether it is made whatever branch is taken; else the value is unknown.
+
+        Raises:
+            ValueError: a quote does not end.
         """
-        name, value = assignment.name, self.compute(assignment.value)
+        name, value = assignment.name, assignment.value
+        before = self._values.get(name, "") if assignment.is_added else ""
+        added: Value | None
+        if value.startswith("("):
+            added = self.words(value[1:-1])
+            before = before.split() if isinstance(before, str) else before
+        else:
+            added = self._scalar(value)
+        if not for_certain or added is None:
+            self.forget(name)
+            return
         self._met[name] = None
         if name in self._given:
             return
-        before = self._values.get(name, "") if assignment.is_added else ""
-        if not for_certain or value.startswith(("$(", "`")):
-            self._values[name] = f"${name}"
-        elif value.startswith("("):
-            words = self.expand(self.words(value[1:-1]))
-            self._values[name] = (self._split(before) if assignment.is_added else []) + words
+        if isinstance(before, str) and isinstance(added, str):
+            self._values[name] = before + added
         else:
-            filled = "".join(map(self._fill, self.words(value)))
-            self._values[name] = (
-                f"{before}{filled}" if isinstance(before, str) else [*before, filled]
-            )
+            self._values[name] = [*before, *([added] if isinstance(added, str) else added)]
 
-    def compute(self, text: str) -> str:
-        """Put in the results of arithmetic."""
-        return with_results(text, self._number)
-
-    def expand(self, words: list[str]) -> list[str]:
-        """Put in the values; a word that is nothing but a variable may become several."""
-        expanded = []
-        for word in words:
-            alone = _VARIABLE.fullmatch(word)
-            value = self._get(alone[1] or alone[2] or "") if alone else None
-            expanded += [self._fill(word)] if value is None else self._split(value)
-        return expanded
+    def forget(self, name: str) -> None:
+        """Nobody knows a variable's value from here on, unless it is given."""
+        self._met[name] = None
+        if name not in self._given:
+            self._values[name] = f"${name}"
 
     def words(self, text: str) -> list[str]:
-        """Split as the shell does.
+        """Split a command as the shell does, with the values put in.
 
         Raises:
-            ConfigError: a quote does not end.
+            ValueError: a quote does not end.
         """
-        try:
-            return shlex.split(text)
-        except ValueError as error:
-            shown = text.strip().splitlines()[0][:60]
-            raise ConfigError(f"{self._source}: {shown}: {error}; close the quote") from None
+        found: list[str] = []
+        for word in split_words(text):
+            filled = "".join(map(self._fill, word))
+            fields = [field for field in filled.split(_BREAK) if field]
+            is_quoted = any(part.kind in (Kind.LITERAL, Kind.QUOTED) for part in word)
+            found += fields or ([""] if is_quoted else [])
+        return found
 
     def check_given(self) -> None:
         """Refuse a value that the script has no use for.
@@ -96,23 +104,47 @@ class Variables:
                     "name, or leave it out"
                 )
 
+    def _scalar(self, text: str) -> str | None:
+        """What an assignment gives, which splits nothing; None: a command's output."""
+        parts = [part for word in split_words(text) for part in word]
+        filled = ""
+        for part in parts:
+            value = self._fill(part, splits=False)
+            if part.kind is Kind.COMMAND and value.startswith(("$(", "`")):
+                return None
+            filled += value.replace(_BREAK, " ")
+        return filled
+
+    def _fill(self, part: Part, *, splits: bool = True) -> str:
+        """A part with its values; `_BREAK` where one ends a word."""
+        if part.kind is Kind.LITERAL:
+            return part.text
+        if part.kind is Kind.COMMAND:
+            return with_results(part.text, self._number)
+
+        def value(match: re.Match[str]) -> str:
+            found = self._get(match[1] or match[2] or match[3])
+            if found is None:
+                if match[4] is None:
+                    return match[0]
+                found = self._default(match[4], part.kind)
+            values = [found] if isinstance(found, str) else found
+            if part.kind is Kind.BARE and splits:
+                values = [re.sub(r"\s+", _BREAK, value) for value in values]
+            return _BREAK.join(values)
+
+        return _VARIABLE.sub(value, part.text)
+
+    def _default(self, text: str, kind: Kind) -> str:
+        """What `${NAME:-TEXT}` puts in for a variable that nobody knows."""
+        if kind is Kind.BARE:
+            return " ".join(self.words(text))
+        return "".join(map(self._fill, quoted_parts(text.replace('"', ""))))
+
     def _get(self, name: str) -> Value | None:
-        if name:
-            self._met[name] = None
+        self._met[name] = None
         return self._values.get(name)
 
     def _number(self, name: str) -> str | None:
         value = self._get(name)
         return value if isinstance(value, str) else None
-
-    def _split(self, value: Value) -> list[str]:
-        return self.words(value) if isinstance(value, str) else value
-
-    def _fill(self, word: str) -> str:
-        def value(match: re.Match[str]) -> str:
-            found = self._get(match[1] or match[2] or match[3])
-            if found is None:
-                return match[0] if match[4] is None else self._fill(match[4])
-            return found if isinstance(found, str) else " ".join(found)
-
-        return _VARIABLE.sub(value, word)
