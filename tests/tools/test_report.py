@@ -60,9 +60,7 @@ def test_jobs_are_told_with_the_step_they_began_at(tmp_path: Path) -> None:
     ]
     (folder / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     run = RunRecords.read(folder)
-    assert run.facts()["jobs"] == (
-        "job 71, 8 rank(s) on 2 nodes from step 1; 4 rank(s) from step 7"
-    )
+    assert run.facts()["jobs"] == ("job 71, 8 ranks on 2 nodes from step 1; 4 ranks from step 7")
     lower = draw_curves([run]).axes[1]
     dashed = [line for line in lower.lines if line.get_linestyle() == "--"]
     assert [line.get_xdata()[0] for line in dashed] == [7]
