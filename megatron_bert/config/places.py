@@ -35,9 +35,16 @@ def shell_problem(path: str) -> str | None:
     left = _SHELL.search(path)
     if left is None:
         return None
+    if left[0] == "~":
+        # Which no shell replaces behind `run.dir=`, with quotes or without.
+        override = f"as an override, in double quotes: $HOME{path[1:]}"
+    elif left[0].startswith("~"):
+        return f"{left[0]} is for a shell, which reads no configuration file; write out that home"
+    else:
+        override = "give the key as an override, in double quotes"
     return (
         f"{left[0]} is for a shell, which reads no configuration file; write out what it stands "
-        "for, or give the key as an override, in double quotes"
+        f"for, or {override}"
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,7 +126,22 @@ def test_a_path_that_waits_for_a_shell_is_refused(
 ) -> None:
     text = refusal(build, f"{key}='{path}'")
     assert f"{key} = {path}: {left} is for a shell, which reads no configuration file" in text
-    assert "write out what it stands for" in text
+    assert "write out that home" in text if left == "~you" else "for, or " in text
+
+
+def test_the_remedy_for_a_home_is_one_that_a_shell_puts_in(build: Build) -> None:
+    remedy = "or as an override, in double quotes: $HOME/runs/a"
+    assert remedy in refusal(build, "run.dir='~/runs/a'")
+    # Bash leaves the mark of a home as it is behind `run.dir=`.
+    words = subprocess.run(
+        ["bash", "-c", 'printf "%s\\n" run.dir=~/a "run.dir=~/a" "run.dir=$HOME/a"'],
+        env={"HOME": "/h"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    ).stdout.split()
+    assert words == ["run.dir=~/a", "run.dir=~/a", "run.dir=/h/a"]
 
 
 @pytest.mark.parametrize("path", ["runs/a~", "runs/~a", "runs/5$", "./~old"])
