@@ -125,8 +125,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"configuration file {path} does not exist; give an existing file to --config "
-            "(examples/ has some)"
+            f"configuration file {path} does not exist; give an existing file (--config; "
+            "examples/ has some)"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(

@@ -78,7 +78,8 @@ class DatasetWriter:
             self._work = PartialWork(self.partial, identity, names=names, restart=restart)
         except OSError as error:
             raise DataError(
-                f"cannot write dataset {prefix}: {error}; choose another --output-prefix"
+                f"cannot write dataset {prefix}: {error}; choose another output_prefix "
+                "(--output-prefix)"
             ) from error
         try:
             suffixes = self._parse_progress()

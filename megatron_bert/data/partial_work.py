@@ -80,7 +80,7 @@ class PartialWork:
         except FileInUseError as error:
             raise DataError(
                 f"{path} is in use by a live job ({error}); wait for its end, or choose another "
-                f"--output-prefix"
+                f"output_prefix (--output-prefix)"
             ) from error
         try:
             path.mkdir(exist_ok=True)
@@ -207,7 +207,7 @@ class PartialWork:
         if foreign and not self._has_journal():
             raise DataError(
                 f"{self.path} holds {foreign[0]} and is no folder of an unfinished job; move it "
-                f"away, or choose another --output-prefix"
+                f"away, or choose another output_prefix (--output-prefix)"
             )
         self._is_ours = True
 

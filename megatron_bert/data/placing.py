@@ -12,6 +12,8 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
 from megatron_bert.files import sync_to_disk, temporary_path
 
+# As Python calls it, and the command lines.
+_NAMED = "output_prefix (--output-prefix)"
 # The index is last to appear and first to go: without it there is no dataset.
 _SUFFIXES = (".bin", ".words", ".json", ".idx")
 
@@ -52,7 +54,8 @@ class StagedDataset:
         if free < needed_bytes:
             raise DataError(
                 f"dataset {self._final_prefix} needs {needed_bytes:,} bytes and its disk has "
-                f"{free:,} free; make room, or choose an --output-prefix on another disk"
+                f"{free:,} free; make room, or choose an output_prefix "
+                "(--output-prefix) on another disk"
             )
 
     def place(self) -> None:
@@ -92,7 +95,7 @@ def check_name(final_prefix: Path) -> None:
         UserError: there is no name, or a `..` behind one.
     """
     if final_prefix.name in ("", ".."):
-        raise DataError(f"--output-prefix {final_prefix}: give a name, as data/train")
+        raise DataError(f"{_NAMED} {final_prefix}: give a name, as data/train")
     check_place(final_prefix)
 
 
@@ -105,13 +108,13 @@ def make_place(final_prefix: Path) -> None:
     check_name(final_prefix)
     if final_prefix.suffix in _SUFFIXES:
         suffix = final_prefix.suffix
-        raise DataError(f"--output-prefix {final_prefix}: leave off {suffix}; it is added")
+        raise DataError(f"{_NAMED} {final_prefix}: leave off {suffix}; it is added")
     try:
         final_prefix.parent.mkdir(parents=True, exist_ok=True)
         _existing(final_prefix)
     except OSError as error:
         raise DataError(
-            f"--output-prefix {final_prefix}: cannot make {error.filename}: {error.strerror}; "
+            f"{_NAMED} {final_prefix}: cannot make {error.filename}: {error.strerror}; "
             f"choose another"
         ) from error
 
@@ -145,8 +148,8 @@ def check_unused_by_others(prefix: Path, final_prefix: Path, suffixes: Collectio
 def _refuse(existing: list[str]) -> None:
     if existing:
         raise DataError(
-            f"files {', '.join(existing)} already there; choose another --output-prefix, or "
-            "replace the dataset with --overwrite"
+            f"files {', '.join(existing)} already there; choose another output_prefix "
+            "(--output-prefix), or replace the dataset with overwrite (--overwrite)"
         )
 
 

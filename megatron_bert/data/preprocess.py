@@ -217,13 +217,15 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
 
 def _check(options: PreprocessOptions) -> None:
     if options.workers < 1:
-        raise DataError(f"--workers {options.workers}: give at least 1")
+        raise DataError(f"workers = {options.workers} (--workers): give at least 1")
     check_name(Path(options.output_prefix))
     if isinstance(options.field_keys, str):
         raise DataError(f"field_keys = {options.field_keys!r}: a bare text; give a list of keys")
     twice = sorted(key for key, times in Counter(options.field_keys).items() if times > 1)
     if twice:
-        raise DataError(f"--field-key {' '.join(twice)}: given twice; give each key once")
+        raise DataError(
+            f"field_keys {' '.join(twice)} (--field-key): given twice; give each key once"
+        )
 
 
 def _warn(state: _State, options: PreprocessOptions, inputs: InputDocuments) -> None:

@@ -188,11 +188,12 @@ def _kind(path: Path) -> str:
 def _size(path: Path) -> int:
     try:
         if not path.is_file():
-            raise DataError(f"{path}: no such file; check the --input paths")
+            raise DataError(f"{path}: no such file; check the inputs (--input)")
         # Whoever may not read it is told now, not after hours of work on the files before it.
         with path.open("rb"):
             return path.stat().st_size
     except OSError as error:
         raise DataError(
-            f"cannot read {path}: {error.strerror}; check the --input paths and who may read them"
+            f"cannot read {path}: {error.strerror}; check the inputs (--input) and who may read "
+            "them"
         ) from error

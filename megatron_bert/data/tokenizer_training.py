@@ -32,6 +32,8 @@ _SAMPLING_SEED = 1
 
 _NUM_BYTES = 256
 
+_ANOTHER = "choose another path (--output)"
+
 _TOO_LARGE = re.compile(r"Vocabulary size too high.*value <= (\d+)", re.DOTALL)
 _TOO_SMALL = re.compile(r"smaller than required_chars. \d+ vs (\d+)")
 
@@ -115,6 +117,8 @@ def check_writable(path: Path) -> None:
         UserError: the folder cannot be written to, or the path climbs out by `..`.
     """
     check_place(path)
+    if path.is_dir():
+        raise DataError(f"cannot write {path}: it is a folder; {_ANOTHER}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -138,7 +142,7 @@ def write_model(model: bytes, path: StrPath) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot write {path}: {error.strerror}; choose another --output")
+    return DataError(f"cannot write {path}: {error.strerror}; {_ANOTHER}")
 
 
 def _check_numbers(vocab_size: int, max_sentences: int) -> None:
@@ -146,10 +150,10 @@ def _check_numbers(vocab_size: int, max_sentences: int) -> None:
     if vocab_size <= reserved:
         raise DataError(
             f"a vocabulary of {vocab_size} is too small: special pieces and bytes alone take "
-            f"{reserved}; set a larger --vocab-size"
+            f"{reserved}; set a larger vocab_size (--vocab-size)"
         )
     if max_sentences < 1:
-        raise DataError(f"--max-sentences {max_sentences}: give at least 1")
+        raise DataError(f"max_sentences = {max_sentences} (--max-sentences): give at least 1")
 
 
 def _sentences(documents: Iterable[str]) -> Iterator[str]:
@@ -179,11 +183,13 @@ def _as_data_error(message: str, vocab_size: int) -> DataError:
     if too_large := _TOO_LARGE.search(message):
         return DataError(
             f"a vocabulary of {vocab_size} is too large for this input, which yields at most "
-            f"{too_large[1]} pieces; set --vocab-size {too_large[1]} or lower, or give more text"
+            f"{too_large[1]} pieces; set vocab_size (--vocab-size) to {too_large[1]} or "
+            "lower, or give more text"
         )
     if too_small := _TOO_SMALL.search(message):
         return DataError(
             f"a vocabulary of {vocab_size} is too small: special pieces, bytes and the "
-            f"characters of this input need {too_small[1]}; set a --vocab-size above that"
+            f"characters of this input need {too_small[1]}; set a vocab_size "
+            "(--vocab-size) above that"
         )
     return DataError(f"SentencePiece cannot train on this input: {message}; give other text")

@@ -274,10 +274,13 @@ def test_a_large_vocabulary_is_written_in_four_bytes(workshop: Workshop, shared_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": 0}, "--workers 0"),
-        ({"field_keys": ["a", "b", "a"]}, "--field-key a: given twice"),
+        ({"workers": 0}, "workers = 0 "),
+        ({"field_keys": ["a", "b", "a"]}, r"field_keys a \(--field-key\): given twice"),
         *[
-            ({"output_prefix": Path(name), "shard": shard}, "--output-prefix .*: give a name, as")
+            (
+                {"output_prefix": Path(name), "shard": shard},
+                "output_prefix .*: give a name, as",
+            )
             for name in (".", "", "/", "..")
             for shard in (None, Shard(0, 2))
         ],
@@ -331,7 +334,7 @@ def test_the_tool_ends_with_two_and_one_line_at_a_prefix_without_a_name(
     run = command(workshop, tiny_tokenizer_path, corpus, *more)
     done = subprocess.run(run, capture_output=True, text=True, cwd=workshop.folder)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --output-prefix .: give a name, as data/train\n"
+    assert done.stderr == ("error: output_prefix (--output-prefix) .: give a name, as data/train\n")
 
 
 def test_the_tool_ends_with_two_and_one_line_at_bad_input(

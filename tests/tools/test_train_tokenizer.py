@@ -49,7 +49,7 @@ def test_the_same_text_gives_the_same_model(tiny_texts: list[str], max_sentences
 def test_the_largest_vocabulary_that_an_error_names_can_be_had(tiny_texts: list[str]) -> None:
     with pytest.raises(DataError, match=r"100000 is too large.*at most") as error:
         train_tokenizer(tiny_texts, 100_000)
-    largest = re.search(r"--vocab-size (\d+)", str(error.value))
+    largest = re.search(r"\(--vocab-size\) to (\d+)", str(error.value))
     assert largest is not None
     train_tokenizer(tiny_texts, int(largest[1]))
 
@@ -61,7 +61,11 @@ def test_a_vocabulary_without_room_for_the_characters_is_refused(tiny_texts: lis
 
 @pytest.mark.parametrize(
     ("vocab_size", "max_sentences", "message"),
-    [(0, 9, "0 is too small"), (264, 9, "264 is too small"), (500, 0, "--max-sentences 0: give")],
+    [
+        (0, 9, "0 is too small"),
+        (264, 9, "264 is too small"),
+        (500, 0, "max_sentences = 0 "),
+    ],
 )
 def test_numbers_out_of_range_are_refused_before_any_document_is_read(
     vocab_size: int, max_sentences: int, message: str
@@ -115,11 +119,20 @@ def test_an_output_that_no_model_can_have_is_refused_before_training(tmp_path: P
 def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "t.model"
-    with pytest.raises(DataError, match=r"cannot write .*choose another --output"):
+    with pytest.raises(DataError, match=r"cannot write .*choose another path \(--output\)"):
         write_model(b"model", output)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", ["too little text to train on"])
-    with pytest.raises(DataError, match=r"cannot write .*choose another --output"):
+    with pytest.raises(DataError, match=r"cannot write .*choose another path \(--output\)"):
         tool.main(["--input", str(corpus), "--vocab-size", "500", "--output", str(output)])
+
+
+def test_a_folder_in_a_models_place_is_an_error_before_training(tmp_path: Path) -> None:
+    output = tmp_path / "t.model"
+    output.mkdir()
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["too little text to train on"])
+    command = ["--input", str(corpus), "--vocab-size", "9", "--output", str(output)]
+    with pytest.raises(DataError, match="it is a folder; choose another path"):
+        tool.main([*command, "--overwrite"])
 
 
 def test_an_existing_model_is_replaced_only_when_asked(

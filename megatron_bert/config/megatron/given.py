@@ -65,17 +65,22 @@ class Given:
         try:
             return read(value)
         except ValueError:
-            raise ConfigError(f"{flag} {value}: not a number; {_remedy(value)}") from None
+            options = " ".join(f"--variable {name}=VALUE" for name in _unknown(value))
+            remedy = (
+                f"give it: {options}"
+                if options
+                else "write the number in its place"
+                if _OPEN.search(value)
+                else "give a number"
+            )
+            raise ConfigError(f"{flag} {value}: not a number; {remedy}") from None
 
 
-def _remedy(value: str) -> str:
-    """How a value becomes a number that a script has left open."""
-    if not _OPEN.search(value):
-        return "give a number"
-    names = dict.fromkeys(_NAME.findall(value))
-    if not names or _OUTPUT.search(value):
-        return "write the number in its place"
-    return f"give it: {' '.join(f'--variable {name}=VALUE' for name in names)}"
+def _unknown(value: str) -> list[str]:
+    """The variables that make a number of a value once they are given."""
+    if not _OPEN.search(value) or _OUTPUT.search(value):
+        return []
+    return list(dict.fromkeys(_NAME.findall(value)))
 
 
 def _is_one(entry: Argument) -> bool:
