@@ -72,6 +72,12 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         _write_error(str(interrupt) or "interrupted")
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        _write_error(
+            f"{error.name} is not installed for {sys.executable}; activate the environment that "
+            "has it (source .venv/bin/activate), or install it: pip install -e ."
+        )
+        sys.exit(EXIT_USER_ERROR)
     except BrokenPipeError:
         # What is left in the buffer has no reader either: Python must not try it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -60,13 +60,24 @@ def start_process_group(device: torch.device, timeout_seconds: float) -> None:
     CPU tensors always travel over gloo, so that control messages (counts, stop flags) never
     touch the GPU's stream; CUDA tensors travel over NCCL. The ranks' first meeting may take at
     least `_LEAST_START_SECONDS`.
+
+    Raises:
+        ConfigError: the place where the ranks are to meet cannot be used.
     """
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=max(timeout_seconds, _LEAST_START_SECONDS))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            host, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise ConfigError(
+                f"MASTER_ADDR={host}, MASTER_PORT={port}: the ranks cannot meet there "
+                f"({str(error).splitlines()[0]}); use the first rank's host and a port of it that "
+                "is free"
+            ) from error
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

@@ -170,7 +170,11 @@ def _run(
                 logger.info("finished after step %s", f"{end.step:,}")
             else:
                 directory.stop({**outcome, "reason": end.stop_reason})
-                logger.info("stopped after step %s: %s", f"{end.step:,}", end.stop_reason)
+                logger.info(
+                    "stopped after step %s: %s; the same command goes on",
+                    f"{end.step:,}",
+                    end.stop_reason,
+                )
 
 
 def _open_run_directory(config: Config) -> tuple[RunDirectory | None, bool]:

@@ -103,6 +103,20 @@ def test_what_nobody_foresaw_ends_in_a_line_behind_its_traceback(
     assert shown.endswith("error: ZeroDivisionError: no rows\n")
 
 
+def test_a_package_that_is_not_installed_is_named_with_the_python_that_lacks_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main() -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    with pytest.raises(SystemExit) as left:
+        run_cli(main)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: torch is not installed for {sys.executable}; activate ")
+    assert error.count("\n") == 1
+
+
 def test_success_is_exit_code_zero() -> None:
     with pytest.raises(SystemExit) as left:
         run_cli(_succeed)

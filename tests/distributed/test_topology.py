@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 
 import pytest
 import torch
 
+from megatron_bert.config.errors import ConfigError
 from megatron_bert.distributed import launch
 from megatron_bert.distributed.topology import MESH_AXES, Topology
 from tests.distributed_harness import run_ranks
@@ -66,3 +68,15 @@ def test_an_empty_number_of_ranks_is_none(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", given)
     assert launch.announced_world_size() == ranks
+
+
+def test_a_meeting_place_that_is_taken_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**found, "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: .*use the first rank's host"):
+            launch.start_process_group(torch.device("cpu"), 5.0)
