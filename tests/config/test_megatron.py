@@ -381,6 +381,82 @@ def test_a_variable_that_the_script_has_not_is_refused() -> None:
     assert command_arguments("A=1\npretrain_bert.py --a $A", "x.sh", {"A": "2"}) == ["--a", "2"]
 
 
+OPT = "--weight-decay 0.1 --clip-grad 0.5 --seed 77"
+RUN = f"torchrun pretrain_bert.py {LARGE} --train-iters 10"
+
+
+def _of_script(text: str, **variables: str) -> Translation:
+    return translate(command_arguments(text, "x.sh", variables))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f'OPT=( {OPT} )\nif a; then OPT+=( --swiglu ); fi\n{RUN} --bf16 "${{OPT[@]}}"',
+        f'OPT="{OPT}"\nif a; then OPT="$OPT --swiglu"; fi\n{RUN} --num-workers 2 $OPT',
+        f'OPT="{OPT}"\n[[ a ]] && OPT="$OPT --swiglu"\n{RUN} --num-workers=2 $OPT',
+        f"{RUN} --bf16 $OPT",
+        f"{RUN} --use-flash-attn ${{OPT}} --bf16",
+        f'{RUN} --data-path a "${{OPT[@]}}"',
+        f"{RUN} --data-path 0.5 a $OPT",
+        f"{RUN} --of-a-fork $OPT",
+        f"torchrun pretrain_bert.py $OPT {LARGE} --train-iters 10",
+        # Before what is missing is told, as it may stand in it.
+        "torchrun pretrain_bert.py --bf16 $OPT",
+    ],
+)
+def test_arguments_in_an_unknown_variable_are_refused_with_a_remedy_that_works(
+    script: str,
+) -> None:
+    message = r"\$.*OPT.*: may hold arguments .* give what the run had: --variable OPT='...', or ''"
+    with pytest.raises(ConfigError, match=message):
+        _of_script(script)
+    complete = f"{OPT} {LARGE} --train-iters 10" if LARGE not in script else OPT
+    tree = _of_script(script, OPT=complete).tree
+    optimizer = tree["optimizer"]
+    assert (tree["run"]["seed"], optimizer["weight_decay"], optimizer["clip_grad"]) == (
+        77,
+        0.1,
+        0.5,
+    )
+    if LARGE in script:
+        assert _of_script(script, OPT="").tree["run"]["seed"] == 1234
+
+
+def test_all_unknown_variables_are_named_and_what_is_computed_is_to_be_written() -> None:
+    script = f"{RUN} --bf16 $A $B/x --$C $(cat d) ${{E:+--swiglu}} $A"
+    message = (
+        r"\$A, \$B/x, --\$C, \$\(cat d\), \$\{E:\+--swiglu\}: may hold .* --variable A='...' "
+        r"--variable B='...' --variable C='...', or .*; write into the script what the run had for "
+        r"\$\(cat d\), \$\{E:\+--swiglu\}$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        _of_script(script)
+
+
+def test_an_unknown_variable_in_a_values_place_is_a_value() -> None:
+    script = f"{RUN} --save $D --vocab-file ${{V}} --data-path 0.5 $A 0.5 $B"
+    tree = _of_script(script).tree
+    assert tree["run"]["dir"] == "$D"
+    assert [corpus["prefix"] for corpus in tree["data"]["train"]] == ["$A", "$B"]
+
+
+@pytest.mark.parametrize("own", ['"$@"', "$*", "${@:2}"])
+def test_the_scripts_own_arguments_are_left_out_with_a_remark(own: str) -> None:
+    translation = _of_script(f"{RUN} --seed 5 {own}")
+    assert translation.tree["run"]["seed"] == 5
+    (remark,) = translation.unknown
+    assert remark.startswith(f"{own.strip(chr(34))}: stands for what the script itself")
+    with pytest.raises(ConfigError, match=r"add what the run had for \$@, say$"):
+        _of_script('pretrain_bert.py --num-layers 2 "$@"')
+
+
+def test_an_array_that_is_given_is_split_as_a_script_would_and_may_be_empty() -> None:
+    script = 'pretrain_bert.py --a "${A[@]}" "${B[@]}" "$C"'
+    given = {"A": "'x y' z", "B": "", "C": ""}
+    assert command_arguments(script, "x.sh", given) == ["--a", "x y", "z", ""]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

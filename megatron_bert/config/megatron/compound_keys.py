@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.megatron.arity import number
 from megatron_bert.config.megatron.given import Given
 
 # Megatron-LM rounds the width of a gated MLP down to a multiple of this.
@@ -103,7 +104,7 @@ def _set_corpora(builder: Builder) -> None:
 
 def _blend(flag: str, words: list[str]) -> list[dict[str, Any]]:
     """Corpora of `PREFIX`, `WEIGHT PREFIX ...` or `PREFIX PREFIX ...`."""
-    weights = [_number(word) for word in words[::2]]
+    weights = [number(word) for word in words[::2]]
     if len(words) < 2 or None in weights:
         alone = len(words) == 1
         return [{"prefix": word} if alone else {"prefix": word, "epochs": 1.0} for word in words]
@@ -118,16 +119,9 @@ def _blend(flag: str, words: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
 def _held_out(given: Given) -> float:
     split = "".join(given.words("--split"))
-    shares = [_number(share) for share in split.split(",")]
+    shares = [number(share) for share in split.split(",")]
     numbers = [share for share in shares if share is not None]
     if len(numbers) < len(shares) or sum(numbers) <= 0:
         raise ConfigError(f"--split {split}: give shares of training, validation and test: 98,2,0")

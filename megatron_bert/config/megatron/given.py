@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.megatron.argument import Argument
+from megatron_bert.config.megatron.arity import surely_takes_another
 from megatron_bert.config.megatron.table import find
 
 T = TypeVar("T")
@@ -18,6 +19,12 @@ _OPEN = re.compile(r"[$`]")
 _OUTPUT = re.compile(r"\$\((?!\()|`|\$\{\w+[^\w}]")
 # `$NAME`, `${NAME}`, `$1`, and inside of `$((...))` without the dollar.
 _NAME = re.compile(r"[A-Za-z_]\w*|(?<=\$)\d|(?<=\$\{)\d+", re.ASCII)
+# What may be arguments, as it may be any number of words.
+_ANY_WORDS = re.compile(r"(?:--)?[$`]")
+# `$@` and `$*`, whole or from one on: what the script, or a function in it, is given.
+_OWN = re.compile(r"\$(?:[@*]|\{[@*][^}]*\})")
+_ARRAY = re.compile(r"\[[@*]\]\}")
+_PUT_IN = re.compile(r"\$\{?(\d+|[A-Za-z_]\w*)", re.ASCII)
 
 
 class Given:
@@ -26,15 +33,26 @@ class Given:
     Attributes:
         values: By the usual name of an argument that has one, else by the flag itself.
         stray: Words that stand behind no flag.
+        own: `$@` and the like, which stand for the script's own arguments.
+
+    Raises:
+        ConfigError: What is unknown may be arguments.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         self.values: dict[str, list[str]] = {}
         self.stray: list[str] = []
-        into = self.stray
+        self.own: list[str] = []
+        unknown: list[str] = []
+        flag, into = "", self.stray
         for word in words:
             if not _FLAG.match(word):
-                into.append(word)
+                if _OWN.fullmatch(word):
+                    self.own.append(word)
+                elif _ANY_WORDS.match(word) and not surely_takes_another(flag, into):
+                    unknown.append(word)
+                else:
+                    into.append(word)
                 continue
             flag, has_value, value = word.partition("=")
             entry = find(flag)
@@ -42,6 +60,8 @@ class Given:
             into = self.values[entry.name if entry and exact and _is_one(entry) else flag] = []
             if has_value:
                 into.append(value)
+        if unknown:
+            raise ConfigError(_what_they_hold(list(dict.fromkeys(unknown))))
 
     def has(self, flag: str) -> bool:
         """Whether it was given."""
@@ -81,6 +101,27 @@ def _unknown(value: str) -> list[str]:
     if not _OPEN.search(value) or _OUTPUT.search(value):
         return []
     return list(dict.fromkeys(_NAME.findall(value)))
+
+
+def _what_they_hold(words: list[str]) -> str:
+    """Refuse words that may be arguments, with what makes them known."""
+    computed: list[str] = []
+    names: dict[str, None] = {}
+    for word in words:
+        plain = _ARRAY.sub("}", word)
+        found = [] if _OUTPUT.search(plain) else _PUT_IN.findall(plain)
+        names.update(dict.fromkeys(found))
+        computed += [] if found else [word]
+    remedies = []
+    if names:
+        options = " ".join(f"--variable {name}='...'" for name in names)
+        remedies.append(f"give what the run had: {options}, or '' where it is empty")
+    if computed:
+        remedies.append(f"write into the script what the run had for {', '.join(computed)}")
+    return (
+        f"{', '.join(words)}: may hold arguments that nobody knows here: set by none or not by all "
+        f"branches of the script; {'; '.join(remedies)}"
+    )
 
 
 def _is_one(entry: Argument) -> bool:

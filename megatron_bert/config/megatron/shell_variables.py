@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -20,8 +21,9 @@ from megatron_bert.config.megatron.shell_words import (
 Value: TypeAlias = str | list[str]
 
 _VARIABLE = re.compile(
-    r"\$(?:(\d|[A-Za-z_]\w*)|\{(\w+)(?:\[[@*]\])?\}|\{(\w+):?-([^{}]*)\})", re.ASCII
+    r"\$(?:(\d|[A-Za-z_]\w*)|\{(\w+)(\[[@*]\])?\}|\{(\w+):?-([^{}]*)\})", re.ASCII
 )
+_ARRAY = re.compile(r"\$\{\w+\[@\]\}", re.ASCII)
 # Between words that have come out of one; no word of a command can hold it.
 _BREAK = "\0"
 
@@ -85,8 +87,7 @@ class Variables:
         for word in split_words(text):
             filled = "".join(map(self._fill, word))
             fields = [field for field in filled.split(_BREAK) if field]
-            is_quoted = any(part.kind in (Kind.LITERAL, Kind.QUOTED) for part in word)
-            found += fields or ([""] if is_quoted else [])
+            found += fields or ([""] if _stays_one(word) else [])
         return found
 
     def check_given(self) -> None:
@@ -123,11 +124,15 @@ class Variables:
             return with_results(part.text, self._number)
 
         def value(match: re.Match[str]) -> str:
-            found = self._get(match[1] or match[2] or match[3])
+            name = match[1] or match[2] or match[4]
+            found = self._get(name)
             if found is None:
-                if match[4] is None:
+                if match[5] is None:
                     return match[0]
-                found = self._default(match[4], part.kind)
+                found = self._default(match[5], part.kind)
+            elif match[3] and name in self._given:
+                # Arrays are given as the words would stand in the script.
+                found = shlex.split(self._given[name])
             values = [found] if isinstance(found, str) else found
             if part.kind is Kind.BARE and splits:
                 values = [re.sub(r"\s+", _BREAK, value) for value in values]
@@ -148,3 +153,10 @@ class Variables:
     def _number(self, name: str) -> str | None:
         value = self._get(name)
         return value if isinstance(value, str) else None
+
+
+def _stays_one(word: list[Part]) -> bool:
+    """Whether a word that comes out empty is a word all the same: quoted, and no empty array."""
+    if len(word) == 1 and _ARRAY.fullmatch(word[0].text):
+        return False
+    return any(part.kind in (Kind.LITERAL, Kind.QUOTED) for part in word)

@@ -39,7 +39,7 @@ class Translation:
         differs: What is done in another way than in Megatron-LM, a sentence each.
         lacks: Arguments without a counterpart, with the reason.
         holds: Arguments whose wish is met without a key, with the reason.
-        unknown: Flags that are not in the table, with the nearest that is.
+        unknown: Flags that are not in the table, with the nearest that is, and `$@`.
     """
 
     tree: dict[str, Any]
@@ -69,6 +69,11 @@ def translate(words: Sequence[str]) -> Translation:
     lacks, holds, unknown = _without_keys(given)
     if given.stray:
         unknown.append(f"{' '.join(given.stray)}: stands behind no argument")
+    unknown += [
+        f"{word}: stands for what the script itself, or a function in it, is given when it is "
+        "started; write into the script what the run had"
+        for word in dict.fromkeys(given.own)
+    ]
     return Translation(
         tree=builder.tree,
         by_hand=(*builder.by_hand, *_unfilled(builder.tree)),
@@ -84,9 +89,10 @@ def _check_required(given: Given) -> None:
     if not given.has("--train-iters") and not given.has("--train-samples"):
         missing.append("--train-iters")
     if missing:
+        own = f" for {' '.join(given.own)}, say" if given.own else ""
         raise ConfigError(
             f"arguments {', '.join(missing)}: not given, and a configuration needs them; add what "
-            "the run had"
+            f"the run had{own}"
         )
 
 
