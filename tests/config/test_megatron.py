@@ -120,6 +120,11 @@ def test_arguments_that_belong_together_are_read_together(
     assert (found["train"] if section == "data" else found) == expected
 
 
+def test_that_tensorboards_folder_is_another_is_told() -> None:
+    differs = _of(f"{LARGE} --train-iters 10 --tensorboard-dir logs/tb").differs
+    assert "log.tensorboard = true: its files stand in the run directory, not in logs/tb" in differs
+
+
 def test_samples_become_steps() -> None:
     assert _of(f"{LARGE} --train-samples 3200").tree["curriculum"] == [
         {"seq_length": 512, "steps": 100}

@@ -235,6 +235,11 @@ def _set_output(builder: Builder) -> None:
             f"--load {' '.join(given.words('--load'))}: Megatron-LM's checkpoints are not read; a "
             "run goes on from its own newest one, or begins at checkpoint.resume"
         )
+    if given.has("--tensorboard-dir"):
+        folder = " ".join(given.words("--tensorboard-dir"))
+        builder.differs.append(
+            f"log.tensorboard = true: its files stand in the run directory, not in {folder}"
+        )
     if given.has("--wandb-project"):
         builder.set("log.wandb.mode", "online")
         builder.set("log.wandb.project", " ".join(given.words("--wandb-project")))
