@@ -413,7 +413,7 @@ def _of_script(text: str, **variables: str) -> Translation:
 def test_arguments_in_an_unknown_variable_are_refused_with_a_remedy_that_works(
     script: str,
 ) -> None:
-    message = r"\$.*OPT.*: may hold arguments .* give what the run had: --variable OPT='...', or ''"
+    message = r"\$.*OPT.*: what they hold .* give what the run had: --variable OPT='...', or ''"
     with pytest.raises(ConfigError, match=message):
         _of_script(script)
     complete = f"{OPT} {LARGE} --train-iters 10" if LARGE not in script else OPT
@@ -431,8 +431,8 @@ def test_arguments_in_an_unknown_variable_are_refused_with_a_remedy_that_works(
 def test_all_unknown_variables_are_named_and_what_is_computed_is_to_be_written() -> None:
     script = f"{RUN} --bf16 $A $B/x --$C $(cat d) ${{E:+--swiglu}} $A"
     message = (
-        r"\$A, \$B/x, --\$C, \$\(cat d\), \$\{E:\+--swiglu\}: may hold .* --variable A='...' "
-        r"--variable B='...' --variable C='...', or .*; write into the script what the run had for "
+        r"\$A, \$B/x, --\$C, \$\(cat d\), \$\{E:\+--swiglu\}: what they hold .* --variable A='...' "
+        r"--variable B='...' --variable C='...', or .*; written into the script in place of "
         r"\$\(cat d\), \$\{E:\+--swiglu\}$"
     )
     with pytest.raises(ConfigError, match=message):

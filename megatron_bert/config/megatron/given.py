@@ -61,7 +61,11 @@ class Given:
             if has_value:
                 into.append(value)
         if unknown:
-            raise ConfigError(_what_they_hold(list(dict.fromkeys(unknown))))
+            words = list(dict.fromkeys(unknown))
+            raise ConfigError(
+                f"arguments {', '.join(words)}: what they hold nobody knows here, as none or not "
+                f"all branches of the script set them; give what the run had: {_how_to_give(words)}"
+            )
 
     def has(self, flag: str) -> bool:
         """Whether it was given."""
@@ -103,8 +107,8 @@ def _unknown(value: str) -> list[str]:
     return list(dict.fromkeys(_NAME.findall(value)))
 
 
-def _what_they_hold(words: list[str]) -> str:
-    """Refuse words that may be arguments, with what makes them known."""
+def _how_to_give(words: Sequence[str]) -> str:
+    """How the arguments that words of a script may hold become known."""
     computed: list[str] = []
     names: dict[str, None] = {}
     for word in words:
@@ -112,16 +116,13 @@ def _what_they_hold(words: list[str]) -> str:
         found = [] if _OUTPUT.search(plain) else _PUT_IN.findall(plain)
         names.update(dict.fromkeys(found))
         computed += [] if found else [word]
-    remedies = []
+    ways = []
     if names:
         options = " ".join(f"--variable {name}='...'" for name in names)
-        remedies.append(f"give what the run had: {options}, or '' where it is empty")
+        ways.append(f"{options}, or '' where it is empty")
     if computed:
-        remedies.append(f"write into the script what the run had for {', '.join(computed)}")
-    return (
-        f"{', '.join(words)}: may hold arguments that nobody knows here: set by none or not by all "
-        f"branches of the script; {'; '.join(remedies)}"
-    )
+        ways.append(f"written into the script in place of {', '.join(computed)}")
+    return "; ".join(ways)
 
 
 def _is_one(entry: Argument) -> bool:
