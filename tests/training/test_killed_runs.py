@@ -84,8 +84,8 @@ def test_a_rank_killed_at_any_moment_costs_no_bit(
 ) -> None:
     config = _configure(tiny_data, tmp_path / "run", seed)
     moment = drawn(seed, uncut.moments)
-    # The other rank may be heard first, of a connection that was closed.
-    with pytest.raises(RankError, match=r"exit code -9|Connection closed by peer"):
+    # The other rank may be heard first, of a connection that was closed or reset.
+    with pytest.raises(RankError, match=r"exit code -9|Connection (?:closed|reset) by peer"):
         run_ranks(RANKS, _train, config, moment)
     lines, _ = run_ranks(RANKS, _train, config, None)[0]
     assert _outcome(config, lines) == uncut.outcome, moment
