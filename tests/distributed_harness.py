@@ -37,6 +37,8 @@ PRELOADED = [
     "megatron_bert.training.trainer",
     "tests.distributed_harness",
 ]
+# What ranks hear of one that was killed; they may fail of it before its end is noticed.
+PEER_GONE = r"Connection (?:closed|reset) by peer"
 DUMP_SECONDS = 1.0  # what a hanging rank gets to write its stack down, and a finished one to leave
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.distributed.launch import new_host_group
 from tests.checkpoint.host_calls import before_host_calls, dies_at
 from tests.checkpoint.sharded_state import assert_same_bits, blank, sharded, whole_state
-from tests.distributed_harness import RankError, run_ranks
+from tests.distributed_harness import PEER_GONE, RankError, run_ranks
 
 
 def _save(root: Path, step: int, in_background: bool) -> None:
@@ -36,8 +37,8 @@ def _dies(root: Path, world_size: int, rank: int, call: int, in_background: bool
     try:
         run_ranks(world_size, _save_and_die, root, rank, call, in_background)
     except RankError as error:
-        # The others may be heard first, of a connection that was closed.
-        if "exit code 9" not in str(error) and "Connection closed by peer" not in str(error):
+        # The others may be heard first.
+        if re.search(rf"exit code 9|{PEER_GONE}", str(error)) is None:
             raise
         return True
     return False

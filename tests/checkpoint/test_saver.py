@@ -23,7 +23,7 @@ from megatron_bert.config.errors import CheckpointError
 from megatron_bert.distributed.launch import new_host_group
 from tests.checkpoint.host_calls import HostCall, before_host_calls, disk_full_at
 from tests.checkpoint.sharded_state import assert_same_bits, blank, sharded, whole_state
-from tests.distributed_harness import RankError, run_ranks
+from tests.distributed_harness import PEER_GONE, RankError, run_ranks
 
 MODES = pytest.mark.parametrize("in_background", [False, True], ids=["waited-for", "in-background"])
 SECONDS = 30.0  # for what comes at once if it comes at all
@@ -326,7 +326,7 @@ def _die(_call: HostCall) -> None:
 
 
 def test_a_peer_that_dies_in_mid_save_ends_the_wait_for_it(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"exit code 9|Connection closed by peer") as caught:
+    with pytest.raises(RankError, match=rf"exit code 9|{PEER_GONE}") as caught:
         run_ranks(2, _lose_a_peer, tmp_path, _die, deadline_seconds=SECONDS)
     assert "no answer within" not in str(caught.value)
 
