@@ -66,7 +66,7 @@ def test_a_plan_loads_no_torch() -> None:
     [
         (["--gpu", "h1000"], ["--gpu h1000: not known", "h100-80gb", "a100-40gb"]),
         (["--gpus", "0"], ["--gpus 0", "1 or more"]),
-        (["--network", "wet"], ["--network wet", "ndr200x4"]),
+        (["--network", "wet"], ["network wet of --network", "ndr200x4"]),
         (["--output", "/nowhere/at/all.yaml"], ["--output /nowhere/at/all.yaml"]),
     ],
 )
