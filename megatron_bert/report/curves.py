@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bert.config.leaves import leaves
 from megatron_bert.report.records import Floats, RunRecords
 from megatron_bert.training.journal import SAVE
 
@@ -134,7 +135,7 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
     mean = texts.pop() if len(texts) == 1 else "all texts"
     found: dict[tuple[str, str, bool], dict[int, float]] = {}
     for at, line in enumerate(run.evaluations):
-        for path, value in _leaves(line):
+        for path, value in _measurements(line):
             found.setdefault(_place(path, mean), {})[at] = value
     places = _positions_at(run, [line["step"] for line in run.evaluations])
     for (group, name, is_kind), by_line in found.items():
@@ -166,15 +167,13 @@ def _shared(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _leaves(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Any]:
-    """The measurements of an evaluation line with their paths, at whatever depth they are."""
-    for name, entry in value.items():
-        if isinstance(entry, Mapping):
-            yield from _leaves(entry, (*path, name))
-        elif isinstance(entry, int | float) and not (
-            name.endswith(_LENGTHS) or (not path and name in _UNDRAWN)
-        ):
-            yield (*path, name), float(entry)
+def _measurements(line: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The numbers of an evaluation line with their paths, at whatever depth they are."""
+    for keys, value in leaves(line):
+        path = tuple(map(str, keys))
+        counts_on = len(path) == 1 and path[0] in _UNDRAWN
+        if isinstance(value, int | float) and not (path[-1].endswith(_LENGTHS) or counts_on):
+            yield path, float(value)
 
 
 def _place(path: tuple[str, ...], mean: str) -> tuple[str, str, bool]:
