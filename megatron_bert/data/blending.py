@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_bert.config.schema import Corpus
-from megatron_bert.config.words import times
 from megatron_bert.data.corpora import OpenCorpus
+from megatron_bert.words import times
 
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models".
 _MOST_USEFUL_EPOCHS = 4.0

@@ -11,8 +11,8 @@ from _megatron_bert_core import IndexedDataset
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
 from megatron_bert.data.length_histogram import count_lengths, histogram
-from megatron_bert.data.share_text import share
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.words import share
 
 _SAMPLE_TOKENS = 60
 # Bounds time and memory, whatever the corpus.

@@ -21,8 +21,8 @@ from megatron_bert.data.corpora import (
 from megatron_bert.data.deduplication import hash_documents, hash_texts
 from megatron_bert.data.inspection import beginning
 from megatron_bert.data.progress import Progress
-from megatron_bert.data.share_text import share
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.words import share
 
 # Bounds memory, whatever the corpora.
 _DOCUMENTS_AT_A_TIME = 1 << 16

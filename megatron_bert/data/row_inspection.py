@@ -13,9 +13,9 @@ import numpy.typing as npt
 from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch
 from megatron_bert.data.length_histogram import count_lengths, histogram
-from megatron_bert.data.share_text import share
 from megatron_bert.data.step_inspection import StepBatches, unmasked
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.words import share
 
 
 class TokenKind(Enum):

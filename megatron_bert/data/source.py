@@ -13,12 +13,12 @@ from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, MlmConfig
-from megatron_bert.config.words import counted, times
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.blending import blend_warnings, blend_weights
 from megatron_bert.data.corpora import CorpusPart, OpenCorpus, open_corpus, training_parts
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.word_boundaries import WordTables, word_tables
+from megatron_bert.words import counted, times
 
 
 @dataclass(frozen=True)

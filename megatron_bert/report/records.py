@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_bert.config.errors import UserError
-from megatron_bert.config.words import counted
-from megatron_bert.durations import format_duration
 from megatron_bert.files import StrPath
 from megatron_bert.training import metrics
 from megatron_bert.training.journal import START, read_journal
 from megatron_bert.training.run_directory import JOBS, Outcome, read_outcome
+from megatron_bert.words import counted, format_duration
 
 Floats: TypeAlias = NDArray[np.float64]
 # That the facts name.

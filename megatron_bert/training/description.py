@@ -11,9 +11,9 @@ from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
 from megatron_bert.config.schema import Config, ModelConfig
-from megatron_bert.config.words import counted
 from megatron_bert.data.source import RowSource
 from megatron_bert.training.held_out import HeldOutRows
+from megatron_bert.words import counted
 
 # From where on work done for nothing is a reason to choose another layout.
 _MUCH_SURPLUS_PERCENT = 10.0

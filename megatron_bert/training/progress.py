@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
-from megatron_bert.durations import format_duration
+from megatron_bert.words import format_duration
 
 # Between two drawings of the view: often enough to be alive, seldom enough to be read.
 _DRAW_SECONDS = 0.5

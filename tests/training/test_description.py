@@ -9,11 +9,11 @@ import pytest
 
 from megatron_bert.config.load import load_config
 from megatron_bert.config.parameters import parameter_count, rank_parameters, rank_state_bytes
-from megatron_bert.config.words import times
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.training.description import describe_data, describe_plan
 from megatron_bert.training.held_out import HeldOutRows
+from megatron_bert.words import times
 from tests.core.support import write_documents
 from tests.small_model import small_config
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from megatron_bert.config.curriculum import Curriculum
-from megatron_bert.durations import format_duration
 from megatron_bert.training.divergence import DivergedError
 from megatron_bert.training.metrics import MetricsFile, read
 from megatron_bert.training.progress import Progress
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.step import Agreement, StepResult
 from megatron_bert.training.step_parts import HostMoment, StepParts
+from megatron_bert.words import format_duration
 from tests.small_model import VOCABULARY, small_config
 
 

@@ -1,0 +1,30 @@
+"""Amounts in words, as people write them."""
+
+from __future__ import annotations
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things: 1 layer, 1,024 rows, 2 micro-batches (whose plural has to be given)."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def times(count: float) -> str:
+    """How many times, to four digits, or to a whole number of many: 1 time, 0.4213 times."""
+    text = f"{count:,.0f}" if count >= 100 else f"{count:.4g}"
+    return f"{text} time" if text == "1" else f"{text} times"
+
+
+def share(count: int, total: int, unit: str) -> str:
+    """Write a part of a whole: `3 of 8 tokens (37.50%)`; nothing of nothing is 0 %."""
+    return f"{count:,} of {total:,} {unit} ({count / max(1, total):.2%})"
+
+
+def format_duration(seconds: float) -> str:
+    """Write a duration as people say it: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes = int(seconds // 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
