@@ -7,7 +7,6 @@ ranks, and any other sharding, can read them.
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
+    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
@@ -37,6 +37,8 @@ from megatron_bert.config.errors import CheckpointError
 from megatron_bert.distributed.agreement import Failure, Ranks, RanksFailedError
 
 _NAMES_SHOWN = 5
+
+_Place = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -153,26 +155,30 @@ def read_whole_tensors(
     Raises:
         CheckpointError: One cannot be read.
     """
+    files = _places(folder)
     for names in _together(shapes):
         wholes = {name: torch.empty(shapes[name]) for name in names}
-        try:
-            with _dcp_errors(), _no_single_process_warning():
-                load(
-                    # A copy: DCP puts the loaded values in place.
-                    dict(wholes),
-                    storage_reader=HuggingFaceStorageReader(path=str(folder)),
-                    no_dist=True,
-                )
-        except (RanksFailedError, OSError) as error:
-            raise CheckpointError(
-                f"cannot read {', '.join(names)} from {folder}: {error}; check the disk, or use "
-                "another checkpoint"
-            ) from error
+        for file, places in files.items():
+            _fill(wholes, file, places)
         for name in names:
             yield wholes.pop(name)
-        # DCP's plans refer to each other and to the tensors: without this the next group may come
-        # to lie beside this one.
-        gc.collect()
+
+
+def _fill(wholes: Mapping[str, torch.Tensor], file: Path, places: Mapping[str, _Place]) -> None:
+    """Copy what a file holds of some tensors to its place in them."""
+    names = [name for name in wholes if name in places]
+    if not names:
+        return
+    try:
+        # Opened anew for every group: what is mapped of a file counts as this process' memory.
+        with safe_open(file, framework="pt") as pieces:
+            for name in names:
+                wholes[name][places[name]].copy_(pieces.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"cannot read {', '.join(names)} from {file}: {error}; check the disk, or use another "
+            "checkpoint"
+        ) from error
 
 
 def _together(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
@@ -204,23 +210,39 @@ class _SavePlanner(DefaultSavePlanner):
         return self._shards.pieces[index.fqn]
 
 
+def _places(folder: Path) -> dict[Path, dict[str, _Place]]:
+    """Where in the whole tensors lies what each file in `folder` holds."""
+    files: dict[Path, dict[str, _Place]] = {}
+    for index, stored in _read_metadata(folder).storage_data.items():
+        place = tuple(
+            slice(begin, begin + size)
+            for begin, size in zip(index.offset, stored.shape, strict=True)
+        )
+        files.setdefault(Path(stored.relative_path), {})[index.fqn] = place
+    return files
+
+
 def _read_headers(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Read of what pieces the shards in `folder` make up each tensor.
+    """Read of what pieces the shards in `folder` make up each tensor."""
+    headers: dict[str, TensorStorageMetadata] = {}
+    for name, entry in _read_metadata(folder).state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        headers[name] = entry
+    return headers
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    """Read the headers of the shards in `folder`.
 
     Raises:
         CheckpointError: A file is no shard, whatever the manifest says of it.
     """
     try:
-        saved = HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
+        return HuggingFaceStorageReader(path=str(folder)).read_metadata()
     except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot read the shards in {folder}: {error}; use another one"
         ) from error
-    headers: dict[str, TensorStorageMetadata] = {}
-    for name, entry in saved.items():
-        assert isinstance(entry, TensorStorageMetadata)
-        headers[name] = entry
-    return headers
 
 
 def _check_fit(folder: Path, wanted: Mapping[str, _Kind], left_out: str | None) -> None:
