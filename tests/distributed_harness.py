@@ -22,6 +22,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from tests.deadlines import DEADLINE_SECONDS
+
 PRELOADED = [
     "pytest",
     "numpy",
@@ -47,7 +49,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, deadline_seconds: float = 60
+    world_size: int, fn: Callable[..., Any], *args: Any, deadline_seconds: float = DEADLINE_SECONDS
 ) -> list[Any]:
     """Call `fn(*args)` on `world_size` gloo ranks and return the ranks' results in rank order.
 

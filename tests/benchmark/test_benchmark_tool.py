@@ -11,6 +11,7 @@ import pytest
 
 from megatron_bert.benchmark import data as data_benchmark
 from megatron_bert.config.errors import ConfigError, DataError
+from tests.deadlines import DEADLINE_SECONDS
 from tools import benchmark as tool
 
 RATE = {"type": "number", "exclusiveMinimum": 0}
@@ -45,7 +46,9 @@ SCHEMA = fields(
 
 def run_tool(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, tool.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=240)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, timeout=DEADLINE_SECONDS
+    )
 
 
 def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -136,7 +139,7 @@ def test_a_full_disk_ends_the_tool_with_two_and_leaves_nothing(tmp_path: Path) -
         text=True,
         env={"TMPDIR": str(tmp_path)},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
-        timeout=240,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot write benchmark data")

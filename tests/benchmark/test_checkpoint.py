@@ -14,6 +14,7 @@ from megatron_bert.benchmark.checkpoint_table import checkpoint_table
 from megatron_bert.benchmark.machine import describe_hardware
 from megatron_bert.config.parameters import parameter_count
 from tests.benchmark.test_benchmark_tool import RATE, TEXT, fields
+from tests.deadlines import DEADLINE_SECONDS
 from tools import benchmark as tool
 
 SAVE = fields(
@@ -40,7 +41,9 @@ SCHEMA = fields(
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, tool.__file__, "checkpoint", "--quick", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_SECONDS, **options
+    )
 
 
 def test_standard_output_is_one_json_document_with_every_figure(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
+from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
@@ -39,7 +40,7 @@ def _run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(TREE))
     command = [sys.executable, str(TOOL), "peers", "--config", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
 
 
 def _parameters_of_each() -> dict[str, int]:

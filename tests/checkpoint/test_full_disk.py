@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deadlines import DEADLINE_SECONDS
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 DISK_BYTES = 1 << 20
 # In a namespace of its own, which takes the mount along when it ends.
@@ -47,7 +49,7 @@ def _on_a_small_disk(disk: Path, code: str, *arguments: object) -> list[str]:
         [*NAMESPACE, "sh", "-c", f'{mount} && exec "$@"', "sh", *words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         cwd=CHECKOUT,
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
     )

@@ -21,6 +21,7 @@ from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
 from megatron_bert.training.run_figures import run_figures
 from tests.checkpoint.huggingface_run import make_run
+from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
 from tests.small_model import small_config
 from tests.training.runs import run_config, train
@@ -131,7 +132,7 @@ def test_the_cards_code_runs_where_nothing_of_this_project_is_installed(
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=DEADLINE_SECONDS,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(result.stdout.splitlines()) == 3

@@ -25,6 +25,7 @@ from megatron_bert.checkpoint.shard_files import Piece, write_file
 from megatron_bert.checkpoint.store import CheckpointStore, find_checkpoint
 from megatron_bert.config.errors import CheckpointError, DataError
 from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
+from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
 from tests.small_model import small_config
 
@@ -87,7 +88,7 @@ def test_transformers_alone_gives_the_training_models_logits_and_fills_masks(
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=DEADLINE_SECONDS,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     saved = load_file(tmp_path / "again" / "model.safetensors")

@@ -81,7 +81,7 @@ def test_conversion_takes_twice_the_largest_tensor_and_a_file(
     architecture: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Or glibc may keep freed tensors of this size for later ones (of more than 32 MB it never does).
+    # Or glibc may keep freed tensors of this size for later ones; above 32 MB it never does.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
     small, large = tmp_path / "small", tmp_path / "large"
     _save(small / "checkpoints", tiny_tokenizer_path, 512)

@@ -24,6 +24,7 @@ from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
 from megatron_bert.config.errors import CheckpointError
 from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
+from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
 from tests.huggingface.releases import older_release, packages_folder
 from tests.training.runs import run_config, steps_of, train
@@ -106,7 +107,7 @@ def test_the_older_transformers_gives_them_too(run_folder: Path, tmp_path: Path)
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(packages_folder(older_release()) or "")},
         check=True,
-        timeout=100,
+        timeout=DEADLINE_SECONDS,
     )
     release, module, found = torch.load(tmp_path / "found")
     assert (release, module) == (older_release(), TheirModel.__module__)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.config.errors import DataError, Parser, RunError, run_cli
+from tests.deadlines import DEADLINE_SECONDS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -136,6 +137,6 @@ def test_a_reader_that_went_away_is_no_error() -> None:
         env={"PROGRAM": program, "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_SECONDS,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "line\n", "")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_bert.data.index_file import write_index
 from tests.core.support import fill, make_assembler, text_documents, write_documents
+from tests.deadlines import DEADLINE_SECONDS
 
 GIB = 1 << 30
 
@@ -83,7 +84,7 @@ def test_tokens_are_read_where_the_system_refuses_to_map_them(tmp_path: Path) ->
         [sys.executable, "-c", READ_WITHOUT_ROOM, str(prefix)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.stderr == ""
     assert done.stdout.splitlines() == [

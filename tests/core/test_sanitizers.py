@@ -13,7 +13,6 @@ NOT_POSSIBLE_HERE = 77
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_data_core_is_clean_under_the_sanitizers_and_fuzzing(tmp_path: Path) -> None:
     # CMake may be the environment's, which need not be active.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

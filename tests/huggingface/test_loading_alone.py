@@ -7,6 +7,7 @@ from pathlib import Path
 
 import transformers
 
+from tests.deadlines import DEADLINE_SECONDS
 from tests.huggingface.exported import write_exported
 
 # Runs where the package cannot be imported.
@@ -61,6 +62,6 @@ def test_every_auto_class_loads_an_export_and_what_was_saved_again_without_the_p
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
     assert result.returncode == 0, result.stderr[-3000:]

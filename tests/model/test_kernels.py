@@ -160,7 +160,7 @@ def test_a_package_s_kernels_give_the_losses_and_gradients_of_pytorch_under_the_
     tensor: int, sequence: bool, compiled: bool, recompute: str
 ) -> None:
     arguments = (tensor, sequence, compiled, recompute)
-    run_ranks(tensor, _check_training, *arguments, deadline_seconds=200)
+    run_ranks(tensor, _check_training, *arguments)
 
 
 def _products(tensor: int, autocast: str, fp8: str) -> list[Any]:

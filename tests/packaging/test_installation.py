@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from scikit_build_core.build import build_sdist
 
+from tests.deadlines import DEADLINE_SECONDS
 from tests.packaging.test_checkout import list_files
 
 pytestmark = pytest.mark.slow  # compiles the data core
@@ -143,7 +144,7 @@ def run_pip(python: str | Path, command: str, *arguments: str, cwd: Path) -> Non
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=DEADLINE_SECONDS,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -9,13 +9,16 @@ import pytest
 
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.load import load_config
+from tests.deadlines import DEADLINE_SECONDS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def _margin(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = ["bash", CHECKOUT / "examples" / "jsts_margin.sh", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
 
 
 def test_it_explains_itself(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.deadlines import DEADLINE_SECONDS
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))
 CODE: list[dict[str, Any]] = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
@@ -81,7 +83,7 @@ assert logits.shape[:2] == inputs["input_ids"].shape
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     ran = re.findall(r"^cell (\S+)$", done.stdout, re.MULTILINE)

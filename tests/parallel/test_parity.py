@@ -63,7 +63,9 @@ def _variants(pipeline: int, data: int, tensor: int) -> Iterator[dict[str, Any]]
     for dropout in ({}, DROPOUT):
         for sequence in [False, True] if tensor > 1 else [False]:
             for schedule in schedules:
-                for recompute in ["none", "full"] if schedule != "zero_bubble" else ["none"]:
+                # What is computed again draws the dropout again; without any there is less to see.
+                recomputed = dropout and schedule != "zero_bubble"
+                for recompute in ["none", "full"] if recomputed else ["none"]:
                     yield {
                         "model": model | dropout,
                         "parallel": {
@@ -117,7 +119,7 @@ def test_every_layout_trains_as_one_process_does(
     pipeline, data, tensor = layout
     changes = list(variants(*layout))
     configs = [parity_config(tiny_data, **change) for change in changes]
-    by_rank = run_ranks(pipeline * data * tensor, traces_of, configs, deadline_seconds=240)
+    by_rank = run_ranks(pipeline * data * tensor, traces_of, configs)
     for change, traces in zip(changes, zip(*by_rank, strict=True), strict=True):
         _compare(list(traces), reference(change["model"]), str(change))
 
@@ -147,7 +149,7 @@ def test_muon_s_updates_are_those_of_one_process(
         "optimizer": {"name": "muon"},
     }
     config = parity_config(tiny_data, **changes, parallel=parallel)
-    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config], deadline_seconds=240)]
+    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config])]
     _compare(traces, reference(**changes), str(parallel))
 
 
@@ -170,7 +172,7 @@ def test_six_and_eight_ranks_train_as_one_does(
 ) -> None:
     model = {"num_layers": 4} | DROPOUT
     config = parity_config(tiny_data, model=model, parallel=parallel)
-    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config], deadline_seconds=240)]
+    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config])]
     _compare(traces, reference(model), str(parallel))
 
 
@@ -181,7 +183,7 @@ def test_twelve_data_parallel_ranks_share_a_batch_that_they_do_not_divide(
     changes: dict[str, Any] = {"model": {"num_layers": 2}, "batch": {"global_size": 20}}
     config = parity_config(tiny_data, **changes)
     ((one,),) = run_ranks(1, traces_of, [config])
-    many = [trace for (trace,) in run_ranks(12, traces_of, [config], deadline_seconds=240)]
+    many = [trace for (trace,) in run_ranks(12, traces_of, [config])]
     expected = Reference(one, [assembled([p]) for p in one.gradients], assembled([one.weights]))
     _compare(many, expected, "12 ranks, 20 rows")
 
@@ -192,7 +194,7 @@ def test_24_heads_and_one_key_value_head_over_8_ranks(
 ) -> None:
     model = {"num_layers": 2, "num_attention_heads": 24}
     config = parity_config(tiny_data, model=model, parallel={"tensor": 8, "sequence": True})
-    traces = [trace for (trace,) in run_ranks(8, traces_of, [config], deadline_seconds=240)]
+    traces = [trace for (trace,) in run_ranks(8, traces_of, [config])]
     _compare(traces, reference(model), "8 tensor-parallel ranks")
 
 
@@ -223,7 +225,7 @@ def test_modernbert_trains_as_one_process_does(
 ) -> None:
     model = MODERNBERT | DROPOUT
     config = parity_config(tiny_data, model=model, parallel=parallel, recompute=recompute)
-    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config], deadline_seconds=240)]
+    traces = [trace for (trace,) in run_ranks(ranks, traces_of, [config])]
     _compare(traces, reference(model), str(parallel))
 
 

@@ -94,7 +94,6 @@ def measured() -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # The first of them waits for all measurements.
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_predicted_memory_lies_within_ten_percent_of_what_is_allocated(
     case: Case, measured: dict[str, float]

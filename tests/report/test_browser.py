@@ -16,7 +16,7 @@ from tests.report.browser import Browser, start_browser
 from tests.report.made_runs import make_run
 
 Image = pytest.importorskip("PIL.Image")
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.browser
 
 WIDTHS = (390, 1280)
 NAMES = ("one", "other", "a run with quite a long name")

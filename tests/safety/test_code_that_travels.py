@@ -10,6 +10,7 @@ import pytest
 
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.config.schema import Config
+from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
 from tests.training.runs import run_config, train
 
@@ -69,7 +70,7 @@ def test_code_in_an_exported_directory_is_not_executed_by_the_projects_programs(
         [sys.executable, CHECKOUT / "examples" / "fill_masks.py", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
         cwd=tmp_path,
     )
     assert asked.returncode == 0, asked.stderr

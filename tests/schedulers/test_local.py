@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.deadlines import DEADLINE_SECONDS
 from tests.schedulers.conftest import (
     CHECKOUT,
     ENDLESS,
@@ -164,7 +165,7 @@ def test_a_job_script_that_was_not_submitted_in_the_checkout_says_how(
             env={"PATH": os.environ["PATH"], **folder},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=DEADLINE_SECONDS,
             check=False,
         )
         assert answer.returncode == 2

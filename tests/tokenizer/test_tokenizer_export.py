@@ -20,6 +20,7 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_export import export_tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from tests.deadlines import DEADLINE_SECONDS
 from tests.huggingface.releases import installed_release, older_release, packages_folder
 
 MASK_ID, CLS_ID, SEP_ID = 3, 5, 6
@@ -358,7 +359,9 @@ def test_transformers_loads_it_and_gives_sentencepieces_ids(
     command = [sys.executable, "-I", "-c", LOAD, folder, tmp_path / "lines.json", tmp_path / "ids"]
     if packages := packages_folder(release):
         command.append(packages)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=DEADLINE_SECONDS
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     library = read_sentencepiece(path)
     found_release, ids, texts = json.loads((tmp_path / "ids").read_text())

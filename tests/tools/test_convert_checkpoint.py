@@ -20,6 +20,7 @@ import yaml
 from megatron_bert.checkpoint.manifest import Manifest, verified_manifest
 from megatron_bert.config.errors import run_cli
 from tests.checkpoint.huggingface_run import make_run
+from tests.deadlines import DEADLINE_SECONDS
 from tools import convert_checkpoint as tool
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
@@ -69,7 +70,7 @@ def made(tiny_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_it_runs_from_anywhere_with_a_users_exit_code(tmp_path: Path) -> None:
     command = [sys.executable, TOOL, "to-hf", "--checkpoint", "none", "--output", "new"]
     refused = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=DEADLINE_SECONDS
     )
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: none: no such directory; name a complete checkpoint")

@@ -14,6 +14,7 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.merge import merge_datasets
 from tests.core.support import write_documents
+from tests.deadlines import DEADLINE_SECONDS
 from tests.tools.merge_support import contents, names, write_set, write_word_starts
 
 CHECKOUT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def test_a_killed_merge_leaves_the_old_dataset_as_it_was(
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"
         process.send_signal(number)
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=DEADLINE_SECONDS) != 0
     assert contents(tmp_path / "merged") == [[9]]
     left_over = set(names(tmp_path)) - {"a.bin", "a.idx", "merged.bin", "merged.idx"}
     assert all(name.startswith("merged.tmp-") for name in left_over)
@@ -98,7 +99,7 @@ def test_a_merge_killed_at_any_rename_leaves_one_whole_dataset_or_none_and_can_b
         done = subprocess.run(
             [sys.executable, "-c", KILLED_AT_A_RENAME, str(new), str(merged), str(killed_at)],
             capture_output=True,
-            timeout=60,
+            timeout=DEADLINE_SECONDS,
             cwd=CHECKOUT,
         )
         if done.returncode == 0:

@@ -24,6 +24,7 @@ from megatron_bert.data.indexed_dataset import (
 from megatron_bert.data.merge import merge_datasets, merge_infos
 from megatron_bert.data.preprocess import PreprocessOptions, preprocess
 from tests.core.support import write_documents, write_sequences
+from tests.deadlines import DEADLINE_SECONDS
 from tests.tools.merge_support import INFO, contents, names, write_set, write_word_starts
 from tools import merge_datasets as tool
 
@@ -199,7 +200,7 @@ def test_more_datasets_are_joined_than_files_may_be_open(tmp_path: Path) -> None
         [sys.executable, tool.__file__, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_SECONDS,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -348,7 +349,7 @@ def test_a_disk_that_fills_up_leaves_the_old_dataset_as_it_was(tmp_path: Path) -
         [sys.executable, tool.__file__, "--overwrite", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_SECONDS,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
     )
     assert done.returncode == 2, done.stderr

@@ -13,6 +13,7 @@ import pytest
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import load_config
+from tests.deadlines import DEADLINE_SECONDS
 from tools.plan import main
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -56,7 +57,7 @@ def test_a_plan_loads_no_torch() -> None:
         f"main({_arguments()!r}); sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, timeout=120
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, timeout=DEADLINE_SECONDS
     )
     assert done.returncode == 0, done.stderr
 
@@ -74,7 +75,7 @@ def test_what_cannot_be_used_ends_with_code_two_and_says_why(
     changes: list[str], words: list[str]
 ) -> None:
     command = [sys.executable, str(CHECKOUT / "tools" / "plan.py"), *_arguments(), *changes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     assert done.returncode == 2
     for word in words:
         assert word in done.stderr

@@ -25,6 +25,7 @@ from megatron_bert.data.preprocess import PreprocessCounts, PreprocessOptions, p
 from megatron_bert.data.shards import Shard
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_backends import EncodedTexts
+from tests.deadlines import DEADLINE_SECONDS
 from tools import preprocess_data as tool
 
 TOOL = Path(tool.__file__)
@@ -254,7 +255,7 @@ def test_a_disk_that_fills_up_at_the_end_of_the_index_leaves_the_old_dataset(
         command(workshop, tiny_tokenizer_path, corpus, "--overwrite"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_SECONDS,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 2, done.stderr
@@ -389,7 +390,7 @@ def test_a_killed_tool_leaves_no_dataset(
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"
         process.send_signal(number)
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=DEADLINE_SECONDS) != 0
     assert not {"corpus.bin", "corpus.idx", "corpus.json"}.intersection(workshop.left_behind())
     if number == signal.SIGINT:
         assert workshop.left_behind() == []

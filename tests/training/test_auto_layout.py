@@ -20,6 +20,7 @@ from megatron_bert.training import auto_layout
 from megatron_bert.training.auto_layout import with_layout
 from megatron_bert.training.main import main
 from megatron_bert.training.metrics import read
+from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
@@ -67,7 +68,7 @@ def test_a_run_begun_with_a_layout_by_hand_goes_on_with_a_chosen_one(
     path.write_text(dump_config(tiny_run(batch={"micro_size": 2}, curriculum=_LONGER)))
     command = [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--config", str(path)]
     done = subprocess.run(
-        [*command, "parallel.layout=auto"], capture_output=True, text=True, timeout=120
+        [*command, "parallel.layout=auto"], capture_output=True, text=True, timeout=DEADLINE_SECONDS
     )
     assert done.returncode == 0, done.stderr
     assert "layout      chosen for 1 x cpu, network eth10x1: tensor 1, data 1" in done.stdout

@@ -23,6 +23,7 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.training.batches import SURPLUS_ROW, GlobalBatch, ReadAhead
 from megatron_bert.training.staging import HostMemory
 from tests.core.support import write_documents
+from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
 from tests.small_model import small_config
 from tests.training.runs import train
@@ -148,7 +149,7 @@ def test_the_following_step_is_assembled_without_being_asked_for() -> None:
     batches = [_global_batch(step, 1, 5) for step in range(1, 4)]
     with closing(_read_ahead(source, batches)) as reader:
         next(reader)
-        assert last_row_filled.wait(timeout=60)
+        assert last_row_filled.wait(timeout=DEADLINE_SECONDS)
     assert source.filled == list(range(2 * ROWS))
 
 
@@ -205,7 +206,7 @@ def test_threads_share_a_steps_rows_also_where_micro_batches_have_one_each() -> 
             self._barrier = threading.Barrier(4)
 
         def fill(self, rows_B: NDArray[np.int64], arrays: RowArrays) -> int:
-            self._barrier.wait(timeout=30)
+            self._barrier.wait(timeout=DEADLINE_SECONDS)
             return super().fill(rows_B, arrays)
 
     batches = [GlobalBatch(range(8), 0, BatchLayout.divide(8, 1, 1))]

@@ -136,7 +136,7 @@ def test_a_run_cut_before_at_or_after_a_boundary_reads_every_row_once(
     assert boundary != "epoch" or end > 7, "the epoch's end is to be another than a stage's"
     cut_after = [end - 1, end, end + 1]
     configs = [configure(f"cut{step}") for step in cut_after]
-    by_rank = run_ranks(RANKS, _read_in_two_jobs, cut_after, configs, deadline_seconds=120)
+    by_rank = run_ranks(RANKS, _read_in_two_jobs, cut_after, configs)
     expected = plan.rows()
     assert expected.total() == 12 * 9
     for step, first, second in zip(cut_after, *by_rank, strict=True):

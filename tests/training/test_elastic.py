@@ -43,7 +43,7 @@ def test_a_run_goes_on_whatever_ranks_its_next_job_gets(tiny_run: Callable[..., 
     expected = run_ranks(1, _train_until, tiny_run("whole", model=model), 12)[0]
     for last_step, ranks, changes in JOBS:
         config = tiny_run("elastic", model=model, **changes)
-        found = run_ranks(ranks, _train_until, config, last_step, deadline_seconds=120)[0]
+        found = run_ranks(ranks, _train_until, config, last_step)[0]
     steps, expected_steps = steps_of(found), steps_of(expected)
     assert list(steps) == list(expected_steps) == list(range(1, 13))
     for step, line in steps.items():

@@ -79,7 +79,6 @@ def _train(config: Config) -> Sequence[Holdings]:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(600)
 def test_ten_thousand_steps_take_no_more_memory_files_threads_or_disk_than_the_first(
     tiny_run: Callable[..., Config],
 ) -> None:

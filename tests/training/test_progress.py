@@ -26,6 +26,7 @@ from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
 from megatron_bert.training.progress import Progress
+from tests.deadlines import DEADLINE_SECONDS
 from tests.small_model import small_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -332,7 +333,7 @@ def test_a_run_on_a_terminal_leaves_whole_lines_and_nothing_of_the_view(
         [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--config", str(config)],
         stdout=shown.stream,
         stderr=shown.stream,
-        timeout=300,
+        timeout=DEADLINE_SECONDS,
         check=True,
     )
     assert re.search(r"stage +\d+ % \|", shown.written())

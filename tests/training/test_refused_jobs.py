@@ -20,6 +20,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.training.main import main
 from megatron_bert.training.stops import STOP_SIGNALS
 from megatron_bert.training.trainer import Trainer
+from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
 from tests.training.runs import run_config, train
 
@@ -36,7 +37,10 @@ def test_a_configuration_no_layout_can_hold_leaves_failed_where_stopped_was(
     config.write_text(dump_config(tiny_run()))
     command = [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "parallel.tensor=3"]
     refused = subprocess.run(
-        [*command, "--config", str(config)], capture_output=True, text=True, timeout=120
+        [*command, "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
     )
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.startswith("error: ")

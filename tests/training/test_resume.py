@@ -95,7 +95,7 @@ def test_a_checkpoint_of_a_step_that_was_evaluated_holds_the_unrounded_weights(
         "eval": {"interval": 4, "batches": 1},
     }
     configs = [tiny_run(name, **changes) for name in ("uncut", "killed")]
-    run_ranks(world_size, _check_kill_after_evaluation, *configs, deadline_seconds=120)
+    run_ranks(world_size, _check_kill_after_evaluation, *configs)
 
 
 def test_the_runs_of_these_tests_cross_stages_and_epochs(tiny_run: Callable[..., Config]) -> None:
