@@ -23,11 +23,13 @@ from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
 from megatron_bert.training.main import main
 from megatron_bert.training.metrics import read
+from tests.deadlines import DEADLINE_SECONDS
 from tests.training.runs import steps_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RETRIEVABERT = CHECKOUT / "examples" / "retrievabert_1.3b.yaml"
-DEADLINE_SECONDS = 120
+EXAMPLE = str(CHECKOUT / "examples" / "quickstart.yaml")
+DRY_RUN = [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--config", EXAMPLE, "--dry-run"]
 
 # interface.md of the project promises these to scripts.
 TRAINING_KEYS = {
@@ -231,6 +233,29 @@ def test_a_second_interrupt_ends_the_run_with_one_line_and_without_a_traceback(
     assert "goes on from the last checkpoint" in failed["reason"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--help"], 0, "usage: pretrain_bert.py"),
+        (["--config", EXAMPLE, "--print-config"], 0, "num_layers: "),
+        (["--config", EXAMPLE, "foo.bar=3"], 2, "error: foo.bar = 3"),
+    ],
+)
+def test_help_and_refusals_do_not_wait_for_torch(
+    arguments: list[str], code: int, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch is loaded')\n")
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "pretrain_bert.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    assert done.returncode == code, done.stderr
+    assert told in done.stdout + done.stderr
+
+
 def test_an_interrupt_while_torch_is_loaded_is_one_line_too(tmp_path: Path) -> None:
     # Where these tests run in a shell's background, interrupts are ignored from the start.
     (tmp_path / "torch.py").write_text(
@@ -239,7 +264,7 @@ def test_an_interrupt_while_torch_is_loaded_is_one_line_too(tmp_path: Path) -> N
         "signal.raise_signal(signal.SIGINT)\n"
     )
     left = subprocess.run(
-        [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--help"],
+        DRY_RUN,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -283,7 +308,7 @@ def test_openmp_is_told_before_torch_is_loaded_not_to_spin_for_long_unless_the_u
     )
     own = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     shown = subprocess.run(
-        [sys.executable, str(CHECKOUT / "pretrain_bert.py"), "--help"],
+        DRY_RUN,
         env={**own, **given, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -22,7 +22,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.distributed.launch import end_process_group, start_process_group
 from megatron_bert.report.events import events_of
 from megatron_bert.report.records import RunRecords
-from megatron_bert.training import main
+from megatron_bert.training import job
 from megatron_bert.training.journal import Journal, read_journal
 from megatron_bert.training.metrics import cut_torn_line
 from megatron_bert.training.run_directory import RunDirectory, record_failure
@@ -56,7 +56,7 @@ def told(path: Path) -> list[tuple[str, int]]:
 
 
 def _fail_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rate = main.Trainer.__init__.__globals__["learning_rate"]
+    rate = job.Trainer.__init__.__globals__["learning_rate"]
 
     def fail(at: int, config: Config) -> float:
         if at == step:
@@ -77,7 +77,7 @@ def test_every_save_and_every_end_of_a_run_that_keeps_one_checkpoint_is_told_in_
     )
     directory = config.run.directory
     signal.raise_signal(signal.SIGTERM)
-    main.train(config, stops)
+    job.train(config, stops)
     with RunDirectory(directory) as killed:
         killed.start()
         killed.journal.start(1, 1)
@@ -86,10 +86,10 @@ def test_every_save_and_every_end_of_a_run_that_keeps_one_checkpoint_is_told_in_
     with monkeypatch.context() as patch:
         _fail_in(5, patch)
         with pytest.raises(RuntimeError, match="the cooling failed"):
-            main.train(config, StopRequests())
+            job.train(config, StopRequests())
     ended = [event for event in events_of(RunRecords.read(directory)) if event.kind == "failed"]
     assert [(event.step, event.text) for event in ended] == [(4, "the cooling failed")]
-    main.train(config, StopRequests())
+    job.train(config, StopRequests())
 
     assert told(directory) == [
         ("start", 0), ("save", 1), ("STOPPED", 1),

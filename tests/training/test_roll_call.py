@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_bert.config.errors import details_of
 from megatron_bert.config.schema import Config
-from megatron_bert.training import main
+from megatron_bert.training import job
 from megatron_bert.training import roll_call as module
 from megatron_bert.training.mirrors.processes import Mirrors
 from megatron_bert.training.roll_call import PeersLostError, RollCall
@@ -355,7 +355,7 @@ def _fail_at_a_message(config: Config) -> str:
     roll_call = _Explains(config.run.directory)
     with (
         pytest.raises(PeersLostError, match="rank 1 is gone"),
-        main._failure_told(config, _Stops(), roll_call),
+        job._failure_told(config, _Stops(), roll_call),
     ):
         raise dist.DistNetworkError("connection lost")
     return roll_call.stood
@@ -384,10 +384,10 @@ def _lose_a_rank_at_the_end(config: Config) -> None:
     def fail() -> None:
         raise dist.DistNetworkError("connection lost")
 
-    barrier, main.Trainer, dist.barrier = dist.barrier, _Trainer, fail
+    barrier, job.Trainer, dist.barrier = dist.barrier, _Trainer, fail
     try:
         with pytest.raises(dist.DistNetworkError):
-            main._run(config, torch.device("cpu"), _Stops(), RollCall(), Mirrors(), None)
+            job._run(config, torch.device("cpu"), _Stops(), RollCall(), Mirrors(), None)
     finally:
         dist.barrier = barrier
 
