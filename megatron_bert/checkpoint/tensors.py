@@ -130,7 +130,11 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: A shard's header cannot be read, or some part of a tensor is in no shard.
     """
-    headers = _read_headers(folder)
+    return _whole_shapes(folder, _read_metadata(folder))
+
+
+def _whole_shapes(folder: Path, saved: Metadata) -> dict[str, tuple[int, ...]]:
+    headers = _headers(saved)
     holes = sorted(name for name, entry in headers.items() if _has_hole(entry))
     if holes:
         raise CheckpointError(
@@ -153,9 +157,17 @@ def read_whole_tensors(
             this order.
 
     Raises:
-        CheckpointError: One cannot be read.
+        CheckpointError: One cannot be read, or is not there in this shape.
     """
-    files = _places(folder)
+    saved = _read_metadata(folder)
+    found = _whole_shapes(folder, saved)
+    others = sorted(name for name, shape in shapes.items() if found.get(name) != shape)
+    if others:
+        raise CheckpointError(
+            f"{folder}: {_list_names('not in the checkpoint as asked for', others)}; its files "
+            "changed meanwhile: use another one"
+        )
+    files = _places(saved)
     for names in _together(shapes):
         wholes = {name: torch.empty(shapes[name]) for name in names}
         for file, places in files.items():
@@ -210,10 +222,10 @@ class _SavePlanner(DefaultSavePlanner):
         return self._shards.pieces[index.fqn]
 
 
-def _places(folder: Path) -> dict[Path, dict[str, _Place]]:
-    """Where in the whole tensors lies what each file in `folder` holds."""
+def _places(saved: Metadata) -> dict[Path, dict[str, _Place]]:
+    """Where in the whole tensors lies what each file holds."""
     files: dict[Path, dict[str, _Place]] = {}
-    for index, stored in _read_metadata(folder).storage_data.items():
+    for index, stored in saved.storage_data.items():
         place = tuple(
             slice(begin, begin + size)
             for begin, size in zip(index.offset, stored.shape, strict=True)
@@ -222,10 +234,10 @@ def _places(folder: Path) -> dict[Path, dict[str, _Place]]:
     return files
 
 
-def _read_headers(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Read of what pieces the shards in `folder` make up each tensor."""
+def _headers(saved: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Of what pieces the shards make up each tensor."""
     headers: dict[str, TensorStorageMetadata] = {}
-    for name, entry in _read_metadata(folder).state_dict_metadata.items():
+    for name, entry in saved.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         headers[name] = entry
     return headers
@@ -255,7 +267,7 @@ def _check_fit(folder: Path, wanted: Mapping[str, _Kind], left_out: str | None) 
     """
     kinds: dict[str, _Kind] = {}
     holes: list[str] = []
-    for name, entry in _read_headers(folder).items():
+    for name, entry in _headers(_read_metadata(folder)).items():
         if left_out is not None and name.startswith(left_out):
             continue
         kinds[name] = _Kind(tuple(entry.size), entry.properties.dtype)

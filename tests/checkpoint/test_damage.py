@@ -14,7 +14,7 @@ import torch
 
 from megatron_bert.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.checkpoint.tensors import saved_shapes
+from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
 from megatron_bert.config.errors import CheckpointError
 from tests.checkpoint.sharded_state import assert_same_bits, blank, sharded, whole_state
 from tests.distributed_harness import run_ranks
@@ -248,6 +248,16 @@ def test_a_tensor_with_a_piece_missing_is_refused(root: Path) -> None:
     files = {name: record for name, record in manifest.files.items() if name != lost.name}
     Manifest(manifest.step, files, manifest.state).write(folder)
     assert "incomplete in the checkpoint: " in _load_error(root, blank(whole_state()))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("absent", (3,)), (next(iter(whole_state())), (1, 1, 1, 1))]
+)
+def test_whole_tensors_that_are_not_there_as_asked_for_are_refused(
+    root: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(CheckpointError, match=f"not in the checkpoint as asked for: {name};"):
+        next(read_whole_tensors(root / "step_00000020", {name: shape}))
 
 
 @pytest.mark.parametrize(
