@@ -21,7 +21,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, or look at what would be trained; see `megatron_bert.training.main`."""
-    # Here, so that a Ctrl-C while it is loaded, and torch with it, ends in one line too.
+    # Here, so that a Ctrl-C while modules are loaded ends in one line too.
     from megatron_bert.training.main import main as train
 
     return train(arguments, began=_BEGAN)

@@ -129,14 +129,16 @@ bootstrap_fingerprint() {
 
 # bootstrap_pip ENVIRONMENT EXTRAS: the build runs in the environment itself, so that pinned tools
 # build, a changed source is rebuilt without a network, and CMake's cache holds from build to build.
-# Python compiles what it imports; compiling all of every package takes longer than installing it.
+# Python compiles what it imports, unless it must not write that down; compiling all of every package
+# takes longer than installing it.
 bootstrap_pip() {
     local environment=$1 extras=$2 constraints=$1/megatron-bert-constraints.txt
-    local -a tools pip
+    local -a tools pip compiling=()
     mapfile -t tools < <(bootstrap_build_tools)
     bootstrap_constraints "$environment" >"$constraints" || return
+    [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || compiling=(--no-compile)
     pip=("$environment/bin/python" -m pip --disable-pip-version-check install --no-input
-        --no-compile --progress-bar off --constraint "$constraints")
+        "${compiling[@]}" --progress-bar off --constraint "$constraints")
     "${pip[@]}" scikit-build-core pybind11 "${tools[@]}" &&
         SKBUILD_BUILD_DIR="$environment/data-core-build" \
             "${pip[@]}" --no-build-isolation --editable ".[$extras]"

@@ -1,5 +1,7 @@
 """A flat dict of tensors as safetensors shards, written and read by torch.distributed.checkpoint.
 
+Whole tensors, for one process alone, are read by safetensors itself.
+
 Each rank writes the shards it holds; a tensor that several ranks hold is written by one of them.
 The header of every file says where its pieces lie in the whole tensors, so any other number of
 ranks, and any other sharding, can read them.
@@ -149,7 +151,7 @@ def read_whole_tensors(
     """Read tensors whole, one after another, fp32 on the CPU, in this process alone.
 
     Some are read together, as many as take no more memory than the largest: that much, and once
-    more for a piece under way, is held at a time.
+    more for what is mapped of a file under way, is held at a time.
 
     Args:
         folder: The shards' folder.
@@ -186,10 +188,11 @@ def _fill(wholes: Mapping[str, torch.Tensor], file: Path, places: Mapping[str, _
         with safe_open(file, framework="pt") as pieces:
             for name in names:
                 wholes[name][places[name]].copy_(pieces.get_tensor(name))
-    except (SafetensorError, OSError) as error:
+    # RuntimeError: what PyTorch raises where it cannot map the file.
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"cannot read {', '.join(names)} from {file}: {error}; check the disk, or use another "
-            "checkpoint"
+            f"{file}: {_list_names('cannot be read', names)} ({error}); check the disk, or use "
+            "another checkpoint"
         ) from error
 
 

@@ -260,6 +260,16 @@ def test_whole_tensors_that_are_not_there_as_asked_for_are_refused(
         next(read_whole_tensors(root / "step_00000020", {name: shape}))
 
 
+def test_shards_that_vanish_while_whole_tensors_are_read_are_named(root: Path) -> None:
+    folder = root / "step_00000020"
+    tensors = read_whole_tensors(folder, saved_shapes(folder))
+    next(tensors)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"\.safetensors: cannot be read: .*check the disk"):
+        list(tensors)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0not json"], ids=["empty", "size", "json"]
 )

@@ -151,7 +151,7 @@ def test_own_text_becomes_a_model_without_a_network_and_a_second_call_reuses_it(
     _, suggestions = first.stdout.split("as it stands:\n")
     for line in suggestions.splitlines():
         pasted = subprocess.run(
-            ["bash", "-c", line],
+            [*through, "bash", "-c", line],
             cwd=corpus.parent,
             capture_output=True,
             text=True,
@@ -160,7 +160,7 @@ def test_own_text_becomes_a_model_without_a_network_and_a_second_call_reuses_it(
         )
         assert pasted.returncode == 0, line + pasted.stderr
     assert len(suggestions.splitlines()) == 3
-    again = quickstart(corpus.name, *SHORT, cwd=corpus.parent)
+    again = quickstart(corpus.name, *SHORT, cwd=corpus.parent, through=through)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("stands already") == 6
     assert "token slots  " not in again.stdout.split("6/8")[0]

@@ -63,9 +63,7 @@ def _variants(pipeline: int, data: int, tensor: int) -> Iterator[dict[str, Any]]
     for dropout in ({}, DROPOUT):
         for sequence in [False, True] if tensor > 1 else [False]:
             for schedule in schedules:
-                # What is computed again draws the dropout again; without any there is less to see.
-                recomputed = dropout and schedule != "zero_bubble"
-                for recompute in ["none", "full"] if recomputed else ["none"]:
+                for recompute in ["none", "full"] if schedule != "zero_bubble" else ["none"]:
                     yield {
                         "model": model | dropout,
                         "parallel": {

@@ -24,8 +24,6 @@ from tests.schedulers.conftest import (
     train_uncut,
 )
 
-_SECONDS = 120.0
-
 
 class Script:
     """launch/local.sh with two ranks, in the background; its output is in a file."""
@@ -54,7 +52,7 @@ class Script:
         return self._log.read_text()
 
     def wait_for(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + DEADLINE_SECONDS
         while not done():
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
@@ -110,7 +108,7 @@ def test_a_rank_that_is_killed_is_healed_inside_the_job_and_losses_go_on(
     with script(run, site, RESTARTS="1") as job:
         job.wait_for(lambda: run.last_step() >= 43)
         os.kill(job.ranks()[rank], signal.SIGKILL)
-        assert job.process.wait(_SECONDS) == 0, job.output
+        assert job.process.wait(DEADLINE_SECONDS) == 0, job.output
     assert run.ended() == "FINISHED"
     assert job.output.count("what follows:") == 1
     assert [line["step"] for line in run.jobs()] == [0, 40]
@@ -125,7 +123,7 @@ def test_a_stop_is_told_in_a_line_and_the_same_command_goes_on(
     with script(run, site) as job:
         job.wait_for(lambda: run.last_step() >= 5)
         job.process.send_signal(signal.SIGTERM)
-        assert job.process.wait(_SECONDS) == 0, job.output
+        assert job.process.wait(DEADLINE_SECONDS) == 0, job.output
     assert run.ended() == "STOPPED"
     assert "told to stop by SIGTERM; the ranks of this node have ended" in job.output
     assert "Traceback" not in job.output
@@ -149,7 +147,7 @@ def test_a_node_with_other_gpus_than_the_first_is_refused(
     with script(
         run, site, RANKS_PER_NODE="", TEST_GPUS=f"begin={first}:{socket.gethostname()}={node}"
     ) as job:
-        assert job.process.wait(_SECONDS) == 2, job.output
+        assert job.process.wait(DEADLINE_SECONDS) == 2, job.output
     assert re.search(f"error: {why}", job.output)
     assert "what follows" not in job.output
     assert run.jobs() == []

@@ -273,7 +273,7 @@ def test_an_interrupt_while_torch_is_loaded_is_one_line_too(tmp_path: Path) -> N
     assert (left.returncode, left.stdout, left.stderr) == (1, "", "error: interrupted\n")
 
 
-def test_the_time_counts_that_loading_torch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_counts_what_loading_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("megatron_bert.training.main")
     times: list[float] = []
 

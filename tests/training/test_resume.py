@@ -34,11 +34,9 @@ def _facts(lines: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[Any, ...]
         ("training", step): tuple(line[key] for key in EXACT)
         for step, line in steps_of(lines).items()
     }
-    evaluations = {
-        ("evaluation", line["step"]): (line["valid_loss"],)
-        for line in lines
-        if "valid_loss" in line
-    }
+    evaluated = [line for line in lines if "valid_loss" in line]
+    evaluations = {("evaluation", line["step"]): (line["valid_loss"],) for line in evaluated}
+    assert len(evaluations) == len(evaluated), "an evaluation stands twice"
     return training | evaluations
 
 
@@ -47,9 +45,11 @@ def _check_kills(uncut: Config, killed: Config, killed_once: Config) -> None:
     # Every job is killed one step later than the one before, whose checkpoints it begins from.
     for kill_in in range(1, 13):
         seen = _facts(train(killed, kill_in=kill_in))
-        assert seen.items() <= expected.items(), f"killed in step {kill_in}"
+        what = f"killed in step {kill_in}"
+        assert seen.items() <= expected.items(), what
+        assert all(step < kill_in for _, step in seen), what
         # The line of the last step is written in the next one.
-        assert seen.keys() >= {fact for fact in expected if fact[1] < kill_in - 1}
+        assert seen.keys() >= {fact for fact in expected if fact[1] < kill_in - 1}, what
     assert _facts(train(killed)) == expected
     train(killed_once, kill_in=5)
     assert _facts(train(killed_once)) == expected

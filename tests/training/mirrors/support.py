@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
 from megatron_bert.training.metrics import read
+from tests.deadlines import DEADLINE_SECONDS
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-SECONDS = 120.0
 
 
 def line_of(step: int, **values: Any) -> str:
@@ -34,7 +34,7 @@ def copy_metrics(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=DEADLINE_SECONDS,
         check=False,
     )
     assert done.returncode == exit_code, done.stderr
@@ -62,7 +62,7 @@ def train(config: Config, folder: Path, **environment: str) -> tuple[list[dict[s
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=DEADLINE_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,8 @@ from megatron_bert.config.schema import LogConfig
 from megatron_bert.locks import lock_file
 from megatron_bert.training.mirrors import processes
 from megatron_bert.training.mirrors.processes import Mirrors
-from tests.training.mirrors.support import SECONDS, copy_metrics, losses_and_marks
+from tests.deadlines import DEADLINE_SECONDS
+from tests.training.mirrors.support import copy_metrics, losses_and_marks
 
 
 def test_what_is_not_asked_for_starts_no_process(
@@ -53,7 +54,7 @@ def test_a_run_that_fails_waits_for_no_copy(run_dir: Path) -> None:
     with pytest.raises(ValueError, match="bad row"):
         fail()
     (process,) = mirrors._processes.values()
-    assert process.wait(SECONDS) == 0
+    assert process.wait(DEADLINE_SECONDS) == 0
     assert [tag for _, tag, _ in losses_and_marks(run_dir)].count("train/loss") == 2
 
 
