@@ -1,4 +1,4 @@
-"""Other packages' kernels on the model's own parameters.
+"""Other packages' kernels, and fused ones of our own, on the model's own parameters.
 
 Parameters stay where they are, under their names: what shards, saves, initialises or converts
 them knows nothing of this. A package's module serves as a function of the parameters that it is
@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.kernels import KernelsName
+from megatron_bert.model.block import Block
 from megatron_bert.model.norm import LayerNorm
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_bert.parallel.sharding import local_part
@@ -29,7 +30,7 @@ _FP8_CAPABILITY = (8, 9)
 def use_kernels(
     model: nn.Module, kernels: KernelsName, device: torch.device, dtype: torch.dtype, *, fp8: bool
 ) -> None:
-    """Have these kernels compute the model's linear layers (`te`) or its norms (`apex`).
+    """Have these kernels compute the model's linear layers (`te`), norms (`apex`) or blocks (`fused`).
 
     Transformer Engine's norm reads its own weight a second time backward, when the module has the
     one that it was called with no more: norms stay PyTorch's there, as those without a bias do.
@@ -47,6 +48,9 @@ def use_kernels(
     if kernels == "torch":
         return
     _check_device(kernels, device, fp8=fp8)
+    if kernels == "fused":
+        _use_fused(model)
+        return
     if kernels == "apex":
         norm = _imported(kernels, "apex.normalization.fused_layer_norm").fused_layer_norm_affine
         for layer in _norms(model):
@@ -57,6 +61,16 @@ def use_kernels(
     for linear in model.modules():
         if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
             linear.product = _EngineLinear(engine, linear, dtype, autocast)
+
+
+def _use_fused(model: nn.Module) -> None:
+    # Here: Triton comes with PyTorch for CUDA only.
+    _imported("fused", "triton")
+    from megatron_bert.model.fused_block import fused_block
+
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.kernel = fused_block
 
 
 def _check_device(kernels: KernelsName, device: torch.device, *, fp8: bool) -> None:
