@@ -1,4 +1,4 @@
-"""A block by the kernels of `megatron_bert.model.fused`, its products PyTorch's.
+"""A block whose products are PyTorch's, and what stands between them is fused kernels'.
 
 Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D hidden,
 F features out.
@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.attention import PackedLayout
 from megatron_bert.model.block import Block, BlockDropout
-from megatron_bert.model.fused import Branch, Normed, add_branch, gated_down, residual_norm
+from megatron_bert.model.fused_activation import gated_down
+from megatron_bert.model.fused_norm import Branch, Normed, add_branch, residual_norm
 from megatron_bert.model.norm import LayerNorm
 from megatron_bert.parallel.linear import ColumnParallelLinear, column_parallel
 from megatron_bert.parallel.sharding import local_part
@@ -42,8 +43,8 @@ def fused_block(block: Block, x_TD: Tensor, layout: PackedLayout, dropout: Block
         x_TD, branch, norm.weight, norm.bias, norm.eps, len(wide) if tp.size == 1 else 1
     )
     gate, up = _products(normed, wide, tp, remakes=remakes, with_biases=False)
-    biases = (None if layer.bias is None else local_part(layer.bias) for layer in wide)
-    y_ND = gated_down(gate, up, *biases, feed_forward.down, feed_forward.activation)
+    gate_bias, up_bias = (None if w.bias is None else local_part(w.bias) for w in wide)
+    y_ND = gated_down(gate, up, gate_bias, up_bias, feed_forward.down, feed_forward.activation)
     y_TD = feed_forward.down.sum_over_ranks(y_ND)
     draws = (dropout.feed_forward_T, dropout.channels_D)
     return add_branch(x_TD, Branch(y_TD, feed_forward.down.bias, probability, *draws))

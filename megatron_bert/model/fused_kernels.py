@@ -1,4 +1,4 @@
-"""Triton kernels of `megatron_bert.model.fused`: what stands between a block's matrix products.
+"""Triton kernels for what stands between a block's matrix products.
 
 Each reads what it needs once and sums while it writes: gradients of parameters are column sums over
 all tokens, and those of a program's own tokens are added up in fp32 beside the gradients that it
@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_bert.model.flash_kernels import kept
+from megatron_bert.model.flash_kernels import is_kept
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _load_vector(VECTOR, columns, D):
 def _dropped(values, token_draws, channel_draws, threshold, keep_scale):
     """`hash_dropout`; draws are int64 on the CPU, whose lower half is the same."""
     draws = token_draws.to(tl.int32)[:, None] + channel_draws.to(tl.int32)[None, :]
-    return tl.where(kept(draws, threshold), values * keep_scale, 0.0)
+    return tl.where(is_kept(draws, threshold), values * keep_scale, 0.0)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def fused_residual_norm_kernel(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x + dropout(branch + bias) and its LayerNorm; without a branch that of x, or only the sum.
+    """The sum x + dropout(branch + bias) and its LayerNorm; without a branch x's, or but the sum.
 
     Grid: tiles of tokens.
     """

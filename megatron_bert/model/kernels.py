@@ -30,7 +30,7 @@ _FP8_CAPABILITY = (8, 9)
 def use_kernels(
     model: nn.Module, kernels: KernelsName, device: torch.device, dtype: torch.dtype, *, fp8: bool
 ) -> None:
-    """Have these kernels compute the model's linear layers (`te`), norms (`apex`) or blocks (`fused`).
+    """Have these kernels compute linear layers (`te`), norms (`apex`) or blocks (`fused`).
 
     Transformer Engine's norm reads its own weight a second time backward, when the module has the
     one that it was called with no more: norms stay PyTorch's there, as those without a bias do.

@@ -1,8 +1,8 @@
 """What Triton makes of every kernel of the project, for GPUs that need not be there.
 
 A process of its own, since where the interpreter is on Triton compiles nothing:
-`python -m tests.model.compiled_kernels` prints as JSON a list of (compute capability, kernel, what it
-takes), or in place of the last why it was not compiled.
+`python -m tests.model.compiled_kernels` prints as JSON a list of (compute capability, kernel, what
+it takes), or in place of the last why it was not compiled.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource
 
 from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import ModelConfig
-from megatron_bert.model import flash_attention, flash_kernels, fused, fused_kernels
+from megatron_bert.model import flash_attention, flash_kernels, fused_kernels, fused_tiles
 
 # Of the arguments that are not arrays of the compute type, by their names.
 _TYPES = {
@@ -88,7 +89,7 @@ def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
 
 
 def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
-    tiling, biases = fused.TILING, model.family.biases
+    tiling, biases = fused_tiles.TILING, model.family.biases
     rows, activation = tiling.of_rows(model.hidden_size), tiling.activation
     norm, branch = {"HAS_BIAS": biases}, {"HAS_BRANCH_BIAS": biases, "DROPOUT": dropout}
     gated = {"BIASES": biases, "GELU": model.family.activation == "gelu"}
@@ -154,7 +155,7 @@ def main() -> None:
     with ProcessPoolExecutor() as pool:
         figures = list(pool.map(_tried, pairs))
     found = [(*pair, figure) for pair, figure in zip(pairs, figures, strict=True)]
-    print(json.dumps([[capability, case.name, figure] for capability, case, figure in found]))
+    json.dump([[capability, case.name, figure] for capability, case, figure in found], sys.stdout)
 
 
 if __name__ == "__main__":

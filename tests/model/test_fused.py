@@ -15,18 +15,11 @@ from tests.small_model import cpu_topology
 
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
 
-from megatron_bert.model import fused
-from megatron_bert.model.fused import (
-    Activation,
-    Branch,
-    Tile,
-    Tiling,
-    add_branch,
-    gated_down,
-    plain_gated_down,
-    plain_residual_norm,
-    residual_norm,
-)
+from megatron_bert.model import fused_tiles
+from megatron_bert.model.fused_activation import Activation, gated_down
+from megatron_bert.model.fused_norm import Branch, add_branch, residual_norm
+from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
+from megatron_bert.model.fused_tiles import Tile, Tiling
 from megatron_bert.parallel.linear import RowParallelLinear
 
 pytestmark = pytest.mark.peers
@@ -73,6 +66,13 @@ class _Inputs:
         assert difference < TOLERANCES[self.dtype]
 
 
+def _plain(x: Tensor, branch: Branch, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    draws = (branch.token_draws_T, branch.channel_draws_D)
+    return plain_residual_norm(
+        x, branch.y_TD, branch.bias_D, weight, bias, branch.dropout, draws, EPS
+    )
+
+
 def _branch(inputs: _Inputs, tokens: int, size: int, bias: bool, dropout: float) -> list[Branch]:
     """A sub-layer's output, ours and the reference's."""
     keys = dropout_keys(torch.arange(1, device=DEVICE), 1, "x", range(1))[0]
@@ -106,14 +106,14 @@ def test_residual_and_norm_are_the_plain_ones(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused, "TILING", FEW_PROGRAMS)
+    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
     inputs = _Inputs(dtype, seed=tokens)
     x, plain_x = inputs.make(tokens, size)
     branch, plain_branch = _branch(inputs, tokens, size, biases, dropout)
     weight, plain_weight = inputs.make(size)
     bias, plain_bias = inputs.make(size) if biases else (None, None)
     total, normed = residual_norm(x, branch, weight, bias, EPS, copies)
-    expected = plain_residual_norm(plain_x, plain_branch, plain_weight, plain_bias, EPS)
+    expected = _plain(plain_x, plain_branch, plain_weight, plain_bias)
     inputs.check(total, expected[0])
     inputs.check(normed.copies[0], expected[1])
     inputs.check(normed.again(), expected[1])
@@ -155,13 +155,13 @@ def test_a_branch_is_added_without_a_norm(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused, "TILING", FEW_PROGRAMS)
+    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
     inputs = _Inputs(dtype, seed=tokens)
     x, plain_x = inputs.make(tokens, size)
     branch, plain_branch = _branch(inputs, tokens, size, bias, dropout)
     total = add_branch(x, branch)
     weight = torch.ones(size, device=DEVICE)
-    expected = plain_residual_norm(plain_x, plain_branch, weight, None, EPS)[0]
+    expected = _plain(plain_x, plain_branch, weight, None)[0]
     inputs.check(total, expected)
     grads = [inputs.numbers(tokens, size)]
     inputs.check_gradients([total], grads, [expected], grads)
@@ -204,7 +204,7 @@ def _check_gated_down(
     inputs.check(y, expected)
     grads = [inputs.numbers(tokens, width)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "TILING", FEW_PROGRAMS)
+        patch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
         inputs.check_gradients([y], grads, [expected], grads)
 
 

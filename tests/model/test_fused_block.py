@@ -173,17 +173,17 @@ def test_with_full_recomputation_nothing_is_kept_but_the_block_s_output(name: st
 
 def _made_again(tensor: int, sequence: bool) -> list[int]:
     """How often a training step makes norms again."""
-    from megatron_bert.model import fused
+    from megatron_bert.model import fused_norm
 
     calls: list[int] = []
-    again = fused._norm_again
+    again = fused_norm._norm_again
 
     def counted(*arguments: Any) -> Tensor:
         calls.append(1)
         return again(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_norm_again", counted)
+        patch.setattr(fused_norm, "_norm_again", counted)
         _train("fused", {}, {"tensor": tensor, "sequence_parallel": sequence})
     return calls
 

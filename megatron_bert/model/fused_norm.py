@@ -1,15 +1,14 @@
-"""What stands between a block's matrix products, by kernels of our own for CUDA.
+"""The residual stream and its norms, by kernels of our own for CUDA.
 
-Written in Triton, so that three things hold that compiled blocks do not: gradients of biases and of
-norms are summed where what they are sums of is written, not read again; a gradient that comes in
-parts from several products is added up where it is read; and the outputs of norms and activations
-are not kept for the products' weights, whose gradients they are made again for.
+Three things hold that compiled blocks do not have: gradients of biases and of norms are summed
+where what they are sums of is written, not read again; a gradient that comes in parts from several
+products is added up where it is read; and norms' outputs are not kept for the gradients of the
+products' weights, for which they are made again.
 
 Every sum is in fp32 and in an order that follows from shapes alone: the same input gives the same
 bits.
 
-Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D hidden,
-F feed-forward.
+Shape suffixes: T tokens that a rank holds, D hidden.
 """
 
 from __future__ import annotations
@@ -19,68 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from torch.nn import functional as F
+from triton import cdiv
 
-from megatron_bert.model import fused_kernels
-from megatron_bert.parallel.deferred import WeightProducts
-from megatron_bert.parallel.linear import RowParallelLinear
-from megatron_bert.parallel.random import hash_dropout, keep_threshold
-from megatron_bert.parallel.sharding import local_part
-
-Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel is cut up.
-
-    Attributes:
-        tokens: of a tile.
-        columns: of a tile, all of them where rows are summed.
-        stages: of tiles that are loaded ahead, in a kernel that takes several.
-    """
-
-    tokens: int
-    columns: int
-    stages: int = 2
-
-    @property
-    def warps(self) -> int:
-        """That share a tile: 16 elements of each array a thread."""
-        return min(16, max(1, self.tokens * self.columns // (32 * 16)))
-
-    def options(self, *, loops: bool = False) -> dict[str, int]:
-        """As a kernel's launch takes them."""
-        stages = {"STAGES": self.stages} if loops else {}
-        return {"TOKENS": self.tokens, "COLUMNS": self.columns, "num_warps": self.warps} | stages
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How kernels are cut up, by their registers and by the bytes that they have under way.
-
-    Attributes:
-        elements: of a tile of whole rows, where a row has no more.
-        activation: of the activation and its gradient.
-        row_programs: that take all whole rows in turn; two run on each of an H100's 132
-            multiprocessors at once.
-        activation_programs: the same of the activation's gradient, of which three do.
-    """
-
-    elements: int = 4096
-    activation: Tile = Tile(8, 256)
-    row_programs: int = 264
-    activation_programs: int = 396
-
-    def of_rows(self, size: int) -> Tile:
-        """A tile of rows of D elements."""
-        columns = triton.next_power_of_2(size)
-        return Tile(min(16, max(1, self.elements // columns)), columns)
-
-
-TILING = Tiling()
+from megatron_bert.model import fused_kernels, fused_tiles
+from megatron_bert.parallel.random import keep_threshold
 
 
 @dataclass(frozen=True)
@@ -159,72 +101,6 @@ def add_branch(x_TD: Tensor, branch: Branch) -> Tensor:
     return sum_TD
 
 
-def gated_down(
-    gate_NF: Tensor,
-    up_NF: Tensor,
-    gate_bias_F: Tensor | None,
-    up_bias_F: Tensor | None,
-    down: RowParallelLinear,
-    activation: Activation,
-) -> Tensor:
-    """The gated activation's product with the down projection's weight, of this rank's features.
-
-    What is kept is what the activation is made from.
-
-    Args:
-        gate_NF: [N, F], without its bias.
-        up_NF: [N, F], without its bias.
-        gate_bias_F: [F]; None where there are no biases.
-        up_bias_F: [F], or None like the other.
-        down: the layer of the product. Neither is its bias added, nor are ranks summed over.
-        activation: `F.silu`, or `F.gelu` (by the error function).
-
-    Returns:
-        [N, D].
-    """
-    weight_DF = local_part(down.weight)
-    if down.deferred is not None:
-        # Its gradient does not come by way of this function.
-        weight_DF = weight_DF.detach()
-    y_ND: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
-        gate_NF, up_NF, gate_bias_F, up_bias_F, weight_DF, down, _is_gelu(activation)
-    )
-    return y_ND
-
-
-def plain_residual_norm(
-    x_TD: Tensor, branch: Branch, weight_D: Tensor, bias_D: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The reference of `residual_norm`, and of `add_branch`."""
-    y_TD = branch.y_TD if branch.bias_D is None else branch.y_TD + branch.bias_D
-    draws = (branch.token_draws_T, branch.channel_draws_D)
-    sum_TD = x_TD + hash_dropout(y_TD, branch.dropout, *draws)
-    return sum_TD, F.layer_norm(sum_TD, weight_D.shape, weight_D, bias_D, eps)
-
-
-def plain_gated_down(
-    gate_NF: Tensor,
-    up_NF: Tensor,
-    gate_bias_F: Tensor | None,
-    up_bias_F: Tensor | None,
-    weight_DF: Tensor,
-    activation: Activation,
-) -> Tensor:
-    """The reference of `gated_down`."""
-    if gate_bias_F is not None and up_bias_F is not None:
-        gate_NF, up_NF = gate_NF + gate_bias_F, up_NF + up_bias_F
-    return F.linear(activation(gate_NF) * up_NF, weight_DF)
-
-
-def _is_gelu(activation: Activation) -> bool:
-    assert activation in (F.silu, F.gelu)
-    return activation is F.gelu
-
-
-def _programs(tokens: int, tile: Tile, most: int) -> int:
-    return min(triton.cdiv(tokens, tile.tokens), most)
-
-
 def _dropping(branch: Branch | None) -> tuple[int, float]:
     """A kernel's threshold and scale."""
     dropout = 0.0 if branch is None else branch.dropout
@@ -258,8 +134,8 @@ def _add_and_normalize(
     y = x if branch is None else branch.y_TD.contiguous()
     branch_bias = None if branch is None else branch.bias_D
     token_draws, channel_draws = draws or (x, x)
-    tile = TILING.of_rows(D)
-    fused_kernels.fused_residual_norm_kernel[(triton.cdiv(T, tile.tokens),)](
+    tile = fused_tiles.TILING.of_rows(D)
+    fused_kernels.fused_residual_norm_kernel[(cdiv(T, tile.tokens),)](
         x, y, x if branch_bias is None else branch_bias, token_draws, channel_draws, weight,
         x if bias is None else bias, sum_TD, normed, mean, rstd, T, D, eps, *_dropping(branch),
         HAS_BRANCH=branch is not None, HAS_BRANCH_BIAS=branch_bias is not None,
@@ -272,8 +148,8 @@ def _norm_again(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     T, D = x.shape
-    normed, tile = torch.empty_like(x), TILING.of_rows(D)
-    fused_kernels.fused_norm_again_kernel[(triton.cdiv(T, tile.tokens),)](
+    normed, tile = torch.empty_like(x), fused_tiles.TILING.of_rows(D)
+    fused_kernels.fused_norm_again_kernel[(cdiv(T, tile.tokens),)](
         x, mean, rstd, weight, x if bias is None else bias, normed, T, D,
         HAS_BIAS=bias is not None, **tile.options(),
     )  # fmt: skip
@@ -315,8 +191,8 @@ class _ResidualNorm(torch.autograd.Function):
         T, D = sum_TD.shape
         x_grad = torch.empty_like(sum_TD)
         y_grad = torch.empty_like(sum_TD) if draws else x_grad
-        tile = TILING.of_rows(D)
-        programs = _programs(T, tile, TILING.row_programs)
+        tile = fused_tiles.TILING.of_rows(D)
+        programs = tile.programs(T, fused_tiles.TILING.row_programs)
         sums = mean.new_empty((programs, 1 + has_bias + has_branch_bias, D))
         first, *others = normed_grads
         fused_kernels.fused_residual_norm_gradient_kernel[(programs,)](
@@ -356,8 +232,8 @@ class _AddBranch(torch.autograd.Function):
             return sum_grad, sum_grad, None, None
         T, D = sum_grad.shape
         y_grad = torch.empty_like(sum_grad) if draws else sum_grad
-        tile = TILING.of_rows(D)
-        programs = _programs(T, tile, TILING.row_programs)
+        tile = fused_tiles.TILING.of_rows(D)
+        programs = tile.programs(T, fused_tiles.TILING.row_programs)
         sums = sum_grad.new_empty((programs if ctx.has_bias else 0, D), dtype=torch.float32)
         fused_kernels.fused_branch_gradient_kernel[(programs,)](
             sum_grad, *(draws or (sums, sums)), y_grad, sums, T, D, *ctx.dropping,
@@ -365,52 +241,3 @@ class _AddBranch(torch.autograd.Function):
         )  # fmt: skip
         bias_grad = sums.sum(0).to(sum_grad.dtype) if ctx.has_bias else None
         return sum_grad, y_grad, bias_grad, None
-
-
-class _GatedDown(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        weight: Tensor,
-        down: RowParallelLinear,
-        gelu: bool,
-    ) -> Tensor:
-        ctx.down, ctx.gelu = down, gelu
-        ctx.save_for_backward(gate, up, gate_bias, up_bias, weight)
-        (N, size), tile = gate.shape, TILING.activation
-        gate, up, active = gate.contiguous(), up.contiguous(), torch.empty_like(gate)
-        has_biases = gate_bias is not None
-        grid = (triton.cdiv(N, tile.tokens) * triton.cdiv(size, tile.columns),)
-        fused_kernels.fused_gated_activation_kernel[grid](
-            gate, up, *((gate_bias, up_bias) if has_biases else (gate, gate)), active, N, size,
-            BIASES=has_biases, GELU=gelu, **tile.options(),
-        )  # fmt: skip
-        return F.linear(active, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, gate_bias, up_bias, weight = ctx.saved_tensors
-        y_grad, has_biases = grads[0], gate_bias is not None
-        (N, size), tile = gate.shape, TILING.activation
-        # Where its gradient was, the activation is put.
-        active = y_grad @ weight
-        gate_grad, up_grad = torch.empty_like(active), torch.empty_like(active)
-        column_tiles = triton.cdiv(size, tile.columns)
-        programs = _programs(N, tile, max(1, TILING.activation_programs // column_tiles))
-        sums = gate.new_empty((programs if has_biases else 0, 2, size), dtype=torch.float32)
-        fused_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](
-            active, gate.contiguous(), up.contiguous(),
-            *((gate_bias, up_bias) if has_biases else (gate, gate)), gate_grad, up_grad, active,
-            sums, N, size, BIASES=has_biases, GELU=ctx.gelu, **tile.options(loops=True),
-        )  # fmt: skip
-        bias_grads = sums.sum(0).to(gate.dtype) if has_biases else (None, None)
-        weight_grad = None
-        if ctx.down.deferred is None:
-            weight_grad = y_grad.T @ active
-        else:
-            ctx.down.deferred.append(WeightProducts([ctx.down], active, [y_grad]))
-        return gate_grad, up_grad, *bias_grads, weight_grad, None, None
