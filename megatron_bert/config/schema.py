@@ -433,10 +433,10 @@ class Config(Section):
     """Activations computed again in backward instead of kept: none, attention's scores and softmax
     (`selective`), or all but each block's input (`full`)."""
     kernels: Literal["auto", "torch", "fused", "te", "apex"] = "auto"
-    """What computes linear layers, norms and the update: PyTorch (`torch`), kernels of our own for
-    all of a block but its products (`fused`, without `compile.enabled`), Transformer Engine (`te`:
-    the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a bias, and AdamW), each where
-    installed. `auto`: what was measured fastest, `torch`."""
+    """What computes linear layers, norms and the update: PyTorch (`torch`), with kernels of our own
+    for what stands between a block's products (`fused`, in place of `compile.enabled`), Transformer
+    Engine (`te`: the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a bias, and
+    AdamW), each where installed. `auto`: what was measured fastest, `torch`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, how many stay, where a job starts from."""
     eval: EvalConfig = EvalConfig()
