@@ -25,6 +25,8 @@ from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinea
 from megatron_bert.parallel.sharding import local_part
 
 _FP8_CAPABILITY = (8, 9)
+# From here on GPUs compute in BF16, which the kernels are made for.
+_FUSED_CAPABILITY = (8, 0)
 
 
 def use_kernels(
@@ -80,6 +82,11 @@ def _check_device(kernels: KernelsName, device: torch.device, *, fp8: bool) -> N
             "CUDA device; use torch or auto"
         )
     capability = torch.cuda.get_device_capability(device)
+    if kernels == "fused" and capability < _FUSED_CAPABILITY:
+        raise ConfigError(
+            f"kernels = fused: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and 8.0 is needed; use torch or auto"
+        )
     if fp8 and capability < _FP8_CAPABILITY:
         raise ConfigError(
             f"precision.fp8 = current: {torch.cuda.get_device_name(device)} has no FP8 products "

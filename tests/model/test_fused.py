@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_bert.parallel.deferred import WeightQueue
 from megatron_bert.parallel.random import dropout_keys, element_draws, hash_dropout, vector_draws
-from tests.distributed_harness import run_ranks
-from tests.small_model import cpu_topology
 
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
 
@@ -20,7 +19,6 @@ from megatron_bert.model.fused_activation import Activation, gated_down
 from megatron_bert.model.fused_norm import Branch, add_branch, residual_norm
 from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
 from megatron_bert.model.fused_tiles import Tile, Tiling
-from megatron_bert.parallel.linear import RowParallelLinear
 
 pytestmark = pytest.mark.peers
 
@@ -184,39 +182,53 @@ def test_the_same_elements_are_dropped_as_without_kernels_and_again_backward() -
         assert torch.equal(torch.autograd.grad(output, ones)[0], expected)
 
 
-def _check_gated_down(
-    tokens: int, size: int, biases: bool, activation: Activation, dtype: torch.dtype
+@dataclass
+class _Down:
+    """The layer of the down projection, as far as it is asked."""
+
+    weight: nn.Parameter
+    deferred: WeightQueue | None = None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("defers", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "size", "biases", "activation"),
+    [(37, 48, True, F.silu), (37, 600, True, F.gelu), (33, 300, False, F.gelu)],
+)
+def test_the_gated_activation_and_its_product_are_the_plain_ones(
+    tokens: int,
+    size: int,
+    biases: bool,
+    activation: Activation,
+    defers: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
     inputs, width = _Inputs(dtype, seed=tokens), 24
     (gate, plain_gate), (up, plain_up) = (inputs.make(tokens, size) for _ in range(2))
     none = (None, None)
     (gate_bias, plain_gate_bias), (up_bias, plain_up_bias) = (
         inputs.make(size) if biases else none for _ in range(2)
     )
-    down = RowParallelLinear(size, width, cpu_topology().tensor_parallel).to(DEVICE, dtype)
-    down.weight.data = inputs.numbers(width, size) / size**0.5
+    down = _Down(nn.Parameter(inputs.numbers(width, size) / size**0.5))
     plain_weight = down.weight.detach().float().requires_grad_()
-    inputs.ours.append(down.weight)
-    inputs.theirs.append(plain_weight)
+    if defers:
+        down.deferred = WeightQueue()
+    else:
+        inputs.ours.append(down.weight)
+        inputs.theirs.append(plain_weight)
     y = gated_down(gate, up, gate_bias, up_bias, down, activation)
     plain = (plain_gate, plain_up, plain_gate_bias, plain_up_bias, plain_weight)
     expected = plain_gated_down(*plain, activation)
     inputs.check(y, expected)
-    grads = [inputs.numbers(tokens, width)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
-        inputs.check_gradients([y], grads, [expected], grads)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("tokens", "size", "biases", "activation"),
-    [(37, 48, True, F.silu), (37, 600, True, F.gelu), (33, 300, False, F.gelu)],
-)
-def test_the_gated_activation_and_its_product_are_the_plain_ones(
-    tokens: int, size: int, biases: bool, activation: Activation, dtype: torch.dtype
-) -> None:
-    run_ranks(1, _check_gated_down, tokens, size, biases, activation, dtype)
+    y_grad = inputs.numbers(tokens, width)
+    (weight_grad,) = torch.autograd.grad(expected, plain_weight, y_grad.float(), retain_graph=True)
+    inputs.check_gradients([y], [y_grad], [expected], [y_grad])
+    if down.deferred is not None:
+        (products,) = down.deferred
+        inputs.check(products.compute(products.gather())[0], weight_grad)
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
