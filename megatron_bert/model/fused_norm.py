@@ -134,7 +134,7 @@ def _add_and_normalize(
     y = x if branch is None else branch.y_TD.contiguous()
     branch_bias = None if branch is None else branch.bias_D
     token_draws, channel_draws = draws or (x, x)
-    tile = fused_tiles.TILING.of_rows(D)
+    tile = fused_tiles.TILING.rows(D)
     fused_kernels.fused_residual_norm_kernel[(cdiv(T, tile.tokens),)](
         x, y, x if branch_bias is None else branch_bias, token_draws, channel_draws, weight,
         x if bias is None else bias, sum_TD, normed, mean, rstd, T, D, eps, *_dropping(branch),
@@ -148,7 +148,7 @@ def _norm_again(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     T, D = x.shape
-    normed, tile = torch.empty_like(x), fused_tiles.TILING.of_rows(D)
+    normed, tile = torch.empty_like(x), fused_tiles.TILING.rows(D)
     fused_kernels.fused_norm_again_kernel[(cdiv(T, tile.tokens),)](
         x, mean, rstd, weight, x if bias is None else bias, normed, T, D,
         HAS_BIAS=bias is not None, **tile.options(),
@@ -191,7 +191,7 @@ class _ResidualNorm(torch.autograd.Function):
         T, D = sum_TD.shape
         x_grad = torch.empty_like(sum_TD)
         y_grad = torch.empty_like(sum_TD) if draws else x_grad
-        tile = fused_tiles.TILING.of_rows(D)
+        tile = fused_tiles.TILING.gradient_rows(D)
         programs = tile.programs(T, fused_tiles.TILING.row_programs)
         sums = mean.new_empty((programs, 1 + has_bias + has_branch_bias, D))
         first, *others = normed_grads
@@ -232,7 +232,7 @@ class _AddBranch(torch.autograd.Function):
             return sum_grad, sum_grad, None, None
         T, D = sum_grad.shape
         y_grad = torch.empty_like(sum_grad) if draws else sum_grad
-        tile = fused_tiles.TILING.of_rows(D)
+        tile = fused_tiles.TILING.rows(D)
         programs = tile.programs(T, fused_tiles.TILING.row_programs)
         sums = sum_grad.new_empty((programs if ctx.has_bias else 0, D), dtype=torch.float32)
         fused_kernels.fused_branch_gradient_kernel[(programs,)](

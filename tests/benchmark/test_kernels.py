@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.benchmark import attention_pieces, kernel_pieces
+from megatron_bert.benchmark import attention_pieces, fused_pieces, kernel_pieces
 from megatron_bert.benchmark.alone import time_attention
 from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.kernel_work import KernelWork
@@ -222,6 +222,32 @@ def test_a_residual_without_dropout_has_no_gradient_of_its_own_to_write(
     work = KernelWork(config, 128, None, [32], [64], [None], device)  # type: ignore[arg-type]
     piece = kernel_pieces._residual_piece(work, 64, dropout)
     assert piece.moved == (3 * 64 * 32 * 4, passes * 64 * 32 * 4)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("architecture", ["retrievabert", "modernbert"])
+def test_fused_kernels_compute_the_pieces_that_they_are_timed_at(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
+
+    def add(_: object, fused: Any, alternatives: dict[str, Any], __: object) -> None:
+        alternatives["fused (ours)"] = fused
+
+    for module in (kernel_pieces, fused_pieces):
+        monkeypatch.setattr(module, "add_fused", add)
+    config = small_config(model={"architecture": architecture})
+    device = torch.device("cpu")
+    work = KernelWork(config, 128, None, [32], [64], [None], device)  # type: ignore[arg-type]
+    pieces = [
+        kernel_pieces._residual_piece(work, 16, 0.0),
+        fused_pieces.residual_norm_piece(work, 16, 0.1),
+        fused_pieces.activation_product_piece(work, 16),
+    ]
+    figures = measure_kernels(iter(pieces), device, "fp32", True, lambda _: None)
+    for piece in figures.pieces:
+        times = {time.name: time for time in piece.times}
+        assert times["fused (ours)"].difference < 1e-5, piece.absent
 
 
 class _Device:

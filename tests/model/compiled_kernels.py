@@ -90,14 +90,15 @@ def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
 
 def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
     tiling, biases = fused_tiles.TILING, model.family.biases
-    rows, activation = tiling.of_rows(model.hidden_size), tiling.activation
+    rows, activation = tiling.rows(model.hidden_size), tiling.activation
+    gradient = tiling.gradient_rows(model.hidden_size).options(loops=True)
     norm, branch = {"HAS_BIAS": biases}, {"HAS_BRANCH_BIAS": biases, "DROPOUT": dropout}
     gated = {"BIASES": biases, "GELU": model.family.activation == "gelu"}
     forward = norm | branch | {"HAS_BRANCH": True, "NORM": True} | rows.options()
     return {
         "fused_residual_norm": forward,
         "fused_norm_again": norm | rows.options(),
-        "fused_residual_norm_gradient": norm | branch | {"GRADS": 3} | rows.options(loops=True),
+        "fused_residual_norm_gradient": norm | branch | {"GRADS": 3} | gradient,
         "fused_branch_gradient": branch | rows.options(loops=True),
         "fused_gated_activation": gated | activation.options(),
         "fused_gated_activation_gradient": gated | activation.options(loops=True),

@@ -247,8 +247,9 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 def test_tiles_hold_as_much_whatever_the_width() -> None:
     tiling = Tiling()
-    assert tiling.of_rows(1536) == Tile(2, 2048)
-    assert tiling.of_rows(768) == Tile(4, 1024)
-    assert tiling.of_rows(96) == Tile(16, 128)
-    assert tiling.of_rows(5120) == Tile(1, 8192)
-    assert [tiling.of_rows(size).warps for size in (16, 768, 1536, 8192)] == [1, 8, 8, 16]
+    assert tiling.rows(1536) == Tile(4, 2048, 8)
+    assert tiling.gradient_rows(1536) == Tile(2, 2048, 8)
+    assert tiling.gradient_rows(768) == Tile(4, 1024, 8)
+    assert tiling.rows(96) == Tile(16, 128, 4)
+    assert tiling.rows(16) == Tile(16, 16, 1)
+    assert tiling.gradient_rows(5120) == Tile(1, 8192, 16)
