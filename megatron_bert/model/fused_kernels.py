@@ -93,7 +93,8 @@ def fused_residual_norm_kernel(
         tl.store(SUM + first * D + offsets, summed, mask=mask)
         x = summed.to(tl.float32)
     if NORM:
-        mean = tl.sum(tl.where(mask, x, 0.0), 1) / D
+        # Past the end of a row there are zeros.
+        mean = tl.sum(x, 1) / D
         centred = tl.where(mask, x - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
         normed = _normalized(x, mean, rstd, WEIGHT, BIAS, columns, D, HAS_BIAS)
@@ -199,7 +200,8 @@ def fused_residual_norm_gradient_kernel(
         mean = tl.load(MEAN + first + tokens, mask=inside, other=0.0)
         rstd = tl.load(RSTD + first + tokens, mask=inside, other=0.0)
         sum_grad = tl.load(SUM_GRAD + first * D + offsets, mask=mask, other=0.0).to(tl.float32)
-        unit = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        # Where nothing is loaded all gradients are 0, and so is what is added to sums.
+        unit = (x - mean[:, None]) * rstd[:, None]
         weight_sum += tl.sum(grad * unit, 0)
         if HAS_BIAS:
             bias_sum += tl.sum(grad, 0)
@@ -213,7 +215,7 @@ def fused_residual_norm_gradient_kernel(
             branch_grad = grad.to(BRANCH_GRAD.dtype.element_ty)
             tl.store(BRANCH_GRAD + first * D + offsets, branch_grad, mask=mask)
         if HAS_BRANCH_BIAS:
-            branch_sum += tl.sum(tl.where(mask, grad, 0.0), 0)
+            branch_sum += tl.sum(grad, 0)
     PARTS += tl.program_id(0) * (1 + HAS_BIAS + HAS_BRANCH_BIAS) * D
     tl.store(PARTS + columns, weight_sum, mask=columns < D)
     if HAS_BIAS:
