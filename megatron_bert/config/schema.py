@@ -328,7 +328,8 @@ class PrecisionConfig(Section):
     data-parallel ranks, where there are several; `bf16` halves what is sent and held."""
     fp8: Literal["none", "current"] = "none"
     """Products of the blocks' linear layers in FP8, each operand scaled by its own largest number
-    (`current`; nothing is kept from step to step); needs `kernels: te`."""
+    (`current`; nothing is kept from step to step), by PyTorch or, with `kernels: te`, Transformer
+    Engine; on GPUs of compute capability 8.9 and up, and slowly on CPUs."""
 
 
 class CheckpointConfig(Section):

@@ -265,7 +265,10 @@ def test_transformer_engine_takes_no_fp32(build: Build, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["kernels=torch"], "only Transformer Engine computes in FP8 and kernels = torch; use"),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble"],
+            "parallel.pipeline_schedule = zero_bubble takes them apart; use parallel.pipeline_sch",
+        ),
         (["precision.compute=fp32"], "precision.compute = fp32; use precision.compute=bf16, or"),
         (["model.ffn_hidden_size=136"], "model.ffn_hidden_size = 136 gives products whose sides"),
         (["curriculum.0.seq_length=24"], "curriculum.0.seq_length = 24 is no multiple of 16; use"),
@@ -275,11 +278,12 @@ def test_transformer_engine_takes_no_fp32(build: Build, monkeypatch: pytest.Monk
         ),
     ],
 )
+@pytest.mark.parametrize("kernels", ["te", "auto"])
 def test_fp8_products_are_refused_where_they_cannot_be(
-    build: Build, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    build: Build, kernels: str, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, "transformer_engine")
-    fp8 = ("kernels=te", "precision.fp8=current")
+    fp8 = (f"kernels={kernels}", "precision.fp8=current")
     check_config(build(*fp8), world_size=1)
     if message.startswith("model.num_query_groups"):
         overrides = [*overrides, "model.num_attention_heads=8"]
