@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _FORWARD = torch.float8_e4m3fn
 _BACKWARD = torch.float8_e5m2
@@ -97,8 +96,5 @@ def _product(
     *,
     fast: bool = False,
 ) -> Tensor:
-    whole = F.ScalingType.TensorWise
-    y: Tensor = F.scaled_mm(
-        a, b, a_scale, whole, b_scale, whole, bias=bias, output_dtype=dtype, use_fast_accum=fast
-    )
-    return y
+    # The public F.scaled_mm computes the same, but not every PyTorch from 2.11 on can trace it.
+    return torch._scaled_mm(a, b, a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast)
