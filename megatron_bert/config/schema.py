@@ -402,8 +402,9 @@ class DistributedConfig(Section):
     """The process group."""
 
     timeout_seconds: PositiveFloat = 1800.0
-    """Longest wait for a message of other ranks. Then the run ends on all of them, within another
-    16 s, naming the rank that does not answer."""
+    """Longest wait for a message of other ranks and, on CUDA, for the end of a step that waits for
+    them. Then the run ends on all of them, within another 16 s, naming the rank that does not
+    answer."""
 
 
 class Config(Section):
