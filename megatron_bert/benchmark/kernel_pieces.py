@@ -24,6 +24,7 @@ from megatron_bert.benchmark.kernel_work import (
     with_compiled,
 )
 from megatron_bert.benchmark.kernels import Compute, Piece, made_at_first_call
+from megatron_bert.benchmark.linear_pieces import linear_pieces
 from megatron_bert.benchmark.rows import make_batches
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.kernels import has_nvidias_apex
@@ -47,6 +48,9 @@ def make_pieces(work: KernelWork) -> Iterator[Piece]:
             for given in work.dropouts:
                 dropout = model.attention_dropout if given is None else given
                 yield attention_piece(model, batch, dropout, work.dtype, work.device)
+        yield from linear_pieces(
+            model, tokens, work.dtype, work.device, compiled=work.config.compile.enabled
+        )
         yield _norm_piece(work, tokens)
         yield _activation_piece(work, tokens)
         yield activation_product_piece(work, tokens)

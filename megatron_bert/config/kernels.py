@@ -68,11 +68,7 @@ def kernel_problems(config: Config) -> Iterator[str]:
             f"precision.compute = {config.precision.compute}; use precision.compute=bf16, or "
             "kernels=torch"
         )
-    if (
-        kernels == "te"
-        and config.parallel.pipeline > 1
-        and config.parallel.pipeline_schedule == "zero_bubble"
-    ):
+    if kernels == "te" and _takes_gradients_apart(config):
         yield (
             f"{key}: Transformer Engine computes both gradients of a layer at once, and "
             "parallel.pipeline_schedule = zero_bubble takes them apart; use kernels=torch, or "
@@ -91,6 +87,16 @@ def _fused_problems(config: Config, key: str) -> Iterator[str]:
             f"{key}: its kernels stand where compiled ones would and compile.enabled = true; use "
             "compile.enabled=false, or kernels=torch"
         )
+    if config.precision.fp8 != "none":
+        yield (
+            f"{key}: it computes the down projection in {config.precision.compute} and "
+            f"precision.fp8 = {config.precision.fp8}; use precision.fp8=none, or kernels=torch"
+        )
+
+
+def _takes_gradients_apart(config: Config) -> bool:
+    parallel = config.parallel
+    return parallel.pipeline > 1 and parallel.pipeline_schedule == "zero_bubble"
 
 
 def has_nvidias_apex() -> bool:
@@ -105,10 +111,11 @@ def fp8_problems(config: Config) -> Iterator[str]:
     if config.precision.fp8 == "none":
         return
     key = f"precision.fp8 = {config.precision.fp8}"
-    if config.kernels != "te":
+    if _takes_gradients_apart(config):
         yield (
-            f"{key}: only Transformer Engine computes in FP8 and kernels = {config.kernels}; use "
-            "kernels=te, or precision.fp8=none"
+            f"{key}: it computes both gradients of a layer at once, and "
+            "parallel.pipeline_schedule = zero_bubble takes them apart; use "
+            "parallel.pipeline_schedule=interleaved, or precision.fp8=none"
         )
     if config.precision.compute != "bf16":
         yield (

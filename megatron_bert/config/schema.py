@@ -328,7 +328,8 @@ class PrecisionConfig(Section):
     data-parallel ranks, where there are several; `bf16` halves what is sent and held."""
     fp8: Literal["none", "current"] = "none"
     """Products of the blocks' linear layers in FP8, each operand scaled by its own largest number
-    (`current`; nothing is kept from step to step); needs `kernels: te`."""
+    (`current`; nothing is kept from step to step), by PyTorch or, with `kernels: te`, Transformer
+    Engine; on GPUs of compute capability 8.9 and up, and slowly on CPUs."""
 
 
 class CheckpointConfig(Section):
@@ -401,8 +402,9 @@ class DistributedConfig(Section):
     """The process group."""
 
     timeout_seconds: PositiveFloat = 1800.0
-    """Longest wait for a message of other ranks. Then the run ends on all of them, within another
-    16 s, naming the rank that does not answer."""
+    """Longest wait for a message of other ranks and, on CUDA, for the end of a step that waits for
+    them. Then the run ends on all of them, within another 16 s, naming the rank that does not
+    answer."""
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""Other packages' kernels, and fused ones of our own, on the model's own parameters.
+"""Kernels other than PyTorch's plain ones on the model's own parameters.
 
 Parameters stay where they are, under their names: what shards, saves, initialises or converts
 them knows nothing of this. A package's module serves as a function of the parameters that it is
@@ -7,7 +7,7 @@ called with; it has none of its own and is no part of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
@@ -20,6 +20,7 @@ from torch.func import functional_call
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.kernels import KernelsName
 from megatron_bert.model.block import Block
+from megatron_bert.model.fp8 import fp8_linear
 from megatron_bert.model.norm import LayerNorm
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_bert.parallel.sharding import local_part
@@ -32,7 +33,7 @@ _FUSED_CAPABILITY = (8, 0)
 def use_kernels(
     model: nn.Module, kernels: KernelsName, device: torch.device, dtype: torch.dtype, *, fp8: bool
 ) -> None:
-    """Have these kernels compute linear layers (`te`), norms (`apex`) or blocks (`fused`).
+    """Have these kernels compute linear layers (`te`, FP8), norms (`apex`) or blocks (`fused`).
 
     Transformer Engine's norm reads its own weight a second time backward, when the module has the
     one that it was called with no more: norms stay PyTorch's there, as those without a bias do.
@@ -42,27 +43,29 @@ def use_kernels(
         kernels: whose.
         device: where the model will compute.
         dtype: what it computes in.
-        fp8: whether products are in FP8 (Transformer Engine).
+        fp8: whether products are in FP8, by Transformer Engine (`te`) or PyTorch.
 
     Raises:
-        ConfigError: the package cannot be used here.
+        ConfigError: the package, or FP8, cannot be used here.
     """
-    if kernels == "torch":
-        return
-    _check_device(kernels, device, fp8=fp8)
+    if fp8:
+        _check_fp8(device)
+    if kernels != "torch":
+        _check_device(kernels, device)
     if kernels == "fused":
         _use_fused(model)
-        return
     if kernels == "apex":
         norm = _imported(kernels, "apex.normalization.fused_layer_norm").fused_layer_norm_affine
         for layer in _norms(model):
             layer.kernel = _ApexNorm(norm)
-        return
-    engine = _imported(kernels, "transformer_engine.pytorch")
-    autocast = _fp8_autocast(engine) if fp8 else nullcontext
-    for linear in model.modules():
-        if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+    if kernels == "te":
+        engine = _imported(kernels, "transformer_engine.pytorch")
+        autocast = _fp8_autocast(engine) if fp8 else nullcontext
+        for linear in _linears(model):
             linear.product = _EngineLinear(engine, linear, dtype, autocast)
+    elif fp8:
+        for linear in _linears(model):
+            linear.product = fp8_linear
 
 
 def _use_fused(model: nn.Module) -> None:
@@ -75,7 +78,7 @@ def _use_fused(model: nn.Module) -> None:
             block.kernel = fused_block
 
 
-def _check_device(kernels: KernelsName, device: torch.device, *, fp8: bool) -> None:
+def _check_device(kernels: KernelsName, device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError(
             f"kernels = {kernels}: it computes on CUDA only, and this machine shows PyTorch no "
@@ -87,7 +90,14 @@ def _check_device(kernels: KernelsName, device: torch.device, *, fp8: bool) -> N
             f"kernels = fused: {torch.cuda.get_device_name(device)} has compute capability "
             f"{capability[0]}.{capability[1]}, and 8.0 is needed; use torch or auto"
         )
-    if fp8 and capability < _FP8_CAPABILITY:
+
+
+def _check_fp8(device: torch.device) -> None:
+    """A CPU multiplies FP8 numbers by way of others: slowly, for trials."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY:
         raise ConfigError(
             f"precision.fp8 = current: {torch.cuda.get_device_name(device)} has no FP8 products "
             f"(compute capability {capability[0]}.{capability[1]}, 8.9 is needed); use "
@@ -104,6 +114,12 @@ def _imported(kernels: KernelsName, name: str) -> ModuleType:
             f"kernels = {kernels}: {name} cannot be imported ({type(error).__name__}: {error}); "
             "install one built for this PyTorch and CUDA, or use kernels=torch"
         ) from error
+
+
+def _linears(model: nn.Module) -> Iterator[ColumnParallelLinear | RowParallelLinear]:
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            yield module
 
 
 def _norms(model: nn.Module) -> list[LayerNorm]:

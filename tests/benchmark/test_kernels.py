@@ -3,14 +3,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.benchmark import attention_pieces, fused_pieces, kernel_pieces
+from megatron_bert.benchmark import (
+    attention_pieces,
+    fused_pieces,
+    kernel_pieces,
+    linear_pieces,
+)
 from megatron_bert.benchmark.alone import time_attention
 from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.kernel_work import KernelWork
@@ -25,8 +30,15 @@ from tests.small_model import packed_inputs, small_config
 from tests.stand_ins import FusedAdam, install
 from tools import benchmark as tool
 
+LINEARS = [
+    "linear (query, output)",
+    "linear (key, value)",
+    "linear (gate, up)",
+    "linear (down)",
+]
 PIECES = [
     "attention",
+    *LINEARS,
     "norm",
     "activation",
     "activation and projection",
@@ -69,7 +81,7 @@ def test_every_piece_is_timed_by_what_is_here_and_the_rest_has_its_reason(
             assert time["forward_microseconds"] > 0
             assert (time["both_microseconds"] is None) == (piece["piece"] == "AdamW")
             assert (time["tflops"] is None) != (time["gb_per_second"] is None)
-            assert (time["difference"] or 0) < 1e-5
+            assert (time["difference"] or 0) < (0.1 if "fp8" in time["name"] else 1e-5)
         assert all(piece["absent"].values())
     assert "projection and cross-entropy, 18 x 32 x 512" in done.stderr
 
@@ -121,6 +133,26 @@ class _DotProductAttention(nn.Module):
         return _varlen(q, k, v, segments["cu_seqlens_q"], segments["max_seqlen_q"]).flatten(1)
 
 
+class _Autocast:
+    """Whether products are in FP8, and by which recipe."""
+
+    entered: ClassVar[list[tuple[bool, object]]] = []
+
+    def __init__(self, enabled: bool, recipe: object) -> None:
+        self.entered.append((enabled, recipe))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, *, params_dtype: Any, **options: Any) -> None:
+        super().__init__(inputs, outputs, dtype=params_dtype, **options)
+
+
 class _LayerNorm(nn.LayerNorm):
     """Transformer Engine's, as far as it reads its weight: forward and, again, backward."""
 
@@ -148,6 +180,13 @@ def test_optional_packages_are_given_the_same_work(
         "transformer_engine.pytorch",
         DotProductAttention=_DotProductAttention,
         LayerNorm=_LayerNorm,
+        Linear=_Linear,
+        autocast=_Autocast,
+    )
+    install(
+        monkeypatch,
+        "transformer_engine.common.recipe",
+        Float8CurrentScaling=lambda: "current scaling",
     )
     install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
     install(
@@ -165,6 +204,12 @@ def test_optional_packages_are_given_the_same_work(
     assert set(times["AdamW"]) == {"fused (ours)", "apex"}
     for piece in ("attention", "norm"):
         assert all((time.difference or 0) < 1e-5 for time in times[piece].values())
+    for piece in LINEARS:
+        own = {"eager", "fp8 (ours)", "fp8 (ours), compiled"}
+        assert set(times[piece]) == {*own, "transformer engine", "transformer engine, fp8"}
+        assert 0 < (times[piece]["fp8 (ours)"].difference or 0) < 0.1
+        assert times[piece]["transformer engine"].difference == 0
+    assert set(_Autocast.entered) == {(False, "current scaling"), (True, "current scaling")}
     table = "\n".join(kernels_table(figures))
     assert "not measured: takes CUDA" in table
     assert "  flash-attn 3 " in table
@@ -180,7 +225,7 @@ def test_packages_that_cannot_be_imported_are_listed_and_the_others_are_measured
 
     for name in ("flash_attn_interface", "transformer_engine"):
         install(monkeypatch, name)
-    for module in (attention_pieces, kernel_pieces, update_rules):
+    for module in (attention_pieces, kernel_pieces, linear_pieces, update_rules):
         monkeypatch.setattr(module, "import_module", fail)
     monkeypatch.setattr(kernel_pieces, "has_nvidias_apex", lambda: True)
     figures = _measure(config, "model.vocab_size=512", "--dropout", "0")

@@ -265,7 +265,8 @@ def test_fused_kernels_are_refused_where_they_cannot_be(
     assert "kernels = fused: its kernels stand where compiled ones would" in message
     assert "use compile.enabled=false, or kernels=torch" in message
     message = refusal(build, "kernels=fused", "precision.fp8=current")
-    assert "only Transformer Engine computes in FP8 and kernels = fused" in message
+    assert "kernels = fused: it computes the down projection in bf16 and" in message
+    assert "precision.fp8 = current; use precision.fp8=none, or kernels=torch" in message
     monkeypatch.setattr(config_kernels, "find_spec", lambda _: None)
     message = refusal(build, "kernels=fused")
     assert message.startswith("kernels = fused: the package triton is not installed; install")
@@ -292,7 +293,10 @@ def test_transformer_engine_takes_no_fp32(build: Build, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["kernels=torch"], "only Transformer Engine computes in FP8 and kernels = torch; use"),
+        (
+            ["parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble"],
+            "parallel.pipeline_schedule = zero_bubble takes them apart; use parallel.pipeline_sch",
+        ),
         (["precision.compute=fp32"], "precision.compute = fp32; use precision.compute=bf16, or"),
         (["model.ffn_hidden_size=136"], "model.ffn_hidden_size = 136 gives products whose sides"),
         (["curriculum.0.seq_length=24"], "curriculum.0.seq_length = 24 is no multiple of 16; use"),
@@ -302,11 +306,12 @@ def test_transformer_engine_takes_no_fp32(build: Build, monkeypatch: pytest.Monk
         ),
     ],
 )
+@pytest.mark.parametrize("kernels", ["te", "auto"])
 def test_fp8_products_are_refused_where_they_cannot_be(
-    build: Build, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    build: Build, kernels: str, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, "transformer_engine")
-    fp8 = ("kernels=te", "precision.fp8=current")
+    fp8 = (f"kernels={kernels}", "precision.fp8=current")
     check_config(build(*fp8), world_size=1)
     if message.startswith("model.num_query_groups"):
         overrides = [*overrides, "model.num_attention_heads=8"]

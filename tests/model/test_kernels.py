@@ -228,8 +228,9 @@ def test_a_gpu_without_fp8_products_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an A100")
     device = torch.device("cuda", 0)
-    with pytest.raises(ConfigError, match="an A100 has no FP8 products"):
-        kernels.use_kernels(nn.Linear(2, 2), "te", device, torch.bfloat16, fp8=True)
+    for name in ("te", "torch"):
+        with pytest.raises(ConfigError, match="an A100 has no FP8 products"):
+            kernels.use_kernels(nn.Linear(2, 2), name, device, torch.bfloat16, fp8=True)
 
 
 def test_a_gpu_that_is_too_old_for_fused_kernels_is_refused(
@@ -269,6 +270,7 @@ GPU = [
     [
         pytest.param("te", "transformer_engine.pytorch", "none", 1e-2, marks=GPU),
         pytest.param("te", "transformer_engine.pytorch", "current", 5e-2, marks=GPU),
+        pytest.param("torch", "torch", "current", 5e-2, marks=GPU),
         pytest.param("apex", "apex.normalization", "none", 1e-2, marks=GPU),
     ],
 )
@@ -280,20 +282,20 @@ def test_on_a_gpu_a_package_gives_the_losses_of_pytorch(
     from tests.training.runs import run_config
 
     losses = {
-        kernel: _losses(
+        (kernel, precision): _losses(
             run_config(
                 tiny_data,
-                tmp_path / kernel,
+                tmp_path / f"{kernel}-{precision}",
                 run={"device": "cuda"},
                 precision={"compute": "bf16", "fp8": precision},
                 model={"hidden_size": 64},
                 kernels=kernel,
             ),
-            tmp_path / f"{kernel}-config",
+            tmp_path / f"{kernel}-{precision}-config",
         )
         for kernel, precision in (("torch", "none"), (name, fp8))
     }
-    assert losses[name] == pytest.approx(losses["torch"], rel=tolerance)
+    assert losses[name, fp8] == pytest.approx(losses["torch", "none"], rel=tolerance)
 
 
 @pytest.mark.gpu

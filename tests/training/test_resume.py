@@ -26,6 +26,7 @@ from megatron_bert.training.state import load_state
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 
+FP8 = {"precision": {"compute": "bf16", "fp8": "current"}}
 EXACT = ("loss", "grad_norm", "lr", "batch_hash", "consumed_rows", "stage", "tokens")
 
 
@@ -64,6 +65,7 @@ def _check_kills(uncut: Config, killed: Config, killed_once: Config) -> None:
             pytest.param(ranks, changes, id=name, marks=pytest.mark.slow)
             for name, ranks, changes in (
                 ("bf16", 1, {"precision": {"compute": "bf16"}, "mlm": {"unit": "whole_word"}}),
+                ("fp8", 2, {**FP8, "model": {"num_attention_heads": 2}}),
                 ("tensor-parallel", 2, {"parallel": {"tensor": 2}}),
                 ("muon", 2, {"optimizer": {"name": "muon"}, "precision": {"reduce": "bf16"}}),
             )

@@ -223,7 +223,6 @@ def _set_precision(builder: Builder) -> None:
         )
     if given.has("--fp8-format"):
         builder.set("precision.fp8", "current")
-        builder.tree["kernels"] = "te"
 
 
 def _set_output(builder: Builder) -> None:

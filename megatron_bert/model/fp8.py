@@ -1,0 +1,100 @@
+"""Products of linear layers in FP8 (Micikevicius et al. 2022, "FP8 Formats for Deep Learning").
+
+By PyTorch's own scaled products, so that the compiler sees all of it: finding the largest number,
+scaling and casting are fused with what stands before a product. What is read forward is in E4M3
+(three bits after the point), gradients are in E5M2 (two, for their wider range).
+
+Shape suffixes: N tokens, D features in, F features out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FORWARD = torch.float8_e4m3fn
+_BACKWARD = torch.float8_e5m2
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def fp8_linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """Compute x W^T + b, and its gradients, as products of FP8 numbers with sums in fp32.
+
+    Each operand is scaled as a whole, so that its largest number at that moment becomes the
+    format's largest: nothing is remembered. Biases and their gradients are not in FP8.
+
+    Args:
+        x_ND: [N, D]; on CUDA in BF16, with N, D and F multiples of 16.
+        weight_FD: [F, D], of the same type.
+        bias_F: [F] or None.
+
+    Returns:
+        [N, F], of the type of x.
+    """
+    y_NF: Tensor = _Linear.apply(x_ND, weight_FD, bias_F)  # type: ignore[no-untyped-call]
+    return y_NF
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps x as it was cast; the weight is there anyway, and is cast again backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+        x_scale, weight_scale = _scale(x_ND, _FORWARD), _scale(weight_FD, _FORWARD)
+        scaled_ND = _cast(x_ND, x_scale, _FORWARD)
+        scaled_FD = _cast(weight_FD, weight_scale, _FORWARD)
+        ctx.save_for_backward(scaled_ND, x_scale, weight_FD, weight_scale)
+        ctx.has_bias = bias_F is not None
+        # Hopper adds up in fewer bits within a tile when asked to: enough forward, not backward.
+        return _product(
+            scaled_ND, scaled_FD.t(), x_scale, weight_scale, x_ND.dtype, bias_F, fast=True
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads_NF: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NF,) = grads_NF
+        x_ND, x_scale, weight_FD, weight_scale = ctx.saved_tensors
+        grad_scale = _scale(grad_NF, _BACKWARD)
+        scaled_NF = _cast(grad_NF, grad_scale, _BACKWARD)
+        scaled_FD = _cast(weight_FD, weight_scale, _FORWARD)
+        x_grad_ND = _product(
+            scaled_NF, _column_major(scaled_FD), grad_scale, weight_scale, grad_NF.dtype
+        )
+        weight_grad_FD = _product(
+            scaled_NF.t().contiguous(), _column_major(x_ND), grad_scale, x_scale, grad_NF.dtype
+        )
+        return x_grad_ND, weight_grad_FD, grad_NF.sum(0) if ctx.has_bias else None
+
+
+def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a number of `dtype` is multiplied by to mean one of x: fp32 []."""
+    largest = x.abs().amax().float()
+    # Not 0 where all of x is, nor where its largest number is next to nothing.
+    return (largest / torch.finfo(dtype).max).clamp(min=_SMALLEST_SCALE)
+
+
+def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    # The quotient passes the format's largest number by fp32's rounding at most, and is rounded
+    # back to it. Products read their first factor row by row.
+    return (x.float() / scale).to(dtype).contiguous()
+
+
+def _column_major(x: Tensor) -> Tensor:
+    """The same matrix, its columns stored one behind another as a product's second factor's."""
+    return x.t().contiguous().t()
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    *,
+    fast: bool = False,
+) -> Tensor:
+    # The public F.scaled_mm computes the same, but not every PyTorch from 2.11 on can trace it.
+    return torch._scaled_mm(a, b, a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast)
