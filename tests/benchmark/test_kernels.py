@@ -48,8 +48,13 @@ PIECES = [
     "AdamW",
 ]
 
-# Written out and by SDPA, in chunks and plain, by the hash and by a generator.
-TIMED_TWICE = ("attention", "bias, dropout, residual", "projection and cross-entropy")
+# Written out and by SDPA, in FP8 too, in chunks and plain, by the hash and by a generator.
+TIMED_TWICE = (
+    "attention",
+    *LINEARS,
+    "bias, dropout, residual",
+    "projection and cross-entropy",
+)
 
 
 @pytest.fixture
