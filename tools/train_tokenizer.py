@@ -10,17 +10,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import DataError, Parser, run_cli
-from megatron_bert.data.progress import Progress
-from megatron_bert.data.text import DocumentReader, iterate_documents
-from megatron_bert.data.text_arguments import add_text_arguments, open_texts
-from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.data.tokenizer_training import (
-    DEFAULT_MAX_SENTENCES,
-    check_writable,
-    train_tokenizer,
-    write_model,
-)
+from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.data.progress import Progress
+    from megatron_bert.data.text import DocumentReader, iterate_documents
+    from megatron_bert.data.text_arguments import add_text_arguments, open_texts
+    from megatron_bert.data.tokenizer import Tokenizer
+    from megatron_bert.data.tokenizer_training import (
+        DEFAULT_MAX_SENTENCES,
+        check_writable,
+        train_tokenizer,
+        write_model,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import ConfigError, Parser, run_cli
-from megatron_bert.config.megatron.document import remarks, render_file
-from megatron_bert.config.megatron.shell_text import command_arguments
-from megatron_bert.config.megatron.translation import translate
-from megatron_bert.config.places import write_output
+from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.config.megatron.document import remarks, render_file
+    from megatron_bert.config.megatron.shell_text import command_arguments
+    from megatron_bert.config.megatron.translation import translate
+    from megatron_bert.config.places import write_output
 
 
 def _parser() -> argparse.ArgumentParser:
