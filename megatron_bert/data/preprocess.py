@@ -37,6 +37,7 @@ from megatron_bert.data.shards import Shard
 from megatron_bert.data.text import TextDocuments, report_skipped
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.files import StrPath
+from megatron_bert.words import rounded
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ def _write_documents(
                 writer.add_documents(batch.tokens_T, batch.lengths_N, batch.word_starts_T)
                 state.add(batch, end)
                 state.sha256 = hashes.computed(state.position.file)
-                progress.show(reader.bytes_read, f"{state.counts.tokens / 1e6:.1f} M tokens")
+                progress.show(reader.bytes_read, f"{rounded(state.counts.tokens)} tokens")
                 if writer.is_commit_due:
                     writer.commit(state.note(inputs))
             if not state.counts.tokens and options.shard is None:

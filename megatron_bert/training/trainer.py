@@ -28,7 +28,7 @@ from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.optim.schedule import learning_rate
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
-from megatron_bert.training.description import describe_data, describe_plan
+from megatron_bert.training.description import describe_data, describe_plan, tell_plan
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.metrics import MetricsFile
@@ -128,8 +128,7 @@ class Trainer:
             directory.write_config(dump_config(config))
             plan = describe_plan(config, vocab_size, dist.get_world_size())
             data = describe_data(self._source, held_out)
-            for line in (*plan, *data, *precision_warnings(config)):
-                logger.info("%s", line)
+            tell_plan([*plan, *data, *precision_warnings(config)])
         resumed_from = self._step
         self._recorder = StepRecorder(
             config,
