@@ -17,7 +17,8 @@ from megatron_bert.config.errors import Parser, run_cli, told_errors
 with told_errors():
     from megatron_bert.data.dictionary_words import Dictionary
     from megatron_bert.data.parsing import Normalization
-    from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+    from megatron_bert.data.preprocess import preprocess
+    from megatron_bert.data.preprocess_options import PreprocessOptions
     from megatron_bert.data.shards import Shard
     from megatron_bert.data.text_arguments import add_text_arguments
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from megatron_bert.config.arguments import as_options
+
 EXIT_USER_ERROR = 2
 
 
@@ -56,9 +58,9 @@ class Parser(argparse.ArgumentParser):
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main` and leave the process with its exit code.
 
-    What `main` raises is told as by `told_errors`.
+    What `main` raises is told as by `told_errors`, with arguments by the names of options.
     """
-    with told_errors():
+    with as_options(), told_errors():
         code = main()
         sys.stdout.flush()
     sys.exit(code or 0)
