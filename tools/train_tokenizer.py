@@ -23,6 +23,7 @@ with told_errors():
         train_tokenizer,
         write_model,
     )
+    from megatron_bert.words import counted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,16 +70,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _documents(reader: DocumentReader, options: argparse.Namespace) -> Iterator[str]:
+    logging.info("reading %s", counted(len(reader.paths), "file"))
     with Progress("reading", reader.total_bytes) as progress:
         for text in iterate_documents(reader, options.on_error):
             yield text
             progress.show(reader.bytes_read)
-    sys.stderr.write("training the tokenizer\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and write a tokenizer."""
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = _parser().parse_args(arguments)
     if options.output.suffix != ".model":
         raise DataError(f"--output {options.output}: give a name that ends in .model")

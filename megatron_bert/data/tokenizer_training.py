@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 import re
 import tempfile
@@ -17,8 +18,11 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
 from megatron_bert.data.tokenizer import SPECIAL_PIECES
 from megatron_bert.files import StrPath, write_atomically
+from megatron_bert.words import counted
 
 DEFAULT_MAX_SENTENCES = 10_000_000
+
+logger = logging.getLogger(__name__)
 
 Normalization = Literal["identity", "nfkc", "nmt_nfkc"]
 
@@ -72,6 +76,10 @@ def train_tokenizer(
         raise DataError(
             f"{argument('documents')}: 0 lines of text in all of them; give at least one"
         )
+    count = counted(len(sentences), "line")
+    logger.info(
+        "training %s pieces on %s: takes minutes where there are millions", f"{vocab_size:,}", count
+    )
     model = io.BytesIO()
     unknown, begin, end, *control = SPECIAL_PIECES
     try:

@@ -34,6 +34,9 @@ def test_the_tool_writes_a_tokenizer_with_every_special_piece(
     done = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "500 pieces" in done.stdout
+    reading, training = done.stderr.splitlines()
+    assert reading == "reading 2 files"
+    assert re.match(r"training 500 pieces on \d+ lines", training)
     tokenizer = Tokenizer.load(output)
     assert tokenizer.vocab_size == 500
     assert [tokenizer.id_to_piece(i) for i in range(8)] == list(SPECIAL_PIECES)
