@@ -14,18 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # The model lies on the disk: nothing is looked up in a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from transformers import (
-    AutoModelForMaskedLM,
-    FillMaskPipeline,
-    PreTrainedTokenizerFast,
-    pipeline,
-)
-from transformers.utils import logging as transformers_logging
+from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
 
-from megatron_bert.config.errors import DataError, Parser, run_cli
-from megatron_bert.data.text import DocumentReader, iterate_documents
-from megatron_bert.huggingface.configuration_retrieva_bert import RetrievaBertConfig
-from megatron_bert.huggingface.modeling_retrieva_bert import RetrievaBertForMaskedLM
+with told_errors():
+    from transformers import (
+        AutoModelForMaskedLM,
+        FillMaskPipeline,
+        PreTrainedTokenizerFast,
+        pipeline,
+    )
+    from transformers.utils import logging as transformers_logging
+
+    from megatron_bert.data.text import DocumentReader, iterate_documents
+    from megatron_bert.huggingface.configuration_retrieva_bert import RetrievaBertConfig
+    from megatron_bert.huggingface.modeling_retrieva_bert import RetrievaBertForMaskedLM
 
 TOP = 5
 # Of a sentence, after which the next begins.

@@ -15,7 +15,8 @@ from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import build_config, config_dict, dump_config, load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch
-from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+from megatron_bert.data.preprocess import preprocess
+from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.row_inspection import show_rows
 from megatron_bert.data.row_view import item_lines, page
 from megatron_bert.data.step_inspection import StepBatches

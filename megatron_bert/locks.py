@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,54 @@ def remove_lock(path: Path, stream: TextIO) -> None:
             path.unlink()
 
 
+def holder_lives(path: Path) -> bool | None:
+    """Whether the process that locked a file last still lives; None: that cannot be seen from here.
+
+    It is another host's, another container's, or the file tells nothing. The lock is not tried:
+    whoever wanted it in that moment would be refused.
+    """
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        if (holder["host"], holder["processes"]) != (socket.gethostname(), _process_namespace()):
+            return None
+        return _lives(int(holder["pid"]), datetime.fromisoformat(holder["started"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _lives(pid: int, since: datetime) -> bool | None:
+    """Whether a process lives that is so old; a younger one has got the number of one that died."""
+    try:
+        # Behind the program's name, which stands in parentheses and may hold any others.
+        state, *figures = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        # A host may hide what other users run.
+        return None if _exists(pid) else False
+    since_boot = int(figures[18]) / os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
+    # The lock's time is told in whole seconds.
+    is_as_old = age >= (datetime.now(UTC) - since).total_seconds() - 1
+    return state not in ("Z", "X") and is_as_old
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _process_namespace() -> str:
+    """Within which numbers of processes mean the same: a container has one of its own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return "unknown"
+
+
 def _is_at(path: Path, stream: TextIO) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
@@ -62,6 +111,7 @@ def _hold(stream: TextIO) -> None:
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "processes": _process_namespace(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     stream.write(json.dumps(holder) + "\n")

@@ -8,6 +8,13 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
+def rounded(count: int) -> str:
+    """A number as people say it: 6.4 M, 187.3 B; one of less than a million as it is."""
+    if count < 1e6:
+        return f"{count:,}"
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
 def times(count: float) -> str:
     """How many times, to four digits, or to a whole number of many: 1 time, 0.4213 times."""
     text = f"{count:,.0f}" if count >= 100 else f"{count:.4g}"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+from megatron_bert.data.preprocess import preprocess
+from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
 

@@ -13,10 +13,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.benchmark.data import FULL, QUICK, DataOptions, measure_data
-from megatron_bert.benchmark.table import data_table
-from megatron_bert.config.errors import Parser, run_cli
-from megatron_bert.config.load import load_config
+from megatron_bert.config.errors import Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.benchmark.data import FULL, QUICK, DataOptions, measure_data
+    from megatron_bert.benchmark.table import data_table
+    from megatron_bert.config.load import load_config
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _RECIPE = _CHECKOUT / "examples" / "retrievabert_1.3b.yaml"

@@ -127,21 +127,39 @@ bootstrap_fingerprint() {
     } | sha256sum | cut -d ' ' -f 1
 }
 
-# bootstrap_pip ENVIRONMENT EXTRAS: the build runs in the environment itself, so that pinned tools
+# Keeps pip's account, which it reads, on its output, and tells what takes long, a line each.
+bootstrap_phases() {
+    local line phase told=""
+    while IFS= read -r line; do
+        printf '%s\n' "$line"
+        case $line in
+            Collecting* | *Downloading*) phase="fetching packages, PyTorch the largest of them" ;;
+            *"Building editable for megatron-bert"*) phase="compiling the C++ core" ;;
+            "Installing collected packages"*) phase="unpacking what was fetched" ;;
+            *) continue ;;
+        esac
+        [ "$phase" = "$told" ] || printf '  %s ...\n' "$phase" >&2
+        told=$phase
+    done
+}
+
+# bootstrap_pip ENVIRONMENT EXTRAS LOG: the build runs in the environment itself, so that pinned tools
 # build, a changed source is rebuilt without a network, and CMake's cache holds from build to build.
 # Python compiles what it imports, unless it must not write that down; compiling all of every package
 # takes longer than installing it.
 bootstrap_pip() {
-    local environment=$1 extras=$2 constraints=$1/megatron-bert-constraints.txt
+    local environment=$1 extras=$2 log=$3 constraints=$1/megatron-bert-constraints.txt
     local -a tools pip compiling=()
     mapfile -t tools < <(bootstrap_build_tools)
     bootstrap_constraints "$environment" >"$constraints" || return
     [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || compiling=(--no-compile)
     pip=("$environment/bin/python" -m pip --disable-pip-version-check install --no-input
         "${compiling[@]}" --progress-bar off --constraint "$constraints")
-    "${pip[@]}" scikit-build-core pybind11 "${tools[@]}" &&
-        SKBUILD_BUILD_DIR="$environment/data-core-build" \
-            "${pip[@]}" --no-build-isolation --editable ".[$extras]"
+    printf '  fetching what builds the package ...\n' >&2
+    "${pip[@]}" scikit-build-core pybind11 "${tools[@]}" >"$log" 2>&1 || return
+    SKBUILD_BUILD_DIR="$environment/data-core-build" \
+        "${pip[@]}" --no-build-isolation --editable ".[$extras]" 2>&1 | bootstrap_phases >>"$log"
+    return "${PIPESTATUS[0]}"
 }
 
 # bootstrap_install ENVIRONMENT EXTRA...
@@ -160,7 +178,7 @@ bootstrap_install() {
     [ -n "$recorded" ] || bootstrap_check_space "$environment" 1500 || return
     printf 'Installing megatron-bert[%s] into %s: this takes some minutes ...\n' "$extras" "$environment" >&2
     rm -f -- "$stamp"
-    if ! bootstrap_pip "$environment" "$extras" >"$log" 2>&1; then
+    if ! bootstrap_pip "$environment" "$extras" "$log"; then
         grep -v '^Requirement already satisfied' -- "$log" | tail -n 60 >&2
         bootstrap_fail "the installation into $environment failed; the account above is the end of $log"
         return

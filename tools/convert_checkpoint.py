@@ -11,16 +11,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.checkpoint.huggingface_import import TOKENIZER_NAME, import_model
-from megatron_bert.checkpoint.store import find_checkpoint
-from megatron_bert.checkpoint.summary import (
-    describe_checkpoint,
-    describe_huggingface,
-    is_huggingface,
-)
-from megatron_bert.config.errors import Parser, run_cli
-from megatron_bert.config.yaml_text import format_document
-from megatron_bert.training.export import export_model
+from megatron_bert.config.errors import Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.checkpoint.huggingface_import import TOKENIZER_NAME, import_model
+    from megatron_bert.checkpoint.store import find_checkpoint
+    from megatron_bert.checkpoint.summary import (
+        describe_checkpoint,
+        describe_huggingface,
+        is_huggingface,
+    )
+    from megatron_bert.config.yaml_text import format_document
+    from megatron_bert.training.export import export_model
 
 
 def _parser() -> argparse.ArgumentParser:

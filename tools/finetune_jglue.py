@@ -13,10 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import Parser, UserError, run_cli
-from megatron_bert.config.places import check_place
-from megatron_bert.jglue.results import Results, table
-from megatron_bert.jglue.tasks import EPOCHS, LEARNING_RATES, TASKS, Task
+from megatron_bert.config.errors import Parser, UserError, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.config.places import check_place
+    from megatron_bert.jglue.results import Results, table
+    from megatron_bert.jglue.tasks import EPOCHS, LEARNING_RATES, TASKS, Task
 
 _LIBRARIES = ("accelerate", "scipy", "sklearn", "transformers")
 # Room for the special tokens, a question and a part of a context.

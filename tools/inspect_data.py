@@ -10,16 +10,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import DataError, Parser, run_cli
-from megatron_bert.config.load import load_config
-from megatron_bert.config.places import write_output
-from megatron_bert.config.schema import Config
-from megatron_bert.data.inspection import describe_dataset, samples
-from megatron_bert.data.overlap import describe_overlap
-from megatron_bert.data.row_inspection import show_rows
-from megatron_bert.data.row_view import item_lines, legend, page
-from megatron_bert.data.step_inspection import describe_steps
-from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.config.load import load_config
+    from megatron_bert.config.places import write_output
+    from megatron_bert.config.schema import Config
+    from megatron_bert.data.inspection import describe_dataset, samples
+    from megatron_bert.data.overlap import describe_overlap
+    from megatron_bert.data.row_inspection import show_rows
+    from megatron_bert.data.row_view import item_lines, legend, page
+    from megatron_bert.data.step_inspection import describe_steps
+    from megatron_bert.data.tokenizer import Tokenizer
 
 _SAMPLES = 3
 

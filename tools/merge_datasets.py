@@ -9,8 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import Parser, run_cli
-from megatron_bert.data.merge import merge_datasets
+from megatron_bert.config.errors import Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.data.merge import merge_datasets
 
 _MOST_NAMES = 3
 

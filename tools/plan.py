@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import ConfigError, Parser, run_cli
-from megatron_bert.config.load import load_config
-from megatron_bert.config.schema import Config
-from megatron_bert.files import write_durably
-from megatron_bert.planner.calibrated import machine_by_name, machines_folder
-from megatron_bert.planner.machines import GPUS
-from megatron_bert.planner.plan_files import configuration, document, is_written_plan
-from megatron_bert.planner.plots import write_picture
-from megatron_bert.planner.report import describe
-from megatron_bert.planner.search import make_plan
+from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.config.load import load_config
+    from megatron_bert.config.schema import Config
+    from megatron_bert.files import write_durably
+    from megatron_bert.planner.calibrated import (
+        check_calibration,
+        machine_by_name,
+        machines_folder,
+    )
+    from megatron_bert.planner.machines import GPUS, find_network
+    from megatron_bert.planner.plan_files import configuration, document, is_written_plan
+    from megatron_bert.planner.plots import write_picture
+    from megatron_bert.planner.report import describe
+    from megatron_bert.planner.search import make_plan
 
 # Of the LLM-jp tokenizer that RetrievaBERT has, padded: where no tokenizer is at hand.
 _USUAL_VOCABULARY = 99_584
@@ -122,7 +129,15 @@ def _vocabulary(config: Config) -> tuple[int, list[str]]:
 
 
 def _calibrate(name: str, folder: Path, network: str | None) -> None:
-    """Measure; every rank takes part, the first one writes."""
+    """Measure; every rank takes part, the first one writes.
+
+    Raises:
+        ConfigError: what is measured could not be stored, or the network is unknown.
+    """
+    if network is not None:
+        find_network(network)
+    if os.environ.get("RANK", "0") == "0":
+        check_calibration(name, folder)
     # Here: planning needs no torch.
     import torch.distributed as dist
 

@@ -12,12 +12,15 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import Parser, run_cli
-from megatron_bert.data.dictionary_words import Dictionary
-from megatron_bert.data.parsing import Normalization
-from megatron_bert.data.preprocess import PreprocessOptions, preprocess
-from megatron_bert.data.shards import Shard
-from megatron_bert.data.text_arguments import add_text_arguments
+from megatron_bert.config.errors import Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.data.dictionary_words import Dictionary
+    from megatron_bert.data.parsing import Normalization
+    from megatron_bert.data.preprocess import preprocess
+    from megatron_bert.data.preprocess_options import PreprocessOptions
+    from megatron_bert.data.shards import Shard
+    from megatron_bert.data.text_arguments import add_text_arguments
 
 
 def _parser() -> argparse.ArgumentParser:

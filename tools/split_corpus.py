@@ -10,9 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import Parser, run_cli
-from megatron_bert.data.split import split_documents
-from megatron_bert.data.text_arguments import add_text_arguments, open_texts
+from megatron_bert.config.errors import Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.data.split import split_documents
+    from megatron_bert.data.text_arguments import add_text_arguments, open_texts
 
 
 def _parser() -> argparse.ArgumentParser:

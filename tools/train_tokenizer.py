@@ -10,17 +10,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import DataError, Parser, run_cli
-from megatron_bert.data.progress import Progress
-from megatron_bert.data.text import DocumentReader, iterate_documents
-from megatron_bert.data.text_arguments import add_text_arguments, open_texts
-from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.data.tokenizer_training import (
-    DEFAULT_MAX_SENTENCES,
-    check_writable,
-    train_tokenizer,
-    write_model,
-)
+from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.data.progress import Progress
+    from megatron_bert.data.text import DocumentReader, iterate_documents
+    from megatron_bert.data.text_arguments import add_text_arguments, open_texts
+    from megatron_bert.data.tokenizer import Tokenizer
+    from megatron_bert.data.tokenizer_training import (
+        DEFAULT_MAX_SENTENCES,
+        check_writable,
+        train_tokenizer,
+        write_model,
+    )
+    from megatron_bert.words import counted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,16 +70,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _documents(reader: DocumentReader, options: argparse.Namespace) -> Iterator[str]:
+    logging.info("reading %s", counted(len(reader.paths), "file"))
     with Progress("reading", reader.total_bytes) as progress:
         for text in iterate_documents(reader, options.on_error):
             yield text
             progress.show(reader.bytes_read)
-    sys.stderr.write("training the tokenizer\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and write a tokenizer."""
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     options = _parser().parse_args(arguments)
     if options.output.suffix != ".model":
         raise DataError(f"--output {options.output}: give a name that ends in .model")

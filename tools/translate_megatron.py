@@ -9,11 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import ConfigError, Parser, run_cli
-from megatron_bert.config.megatron.document import remarks, render_file
-from megatron_bert.config.megatron.shell_text import command_arguments
-from megatron_bert.config.megatron.translation import translate
-from megatron_bert.config.places import write_output
+from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.config.megatron.document import remarks, render_file
+    from megatron_bert.config.megatron.ranks import ranks_remarks
+    from megatron_bert.config.megatron.shell_text import read_command
+    from megatron_bert.config.megatron.translation import translate
+    from megatron_bert.config.places import write_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,18 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--variable {options.variable[0]}: is for a script; leave it out, and put the value "
             "into the arguments"
         )
+    ranks: list[str] = []
     if options.script is not None:
         variables = dict(map(_variable, options.variable))
-        direct = command_arguments(_read(options.script), str(options.script), variables)
+        command = read_command(_read(options.script), str(options.script), variables)
+        direct = command.arguments
+        ranks += ranks_remarks(command.starter, str(options.output or "FILE.yaml"))
     translation = translate(direct)
-    text = render_file(translation)
+    text = render_file(translation, ranks)
     if options.output is None:
         sys.stdout.write(text)
         return
     if options.output.exists() and not options.overwrite:
         raise ConfigError(f"{options.output} exists; give --overwrite to replace it")
     write_output(options.output, text)
-    sys.stdout.write("".join(f"{line}\n" for line in remarks(translation)))
+    sys.stdout.write("".join(f"{line}\n" for line in (*ranks, *remarks(translation))))
     first = "fill in what is listed, then " if translation.by_hand else ""
     sys.stdout.write(
         f"\nwrote {options.output}; next: {first}python pretrain_bert.py --config {options.output} "

@@ -12,7 +12,9 @@ import sentencepiece
 
 from megatron_bert.benchmark.timing import time_in_turns
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.preprocess import PreprocessCounts, PreprocessOptions, preprocess
+from megatron_bert.data.preprocess import preprocess
+from megatron_bert.data.preprocess_options import PreprocessOptions
+from megatron_bert.data.preprocess_state import PreprocessCounts
 from megatron_bert.data.text import DocumentReader, iterate_documents
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model

@@ -31,6 +31,7 @@ from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
 from megatron_bert.checkpoint.run_state import MODEL_PREFIX, RunState
 from megatron_bert.checkpoint.shard_files import Piece, write_file
 from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import CheckpointError, DataError
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ def _check_tokenizer(path: Path, state: RunState) -> None:
     if found != state.tokenizer_hash:
         raise DataError(
             f"tokenizer {path} has the hash {found}, but {state.folder} was trained with one of "
-            f"{state.tokenizer_hash}; name that one with --tokenizer"
+            f"{state.tokenizer_hash}; name that one with {argument('tokenizer')}"
         )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.places import check_place
@@ -37,9 +40,14 @@ def new_directory(output: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: it exists, or the host cannot write there. Nothing is left behind then,
-            nor where the block raises anything else.
+            nor where the block raises anything else, nor after a SIGTERM.
     """
     check_is_new(output)
+    with _unwound_by_sigterm():
+        yield from _filled(output)
+
+
+def _filled(output: Path) -> Iterator[Path]:
     output = output.absolute()
     staging = temporary_path(output)
     new_parents = [folder for folder in output.parents if not folder.exists()]
@@ -59,3 +67,33 @@ def new_directory(output: Path) -> Iterator[Path]:
             # Not empty any more, where all went well.
             with suppress(OSError):
                 folder.rmdir()
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Let a SIGTERM end the block as an exception does, and then the process as it would have.
+
+    A handler that somebody has set is left alone; so is a thread, which may not set one.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    except _TerminatedError:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _raise_terminated(*_: object) -> NoReturn:
+    # Another one must not end the removal half way.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _TerminatedError

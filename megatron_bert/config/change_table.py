@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from megatron_bert.config.diagnostics import format_value
+from megatron_bert.files import StrPath
 
 ABSENT = "absent"
 """Stands for the value of a list entry that one of two configurations does not have."""
@@ -79,16 +81,37 @@ def change_of(name: str) -> Change:
     raise KeyError(name)
 
 
-def refusal(key: str, before: Any, after: Any, change: Change) -> str:
-    """A line on a change that is not allowed: the key, both values, and the way out."""
-    remedy = {
-        Change.NEW_RUN: (
-            "may change only in a new run: set checkpoint.resume to the checkpoint's path and "
-            "run.dir to a new directory, or restore the old value"
-        ),
-        Change.NEVER: (
-            "cannot change once training has begun: restore the old value, or start anew with "
-            "checkpoint.resume=none and a new run.dir"
-        ),
-    }[change]
-    return f"{key}: was {format_value(before)}, is {format_value(after)}; {remedy}"
+@dataclass(frozen=True)
+class Refusal:
+    """A change that is not allowed.
+
+    Attributes:
+        key: dotted, that changed.
+        before: its value in the checkpoint.
+        after: its value in this job.
+        change: why it is refused; not `FREE`.
+    """
+
+    key: str
+    before: Any
+    after: Any
+    change: Change
+
+    def told(self, checkpoint: StrPath) -> str:
+        """A line with the key, both values, and the way out.
+
+        Args:
+            checkpoint: what the job would go on from.
+        """
+        if self.change is Change.NEW_RUN:
+            remedy = (
+                f"may change only in a new run: set checkpoint.resume={checkpoint} and run.dir to "
+                "a new directory, or restore the old value"
+            )
+        else:
+            remedy = (
+                "cannot change once training has begun: restore the old value, or start anew with "
+                "checkpoint.resume=none and a new run.dir"
+            )
+        before, after = format_value(self.before), format_value(self.after)
+        return f"{self.key}: was {before}, is {after}; {remedy}"

@@ -6,8 +6,11 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+
+from megatron_bert.config.arguments import as_options
 
 EXIT_USER_ERROR = 2
 
@@ -55,14 +58,28 @@ class Parser(argparse.ArgumentParser):
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main` and leave the process with its exit code.
 
-    A `UserError` becomes lines on standard error, each with `error:` before it, and exit code 2; a
-    `RunError` or an interrupt (Ctrl-C) such lines and exit code 1. Any other exception keeps its
-    traceback, with such lines behind it, and ends in exit code 1. A reader that went away early
-    (`| head`) is no error.
+    What `main` raises is told as by `told_errors`, with arguments by the names of options.
     """
-    try:
+    with as_options(), told_errors():
         code = main()
         sys.stdout.flush()
+    sys.exit(code or 0)
+
+
+@contextmanager
+def told_errors() -> Iterator[None]:
+    """Tell what is raised inside as a command line does, and leave the process.
+
+    A `UserError` becomes lines on standard error, each with `error:` before it, and exit code 2, as
+    does a package that is not installed; a `RunError` or an interrupt (Ctrl-C) such lines and exit
+    code 1. Any other exception keeps its traceback, with such lines behind it, and ends in exit
+    code 1. A reader that went away early (`| head`) is no error.
+
+    A tool puts its imports here: they are what fails where packages are missing, and what takes
+    long enough for a Ctrl-C.
+    """
+    try:
+        yield
     except UserError as error:
         _write_error(str(error))
         sys.exit(EXIT_USER_ERROR)
@@ -86,7 +103,6 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         traceback.print_exc()
         _write_error(f"{type(error).__name__}: {error}")
         sys.exit(1)
-    sys.exit(code or 0)
 
 
 def details_of(error: BaseException) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.config.change_table import ABSENT, Change, change_of, refusal
+from megatron_bert.config.change_table import ABSENT, Change, Refusal, change_of
 from megatron_bert.config.diagnostics import raise_problems
 from megatron_bert.config.keys import all_keys, dotted, pattern
 from megatron_bert.config.leaves import leaves
@@ -16,6 +16,7 @@ from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
 from megatron_bert.config.stage_changes import curriculum_problems
 from megatron_bert.config.yaml_text import KeyPath
+from megatron_bert.files import StrPath
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -27,7 +28,9 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [dotted(path) for path, _, _ in _differences(old, new)]
 
 
-def check_resume(old: Mapping[str, Any], new: Config, consumed_steps: int, new_run: bool) -> None:
+def check_resume(
+    old: Mapping[str, Any], new: Config, consumed_steps: int, new_run: bool, checkpoint: StrPath
+) -> None:
     """Refuse to continue a run under a configuration that would make it another one.
 
     Args:
@@ -35,11 +38,12 @@ def check_resume(old: Mapping[str, Any], new: Config, consumed_steps: int, new_r
         new: The configuration of this job.
         consumed_steps: Optimizer steps behind the checkpoint.
         new_run: Whether this job branches off into a new `run.dir` (`checkpoint.resume: PATH`).
+        checkpoint: Its folder, for the remedy.
 
     Raises:
         ConfigError: All forbidden changes in one message, each with old value, new value, remedy.
     """
-    problems = []
+    problems: list[Refusal | str] = []
     tree = config_dict(new)
     for path, before, after in _differences(old, tree):
         change = change_of(pattern(path))
@@ -53,9 +57,10 @@ def check_resume(old: Mapping[str, Any], new: Config, consumed_steps: int, new_r
                 f"{after}"
             )
         elif change is Change.NEVER or (change is Change.NEW_RUN and not new_run):
-            problems.append(refusal(dotted(path), before, after, change))
+            problems.append(Refusal(dotted(path), before, after, change))
     problems += curriculum_problems(old, tree, consumed_steps, new_run)
-    raise_problems(problems, "the configuration of a resumed run")
+    lines = [what if isinstance(what, str) else what.told(checkpoint) for what in problems]
+    raise_problems(lines, "the configuration of a resumed run")
 
 
 def _means_the_same(path: KeyPath, before: Any, after: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bert.config.change_table import ABSENT, Change, refusal
+from megatron_bert.config.change_table import ABSENT, Change, Refusal
 
 Tree = Mapping[str, Any]
 
@@ -35,7 +35,9 @@ class _Progress:
         return None if self.new_run else Change.NEW_RUN
 
 
-def curriculum_problems(old: Tree, new: Tree, consumed_steps: int, new_run: bool) -> Iterator[str]:
+def curriculum_problems(
+    old: Tree, new: Tree, consumed_steps: int, new_run: bool
+) -> Iterator[Refusal | str]:
     """Compare the stages of two configurations, and with them the batch size.
 
     Args:
@@ -45,7 +47,7 @@ def curriculum_problems(old: Tree, new: Tree, consumed_steps: int, new_run: bool
         new_run: whether the job branches off into a new `run.dir`.
 
     Yields:
-        A line for every change that is not allowed.
+        Every change that is not allowed, or a line on it.
     """
     before, after = old["curriculum"], new["curriculum"]
     places = _places(before, consumed_steps, new_run)
@@ -56,10 +58,10 @@ def curriculum_problems(old: Tree, new: Tree, consumed_steps: int, new_run: bool
             if not new_run:
                 yield from _learning_problems(old, new, index)
         elif place.forbidden:
-            yield refusal(key, _shown(before[index]), ABSENT, place.forbidden)
+            yield Refusal(key, _shown(before[index]), ABSENT, place.forbidden)
     if not new_run:
         for index in range(len(before), len(after)):
-            yield refusal(f"curriculum.{index}", ABSENT, _shown(after[index]), Change.NEW_RUN)
+            yield Refusal(f"curriculum.{index}", ABSENT, _shown(after[index]), Change.NEW_RUN)
     yield from _batch_size_problems(old, new, places, new_run)
 
 
@@ -83,43 +85,45 @@ def _places(stages: Sequence[Tree], consumed_steps: int, new_run: bool) -> list[
     return places
 
 
-def _length_problems(key: str, before: Tree, after: Tree, place: _Progress) -> Iterator[str]:
+def _length_problems(
+    key: str, before: Tree, after: Tree, place: _Progress
+) -> Iterator[Refusal | str]:
     """Compare a stage's row length and number of steps."""
     if after["seq_length"] != before["seq_length"] and place.forbidden:
-        yield refusal(
+        yield Refusal(
             f"{key}.seq_length", before["seq_length"], after["seq_length"], place.forbidden
         )
     steps, new_steps = before["steps"], after["steps"]
     if new_steps == steps:
         return
     if place.is_over:
-        yield refusal(f"{key}.steps", steps, new_steps, Change.NEVER)
+        yield Refusal(f"{key}.steps", steps, new_steps, Change.NEVER)
     elif new_steps < place.done:
         yield (
             f"{key}.steps: was {steps}, is {new_steps}, but {place.done} steps of this stage are "
             f"done; use at least {place.done}"
         )
     elif not place.new_run and not (new_steps > steps and place.may_grow):
-        yield refusal(f"{key}.steps", steps, new_steps, Change.NEW_RUN)
+        yield Refusal(f"{key}.steps", steps, new_steps, Change.NEW_RUN)
 
 
-def _learning_problems(old: Tree, new: Tree, index: int) -> Iterator[str]:
+def _learning_problems(old: Tree, new: Tree, index: int) -> Iterator[Refusal]:
     """Compare what a stage sets itself of masking and learning rate."""
     key = f"curriculum.{index}"
     before, after = (_setting(tree, index, "mlm", "probability") for tree in (old, new))
     # Where neither stage has its own, the run's is compared under its own name.
     if before.value != after.value and (before.own or after.own):
-        yield refusal(f"{key}.mlm.probability", before.value, after.value, Change.NEW_RUN)
+        yield Refusal(f"{key}.mlm.probability", before.value, after.value, Change.NEW_RUN)
     first, second = (tree["curriculum"][index].get("lr_factor", 1.0) for tree in (old, new))
     if first != second:
-        yield refusal(f"{key}.lr_factor", first, second, Change.NEW_RUN)
+        yield Refusal(f"{key}.lr_factor", first, second, Change.NEW_RUN)
 
 
 def _batch_size_problems(
     old: Tree, new: Tree, places: Sequence[_Progress], new_run: bool
-) -> Iterator[str]:
+) -> Iterator[Refusal]:
     """Compare the sizes that hold in the stages, wherever they are set."""
-    problems: dict[str, str] = {}
+    problems: dict[str, Refusal] = {}
     first, second = (tree["batch"]["global_size"] for tree in (old, new))
     for index, place in enumerate(places[: len(new["curriculum"])]):
         before, after = (_setting(tree, index, "batch", "global_size") for tree in (old, new))
@@ -128,11 +132,11 @@ def _batch_size_problems(
         stage_key = f"curriculum.{index}." if before.own or after.own else ""
         key = f"{stage_key}batch.global_size"
         # The first stage's: what was begun is refused more strictly than what is to come.
-        problems.setdefault(key, refusal(key, before.value, after.value, place.forbidden))
+        problems.setdefault(key, Refusal(key, before.value, after.value, place.forbidden))
     if first != second and not new_run:
         # Evaluation reads batches of this size, whatever the stages set.
         key = "batch.global_size"
-        problems.setdefault(key, refusal(key, first, second, Change.NEW_RUN))
+        problems.setdefault(key, Refusal(key, first, second, Change.NEW_RUN))
     yield from problems.values()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.index_file import index_size, write_index
 from megatron_bert.data.indexed_dataset import DatasetInfo, write_dataset_info
@@ -78,8 +79,8 @@ class DatasetWriter:
             self._work = PartialWork(self.partial, identity, names=names, restart=restart)
         except OSError as error:
             raise DataError(
-                f"cannot write dataset {prefix}: {error}; choose another output_prefix "
-                "(--output-prefix)"
+                f"cannot write dataset {prefix}: {error}; choose another "
+                f"{argument('output_prefix')}"
             ) from error
         try:
             suffixes = self._parse_progress()
@@ -211,7 +212,7 @@ class DatasetWriter:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"the journal in {self.partial} is damaged ({type(error).__name__}: {error}); "
-                f"begin anew with --restart"
+                f"begin anew with {argument('restart', True)}"
             ) from error
         return list(suffixes)
 

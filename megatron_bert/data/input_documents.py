@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
@@ -96,7 +97,7 @@ class InputDocuments:
             if earlier != now:
                 raise DataError(
                     f"{path} was {earlier} when it was read and is now {now}; restore it, or begin "
-                    f"anew with --restart"
+                    f"anew with {argument('restart', True)}"
                 )
 
     def batches_from(
@@ -142,7 +143,9 @@ class InputDocuments:
         """Raise `DataError` if a file changed since the beginning."""
         for path, stamp in zip(self.reader.paths, self._stamps, strict=True):
             if _stamp(path) != stamp:
-                raise DataError(f"{path} changed while it was read; begin anew with --restart")
+                raise DataError(
+                    f"{path} changed while it was read; begin anew with {argument('restart', True)}"
+                )
 
 
 class FileHashes:

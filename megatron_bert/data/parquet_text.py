@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 
 if TYPE_CHECKING:
@@ -162,13 +163,13 @@ def _text_path(path: Path, schema: pyarrow.Schema, json_key: str) -> tuple[str, 
         there = ", ".join(repr(name) for name in schema.names) or "none"
         raise DataError(
             f"{path}: no column {json_key!r} (columns here: {there}); name the text's "
-            "with --json-key"
+            f"with {argument('json_key')}"
         )
     names, kind = column
     if not _is_string(kind):
         raise DataError(
             f"{path}: column {json_key!r} is not of strings but of type {kind}; name the text's "
-            f"column with --json-key"
+            f"column with {argument('json_key')}"
         )
     return names
 

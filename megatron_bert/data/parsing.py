@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.raw_documents import RawBatch, RawDocument, RawLines
 
@@ -35,7 +36,8 @@ class LineError(DataError):
 
     def __str__(self) -> str:
         unit = self._unit
-        return f"{self.problem}; mend the {unit}, or leave such {unit}s out with --on-error skip"
+        skip = argument("on_error", "skip")
+        return f"{self.problem}; mend the {unit}, or leave such {unit}s out with {skip}"
 
 
 class ParsedText(NamedTuple):
@@ -199,7 +201,8 @@ def _json_text(document: RawDocument, values: Mapping[str, Any], json_key: str) 
     if text is None and json_key not in values:
         keys = ", ".join(repr(key) for key in list(values)[:8]) or "none"
         raise _line_error(
-            document, f"no key {json_key!r} (keys here: {keys}); name the text's with --json-key"
+            document,
+            f"no key {json_key!r} (keys here: {keys}); name the text's with {argument('json_key')}",
         )
     raise _line_error(document, f"{json_key!r} is not a string but {type(text).__name__}")
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.files import TEMPORARY_INFIX, sync_to_disk, write_atomically
 from megatron_bert.locks import FileInUseError, lock_file, remove_lock
@@ -80,7 +81,7 @@ class PartialWork:
         except FileInUseError as error:
             raise DataError(
                 f"{path} is in use by a live job ({error}); wait for its end, or choose another "
-                f"output_prefix (--output-prefix)"
+                f"{argument('output_prefix')}"
             ) from error
         try:
             path.mkdir(exist_ok=True)
@@ -207,7 +208,7 @@ class PartialWork:
         if foreign and not self._has_journal():
             raise DataError(
                 f"{self.path} holds {foreign[0]} and is no folder of an unfinished job; move it "
-                f"away, or choose another output_prefix (--output-prefix)"
+                f"away, or choose another {argument('output_prefix')}"
             )
         self._is_ours = True
 
@@ -245,7 +246,7 @@ class PartialWork:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{path} is damaged or of another version ({type(error).__name__}: {error}); "
-                f"begin anew with --restart"
+                f"begin anew with {argument('restart', True)}"
             ) from error
 
     def _parse_journal(self, content: Any) -> _Journal:
@@ -261,7 +262,8 @@ class PartialWork:
 
     def _check_identity(self, earlier: Mapping[str, str]) -> None:
         different = [
-            f"{name} was {earlier.get(name, 'not given')} and is now "
+            f"{argument(name) if name.isidentifier() else name} was "
+            f"{earlier.get(name, 'not given')} and is now "
             f"{self._identity.get(name, 'not given')}"
             for name in {**earlier, **self._identity}
             if earlier.get(name) != self._identity.get(name)
@@ -270,7 +272,7 @@ class PartialWork:
             raise DataError(
                 f"{self.path} holds the work of a job that was not this one: "
                 f"{'; '.join(different[:3])}{' ...' if len(different) > 3 else ''}. Give what was "
-                f"given then, or begin anew with --restart"
+                f"given then, or begin anew with {argument('restart', True)}"
             )
 
     def _clear(self, keep: Collection[str]) -> None:
@@ -284,7 +286,7 @@ def _truncate(path: Path, size: int) -> None:
     if found < size:
         raise DataError(
             f"{path} has {found:,} bytes and its journal tells of {size:,}: it was damaged; "
-            f"begin anew with --restart"
+            f"begin anew with {argument('restart', True)}"
         )
     with path.open("ab") as file:
         file.truncate(size)

@@ -8,12 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
 from megatron_bert.files import sync_to_disk, temporary_path
 
-# As Python calls it, and the command lines.
-_NAMED = "output_prefix (--output-prefix)"
 # The index is last to appear and first to go: without it there is no dataset.
 _SUFFIXES = (".bin", ".words", ".json", ".idx")
 
@@ -54,8 +53,8 @@ class StagedDataset:
         if free < needed_bytes:
             raise DataError(
                 f"dataset {self._final_prefix} needs {needed_bytes:,} bytes and its disk has "
-                f"{free:,} free; make room, or choose an output_prefix "
-                "(--output-prefix) on another disk"
+                f"{free:,} free; make room, or choose an "
+                f"{argument('output_prefix')} on another disk"
             )
 
     def place(self) -> None:
@@ -95,7 +94,7 @@ def check_name(final_prefix: Path) -> None:
         UserError: there is no name, or a `..` behind one.
     """
     if final_prefix.name in ("", ".."):
-        raise DataError(f"{_NAMED} {final_prefix}: give a name, as data/train")
+        raise DataError(f"{argument('output_prefix')} {final_prefix}: give a name, as data/train")
     check_place(final_prefix)
 
 
@@ -108,14 +107,16 @@ def make_place(final_prefix: Path) -> None:
     check_name(final_prefix)
     if final_prefix.suffix in _SUFFIXES:
         suffix = final_prefix.suffix
-        raise DataError(f"{_NAMED} {final_prefix}: leave off {suffix}; it is added")
+        raise DataError(
+            f"{argument('output_prefix')} {final_prefix}: leave off {suffix}; it is added"
+        )
     try:
         final_prefix.parent.mkdir(parents=True, exist_ok=True)
         _existing(final_prefix)
     except OSError as error:
         raise DataError(
-            f"{_NAMED} {final_prefix}: cannot make {error.filename}: {error.strerror}; "
-            f"choose another"
+            f"{argument('output_prefix')} {final_prefix}: cannot make {error.filename}: "
+            f"{error.strerror}; choose another"
         ) from error
 
 
@@ -148,8 +149,9 @@ def check_unused_by_others(prefix: Path, final_prefix: Path, suffixes: Collectio
 def _refuse(existing: list[str]) -> None:
     if existing:
         raise DataError(
-            f"files {', '.join(existing)} already there; choose another output_prefix "
-            "(--output-prefix), or replace the dataset with overwrite (--overwrite)"
+            f"files {', '.join(existing)} already there; choose another "
+            f"{argument('output_prefix')}, or replace the dataset with "
+            f"{argument('overwrite', True)}"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import zstandard
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.decompression import decompressed
 from megatron_bert.data.parquet_text import ParquetText
@@ -188,12 +189,12 @@ def _kind(path: Path) -> str:
 def _size(path: Path) -> int:
     try:
         if not path.is_file():
-            raise DataError(f"{path}: no such file; check the inputs (--input)")
+            raise DataError(f"{path}: no such file; check {argument('inputs')}")
         # Whoever may not read it is told now, not after hours of work on the files before it.
         with path.open("rb"):
             return path.stat().st_size
     except OSError as error:
         raise DataError(
-            f"cannot read {path}: {error.strerror}; check the inputs (--input) and who may read "
-            "them"
+            f"cannot read {path}: {error.strerror}; check {argument('inputs')} "
+            "and who may read them"
         ) from error

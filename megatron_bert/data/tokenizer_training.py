@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 import re
 import tempfile
@@ -12,12 +13,16 @@ from typing import Literal
 
 import sentencepiece
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
 from megatron_bert.data.tokenizer import SPECIAL_PIECES
 from megatron_bert.files import StrPath, write_atomically
+from megatron_bert.words import counted
 
 DEFAULT_MAX_SENTENCES = 10_000_000
+
+logger = logging.getLogger(__name__)
 
 Normalization = Literal["identity", "nfkc", "nmt_nfkc"]
 
@@ -31,8 +36,6 @@ _NUM_THREADS = 8
 _SAMPLING_SEED = 1
 
 _NUM_BYTES = 256
-
-_ANOTHER = "choose another path (--output)"
 
 _TOO_LARGE = re.compile(r"Vocabulary size too high.*value <= (\d+)", re.DOTALL)
 _TOO_SMALL = re.compile(r"smaller than required_chars. \d+ vs (\d+)")
@@ -70,7 +73,13 @@ def train_tokenizer(
     _check_numbers(vocab_size, max_sentences)
     sentences = _sample(_sentences(documents), max_sentences)
     if not sentences:
-        raise DataError("documents (--input): 0 lines of text in all of them; give at least one")
+        raise DataError(
+            f"{argument('documents')}: 0 lines of text in all of them; give at least one"
+        )
+    count = counted(len(sentences), "line")
+    logger.info(
+        "training %s pieces on %s: takes minutes where there are millions", f"{vocab_size:,}", count
+    )
     model = io.BytesIO()
     unknown, begin, end, *control = SPECIAL_PIECES
     try:
@@ -118,7 +127,7 @@ def check_writable(path: Path) -> None:
     """
     check_place(path)
     if path.is_dir():
-        raise DataError(f"cannot write {path}: it is a folder; {_ANOTHER}")
+        raise DataError(f"cannot write {path}: it is a folder; choose another path")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -142,7 +151,7 @@ def write_model(model: bytes, path: StrPath) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot write {path}: {error.strerror}; {_ANOTHER}")
+    return DataError(f"cannot write {path}: {error.strerror}; choose another path")
 
 
 def _check_numbers(vocab_size: int, max_sentences: int) -> None:
@@ -150,10 +159,10 @@ def _check_numbers(vocab_size: int, max_sentences: int) -> None:
     if vocab_size <= reserved:
         raise DataError(
             f"a vocabulary of {vocab_size} is too small: special pieces and bytes alone take "
-            f"{reserved}; set a larger vocab_size (--vocab-size)"
+            f"{reserved}; set a larger {argument('vocab_size')}"
         )
     if max_sentences < 1:
-        raise DataError(f"max_sentences = {max_sentences} (--max-sentences): give at least 1")
+        raise DataError(f"{argument('max_sentences')} = {max_sentences}: give at least 1")
 
 
 def _sentences(documents: Iterable[str]) -> Iterator[str]:
@@ -183,13 +192,13 @@ def _as_data_error(message: str, vocab_size: int) -> DataError:
     if too_large := _TOO_LARGE.search(message):
         return DataError(
             f"a vocabulary of {vocab_size} is too large for this input, which yields at most "
-            f"{too_large[1]} pieces; set vocab_size (--vocab-size) to {too_large[1]} or "
+            f"{too_large[1]} pieces; set {argument('vocab_size')} to {too_large[1]} or "
             "lower, or give more text"
         )
     if too_small := _TOO_SMALL.search(message):
         return DataError(
             f"a vocabulary of {vocab_size} is too small: special pieces, bytes and the "
-            f"characters of this input need {too_small[1]}; set a vocab_size "
-            "(--vocab-size) above that"
+            f"characters of this input need {too_small[1]}; set a "
+            f"{argument('vocab_size')} above that"
         )
     return DataError(f"SentencePiece cannot train on this input: {message}; give other text")

@@ -18,11 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import ConfigError, Parser, run_cli
-from megatron_bert.config.load import load_config
-from megatron_bert.jobs.going_on import announce, judge, take_up
-from megatron_bert.jobs.layout import layout_keys
+from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
+
+with told_errors():
+    from megatron_bert.config.checks import check_config
+    from megatron_bert.config.load import load_config
+    from megatron_bert.jobs.going_on import announce, judge, take_up
+    from megatron_bert.jobs.layout import layout_keys
 
 
 def _parser() -> argparse.ArgumentParser:

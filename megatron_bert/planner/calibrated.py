@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -40,23 +41,39 @@ class Calibration:
         """Write it under its GPU's name; returns the file.
 
         Raises:
-            ConfigError: the name is a built-in one or no name of a file, or cannot be written.
+            ConfigError: as `check_calibration`.
         """
-        name = self.gpu.name
-        if name in GPUS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ConfigError(
-                f"--calibrate {name}: give a name of letters, digits, - and _ that is none of "
-                f"{', '.join(GPUS)}"
-            )
-        path = folder / f"{name}.json"
+        check_calibration(self.gpu.name, folder)
+        path = folder / f"{self.gpu.name}.json"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
         except OSError as error:
-            raise ConfigError(
-                f"{path}: {error.strerror}; name another folder by --machines"
-            ) from None
+            raise _no_folder(path, error) from None
         return path
+
+
+def check_calibration(name: str, folder: Path) -> None:
+    """Make the folder and try it, before the minute that measuring takes.
+
+    Raises:
+        ConfigError: the name is a built-in one or no name of a file, or nothing can be written
+            into the folder.
+    """
+    if name in GPUS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(
+            f"--calibrate {name}: give a name of letters, digits, - and _ that is none of "
+            f"{', '.join(GPUS)}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _no_folder(folder, error) from None
+
+
+def _no_folder(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: {error.strerror}; name another folder by --machines")
 
 
 def machines_folder() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -93,7 +94,9 @@ def _columns(
         yield f"<thead><tr><th></th>{_cells('th', names)}</tr></thead>"
     yield "<tbody>"
     for label, texts in rows.items():
-        yield f"<tr><th>{html.escape(label)}</th>{_cells('td', texts)}</tr>"
+        # Where there is little room a key may break between its words.
+        name = re.sub(r"([._])", r"\1<wbr>", html.escape(label))
+        yield f"<tr><th>{name}</th>{_cells('td', texts)}</tr>"
     yield "</tbody></table></div>"
 
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.errors import UserError
 from megatron_bert.files import StrPath
+from megatron_bert.locks import holder_lives
 from megatron_bert.training import metrics
 from megatron_bert.training.journal import START, read_journal
-from megatron_bert.training.run_directory import JOBS, Outcome, read_outcome
+from megatron_bert.training.run_directory import JOBS, LOCK, Outcome, read_outcome
 from megatron_bert.words import counted, format_duration
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -51,6 +52,7 @@ class RunRecords:
         remarks: steps that were skipped, and spikes.
         torn: whether the metrics end in a line that a killed job left half-written.
         outcome: how the last job ended; None: it runs, or was killed.
+        is_live: whether the process of that job lives; None: that cannot be seen from here.
     """
 
     directory: Path
@@ -60,6 +62,7 @@ class RunRecords:
     remarks: Sequence[Remark] = ()
     torn: bool = False
     outcome: Outcome | None = None
+    is_live: bool | None = None
 
     @classmethod
     def read(cls, directory: StrPath) -> RunRecords:
@@ -81,6 +84,8 @@ class RunRecords:
         if not table.length:
             raise UserError(f"{directory}: no step was recorded yet; train first")
         columns = table.arrays()
+        # Before the outcome, which a job leaves before it ends.
+        is_live = holder_lives(directory / LOCK)
         return cls(
             directory,
             columns,
@@ -89,6 +94,7 @@ class RunRecords:
             table.remarks,
             table.torn,
             read_outcome(directory),
+            is_live,
         )
 
     @property
@@ -167,7 +173,8 @@ class RunRecords:
 
     def _state(self) -> str:
         if self.outcome is None:
-            return "running, or killed"
+            states = {True: "running", False: "killed", None: "running, or killed"}
+            return states[self.is_live]
         reason = f": {self.outcome.reason}" if self.outcome.reason else ""
         return self.outcome.kind.lower() + reason
 

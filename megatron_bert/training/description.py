@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
@@ -13,12 +17,37 @@ from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
 from megatron_bert.config.schema import Config, ModelConfig
 from megatron_bert.data.source import RowSource
 from megatron_bert.training.held_out import HeldOutRows
-from megatron_bert.words import counted
+from megatron_bert.words import counted, rounded
 
 # From where on work done for nothing is a reason to choose another layout.
 _MUCH_SURPLUS_PERCENT = 10.0
 # Of stages or corpora in a line.
 _MOST_ITEMS = 3
+# Of what stands before a line's text, with the blanks behind it.
+_LABEL_WIDTH = 12
+
+logger = logging.getLogger(__name__)
+
+
+def tell_plan(lines: Iterable[str]) -> None:
+    """Log a plan, a line at a time.
+
+    On a terminal a line that is wider than it goes on under its own text; in a file it stays one.
+    """
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in lines:
+        for part in [line] if width is None else _wrapped(line, width):
+            logger.info("%s", part)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        line,
+        max(width, 2 * _LABEL_WIDTH),
+        subsequent_indent=" " * _LABEL_WIDTH,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def describe_plan(
@@ -41,7 +70,9 @@ def describe_plan(
     yield _describe_computation(config, data_parallel)
     curriculum = Curriculum(config)
     steps = counted(curriculum.total_steps, "step")
-    slots = f"{curriculum.total_slots:,} token slots ({_rounded(curriculum.total_slots)})"
+    slots = counted(curriculum.total_slots, "token slot")
+    if (short := rounded(curriculum.total_slots)) not in slots:
+        slots += f" ({short})"
     layouts = [
         BatchLayout.of(config, span.global_size, span.seq_length, data_parallel)
         for span in curriculum.spans
@@ -61,7 +92,7 @@ def _listed(label: str, items: Sequence[str], most_lines: int | None) -> Iterato
         text = "; ".join(shown[number * a_line : (number + 1) * a_line])
         if number == lines - 1 and len(shown) < len(items):
             text += f"; and {len(items) - len(shown):,} more (--dry-run lists them)"
-        yield f"{label:<12}{text}"
+        yield f"{label:<{_LABEL_WIDTH}}{text}"
 
 
 def _describe_model(model: ModelConfig, vocab_size: int | None) -> str:
@@ -104,10 +135,10 @@ def _surplus_warnings(layouts: Sequence[BatchLayout], data_parallel: int) -> Ite
 def _describe_memory(config: Config, vocab_size: int, data_parallel: int) -> str:
     """What the optimizer needs on the rank that holds the most."""
     shards = data_parallel // config.parallel.replicate
-    state = max(rank_state_bytes(config, vocab_size)) / shards / 2**30
+    state = _size(max(rank_state_bytes(config, vocab_size)) / shards)
     rank = "a rank" if config.parallel.pipeline == 1 else "on the fullest rank"
     return (
-        f"memory      {state:.2f} GiB {rank} for weights, gradients and moments in fp32; "
+        f"memory      {state} {rank} for weights, gradients and moments in fp32; "
         "gathered weights and activations not counted"
     )
 
@@ -184,6 +215,6 @@ def _own_values(span: StageSpan, curriculum: Curriculum) -> str:
     return own
 
 
-def _rounded(count: int) -> str:
-    """A large number as people say it: 6.4 M, 187.3 B."""
-    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+def _size(count: float) -> str:
+    """A number of bytes, in the unit that leaves it two digits or more."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.2f} MiB"

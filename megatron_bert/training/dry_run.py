@@ -19,7 +19,7 @@ from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.training.auto_layout import with_layout
-from megatron_bert.training.description import describe_data, describe_plan
+from megatron_bert.training.description import describe_data, describe_plan, tell_plan
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.runtime import precision_warnings
@@ -57,8 +57,7 @@ def dry_run(config: Config, world_size: int | None) -> None:
             data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
             data_lines += _attempt(partial(_describe_start, config, tokenizer), problems) or []
     plan = describe_plan(config, vocab_size, world_size, whole=True)
-    for line in [*plan, *data_lines, *precision_warnings(config)]:
-        logger.info("%s", line)
+    tell_plan([*plan, *data_lines, *precision_warnings(config)])
     if problems:
         raise UserError("\n".join(problems))
 

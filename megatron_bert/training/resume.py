@@ -95,7 +95,7 @@ def check_continuity(
             wrote it.
     """
     with state.reading():
-        check_resume(state.config, config, state.step, start.new_run)
+        check_resume(state.config, config, state.step, start.new_run, start.path)
     if state.tokenizer_hash != tokenizer.hash:
         raise CheckpointError(
             f"{start.path} was trained with a tokenizer of hash {state.tokenizer_hash}, "

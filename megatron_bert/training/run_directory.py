@@ -18,6 +18,7 @@ from megatron_bert.training.journal import END, Journal, read_journal
 
 FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
 JOBS = "jobs.jsonl"
+LOCK = "run.lock"
 # What `FAILED` holds beside the reason, and `jobs.jsonl` keeps.
 _FAILURE = ("error", "rank", "host")
 
@@ -51,7 +52,7 @@ class RunDirectory:
         self.logs = path / "logs"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(path / "run.lock")
+            self._lock = lock_file(path / LOCK)
         except FileInUseError as error:
             raise UserError(
                 f"run.dir {path} is in use by a live run ({error}). End that run first, or use "

@@ -23,12 +23,13 @@ from megatron_bert.config.profiled_steps import profiled_steps
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import new_host_group
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.optim.schedule import learning_rate
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
-from megatron_bert.training.description import describe_data, describe_plan
+from megatron_bert.training.description import describe_data, describe_plan, tell_plan
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.metrics import MetricsFile
@@ -128,8 +129,7 @@ class Trainer:
             directory.write_config(dump_config(config))
             plan = describe_plan(config, vocab_size, dist.get_world_size())
             data = describe_data(self._source, held_out)
-            for line in (*plan, *data, *precision_warnings(config)):
-                logger.info("%s", line)
+            tell_plan([*plan, *data, *precision_warnings(config)])
         resumed_from = self._step
         self._recorder = StepRecorder(
             config,
@@ -164,8 +164,8 @@ class Trainer:
                 stops.seconds_to_end = self._pace.seconds_to_end(
                     self._saver.seconds, saving=self._saver.is_saving
                 )
-                stop, figures = stops.reason is not None, slow_ranks.figures(step)
-                agreement = agree(batches, stop, topology, figures)
+                own_reason, figures = stops.reason, slow_ranks.figures(step)
+                agreement = agree(batches, own_reason is not None, topology, figures)
                 slow_ranks.judge(step, agreement.figures)
                 rate = learning_rate(step, config)
                 result = take_step(
@@ -182,7 +182,7 @@ class Trainer:
                     with self._recorder.paused(), self._pace.paused():
                         profiler.write()
                 if agreement.stop:
-                    stop_reason = stops.reason or "another rank was asked to stop"
+                    stop_reason = _why_stopped(own_reason)
                 elif step == steps[-1]:
                     stop_reason = f"{len(steps)} steps were asked for"
                 self._evaluate_and_save(is_last=stop_reason is not None)
@@ -274,3 +274,10 @@ class Trainer:
             if state.optimizer != self._optimizer.name and not state.is_imported:
                 logger.info("the states of %s begin at zero", self._optimizer.name)
         return state.step
+
+
+def _why_stopped(own_reason: str | None) -> str:
+    """The first rank's reason to stop, else another's, with that rank. Collective."""
+    reasons = Ranks().on_all(lambda: own_reason)
+    rank, reason = next((rank, why) for rank, why in enumerate(reasons) if why is not None)
+    return reason if rank == 0 else f"{reason} on rank {rank}"

@@ -293,7 +293,7 @@ def test_the_next_job_goes_on_from_its_own_checkpoint(
 def test_an_import_is_not_for_another_model_or_tokenizer(learned: Path, tiny_data: Path) -> None:
     facts: Any = Manifest.read(learned / "imported").state
     kept = run_config(tiny_data, learned / "next", valid=False)
-    check_resume(facts["config"], kept, 0, new_run=True)
+    check_resume(facts["config"], kept, 0, new_run=True, checkpoint="runs/a/step")
     changed = run_config(
         tiny_data,
         learned / "next",
@@ -301,7 +301,7 @@ def test_an_import_is_not_for_another_model_or_tokenizer(learned: Path, tiny_dat
         data={"tokenizer": str(tiny_data / "train.txt")},
     )
     with pytest.raises(ConfigError) as error:
-        check_resume(facts["config"], changed, 0, new_run=True)
+        check_resume(facts["config"], changed, 0, new_run=True, checkpoint="runs/a/step")
     assert "model.norm_eps: was 1e-12" in str(error.value)
     assert "data.tokenizer" in str(error.value)
 

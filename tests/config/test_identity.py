@@ -18,7 +18,7 @@ IN_THE_SECOND_STAGE = 150
 def resume(
     build: Build, *overrides: str, steps: int = IN_THE_SECOND_STAGE, new_run: bool = False
 ) -> None:
-    check_resume(config_dict(build()), build(*overrides), steps, new_run)
+    check_resume(config_dict(build()), build(*overrides), steps, new_run, checkpoint="runs/a/step")
 
 
 def refusal(
@@ -66,9 +66,15 @@ def test_keys_of_other_versions_count_as_their_defaults_or_not_at_all(build: Bui
         del stage["batch"], stage["mlm"], stage["lr_factor"]
     assert changed_keys(old, config_dict(build())) == []
     assert changed_keys(old, config_dict(build("compile.enabled=true"))) == ["compile.enabled"]
-    check_resume(old, build(), IN_THE_SECOND_STAGE, new_run=False)
+    check_resume(old, build(), IN_THE_SECOND_STAGE, new_run=False, checkpoint="runs/a/step")
     with pytest.raises(ConfigError, match=r"curriculum\.2\.lr_factor: was 1\.0, is 2"):
-        check_resume(old, build("curriculum.2.lr_factor=2"), IN_THE_SECOND_STAGE, new_run=False)
+        check_resume(
+            old,
+            build("curriculum.2.lr_factor=2"),
+            IN_THE_SECOND_STAGE,
+            new_run=False,
+            checkpoint="runs/a/step",
+        )
 
 
 def test_the_weight_that_corpora_had_before_it_could_be_left_out_is_no_change(
@@ -77,7 +83,7 @@ def test_the_weight_that_corpora_had_before_it_could_be_left_out_is_no_change(
     old = config_dict(build())
     assert old["data"]["train"][0]["weight"] is None
     old["data"]["train"][0]["weight"] = 1.0
-    check_resume(old, build(), IN_THE_SECOND_STAGE, new_run=False)
+    check_resume(old, build(), IN_THE_SECOND_STAGE, new_run=False, checkpoint="runs/a/step")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,7 @@ def test_free_keys_change_within_a_run(build: Build, override: str) -> None:
 )
 def test_other_keys_change_only_in_a_new_run(build: Build, override: str) -> None:
     message = refusal(build, override)
-    assert "may change only in a new run: set checkpoint.resume to the checkpoint's path" in message
+    assert "may change only in a new run: set checkpoint.resume=runs/a/step" in message
     resume(build, override, new_run=True)
 
 
@@ -202,10 +208,14 @@ def test_a_moved_tokenizer_of_the_same_content_is_the_same(build: Build, tmp_pat
     for path in paths:
         path.write_bytes(b"pieces")
     old, new = (build(f"data.tokenizer={path}") for path in paths)
-    check_resume(config_dict(old), new, IN_THE_SECOND_STAGE, new_run=False)
+    check_resume(
+        config_dict(old), new, IN_THE_SECOND_STAGE, new_run=False, checkpoint="runs/a/step"
+    )
     paths[1].write_bytes(b"other pieces")
     with pytest.raises(ConfigError, match=r"data\.tokenizer: was"):
-        check_resume(config_dict(old), new, IN_THE_SECOND_STAGE, new_run=False)
+        check_resume(
+            config_dict(old), new, IN_THE_SECOND_STAGE, new_run=False, checkpoint="runs/a/step"
+        )
 
 
 def test_a_converted_checkpoint_is_converted_again_for_another_tokenizer(build: Build) -> None:

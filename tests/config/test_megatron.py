@@ -15,8 +15,9 @@ from megatron_bert.config.load import config_dict, load_config
 from megatron_bert.config.megatron.argument import Fate
 from megatron_bert.config.megatron.document import render_file
 from megatron_bert.config.megatron.emit_table import GUIDE_FILE, main, render
+from megatron_bert.config.megatron.ranks import ranks_remarks
 from megatron_bert.config.megatron.shell_arithmetic import with_results
-from megatron_bert.config.megatron.shell_text import command_arguments
+from megatron_bert.config.megatron.shell_text import read_command
 from megatron_bert.config.megatron.table import ARGUMENTS, find
 from megatron_bert.config.megatron.translation import Translation, translate
 from tools import translate_megatron as tool
@@ -221,6 +222,10 @@ def _at(tree: Any, key: str) -> object:
         else:
             tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
+
+
+def command_arguments(text: str, source: str, variables: dict[str, str]) -> list[str]:
+    return read_command(text, source, variables).arguments
 
 
 @pytest.mark.parametrize(
@@ -495,6 +500,52 @@ def test_a_family_does_not_hide_an_argument_of_its_own() -> None:
     assert find("--nothing-of-the-kind") is None
 
 
+@pytest.mark.parametrize(
+    ("started", "told"),
+    [
+        (
+            "D=(--nproc_per_node 8 --nnodes=$N --rdzv-id 'a b')\ntorchrun \"${D[@]}\"",
+            [
+                "Ranks of the script: 16 (2 nodes of 8). For as many, on each node:",
+                "  torchrun --nproc_per_node 8 --nnodes=2 --rdzv-id 'a b' pretrain_bert.py "
+                "--config x.yaml",
+            ],
+        ),
+        (
+            "python -m torch.distributed.launch --use_env --nproc_per_node=4",
+            [
+                "Ranks of the script: 4. For as many:",
+                "  torchrun --nproc_per_node=4 pretrain_bert.py --config x.yaml",
+            ],
+        ),
+        (
+            "/opt/bin/torchrun --nproc-per-node $GPUS",
+            [
+                "Ranks of the script: 1 x $GPUS (nodes x ranks of each). For as many:",
+                "  torchrun --nproc-per-node $GPUS pretrain_bert.py --config x.yaml",
+            ],
+        ),
+        (
+            "srun -n 8 python -u",
+            [
+                "Ranks of the script: as many as srun -n 8 python -u starts. For as many, on each "
+                "node:",
+                "  torchrun --nproc-per-node=GPUS pretrain_bert.py --config x.yaml",
+            ],
+        ),
+    ],
+)
+def test_the_number_of_ranks_is_told_with_the_command_that_starts_them(
+    started: str, told: list[str]
+) -> None:
+    command = read_command(f"N=2\n{started} pretrain_bert.py --a", "x.sh", {})
+    assert list(ranks_remarks(command.starter, "x.yaml")) == told
+
+
+def test_arguments_alone_say_nothing_of_ranks() -> None:
+    assert list(ranks_remarks(read_command("--a 1", "x.sh", {}).starter, "x.yaml")) == []
+
+
 def test_the_tool_writes_a_file_that_loads_and_says_what_is_left_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -506,6 +557,9 @@ def test_the_tool_writes_a_file_that_loads_and_says_what_is_left_to_do(
     told = capsys.readouterr().out
     assert "data.tokenizer: no --tokenizer-model was given" in told
     assert f"next: fill in what is listed, then python pretrain_bert.py --config {output}" in told
+    ranks = f"torchrun pretrain_bert.py --config {output}\n"
+    assert ranks in told
+    assert f"#   {ranks}" in output.read_text()
     tree = config_dict(load_config(output))
     assert (tree["run"]["dir"], tree["data"]["train"][0]["prefix"]) == ("runs/large", "data/wiki")
     with pytest.raises(ConfigError, match="--overwrite"):

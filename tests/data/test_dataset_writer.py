@@ -253,7 +253,7 @@ def test_a_dataset_that_appeared_where_a_killed_job_was_placing_needs_overwrite(
 ) -> None:
     die_while_placing(tmp_path / "set", monkeypatch, suffix)
     write_documents(tmp_path / "set", [[9]])
-    with pytest.raises(DataError, match=r"set\.idx already there.*--overwrite"):
+    with pytest.raises(DataError, match=r"set\.idx already there.*overwrite=True"):
         make_writer(tmp_path / "set")
     assert open_dataset(tmp_path / "set").document(0).tolist() == [9]
     with make_writer(tmp_path / "set", overwrite=True) as writer:
@@ -289,7 +289,7 @@ def test_a_killed_jobs_own_files_need_no_overwrite(
 def test_a_journal_that_says_something_else_is_damaged(tmp_path: Path, journal: str) -> None:
     (tmp_path / "set.partial").mkdir()
     (tmp_path / "set.partial" / "journal.json").write_text(journal)
-    with pytest.raises(DataError, match=r"damaged.*--restart"):
+    with pytest.raises(DataError, match=r"damaged.*restart=True"):
         make_writer(tmp_path / "set")
     assert (tmp_path / "set.partial" / "journal.json").read_text() == journal
     with make_writer(tmp_path / "set", restart=True):

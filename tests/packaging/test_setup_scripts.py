@@ -26,6 +26,9 @@ case "$*" in
     *"pip --version") ;;
     *"pip"*install*)
         printf '%s\\n' "$*" >>"$CALLS"
+        [[ $* != *--editable* ]] || printf '%s\\n' "Collecting torch" "  Downloading torch.whl" \
+            "Collecting numpy" "  Building editable for megatron-bert: started" \
+            "Installing collected packages: numpy, torch"
         while [ $# -gt 0 ]; do
             [ "$1" = --constraint ] && cat "$2" >"$CALLS.constraints"
             shift
@@ -94,6 +97,20 @@ def test_a_fresh_checkout_gets_an_environment_of_its_own(machine: Machine) -> No
     assert (machine.environment / "bin" / "python").exists()
     assert machine.installations() == [".[dev]"]
     assert "the account" not in result.stdout + result.stderr
+
+
+def test_a_set_up_tells_what_it_does_a_line_each(machine: Machine) -> None:
+    told = machine.bootstrap("dev").stderr.splitlines()
+    assert told == [
+        f"Making the virtual environment {machine.environment} ...",
+        f"Installing megatron-bert[dev] into {machine.environment}: this takes some minutes ...",
+        "  fetching what builds the package ...",
+        "  fetching packages, PyTorch the largest of them ...",
+        "  compiling the C++ core ...",
+        "  unpacking what was fetched ...",
+    ]
+    log = (machine.environment / "megatron-bert-install.log").read_text()
+    assert "  Downloading torch.whl\n" in log
 
 
 def test_what_is_up_to_date_is_not_installed_again(machine: Machine) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert.config.yaml_text import format_document
 from megatron_bert.report.curves import AXES
 from megatron_bert.report.page import write_page
 from megatron_bert.report.records import RunRecords
@@ -65,6 +66,25 @@ def test_it_opens_without_complaints_asks_for_nothing_and_fits(
     assert browser.value("document.scrollingElement.scrollWidth") <= width
     # Fewer than a dozen charts with curves of each run would be a part of what there is.
     assert browser.value(DRAWN.replace("AXIS", "step")) >= 12 * len(NAMES)
+
+
+def test_two_runs_stand_side_by_side_on_a_phone(browser: Browser, tmp_path: Path) -> None:
+    model = {"max_position_embeddings": 512}
+    runs = [
+        RunRecords.read(
+            make_run(tmp_path / name, 20, settings={"model": {**model, "num_layers": layers}})
+        )
+        for layers, name in enumerate(("one", "/".join(["a-long-folder"] * 9) + "/other"))
+    ]
+    model["max_position_embeddings"] = 2048
+    (tmp_path / "one" / "config.yaml").write_text(format_document({"model": model}))
+    write_page(runs, tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", 400)
+    tables = "[...document.querySelectorAll('table')]"
+    assert browser.value(f"{tables}.length") == 4
+    assert (
+        browser.value(f"{tables}.filter((t) => t.getBoundingClientRect().right > 400).length") == 0
+    )
 
 
 @pytest.mark.parametrize("width", WIDTHS)

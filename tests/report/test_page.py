@@ -99,7 +99,7 @@ def test_many_kinds_of_many_texts_do_not_fill_the_page(tmp_path: Path) -> None:
 
 def test_the_keys_that_differ_are_told_and_no_others(runs: list[RunRecords]) -> None:
     differing = page_of(runs[1:]).split("what differs</h2>")[1].split("<details>")[0]
-    assert re.findall(r"<th>(.*?)</th>", differing) == ["", "run", "other", "optimizer.lr"]
+    assert re.findall(r"<th>(.*?)</th>", differing) == ["", "run", "other", "optimizer.<wbr>lr"]
     assert re.findall(r"<td>(.*?)</td>", differing) == ["0.0001", "0.0003"]
 
 

@@ -148,11 +148,21 @@ def _texts(node: ast.expr, scopes: list[ast.AST]) -> Iterator[str]:
         yield from _texts(node.orelse, scopes)
     elif isinstance(node, ast.Name):
         yield from _given(node.id, scopes) or [f"{{{node.id}}}"]
+    elif (name := _argument(node)) is not None:
+        yield f"--{name.replace('_', '-')}"
     elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.GeneratorExp):
         # Lines that are joined.
         yield from _texts(node.args[0].elt, scopes)
     else:
         yield f"{{{_label(node)}}}"
+
+
+def _argument(node: ast.expr) -> str | None:
+    """What `argument("name")` names: an option of a command line, or Python's argument."""
+    match node:
+        case ast.Call(func=ast.Name(id="argument"), args=[ast.Constant(value=str(name)), *_]):
+            return name
+    return None
 
 
 def _label(node: ast.AST) -> str:

@@ -105,7 +105,7 @@ def test_a_line_that_cannot_be_used_is_named_or_skipped(
 ) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(jsonl(["first"]) + line + b"\n" + jsonl(["third"]))
-    with pytest.raises(LineError, match=rf"corpus\.jsonl, line 2: {problem}.*--on-error skip"):
+    with pytest.raises(LineError, match=rf"corpus\.jsonl, line 2: {problem}.*on_error='skip'"):
         documents(path)
     assert list(iterate_documents(DocumentReader([path]), on_error="skip")) == ["first", "third"]
 

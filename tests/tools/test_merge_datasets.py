@@ -22,7 +22,8 @@ from megatron_bert.data.indexed_dataset import (
     write_dataset_info,
 )
 from megatron_bert.data.merge import merge_datasets, merge_infos
-from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+from megatron_bert.data.preprocess import preprocess
+from megatron_bert.data.preprocess_options import PreprocessOptions
 from tests.core.support import write_documents, write_sequences
 from tests.deadlines import DEADLINE_SECONDS
 from tests.tools.merge_support import INFO, contents, names, write_set, write_word_starts

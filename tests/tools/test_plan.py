@@ -82,6 +82,27 @@ def test_what_cannot_be_used_ends_with_code_two_and_says_why(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--machines", "{file}"], "{file}: File exists; name another folder by --machines"),
+        (["--calibrate", "h200"], "--calibrate h200: give a name of letters"),
+        (["--network", "wet"], "network wet of --network is not known; give"),
+    ],
+)
+def test_a_calibration_that_could_not_be_stored_is_refused_before_anything_is_measured(
+    changes: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a file"
+    file.touch()
+    monkeypatch.setattr(
+        "megatron_bert.benchmark.calibration.calibrate", lambda *_: pytest.fail("measured")
+    )
+    with pytest.raises(UserError) as refused:
+        main(["--calibrate", "here", *(change.format(file=file) for change in changes)])
+    assert str(refused.value).startswith(told.format(file=file))
+
+
 def test_a_plan_of_an_automatic_layout_is_one_by_hand(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

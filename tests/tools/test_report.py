@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from megatron_bert.report.picture import draw_curves, write_picture
 from megatron_bert.report.records import RunRecords
 from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.run_directory import RunDirectory, record_failure
+from tests.deadlines import DEADLINE_SECONDS
 from tools import report as tool
 
 pytest.importorskip("matplotlib")
@@ -48,6 +51,41 @@ def test_a_runs_facts_are_those_of_its_metrics(tmp_path: Path) -> None:
         "loss": "9.500 at the first step, 6.250 mean of the last 10",
         "held-out loss": "7.250, accuracy 0.125 (length 5678)",
     }
+
+
+def test_a_live_run_is_told_from_one_that_was_killed_and_not_disturbed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with RunDirectory(folder):
+        before = (folder / "run.lock").read_text()
+        assert RunRecords.read(folder).facts()["state"] == "running"
+        assert (folder / "run.lock").read_text() == before
+    die = (
+        "import os, sys; from pathlib import Path; "
+        "from megatron_bert.training.run_directory import RunDirectory; "
+        "run = RunDirectory(Path(sys.argv[1])); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", die, folder], check=False, timeout=DEADLINE_SECONDS)
+    assert RunRecords.read(folder).facts()["state"] == "killed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        # This process is younger than that lock: it has got a dead one's number.
+        ({"started": "2020-01-01T00:00:00+00:00"}, "killed"),
+        ({"host": "another"}, "running, or killed"),
+        ({"processes": "of another container"}, "running, or killed"),
+        ({"pid": None}, "running, or killed"),
+    ],
+)
+def test_a_run_is_called_killed_only_where_its_process_can_be_looked_for(
+    tmp_path: Path, changes: dict[str, object], state: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    RunDirectory(folder).close()
+    lock = folder / "run.lock"
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | changes))
+    assert RunRecords.read(folder).facts()["state"] == state
 
 
 def test_jobs_are_told_with_the_step_they_began_at(tmp_path: Path) -> None:

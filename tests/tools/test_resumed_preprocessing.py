@@ -17,7 +17,8 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data import encoding, partial_work
 from megatron_bert.data.input_documents import FileHashes
 from megatron_bert.data.parsing import ParsedTexts, parse_all
-from megatron_bert.data.preprocess import PreprocessOptions, preprocess
+from megatron_bert.data.preprocess import preprocess
+from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
 from tests.deadlines import DEADLINE_SECONDS

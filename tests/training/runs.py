@@ -93,7 +93,9 @@ def train(
     directory = RunDirectory(config.run.directory) if first else None
     try:
         trainer = Trainer(config, torch.device("cpu"), directory)
-        trainer.run(stops or Stops(**stop).starting_at(trainer.step))
+        end = trainer.run(stops or Stops(**stop).starting_at(trainer.step))
+        if directory is not None and end.stop_reason is not None:
+            directory.stop({"step": end.step, "reason": end.stop_reason})
     except RunKilledError:
         pass
     finally:

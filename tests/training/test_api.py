@@ -90,6 +90,51 @@ def test_a_bare_text_where_a_list_is_meant_is_refused(tiny_run: Callable[..., Co
         api.preprocess(api.PreprocessOptions("a", "b", "c", field_keys="url"))
 
 
+@pytest.mark.parametrize(
+    ("line", "changes", "told"),
+    [
+        ('{"body": "a"}', {}, "name the text's with json_key; mend the line, or leave such lines "
+        "out with on_error='skip'"),
+        ("", {"inputs": "none.jsonl"}, "no such file; check inputs"),
+        ("", {"output_prefix": "."}, "output_prefix .: give a name"),
+        ("", {"workers": 0}, "workers = 0: give at least 1"),
+        ("", {"field_keys": ["a", "a"]}, "field_keys a: given twice"),
+        ('{"text": "a"}', {"overwrite": False}, "choose another output_prefix, or replace the "
+        "dataset with overwrite=True"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_called_by_the_argument_and_not_by_an_option(
+    tiny_run: Callable[..., Config],
+    tmp_path: Path,
+    line: str,
+    changes: dict[str, object],
+    told: str,
+) -> None:
+    (tmp_path / "text.jsonl").write_text(line + "\n")
+    (tmp_path / "new.idx").touch()
+    given = {"inputs": tmp_path / "text.jsonl", "output_prefix": tmp_path / "new"}
+    given |= {"tokenizer": tiny_run().data.tokenizer, "overwrite": True}
+    with pytest.raises(api.UserError) as refused:
+        api.preprocess(api.PreprocessOptions(**{**given, **changes}))
+    assert told in str(refused.value)
+    assert "--" not in str(refused.value)
+
+
+def test_work_of_other_arguments_is_told_by_their_names(
+    tiny_run: Callable[..., Config], tmp_path: Path
+) -> None:
+    good, bad = ('{"text": "Text"}\n' * 9, "{broken\n")
+    (tmp_path / "good.jsonl").write_text(good)
+    (tmp_path / "bad.jsonl").write_text(bad)
+    inputs = [tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
+    tokenizer, new = tiny_run().data.tokenizer, tmp_path / "new"
+    with pytest.raises(api.UserError, match="or begin anew, with restart=True, if an input"):
+        api.preprocess(api.PreprocessOptions(inputs, tokenizer, new))
+    options = api.PreprocessOptions(inputs, tokenizer, new, field_keys=["url"])
+    with pytest.raises(api.UserError, match=r'field_keys was \[\] and is now \["url"\]'):
+        api.preprocess(options)
+
+
 def test_curves_need_no_list_of_one_run_and_say_where_matplotlib_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron_bert.config.load import load_config
 from megatron_bert.config.parameters import parameter_count, rank_parameters, rank_state_bytes
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.training.description import describe_data, describe_plan
+from megatron_bert.training.description import describe_data, describe_plan, tell_plan
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.words import times
 from tests.core.support import write_documents
@@ -63,6 +64,31 @@ def test_the_plan_says_what_is_trained_how_long_and_where_it_is_written() -> Non
     assert line("writes", plan(1, "run.dir=runs/first", *loggers)) == (
         f"{places}; Weights & Biases offline, project encoders; TensorBoard"
     )
+
+
+def test_a_tiny_run_is_told_in_units_of_its_size() -> None:
+    config = small_config(curriculum=[{"seq_length": 32, "steps": 1}])
+    lines = list(describe_plan(config, 128, 1))
+    assert f"curriculum  1 step, {32 * config.batch.global_size} token slots" in lines
+    assert line("memory", lines).startswith("0.34 MiB a rank")
+
+
+def test_on_a_terminal_a_long_line_goes_on_under_its_text_and_in_a_file_it_stays_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    lines = plan(1)
+    tell_plan(lines)
+    assert caplog.messages == lines
+    caplog.clear()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    tell_plan(lines)
+    shown = caplog.messages
+    assert max(map(len, shown)) <= 80
+    labels = {line[:12] for line in lines}
+    assert {line[:12] for line in shown} == {*labels, " " * 12}
+    assert " ".join(" ".join(shown).split()) == " ".join(" ".join(lines).split())
 
 
 def planned_with_data(

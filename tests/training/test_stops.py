@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_bert.config.schema import Config
+from megatron_bert.training.run_directory import read_outcome
 from megatron_bert.training.stops import STOP_SIGNALS, StopRequests
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
@@ -180,6 +181,9 @@ def test_a_signal_to_the_last_rank_stops_all_after_the_same_step_with_one_save(
     assert list(steps_of(lines)) == [1, 2, 3, 4, 5]
     saved = sorted(path.name for path in (config.run.directory / "checkpoints").iterdir())
     assert saved == ["latest", "step_00000005"]
+    told = read_outcome(config.run.directory)
+    assert told is not None
+    assert told.reason == f"signal {number.name} on rank {world_size - 1}"
 
 
 def _train_past_the_deadline(config: Config) -> list[dict[str, Any]]:

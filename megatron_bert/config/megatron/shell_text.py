@@ -1,4 +1,4 @@
-"""The arguments of a command in the text of a shell script, which is read and never run.
+"""A command and its arguments in the text of a shell script, which is read and never run.
 
 What such scripts do is understood: assignments, arrays, quotes, comments, lines that go on,
 here-documents, `$NAME`, `${NAME}`, `${NAME:-default}`, `${NAME[@]}` and `$((A * B))`. Whatever else
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import takewhile
 
 from megatron_bert.config.errors import ConfigError
@@ -36,8 +37,22 @@ _GRANTED = re.compile(
 _OUTPUT = re.compile(r"\$\((?!\()|`")
 
 
-def command_arguments(text: str, source: str, variables: Mapping[str, str]) -> list[str]:
-    """The words behind `pretrain_bert.py` in a script, or all words of a bare list of arguments.
+@dataclass(frozen=True)
+class ScriptCommand:
+    """The command that runs the program.
+
+    Attributes:
+        starter: the words before the program, as `torchrun --nnodes 2`; of a bare list of
+            arguments, none.
+        arguments: the words behind it.
+    """
+
+    starter: list[str]
+    arguments: list[str]
+
+
+def read_command(text: str, source: str, variables: Mapping[str, str]) -> ScriptCommand:
+    """Find what runs `pretrain_bert.py` in a script; a bare list of arguments is one too.
 
     Args:
         text: The script's text, or a list of arguments.
@@ -64,7 +79,7 @@ def command_arguments(text: str, source: str, variables: Mapping[str, str]) -> l
             "script that runs it, or its arguments behind --"
         )
     reader.known.check_given()
-    return found[0] if found else reader.bare
+    return found[0] if found else ScriptCommand([], reader.bare)
 
 
 class _Reader:
@@ -72,13 +87,13 @@ class _Reader:
 
     Attributes:
         known: its variables.
-        found: the arguments of each command that runs the program.
+        found: each command that runs the program.
         bare: words of lines that begin with an argument.
     """
 
     def __init__(self, known: Variables) -> None:
         self.known = known
-        self.found: list[list[str]] = []
+        self.found: list[ScriptCommand] = []
         self.bare: list[str] = []
 
     def read(self, text: str, depth: int = 0) -> None:
@@ -108,7 +123,8 @@ class _Reader:
         places = [index for index, word in enumerate(words) if _PROGRAM.fullmatch(word)]
         if places:
             behind = words[places[-1] + 1 :]
-            self.found.append(list(takewhile(lambda word: not is_redirection(word), behind)))
+            arguments = list(takewhile(lambda word: not is_redirection(word), behind))
+            self.found.append(ScriptCommand(words[: places[-1]], arguments))
         elif words and words[0].startswith("--"):
             self.bare += words
         elif depth < _DEEPEST:
