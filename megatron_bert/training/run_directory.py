@@ -8,8 +8,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
+from megatron_bert.closeable import Closeable
 from megatron_bert.config.errors import UserError, details_of
 from megatron_bert.files import sync_to_disk, write_atomically
 from megatron_bert.locks import FileInUseError, lock_file
@@ -24,7 +24,7 @@ _FAILURE = ("error", "rank", "host")
 logger = logging.getLogger(__name__)
 
 
-class RunDirectory:
+class RunDirectory(Closeable):
     """A run's folder, made if need be and locked against a second live run.
 
     Only the first rank makes one. The lock belongs to the process: it ends with `close` or with
@@ -61,17 +61,6 @@ class RunDirectory:
             raise UserError(
                 f"run.dir {path} cannot be used: {error}. Use another run.dir"
             ) from error
-
-    def __enter__(self) -> RunDirectory:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let another run have the folder; a save that was given up no longer writes there."""
