@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.remedies import divisors
 from megatron_bert.planner import muon
+from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
 from megatron_bert.planner.rank_parts import RankParts, rank_parts
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

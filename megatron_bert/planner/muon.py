@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Split
 from megatron_bert.planner.network import Group
@@ -22,8 +22,6 @@ _ITERATIONS = 5
 _BATCH_ELEMENTS = 2**24
 # Momentum, weights and gradients pass through kernels of one operation each, in fp32.
 MOVED_BYTES = 104.0
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
