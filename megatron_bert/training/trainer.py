@@ -167,7 +167,7 @@ class Trainer:
                 stop, figures = stops.reason is not None, slow_ranks.figures(step)
                 agreement = agree(batches, stop, topology, figures)
                 slow_ranks.judge(step, agreement.figures)
-                rate = learning_rate(step, config)
+                rate = learning_rate(step, config, self._curriculum)
                 result = take_step(
                     self._model,
                     self._optimizer,
