@@ -78,8 +78,9 @@ class Muon:
         own, momentum = [gradients[n] for n in self._momentum], list(self._momentum.values())
         torch._foreach_div_(own, divisor)
         # Not by a factor of 0: a skipped gradient may be NaN.
+        is_skipped = skipped != 0
         for gradient in own:
-            gradient.masked_fill_(skipped != 0, 0.0)
+            gradient.masked_fill_(is_skipped, 0.0)
         changes = torch._foreach_sub(own, momentum)
         torch._foreach_mul_(changes, (1 - skipped) * (1 - self._decay))
         torch._foreach_add_(momentum, changes)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_bert.closeable import Closeable
 from megatron_bert.config.errors import UserError, details_of
-from megatron_bert.files import sync_to_disk, write_atomically
+from megatron_bert.files import sync_to_disk, write_atomically, write_if_absent
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training import metrics
 from megatron_bert.training.journal import END, Journal, read_journal
@@ -178,9 +178,10 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
     if details := details_of(error):
         reason["details"] = details
     try:
-        if _failed_rank(path) in (None, rank):
-            # A file's name in a message may hold what no UTF-8 has.
-            text = _as_text(reason).encode("utf-8", "backslashreplace").decode()
+        # A file's name in a message may hold what no UTF-8 has.
+        text = _as_text(reason).encode("utf-8", "backslashreplace").decode()
+        is_taken = (path / FAILED).exists() or not write_if_absent(path / FAILED, text)
+        if is_taken and _failed_rank(path) in (None, rank):
             write_atomically(path / FAILED, text)
     except OSError as problem:
         logger.warning("cannot write %s: %s", path / FAILED, problem)
