@@ -5,12 +5,10 @@ Shape suffixes: N tokens, M masked ones, D hidden, F feed-forward, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,51 +16,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_bert.benchmark.attention_pieces import attention_piece
+from megatron_bert.benchmark.fused_pieces import activation_product_piece, residual_norm_piece
+from megatron_bert.benchmark.kernel_work import (
+    KernelWork,
+    add_fused,
+    hidden_draws,
+    with_compiled,
+)
 from megatron_bert.benchmark.kernels import Compute, Piece, made_at_first_call
 from megatron_bert.benchmark.linear_pieces import linear_pieces
 from megatron_bert.benchmark.rows import make_batches
-from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.kernels import has_nvidias_apex
-from megatron_bert.config.schema import Config, ModelConfig, OptimizerConfig
+from megatron_bert.config.schema import ModelConfig, OptimizerConfig
+from megatron_bert.model.feed_forward import ACTIVATIONS
 from megatron_bert.optim.update_rules import ApexRule, TorchRule, UpdateRule
-from megatron_bert.parallel.random import dropout_keys, element_draws, hash_dropout, vector_draws
+from megatron_bert.parallel.random import hash_dropout
 from megatron_bert.parallel.vocabulary import vocab_parallel_cross_entropy
-
-_NO_COMPILER = "compile.enabled=false"
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
-
-
-@dataclass(frozen=True)
-class KernelWork:
-    """What is measured.
-
-    Attributes:
-        config: model, precision, compilation.
-        vocab_size: padded vocabulary.
-        corpora: where the rows come from.
-        seq_lengths: of the rows.
-        micro_tokens: of a micro-batch, at most.
-        dropouts: of hidden states and attention weights; None leaves the configuration's.
-        device: where.
-    """
-
-    config: Config
-    vocab_size: int
-    corpora: Corpora
-    seq_lengths: Sequence[int]
-    micro_tokens: Sequence[int]
-    dropouts: Sequence[float | None]
-    device: torch.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what is computed."""
-        return torch.bfloat16 if self.config.precision.compute == "bf16" else torch.float32
-
-    def random(self, *shape: int) -> Tensor:
-        """Random numbers that get a gradient."""
-        return torch.randn(shape, dtype=self.dtype, device=self.device, requires_grad=True)
 
 
 def make_pieces(work: KernelWork) -> Iterator[Piece]:
@@ -83,9 +53,11 @@ def make_pieces(work: KernelWork) -> Iterator[Piece]:
         )
         yield _norm_piece(work, tokens)
         yield _activation_piece(work, tokens)
+        yield activation_product_piece(work, tokens)
         for given in work.dropouts:
             dropout = model.hidden_dropout if given is None else given
             yield _residual_piece(work, tokens, dropout)
+            yield residual_norm_piece(work, tokens, dropout)
         length = max(work.seq_lengths)
         slots = masked_slots(mlm.probability, mlm.unit, length)
         yield _loss_piece(work, max(1, tokens // length) * slots)
@@ -99,7 +71,7 @@ def _norm_piece(work: KernelWork, tokens: int) -> Piece:
     bias_D = nn.Parameter(work.random(hidden).detach()) if biases else None
     inputs = [x_ND, weight_D] + ([] if bias_D is None else [bias_D])
     plain = partial(F.layer_norm, x_ND, (hidden,), weight_D, bias_D, eps)
-    alternatives, absent = _with_compiled(
+    alternatives, absent = with_compiled(
         work, lambda x, w, b: F.layer_norm(x, (hidden,), w, b, eps), (x_ND, weight_D, bias_D), plain
     )
     for name, make in (("transformer engine", _engine_norm), ("apex", _apex_norm)):
@@ -138,7 +110,7 @@ def _apex_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Co
 
 def _activation_piece(work: KernelWork, tokens: int) -> Piece:
     model = work.config.model
-    activation, ffn = _ACTIVATIONS[model.family.activation], model.ffn_hidden_size
+    activation, ffn = ACTIVATIONS[model.family.activation], model.ffn_hidden_size
     inputs = [work.random(tokens, ffn) for _ in range(2)]
     if model.family.biases:
         inputs += [work.random(ffn) for _ in range(2)]
@@ -148,7 +120,7 @@ def _activation_piece(work: KernelWork, tokens: int) -> Piece:
             gate, up = gate + biases[0], up + biases[1]
         return activation(gate) * up
 
-    alternatives, absent = _with_compiled(work, gated, inputs, partial(gated, *inputs))
+    alternatives, absent = with_compiled(work, gated, inputs, partial(gated, *inputs))
     size = inputs[0].numel() * inputs[0].element_size()
     # Forward two in and one out; backward these two, one gradient in and two out.
     return Piece(
@@ -162,23 +134,26 @@ def _activation_piece(work: KernelWork, tokens: int) -> Piece:
 
 
 def _residual_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
-    hidden, device = work.config.model.hidden_size, work.device
+    hidden = work.config.model.hidden_size
     x_ND, y_ND = (work.random(tokens, hidden) for _ in range(2))
     biases = [work.random(hidden)] if work.config.model.family.biases else []
-    keys_1 = dropout_keys(torch.zeros(1, dtype=torch.int64, device=device), 0, "b", range(1))[0]
-    draws = (
-        vector_draws(keys_1, torch.arange(tokens, device=device)),
-        element_draws(hidden, device),
-    )
+    draws = hidden_draws(work, tokens)
 
     def hashed(x: Tensor, y: Tensor, *biases: Tensor) -> Tensor:
         return x + hash_dropout(y + biases[0] if biases else y, dropout, *draws)
+
+    def fused() -> Tensor:
+        # Here: Triton comes with PyTorch for CUDA only.
+        from megatron_bert.model.fused_norm import Branch, add_branch
+
+        return add_branch(x_ND, Branch(y_ND, biases[0] if biases else None, dropout, *draws))
 
     def generated(x: Tensor, y: Tensor, *biases: Tensor) -> Tensor:
         return x + F.dropout(y + biases[0] if biases else y, dropout)
 
     inputs = (x_ND, y_ND, *biases)
-    alternatives, absent = _with_compiled(work, hashed, inputs, partial(hashed, *inputs))
+    alternatives, absent = with_compiled(work, hashed, inputs, partial(hashed, *inputs))
+    add_fused(work, fused, alternatives, absent)
     alternatives["by a generator"] = partial(generated, *inputs)
     size = x_ND.numel() * x_ND.element_size()
     # The residual's gradient is the output's. With dropout, backward reads that, writes y's and
@@ -276,16 +251,6 @@ def _updating(make: type[UpdateRule], shards: list[Tensor], config: OptimizerCon
         return shards[0]
 
     return update
-
-
-def _with_compiled(
-    work: KernelWork, function: Callable[..., Tensor], inputs: Sequence[Any], plain: Compute
-) -> tuple[dict[str, Compute], dict[str, str]]:
-    """The function as it stands and, where blocks are compiled, by the compiler too."""
-    if not work.config.compile.enabled:
-        return {"eager": plain}, {"compiled": _NO_COMPILER}
-    compiled = torch.compile(function, dynamic=False)
-    return {"eager": plain, "compiled": partial(compiled, *inputs)}, {}
 
 
 def _missing(name: str) -> str | None:

@@ -16,7 +16,10 @@ _KINDS = (
     ("GEMM", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
     ("optimizer", r"adam|multi_tensor|lpnorm"),
     ("data", r"Memcpy HtoD"),
-    ("norm and elementwise", r"triton_|elementwise|layer_norm|reduce|softmax|vectorized|cat|copy"),
+    (
+        "norm and elementwise",
+        r"triton_|fused_|elementwise|layer_norm|reduce|softmax|vectorized|cat|copy",
+    ),
 )
 # Enough to see where what is neither product nor attention goes.
 _LONGEST = 40

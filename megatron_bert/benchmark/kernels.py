@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +14,7 @@ from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
 
 Compute = Callable[[], Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 def made_at_first_call(make: Callable[[], Compute]) -> Compute:
@@ -33,7 +34,8 @@ class Piece:
         name: what it computes.
         shape: its sizes, in words.
         inputs: what gets a gradient; empty where nothing does, as in the optimizer.
-        alternatives: what can compute it here by name, the project's own reference first.
+        alternatives: what can compute it here by name, the project's own reference first; each
+            of several outputs gets a gradient.
         absent: what else could, and why it does not here.
         products: operations of its matrix products, forward, where these are most of it.
         moved: bytes that have to be read or written at least: forward, and with backward.
@@ -43,7 +45,7 @@ class Piece:
     name: str
     shape: str
     inputs: Sequence[Tensor]
-    alternatives: dict[str, Compute]
+    alternatives: Mapping[str, Callable[[], Outputs]]
     absent: dict[str, str]
     products: float | None = None
     moved: tuple[float, float] | None = None
@@ -143,33 +145,41 @@ def measure_kernels(
 def _measure(piece: Piece, device: torch.device) -> PieceFigures:
     times: list[KernelTime] = []
     absent = dict(piece.absent)
-    reference: Tensor | None = None
+    reference: list[Tensor] = []
     for name, compute in piece.alternatives.items():
         try:
             with torch.no_grad():
-                output = compute().detach().clone()
-            times.append(_time(piece, name, compute, output, device))
+                outputs = [output.clone() for output in _outputs(compute)]
+            times.append(_time(piece, name, compute, outputs, device))
         # An optional kernel refuses shapes, types or devices in as many ways as there are.
         except Exception as error:
             absent[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
-        if reference is None:
-            reference = output
+        reference = reference or outputs
         if not piece.is_random:
-            times[-1] = _with_difference(times[-1], output, reference)
+            times[-1] = _with_difference(times[-1], outputs, reference)
     return PieceFigures(piece.name, piece.shape, times, absent)
 
 
+def _outputs(compute: Callable[[], Outputs]) -> tuple[Tensor, ...]:
+    made = compute()
+    return (made,) if isinstance(made, Tensor) else made
+
+
 def _time(
-    piece: Piece, name: str, compute: Compute, output: Tensor, device: torch.device
+    piece: Piece,
+    name: str,
+    compute: Callable[[], Outputs],
+    outputs: Sequence[Tensor],
+    device: torch.device,
 ) -> KernelTime:
     with torch.no_grad():
         forward = seconds_of(compute, device)
     both = None
     if piece.inputs:
-        output_grad = torch.randn_like(output)
+        grads = [torch.randn_like(output) for output in outputs]
         both = seconds_of(
-            lambda: torch.autograd.grad(compute(), list(piece.inputs), output_grad), device
+            lambda: torch.autograd.grad(_outputs(compute), list(piece.inputs), grads), device
         )
     rate = None
     if piece.moved is not None:
@@ -189,6 +199,11 @@ def _time(
     )
 
 
-def _with_difference(time: KernelTime, output: Tensor, reference: Tensor) -> KernelTime:
-    distance = (output.double() - reference.double()).norm() / reference.double().norm()
-    return KernelTime(**{**asdict(time), "difference": float(f"{float(distance):.3g}")})
+def _with_difference(
+    time: KernelTime, outputs: Sequence[Tensor], references: Sequence[Tensor]
+) -> KernelTime:
+    distance = max(
+        float((output.double() - reference.double()).norm() / reference.double().norm())
+        for output, reference in zip(outputs, references, strict=True)
+    )
+    return KernelTime(**{**asdict(time), "difference": float(f"{distance:.3g}")})

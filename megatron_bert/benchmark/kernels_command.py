@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from megatron_bert.benchmark.kernel_pieces import KernelWork, make_pieces
+from megatron_bert.benchmark.kernel_pieces import make_pieces
+from megatron_bert.benchmark.kernel_work import KernelWork
 from megatron_bert.benchmark.kernels import KernelFigures, measure_kernels
 from megatron_bert.benchmark.model_command import corpora_of, joined_ranks, subject_of
 from megatron_bert.config.errors import ConfigError

@@ -155,7 +155,8 @@ class CheckpointSaver:
 
         def work() -> None:
             try:
-                host_copy.wait()
+                host_copy.wait(self._abandoned)
+                self._check()
                 # A CUDA device copies in its own order: no step begins there before that.
                 self._stall.end()
                 self._attempt(step, copied, state)

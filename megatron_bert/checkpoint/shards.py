@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,6 +15,7 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_bert.config.errors import CheckpointError
+from megatron_bert.distributed.device_work import DevicePoint
 from megatron_bert.parallel.sharding import local_part
 
 _ALIGNMENT = 64  # bytes; every type may begin there, and so may a cache line
@@ -57,7 +60,7 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._copied: DevicePoint | None = None
 
     def reserve(self, shards: LocalShards) -> None:
         """Have memory for a copy of `shards`; what the copy before held is lost.
@@ -69,9 +72,10 @@ class HostCopy:
         size = sum(map(_room, pieces))
         if self._memory is None or len(self._memory) != size:
             self._memory = None  # before the new one, so that the two never stand together
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            memory = torch.empty(size, dtype=torch.uint8)
             if any(piece.is_cuda for piece in pieces):
-                _pin(self._memory)
+                _pin(memory)
+            self._memory = memory
 
     def take(self, shards: LocalShards) -> LocalShards:
         """Copy `shards`, for which memory was reserved.
@@ -81,7 +85,7 @@ class HostCopy:
         """
         assert self._memory is not None
         pieces = shards.pieces
-        on_cuda = any(piece.is_cuda for piece in pieces.values())
+        devices = [piece.device for piece in pieces.values() if piece.is_cuda]
         ends = list(accumulate(_room(piece) for piece in pieces.values()))
         copies: dict[str, torch.Tensor] = {}
         for (name, piece), end in zip(pieces.items(), ends, strict=True):
@@ -90,24 +94,17 @@ class HostCopy:
             copies[name] = room.view(piece.dtype).view(piece.shape)
             # On the stream that also updates the weights: they change after the copy.
             copies[name].copy_(piece, non_blocking=True)
-        self._copied = _event() if on_cuda else None
+        self._copied = DevicePoint(devices[0]) if devices else None
         return LocalShards(shards.plan, copies)
 
-    def wait(self) -> None:
-        """Wait, in any thread, until the last copy is complete."""
+    def wait(self, given_up: threading.Event) -> None:
+        """Wait, in any thread, until the last copy is complete, or nobody needs it any more."""
         if self._copied is not None:
-            self._copied.synchronize()
+            self._copied.wait(given_up=given_up)
 
 
 def _room(piece: torch.Tensor) -> int:
     return math.ceil(piece.numel() * piece.itemsize / _ALIGNMENT) * _ALIGNMENT
-
-
-def _event() -> torch.cuda.Event:
-    # A blocking one: the thread that waits for it leaves its core to others.
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
 
 
 def _pin(memory: torch.Tensor) -> None:
@@ -117,6 +114,9 @@ def _pin(memory: torch.Tensor) -> None:
     try:
         torch.cuda.check_error(int(cudart.cudaHostRegister(address, len(memory), _PORTABLE)))
     except RuntimeError as error:
+        # CUDA remembers a call's error for the next launch, whosever that is, to stumble over.
+        with suppress(RuntimeError):
+            torch.zeros((), device="cuda").add_(1.0)
         raise CheckpointError(
             f"cannot pin {len(memory)} bytes of host memory ({error}); leave more memory free, or "
             "set checkpoint.async=false"

@@ -1,4 +1,4 @@
-"""Which package computes linear layers, norms and the update, and whether it can here."""
+"""What computes linear layers, norms and the update, and whether it can here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Literal, TypeAlias
 from megatron_bert.config.arithmetic import fixed_eval_length
 from megatron_bert.config.schema import Config
 
-KernelsName: TypeAlias = Literal["torch", "te", "apex"]
+KernelsName: TypeAlias = Literal["torch", "fused", "te", "apex"]
 
 # Rows and columns of FP8 products come in so many.
 _FP8_MULTIPLE = 16
 
 _MEANING: dict[KernelsName, str] = {
     "torch": "PyTorch's, attention on CUDA in BF16 our own",
+    "fused": "our own between the blocks' products, the rest as with torch",
     "te": "Transformer Engine's linear layers, the rest as with torch",
     "apex": "Apex's norms and AdamW, the rest as with torch",
 }
@@ -41,10 +42,13 @@ def kernel_problems(config: Config) -> Iterator[str]:
     if kernels in ("auto", "torch"):
         return
     key = f"kernels = {kernels}"
-    others = ", ".join(name for name in ("auto", "torch", "te", "apex") if name != kernels)
+    names = ("auto", "torch", "fused", "te", "apex")
+    others = ", ".join(name for name in names if name != kernels)
     if config.run.device == "cpu":
         yield f"{key}: it computes on CUDA only and run.device = cpu; use torch or auto"
         return
+    if kernels == "fused":
+        yield from _fused_problems(config, key)
     if kernels == "te" and find_spec("transformer_engine") is None:
         yield (
             f"{key}: the package transformer_engine is not installed; on a machine with CUDA "
@@ -69,6 +73,24 @@ def kernel_problems(config: Config) -> Iterator[str]:
             f"{key}: Transformer Engine computes both gradients of a layer at once, and "
             "parallel.pipeline_schedule = zero_bubble takes them apart; use kernels=torch, or "
             "parallel.pipeline_schedule=interleaved"
+        )
+
+
+def _fused_problems(config: Config, key: str) -> Iterator[str]:
+    if find_spec("triton") is None:
+        yield (
+            f"{key}: the package triton is not installed; install PyTorch for CUDA, which comes "
+            "with it, or use kernels=torch"
+        )
+    if config.compile.enabled:
+        yield (
+            f"{key}: its kernels stand where compiled ones would and compile.enabled = true; use "
+            "compile.enabled=false, or kernels=torch"
+        )
+    if config.precision.fp8 != "none":
+        yield (
+            f"{key}: it computes the down projection in {config.precision.compute} and "
+            f"precision.fp8 = {config.precision.fp8}; use precision.fp8=none, or kernels=torch"
         )
 
 

@@ -403,8 +403,9 @@ class DistributedConfig(Section):
     """The process group."""
 
     timeout_seconds: PositiveFloat = 1800.0
-    """Longest wait for a message of other ranks. Then the run ends on all of them, within another
-    16 s, naming the rank that does not answer."""
+    """Longest wait for a message of other ranks and, on CUDA, for the end of a step that waits for
+    them. Then the run ends on all of them, within another 16 s, naming the rank that does not
+    answer."""
 
 
 class Config(Section):
@@ -434,10 +435,11 @@ class Config(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward instead of kept: none, attention's scores and softmax
     (`selective`), or all but each block's input (`full`)."""
-    kernels: Literal["auto", "torch", "te", "apex"] = "auto"
-    """What computes linear layers, norms and the update: PyTorch (`torch`), Transformer Engine
-    (`te`: the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a bias, and AdamW), each
-    where installed. `auto`: what was measured fastest, `torch`."""
+    kernels: Literal["auto", "torch", "fused", "te", "apex"] = "auto"
+    """What computes linear layers, norms and the update: PyTorch (`torch`), with kernels of our own
+    for what stands between a block's products (`fused`, in place of `compile.enabled`), Transformer
+    Engine (`te`: the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a bias, and
+    AdamW), each where installed. `auto`: what was measured fastest, `torch`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, how many stay, where a job starts from."""
     eval: EvalConfig = EvalConfig()

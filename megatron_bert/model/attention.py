@@ -204,9 +204,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: PackedLayout, dropout_keys_B: Tensor) -> Tensor:
         """[T, D] -> [T, D], the tokens that this rank holds."""
+        q, k, v = column_parallel(x_TD, (self.query, self.key, self.value), self.tp)
+        y_TD: Tensor = self.output(self.mix(q, k, v, layout, dropout_keys_B))
+        return y_TD
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, dropout_keys_B: Tensor
+    ) -> Tensor:
+        """Queries, keys and values, [N, heads x K], by this rank's heads -> [N, H x K]."""
         q, k, v = (
             projected.view(layout.rows, -1, projected.shape[1] // self.head_dim, self.head_dim)
-            for projected in column_parallel(x_TD, (self.query, self.key, self.value), self.tp)
+            for projected in (q, k, v)
         )
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if layout.rotation is not None:
@@ -223,8 +231,7 @@ class SelfAttention(nn.Module):
             )
         else:
             mixed_BHSK = attend(*arguments)
-        y_TD: Tensor = self.output(mixed_BHSK.transpose(1, 2).flatten(2).flatten(0, 1))
-        return y_TD
+        return mixed_BHSK.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _of_local_heads(self, x_BGSK: Tensor) -> Tensor:
         """[B, G, S, K] -> [B, H, S, K]: for each query head of this rank its key/value head."""

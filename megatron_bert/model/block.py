@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -36,8 +37,16 @@ class BlockDropout:
     channels_D: Tensor
 
 
+BlockKernel: TypeAlias = Callable[["Block", Tensor, PackedLayout, BlockDropout], Tensor]
+"""Computes a block in place of its modules' calls, backward too: [T, D] -> [T, D]."""
+
+
 class Block(nn.Module):
-    """PreNorm block: x + dropout(attention(norm(x))), then x + dropout(ffn(norm(x)))."""
+    """PreNorm block: x + dropout(attention(norm(x))), then x + dropout(ffn(norm(x))).
+
+    Attributes:
+        kernel: what computes it; None: its modules, one after another.
+    """
 
     def __init__(
         self,
@@ -55,6 +64,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(model, tp)
         self.dropout = model.hidden_dropout
         self.recompute = recompute == "full"
+        self.kernel: BlockKernel | None = None
 
     def forward(self, x_TD: Tensor, layout: PackedLayout, dropout: BlockDropout) -> Tensor:
         """[T, D] -> [T, D]; with full recomputation only the input is kept for backward."""
@@ -67,6 +77,8 @@ class Block(nn.Module):
         return y_TD
 
     def _compute(self, x_TD: Tensor, layout: PackedLayout, dropout: BlockDropout) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(self, x_TD, layout, dropout)
         probability = self.dropout if self.training else 0.0
         channels_D = dropout.channels_D
         y_TD = self.attention(self.attention_norm(x_TD), layout, dropout.attention_weights_B)

@@ -11,7 +11,7 @@ from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 class FeedForward(nn.Module):
@@ -23,7 +23,7 @@ class FeedForward(nn.Module):
         self.gate = ColumnParallelLinear(hidden, ffn, tp, bias=bias)
         self.up = ColumnParallelLinear(hidden, ffn, tp, bias=bias)
         self.down = RowParallelLinear(ffn, hidden, tp, bias=bias)
-        self.activation = _ACTIVATIONS[model.family.activation]
+        self.activation = ACTIVATIONS[model.family.activation]
         self.tp = tp
 
     def forward(self, x_TD: Tensor) -> Tensor:

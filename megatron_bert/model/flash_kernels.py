@@ -46,7 +46,7 @@ def _element_draws(numbers):
 
 
 @triton.jit
-def _kept(draws, threshold):
+def is_kept(draws, threshold):
     """Which elements `hash_dropout` keeps, of sums of draws."""
     return draws * draws >= threshold
 
@@ -146,7 +146,7 @@ def _forward_tiles(
         shrink = tl.exp2(highest - reference)
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
-            kept = _kept(draws[:, None] + _element_draws(keys)[None, :], threshold)
+            kept = is_kept(draws[:, None] + _element_draws(keys)[None, :], threshold)
             weights = tl.where(kept, weights, 0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
         highest = highest_now
@@ -256,7 +256,7 @@ def _query_gradient_tiles(
             weights = tl.where(visible, weights, 0.0)
         weight_grads = tl.dot(do, tl.trans(v))
         if DROPOUT:
-            kept = _kept(draws[:, None] + _element_draws(keys)[None, :], threshold)
+            kept = is_kept(draws[:, None] + _element_draws(keys)[None, :], threshold)
             weight_grads = tl.where(kept, weight_grads, 0.0)
         score_grads = weights * (weight_grads - delta[:, None])
         dq = tl.dot(score_grads.to(k.dtype), k, dq)
@@ -381,7 +381,7 @@ def _key_gradient_tiles(
         dropped = weights
         if DROPOUT:
             draws = _vector_draws(row_key, first_number + slots)
-            kept = _kept(draws[None, :] + element_draws[:, None], threshold)
+            kept = is_kept(draws[None, :] + element_draws[:, None], threshold)
             dropped = tl.where(kept, weights, 0.0)
             weight_grads = tl.where(kept, weight_grads, 0.0)
         dv = tl.dot(dropped.to(do.dtype), do, dv)

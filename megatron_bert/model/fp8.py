@@ -77,8 +77,8 @@ def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # The quotient passes the format's largest number by fp32's rounding at most, and is rounded
-    # back to it.
-    return (x.float() / scale).to(dtype)
+    # back to it. Products read their first factor row by row.
+    return (x.float() / scale).to(dtype).contiguous()
 
 
 def _column_major(x: Tensor) -> Tensor:

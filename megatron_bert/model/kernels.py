@@ -19,18 +19,21 @@ from torch.func import functional_call
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.kernels import KernelsName
+from megatron_bert.model.block import Block
 from megatron_bert.model.fp8 import fp8_linear
 from megatron_bert.model.norm import LayerNorm
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_bert.parallel.sharding import local_part
 
 _FP8_CAPABILITY = (8, 9)
+# From here on GPUs compute in BF16, which the kernels are made for.
+_FUSED_CAPABILITY = (8, 0)
 
 
 def use_kernels(
     model: nn.Module, kernels: KernelsName, device: torch.device, dtype: torch.dtype, *, fp8: bool
 ) -> None:
-    """Have these kernels compute the model's linear layers (`te`, FP8) or its norms (`apex`).
+    """Have these kernels compute linear layers (`te`, FP8), norms (`apex`) or blocks (`fused`).
 
     Transformer Engine's norm reads its own weight a second time backward, when the module has the
     one that it was called with no more: norms stay PyTorch's there, as those without a bias do.
@@ -49,6 +52,8 @@ def use_kernels(
         _check_fp8(device)
     if kernels != "torch":
         _check_device(kernels, device)
+    if kernels == "fused":
+        _use_fused(model)
     if kernels == "apex":
         norm = _imported(kernels, "apex.normalization.fused_layer_norm").fused_layer_norm_affine
         for layer in _norms(model):
@@ -63,11 +68,27 @@ def use_kernels(
             linear.product = fp8_linear
 
 
+def _use_fused(model: nn.Module) -> None:
+    # Here: Triton comes with PyTorch for CUDA only.
+    _imported("fused", "triton")
+    from megatron_bert.model.fused_block import fused_block
+
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.kernel = fused_block
+
+
 def _check_device(kernels: KernelsName, device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError(
             f"kernels = {kernels}: it computes on CUDA only, and this machine shows PyTorch no "
             "CUDA device; use torch or auto"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if kernels == "fused" and capability < _FUSED_CAPABILITY:
+        raise ConfigError(
+            f"kernels = fused: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and 8.0 is needed; use torch or auto"
         )
 
 

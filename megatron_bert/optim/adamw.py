@@ -14,6 +14,7 @@ from megatron_bert.parallel.sharding import local_part, placed_like
 
 _RULES: Mapping[KernelsName, type[UpdateRule]] = {
     "torch": TorchRule,
+    "fused": TorchRule,
     "te": TorchRule,
     "apex": ApexRule,
 }

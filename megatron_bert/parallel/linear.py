@@ -100,13 +100,25 @@ class RowParallelLinear(nn.Module):
         weight = local_part(self.weight)
         if self.group.size() == 1:
             return _linear(self, x_NF, weight, self.bias)
-        reduce = reduce_scatter_from_group if self.shards_tokens else reduce_from_group
-        y_TD = reduce(_linear(self, x_NF, weight), self.group)
+        y_TD = self.sum_over_ranks(_linear(self, x_NF, weight))
         return y_TD if self.bias is None else y_TD + self.bias
+
+    def without_bias(self, x_NF: Tensor) -> Tensor:
+        """[N, in / tp] -> [T, out], to which the bias is still to be added."""
+        return self.sum_over_ranks(_linear(self, x_NF, local_part(self.weight)))
+
+    def sum_over_ranks(self, y_ND: Tensor) -> Tensor:
+        """[N, out], the product of this rank's input features -> [T, out], that of all."""
+        reduce = reduce_scatter_from_group if self.shards_tokens else reduce_from_group
+        return reduce(y_ND, self.group)
 
 
 def column_parallel(
-    x_TD: Tensor, layers: tuple[ColumnParallelLinear, ...], tp: TensorParallelGroup
+    x_TD: Tensor,
+    layers: tuple[ColumnParallelLinear, ...],
+    tp: TensorParallelGroup,
+    *,
+    with_biases: bool = True,
 ) -> tuple[Tensor, ...]:
     """Apply several column-parallel layers to one input.
 
@@ -118,11 +130,14 @@ def column_parallel(
         x_TD: [T, in], the tokens that this rank holds.
         layers: layers of `in` input features.
         tp: the ranks.
+        with_biases: False leaves them to be added by whoever reads what is returned.
 
     Returns:
         One tensor [N, out / tp] a layer.
     """
     pairs = [layer.local_parameters() for layer in layers]
+    if not with_biases:
+        pairs = [(weight, None) for weight, _ in pairs]
     if tp.size == 1:
         return tuple(_linear(layer, x_TD, *pair) for layer, pair in zip(layers, pairs, strict=True))
     if layers[0].product is not None:

@@ -204,7 +204,7 @@ def _elementwise(work: Work) -> tuple[float, float]:
         N * (6 + 2 * biases) * F + N * biases * narrow + T * D * (18 + 2 * biases) + 9 * N * D
     )
     weights = D * (2 * D / tensor + 2 * work.kv_size + 3 * F)
-    factor = 1.0 if job.config.compile.enabled else job.machine.rates.eager
+    factor = 1.0 if job.is_fused else job.machine.rates.eager
     e = job.element_bytes
     return factor * e * forward, factor * e * backward + (8 + e) * weights
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
+from megatron_bert.config.kernels import chosen_kernels
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.planner.layouts import Layout, Split
@@ -63,6 +64,14 @@ class Job:
         """Whether attention is computed by a kernel that holds no scores."""
         is_cuda = self.machine.gpu.kind == "cuda"
         return is_cuda and self.element_bytes == 2 and self.config.model.head_dim in _KERNEL_HEADS
+
+    @cached_property
+    def is_fused(self) -> bool:
+        """Whether few kernels stand between a block's products, compiled ones or our own.
+
+        Neither keep the outputs of norms and activations, nor which elements dropout keeps.
+        """
+        return self.config.compile.enabled or chosen_kernels(self.config) == "fused"
 
     def batch(self, layout: Layout, span: StageSpan) -> BatchLayout:
         """How a stage's rows are dealt out; what `BatchLayout.of` gives for the keys."""

@@ -6,6 +6,7 @@ Shape suffix: B rows.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,6 +83,7 @@ class ReadAhead(Iterator[list[Batch]]):
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="read-ahead")
         self._free = [StagingBuffer(memory), StagingBuffer(memory)]
         self._in_use: StagingBuffer | None = None
+        self._closed = threading.Event()
         self._ahead = self._start()
 
     def __next__(self) -> list[Batch]:
@@ -102,7 +104,8 @@ class ReadAhead(Iterator[list[Batch]]):
         return ahead.result()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, also where the device never reads what they wait for: a rank is gone."""
+        self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> _Step | None:
@@ -144,7 +147,8 @@ class ReadAhead(Iterator[list[Batch]]):
             Of each micro-batch that the part reaches into, by its number: the hash of the rows
             assembled there.
         """
-        buffer.wait_until_read()
+        if not buffer.wait_until_read(self._closed):
+            return {}
         size, num_rows = batch.layout.micro_size, batch.layout.rows_per_rank
         first, end = (num_rows * part // self._threads for part in (thread, thread + 1))
         hashes = {}

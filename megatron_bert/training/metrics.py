@@ -49,7 +49,7 @@ class MetricsFile:
                 lines of later steps would be lost: no checkpoint leads to them again.
 
         Raises:
-            OSError: The file could not be rewritten; it is as it was.
+            RunError: The file could not be rewritten; it is as it was.
         """
         self.close()
         if not self.path.exists():
@@ -68,7 +68,10 @@ class MetricsFile:
         if later and sets_aside:
             self._set_aside(step, later)
         if kept != lines:
-            write_atomically(self.path, "".join(kept))
+            try:
+                write_atomically(self.path, "".join(kept))
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def write(self, record: Mapping[str, object]) -> None:
         """Append `record` as one line and flush it.

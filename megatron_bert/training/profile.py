@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from megatron_bert.distributed.device_work import DevicePoint
 from megatron_bert.files import appearing_whole, temporary_path
 
 # Of allocations and frees, the latest; a step of 48 layers makes some 100,000.
 _MEMORY_EVENTS = 1_000_000
+# A device that has not ended its work by then waits for a rank that is gone.
+_IDLE_WITHIN_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +85,7 @@ class StepProfiler:
     def close(self) -> None:
         """Leave off; what was recorded of steps that failed is not written."""
         recording, self._recording = self._recording, None
-        if recording is not None:
+        if recording is not None and recording.is_done_soon():
             # A device that failed does so here too, and what ended the run is told already.
             with suppress(RuntimeError):
                 recording.stop()
@@ -137,6 +140,15 @@ class _Recording:
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
+
+    def is_done_soon(self) -> bool:
+        """Whether the device ends its work: the profiler would wait for it without end."""
+        if self._device.type != "cuda":
+            return True
+        try:
+            return DevicePoint(self._device).wait(_IDLE_WITHIN_SECONDS)
+        except RuntimeError:
+            return False
 
     def wait(self) -> None:
         """Keep kernels of the steps before out of the trace, and have the last ones in it."""

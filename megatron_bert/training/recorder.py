@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class _Taken:
     result: StepResult
     began: Moment
     data_seconds: float
+    peak_memory_gb: float | None
 
 
 class StepRecorder:
@@ -79,6 +81,8 @@ class StepRecorder:
             config.optimizer.max_skipped, config.run.directory / "checkpoints"
         )
         self._began = moment(device)
+        # Alone a rank waits for nobody, however long a step takes.
+        self._timeout = config.distributed.timeout_seconds if world_size > 1 else math.inf
 
     def add(
         self,
@@ -102,6 +106,7 @@ class StepRecorder:
         Raises:
             DivergedError: more than `optimizer.max_skipped` updates in a row were skipped.
             RunError: the metrics could not be written.
+            DeviceStalledError: the device does not come to the end of the step before.
         """
         taken = _Taken(
             step,
@@ -111,6 +116,7 @@ class StepRecorder:
             result,
             self._began,
             data_seconds,
+            self._take_peak_memory(),
         )
         previous, self._taken = self._taken, taken
         self._began = result.parts.ended
@@ -139,6 +145,7 @@ class StepRecorder:
     def paused(self) -> Iterator[None]:
         """Leave what happens inside, which is no step, out of the steps' time."""
         yield
+        self._take_peak_memory()
         self._began = moment(self._device)
 
     def write_evaluation(self, step: int, span: StageSpan, scores: dict[str, object]) -> None:
@@ -155,7 +162,7 @@ class StepRecorder:
         )
 
     def _record(self, taken: _Taken) -> None:
-        numbers = taken.result.read()
+        numbers = taken.result.read(self._timeout)
         rows = taken.span.rows_of(taken.step)
         if self._metrics is not None:
             line = self._line(taken, numbers)
@@ -213,8 +220,19 @@ class StepRecorder:
             tflops = self._step_flops[span.index] / seconds / self._world_size / 1e12
             line["tflops_per_gpu"] = tflops
             line["mfu"] = _mfu(tflops)
-            line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            line["peak_memory_gb"] = taken.peak_memory_gb
         return line
+
+    def _take_peak_memory(self) -> float | None:
+        """Most memory of the device that was in use since this was last asked, GB.
+
+        What a step takes is reserved when it is handed to the device.
+        """
+        if self._device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self._device) / 1e9
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak
 
 
 def _mfu(tflops: float) -> float | None:

@@ -79,9 +79,13 @@ class RollCall:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-        if error is not None and any(thread.is_alive() for thread in self._threads):
-            # One that waits for a store which answers nothing. Should that come back, or end, while
-            # the interpreter takes itself down, the thread would abort it: another exit code.
+        # A thread that waits for a store which answers nothing: should that come back, or end,
+        # while the interpreter takes itself down, the thread would abort it, with another exit
+        # code. And a CUDA device may wait for a rank that is gone: the interpreter would, too.
+        could_not_end = any(thread.is_alive() for thread in self._threads) or (
+            self._size > 1 and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        )
+        if error is not None and could_not_end:
             atexit.register(_leave, EXIT_USER_ERROR if isinstance(error, UserError) else 1)
 
     def close(self) -> None:

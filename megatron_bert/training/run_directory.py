@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bert.closeable import Closeable
-from megatron_bert.config.errors import UserError, details_of
+from megatron_bert.config.errors import RunError, UserError, details_of
 from megatron_bert.files import sync_to_disk, write_atomically, write_if_absent
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training import metrics
@@ -72,8 +72,19 @@ class RunDirectory(Closeable):
         forget_outcome(self.path)
 
     def write_config(self, text: str) -> None:
-        """Write the resolved configuration, YAML, to `config.yaml`."""
-        write_atomically(self.path / "config.yaml", text)
+        """Write the resolved configuration, YAML, to `config.yaml`.
+
+        Raises:
+            RunError: The host could not write.
+        """
+        path = self.path / "config.yaml"
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {path}: {error.strerror}; mend that, by making room if the disk is "
+                "full, and give the same command again"
+            ) from error
 
     def finish(self, reason: Mapping[str, object]) -> None:
         """Leave `FINISHED`: all steps are taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,21 +11,22 @@ from typing import Protocol
 import torch
 
 from megatron_bert.data.batch import RowArrays
+from megatron_bert.distributed.device_work import DevicePoint
 
 
 class Fence(Protocol):
     """A point in the device's work."""
 
-    def synchronize(self) -> object:
-        """Wait until the device has passed it."""
+    def wait(self, *, given_up: threading.Event) -> bool:
+        """Wait until the device has passed it, or that is given up; whether it has."""
         ...
 
 
 class _NoFence:
     """The CPU has read what it was given by the time it asks for more."""
 
-    def synchronize(self) -> None:
-        pass
+    def wait(self, *, given_up: threading.Event) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class HostMemory:
     def for_device(cls, device: torch.device) -> HostMemory:
         """Pinned memory for CUDA, which copies from it while the host goes on; else any."""
         if device.type == "cuda":
-            return cls(partial(RowArrays.empty, pin_memory=True), _event)
+            return cls(partial(RowArrays.empty, pin_memory=True), partial(DevicePoint, device))
         return cls(RowArrays.empty, _NoFence)
 
 
@@ -68,17 +70,17 @@ class StagingBuffer:
             self._shape, self._fence = shape, _NoFence()
         return self._arrays
 
-    def wait_until_read(self) -> None:
-        """Wait until the device has copied what the memory held when it was released."""
-        self._fence.synchronize()
+    def wait_until_read(self, given_up: threading.Event) -> bool:
+        """Wait until the device has copied what the memory held when it was released.
+
+        Args:
+            given_up: set where nobody writes there any more.
+
+        Returns:
+            Whether it has.
+        """
+        return self._fence.wait(given_up=given_up)
 
     def release(self) -> None:
         """Give the memory back; the copies from it are asked for, though not done yet."""
         self._fence = self._memory.fence()
-
-
-def _event() -> torch.cuda.Event:
-    # A blocking one: the thread that waits for it leaves its core to others.
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event

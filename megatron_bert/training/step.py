@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.data.batch import Batch
+from megatron_bert.distributed.device_work import DeviceStalledError
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel
 from megatron_bert.optim.sharded import ShardedOptimizer
@@ -65,9 +66,20 @@ class StepResult:
     numbers: Tensor
     parts: StepParts
 
-    def read(self) -> StepNumbers:
-        """Wait for the end of this step, though not for steps after it, and read its numbers."""
-        self.parts.ended.wait()
+    def read(self, timeout_seconds: float) -> StepNumbers:
+        """Wait for the end of this step, though not for steps after it, and read its numbers.
+
+        Args:
+            timeout_seconds: the longest wait.
+
+        Raises:
+            DeviceStalledError: the device has not come to the end of the step by then.
+        """
+        if not self.parts.ended.wait(timeout_seconds):
+            raise DeviceStalledError(
+                f"the device has not ended a step within {timeout_seconds:g} s "
+                "(distributed.timeout_seconds); where steps take longer, give a larger number"
+            )
         loss, grad_norm, skipped, finite_loss, finite_gradient = self.numbers.tolist()
         return StepNumbers(
             loss, grad_norm, bool(skipped), (bool(finite_loss), bool(finite_gradient))
@@ -115,7 +127,7 @@ def take_step(
     """
     device = model.topology.device
     parts = StepParts(device)
-    count = torch.tensor(max(1, masked_tokens), dtype=torch.float32).to(device, non_blocking=True)
+    count = torch.full((), float(max(1, masked_tokens)), device=device)
     loss = model.runner.train([batch.to(device).model_inputs() for batch in batches], count)
     model.sum_shared_gradients()
     own_loss_is_finite = loss.isfinite()

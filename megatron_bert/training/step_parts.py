@@ -8,12 +8,14 @@ from typing import Protocol, Self
 
 import torch
 
+from megatron_bert.distributed.device_work import DevicePoint
+
 
 class Moment(Protocol):
     """A point in a device's work."""
 
-    def wait(self) -> None:
-        """Wait until the device has come to it, and for nothing that it was given after."""
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait until the device has come to it, and for nothing after; whether it has in time."""
         ...
 
     def seconds_until(self, later: Self) -> float:
@@ -27,35 +29,18 @@ class HostMoment:
     def __init__(self) -> None:
         self._now = time.perf_counter()
 
-    def wait(self) -> None:
+    def wait(self, timeout_seconds: float) -> bool:
         """Nothing is under way."""
+        return True
 
     def seconds_until(self, later: HostMoment) -> float:
         """By the host's clock."""
         return later._now - self._now
 
 
-class DeviceMoment:
-    """When a CUDA device has done what it was given so far."""
-
-    def __init__(self) -> None:
-        # A blocking one: the thread that waits for it leaves its core to others.
-        self._event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
-        self._event.record()
-
-    def wait(self) -> None:
-        """Wait for this point of the stream."""
-        self._event.synchronize()
-
-    def seconds_until(self, later: DeviceMoment) -> float:
-        """By the device's clock."""
-        milliseconds: float = self._event.elapsed_time(later._event)
-        return milliseconds / 1e3
-
-
 def moment(device: torch.device) -> Moment:
     """The point that the device's work has been given up to."""
-    return DeviceMoment() if device.type == "cuda" else HostMoment()
+    return DevicePoint(device, timed=True) if device.type == "cuda" else HostMoment()
 
 
 class StepParts:

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.benchmark import attention_pieces, kernel_pieces, linear_pieces
+from megatron_bert.benchmark import (
+    attention_pieces,
+    fused_pieces,
+    kernel_pieces,
+    linear_pieces,
+)
 from megatron_bert.benchmark.alone import time_attention
 from megatron_bert.benchmark.gemm import seconds_of
-from megatron_bert.benchmark.kernel_pieces import KernelWork
+from megatron_bert.benchmark.kernel_work import KernelWork
 from megatron_bert.benchmark.kernels import KernelFigures, Piece, measure_kernels
 from megatron_bert.benchmark.kernels_command import measure_command
 from megatron_bert.benchmark.kernels_table import kernels_table
@@ -36,10 +41,20 @@ PIECES = [
     *LINEARS,
     "norm",
     "activation",
+    "activation and projection",
     "bias, dropout, residual",
+    "dropout, residual, norm",
     "projection and cross-entropy",
     "AdamW",
 ]
+
+# Written out and by SDPA, in FP8 too, in chunks and plain, by the hash and by a generator.
+TIMED_TWICE = (
+    "attention",
+    *LINEARS,
+    "bias, dropout, residual",
+    "projection and cross-entropy",
+)
 
 
 @pytest.fixture
@@ -66,9 +81,7 @@ def test_every_piece_is_timed_by_what_is_here_and_the_rest_has_its_reason(
     ] * 2
     assert list(dict.fromkeys(piece["piece"] for piece in document["pieces"])) == PIECES
     for piece in document["pieces"]:
-        assert len(piece["times"]) == (
-            1 if piece["piece"] in ("norm", "activation", "AdamW") else 2
-        )
+        assert len(piece["times"]) == (2 if piece["piece"] in TIMED_TWICE else 1)
         for time in piece["times"]:
             assert time["forward_microseconds"] > 0
             assert (time["both_microseconds"] is None) == (piece["piece"] == "AdamW")
@@ -259,6 +272,32 @@ def test_a_residual_without_dropout_has_no_gradient_of_its_own_to_write(
     work = KernelWork(config, 128, None, [32], [64], [None], device)  # type: ignore[arg-type]
     piece = kernel_pieces._residual_piece(work, 64, dropout)
     assert piece.moved == (3 * 64 * 32 * 4, passes * 64 * 32 * 4)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("architecture", ["retrievabert", "modernbert"])
+def test_fused_kernels_compute_the_pieces_that_they_are_timed_at(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
+
+    def add(_: object, fused: Any, alternatives: dict[str, Any], __: object) -> None:
+        alternatives["fused (ours)"] = fused
+
+    for module in (kernel_pieces, fused_pieces):
+        monkeypatch.setattr(module, "add_fused", add)
+    config = small_config(model={"architecture": architecture})
+    device = torch.device("cpu")
+    work = KernelWork(config, 128, None, [32], [64], [None], device)  # type: ignore[arg-type]
+    pieces = [
+        kernel_pieces._residual_piece(work, 16, 0.0),
+        fused_pieces.residual_norm_piece(work, 16, 0.1),
+        fused_pieces.activation_product_piece(work, 16),
+    ]
+    figures = measure_kernels(iter(pieces), device, "fp32", True, lambda _: None)
+    for piece in figures.pieces:
+        times = {time.name: time for time in piece.times}
+        assert times["fused (ours)"].difference < 1e-5, piece.absent
 
 
 class _Device:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_bert.checkpoint import shards as shards_module
 from megatron_bert.checkpoint.manifest import JSON
 from megatron_bert.checkpoint.save_result import SaveResult
 from megatron_bert.checkpoint.saver import CheckpointSaver
@@ -343,13 +344,34 @@ def test_a_copy_keeps_its_memory_and_its_places(tmp_path: Path) -> None:
     for _ in range(2):
         copy.reserve(LocalShards.of(tensors))
         taken = copy.take(LocalShards.of(tensors))
-        copy.wait()
+        copy.wait(threading.Event())
         for name, tensor in tensors.items():
             assert torch.equal(taken.pieces[name], tensor)
             assert taken.pieces[name].data_ptr() != tensor.data_ptr() or not tensor.numel()
         addresses.append([piece.data_ptr() for piece in taken.pieces.values()])
         tensors["b"].mul_(2)
     assert addresses[0] == addresses[1]
+
+
+def test_memory_that_could_not_be_pinned_is_not_taken_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refusals = iter([True, False])
+
+    def pin(_: torch.Tensor) -> None:
+        if next(refusals):
+            raise CheckpointError("cannot pin 64 bytes")
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(shards_module, "_pin", pin)
+    copy, shards = HostCopy(), LocalShards.of({"a": torch.ones(3)})
+    shards.pieces["a"] = shards.pieces["a"].as_subclass(OnCuda)  # type: ignore[index]
+    with pytest.raises(CheckpointError, match="cannot pin"):
+        copy.reserve(shards)
+    copy.reserve(shards)
+    assert next(refusals, None) is None, "was not pinned"
 
 
 def _save_where_one_rank_has_no_memory(root: Path) -> list[str]:

@@ -211,8 +211,16 @@ def test_a_folder_with_a_loggers_name_is_not_taken_for_its_package(
 @pytest.mark.parametrize(
     ("kernels", "install", "others"),
     [
-        ("te", "pip install --no-build-isolation 'transformer_engine[pytorch]'", "torch, apex"),
-        ("apex", "build https://github.com/NVIDIA/apex with its CUDA extensions", "torch, te"),
+        (
+            "te",
+            "pip install --no-build-isolation 'transformer_engine[pytorch]'",
+            "torch, fused, apex",
+        ),
+        (
+            "apex",
+            "build https://github.com/NVIDIA/apex with its CUDA extensions",
+            "torch, fused, te",
+        ),
     ],
 )
 def test_kernels_of_a_package_that_is_missing_are_refused(
@@ -242,6 +250,26 @@ def test_the_registrys_apex_is_told_from_nvidias_without_importing_it(
     (package / "optimizers").mkdir()
     (package / "optimizers" / "fused_adam.py").touch()
     check_config(build("kernels=apex"), world_size=1)
+
+
+def test_fused_kernels_are_refused_where_they_cannot_be(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "triton")
+    check_config(build("kernels=fused"), world_size=1)
+    zero_bubble = ("parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble")
+    check_config(build("kernels=fused", "model.num_layers=4", *zero_bubble), world_size=2)
+    message = refusal(build, "kernels=fused", "run.device=cpu")
+    assert message.startswith("kernels = fused: it computes on CUDA only and run.device = cpu")
+    message = refusal(build, "kernels=fused", "compile.enabled=true")
+    assert "kernels = fused: its kernels stand where compiled ones would" in message
+    assert "use compile.enabled=false, or kernels=torch" in message
+    message = refusal(build, "kernels=fused", "precision.fp8=current")
+    assert "kernels = fused: it computes the down projection in bf16 and" in message
+    assert "precision.fp8 = current; use precision.fp8=none, or kernels=torch" in message
+    monkeypatch.setattr(config_kernels, "find_spec", lambda _: None)
+    message = refusal(build, "kernels=fused")
+    assert message.startswith("kernels = fused: the package triton is not installed; install")
 
 
 def test_transformer_engine_takes_no_zero_bubbles(

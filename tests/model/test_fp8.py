@@ -78,6 +78,18 @@ def test_what_is_not_finite_stays_seen(value: float) -> None:
     assert not weight.grad.isfinite().all()
 
 
+def test_operands_may_lie_in_any_order() -> None:
+    x, weight, bias, grad = _operands(48, 32, 64)
+    found = []
+    for turned in (False, True):
+        operands = [t.t().contiguous().t() if turned else t for t in (x, weight, grad)]
+        leaves = [operand.detach().requires_grad_() for operand in operands[:2]]
+        y = fp8_linear(*leaves, bias)
+        found.append((y, *torch.autograd.grad(y, leaves, operands[2])))
+    for plain, turned_around in zip(*found, strict=True):
+        torch.testing.assert_close(turned_around, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_of_a_product_s_input_one_byte_a_number_is_kept() -> None:
     x, weight, bias, _ = _operands(64, 32, 48)
     weight.requires_grad_()

@@ -233,6 +233,16 @@ def test_a_gpu_without_fp8_products_is_refused(monkeypatch: pytest.MonkeyPatch) 
             kernels.use_kernels(nn.Linear(2, 2), name, device, torch.bfloat16, fp8=True)
 
 
+def test_a_gpu_that_is_too_old_for_fused_kernels_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a T4")
+    device = torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match=r"a T4 has compute capability 7\.5, and 8\.0 is needed"):
+        kernels.use_kernels(nn.Linear(2, 2), "fused", device, torch.bfloat16, fp8=False)
+
+
 def _import_error(folder: Path) -> str:
     package = folder / "transformer_engine"
     package.mkdir()
@@ -286,3 +296,31 @@ def test_on_a_gpu_a_package_gives_the_losses_of_pytorch(
         for kernel, precision in (("torch", "none"), (name, fp8))
     }
     assert losses[name, fp8] == pytest.approx(losses["torch", "none"], rel=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("model", [{"hidden_size": 96}, {"architecture": "modernbert"}])
+def test_on_a_gpu_fused_kernels_give_the_losses_of_pytorch(
+    model: dict[str, Any], recompute: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    from tests.parallel.test_gpu import _losses
+    from tests.training.runs import run_config
+
+    losses = {
+        name: _losses(
+            run_config(
+                tiny_data,
+                tmp_path / name,
+                run={"device": "cuda"},
+                precision={"compute": "bf16"},
+                model={"hidden_size": 64, **model},
+                recompute=recompute,
+                kernels=name,
+            ),
+            tmp_path / f"{name}-config",
+        )
+        for name in ("torch", "fused")
+    }
+    assert losses["fused"] == pytest.approx(losses["torch"], rel=1e-2)

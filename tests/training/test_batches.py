@@ -107,8 +107,9 @@ class _Fence:
         self._memory = memory
         self._number = number
 
-    def synchronize(self) -> None:
+    def wait(self, *, given_up: threading.Event) -> bool:
         self._memory.events.append(f"step {self._number} read")
+        return True
 
 
 def _read_ahead(
@@ -180,6 +181,28 @@ def test_memory_is_written_again_only_after_the_device_has_read_it() -> None:
         *("step 2 read", *written[3]),
         *("step 3 read", *written[4]),
     ]
+
+
+class _Stalled:
+    """A point to which the device never comes: it waits for a rank that is gone."""
+
+    def wait(self, *, given_up: threading.Event) -> bool:
+        assert given_up.wait(DEADLINE_SECONDS), "nobody gave up"
+        return False
+
+
+def test_reading_ends_also_where_the_device_never_reads_what_was_assembled() -> None:
+    source = _Source()
+    memory = HostMemory(RowArrays.empty, _Stalled)
+    batches = [_global_batch(step, 1, 10) for step in range(1, 6)]
+    reader = _read_ahead(source, batches, memory, threads=2)
+    next(reader)
+    next(reader)
+    began = time.monotonic()
+    reader.close()
+    assert time.monotonic() - began < DEADLINE_SECONDS / 2
+    # Nothing is written over what the device may still read.
+    assert sorted(source.filled) == list(range(2 * ROWS))
 
 
 def test_another_shape_gets_memory_of_its_own_and_waits_for_nothing() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bert.config.errors import RunError, UserError
+from megatron_bert.training import metrics as metrics_module
+from megatron_bert.training import run_directory as run_directory_module
 from megatron_bert.training.metrics import MetricsFile, read
+from megatron_bert.training.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -102,6 +106,26 @@ def test_a_full_disk_is_told_with_the_file_and_what_to_do(tmp_path: Path) -> Non
         metrics.write({"step": 1})
     # What is left in a buffer is not tried again.
     metrics.close()
+
+
+def test_a_disk_that_is_full_when_a_job_begins_is_told_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _write(path, {"step": 1}, {"step": 2})
+    before = path.read_bytes()
+    monkeypatch.setattr(metrics_module, "write_atomically", full)
+    monkeypatch.setattr(run_directory_module, "write_atomically", full)
+    remedy = "No space left on device; mend that, by making room"
+    with pytest.raises(RunError, match=f"cannot write {path}: {remedy}"):
+        MetricsFile(path).truncate_after(1)
+    assert path.read_bytes() == before
+    folder = path.parent / "run"
+    refusal = pytest.raises(RunError, match=f"cannot write {folder / 'config.yaml'}: {remedy}")
+    with RunDirectory(folder) as run, refusal:
+        run.write_config("a: 1\n")
 
 
 def test_truncating_an_open_file_writes_to_the_new_one(path: Path) -> None:

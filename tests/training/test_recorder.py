@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.training import recorder as recorder_module
 from megatron_bert.training.divergence import DivergedError
 from megatron_bert.training.metrics import MetricsFile, read
 from megatron_bert.training.progress import Progress
@@ -22,13 +24,21 @@ from tests.small_model import VOCABULARY, small_config
 class _Run:
     """Hands steps to a recorder as the trainer does."""
 
-    def __init__(self, metrics: Path | None, max_skipped: int = 2, last_saved: int = 0) -> None:
+    def __init__(
+        self,
+        metrics: Path | None,
+        max_skipped: int = 2,
+        last_saved: int = 0,
+        world_size: int = 1,
+        timeout_seconds: float = 1800.0,
+    ) -> None:
         config = small_config(
             curriculum=[
                 {"seq_length": 32, "steps": 4, "batch": {"global_size": 2}},
                 {"seq_length": 64, "steps": 40},
             ],
             optimizer={"max_skipped": max_skipped},
+            distributed={"timeout_seconds": timeout_seconds},
         )
         self.curriculum = Curriculum(config)
         file = None if metrics is None else MetricsFile(metrics)
@@ -36,7 +46,7 @@ class _Run:
             config,
             self.curriculum,
             VOCABULARY,
-            1,
+            world_size,
             torch.device("cpu"),
             file,
             lambda: last_saved,
@@ -70,7 +80,12 @@ def test_a_steps_numbers_are_read_when_that_step_has_ended_whatever_came_after_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[object] = []
-    monkeypatch.setattr(HostMoment, "wait", lambda moment: waited.append(moment))
+
+    def wait(moment: HostMoment, timeout_seconds: float) -> bool:
+        waited.append(moment)
+        return True
+
+    monkeypatch.setattr(HostMoment, "wait", wait)
     run = _Run(tmp_path / "metrics.jsonl")
     first = run.take(1)
     assert waited == []
@@ -80,6 +95,53 @@ def test_a_steps_numbers_are_read_when_that_step_has_ended_whatever_came_after_i
     run.recorder.flush()
     run.recorder.close()
     assert waited == [first.parts.ended, second.parts.ended]
+
+
+@pytest.mark.parametrize(("world_size", "timeout"), [(1, math.inf), (2, 7.0)])
+def test_a_device_that_does_not_end_a_step_ends_the_run_where_there_are_other_ranks(
+    world_size: int, timeout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeouts: list[float] = []
+
+    def wait(_: HostMoment, timeout_seconds: float) -> bool:
+        timeouts.append(timeout_seconds)
+        return math.isinf(timeout_seconds)
+
+    monkeypatch.setattr(HostMoment, "wait", wait)
+    run = _Run(tmp_path / "metrics.jsonl", world_size=world_size, timeout_seconds=7.0)
+    run.take(1)
+    if world_size == 1:
+        run.take(2)
+    else:
+        # By name, so that the ranks that are gone are looked for (see `RollCall.explain`).
+        with pytest.raises(dist.DistError, match=r"within 7 s \(distributed.timeout_seconds\)"):
+            run.take(2)
+    run.recorder.close()
+    assert timeouts == [timeout]
+
+
+def test_a_line_has_the_most_memory_that_its_own_step_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the host hands out work: an evaluation's memory is in no step's line.
+    peaks = iter([3e9, 5e9, 9e9, 2e9])
+    reset: list[object] = []
+    run = _Run(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(run.recorder, "_device", torch.device("cuda"))
+    monkeypatch.setattr(recorder_module, "moment", lambda _: HostMoment())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a chip")
+    run.take(1)
+    run.take(2)
+    run.recorder.flush()
+    with run.recorder.paused():
+        pass
+    run.take(3)
+    run.recorder.flush()
+    run.recorder.close()
+    assert [line["peak_memory_gb"] for line in read(tmp_path / "metrics.jsonl")] == [3, 5, 2]
+    assert len(reset) == 4
 
 
 def test_the_view_is_brought_up_to_date_before_what_is_no_step(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_bert.config.errors import details_of
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_work import DeviceStalledError
 from megatron_bert.training import job
 from megatron_bert.training import roll_call as module
 from megatron_bert.training.mirrors.processes import Mirrors
@@ -57,14 +58,14 @@ def _meet(name: str) -> None:
     store.wait(keys, timedelta(seconds=SECONDS))
 
 
-def _call_with_a_silent_rank() -> str | None:
+def _call_with_a_silent_rank(of_a_device: bool) -> str | None:
     # The last rank's thread is not there, as if its process were stopped.
     last = dist.get_rank() == dist.get_world_size() - 1
     roll_call = RollCall(answer_within_seconds=6.0)
     if last:
         roll_call.close()
     _meet("silent")
-    error = _wait_in_vain()
+    error = DeviceStalledError("waits") if of_a_device else _wait_in_vain()
     reason = None if last else str(roll_call.explain(error))
     assert "gloo" not in (reason or "")
     _meet("done")
@@ -72,8 +73,9 @@ def _call_with_a_silent_rank() -> str | None:
     return reason
 
 
-def test_a_rank_that_does_not_answer_is_named_by_the_others() -> None:
-    *named, silent = run_ranks(3, _call_with_a_silent_rank)
+@pytest.mark.parametrize("of_a_device", [False, True])
+def test_a_rank_that_does_not_answer_is_named_by_the_others(of_a_device: bool) -> None:
+    *named, silent = run_ranks(3, _call_with_a_silent_rank, of_a_device)
     assert silent is None
     for reason in named:
         assert re.match(r"rank 2 \(host \S+, process \d+\) stopped answering, or died", reason)

@@ -16,17 +16,17 @@ class _Event:
 
     log: list[str]
 
-    def __init__(self, *, enable_timing: bool, blocking: bool) -> None:
+    def __init__(self, *, enable_timing: bool) -> None:
         assert enable_timing
-        assert blocking
         self._place: int | None = None
 
     def record(self) -> None:
         self._place = len(self.log)
         self.log.append("recorded")
 
-    def synchronize(self) -> None:
+    def query(self) -> bool:
         self.log.append("waited")
+        return True
 
     def elapsed_time(self, later: _Event) -> float:
         assert self._place is not None
@@ -39,12 +39,13 @@ def test_on_cuda_events_are_recorded_and_waited_for_when_they_are_read(
 ) -> None:
     log = _Event.log = []
     monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     parts = StepParts(torch.device("cuda"))
     parts.end("model")
     parts.end("optimizer")
     # Three, whatever the model: nothing is launched, nothing waits.
     assert log == ["recorded"] * 3
-    parts.ended.wait()
+    assert parts.ended.wait(1.0)
     assert log[3:] == ["waited"]
     assert parts.seconds() == {"model_seconds": 2e-3, "optimizer_seconds": 2e-3}
 
@@ -74,7 +75,7 @@ def test_a_steps_numbers_go_to_the_host_unawaited_before_the_moment_that_is_wait
     optimizer = SimpleNamespace(step=lambda *_: update)
     result = step.take_step(model, optimizer, [], 1, 1e-3)  # type: ignore[arg-type]
     assert log == ["model", ("cpu", True), "optimizer"]
-    assert result.read() == step.StepNumbers(2.0, 3.0, False, (True, True))
+    assert result.read(1.0) == step.StepNumbers(2.0, 3.0, False, (True, True))
 
 
 @pytest.mark.gpu
@@ -87,7 +88,7 @@ def test_reading_a_steps_numbers_does_not_wait_for_what_the_device_was_given_aft
     torch.cuda._sleep(10**9)  # some tenths of a second
     after = torch.cuda.Event()
     after.record()
-    assert step.StepResult(numbers, parts).read().loss == 2.0
+    assert step.StepResult(numbers, parts).read(60.0).loss == 2.0
     assert not after.query()
     torch.cuda.synchronize()
 
@@ -103,6 +104,6 @@ def test_a_gpus_work_counts_as_the_part_that_it_was_given_in() -> None:
         matrix = matrix @ matrix
     parts.end("model")
     parts.end("optimizer")
-    parts.ended.wait()
+    assert parts.ended.wait(1.0)
     seconds = parts.seconds()
     assert seconds["model_seconds"] > 10 * seconds["optimizer_seconds"] >= 0

@@ -1,0 +1,71 @@
+"""How the fused kernels are cut up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut up.
+
+    Attributes:
+        tokens: of a tile.
+        columns: of a tile, all of them where rows are summed.
+        warps: that share a tile.
+        stages: of tiles that are loaded ahead, in a kernel that takes several.
+    """
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int = 2
+
+    def programs(self, tokens: int, most: int) -> int:
+        """Programs of a kernel that takes several tiles each."""
+        return min(-(-tokens // self.tokens), most)
+
+    def options(self, *, loops: bool = False) -> dict[str, int]:
+        """As a kernel's launch takes them."""
+        options = {"TOKENS": self.tokens, "COLUMNS": self.columns, "num_warps": self.warps}
+        return options | ({"STAGES": self.stages} if loops else {})
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How kernels are cut up, by their registers and by the bytes that they have under way.
+
+    Attributes:
+        elements: of a tile of whole rows, where a row has no more: enough rows that vectors of
+            parameters, which each program reads, weigh little beside them.
+        gradient_elements: the same of the norm's gradient, which holds more arrays at once.
+        activation: of the activation and its gradient.
+        row_programs: that take all whole rows in turn; two run on each of an H100's 132
+            multiprocessors at once.
+        activation_programs: the same of the activation's gradient, of which three do.
+    """
+
+    elements: int = 8192
+    gradient_elements: int = 4096
+    activation: Tile = Tile(8, 256, 4)
+    row_programs: int = 264
+    activation_programs: int = 396
+
+    def rows(self, size: int) -> Tile:
+        """A tile of rows of D elements."""
+        return _of_rows(size, self.elements)
+
+    def gradient_rows(self, size: int) -> Tile:
+        """The same of the norm's gradient."""
+        return _of_rows(size, self.gradient_elements)
+
+
+def _of_rows(size: int, elements: int) -> Tile:
+    columns = 1 << (size - 1).bit_length()
+    tokens = min(16, max(1, elements // columns))
+    # 16 to 32 elements of an array a thread.
+    most = 8 if columns <= 4096 else 16
+    return Tile(tokens, columns, min(most, max(1, tokens * columns // 512)))
+
+
+TILING = Tiling()

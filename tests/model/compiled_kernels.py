@@ -1,0 +1,163 @@
+"""What Triton makes of every kernel of the project, for GPUs that need not be there.
+
+A process of its own, since where the interpreter is on Triton compiles nothing:
+`python -m tests.model.compiled_kernels` prints as JSON a list of (compute capability, kernel, what
+it takes), or in place of the last why it was not compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_bert.config.presets import PRESETS
+from megatron_bert.config.schema import ModelConfig
+from megatron_bert.model import flash_attention, flash_kernels, fused_kernels, fused_tiles
+
+# Of the arguments that are not arrays of the compute type, by their names.
+_TYPES = {
+    "BEGINS": "*i32",
+    "ENDS": "*i32",
+    "ROW_KEYS": "*i64",
+    "TOKEN_DRAWS": "*i32",
+    "CHANNEL_DRAWS": "*i32",
+    **dict.fromkeys(("LOG_SUM", "DELTA", "DK", "DV", "MEAN", "RSTD", "PARTS"), "*fp32"),
+    **dict.fromkeys(("T", "D", "F", "S", "heads", "first_head", "threshold"), "i32"),
+    **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale"), "fp32"),
+}
+# Sizes are multiples of 16, as arrays' addresses are.
+_DIVISIBLE = ("T", "D", "F", "S")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is launched for a model.
+
+    Attributes:
+        name: of the kernel and of what is computed.
+        module: that it is in.
+        options: its constants and how it is cut up.
+    """
+
+    name: str
+    module: str
+    options: dict[str, Any]
+
+    @property
+    def kernel(self) -> Any:
+        module = {"flash": flash_kernels, "fused": fused_kernels}[self.module]
+        return getattr(module, f"{self.name.split()[0]}_kernel")
+
+
+def cases() -> Iterator[tuple[int, Case]]:
+    """Compute capabilities, and kernels as RetrievaBERT's and ModernBERT's layers launch them.
+
+    On what was not tuned for, the larger of the two, with dropout, is enough.
+    """
+    for capability in (80, 90, 100):
+        for preset, dropout in (("retrievabert-1.3b", True), ("modernbert-base", False)):
+            if capability != 90 and not dropout:
+                continue
+            model = ModelConfig(**PRESETS[preset])
+            for name, options in {**_flash(model, dropout), **_fused(model, dropout)}.items():
+                yield capability, Case(f"{name} {preset}", name.split("_")[0], options)
+
+
+def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
+    tiling = flash_attention.TILING
+    sharing = model.num_attention_heads // model.num_query_groups
+    reach = model.local_attention // 2 if model.family.alternates else -1
+    meta = {"SHARING": sharing, "DROPOUT": dropout, "REACH": reach, "SIZE": model.head_dim}
+    heads = sharing // tiling.key_gradient_parts if sharing > 1 else 1
+    return {
+        "flash_forward": meta | tiling.forward.options(),
+        "flash_query_gradient": meta | tiling.query_gradient.options(),
+        "flash_key_gradient": meta | {"HEADS": heads} | tiling.key_gradient.options(),
+    }
+
+
+def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
+    tiling, biases = fused_tiles.TILING, model.family.biases
+    rows, activation = tiling.rows(model.hidden_size), tiling.activation
+    gradient = tiling.gradient_rows(model.hidden_size).options(loops=True)
+    norm, branch = {"HAS_BIAS": biases}, {"HAS_BRANCH_BIAS": biases, "DROPOUT": dropout}
+    gated = {"BIASES": biases, "GELU": model.family.activation == "gelu"}
+    forward = norm | branch | {"HAS_BRANCH": True, "NORM": True} | rows.options()
+    return {
+        "fused_residual_norm": forward,
+        "fused_norm_again": norm | rows.options(),
+        "fused_residual_norm_gradient": norm | branch | {"GRADS": 3} | gradient,
+        "fused_branch_gradient": branch | rows.options(loops=True),
+        "fused_gated_activation": gated | activation.options(),
+        "fused_gated_activation_gradient": gated | activation.options(loops=True),
+    }
+
+
+def compiled(case: Case, capability: int) -> dict[str, int]:
+    """Compile a kernel: registers of a thread, and bytes of its stack and of a program."""
+    launch = ("num_warps", "num_stages")
+    constants = {n: v for n, v in case.options.items() if n not in launch}
+    names = case.kernel.arg_names
+    types = {n: "constexpr" if n in constants else _TYPES.get(n, "*bf16") for n in names}
+    divisible = [n for n in names if types[n].startswith("*") or n in _DIVISIBLE]
+    source = ASTSource(
+        case.kernel,
+        types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={name: case.options[name] for name in launch if name in case.options},
+    )
+    usage = _resource_usage(made.asm["cubin"])
+    return {
+        "warps": case.options["num_warps"],
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": made.metadata.shared,
+    }
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", printed)}
+
+
+def _tried(case: tuple[int, Case]) -> dict[str, int] | str:
+    try:
+        return compiled(case[1], case[0])
+    except (AttributeError, ImportError, TypeError) as error:
+        # Kernels that cannot be compiled raise errors of Triton's own.
+        return f"Triton {triton.__version__} is called otherwise: {type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """Print what the kernels take."""
+    pairs = list(cases())
+    with ProcessPoolExecutor() as pool:
+        figures = list(pool.map(_tried, pairs))
+    found = [(*pair, figure) for pair, figure in zip(pairs, figures, strict=True)]
+    json.dump([[capability, case.name, figure] for capability, case, figure in found], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The fused kernels: on a GPU as they are, elsewhere by Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_bert.parallel.deferred import WeightQueue
+from megatron_bert.parallel.random import dropout_keys, element_draws, hash_dropout, vector_draws
+
+pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
+
+from megatron_bert.model import fused_tiles
+from megatron_bert.model.fused_activation import Activation, gated_down
+from megatron_bert.model.fused_norm import Branch, add_branch, residual_norm
+from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
+from megatron_bert.model.fused_tiles import Tile, Tiling
+
+pytestmark = pytest.mark.peers
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+EPS = 1e-5
+# Programs that take several tiles, and not all as many.
+FEW_PROGRAMS = Tiling(row_programs=3, activation_programs=6)
+
+
+class _Inputs:
+    """Random tensors that get gradients, and their fp32 copies that the reference reads."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self.dtype = dtype
+        self.random = torch.Generator().manual_seed(seed)
+        self.ours: list[Tensor] = []
+        self.theirs: list[Tensor] = []
+
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random).to(DEVICE, self.dtype)
+
+    def make(self, *shape: int) -> tuple[Tensor, Tensor]:
+        ours = self.numbers(*shape)
+        pair = ours.requires_grad_(), ours.detach().float().requires_grad_()
+        self.ours.append(pair[0])
+        self.theirs.append(pair[1])
+        return pair
+
+    def check_gradients(
+        self, outputs: list[Tensor], grads: list[Tensor], expected: list[Tensor], sums: list[Tensor]
+    ) -> None:
+        """`grads` are of our outputs, `sums` of the reference's."""
+        found = torch.autograd.grad(outputs, self.ours, grads)
+        wanted = torch.autograd.grad(expected, self.theirs, [total.float() for total in sums])
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.dtype == self.dtype
+            self.check(ours, theirs)
+
+    def check(self, ours: Tensor, theirs: Tensor) -> None:
+        assert ours.shape == theirs.shape
+        difference = (ours.float() - theirs).norm() / theirs.norm().clamp(min=1e-6)
+        assert difference < TOLERANCES[self.dtype]
+
+
+def _plain(x: Tensor, branch: Branch, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    draws = (branch.token_draws_T, branch.channel_draws_D)
+    return plain_residual_norm(
+        x, branch.y_TD, branch.bias_D, weight, bias, branch.dropout, draws, EPS
+    )
+
+
+def _branch(inputs: _Inputs, tokens: int, size: int, bias: bool, dropout: float) -> list[Branch]:
+    """A sub-layer's output, ours and the reference's."""
+    keys = dropout_keys(torch.arange(1, device=DEVICE), 1, "x", range(1))[0]
+    draws = (
+        vector_draws(keys, torch.arange(tokens, device=DEVICE)),
+        element_draws(size, DEVICE),
+    )
+    ys = inputs.make(tokens, size)
+    biases = inputs.make(size) if bias else (None, None)
+    return [Branch(y, b, dropout, *draws) for y, b in zip(ys, biases, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "size", "biases", "dropout", "copies"),
+    [
+        (37, 96, True, 0.3, 2),
+        (37, 96, False, 0.0, 3),
+        (9, 1536, True, 0.1, 2),
+        (5, 1536, True, 0.0, 1),
+        (1, 16, False, 0.5, 1),
+        (66, 40, True, 0.1, 3),
+    ],
+)
+def test_residual_and_norm_are_the_plain_ones(
+    tokens: int,
+    size: int,
+    biases: bool,
+    dropout: float,
+    copies: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
+    inputs = _Inputs(dtype, seed=tokens)
+    x, plain_x = inputs.make(tokens, size)
+    branch, plain_branch = _branch(inputs, tokens, size, biases, dropout)
+    weight, plain_weight = inputs.make(size)
+    bias, plain_bias = inputs.make(size) if biases else (None, None)
+    total, normed = residual_norm(x, branch, weight, bias, EPS, copies)
+    expected = _plain(plain_x, plain_branch, plain_weight, plain_bias)
+    inputs.check(total, expected[0])
+    inputs.check(normed.copies[0], expected[1])
+    inputs.check(normed.again(), expected[1])
+    assert len({copy.data_ptr() for copy in normed.copies}) == 1
+    grads = [inputs.numbers(tokens, size) for _ in range(1 + copies)]
+    sums = [grads[0], torch.stack([grad.float() for grad in grads[1:]]).sum(0)]
+    inputs.check_gradients([total, *normed.copies], grads, list(expected), sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "has_bias"), [(96, True), (48, False)])
+def test_a_norm_alone_gives_back_the_residual_stream_with_both_gradients_in_one(
+    size: int, has_bias: bool, dtype: torch.dtype
+) -> None:
+    inputs = _Inputs(dtype, seed=size)
+    x, plain_x = inputs.make(21, size)
+    weight, plain_weight = inputs.make(size)
+    bias, plain_bias = inputs.make(size) if has_bias else (None, None)
+    same, normed = residual_norm(x, None, weight, bias, EPS)
+    assert torch.equal(same, x)
+    assert same.data_ptr() == x.data_ptr()
+    assert same.grad_fn is normed.copies[0].grad_fn
+    expected = F.layer_norm(plain_x, (size,), plain_weight, plain_bias, EPS)
+    inputs.check(normed.copies[0], expected)
+    grads = [inputs.numbers(21, size) for _ in range(2)]
+    inputs.check_gradients([same, *normed.copies], grads, [plain_x * 1.0, expected], grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "size", "bias", "dropout"),
+    [(37, 96, True, 0.3), (37, 96, True, 0.0), (9, 1536, False, 0.1), (4, 16, False, 0.0)],
+)
+def test_a_branch_is_added_without_a_norm(
+    tokens: int,
+    size: int,
+    bias: bool,
+    dropout: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
+    inputs = _Inputs(dtype, seed=tokens)
+    x, plain_x = inputs.make(tokens, size)
+    branch, plain_branch = _branch(inputs, tokens, size, bias, dropout)
+    total = add_branch(x, branch)
+    weight = torch.ones(size, device=DEVICE)
+    expected = _plain(plain_x, plain_branch, weight, None)[0]
+    inputs.check(total, expected)
+    grads = [inputs.numbers(tokens, size)]
+    inputs.check_gradients([total], grads, [expected], grads)
+
+
+def test_the_same_elements_are_dropped_as_without_kernels_and_again_backward() -> None:
+    inputs = _Inputs(torch.float32, seed=0)
+    branch = _branch(inputs, 50, 96, False, 0.3)[0]
+    ones = torch.ones(50, 96, device=DEVICE, requires_grad=True)
+    branch, zeros = replace(branch, y_TD=ones), torch.zeros(50, 96, device=DEVICE)
+    draws = (branch.token_draws_T, branch.channel_draws_D)
+    expected = hash_dropout(ones, 0.3, *draws)
+    total = add_branch(zeros, branch)
+    assert torch.equal(total, expected)
+    # The norm's part of the gradient is 0, as the sum alone is read.
+    weight = torch.ones(96, device=DEVICE, requires_grad=True)
+    with_norm, normed = residual_norm(zeros, branch, weight, None, EPS)
+    assert torch.equal(with_norm, expected)
+    for output in (total.sum(), with_norm.sum() + 0.0 * normed.copies[0].sum()):
+        assert torch.equal(torch.autograd.grad(output, ones)[0], expected)
+
+
+@dataclass
+class _Down:
+    """The layer of the down projection, as far as it is asked."""
+
+    weight: nn.Parameter
+    deferred: WeightQueue | None = None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("defers", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "size", "biases", "activation"),
+    [(37, 48, True, F.silu), (37, 600, True, F.gelu), (33, 300, False, F.gelu)],
+)
+def test_the_gated_activation_and_its_product_are_the_plain_ones(
+    tokens: int,
+    size: int,
+    biases: bool,
+    activation: Activation,
+    defers: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
+    inputs, width = _Inputs(dtype, seed=tokens), 24
+    (gate, plain_gate), (up, plain_up) = (inputs.make(tokens, size) for _ in range(2))
+    none = (None, None)
+    (gate_bias, plain_gate_bias), (up_bias, plain_up_bias) = (
+        inputs.make(size) if biases else none for _ in range(2)
+    )
+    down = _Down(nn.Parameter(inputs.numbers(width, size) / size**0.5))
+    plain_weight = down.weight.detach().float().requires_grad_()
+    if defers:
+        down.deferred = WeightQueue()
+    else:
+        inputs.ours.append(down.weight)
+        inputs.theirs.append(plain_weight)
+    y = gated_down(gate, up, gate_bias, up_bias, down, activation)
+    plain = (plain_gate, plain_up, plain_gate_bias, plain_up_bias, plain_weight)
+    expected = plain_gated_down(*plain, activation)
+    inputs.check(y, expected)
+    y_grad = inputs.numbers(tokens, width)
+    (weight_grad,) = torch.autograd.grad(expected, plain_weight, y_grad.float(), retain_graph=True)
+    inputs.check_gradients([y], [y_grad], [expected], [y_grad])
+    if down.deferred is not None:
+        (products,) = down.deferred
+        inputs.check(products.compute(products.gather())[0], weight_grad)
+
+
+def test_the_same_input_gives_the_same_bits() -> None:
+    def gradients() -> list[Tensor]:
+        inputs = _Inputs(torch.bfloat16, seed=3)
+        x = inputs.make(700, 64)[0]
+        branch = _branch(inputs, 700, 64, True, 0.1)[0]
+        weight, bias = inputs.make(64)[0], inputs.make(64)[0]
+        total, normed = residual_norm(x, branch, weight, bias, EPS)
+        grads = [inputs.numbers(700, 64) for _ in range(2)]
+        return list(torch.autograd.grad([total, *normed.copies], inputs.ours, grads))
+
+    for once, again in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(once, again)
+
+
+def test_tiles_hold_as_much_whatever_the_width() -> None:
+    tiling = Tiling()
+    assert tiling.rows(1536) == Tile(4, 2048, 8)
+    assert tiling.gradient_rows(1536) == Tile(2, 2048, 8)
+    assert tiling.gradient_rows(768) == Tile(4, 1024, 8)
+    assert tiling.rows(96) == Tile(16, 128, 4)
+    assert tiling.rows(16) == Tile(16, 16, 1)
+    assert tiling.gradient_rows(5120) == Tile(1, 8192, 16)

@@ -1,0 +1,206 @@
+"""Models whose blocks the fused kernels compute, against the same without them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.model import kernels
+from megatron_bert.model.attention import PackedLayout
+from megatron_bert.model.block import Block, BlockDropout
+from megatron_bert.model.build import build_model
+from megatron_bert.parallel.random import element_draws
+from tests.distributed_harness import run_ranks
+from tests.small_model import (
+    VOCABULARY,
+    cpu_topology,
+    packed_inputs,
+    small_config,
+    small_model,
+    whole_model,
+)
+
+pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="blocks on the CPU need the interpreter"),
+]
+
+DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+
+
+def _train(
+    name: str, changes: dict[str, Any], sizes: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    """Loss and gradients of a step of two micro-batches, and what evaluation gives."""
+    config = small_config(**{"kernels": name, **changes})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_check_device", lambda *_, **__: None)
+        model = small_model(config, cpu_topology(**sizes))
+    batches = [packed_inputs(2), packed_inputs(2, first_row=2)]
+    loss = model.runner.train(batches, torch.tensor(7.0))
+    model.sum_shared_gradients()
+    gradients = {name: p.grad for name, p in model.named_parameters().items()}
+    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
+    return loss, whole, model.runner.evaluate(batches)
+
+
+MODERNBERT = {"architecture": "modernbert", "num_layers": 3, **DROPOUT}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "sizes"),
+    [
+        (1, {"model": DROPOUT}, {}),
+        (1, {"model": {"hidden_dropout": 0.0}}, {}),
+        (1, {"model": MODERNBERT}, {}),
+        (1, {"model": DROPOUT, "recompute": "full"}, {}),
+        (1, {"model": DROPOUT, "recompute": "selective"}, {}),
+        (2, {"model": DROPOUT}, {"tensor": 2}),
+        (2, {"model": DROPOUT}, {"tensor": 2, "sequence_parallel": True}),
+        (
+            2,
+            {"model": MODERNBERT, "recompute": "full"},
+            {"tensor": 2, "sequence_parallel": True},
+        ),
+        (2, {"model": DROPOUT, "parallel": {"reshard_after_forward": True}}, {}),
+    ],
+)
+def test_losses_and_gradients_are_those_without_the_kernels(
+    ranks: int, changes: dict[str, Any], sizes: dict[str, Any]
+) -> None:
+    _compare(ranks, changes, sizes)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
+def test_so_they_are_through_a_pipeline(schedule: str) -> None:
+    parallel = {"pipeline": 2, "pipeline_schedule": schedule}
+    if schedule != "1f1b":
+        parallel["virtual_stages"] = 2
+    _compare(2, {"model": {**DROPOUT, "num_layers": 4}, "parallel": parallel}, {"pipeline": 2})
+
+
+def _compare(ranks: int, changes: dict[str, Any], sizes: dict[str, Any]) -> None:
+    for found, expected in zip(
+        run_ranks(ranks, _train, "fused", changes, sizes),
+        run_ranks(ranks, _train, "torch", changes, sizes),
+        strict=True,
+    ):
+        torch.testing.assert_close(found[0], expected[0])
+        assert list(found[1]) == list(expected[1])
+        for name, gradient in expected[1].items():
+            torch.testing.assert_close(
+                found[1][name],
+                gradient,
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda m, name=name: f"{name}: {m}",
+            )
+        for ours, theirs in zip(found[2], expected[2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+class _Storages(TorchDispatchMode):
+    """The storages that operators have made, beside those that were there."""
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._there = {tensor.untyped_storage()._cdata for tensor in there}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._there:
+                    self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def held(self) -> int:
+        """Bytes of those that are still there."""
+        gc.collect()  # Triton's interpreter leaves what it was called with last in a cycle
+        return sum(size for reference, size in self._made.values() if not reference.expired())
+
+
+def _held_bytes(name: str, recompute: str, biases: bool) -> int:
+    """Bytes that are there after a block's forward pass and were not before."""
+    architecture = "retrievabert" if biases else "modernbert"
+    config = small_config(
+        model={**DROPOUT, "architecture": architecture}, recompute=recompute, kernels=name
+    )
+    model = whole_model(config, cpu_topology()).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_check_device", lambda *_, **__: None)
+        kernels.use_kernels(model, name, torch.device("cpu"), torch.float32, fp8=False)
+    block = model.blocks["1"]
+    assert isinstance(block, Block)
+    # As if attention kept nothing but its output.
+    block.attention.mix = lambda q, *_: q * 1.0
+    layout = PackedLayout.from_positions(packed_inputs(2).positions)
+    draws, channels = torch.arange(64), element_draws(32, torch.device("cpu"))
+    dropout = BlockDropout(draws[:2], draws, draws, channels)
+    x = torch.randn(64, 32, requires_grad=True)
+    storages = _Storages([*model.parameters(), draws, channels, x])
+    with storages:
+        y = block(x, layout, dropout)
+    held = storages.held()
+    del y
+    return held
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_neither_norms_nor_activations_are_kept(biases: bool) -> None:
+    tokens, hidden, wide = 64, 32, 48
+    kept = run_ranks(1, _held_bytes, "fused", "none", biases)[0]
+    # Attention's output, the residual stream behind it and behind the block; gate and up; mean
+    # and deviation of two norms.
+    assert kept == 4 * tokens * (3 * hidden + 2 * wide + 2 * 2)
+    assert run_ranks(1, _held_bytes, "torch", "none", biases)[0] > 1.5 * kept
+
+
+@pytest.mark.parametrize("name", ["fused", "torch"])
+def test_with_full_recomputation_nothing_is_kept_but_the_block_s_output(name: str) -> None:
+    assert run_ranks(1, _held_bytes, name, "full", True)[0] == 4 * 64 * 32
+
+
+def _made_again(tensor: int, sequence: bool) -> list[int]:
+    """How often a training step makes norms again."""
+    from megatron_bert.model import fused_norm
+
+    calls: list[int] = []
+    again = fused_norm._norm_again
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return again(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_norm, "_norm_again", counted)
+        _train("fused", {}, {"tensor": tensor, "sequence_parallel": sequence})
+    return calls
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
+def test_a_norm_is_made_again_once_for_all_that_read_it(tensor: int, sequence: bool) -> None:
+    # Two micro-batches through two layers of two norms each.
+    assert len(run_ranks(tensor, _made_again, tensor, sequence)[0]) == 2 * 2 * 2
+
+
+def _refusal() -> str:
+    with pytest.raises(ConfigError) as refused:
+        build_model(small_config(kernels="fused"), VOCABULARY, cpu_topology())
+    return str(refused.value)
+
+
+def test_a_machine_without_cuda_is_refused_when_the_model_is_built() -> None:
+    assert "kernels = fused: it computes on CUDA only" in run_ranks(1, _refusal)[0]
