@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ TEMPORARY_INFIX = ".tmp-"
 
 StrPath: TypeAlias = str | os.PathLike[str]
 """A path as callers from Python have it."""
+
+# How a file system says that its files have one name each.
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 Write: TypeAlias = Callable[[bytes | memoryview], None]
 """Appends bytes (a memoryview must be one of bytes) to a file."""
@@ -95,3 +99,35 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     with appearing_whole(path) as temporary:
         write_durably(temporary, content)
+
+
+def write_if_absent(path: Path, content: str | bytes) -> bool:
+    """Do as `write_atomically` where there is no file yet, and say whether it was written.
+
+    Of several who do so at once one succeeds. (Where files cannot be linked, more may.)
+
+    Raises:
+        OSError: The host could not write; no temporary is left.
+    """
+    temporary = temporary_path(path)
+    try:
+        write_durably(temporary, content)
+        _give_name(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_to_disk(path.parent)
+    return True
+
+
+def _give_name(temporary: Path, path: Path) -> None:
+    """Unlike a rename this fails where there is such a file."""
+    try:
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+        temporary.replace(path)

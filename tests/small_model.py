@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,12 +56,22 @@ def small_model(config: Config, topology: Topology) -> RankModel:
     return build_model(config, VOCABULARY, topology)
 
 
-def packed_inputs(rows: int, first_row: int = 0) -> dict[str, Tensor]:
+class PackedInputs(NamedTuple):
+    """A micro-batch, as `data.batch.RowArrays.model_inputs` orders it."""
+
+    tokens: Tensor
+    positions: Tensor
+    masked: Tensor
+    labels: Tensor
+    weights: Tensor
+    rows: Tensor
+
+
+def packed_inputs(rows: int, first_row: int = 0) -> PackedInputs:
     """Random rows of two or three segments; row n is the same whatever rows surround it."""
     drawn = [_row(first_row + n) for n in range(rows)]
-    inputs = {name: torch.stack([row[name] for row in drawn]) for name in drawn[0]}
-    inputs["rows"] = torch.arange(first_row, first_row + rows)
-    return inputs
+    stacked = {name: torch.stack([row[name] for row in drawn]) for name in drawn[0]}
+    return PackedInputs(**stacked, rows=torch.arange(first_row, first_row + rows))
 
 
 def _row(number: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,12 +23,29 @@ with told_errors():
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _RECIPE = _CHECKOUT / "examples" / "retrievabert_1.3b.yaml"
 _CORPUS = [_CHECKOUT / "examples" / "corpus" / f"{name}.jsonl" for name in ("english", "japanese")]
+# What `add_subparsers` returns.
+_Kinds: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    data = kinds.add_parser(
+    for add in (_add_data, _add_checkpoint, _add_pipeline, _add_step, _add_kernels, _add_peers):
+        add(kinds)
+    for kind in kinds.choices.values():
+        kind.add_argument(
+            "--json", action="store_true", help="print one JSON document, not a table"
+        )
+        kind.add_argument(
+            "--quick",
+            action="store_true",
+            help="a thousandth of the work, to see that everything runs; its figures mean nothing",
+        )
+    return parser
+
+
+def _add_data(kinds: _Kinds) -> None:
+    parser = kinds.add_parser(
         "data",
         help="the data side: planning a run's rows, assembling and masking them, how full they "
         "are, memory, preprocessing against SentencePiece (some minutes, 2 cores, 2 GB)",
@@ -39,13 +56,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Takes some minutes. Temporary files (1 GB) go where TMPDIR says. On a machine that "
         "does other work too the figures are lower.",
     )
-    data.add_argument(
+    parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="MODEL",
         help="SentencePiece .model to preprocess with (default: one trained on the corpus)",
     )
-    data.add_argument(
+    parser.add_argument(
         "--corpus",
         nargs="+",
         type=Path,
@@ -54,13 +71,16 @@ def _parser() -> argparse.ArgumentParser:
         help=".jsonl or .txt, also as .gz or .zst, or .parquet: 100 MB of text to preprocess; less "
         "is repeated, more is not read (default: the corpus in examples/)",
     )
-    data.add_argument(
+    parser.add_argument(
         "--json-key",
         default="text",
         metavar="KEY",
         help="key of the text in .jsonl, its column in .parquet (default: %(default)s)",
     )
-    checkpoint = kinds.add_parser(
+
+
+def _add_checkpoint(kinds: _Kinds) -> None:
+    kinds.add_parser(
         "checkpoint",
         help="saving and loading the training state of a model of 300 M parameters (some minutes, "
         "8 GB of memory, 8 GB of disk)",
@@ -69,24 +89,33 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Checkpoints are written where TMPDIR says, and removed: set it to a folder on the "
         "disk in question.",
     )
-    pipeline = kinds.add_parser(
+
+
+def _add_pipeline(kinds: _Kinds) -> None:
+    kinds.add_parser(
         "pipeline",
         help="how long the ranks of a pipeline wait for each other, beside what is predicted (a "
         "minute, 4 processes that mostly sleep)",
         description="Time training steps of 4 pipeline ranks and 16 micro-batches, whose stages "
         "sleep for a fixed time in place of computing, under every schedule.",
     )
-    step = kinds.add_parser(
+
+
+def _add_step(kinds: _Kinds) -> None:
+    parser = kinds.add_parser(
         "step",
         help="training steps: tokens a second, TFLOP/s, MFU, memory, where the time goes (minutes "
         "on a GPU; under torchrun on several)",
         description="Train for some steps on packed rows of made-up articles, or of a dataset, at "
         "several row lengths; a plain matrix product and the model's own are timed beside it.",
     )
-    _add_model_options(step)
-    step.add_argument("--micro-batches", type=_positive, default=4, help="of a step")
-    step.add_argument("--steps", type=_positive, default=5, help="that are timed")
-    kernels = kinds.add_parser(
+    _add_model_options(parser)
+    parser.add_argument("--micro-batches", type=_positive, default=4, help="of a step")
+    parser.add_argument("--steps", type=_positive, default=5, help="that are timed")
+
+
+def _add_kernels(kinds: _Kinds) -> None:
+    parser = kinds.add_parser(
         "kernels",
         help="the pieces of a step alone, by each kernel that can compute them: attention, norm, "
         "activation, dropout, cross-entropy, AdamW (a minute or so)",
@@ -96,26 +125,19 @@ def _parser() -> argparse.ArgumentParser:
         "needs to ask for them show the host's time, and small inputs come out of the device's "
         "cache, faster than from memory.",
     )
-    _add_model_options(kernels)
-    peers = kinds.add_parser(
+    _add_model_options(parser)
+
+
+def _add_peers(kinds: _Kinds) -> None:
+    parser = kinds.add_parser(
         "peers",
         help="training steps beside those of transformers' Trainer and of Megatron-core's BERT, on "
         "the same documents (minutes; needs the extra `peers`)",
         description="Train for some steps at a configuration's shapes, here on packed rows, by the "
         "others on padded ones, and compare the tokens of text a second. One process.",
     )
-    _add_model_options(peers)
-    peers.add_argument("--steps", type=_positive, default=5, help="that are timed")
-    for kind in (data, checkpoint, pipeline, step, kernels, peers):
-        kind.add_argument(
-            "--json", action="store_true", help="print one JSON document, not a table"
-        )
-        kind.add_argument(
-            "--quick",
-            action="store_true",
-            help="a thousandth of the work, to see that everything runs; its figures mean nothing",
-        )
-    return parser
+    _add_model_options(parser)
+    parser.add_argument("--steps", type=_positive, default=5, help="that are timed")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,8 @@ import torch
 from megatron_bert.config.schema import ModelConfig
 
 _CUDA_SIDE, _CPU_SIDE = 8192, 1024
-_SECONDS_A_REPETITION, _MOST_CALLS = 5e-3, 200
+# On CUDA.
+_REPETITIONS, _SECONDS_A_REPETITION, _MOST_CALLS = 10, 5e-3, 200
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> float
     return sum(seconds_of(product, device) for product in products)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, repetitions: int = 10) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of a piece of work: on CUDA the median of repetitions, on a CPU the least of three.
 
     On CUDA a repetition is as many calls one after another as take some milliseconds, so that
@@ -90,7 +91,6 @@ def seconds_of(work: Callable[[], object], device: torch.device, repetitions: in
     Args:
         work: what is called.
         device: where it computes.
-        repetitions: on CUDA.
     """
     if device.type != "cuda":
         work()
@@ -103,7 +103,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, repetitions: in
     _event_seconds(work, device, calls=1, repetitions=3)
     once = min(_event_seconds(work, device, calls=1, repetitions=3))
     calls = min(_MOST_CALLS, math.ceil(_SECONDS_A_REPETITION / max(once, 1e-6)))
-    return statistics.median(_event_seconds(work, device, calls, repetitions)) / calls
+    return statistics.median(_event_seconds(work, device, calls, _REPETITIONS)) / calls
 
 
 def _event_seconds(

@@ -73,8 +73,7 @@ def subject_of(given: argparse.Namespace) -> Subject:
     config = load_config(given.config, given.overrides)
     if config.mlm.unit == "whole_word":
         # Words need a dictionary's table; what is measured does not depend on them.
-        mlm = config.mlm.model_copy(update={"unit": "ngram"})
-        config = config.model_copy(update={"mlm": mlm})
+        config = config.with_keys({"mlm.unit": "ngram"})
     num_ids = min(VOCAB_SIZE, config.model.vocab_size or VOCAB_SIZE)
     if num_ids < 2 * NUM_SPECIAL:
         raise ConfigError(

@@ -155,7 +155,7 @@ def _time_steps(rank: int, name: ScheduleName, work: PipelineWork, rendezvous: P
     for chunk in chunks:
         shard_over_data(chunk, list(chunk.layers), topology, torch.float32)
     pipeline = Pipeline(chunks, name, topology, _HIDDEN, torch.float32, reshard_after_forward=False)
-    micro_batches = [{"tokens": torch.zeros(1, 1)} for _ in range(work.micro_batches)]
+    micro_batches = [(torch.zeros(1, 1),) for _ in range(work.micro_batches)]
     seconds = []
     for _ in range(work.steps + 1):
         dist.barrier()

@@ -79,10 +79,7 @@ def with_dropout(config: Config, dropout: float | None) -> Config:
     """The same with both rates replaced; None leaves them."""
     if dropout is None:
         return config
-    model = config.model.model_copy(
-        update={"hidden_dropout": dropout, "attention_dropout": dropout}
-    )
-    return config.model_copy(update={"model": model})
+    return config.with_keys({"model.hidden_dropout": dropout, "model.attention_dropout": dropout})
 
 
 @dataclass(frozen=True)

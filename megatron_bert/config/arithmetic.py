@@ -11,17 +11,13 @@ from megatron_bert.config.schema import (
     Config,
     MaskUnit,
     ModelConfig,
+    ScheduleConfig,
 )
 
 VOCABULARY_MULTIPLE = 128
 LONGEST_DEFAULT_EVAL = 512
 # Words and spans are masked whole, so that the last one may run over by all but one of its tokens.
 LARGEST_OVERRUN = MAX_UNIT_TOKENS - 1
-
-
-def total_steps(config: Config) -> int:
-    """Optimizer steps of the whole curriculum."""
-    return sum(stage.steps for stage in config.curriculum)
 
 
 def masked_slots(probability: float, unit: MaskUnit, seq_length: int) -> int:
@@ -34,14 +30,13 @@ def masked_slots(probability: float, unit: MaskUnit, seq_length: int) -> int:
     return exact if unit == "token" else exact + LARGEST_OVERRUN
 
 
-def warmup_steps(config: Config) -> int:
+def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
     """Steps of linear warm-up, from `schedule.warmup_steps` or the fraction of all steps."""
-    schedule = config.schedule
     if schedule.warmup_steps is not None:
         return schedule.warmup_steps
     fraction = schedule.warmup_fraction
     fraction = DEFAULT_WARMUP_FRACTION if fraction is None else fraction
-    return math.floor(fraction * total_steps(config) + 0.5)
+    return math.floor(fraction * total_steps + 0.5)
 
 
 def fixed_eval_length(config: Config) -> int:

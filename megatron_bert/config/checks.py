@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_bert.config.arithmetic import total_steps, warmup_steps
+from megatron_bert.config.arithmetic import warmup_steps
+from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.diagnostics import format_value, raise_problems
 from megatron_bert.config.kernels import fp8_problems, kernel_problems
 from megatron_bert.config.layout_checks import layout_problems
@@ -188,7 +189,8 @@ def _blend_problems(corpora: Sequence[Corpus]) -> Iterator[str]:
 
 
 def _schedule_problems(config: Config) -> Iterator[str]:
-    schedule, optimizer, steps = config.schedule, config.optimizer, total_steps(config)
+    schedule, optimizer = config.schedule, config.optimizer
+    steps = Curriculum(config).total_steps
     if optimizer.min_lr > optimizer.lr:
         yield (
             f"optimizer.min_lr = {optimizer.min_lr:g}: larger than optimizer.lr = "
@@ -200,7 +202,7 @@ def _schedule_problems(config: Config) -> Iterator[str]:
             f"{schedule.warmup_fraction:g} is given too; set one of them to null"
         )
         return
-    warmup = warmup_steps(config)
+    warmup = warmup_steps(schedule, steps)
     if warmup > steps:
         yield (
             f"schedule.warmup_steps = {warmup}: longer than the run of {steps} steps; "

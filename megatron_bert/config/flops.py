@@ -11,7 +11,7 @@ from megatron_bert.config.schema import ModelConfig
 
 # Dense BF16 peak of a GPU in TFLOP/s, from NVIDIA's data sheets.
 # The first name that fits counts.
-_PEAK_TFLOPS = {
+PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
     "H100": 989.0,
@@ -22,7 +22,7 @@ _PEAK_TFLOPS = {
 
 def peak_tflops(device_name: str) -> float | None:
     """What MFU is a share of, by a name such as "NVIDIA H100 80GB HBM3"; None where unknown."""
-    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def row_flops(

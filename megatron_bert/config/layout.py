@@ -34,8 +34,8 @@ class BatchLayout:
         data_parallel: int,
         max_micro_rows: int,
         *,
-        fewest: int = 1,
-        multiple_of: int = 1,
+        pipeline: int = 1,
+        interleaved: bool = False,
     ) -> BatchLayout:
         """Divide a batch of `global_size` rows over `data_parallel` ranks.
 
@@ -46,12 +46,13 @@ class BatchLayout:
             global_size: rows in one optimizer step.
             data_parallel: ranks that share them.
             max_micro_rows: most rows of a micro-batch.
-            fewest: least number of micro-batches, those that keep a pipeline filled.
-            multiple_of: what their number is a multiple of.
+            pipeline: ranks of the pipeline that they fill: they are no fewer.
+            interleaved: whether its ranks hold several stages: they come in rounds of so many.
         """
         rows = _ceil_div(global_size, data_parallel)
-        at_least = max(fewest, _ceil_div(rows, max_micro_rows))
-        num_micro_batches = _ceil_div(at_least, multiple_of) * multiple_of
+        num_micro_batches = max(pipeline, _ceil_div(rows, max_micro_rows))
+        if interleaved:
+            num_micro_batches = _ceil_div(num_micro_batches, pipeline) * pipeline
         return cls(
             global_size=global_size,
             data_parallel=data_parallel,
@@ -66,20 +67,17 @@ class BatchLayout:
         """Divide a batch as the configuration says.
 
         Args:
-            config: limits of a micro-batch, and the pipeline to be filled: 1F1B takes no fewer
-                micro-batches than it has ranks, interleaved schedules rounds of so many.
+            config: limits of a micro-batch, and the pipeline to be filled.
             global_size: rows in one optimizer step.
             seq_length: slots of a row.
             data_parallel: ranks that share the rows.
         """
-        parallel = config.parallel
-        interleaved = parallel.pipeline > 1 and parallel.pipeline_schedule != "1f1b"
         return cls.divide(
             global_size,
             data_parallel,
             config.batch.max_micro_rows(seq_length),
-            fewest=parallel.pipeline,
-            multiple_of=parallel.pipeline if interleaved else 1,
+            pipeline=config.parallel.pipeline,
+            interleaved=config.parallel.pipeline_schedule != "1f1b",
         )
 
     @property

@@ -52,8 +52,13 @@ class RankLayout:
 
     def put_into(self, config: Config) -> Config:
         """Return the configuration with this layout in place of its own."""
-        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "replicate": self.replicate}
-        return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+        return config.with_keys(
+            {
+                "parallel.tensor": self.tensor,
+                "parallel.pipeline": self.pipeline,
+                "parallel.replicate": self.replicate,
+            }
+        )
 
 
 def layout_problems(config: Config, world_size: int, vocab_size: int | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from megatron_bert.config.arithmetic import total_steps
+from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.schema import Config
 
 # What is recorded stays in memory until the last of the steps.
@@ -29,7 +29,7 @@ def profile_problems(config: Config) -> Iterator[str]:
     given = config.profile.steps
     if given is None:
         return
-    key, total = f"profile.steps = {given}", total_steps(config)
+    key, total = f"profile.steps = {given}", Curriculum(config).total_steps
     if re.fullmatch(r"[0-9]{1,18}:[0-9]{1,18}", given) is None:
         yield f"{key}: give the first and the last step, e.g. {min(10, total)}:{min(12, total)}"
         return

@@ -7,6 +7,7 @@ must agree on is in `checks`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -451,3 +452,17 @@ class Config(Section):
     """torch.compile."""
     distributed: DistributedConfig = DistributedConfig()
     """The process group."""
+
+    def with_keys(self, values: Mapping[str, Any]) -> Config:
+        """Return the same with other values of some keys (`name`, `section.name`), unchecked."""
+        update: dict[str, Any] = {}
+        by_section: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, dot, name = key.partition(".")
+            if dot:
+                by_section.setdefault(section, {})[name] = value
+            else:
+                update[section] = value
+        for section, its in by_section.items():
+            update[section] = getattr(self, section).model_copy(update=its)
+        return self.model_copy(update=update)

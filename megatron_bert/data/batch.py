@@ -5,7 +5,7 @@ Shape suffixes: B rows, S slots a row, M masked slots a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,10 +65,6 @@ class RowArrays:
             self.weights_BM,
             self.rows_B,
         )
-
-    def by_name(self) -> dict[str, Tensor]:
-        """The same by the names of the attributes, the tokens first."""
-        return {field.name: getattr(self, field.name) for field in fields(RowArrays)}
 
 
 @dataclass(frozen=True)

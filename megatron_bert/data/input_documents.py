@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+from megatron_bert.closeable import Closeable
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.raw_documents import RawBatch
@@ -148,7 +148,7 @@ class InputDocuments:
                 )
 
 
-class FileHashes:
+class FileHashes(Closeable):
     """SHA-256 of files, computed beside the reading of them by a thread of its own.
 
     Used as a context manager: what is not computed at the end is given up.
@@ -181,15 +181,8 @@ class FileHashes:
             self._known.append(self._pending.popleft().result())
         return list(self._known)
 
-    def __enter__(self) -> FileHashes:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Give up what is not computed yet."""
         self._stop.set()
         self._thread.shutdown(cancel_futures=True)
 

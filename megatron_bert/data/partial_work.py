@@ -7,12 +7,12 @@ import json
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert.closeable import Closeable
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.files import TEMPORARY_INFIX, sync_to_disk, write_atomically
@@ -34,7 +34,7 @@ class _Journal(NamedTuple):
     progress: dict[str, Any]
 
 
-class PartialWork:
+class PartialWork(Closeable):
     """A folder that one live job at a time appends to.
 
     What was appended counts once it is committed: a successor of a job that died, at whatever
@@ -88,7 +88,7 @@ class PartialWork:
             self._check_is_ours()
             self._recover(restart)
         except BaseException:
-            self._leave()
+            self.close()
             raise
         self._reset_clock()
 
@@ -171,18 +171,8 @@ class PartialWork:
         """Let the folder go at the end, whatever was committed."""
         (self.path / _JOURNAL).unlink(missing_ok=True)
 
-    def __enter__(self) -> PartialWork:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
+    def close(self) -> None:
+        """Leave the folder where something was committed to go on from, else remove it."""
         try:
             self._close_files()
             if self._is_ours and not (self.path / _JOURNAL).exists():

@@ -6,8 +6,8 @@ import errno
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import TracebackType
 
+from megatron_bert.closeable import Closeable
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
@@ -17,7 +17,7 @@ from megatron_bert.files import sync_to_disk, temporary_path
 _SUFFIXES = (".bin", ".words", ".json", ".idx")
 
 
-class StagedDataset:
+class StagedDataset(Closeable):
     """A place for a dataset's files until they are whole.
 
     Used as a context manager: files are written under `prefix`, then `place` gives them their
@@ -69,15 +69,8 @@ class StagedDataset:
         staged = sync_staged(self.prefix)
         place_files(self.prefix, self._final_prefix, staged)
 
-    def __enter__(self) -> StagedDataset:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Remove what was not placed."""
         for path in dataset_files(self.prefix).values():
             path.unlink(missing_ok=True)
 

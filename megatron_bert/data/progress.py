@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
+from megatron_bert.closeable import Closeable
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
+class Progress(Closeable):
     """Progress through a known number of bytes, shown on standard error.
 
     On a terminal a bar is drawn; elsewhere (a log file, a batch job) a line is written every ten
@@ -44,14 +45,7 @@ class Progress:
             self._stream.flush()
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()

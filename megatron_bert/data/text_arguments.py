@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bert.data.text import DocumentReader
@@ -40,10 +39,10 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_texts(options: argparse.Namespace, field_keys: Sequence[str] = ()) -> DocumentReader:
+def open_texts(options: argparse.Namespace) -> DocumentReader:
     """Open the files that these arguments name.
 
     Raises:
         DataError: one cannot be used.
     """
-    return DocumentReader(options.input, options.txt_documents, options.json_key, field_keys)
+    return DocumentReader(options.input, options.txt_documents, options.json_key)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from megatron_bert.config.muon import BATCH_ELEMENTS, ITERATIONS
 from megatron_bert.config.schema import OptimizerConfig
 from megatron_bert.parallel.sharding import local_part, placed_like
 from megatron_bert.parallel.whole_matrices import MatrixOwners
@@ -15,11 +16,7 @@ from megatron_bert.parallel.whole_matrices import MatrixOwners
 # Of the iteration x -> a x + b (x x^T) x + c (x x^T)^2 x (Jordan et al. 2024, "Muon"): steepest at
 # zero, so that five steps bring every singular value that is not tiny into about 0.7 to 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_ITERATIONS = 5
 _EPS = 1e-7
-# Matrices of fewer elements are orthogonalised together, up to so many: alone, small ones would
-# leave a device waiting for the host; together, large ones would only take memory.
-_BATCH_ELEMENTS = 1 << 24
 # Root mean square of an update's elements over the learning rate, as AdamW's are in practice (Liu
 # et al. 2025, "Muon is scalable for LLM training", section 2.2).
 _UPDATE_RMS = 0.2
@@ -81,8 +78,9 @@ class Muon:
         own, momentum = [gradients[n] for n in self._momentum], list(self._momentum.values())
         torch._foreach_div_(own, divisor)
         # Not by a factor of 0: a skipped gradient may be NaN.
+        is_skipped = skipped != 0
         for gradient in own:
-            gradient.masked_fill_(skipped != 0, 0.0)
+            gradient.masked_fill_(is_skipped, 0.0)
         changes = torch._foreach_sub(own, momentum)
         torch._foreach_mul_(changes, (1 - skipped) * (1 - self._decay))
         torch._foreach_add_(momentum, changes)
@@ -106,7 +104,7 @@ def _all_orthogonalized(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names_by_shape.setdefault(matrix.shape, []).append(name)
     results: dict[str, Tensor] = {}
     for shape, names in names_by_shape.items():
-        size = max(1, _BATCH_ELEMENTS // shape.numel())
+        size = max(1, BATCH_ELEMENTS // shape.numel())
         for batch in (names[begin : begin + size] for begin in range(0, len(names), size)):
             result = orthogonalized(torch.stack([matrices[name] for name in batch]))
             results.update(zip(batch, result, strict=True))
@@ -123,7 +121,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
-    for _ in range(_ITERATIONS):
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from megatron_bert.config.arithmetic import total_steps, warmup_steps
+from megatron_bert.config.arithmetic import warmup_steps
 from megatron_bert.config.curriculum import Curriculum
-from megatron_bert.config.schema import Config, ScheduleConfig
+from megatron_bert.config.schema import Config, OptimizerConfig, ScheduleConfig
 
 
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step: int, config: Config, curriculum: Curriculum) -> float:
     """Return the learning rate of a step.
 
     It rises linearly from 0 over the warm-up, whose last step has the peak, and then follows
@@ -18,16 +18,20 @@ def learning_rate(step: int, config: Config) -> float:
 
     Args:
         step: 1-based number of the step about to be taken.
-        config: The whole configuration; the curriculum gives the run's length.
+        config: The whole configuration.
+        curriculum: Its stages, which give the run's length and their factors.
     """
-    return Curriculum(config).at(step).lr_factor * _scheduled(step, config)
+    scheduled = _scheduled(step, config.optimizer, config.schedule, curriculum.total_steps)
+    return curriculum.at(step).lr_factor * scheduled
 
 
-def _scheduled(step: int, config: Config) -> float:
-    optimizer, warmup, total = config.optimizer, warmup_steps(config), total_steps(config)
+def _scheduled(
+    step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, total: int
+) -> float:
+    warmup = warmup_steps(schedule, total)
     if step <= warmup:
         return optimizer.lr * step / warmup
-    remaining = _remaining(step, warmup, total, config.schedule)
+    remaining = _remaining(step, warmup, total, schedule)
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * remaining
 
 

@@ -5,7 +5,7 @@ One rank's model computes them in turn; `parallel.pipeline` passes them through 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from megatron_bert.parallel.data_parallel import free_gathered_weights, set_gradient_sync
 
-# A model's inputs by the names of its arguments. The first is what a pipeline's first stage takes;
+# A model's inputs in the order of its arguments. The first is what a pipeline's first stage takes;
 # the others go to every stage.
-MicroBatch = Mapping[str, Tensor]
+MicroBatch = tuple[Tensor, ...]
 
 
 class MicroBatchRunner(Protocol):
@@ -57,7 +57,7 @@ class WholeModel:
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             set_gradient_sync(self._model, is_last, reshard=is_last or self._reshard_always)
-            share = self._model(*micro_batch.values())[0, 0] / count
+            share = self._model(*micro_batch)[0, 0] / count
             share.backward()
             loss += share.detach()
         return loss
@@ -66,6 +66,6 @@ class WholeModel:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See `MicroBatchRunner`."""
         self._model.eval()
-        outputs = [self._model(*micro_batch.values()) for micro_batch in micro_batches]
+        outputs = [self._model(*micro_batch) for micro_batch in micro_batches]
         free_gathered_weights(self._model)
         return outputs

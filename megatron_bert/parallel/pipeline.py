@@ -96,7 +96,7 @@ class Pipeline:
         finish: Callable[[Tensor], Tensor],
     ) -> list[Tensor]:
         tp = self._topology.tensor_parallel
-        tokens = next(iter(micro_batches[0].values())).numel()
+        tokens = micro_batches[0][0].numel()
         tokens //= tp.size if tp.shards_tokens else 1
         messages = StageMessages(self._topology, (tokens, self._hidden_size), self._compute_dtype)
         step = _Step(
@@ -168,7 +168,7 @@ class _Step:
             self._backward(action)
 
     def _forward(self, stage: int, micro_batch: int) -> None:
-        inputs, *others = self._micro_batches[micro_batch].values()
+        inputs, *others = self._micro_batches[micro_batch]
         with_backward = torch.is_grad_enabled()
         if stage > 0:
             inputs = self._messages.take(Action(Kind.RECEIVE_ACTIVATION, stage, micro_batch))

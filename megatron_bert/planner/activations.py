@@ -68,7 +68,7 @@ class _Sublayer:
         scores = work.rows * heads * work.span.seq_length**2
         # Softmax, and with dropout which weights it keeps, and those.
         softmax = scores * (e + ((1 + e) if model.attention_dropout else 0))
-        forward, backward = _score_temporaries(work, scores, softmax, mixed)
+        forward, backward = _score_temporaries(work, scores, mixed)
         if work.recompute == "selective":
             forward += softmax
             again = max(softmax + backward, forward + mixed)
@@ -99,9 +99,7 @@ def _norm_bytes(work: Work) -> float:
     return tokens * (2 * e * hidden + 8 + (hidden if model.hidden_dropout else 0))
 
 
-def _score_temporaries(
-    work: Work, scores: float, softmax: float, mixed: float
-) -> tuple[float, float]:
+def _score_temporaries(work: Work, scores: float, mixed: float) -> tuple[float, float]:
     """How far written-out attention exceeds what it keeps, forward and backward."""
     e = work.job.element_bytes
     if not work.job.config.model.attention_dropout:

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.remedies import divisors
 from megatron_bert.planner import muon
+from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
 from megatron_bert.planner.rank_parts import RankParts, rank_parts
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -81,23 +80,21 @@ class Dealings:
 
     @classmethod
     def _of(cls, job: Job, layouts: Sequence[Layout]) -> Dealings:
-        rows = [_messages(job, layout) for layout in layouts]
-        gather, reduce, root_gather, root_reduce, update = np.array(rows, dtype=np.float64).T
+        seconds = [_seconds(job, layout) for layout in layouts]
         replicate = np.array([layout.replicate for layout in layouts])
         return cls(
             replicate=replicate,
             shards=layouts[0].split.data // replicate,
             reshard=np.array([layout.reshard for layout in layouts]),
-            gather=gather,
-            reduce=reduce,
-            root_gather=root_gather,
-            root_reduce=root_reduce,
-            update=update,
+            **{
+                name: np.array([of_one[name] for of_one in seconds], np.float64)
+                for name in seconds[0]
+            },
         )
 
 
-def _messages(job: Job, layout: Layout) -> tuple[float, float, float, float, float]:
-    """The seconds of a dealing, in the order of the attributes."""
+def _seconds(job: Job, layout: Layout) -> dict[str, float]:
+    """Those of a dealing, by the names of the attributes."""
     split, machine = layout.split, job.machine
     shards = split.data // layout.replicate
     group = Group(shards, split.tensor)
@@ -112,13 +109,14 @@ def _messages(job: Job, layout: Layout) -> tuple[float, float, float, float, flo
         return scatter + copies.sum(machine, job.reduce_bytes * parameters / shards)
 
     block = max(part.block for part in parts)
-    return (
-        gathering(block),
-        reduction(block),
-        sum(gathering(part.root) for part in parts if part.root),
-        reduction(max(part.root for part in parts)) + _shared_gradients(job, layout, parts),
-        _update(job, layout, parts),
-    )
+    root = max(part.root for part in parts)
+    return {
+        "gather": gathering(block),
+        "reduce": reduction(block),
+        "root_gather": sum(gathering(part.root) for part in parts if part.root),
+        "root_reduce": reduction(root) + _shared_gradients(job, layout, parts),
+        "update": _update(job, layout, parts),
+    }
 
 
 def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParts]) -> float:

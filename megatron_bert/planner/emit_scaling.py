@@ -96,9 +96,7 @@ def _one_day() -> Iterator[str]:
     for network in ("ndr400x4", "ndr200x4", "hdr100x4", "ndr200x1", "eth100x1"):
         machine = find_machine("h100-94gb", 4, network)
         for reduce, name in (("fp32", "fp32"), ("bf16", "BF16")):
-            precision = config.precision.model_copy(update={"reduce": reduce})
-            reducing = config.model_copy(update={"precision": precision})
-            plan = _plan(reducing, machine, 32)
+            plan = _plan(config.with_keys({"precision.reduce": reduce}), machine, 32)
             best = plan.best[0]
             short, long = best.stages[0].step, best.stages[2].step
             yield (

@@ -80,8 +80,8 @@ class Job:
             span.global_size,
             split.data,
             max(1, layout.micro_tokens // span.seq_length),
-            fewest=split.pipeline,
-            multiple_of=split.pipeline if split.virtual > 1 else 1,
+            pipeline=split.pipeline,
+            interleaved=split.virtual > 1,
         )
 
 

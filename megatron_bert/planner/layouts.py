@@ -101,19 +101,7 @@ class Layout:
 
     def put_into(self, config: Config) -> Config:
         """Return the configuration with this layout in place of its own."""
-        parallel = {
-            name.removeprefix("parallel."): value
-            for name, value in self.keys().items()
-            if name.startswith("parallel.")
-        }
-        batch = {"micro_tokens": self.micro_tokens, "micro_size": None}
-        return config.model_copy(
-            update={
-                "parallel": config.parallel.model_copy(update=parallel),
-                "batch": config.batch.model_copy(update=batch),
-                "recompute": self.recompute,
-            }
-        )
+        return config.with_keys({**self.keys(), "batch.micro_size": None})
 
 
 def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
@@ -162,17 +150,14 @@ def _schedules(config: Config) -> Iterator[tuple[ScheduleName, int]]:
 
 
 def _with(config: Config, schedule: ScheduleName, virtual: int, sequence: bool) -> Config:
-    # Zero bubble refuses recomputation: such layouts are offered without it.
-    parallel = {
-        # More than 1, so that what a pipeline's schedule refuses is seen.
-        "pipeline": 1 if schedule == "1f1b" else 2,
-        "pipeline_schedule": schedule,
-        "virtual_stages": max(2, virtual),
-        "sequence": sequence,
-    }
-    return config.model_copy(
-        update={
-            "parallel": config.parallel.model_copy(update=parallel),
+    return config.with_keys(
+        {
+            # More than 1, so that what a pipeline's schedule refuses is seen.
+            "parallel.pipeline": 1 if schedule == "1f1b" else 2,
+            "parallel.pipeline_schedule": schedule,
+            "parallel.virtual_stages": max(2, virtual),
+            "parallel.sequence": sequence,
+            # Zero bubble refuses recomputation: such layouts are offered without it.
             "recompute": "none",
         }
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.flops import PEAK_TFLOPS
 
 GIB = 2**30
 
@@ -44,6 +45,7 @@ class Gpu:
     kind: str = "cuda"
 
 
+_H100_TFLOPS, _A100_TFLOPS = PEAK_TFLOPS["H100"], PEAK_TFLOPS["A100"]
 _H100_SHEET = "NVIDIA H100 Tensor Core GPU data sheet, SXM (half of the rates with sparsity)"
 _A100_SHEET = "NVIDIA A100 Tensor Core GPU data sheet, SXM"
 
@@ -52,11 +54,11 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
         gpu.name: gpu
         for gpu in (
-            Gpu("h100-80gb", 989.0, 67.0, 79.1, 3350.0, 450.0, 8, _H100_SHEET),
+            Gpu("h100-80gb", _H100_TFLOPS, 67.0, 79.1, 3350.0, 450.0, 8, _H100_SHEET),
             # TSUBAME 4's: four to a node.
             Gpu(
                 "h100-94gb",
-                989.0,
+                _H100_TFLOPS,
                 67.0,
                 93.1,
                 2400.0,
@@ -64,9 +66,18 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
                 4,
                 "TSUBAME 4.0 hardware page; Lenovo Press LP1732 (H100 SXM5 94 GB HBM2e)",
             ),
-            Gpu("h200", 989.0, 67.0, 139.8, 4800.0, 450.0, 8, "NVIDIA H200 data sheet, SXM"),
-            Gpu("a100-80gb", 312.0, 19.5, 79.1, 2039.0, 300.0, 8, _A100_SHEET),
-            Gpu("a100-40gb", 312.0, 19.5, 39.4, 1555.0, 300.0, 8, _A100_SHEET),
+            Gpu(
+                "h200",
+                PEAK_TFLOPS["H200"],
+                67.0,
+                139.8,
+                4800.0,
+                450.0,
+                8,
+                "NVIDIA H200 data sheet, SXM",
+            ),
+            Gpu("a100-80gb", _A100_TFLOPS, 19.5, 79.1, 2039.0, 300.0, 8, _A100_SHEET),
+            Gpu("a100-40gb", _A100_TFLOPS, 19.5, 39.4, 1555.0, 300.0, 8, _A100_SHEET),
             # A stand-in for whatever host: rough figures of a core or two of a server.
             Gpu("cpu", 0.05, 0.1, 8.0, 10.0, 2.0, 1, "assumed; --calibrate measures", "cpu"),
         )

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Generic, TypeVar
+from typing import Generic
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.planner import muon
 from megatron_bert.planner.activations import HeadBytes, block_bytes, head_bytes
+from megatron_bert.planner.arrays import Floats, Number, columns
 from megatron_bert.planner.dealings import Dealings
 from megatron_bert.planner.job import Job, Work
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.rank_parts import rank_parts
-
-Floats = NDArray[np.float64]
-Number = TypeVar("Number", float, Floats)
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Memory(Generic[Number]):
 
 
 @dataclass(frozen=True)
-class RankNeeds:
+class RankNeeds(Generic[Number]):
     """What a pipeline rank needs in a stage of the curriculum, before its shards are dealt out.
 
     Attributes:
@@ -82,24 +79,20 @@ class RankNeeds:
         logits: of the head.
     """
 
-    parameters: float
-    root: float
-    block: float
-    matrices: float
-    alike: float
-    owners: float
-    accumulates: float
-    activations: float
-    of_block: float
-    forward: float
-    backward: float
-    table: float
-    head: float
-    logits: float
-
-    def numbers(self) -> tuple[float, ...]:
-        """The attributes in order."""
-        return tuple(vars(self).values())
+    parameters: Number
+    root: Number
+    block: Number
+    matrices: Number
+    alike: Number
+    owners: Number
+    accumulates: Number
+    activations: Number
+    of_block: Number
+    forward: Number
+    backward: Number
+    table: Number
+    head: Number
+    logits: Number
 
 
 class Moments:
@@ -107,29 +100,28 @@ class Moments:
 
     Args:
         job: the run.
-        needs: [numbers, needs, dealings or 1], `RankNeeds.numbers` first.
+        needs: of those ranks among which the fullest is, [needs, dealings or 1].
         dealings: how weights are dealt out.
     """
 
-    def __init__(self, job: Job, needs: Floats, dealings: Dealings) -> None:
-        self._job, self._dealings = job, dealings
-        self._needs = dict(zip((field.name for field in fields(RankNeeds)), needs, strict=True))
+    def __init__(self, job: Job, needs: RankNeeds[Floats], dealings: Dealings) -> None:
+        self._job, self._needs, self._dealings = job, needs, dealings
         self._shards = dealings.shards.astype(np.float64)
         self._several = dealings.shards > 1
         # With one rank for all rows nothing is reduced, and sums stay in fp32.
         shares = dealings.shards * dealings.replicate > 1
         self._reduced = np.where(shares, float(job.reduce_bytes), 4.0)
-        self._once = 1.0 - self._needs["accumulates"]
-        parameters, block = self._needs["parameters"], self._needs["block"]
+        self._once = 1.0 - self._needs.accumulates
+        parameters, block = self._needs.parameters, self._needs.block
         self._gathered = job.element_bytes * np.where(
-            dealings.reshard, self._needs["root"] + 2 * block, parameters
+            dealings.reshard, self._needs.root + 2 * block, parameters
         )
         # Whole gradients, where micro-batches are added up before ranks reduce them.
-        self._sums = self._needs["accumulates"] * self._reduced * parameters
+        self._sums = self._needs.accumulates * self._reduced * parameters
         self._weights = 4.0 * parameters / self._shards
-        saved = 4.0 * self._needs["matrices"] if muon.is_used(job) else 0.0
+        saved = 4.0 * self._needs.matrices if muon.is_used(job) else 0.0
         self._optimizer = (8.0 * parameters - saved) / self._shards
-        self._buffers = job.element_bytes * block * self._several * self._needs["accumulates"]
+        self._buffers = job.element_bytes * block * self._several * self._needs.accumulates
 
     def peaks(self) -> Floats:
         """Bytes of each dealing's fullest rank."""
@@ -148,16 +140,16 @@ class Moments:
 
     def _forward(self) -> Memory[Floats]:
         """The last block goes forward."""
-        return self._moment(self._sums, self._needs["forward"])
+        return self._moment(self._sums, self._needs.forward)
 
     def _head(self) -> Memory[Floats]:
         """The head computes, forward and backward."""
-        return self._moment(self._sums, self._needs["head"], logits=self._needs["logits"])
+        return self._moment(self._sums, self._needs.head, logits=self._needs.logits)
 
     def _backward(self) -> Memory[Floats]:
         """The first block that goes backward has its gradients."""
-        fresh = self._once * self._job.element_bytes * self._needs["block"]
-        return self._moment(self._sums + fresh, self._needs["table"] + self._needs["backward"])
+        fresh = self._once * self._job.element_bytes * self._needs.block
+        return self._moment(self._sums + fresh, self._needs.table + self._needs.backward)
 
     # One micro-batch's gradients are packed, summed and freed unit by unit. What a unit kept for
     # its backward pass is gone by then, and its gathered weights; shards of gradients come as
@@ -165,19 +157,19 @@ class Moments:
 
     def _first_reduction(self) -> Memory[Floats]:
         """Of a block, while the others' activations wait."""
-        e, block = self._job.element_bytes, self._needs["block"]
+        e, block = self._job.element_bytes, self._needs.block
         packed = e + self._several * self._reduced + 4.0 / self._shards
         return self._moment(
             self._sums + self._once * packed * block,
-            self._once * self._needs["table"],
-            activations=self._needs["activations"] - self._once * self._needs["of_block"],
+            self._once * self._needs.table,
+            activations=self._needs.activations - self._once * self._needs.of_block,
             gathered=self._gathered - self._once * e * block,
         )
 
     def _last_reduction(self) -> Memory[Floats]:
         """Of what stands outside the blocks."""
-        e, root = self._job.element_bytes, self._needs["root"]
-        shards = 4.0 * self._needs["parameters"] / self._shards
+        e, root = self._job.element_bytes, self._needs.root
+        shards = 4.0 * self._needs.parameters / self._shards
         packed = (e + self._several * self._reduced) * root
         return self._moment(
             np.maximum(self._sums, self._once * (shards + packed)),
@@ -190,9 +182,9 @@ class Moments:
         """Muon updates the weights; gradients are shards."""
         working = muon.working_bytes(
             self._job,
-            self._needs["matrices"],
-            self._needs["alike"],
-            self._needs["owners"],
+            self._needs.matrices,
+            self._needs.alike,
+            self._needs.owners,
             self._dealings.replicate.astype(np.float64),
             self._shards,
         )
@@ -214,15 +206,14 @@ class Moments:
             gradients=gradients + nothing,
             optimizer=self._optimizer,
             gathered=(self._gathered if gathered is None else gathered) + nothing,
-            activations=(self._needs["activations"] if activations is None else activations)
-            + nothing,
+            activations=(self._needs.activations if activations is None else activations) + nothing,
             working=working + nothing,
             logits=logits + nothing,
             buffers=self._buffers,
         )
 
 
-def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds]:
+def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds[float]]:
     """What the ranks need among which the fullest is: the first two, and the last.
 
     Earlier ranks have more micro-batches in flight, and the first may hold a block less.
@@ -261,8 +252,9 @@ def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds]:
 
 def memory(job: Job, layout: Layout, span: StageSpan) -> Memory[float]:
     """Memory of the fullest pipeline rank in a stage of the curriculum, at its worst moment."""
-    needs = np.array([need.numbers() for need in rank_needs(job, layout, span)])
-    moments = list(Moments(job, needs.T[:, :, None], Dealings.one(job, layout)).all())
+    of_ranks = rank_needs(job, layout, span)
+    needs = RankNeeds(**columns(of_ranks, np.arange(len(of_ranks))[:, None]))
+    moments = list(Moments(job, needs, Dealings.one(job, layout)).all())
     worst = max(moments, key=lambda moment: moment.total.max())
     rank = int(worst.total[:, 0].argmax())
     return Memory(

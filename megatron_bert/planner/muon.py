@@ -1,7 +1,7 @@
 """What Muon's update takes beside AdamW's: whole matrices brought together, and orthogonalised.
 
 Ranks that hold parts of the blocks' matrices, or copies of them, divide the whole ones among
-themselves (`parallel.whole_matrices`); each is orthogonalised by five iterations (`optim.muon`).
+themselves (`parallel.whole_matrices`); each is orthogonalised by some iterations (`optim.muon`).
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_bert.config.muon import BATCH_ELEMENTS, ITERATIONS
+from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Split
 from megatron_bert.planner.network import Group
 from megatron_bert.planner.rank_parts import RankParts
 
-_ITERATIONS = 5
-# Elements of matrices that are orthogonalised together; a larger matrix is alone.
-_BATCH_ELEMENTS = 2**24
 # Momentum, weights and gradients pass through kernels of one operation each, in fp32.
 MOVED_BYTES = 104.0
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class _Matrix:
     @property
     def flops(self) -> float:
         """Of orthogonalising one."""
-        return _ITERATIONS * (4.0 * self.shorter**2 * self.longer + 2.0 * self.shorter**3)
+        return ITERATIONS * (4.0 * self.shorter**2 * self.longer + 2.0 * self.shorter**3)
 
 
 def is_used(job: Job) -> bool:
@@ -105,7 +101,8 @@ def working_bytes(
     e, largest = job.element_bytes, max(matrix.elements for matrix in _matrices(job))
     own = held / shards
     owned = np.maximum(own / replicate, largest)
-    batch = np.minimum(np.minimum(alike, max(_BATCH_ELEMENTS, largest)), owned)
+    # A larger matrix is alone.
+    batch = np.minimum(np.minimum(alike, max(BATCH_ELEMENTS, largest)), owned)
     moments: list[Floats] = [
         # The momentum's change, and directions in the compute type.
         (4.0 + e) * own,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_bert.planner.dealings import Floats
+from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.machines import Machine
 

@@ -34,9 +34,7 @@ def document(plan: Plan, assumed: Sequence[str] = ()) -> dict[str, Any]:
 
 def configuration(plan: Plan, layout: Layout) -> str:
     """The run's configuration with a layout in it, as YAML."""
-    config = layout.put_into(plan.job.config)
-    parallel = config.parallel.model_copy(update={"layout": "manual"})
-    config = config.model_copy(update={"parallel": parallel})
+    config = layout.put_into(plan.job.config).with_keys({"parallel.layout": "manual"})
     machine = plan.job.machine
     heading = (
         f"{_PLANNED_FOR} {plan.job.ranks} x {machine.gpu.name}, {machine.gpus_per_node} a "

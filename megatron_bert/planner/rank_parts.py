@@ -50,10 +50,8 @@ def layers_of_stages(job: Job, num_stages: int) -> tuple[int, ...]:
 
 
 def _make_layers(job: Job, num_stages: int) -> tuple[int, ...]:
-    parallel = job.config.parallel.model_copy(
-        update={"pipeline": num_stages, "pipeline_schedule": "1f1b"}
-    )
-    config = job.config.model_copy(update={"parallel": parallel})
+    keys = {"parallel.pipeline": num_stages, "parallel.pipeline_schedule": "1f1b"}
+    config = job.config.with_keys(keys)
     return tuple(len(layers) for layers in stage_layers(config, job.vocab_size))
 
 
@@ -89,18 +87,18 @@ class _Pieces:
     @classmethod
     def of(cls, job: Job, tensor: int) -> _Pieces:
         """Tell the pieces apart by counting models of two and of three blocks."""
-        model, parallel = job.config.model, job.config.parallel
-        parallel = parallel.model_copy(
-            update={"tensor": tensor, "pipeline": 2, "pipeline_schedule": "1f1b"}
-        )
-        counts = []
-        for layers in (2, 3):
-            update = {
-                "parallel": parallel,
-                "model": model.model_copy(update={"num_layers": layers}),
+        model = job.config.model
+        two_ranks = job.config.with_keys(
+            {
+                "parallel.tensor": tensor,
+                "parallel.pipeline": 2,
+                "parallel.pipeline_schedule": "1f1b",
             }
-            counts.append(rank_parameters(job.config.model_copy(update=update), job.vocab_size))
-        (first, last), more = counts
+        )
+        (first, last), more = (
+            rank_parameters(two_ranks.with_keys({"model.num_layers": layers}), job.vocab_size)
+            for layers in (2, 3)
+        )
         block = sum(more) - first - last
         table = job.vocab_size // tensor * model.hidden_size
         matrices = block_matrix_parameters(model, tensor)

@@ -10,7 +10,8 @@ from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.flops import row_flops
 from megatron_bert.config.layout_checks import layout_problems
 from megatron_bert.config.schema import Config
-from megatron_bert.planner.dealings import Dealings, Floats
+from megatron_bert.planner.arrays import Floats, columns
+from megatron_bert.planner.dealings import Dealings
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import (
     Layout,
@@ -20,10 +21,10 @@ from megatron_bert.planner.layouts import (
     micro_token_choices,
 )
 from megatron_bert.planner.machines import GIB, Machine
-from megatron_bert.planner.memory import Moments, memory, rank_needs
+from megatron_bert.planner.memory import Moments, RankNeeds, memory, rank_needs
 from megatron_bert.planner.ordering import band_of, is_scarce, parts_of
 from megatron_bert.planner.plan import LayoutPlan, Plan, StagePlan
-from megatron_bert.planner.step import StepModel, total_seconds
+from megatron_bert.planner.step import StepModel, StepTerms, total_seconds
 
 # All layouts are ranked with their bubble by the formula, and the first of them, with as many more
 # as are asked for, again with it simulated: a computation of a pipeline takes about 10 us.
@@ -186,22 +187,21 @@ class _Search:
         job, span = self.job, self.job.spans[index]
         # Limits of a micro-batch that give the same rows are one case.
         numbers: dict[Hashable, int] = {}
-        times: list[tuple[float, ...]] = []
-        needs: list[list[tuple[float, ...]]] = []
+        terms: list[StepTerms[float]] = []
+        needs: list[RankNeeds[float]] = []
         case_of = []
         for base in self._bases:
             key = (base.split, base.recompute, job.batch(base, span))
             if key not in numbers:
-                numbers[key] = len(times)
-                times.append(StepModel(job, base, span).numbers)
-                of_ranks = [need.numbers() for need in rank_needs(job, base, span)]
+                numbers[key] = len(terms)
+                terms.append(StepModel(job, base, span).terms)
                 # As many of each: of three ranks the fullest is that of two of them, too.
-                needs.append((of_ranks * _MOST_RANKS)[:_MOST_RANKS])
+                needs += (rank_needs(job, base, span) * _MOST_RANKS)[:_MOST_RANKS]
             case_of.append(numbers[key])
         cases = np.array(case_of)[self._base_of]
-        of_times, of_needs = np.array(times, dtype=np.float64), np.array(needs, dtype=np.float64)
-        seconds = total_seconds(of_times[cases].T, dealings)
-        peaks = Moments(job, of_needs[cases].transpose(2, 1, 0), dealings).peaks()
+        ranks = _MOST_RANKS * cases + np.arange(_MOST_RANKS)[:, None]
+        seconds = total_seconds(StepTerms(**columns(terms, cases)), dealings)
+        peaks = Moments(job, RankNeeds(**columns(needs, ranks)), dealings).peaks()
         return seconds, peaks
 
     def _stage_plan(self, layout: Layout, index: int) -> StagePlan:

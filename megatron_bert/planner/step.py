@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Generic
 
 import numpy as np
 
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.parallel.actions import StageTime
 from megatron_bert.parallel.schedule import make_schedule, simulate
+from megatron_bert.planner.arrays import Floats, Number, columns
 from megatron_bert.planner.compute import (
     Passes,
     Seconds,
@@ -19,7 +21,7 @@ from megatron_bert.planner.compute import (
     head_passes,
     weight_product_seconds,
 )
-from megatron_bert.planner.dealings import Dealings, Floats
+from megatron_bert.planner.dealings import Dealings
 from megatron_bert.planner.job import Job, Work
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
@@ -61,6 +63,32 @@ class Step:
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
+@dataclass(frozen=True)
+class StepTerms(Generic[Number]):
+    """What `total_seconds` makes a step's time of, under any dealing.
+
+    Attributes:
+        busy: seconds of the busiest rank, with the bubble by the formula.
+        forward: of a block.
+        backward: of a block.
+        repeated: micro-batches after the first.
+        layers: blocks that a pipeline rank holds.
+        ranks: pipeline ranks that hold as many.
+        other_layers: blocks of the other ranks; of three numbers of blocks the two that are met
+            first count.
+        other_ranks: how many these are, maybe none.
+    """
+
+    busy: Number
+    forward: Number
+    backward: Number
+    repeated: Number
+    layers: Number
+    ranks: Number
+    other_layers: Number
+    other_ranks: Number
+
+
 class StepModel:
     """Predicts steps of a layout in a stage of the curriculum.
 
@@ -92,7 +120,8 @@ class StepModel:
             dealings: a single one.
             bubble: what `estimated_bubble` or `simulated_bubble` says.
         """
-        gather, reduce = data_messages(np.array(self.numbers)[:, None], dealings)
+        terms = StepTerms(**columns([self.terms], np.array([0])))
+        gather, reduce = data_messages(terms, dealings)
         total = self._busiest * self.batch.num_micro_batches
         return Step(
             gemm=total.gemm,
@@ -185,40 +214,36 @@ class StepModel:
         return Group(split.pipeline, split.tensor * split.data).message(work.job.machine, size)
 
     @cached_property
-    def numbers(self) -> tuple[float, ...]:
-        """What `total_seconds` makes a step's time of, under any dealing.
-
-        Seconds of the busiest rank with the bubble by the formula, of a block forward and backward;
-        micro-batches after the first; two numbers of blocks, and how many ranks hold as many.
-        """
+    def terms(self) -> StepTerms[float]:
+        """What a step's time is made of, however weights are dealt out."""
         block = self._block
         counts = list(Counter(part.layers for part in self._parts).items())
-        (layers, ranks), (others, of_others) = (*counts, (counts[0][0], 0))[:2]
-        return (
-            self.busy + self.estimated_bubble,
-            block.forward.total,
-            block.backward_input.total + block.backward_weight.total,
-            self.batch.num_micro_batches - 1,
-            layers,
-            ranks,
-            others,
-            of_others,
+        (layers, ranks), (other_layers, other_ranks) = (*counts, (counts[0][0], 0))[:2]
+        return StepTerms(
+            busy=self.busy + self.estimated_bubble,
+            forward=block.forward.total,
+            backward=block.backward_input.total + block.backward_weight.total,
+            repeated=self.batch.num_micro_batches - 1,
+            layers=layers,
+            ranks=ranks,
+            other_layers=other_layers,
+            other_ranks=other_ranks,
         )
 
 
-def total_seconds(numbers: Floats, dealings: Dealings) -> Floats:
+def total_seconds(terms: StepTerms[Floats], dealings: Dealings) -> Floats:
     """A step's seconds under each dealing, with the bubble by the formula.
 
     Args:
-        numbers: [numbers, dealings] of `StepModel`.
+        terms: of each dealing.
         dealings: as many.
     """
-    gather, reduce = data_messages(numbers, dealings)
-    total: Floats = numbers[0] + gather + reduce + dealings.update
+    gather, reduce = data_messages(terms, dealings)
+    total: Floats = terms.busy + gather + reduce + dealings.update
     return total
 
 
-def data_messages(numbers: Floats, dealings: Dealings) -> tuple[Floats, Floats]:
+def data_messages(terms: StepTerms[Floats], dealings: Dealings) -> tuple[Floats, Floats]:
     """Gathering of weights and reduction of gradients, as far as computation does not hide it.
 
     Each block's gathering runs beside the block before it, each reduction beside the blocks
@@ -227,17 +252,18 @@ def data_messages(numbers: Floats, dealings: Dealings) -> tuple[Floats, Floats]:
     end side by side.
 
     Args:
-        numbers: [numbers, dealings or 1] of `StepModel`.
+        terms: of each dealing, or of all.
         dealings: each of them.
     """
-    _, forward, backward, repeated, *counts = numbers
+    forward, backward = terms.forward, terms.backward
     again = dealings.gather * dealings.reshard
     gather, reduce = dealings.root_gather, np.zeros_like(again)
-    for layers, ranks in (counts[:2], counts[2:]):
+    counts = ((terms.layers, terms.ranks), (terms.other_layers, terms.other_ranks))
+    for layers, ranks in counts:
         gather = gather + ranks * _not_hidden(layers, dealings.gather, forward)
         reduce = np.maximum(reduce, _not_hidden(layers, dealings.reduce + again, backward))
-        gather = gather + repeated * _not_hidden(layers, again, forward)
-        gather = gather + repeated * _not_hidden(layers, again, backward)
+        gather = gather + terms.repeated * _not_hidden(layers, again, forward)
+        gather = gather + terms.repeated * _not_hidden(layers, again, backward)
     return gather, reduce + dealings.root_reduce
 
 

@@ -86,7 +86,7 @@ class Evaluator:
         with closing(self._read(source)) as steps:
             for micro_batches in steps:
                 copies = [batch.to(device) for batch in micro_batches]
-                outputs = model.runner.evaluate([batch.by_name() for batch in copies])
+                outputs = model.runner.evaluate([batch.model_inputs() for batch in copies])
                 # Without any where the head is another rank's, which counts them.
                 for batch, output in zip(copies, outputs, strict=bool(outputs)):
                     tally.add(batch, output)

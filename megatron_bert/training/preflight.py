@@ -27,6 +27,9 @@ _VISIBLE_WITHIN_SECONDS = 10.0
 _LOOK_AGAIN_SECONDS = 0.1
 # Large enough that the network's speed counts and not its delay.
 _ALL_REDUCE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+# Ranks give so many different numbers, so that one who is left out or counted twice shows, and yet
+# half a million of them have a sum that fp32 holds exactly, in whatever order they are added.
+_DIFFERENT_NUMBERS = 64
 # What a fact of which a rank has nothing is compared as.
 _ABSENT = "absent"
 
@@ -138,17 +141,17 @@ def measure_all_reduce(device: torch.device) -> str | None:
     seconds = 0.0
     # The first one also connects the ranks.
     for _ in range(2):
-        numbers.fill_(dist.get_rank() + 1.0)
+        numbers.fill_(_number_of(dist.get_rank()))
         _wait_for(device)
         began = time.perf_counter()
         dist.all_reduce(numbers)
         _wait_for(device)
         seconds = time.perf_counter() - began
     low, high = (float(value) for value in numbers.aminmax())
-    expected = ranks * (ranks + 1) / 2
+    expected = sum(map(_number_of, range(ranks)))
     if not low == high == expected:
         raise CommunicationError(
-            f"an all-reduce of ones to {ranks} gave sums from {low:g} to {high:g} instead of "
+            f"an all-reduce over {ranks:,} ranks gave sums from {low:g} to {high:g} instead of "
             f"{expected:g} on rank {dist.get_rank()} (host {socket.gethostname()}); the network or "
             "its driver corrupts data: leave this host out"
         )
@@ -157,6 +160,11 @@ def measure_all_reduce(device: torch.device) -> str | None:
         f"all-reduce  {size >> 20} MiB over {ranks:,} ranks in {1e3 * seconds:.1f} ms, "
         f"{bandwidth:.2f} GB/s a rank"
     )
+
+
+def _number_of(rank: int) -> float:
+    """What a rank adds to the sum that is tried."""
+    return 1.0 + rank % _DIFFERENT_NUMBERS
 
 
 def _is_seen(path: Path, content: str, wait_seconds: float) -> bool:

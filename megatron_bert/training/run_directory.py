@@ -8,10 +8,10 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
+from megatron_bert.closeable import Closeable
 from megatron_bert.config.errors import RunError, UserError, details_of
-from megatron_bert.files import sync_to_disk, write_atomically
+from megatron_bert.files import sync_to_disk, write_atomically, write_if_absent
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.training import metrics
 from megatron_bert.training.journal import END, Journal, read_journal
@@ -25,7 +25,7 @@ _FAILURE = ("error", "rank", "host")
 logger = logging.getLogger(__name__)
 
 
-class RunDirectory:
+class RunDirectory(Closeable):
     """A run's folder, made if need be and locked against a second live run.
 
     Only the first rank makes one. The lock belongs to the process: it ends with `close` or with
@@ -62,17 +62,6 @@ class RunDirectory:
             raise UserError(
                 f"run.dir {path} cannot be used: {error}. Use another run.dir"
             ) from error
-
-    def __enter__(self) -> RunDirectory:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let another run have the folder; a save that was given up no longer writes there."""
@@ -201,9 +190,10 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
     if details := details_of(error):
         reason["details"] = details
     try:
-        if _failed_rank(path) in (None, rank):
-            # A file's name in a message may hold what no UTF-8 has.
-            text = _as_text(reason).encode("utf-8", "backslashreplace").decode()
+        # A file's name in a message may hold what no UTF-8 has.
+        text = _as_text(reason).encode("utf-8", "backslashreplace").decode()
+        is_taken = (path / FAILED).exists() or not write_if_absent(path / FAILED, text)
+        if is_taken and _failed_rank(path) in (None, rank):
             write_atomically(path / FAILED, text)
     except OSError as problem:
         logger.warning("cannot write %s: %s", path / FAILED, problem)

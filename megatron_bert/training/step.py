@@ -128,7 +128,7 @@ def take_step(
     device = model.topology.device
     parts = StepParts(device)
     count = torch.full((), float(max(1, masked_tokens)), device=device)
-    loss = model.runner.train([batch.to(device).by_name() for batch in batches], count)
+    loss = model.runner.train([batch.to(device).model_inputs() for batch in batches], count)
     model.sum_shared_gradients()
     own_loss_is_finite = loss.isfinite()
     if model.topology.tensor_parallel.rank > 0:

@@ -21,7 +21,7 @@ from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import config_dict, dump_config
 from megatron_bert.config.profiled_steps import profiled_steps
 from megatron_bert.config.schema import Config
-from megatron_bert.data.source import training_source
+from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import new_host_group
@@ -87,17 +87,7 @@ class Trainer:
         )
         check_config(config, world_size=dist.get_world_size(), vocab_size=vocab_size)
         self._curriculum = Curriculum(config)
-        self._source = training_source(config, self._tokenizer)
-        held_out = HeldOutRows.plan(config, self._tokenizer)
-        check_ranks_agree(
-            {
-                "hash of data.tokenizer": self._tokenizer.hash,
-                "content of data.train": self._source.fingerprint(),
-                "content of held-out text": [
-                    source.fingerprint() for source in held_out.sources[held_out.fixed]
-                ],
-            }
-        )
+        self._source, held_out = _open_data(config, self._tokenizer)
         self._evaluator = Evaluator(config, held_out, self._tokenizer, self._topology)
         self._model = build_model(config, vocab_size, self._topology)
         self._optimizer = build_optimizer(config, self._model)
@@ -120,26 +110,7 @@ class Trainer:
         )
         self._store.remove_leftovers()
         self._step = self._restore()
-        metrics = None
-        if directory is not None:
-            metrics = MetricsFile(directory.metrics)
-            # Without a checkpoint here nothing leads to the steps in that file again.
-            metrics.truncate_after(self._step, sets_aside=not self._store.folders())
-            # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
-            directory.write_config(dump_config(config))
-            plan = describe_plan(config, vocab_size, dist.get_world_size())
-            data = describe_data(self._source, held_out)
-            tell_plan([*plan, *data, *precision_warnings(config)])
-        resumed_from = self._step
-        self._recorder = StepRecorder(
-            config,
-            self._curriculum,
-            vocab_size,
-            dist.get_world_size(),
-            self._topology.device,
-            metrics,
-            lambda: self._saver.saved_step or resumed_from,
-        )
+        self._recorder = self._begin_recording(vocab_size, held_out)
 
     def run(self, stops: StopRequests, max_steps: int | None = None) -> RunEnd:
         """Train until the curriculum's end, `max_steps` are taken or a rank is asked to stop."""
@@ -167,7 +138,7 @@ class Trainer:
                 own_reason, figures = stops.reason, slow_ranks.figures(step)
                 agreement = agree(batches, own_reason is not None, topology, figures)
                 slow_ranks.judge(step, agreement.figures)
-                rate = learning_rate(step, config)
+                rate = learning_rate(step, config, self._curriculum)
                 result = take_step(
                     self._model,
                     self._optimizer,
@@ -274,6 +245,45 @@ class Trainer:
             if state.optimizer != self._optimizer.name and not state.is_imported:
                 logger.info("the states of %s begin at zero", self._optimizer.name)
         return state.step
+
+    def _begin_recording(self, vocab_size: int, held_out: HeldOutRows) -> StepRecorder:
+        """Let the run directory hold this job's run, from the restored step on; log its plan."""
+        config, world_size, metrics = self._config, dist.get_world_size(), None
+        if self._directory is not None:
+            metrics = MetricsFile(self._directory.metrics)
+            # Without a checkpoint here nothing leads to the steps in that file again.
+            metrics.truncate_after(self._step, sets_aside=not self._store.folders())
+            # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
+            self._directory.write_config(dump_config(config))
+            plan = describe_plan(config, vocab_size, world_size)
+            data = describe_data(self._source, held_out)
+            tell_plan([*plan, *data, *precision_warnings(config)])
+        resumed_from = self._step
+        return StepRecorder(
+            config,
+            self._curriculum,
+            vocab_size,
+            world_size,
+            self._topology.device,
+            metrics,
+            lambda: self._saver.saved_step or resumed_from,
+        )
+
+
+def _open_data(config: Config, tokenizer: Tokenizer) -> tuple[RowSource, HeldOutRows]:
+    """Rows to train on and to evaluate on, which are the same on every rank."""
+    source = training_source(config, tokenizer)
+    held_out = HeldOutRows.plan(config, tokenizer)
+    check_ranks_agree(
+        {
+            "hash of data.tokenizer": tokenizer.hash,
+            "content of data.train": source.fingerprint(),
+            "content of held-out text": [
+                text.fingerprint() for text in held_out.sources[held_out.fixed]
+            ],
+        }
+    )
+    return source, held_out
 
 
 def _why_stopped(own_reason: str | None) -> str:

@@ -254,7 +254,7 @@ def test_a_step_s_attention_is_timed_without_a_look_at_other_packages(
 
     monkeypatch.setattr(attention_pieces, "find_spec", look)
     monkeypatch.setattr(attention_pieces, "import_module", look)
-    batch: Any = SimpleNamespace(positions_BS=packed_inputs(2)["positions"])
+    batch: Any = SimpleNamespace(positions_BS=packed_inputs(2).positions)
     device = torch.device("cpu")
     assert time_attention(small_config().model, batch, torch.float32, device) > 0
 

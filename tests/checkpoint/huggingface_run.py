@@ -44,11 +44,12 @@ def _save(folder: Path, model_keys: dict[str, Any]) -> None:
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     inputs = packed_inputs(3)
     with torch.no_grad():
-        hidden = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
-        hidden = hidden.unflatten(0, inputs["tokens"].shape)
+        hidden = model.encode(inputs.tokens, inputs.positions, inputs.rows)
+        hidden = hidden.unflatten(0, inputs.tokens.shape)
         logits = model.head.transform(hidden) @ model.embeddings.word.weight.T + model.head.bias
     torch.save(
-        {"inputs": inputs, "logits": logits, "parameters": parameters}, folder / "expected.pt"
+        {"inputs": inputs._asdict(), "logits": logits, "parameters": parameters},
+        folder / "expected.pt",
     )
     tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
     tensors["optim.head.bias.exp_avg"] = torch.zeros(VOCABULARY)

@@ -230,7 +230,9 @@ def test_another_tokenizer_than_the_runs_is_refused_with_both_hashes(
 
     other = tmp_path / "other.model"
     write_model(train_tokenizer(tiny_texts, 500), other)
-    with pytest.raises(DataError, match=r"has the hash .* trained with one of .*; name that one with tokenizer"):
+    with pytest.raises(
+        DataError, match=r"has the hash .* trained with one of .*; name that one with tokenizer"
+    ):
         export_checkpoint(find_checkpoint(run_folder / "run"), tmp_path / "out", tokenizer=other)
     assert not (tmp_path / "out").exists()
 

@@ -12,7 +12,6 @@ from megatron_bert.config.arithmetic import (
     LARGEST_OVERRUN,
     fixed_eval_length,
     masked_slots,
-    total_steps,
     warmup_steps,
 )
 from megatron_bert.config.checks import check_config
@@ -28,6 +27,10 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.
 SMALL_INTEGERS = st.integers(1, 200)
 
 
+def _warmup(config: Config) -> int:
+    return warmup_steps(config.schedule, Curriculum(config).total_steps)
+
+
 @pytest.fixture(scope="module")
 def retrievabert() -> Config:
     return load_config(EXAMPLE)
@@ -37,9 +40,9 @@ def test_the_published_run_has_its_parameters_steps_and_slots(retrievabert: Conf
     model = retrievabert.model
     assert model.vocab_size is not None
     assert parameter_count(model, model.vocab_size) == 1_301_388_032
-    assert total_steps(retrievabert) == 454_000
+    assert Curriculum(retrievabert).total_steps == 454_000
     assert Curriculum(retrievabert).total_slots == 187_301_888_000
-    assert warmup_steps(retrievabert) == 4_540
+    assert _warmup(retrievabert) == 4_540
 
 
 def test_the_published_run_fits_4_to_32_ranks_and_tensor_parallelism() -> None:
@@ -81,9 +84,9 @@ def test_masked_slots_round_half_up_and_leave_room_for_an_overrun() -> None:
 
 
 def test_warmup_is_a_share_of_all_steps_or_a_number_of_them(build: Build) -> None:
-    assert warmup_steps(build()) == 4
-    assert warmup_steps(build("schedule.warmup_fraction=0.1")) == 35
-    assert warmup_steps(build("schedule.warmup_steps=0")) == 0
+    assert _warmup(build()) == 4
+    assert _warmup(build("schedule.warmup_fraction=0.1")) == 35
+    assert _warmup(build("schedule.warmup_steps=0")) == 0
 
 
 def test_the_fixed_evaluation_length_is_at_most_512_unless_it_is_set(

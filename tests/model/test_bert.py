@@ -53,14 +53,12 @@ def test_segments_of_a_packed_row_do_not_see_each_other() -> None:
 def _check_no_leak() -> None:
     model = whole_model(small_config(), cpu_topology()).eval()
     inputs = packed_inputs(1)
-    begin = (inputs["positions"][0] == 0).nonzero()[1, 0]
+    begin = (inputs.positions[0] == 0).nonzero()[1, 0]
     with torch.no_grad():
-        before = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
-        inputs["tokens"][0, begin:] = 9
-        after = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
-        alone = model.encode(
-            inputs["tokens"][:, :begin], inputs["positions"][:, :begin], inputs["rows"]
-        )
+        before = model.encode(inputs.tokens, inputs.positions, inputs.rows)
+        inputs.tokens[0, begin:] = 9
+        after = model.encode(inputs.tokens, inputs.positions, inputs.rows)
+        alone = model.encode(inputs.tokens[:, :begin], inputs.positions[:, :begin], inputs.rows)
     assert torch.equal(before[:begin], after[:begin])
     assert not torch.allclose(before[begin:], after[begin:])
     torch.testing.assert_close(before[:begin], alone)
@@ -74,16 +72,16 @@ def _check_loss() -> None:
     model = whole_model(small_config(), cpu_topology()).eval()
     inputs = packed_inputs(3)
     with torch.no_grad():
-        loss, *correct = model(*inputs.values())[0]
-        hidden = model.encode(inputs["tokens"], inputs["positions"], inputs["rows"])
-        hidden = hidden.unflatten(0, inputs["tokens"].shape)
+        loss, *correct = model(*inputs)[0]
+        hidden = model.encode(inputs.tokens, inputs.positions, inputs.rows)
+        hidden = hidden.unflatten(0, inputs.tokens.shape)
         table, bias = model.embeddings.word.weight, model.head.bias
         logits = model.head.transform(hidden) @ table.T + bias
-    masked = logits.gather(1, inputs["masked"].long()[..., None].expand(-1, -1, VOCABULARY))
-    labels = inputs["labels"].long()
+    masked = logits.gather(1, inputs.masked.long()[..., None].expand(-1, -1, VOCABULARY))
+    labels = inputs.labels.long()
     each = F.cross_entropy(masked.flatten(0, 1), labels.flatten(), reduction="none")
-    torch.testing.assert_close(loss, (each * inputs["weights"].flatten()).sum())
-    right = (masked.argmax(-1) == labels) * inputs["weights"]
+    torch.testing.assert_close(loss, (each * inputs.weights.flatten()).sum())
+    right = (masked.argmax(-1) == labels) * inputs.weights
     assert correct == right.flatten().tolist()
 
 
@@ -96,11 +94,10 @@ def _check_company() -> None:
     model = whole_model(config, cpu_topology()).train()
     together = packed_inputs(4, first_row=10)
     alone = packed_inputs(1, first_row=12)
-    keys = ("tokens", "positions", "rows")
     with torch.no_grad():
-        whole = model.encode(*(together[key] for key in keys))
-        part = model.encode(*(alone[key] for key in keys))
-        undropped = model.eval().encode(*(alone[key] for key in keys))
+        whole = model.encode(together.tokens, together.positions, together.rows)
+        part = model.encode(alone.tokens, alone.positions, alone.rows)
+        undropped = model.eval().encode(alone.tokens, alone.positions, alone.rows)
     torch.testing.assert_close(whole[2 * SLOTS : 3 * SLOTS], part)
     assert not torch.allclose(part, undropped)
 
@@ -134,7 +131,7 @@ def _check_flops() -> None:
     model = whole_model(config, cpu_topology())
     inputs = packed_inputs(3)
     with FlopCounterMode(display=False) as counter:
-        model(*inputs.values())[0, 0].backward()
+        model(*inputs)[0, 0].backward()
     assert counter.get_total_flops() == 3 * row_flops(config.model, VOCABULARY, SLOTS, MASKED)
 
 

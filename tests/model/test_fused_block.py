@@ -146,7 +146,7 @@ def _held_bytes(name: str, recompute: str, biases: bool) -> int:
     assert isinstance(block, Block)
     # As if attention kept nothing but its output.
     block.attention.mix = lambda q, *_: q * 1.0
-    layout = PackedLayout.from_positions(packed_inputs(2)["positions"])
+    layout = PackedLayout.from_positions(packed_inputs(2).positions)
     draws, channels = torch.arange(64), element_draws(32, torch.device("cpu"))
     dropout = BlockDropout(draws[:2], draws, draws, channels)
     x = torch.randn(64, 32, requires_grad=True)

@@ -54,10 +54,10 @@ class _Stage(nn.Module):
 def _micro_batches(count: int, slots: int) -> list[MicroBatch]:
     random = torch.Generator().manual_seed(count * 100 + slots)
     return [
-        {
-            "tokens": torch.randint(VOCABULARY, (ROWS, slots), generator=random),
-            "targets": torch.randn(ROWS, slots, generator=random),
-        }
+        (
+            torch.randint(VOCABULARY, (ROWS, slots), generator=random),
+            torch.randn(ROWS, slots, generator=random),
+        )
         for _ in range(count)
     ]
 
@@ -78,10 +78,10 @@ def _one_after_another(
     """The stages with their gradients, the loss, and the head's output of each micro-batch."""
     stages = [_Stage(number, count) for number in range(count)]
     outputs: list[Tensor] = []
-    for micro_batch in micro_batches:
-        x = micro_batch["tokens"]
+    for tokens, targets in micro_batches:
+        x = tokens
         for stage in stages:
-            x = stage(x, micro_batch["targets"])
+            x = stage(x, targets)
         (x[0, 0] / divisor).backward()
         outputs.append(x.detach())
     return stages, torch.cat(outputs)[:, 0].sum() / divisor, outputs

@@ -33,7 +33,7 @@ def kept_bytes(changes: dict[str, Any], **sizes: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(*packed_inputs(4).values())
+        output = model(*packed_inputs(4))
     del output
     return sum(size for address, size in kept.items() if address not in parameters)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bert.config.layout import BatchLayout
@@ -27,6 +26,7 @@ from megatron_bert.planner.memory import Memory, memory
 from megatron_bert.training.optimizer import build_optimizer
 from tests.parallel.rank_parts import without_the_harness_group
 from tests.planner.storage_watch import StorageWatch
+from tests.small_model import PackedInputs
 
 VOCABULARY = 1024
 
@@ -143,12 +143,12 @@ def _peak(case: Case) -> float:
     return float(watch.peak)
 
 
-def _inputs(rows: int, slots: int, masked: int) -> dict[str, Tensor]:
-    return {
-        "tokens": torch.randint(8, VOCABULARY, (rows, slots), dtype=torch.int32),
-        "positions": torch.arange(slots, dtype=torch.int32).expand(rows, slots).contiguous(),
-        "masked": torch.arange(masked, dtype=torch.int32).expand(rows, masked).contiguous(),
-        "labels": torch.randint(8, VOCABULARY, (rows, masked), dtype=torch.int32),
-        "weights": torch.ones(rows, masked),
-        "rows": torch.arange(rows),
-    }
+def _inputs(rows: int, slots: int, masked: int) -> PackedInputs:
+    return PackedInputs(
+        tokens=torch.randint(8, VOCABULARY, (rows, slots), dtype=torch.int32),
+        positions=torch.arange(slots, dtype=torch.int32).expand(rows, slots).contiguous(),
+        masked=torch.arange(masked, dtype=torch.int32).expand(rows, masked).contiguous(),
+        labels=torch.randint(8, VOCABULARY, (rows, masked), dtype=torch.int32),
+        weights=torch.ones(rows, masked),
+        rows=torch.arange(rows),
+    )

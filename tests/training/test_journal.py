@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megatron_bert.checkpoint.save_result import SaveResult
+from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.launch import end_process_group, start_process_group
 from megatron_bert.report.events import events_of
@@ -58,10 +59,10 @@ def told(path: Path) -> list[tuple[str, int]]:
 def _fail_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rate = job.Trainer.__init__.__globals__["learning_rate"]
 
-    def fail(at: int, config: Config) -> float:
+    def fail(at: int, config: Config, curriculum: Curriculum) -> float:
         if at == step:
             raise RuntimeError("the cooling failed")
-        return float(rate(at, config))
+        return float(rate(at, config, curriculum))
 
     monkeypatch.setattr("megatron_bert.training.trainer.learning_rate", fail)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -168,6 +169,27 @@ def test_a_wrong_sum_is_told_by_the_rank_that_got_it() -> None:
     assert good is None
     assert bad is not None
     assert "instead of 3 on rank 1" in bad
+
+
+def test_the_sum_of_ten_thousand_ranks_is_exact_in_whatever_order_they_are_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = 10_000
+    given: list[float] = []
+    monkeypatch.setattr(preflight, "_ALL_REDUCE_BYTES", {"cpu": 4})
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(dist, "all_reduce", lambda numbers: given.append(numbers.item()))
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        with pytest.raises(CommunicationError):
+            _measure()
+    # Each tried it twice. One after another in fp32, as a ring of ranks does.
+    numbers = np.array(given[::2], dtype=np.float32)
+    for order in (numbers, numbers[::-1], np.sort(numbers)):
+        total = np.add.accumulate(order)[-1]
+        monkeypatch.setattr(dist, "all_reduce", lambda numbers, total=total: numbers.fill_(total))
+        assert "over 10,000 ranks" in (_measure() or "")
+    assert len(set(given[:128:2])) == 64
 
 
 def _train_on(configs: list[Config]) -> str | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert import files
 from megatron_bert.config.errors import UserError
 from megatron_bert.training.journal import read_journal
 from megatron_bert.training.run_directory import RunDirectory, read_outcome, record_failure
@@ -130,6 +132,40 @@ def test_the_first_failure_of_any_rank_is_the_one_recorded(tmp_path: Path) -> No
     assert (failure["rank"], failure["error"]) == (3, "ValueError")
     assert failure["reason"] == "rows 1 to 4 are bad"
     assert failure["host"] == socket.gethostname()
+
+
+def _fail_while_another_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Rank 1 has seen no failure and is writing its own when rank 0 records one."""
+    own = files.write_durably
+
+    def write(temporary: Path, content: str | bytes) -> None:
+        own(temporary, content)
+        monkeypatch.setattr(files, "write_durably", own)
+        record_failure(path, 0, ValueError("rows 1 to 4 are bad"))
+
+    monkeypatch.setattr(files, "write_durably", write)
+    record_failure(path, 1, RuntimeError("connection closed by peer"))
+    assert _names(path) == {"FAILED"}
+    failure: dict[str, object] = json.loads((path / "FAILED").read_text())
+    return failure
+
+
+def test_of_two_that_fail_at_once_the_one_recorded_first_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = _fail_while_another_writes(tmp_path, monkeypatch)
+    assert (failure["rank"], failure["error"]) == (0, "ValueError")
+
+
+def test_a_failure_is_recorded_where_files_cannot_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    failure = _fail_while_another_writes(tmp_path, monkeypatch)
+    assert (failure["rank"], failure["error"]) == (0, "ValueError")
 
 
 def test_a_failure_without_a_text_is_told_by_its_class(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_bert.closeable import Closeable
 from megatron_bert.files import write_atomically
 from megatron_bert.training.metrics import parse_record
 
@@ -74,7 +75,7 @@ class Bookmark:
         return json.dumps({"id": self._run_id, "step": self.step, "lines": self._lines}) + "\n"
 
 
-class FollowedFile:
+class FollowedFile(Closeable):
     """The whole lines of a metrics file, in the order in which they come.
 
     Args:
@@ -86,10 +87,8 @@ class FollowedFile:
         self._stream: BinaryIO | None = None
         self._torn = b""
 
-    def __enter__(self) -> FollowedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file, where it was opened."""
         if self._stream is not None:
             self._stream.close()
 

@@ -11,7 +11,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import megatron_bert
 from megatron_bert.config.schema import LogConfig
@@ -60,12 +59,7 @@ class Mirrors:
     def __enter__(self) -> Mirrors:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         for process in self._processes.values():
             assert process.stdin is not None
             process.stdin.close()
