@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_bert.benchmark.kernels import Outputs
 from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.schema import Config
+from megatron_bert.model.build import DTYPES
 from megatron_bert.parallel.random import dropout_keys, element_draws, vector_draws
 
 Made = TypeVar("Made", bound=Outputs)
@@ -47,7 +48,7 @@ class KernelWork:
     @property
     def dtype(self) -> torch.dtype:
         """Of what is computed."""
-        return torch.bfloat16 if self.config.precision.compute == "bf16" else torch.float32
+        return DTYPES[self.config.precision.compute]
 
     def random(self, *shape: int) -> Tensor:
         """Random numbers that get a gradient."""

@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.benchmark.device import device_name
 from megatron_bert.benchmark.gemm import seconds_of
-from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
+from megatron_bert.benchmark.machine import (
+    Hardware,
+    describe_hardware,
+    describe_versions,
+)
 
 Compute = Callable[[], Tensor]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -138,7 +143,7 @@ def measure_kernels(
     for piece in pieces:
         say(f"{piece.name}, {piece.shape}")
         figures.append(_measure(piece, device))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = device_name(device)
     return KernelFigures(hardware, name, compute, versions, quick, figures)
 
 

@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
+from megatron_bert.benchmark.device import device_name
+from megatron_bert.benchmark.machine import (
+    Hardware,
+    describe_hardware,
+    describe_versions,
+)
 from megatron_bert.benchmark.padded import document_pieces, pad_and_mask
 from megatron_bert.benchmark.peer_megatron import time_megatron
 from megatron_bert.benchmark.peer_trainer import time_trainer
@@ -149,7 +154,7 @@ def measure_peers(
             cases.append(replace(case, ratio=ratio))
     return PeersFigures(
         hardware=hardware,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=device_name(device),
         versions=versions,
         quick=quick,
         ours=_in_keys(work.config),

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.benchmark.alone import time_attention, time_softmax
+from megatron_bert.benchmark.device import device_name
 from megatron_bert.benchmark.gemm import model_gemms, square_matmul_tflops, time_gemms
 from megatron_bert.benchmark.kernel_shares import kernel_shares
 from megatron_bert.benchmark.machine import describe_hardware, describe_versions
@@ -23,7 +24,7 @@ from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch
 from megatron_bert.distributed.topology import Topology
-from megatron_bert.model.build import RankModel, build_model
+from megatron_bert.model.build import DTYPES, RankModel, build_model
 from megatron_bert.optim.sharded import ShardedOptimizer
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.step import StepResult, agree, take_step
@@ -46,7 +47,7 @@ def measure_steps(
     topology = Topology.of(work.config.parallel, device, work.config.distributed.timeout_seconds)
     hardware, versions = describe_hardware(), describe_versions()
     say("a plain matrix product")
-    matmul = square_matmul_tflops(_compute_dtype(work.config), device)
+    matmul = square_matmul_tflops(DTYPES[work.config.precision.compute], device)
     cases: list[StepCase] = []
     failed: dict[str, str] = {}
     for dropout in work.dropouts:
@@ -70,7 +71,7 @@ def measure_steps(
                 release_memory(device)
         subject = None
         release_memory(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = device_name(device)
     ranks = dist.get_world_size()
     return StepFigures(hardware, name, ranks, versions, quick, matmul, cases, failed)
 
@@ -135,7 +136,7 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
     rows_in_all = rows * work.micro_batches * topology.data_parallel_size
     ranks = dist.get_world_size()
     tflops = flops * rows_in_all / ranks / seconds / 1e12
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = device_name(device)
     peak = peak_tflops(name)
     alone: tuple[float | None, ...] = (None, None, None)
     if topology.tensor_parallel.size * topology.pipeline_size == 1:
@@ -165,7 +166,7 @@ def _seconds_alone(
     work: StepWork, config: Config, batch: Batch, masked: int, device: torch.device
 ) -> tuple[float, float, float]:
     """A step's matrix products, attention and softmax, each by itself."""
-    model, dtype = config.model, _compute_dtype(config)
+    model, dtype = config.model, DTYPES[config.precision.compute]
     gemms = model_gemms(model, work.vocab_size, batch.tokens_BS.numel(), masked)
     seconds = (
         time_gemms(gemms, dtype, device),
@@ -174,10 +175,6 @@ def _seconds_alone(
     )
     products, attention, softmax = (round(s * work.micro_batches, 5) for s in seconds)
     return products, attention, softmax
-
-
-def _compute_dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
 
 
 def _batches(work: StepWork, topology: Topology, seq_length: int, rows: int) -> list[Batch]:
