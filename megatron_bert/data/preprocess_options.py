@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import get_args
 
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
@@ -72,6 +73,16 @@ class PreprocessOptions:
         Raises:
             UserError: one of them is out of range, no list, or no name of a dataset.
         """
+        # A command line knows its choices; from Python anything may come.
+        self._check_choice("normalize", self.normalize, get_args(Normalization))
+        self._check_choice("txt_documents", self.txt_documents, get_args(TextDocuments))
+        self._check_choice("on_error", self.on_error, get_args(OnError))
+        self._check_choice("word_boundaries", self.word_boundaries, (None, *get_args(Dictionary)))
+        if not isinstance(self.shard, Shard | None):
+            raise DataError(
+                f"{argument('shard')} = {self.shard!r}: no shard; give None, or "
+                "megatron_bert.data.shards.Shard(0, 8) for the first of eight"
+            )
         if self.workers < 1:
             raise DataError(f"{argument('workers')} = {self.workers}: give at least 1")
         check_name(Path(self.output_prefix))
@@ -83,4 +94,12 @@ class PreprocessOptions:
         if twice:
             raise DataError(
                 f"{argument('field_keys')} {' '.join(twice)}: given twice; give each key once"
+            )
+
+    @staticmethod
+    def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+        if value not in choices:
+            raise DataError(
+                f"{argument(name)} = {value!r}: unknown; give one of "
+                f"{', '.join(map(repr, choices))}"
             )

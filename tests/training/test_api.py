@@ -99,6 +99,11 @@ def test_a_bare_text_where_a_list_is_meant_is_refused(tiny_run: Callable[..., Co
         ("", {"output_prefix": "."}, "output_prefix .: give a name"),
         ("", {"workers": 0}, "workers = 0: give at least 1"),
         ("", {"field_keys": ["a", "a"]}, "field_keys a: given twice"),
+        ("", {"on_error": "ignore"}, "on_error = 'ignore': unknown; give one of 'skip', 'fail'"),
+        ("", {"normalize": "NFKC"}, "normalize = 'NFKC': unknown; give one of 'none', 'nfkc'"),
+        ("", {"txt_documents": "word"}, "txt_documents = 'word': unknown; give one of 'line'"),
+        ("", {"word_boundaries": "x"}, "word_boundaries = 'x': unknown; give one of None"),
+        ("", {"shard": "0/2"}, "shard = '0/2': no shard; give None"),
         ('{"text": "a"}', {"overwrite": False}, "choose another output_prefix, or replace the "
         "dataset with overwrite=True"),
     ],
