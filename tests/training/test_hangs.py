@@ -179,4 +179,4 @@ def test_a_signal_to_the_last_rank_stops_all_of_them_cleanly(
         stopped = json.loads((job.run / "STOPPED").read_text())
         saved = (job.run / "checkpoints" / "latest").read_text().strip()
         assert saved == f"step_{stopped['step']:08d}"
-        assert f"signal {signal.Signals(signum).name} on rank 1" in stopped["reason"]
+        assert f"signal {number.name} on rank 1" in stopped["reason"]
