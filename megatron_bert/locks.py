@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import socket
-import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,24 +54,26 @@ def holder_lives(path: Path) -> bool | None:
         holder = json.loads(path.read_text(encoding="utf-8"))
         if (holder["host"], holder["processes"]) != (socket.gethostname(), _process_namespace()):
             return None
-        return _lives(int(holder["pid"]), datetime.fromisoformat(holder["started"]))
+        return _lives(int(holder["pid"]), holder["ticks"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _lives(pid: int, since: datetime) -> bool | None:
-    """Whether a process lives that is so old; a younger one has got the number of one that died."""
+def _lives(pid: int, ticks: int) -> bool | None:
+    """Whether the process lives that began then; another has got the number of one that died."""
     try:
-        # Behind the program's name, which stands in parentheses and may hold any others.
-        state, *figures = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, began = _state_and_ticks(pid)
     except (FileNotFoundError, ProcessLookupError):
         # A host may hide what other users run.
         return None if _exists(pid) else False
-    since_boot = int(figures[18]) / os.sysconf("SC_CLK_TCK")
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
-    # The lock's time is told in whole seconds.
-    is_as_old = age >= (datetime.now(UTC) - since).total_seconds() - 1
-    return state not in ("Z", "X") and is_as_old
+    return state not in ("Z", "X") and began == ticks
+
+
+def _state_and_ticks(pid: int) -> tuple[str, int]:
+    """How a process is, and when it began: in ticks since boot, which no set clock changes."""
+    # Behind the program's name, which stands in parentheses and may hold any others.
+    state, *figures = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return state, int(figures[18])
 
 
 def _exists(pid: int) -> bool:
@@ -83,6 +84,13 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def _own_ticks() -> int | None:
+    try:
+        return _state_and_ticks(os.getpid())[1]
+    except OSError:
+        return None
 
 
 def _process_namespace() -> str:
@@ -112,6 +120,7 @@ def _hold(stream: TextIO) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "processes": _process_namespace(),
+        "ticks": _own_ticks(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     stream.write(json.dumps(holder) + "\n")

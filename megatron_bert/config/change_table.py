@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -104,8 +105,9 @@ class Refusal:
             checkpoint: what the job would go on from.
         """
         if self.change is Change.NEW_RUN:
+            place = shlex.quote(str(checkpoint))
             remedy = (
-                f"may change only in a new run: set checkpoint.resume={checkpoint} and run.dir to "
+                f"may change only in a new run: set checkpoint.resume={place} and run.dir to "
                 "a new directory, or restore the old value"
             )
         else:

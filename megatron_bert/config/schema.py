@@ -405,7 +405,7 @@ class DistributedConfig(Section):
     timeout_seconds: PositiveFloat = 1800.0
     """Longest wait for a message of other ranks and, on CUDA, for the end of a step that waits for
     them. Then the run ends on all of them, within another 16 s, naming the rank that does not
-    answer."""
+    answer (on CUDA not always, see docs/training.md)."""
 
 
 class Config(Section):

@@ -80,6 +80,7 @@ class StepRecorder:
         self._divergence = DivergenceWatch(
             config.optimizer.max_skipped, config.run.directory / "checkpoints"
         )
+        self._take_peak_memory()
         self._began = moment(device)
         # Alone a rank waits for nobody, however long a step takes.
         self._timeout = config.distributed.timeout_seconds if world_size > 1 else math.inf

@@ -83,7 +83,7 @@ class RollCall:
         # while the interpreter takes itself down, the thread would abort it, with another exit
         # code. And a CUDA device may wait for a rank that is gone: the interpreter would, too.
         could_not_end = any(thread.is_alive() for thread in self._threads) or (
-            self._size > 1 and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            isinstance(error, PeersLostError) and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         )
         if error is not None and could_not_end:
             atexit.register(_leave, EXIT_USER_ERROR if isinstance(error, UserError) else 1)

@@ -408,5 +408,23 @@ def _alone() -> bool:
     return roll_call.explain(error) is error
 
 
+@pytest.mark.parametrize(
+    ("error", "leaves"),
+    [
+        (PeersLostError("rank 1 is gone"), True),
+        (ValueError("caught, and the script goes on"), False),
+    ],
+)
+def test_a_process_leaves_at_once_only_where_its_device_may_wait_for_a_lost_rank(
+    error: Exception, leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.atexit, "register", lambda function, code: registered.append(code))
+    with pytest.raises(type(error)), with_store(None, 2, 1.0):
+        raise error
+    assert registered == ([1] if leaves else [])
+
+
 def test_a_single_rank_has_nobody_to_call() -> None:
     assert run_ranks(1, _alone) == [True]
