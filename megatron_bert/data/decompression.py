@@ -15,8 +15,12 @@ def decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
     """What a file holds: unpacked if its name ends in `.gz` or `.zst`, else the file itself.
 
     Reading raises EOFError, zlib.error, gzip.BadGzipFile or zstandard.ZstdError where the packed
-    stream is damaged or cut short.
+    stream is damaged or cut short; so does this call, where it has no byte: packed nothing has some.
     """
+    if suffix in (".gz", ".zst"):
+        if not file.read(1):
+            raise EOFError("it has no byte")
+        file.seek(0)
     if suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if suffix == ".zst":

@@ -136,12 +136,12 @@ def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("damage", ["cut", "garbled"])
+@pytest.mark.parametrize("damage", ["cut", "garbled", "empty"])
 def test_a_damaged_packed_file_is_an_error(tmp_path: Path, suffix: str, damage: str) -> None:
     packed = PACKERS[suffix](jsonl([str(i) * i for i in range(300)]))
-    half = len(packed) // 2
+    damaged = {"cut": packed[: len(packed) // 2], "garbled": b"garbled" + packed[7:], "empty": b""}
     path = tmp_path / f"corpus.jsonl{suffix}"
-    path.write_bytes(packed[:half] if damage == "cut" else b"garbled" + packed[7:])
+    path.write_bytes(damaged[damage])
     with pytest.raises(DataError, match="damaged or cut short"):
         documents(path)
 
