@@ -15,7 +15,7 @@ def decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
     """What a file holds: unpacked if its name ends in `.gz` or `.zst`, else the file itself.
 
     Reading raises EOFError, zlib.error, gzip.BadGzipFile or zstandard.ZstdError where the packed
-    stream is damaged or cut short; so does this call, where it has no byte: packed nothing has some.
+    stream is damaged or cut short; so does this call where it has no byte, as packed nothing has.
     """
     if suffix in (".gz", ".zst"):
         if not file.read(1):

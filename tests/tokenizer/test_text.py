@@ -65,7 +65,7 @@ def test_a_byte_order_mark_and_blank_lines_of_jsonl_are_no_text(tmp_path: Path) 
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
-@given(frames=st.lists(st.binary(max_size=3000), max_size=4))
+@given(frames=st.lists(st.binary(max_size=3000), min_size=1, max_size=4))
 def test_all_frames_of_a_zstd_file_are_read(
     tmp_path_factory: pytest.TempPathFactory, frames: list[bytes]
 ) -> None:
