@@ -117,7 +117,7 @@ class _Ranks:
                     ok, value = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     self.processes[rank].join(DUMP_SECONDS)
-                    ok, value = False, f"died with exit code {self.processes[rank].exitcode}"
+                    ok, value = False, self._end_of(rank)
                 if ok:
                     results[rank] = value
                 else:
@@ -132,9 +132,15 @@ class _Ranks:
         return [results[rank] for rank in range(self.world_size)]
 
     def _stack_of(self, rank: int) -> str:
+        return f"no answer within {self.deadline_seconds:g} s\n{self._written_by(rank)}"
+
+    def _end_of(self, rank: int) -> str:
+        text = f"died with exit code {self.processes[rank].exitcode}"
+        return f"{text}\n{self._written_by(rank)}".rstrip()
+
+    def _written_by(self, rank: int) -> str:
         path = _stack_path(self.folder, rank)
-        stack = path.read_text() if path.exists() else ""
-        return f"no answer within {self.deadline_seconds:g} s\n{stack or '(no stack)'}"
+        return (path.read_text() if path.exists() else "") or "(no stack)"
 
     def end(self) -> None:
         gone_by = time.monotonic() + DUMP_SECONDS
@@ -169,6 +175,7 @@ def _run_rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with _stack_path(folder, rank).open("w") as stack_file:
+        faulthandler.enable(file=stack_file)  # a segmentation fault tells where, too
         faulthandler.dump_traceback_later(deadline_seconds, file=stack_file)
         try:
             dist.init_process_group(
@@ -190,6 +197,7 @@ def _run_rank(
         except BaseException:
             message = pickle.dumps((False, traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.disable()
     with contextlib.suppress(BrokenPipeError):
         sender.send_bytes(message)
     sender.close()
