@@ -12,11 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
 
 with told_errors():
-    from megatron_bert.config.megatron.document import remarks, render_file
-    from megatron_bert.config.megatron.ranks import ranks_remarks
-    from megatron_bert.config.megatron.shell_text import read_command
-    from megatron_bert.config.megatron.translation import translate
     from megatron_bert.config.places import write_output
+    from megatron_bert.translation.document import remarks, render_file
+    from megatron_bert.translation.script import Script
+    from megatron_bert.translation.translate import translate
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,14 +30,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         type=Path,
         metavar="SCRIPT",
-        help="shell script that runs pretrain_bert.py, or a file with its arguments alone",
+        help="its arguments: a list, a command line or a simple script; - for standard input",
     )
     parser.add_argument(
         "--variable",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="what the script is given when it is started: DATA=/data/wiki, or 1=VALUE for $1",
+        help="what a variable of the script holds: DATA=/data/wiki, or 1=VALUE for $1",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE.yaml", help="file to write (default: standard output)"
@@ -63,21 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--variable {options.variable[0]}: is for a script; leave it out, and put the value "
             "into the arguments"
         )
-    ranks: list[str] = []
     if options.script is not None:
         variables = dict(map(_variable, options.variable))
-        command = read_command(_read(options.script), str(options.script), variables)
-        direct = command.arguments
-        ranks += ranks_remarks(command.starter, str(options.output or "FILE.yaml"))
+        direct = Script(_read(options.script), str(options.script), variables).arguments()
     translation = translate(direct)
-    text = render_file(translation, ranks)
+    text = render_file(translation)
     if options.output is None:
         sys.stdout.write(text)
         return
     if options.output.exists() and not options.overwrite:
         raise ConfigError(f"{options.output} exists; give --overwrite to replace it")
     write_output(options.output, text)
-    sys.stdout.write("".join(f"{line}\n" for line in (*ranks, *remarks(translation))))
+    sys.stdout.write("".join(f"{line}\n" for line in remarks(translation)))
     first = "fill in what is listed, then " if translation.by_hand else ""
     sys.stdout.write(
         f"\nwrote {options.output}; next: {first}python pretrain_bert.py --config {options.output} "
@@ -94,7 +90,7 @@ def _variable(text: str) -> tuple[str, str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"{path}: {reason}; give a shell script's file") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_bert.config.megatron.argument import Argument, becomes, holds, lacks
+from megatron_bert.translation.argument import Argument, becomes, holds, lacks
 
 MACHINE: tuple[Argument, ...] = (
     becomes("--tensor-model-parallel-size", "parallel.tensor", read=int),

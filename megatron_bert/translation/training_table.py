@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_bert.config.megatron.argument import Argument, becomes, given, holds, lacks
+from megatron_bert.translation.argument import Argument, becomes, given, holds, lacks
 
 TRAINING: tuple[Argument, ...] = (
     becomes(

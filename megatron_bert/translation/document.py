@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from megatron_bert.config.megatron.translation import Translation
 from megatron_bert.config.yaml_text import format_document
+from megatron_bert.translation.translate import Translation
 
 _WIDTH = 100
 
 
-def render_file(translation: Translation, ranks: Sequence[str] = ()) -> str:
-    """The configuration as YAML, with what is to be known about it in its head.
-
-    Args:
-        translation: what was made of the arguments.
-        ranks: lines about what starts the run, which the arguments do not say.
-    """
+def render_file(translation: Translation) -> str:
+    """The configuration as YAML, with what is to be known about it in its head."""
     head = [
         "Made of Megatron-LM's arguments by tools/translate_megatron.py.",
-        *ranks,
         *remarks(translation),
     ]
     comment = "".join(f"# {line}".rstrip() + "\n" for line in head)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from megatron_bert.config.checks import value_problems
 from megatron_bert.config.diagnostics import explain, raise_problems
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.megatron.argument import Fate
-from megatron_bert.config.megatron.compound_keys import Builder, set_compound_keys
-from megatron_bert.config.megatron.given import Given
-from megatron_bert.config.megatron.table import ARGUMENTS, find, nearest
 from megatron_bert.config.schema import Config
+from megatron_bert.translation.argument import Fate
+from megatron_bert.translation.compound_keys import Builder, set_compound_keys
+from megatron_bert.translation.given import Given
+from megatron_bert.translation.table import ARGUMENTS, find, nearest
 
 _REQUIRED = (
     "--num-layers",
@@ -39,7 +39,7 @@ class Translation:
         differs: What is done in another way than in Megatron-LM, a sentence each.
         lacks: Arguments without a counterpart, with the reason.
         holds: Arguments whose wish is met without a key, with the reason.
-        unknown: Flags that are not in the table, with the nearest that is, and `$@`.
+        unknown: Flags that are not in the table, with the nearest that is.
     """
 
     tree: dict[str, Any]
@@ -69,14 +69,9 @@ def translate(words: Sequence[str]) -> Translation:
     lacks, holds, unknown = _without_keys(given)
     if given.stray:
         unknown.append(f"{' '.join(given.stray)}: stands behind no argument")
-    unknown += [
-        f"{word}: stands for what the script itself, or a function in it, is given when it is "
-        "started; write into the script what the run had"
-        for word in dict.fromkeys(given.own)
-    ]
     return Translation(
         tree=builder.tree,
-        by_hand=(*builder.by_hand, *_unfilled(builder.tree)),
+        by_hand=tuple(builder.by_hand),
         differs=tuple(builder.differs),
         lacks=tuple(lacks),
         holds=tuple(holds),
@@ -89,10 +84,9 @@ def _check_required(given: Given) -> None:
     if not given.has("--train-iters") and not given.has("--train-samples"):
         missing.append("--train-iters")
     if missing:
-        own = f" for {' '.join(given.own)}, say" if given.own else ""
         raise ConfigError(
             f"arguments {', '.join(missing)}: not given, and a configuration needs them; add what "
-            f"the run had{own}"
+            "the run had"
         )
 
 
@@ -120,16 +114,6 @@ def _without_keys(given: Given) -> tuple[list[str], list[str], list[str]]:
             is_met = not entry.values or " ".join(values) in entry.values
             (holds if is_met else lacks).append(f"{shown}: {entry.note}")
     return lacks, holds, unknown
-
-
-def _unfilled(tree: Any, path: str = "") -> Iterator[str]:
-    """Values that a script is given only when it is started."""
-    if isinstance(tree, dict | list):
-        entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for name, value in entries:
-            yield from _unfilled(value, f"{path}.{name}" if path else str(name))
-    elif isinstance(tree, str) and "$" in tree:
-        yield f"{path} = {tree}: the script gets this when it is started; put it in"
 
 
 def _check(tree: dict[str, Any]) -> None:

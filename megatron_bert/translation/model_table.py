@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_bert.config.megatron.argument import Argument, becomes, holds, lacks
+from megatron_bert.translation.argument import Argument, becomes, holds, lacks
 
 MODEL: tuple[Argument, ...] = (
     becomes("--num-layers --encoder-num-layers", "model.num_layers", read=int),

@@ -1,6 +1,6 @@
 """Write the table of Megatron-LM's arguments into the documentation.
 
-`python -m megatron_bert.config.megatron.emit_table` writes what stands between the markers of
+`python -m megatron_bert.translation.emit_table` writes what stands between the markers of
 `docs/megatron.md`.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from megatron_bert.config.emitted_tables import guide_to_write, with_tables
 from megatron_bert.config.errors import run_cli
-from megatron_bert.config.megatron.argument import Argument, Fate
-from megatron_bert.config.megatron.table import PARTS
 from megatron_bert.files import write_atomically
+from megatron_bert.translation.argument import Argument, Fate
+from megatron_bert.translation.table import PARTS
 
 GUIDE_FILE = "megatron.md"
 

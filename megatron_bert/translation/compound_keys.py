@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.megatron.arity import number
-from megatron_bert.config.megatron.given import Given
+from megatron_bert.translation.given import Given, number
 
 # Megatron-LM rounds the width of a gated MLP down to a multiple of this.
 _FFN_MULTIPLE = 64

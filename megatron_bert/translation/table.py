@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from megatron_bert.config.megatron.argument import Argument
-from megatron_bert.config.megatron.machine_table import MACHINE
-from megatron_bert.config.megatron.model_table import DATA, MODEL
-from megatron_bert.config.megatron.training_table import OUTPUT, TRAINING
+from megatron_bert.translation.argument import Argument
+from megatron_bert.translation.machine_table import MACHINE
+from megatron_bert.translation.model_table import DATA, MODEL
+from megatron_bert.translation.training_table import OUTPUT, TRAINING
 
 PARTS: Mapping[str, tuple[Argument, ...]] = MappingProxyType(
     {
