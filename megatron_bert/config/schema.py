@@ -459,6 +459,9 @@ class Config(Section):
         by_section: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             section, dot, name = key.partition(".")
+            # A copy would take a key that there is not.
+            owner = getattr(self, section) if dot else self
+            assert (name or section) in type(owner).model_fields, key
             if dot:
                 by_section.setdefault(section, {})[name] = value
             else:

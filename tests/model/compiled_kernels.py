@@ -49,11 +49,13 @@ class Case:
         name: of the kernel and of what is computed.
         module: that it is in.
         options: its constants and how it is cut up.
+        compute: the type of what it reads and writes.
     """
 
     name: str
     module: str
     options: dict[str, Any]
+    compute: str = "bf16"
 
     @property
     def kernel(self) -> Any:
@@ -64,15 +66,22 @@ class Case:
 def cases() -> Iterator[tuple[int, Case]]:
     """Compute capabilities, and kernels as RetrievaBERT's and ModernBERT's layers launch them.
 
-    On what was not tuned for, the larger of the two, with dropout, is enough.
+    On what was not tuned for, the larger of the two, with dropout, is enough; where a program may
+    share least, fused kernels also in fp32 and for a wide model.
     """
-    for capability in (80, 90, 100):
-        for preset, dropout in (("retrievabert-1.3b", True), ("modernbert-base", False)):
-            if capability != 90 and not dropout:
-                continue
-            model = ModelConfig(**PRESETS[preset])
-            for name, options in {**_flash(model, dropout), **_fused(model, dropout)}.items():
-                yield capability, Case(f"{name} {preset}", name.split("_")[0], options)
+    model, modern = (
+        ModelConfig(**PRESETS[name]) for name in ("retrievabert-1.3b", "modernbert-base")
+    )
+    wide = model.model_copy(update={"hidden_size": 5120, "ffn_hidden_size": 13824})
+    for capability in (80, 86, 89, 90, 100):
+        for name, options in {**_flash(model, True), **_fused(model, True)}.items():
+            yield capability, Case(f"{name} retrievabert-1.3b", name.split("_")[0], options)
+    for name, options in {**_flash(modern, False), **_fused(modern, False)}.items():
+        yield 90, Case(f"{name} modernbert-base", name.split("_")[0], options)
+    for name, options in _fused(model, True).items():
+        yield 86, Case(f"{name} retrievabert-1.3b in fp32", "fused", options, "fp32")
+    for name, options in _fused(wide, True).items():
+        yield 86, Case(f"{name} wide", "fused", options)
 
 
 def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
@@ -110,7 +119,7 @@ def compiled(case: Case, capability: int) -> dict[str, int]:
     launch = ("num_warps", "num_stages")
     constants = {n: v for n, v in case.options.items() if n not in launch}
     names = case.kernel.arg_names
-    types = {n: "constexpr" if n in constants else _TYPES.get(n, "*bf16") for n in names}
+    types = {n: "constexpr" if n in constants else _TYPES.get(n, f"*{case.compute}") for n in names}
     divisible = [n for n in names if types[n].startswith("*") or n in _DIVISIBLE]
     source = ASTSource(
         case.kernel,

@@ -15,7 +15,9 @@ triton = pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peer
 pytestmark = pytest.mark.peers
 
 # Of a multiprocessor: bytes that one program may share, by compute capability.
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = {
+    cc: kib * 1024 for cc, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227))
+}
 REGISTERS = 65536
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +39,8 @@ def test_every_kernel_compiles_and_fits_on_the_gpus_that_it_is_for() -> None:
     assert len(kernels) == 9
     for capability, name, figures in found:
         if isinstance(figures, str):
+            # The releases beside the oldest and the newest PyTorch that are supported.
+            assert triton.__version__.split(".")[:2] not in (["3", "6"], ["3", "9"]), figures
             pytest.skip(figures)
         about = f"{name} for compute capability {capability}: {figures}"
         assert figures["shared"] <= SHARED_BYTES[capability], about
@@ -48,7 +52,7 @@ def test_every_kernel_compiles_and_fits_on_the_gpus_that_it_is_for() -> None:
             # 344 bytes, 3.9 none.
             most = 512 if name.startswith("flash_key_gradient") else 0
             assert figures["spilled"] <= most, about
-        if name.startswith("fused"):
+        if name.startswith("fused") and not name.endswith(("wide", "fp32")):
             # Several programs a multiprocessor: while one computes others load.
             assert 2 * registers * 32 * figures["warps"] <= REGISTERS, about
             assert figures["spilled"] == 0, about
