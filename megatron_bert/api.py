@@ -24,7 +24,7 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
 from megatron_bert.report.picture import draw_curves
 from megatron_bert.report.records import RunRecords
-from megatron_bert.training.export import export_model
+from megatron_bert.run.export import export_model
 from megatron_bert.training.job import train as train_on_all_ranks
 from megatron_bert.training.stops import STOP_SIGNALS, StopRequests
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +14,9 @@ from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+
+if TYPE_CHECKING:
+    from megatron_bert.config.schema import Config
 
 if not Path("/dev/nvidiactl").exists():
     # Where there is no GPU Triton's kernels are interpreted. Read when Triton is imported, which
@@ -87,3 +92,14 @@ def tiny_data(
             )
         )
     return folder
+
+
+@pytest.fixture
+def tiny_run(tiny_data: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Configuration of a run on the tiny corpus, named and changed by the arguments."""
+    from tests.training.runs import run_config
+
+    def configure(name: str = "run", **changes: Any) -> Config:
+        return run_config(tiny_data, tmp_path / name, **changes)
+
+    return configure

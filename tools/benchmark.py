@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import Parser, run_cli, told_errors
 
 with told_errors():
-    from megatron_bert.benchmark.data import FULL, QUICK, DataOptions, measure_data
-    from megatron_bert.benchmark.table import data_table
+    from megatron_bert.benchmark.data.measure import FULL, QUICK, DataOptions, measure_data
+    from megatron_bert.benchmark.data.table import data_table
     from megatron_bert.config.load import load_config
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
@@ -219,8 +219,8 @@ def _measure_data(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]
 
 def _measure_checkpoint(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     # Here, because each process that measures the data side reads this file, and needs no torch.
-    from megatron_bert.benchmark import checkpoint
-    from megatron_bert.benchmark.checkpoint_table import checkpoint_table
+    from megatron_bert.benchmark.checkpoint import measure as checkpoint
+    from megatron_bert.benchmark.checkpoint.table import checkpoint_table
 
     work = checkpoint.QUICK if given.quick else checkpoint.FULL
     figures = checkpoint.measure_checkpoint(work, _say)
@@ -228,8 +228,8 @@ def _measure_checkpoint(given: argparse.Namespace) -> tuple[dict[str, Any], list
 
 
 def _measure_pipeline(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from megatron_bert.benchmark import pipeline
-    from megatron_bert.benchmark.pipeline_table import pipeline_table
+    from megatron_bert.benchmark.pipeline import measure as pipeline
+    from megatron_bert.benchmark.pipeline.table import pipeline_table
 
     work = pipeline.QUICK if given.quick else pipeline.FULL
     figures = pipeline.measure_pipeline(work, _say)
@@ -237,24 +237,24 @@ def _measure_pipeline(given: argparse.Namespace) -> tuple[dict[str, Any], list[s
 
 
 def _measure_step(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]] | None:
-    from megatron_bert.benchmark.step_command import measure_command
-    from megatron_bert.benchmark.step_table import step_table
+    from megatron_bert.benchmark.step.command import measure_command
+    from megatron_bert.benchmark.step.table import step_table
 
     figures = measure_command(given, _say)
     return None if figures is None else (figures.document(), step_table(figures))
 
 
 def _measure_kernels(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from megatron_bert.benchmark.kernels_command import measure_command
-    from megatron_bert.benchmark.kernels_table import kernels_table
+    from megatron_bert.benchmark.kernels.command import measure_command
+    from megatron_bert.benchmark.kernels.table import kernels_table
 
     figures = measure_command(given, _say)
     return figures.document(), kernels_table(figures)
 
 
 def _measure_peers(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from megatron_bert.benchmark.peers_command import measure_command
-    from megatron_bert.benchmark.peers_table import peers_table
+    from megatron_bert.benchmark.peers.command import measure_command
+    from megatron_bert.benchmark.peers.table import peers_table
 
     figures = measure_command(given, _say)
     return figures.document(), peers_table(figures)

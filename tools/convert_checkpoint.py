@@ -22,7 +22,7 @@ with told_errors():
         is_huggingface,
     )
     from megatron_bert.config.yaml_text import format_document
-    from megatron_bert.training.export import export_model
+    from megatron_bert.run.export import export_model
 
 
 def _parser() -> argparse.ArgumentParser:

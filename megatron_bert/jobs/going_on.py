@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_bert.checkpoint.folders import CheckpointFolders
 from megatron_bert.config.errors import UserError
 from megatron_bert.files import write_atomically
-from megatron_bert.training.run_directory import (
+from megatron_bert.run.directory import (
     FAILED,
     FINISHED,
     STOPPED,

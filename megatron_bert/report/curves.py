@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_bert.config.leaves import leaves
 from megatron_bert.report.records import Floats, RunRecords
-from megatron_bert.training.journal import SAVE
+from megatron_bert.run.journal import SAVE
 
 AXES = ("step", "tokens", "seconds")
 # Points of a curve; more would only be drawn over one another.

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megatron_bert.report.records import Remark, RunRecords, job_in_words
-from megatron_bert.training.journal import END, SAVE, SAVE_FAILED, START
-from megatron_bert.training.run_directory import FAILED, FINISHED
+from megatron_bert.run.directory import FAILED, FINISHED
+from megatron_bert.run.journal import END, SAVE, SAVE_FAILED, START
 
 # Of a kind, half of them the first: a run that goes wrong for hours would fill the page.
 _MOST = 100

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from megatron_bert.config.errors import UserError
 from megatron_bert.files import StrPath
 from megatron_bert.locks import holder_lives
-from megatron_bert.training import metrics
-from megatron_bert.training.journal import START, read_journal
-from megatron_bert.training.run_directory import JOBS, LOCK, Outcome, read_outcome
+from megatron_bert.run import metrics
+from megatron_bert.run.directory import JOBS, LOCK, Outcome, read_outcome
+from megatron_bert.run.journal import START, read_journal
 from megatron_bert.words import counted, format_duration
 
 Floats: TypeAlias = NDArray[np.float64]

@@ -1,1 +1,1 @@
-"""The training loop: step, evaluation, metrics, stops."""
+"""The training loop: step, evaluation, stops; a job from end to end, and its command line."""

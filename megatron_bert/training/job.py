@@ -20,8 +20,14 @@ from megatron_bert.distributed.launch import (
     requested_world_size,
     start_process_group,
 )
+from megatron_bert.run.directory import (
+    FINISHED,
+    RunDirectory,
+    read_outcome,
+    record_failure,
+)
+from megatron_bert.run.mirrors.processes import Mirrors
 from megatron_bert.training.auto_layout import with_layout
-from megatron_bert.training.mirrors.processes import Mirrors
 from megatron_bert.training.preflight import (
     check_ranks_agree,
     check_run_directory_is_shared,
@@ -29,12 +35,6 @@ from megatron_bert.training.preflight import (
     measure_all_reduce,
 )
 from megatron_bert.training.roll_call import RollCall
-from megatron_bert.training.run_directory import (
-    FINISHED,
-    RunDirectory,
-    read_outcome,
-    record_failure,
-)
 from megatron_bert.training.runtime import keep_freed_memory, set_determinism
 from megatron_bert.training.stops import StopRequests
 from megatron_bert.training.trainer import Trainer

@@ -13,8 +13,8 @@ import torch
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import Config
+from megatron_bert.run.metrics import MetricsFile
 from megatron_bert.training.divergence import DivergenceWatch
-from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.progress import Progress
 from megatron_bert.training.spikes import SpikeWatch
 from megatron_bert.training.step import Agreement, StepNumbers, StepResult

@@ -28,18 +28,18 @@ from megatron_bert.distributed.launch import new_host_group
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.optim.schedule import learning_rate
+from megatron_bert.run.directory import RunDirectory
+from megatron_bert.run.metrics import MetricsFile
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
 from megatron_bert.training.description import describe_data, describe_plan, tell_plan
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.held_out import HeldOutRows
-from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.pace import Pace
 from megatron_bert.training.preflight import check_ranks_agree
 from megatron_bert.training.profile import StepProfiler
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.resume import check_continuity, starting_point
-from megatron_bert.training.run_directory import RunDirectory
 from megatron_bert.training.runtime import precision_warnings
 from megatron_bert.training.slow_ranks import SlowRankWatch
 from megatron_bert.training.staging import HostMemory

@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from megatron_bert.benchmark import data as data_benchmark
+from megatron_bert.benchmark.data import measure as data_benchmark
 from megatron_bert.config.errors import ConfigError, DataError
 from tests.deadlines import DEADLINE_SECONDS
 from tools import benchmark as tool

@@ -9,8 +9,13 @@ from typing import Any
 import jsonschema
 import pytest
 
-from megatron_bert.benchmark.checkpoint import FULL, CheckpointFigures, SaveFigures, StateFigures
-from megatron_bert.benchmark.checkpoint_table import checkpoint_table
+from megatron_bert.benchmark.checkpoint.measure import (
+    FULL,
+    CheckpointFigures,
+    SaveFigures,
+    StateFigures,
+)
+from megatron_bert.benchmark.checkpoint.table import checkpoint_table
 from megatron_bert.benchmark.machine import describe_hardware
 from megatron_bert.config.parameters import parameter_count
 from tests.benchmark.test_benchmark_tool import RATE, TEXT, fields

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_bert.benchmark import epoch
-from megatron_bert.benchmark.epoch import count_epoch
+from megatron_bert.benchmark.data import epoch
+from megatron_bert.benchmark.data.epoch import count_epoch
 
 
 def test_an_epoch_is_counted_slot_by_slot() -> None:

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.benchmark import (
-    attention_pieces,
-    fused_pieces,
-    kernel_pieces,
-    linear_pieces,
-)
-from megatron_bert.benchmark.alone import time_attention
 from megatron_bert.benchmark.gemm import seconds_of
-from megatron_bert.benchmark.kernel_work import KernelWork
-from megatron_bert.benchmark.kernels import KernelFigures, Piece, measure_kernels
-from megatron_bert.benchmark.kernels_command import measure_command
-from megatron_bert.benchmark.kernels_table import kernels_table
+from megatron_bert.benchmark.kernels import attention as attention_pieces
+from megatron_bert.benchmark.kernels import fused as fused_pieces
+from megatron_bert.benchmark.kernels import linear as linear_pieces
+from megatron_bert.benchmark.kernels import pieces as kernel_pieces
+from megatron_bert.benchmark.kernels.command import measure_command
+from megatron_bert.benchmark.kernels.measure import KernelFigures, Piece, measure_kernels
+from megatron_bert.benchmark.kernels.table import kernels_table
+from megatron_bert.benchmark.kernels.work import KernelWork
+from megatron_bert.benchmark.step.alone import time_attention
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.optim import update_rules
 from tests.benchmark.test_benchmark_tool import run_tool

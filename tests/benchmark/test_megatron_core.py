@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.benchmark import megatron_core
-from megatron_bert.benchmark.megatron_core import measure_megatron_core
+from megatron_bert.benchmark.data import megatron_core
+from megatron_bert.benchmark.data.megatron_core import measure_megatron_core
 from megatron_bert.benchmark.process import run_isolated
 
 

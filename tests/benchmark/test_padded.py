@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bert.benchmark.padded import IGNORED, document_pieces, pad_and_mask
+from megatron_bert.benchmark.peers.padded import IGNORED, document_pieces, pad_and_mask
 from megatron_bert.benchmark.synthetic import (
     CLS,
     MASK,

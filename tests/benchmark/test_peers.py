@@ -44,8 +44,8 @@ def _run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _parameters_of_each() -> dict[str, int]:
-    from megatron_bert.benchmark.peer_megatron import megatron_model
-    from megatron_bert.benchmark.peer_trainer import trainer_model
+    from megatron_bert.benchmark.peers.megatron import megatron_model
+    from megatron_bert.benchmark.peers.trainer import trainer_model
 
     config = Config.model_validate(TREE)
     topology = Topology.of(config.parallel, torch.device("cpu"), 60.0)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from megatron_bert.benchmark import pipeline
-from megatron_bert.benchmark.pipeline_table import pipeline_table
+from megatron_bert.benchmark.pipeline import measure as pipeline
+from megatron_bert.benchmark.pipeline.table import pipeline_table
 
 
 @pytest.mark.slow

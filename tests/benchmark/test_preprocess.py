@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.benchmark.preprocess import (
+from megatron_bert.benchmark.data.preprocess import (
     measure_preprocessing,
     read_documents,
     tokenizer_for,

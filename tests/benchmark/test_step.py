@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_bert.benchmark.gemm import model_gemms
-from megatron_bert.benchmark.kernel_shares import kind_of
 from megatron_bert.benchmark.rows import keys_per_query
+from megatron_bert.benchmark.step.kernel_shares import kind_of
 from megatron_bert.config.flops import head_flops, peak_tflops, row_flops
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.batch import Batch, RowArrays

@@ -19,7 +19,7 @@ from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
-from megatron_bert.training.run_figures import run_figures
+from megatron_bert.run.figures import run_figures
 from tests.checkpoint.huggingface_run import make_run
 from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
@@ -55,7 +55,7 @@ def _rows(card: str) -> dict[str, str]:
 
 def test_the_cards_figures_are_the_runs_own(trained: Path, exported: Path) -> None:
     rows = _rows((exported / "README.md").read_text("utf-8"))
-    from megatron_bert.training.metrics import read
+    from megatron_bert.run.metrics import read
 
     lines = read(trained / "run" / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]

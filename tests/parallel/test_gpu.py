@@ -9,8 +9,8 @@ import torch
 
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import CompileConfig, Config
+from megatron_bert.run.metrics import read
 from megatron_bert.training.main import main
-from megatron_bert.training.metrics import read
 from tests.training.runs import run_config, steps_of
 
 pytestmark = [

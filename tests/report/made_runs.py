@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_bert.config.yaml_text import format_document
 from megatron_bert.data.token_kinds import TOKEN_KINDS
-from megatron_bert.training.metrics import MetricsFile
+from megatron_bert.run.metrics import MetricsFile
 from megatron_bert.training.scores import REPLACEMENTS
 
 STAGES = (128, 256, 512, 2048)

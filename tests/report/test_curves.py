@@ -11,7 +11,7 @@ from megatron_bert.report.curves import POINTS, Chart, charts_of
 from megatron_bert.report.records import RunRecords
 from megatron_bert.report.scales import Scale, scale_over, short, time_unit
 from megatron_bert.report.svg import draw
-from megatron_bert.training.journal import SAVE
+from megatron_bert.run.journal import SAVE
 
 TIMES = "Time of steps, evaluations and saves"
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_bert.config.load import dump_config
-from megatron_bert.training.journal import START, read_journal
-from megatron_bert.training.metrics import read
+from megatron_bert.run.journal import START, read_journal
+from megatron_bert.run.metrics import read
 from tests.debian_packages import need_programs
 from tests.training.runs import run_config
 

@@ -13,7 +13,7 @@ from megatron_bert.jobs import going_on
 from megatron_bert.jobs.__main__ import main
 from megatron_bert.jobs.going_on import ANY, HOLD, Next, announce, judge, take_up
 from megatron_bert.jobs.layout import layout_keys
-from megatron_bert.training.run_directory import (
+from megatron_bert.run.directory import (
     FAILED,
     FINISHED,
     STOPPED,

@@ -13,8 +13,8 @@ from megatron_bert.config.errors import UserError, run_cli
 from megatron_bert.report.page import write_page
 from megatron_bert.report.picture import draw_curves, write_picture
 from megatron_bert.report.records import RunRecords
-from megatron_bert.training.metrics import MetricsFile
-from megatron_bert.training.run_directory import RunDirectory, record_failure
+from megatron_bert.run.directory import RunDirectory, record_failure
+from megatron_bert.run.metrics import MetricsFile
 from tests.deadlines import DEADLINE_SECONDS
 from tools import report as tool
 
@@ -61,7 +61,7 @@ def test_a_live_run_is_told_from_one_that_was_killed_and_not_disturbed(tmp_path:
         assert (folder / "run.lock").read_text() == before
     die = (
         "import os, sys; from pathlib import Path; "
-        "from megatron_bert.training.run_directory import RunDirectory; "
+        "from megatron_bert.run.directory import RunDirectory; "
         "run = RunDirectory(Path(sys.argv[1])); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", die, folder], check=False, timeout=DEADLINE_SECONDS)

@@ -19,10 +19,10 @@ import pytest
 
 from megatron_bert.model.build import RankModel
 from megatron_bert.optim.sharded import ShardedOptimizer
+from megatron_bert.run.metrics import MetricsFile
 from megatron_bert.training import trainer
 from megatron_bert.training.batches import ReadAhead
 from megatron_bert.training.evaluation import Evaluator
-from megatron_bert.training.metrics import MetricsFile
 from megatron_bert.training.recorder import StepRecorder
 from tests.checkpoint.host_calls import HostCall, before_host_calls
 

@@ -9,8 +9,8 @@ import torch
 
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
-from megatron_bert.training.metrics import read
-from megatron_bert.training.run_directory import RunDirectory
+from megatron_bert.run.directory import RunDirectory
+from megatron_bert.run.metrics import read
 from megatron_bert.training.stops import StopRequests
 from megatron_bert.training.trainer import Trainer
 

@@ -17,8 +17,8 @@ import torch
 from megatron_bert import api
 from megatron_bert.config.load import config_dict, load_config
 from megatron_bert.config.schema import Config
-from megatron_bert.training.metrics import read
-from megatron_bert.training.run_directory import FINISHED, STOPPED
+from megatron_bert.run.directory import FINISHED, STOPPED
+from megatron_bert.run.metrics import read
 
 
 def test_a_configuration_at_hand_is_checked_as_one_in_a_file(

@@ -21,8 +21,8 @@ import pytest
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
+from megatron_bert.run.metrics import read
 from megatron_bert.training.main import main
-from megatron_bert.training.metrics import read
 from tests.deadlines import DEADLINE_SECONDS
 from tests.training.runs import steps_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_bert.config.schema import Config
-from megatron_bert.training.mirrors.following import curves
+from megatron_bert.run.mirrors.following import curves
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
 

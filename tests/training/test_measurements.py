@@ -15,9 +15,9 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.report.curves import charts_of
 from megatron_bert.report.page import page_of
 from megatron_bert.report.records import RunRecords
+from megatron_bert.run.directory import JOBS
+from megatron_bert.run.journal import SAVE, read_journal
 from megatron_bert.training.held_out import HeldOutRows, Measure
-from megatron_bert.training.journal import SAVE, read_journal
-from megatron_bert.training.run_directory import JOBS
 from tests.distributed_harness import run_ranks
 from tests.training.runs import run_config, steps_of, train
 

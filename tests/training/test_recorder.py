@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.run.metrics import MetricsFile, read
 from megatron_bert.training import recorder as recorder_module
 from megatron_bert.training.divergence import DivergedError
-from megatron_bert.training.metrics import MetricsFile, read
 from megatron_bert.training.progress import Progress
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.step import Agreement, StepResult

@@ -19,8 +19,8 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.parallel.sharding import local_part
+from megatron_bert.run.metrics import read
 from megatron_bert.training.dry_run import dry_run
-from megatron_bert.training.metrics import read
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.state import load_state
 from tests.distributed_harness import run_ranks

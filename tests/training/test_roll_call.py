@@ -17,9 +17,9 @@ import torch.distributed as dist
 from megatron_bert.config.errors import details_of
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.device_work import DeviceStalledError
+from megatron_bert.run.mirrors.processes import Mirrors
 from megatron_bert.training import job
 from megatron_bert.training import roll_call as module
-from megatron_bert.training.mirrors.processes import Mirrors
 from megatron_bert.training.roll_call import PeersLostError, RollCall
 from megatron_bert.training.trainer import RunEnd
 from tests.distributed_harness import run_ranks

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_bert.config.schema import Config
-from megatron_bert.training.run_directory import read_outcome
+from megatron_bert.run.directory import read_outcome
 from megatron_bert.training.stops import STOP_SIGNALS, StopRequests
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train

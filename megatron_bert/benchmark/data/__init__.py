@@ -1,0 +1,1 @@
+"""The data side: preprocessing, planning, assembling rows, and what they hold."""

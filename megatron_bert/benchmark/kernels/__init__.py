@@ -1,0 +1,1 @@
+"""The pieces of a step alone, each by all that can compute it."""

@@ -1,0 +1,103 @@
+"""What stands between a block's products, in the pieces in which `kernels: fused` computes it.
+
+Shape suffixes: T tokens, D hidden, F feed-forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from megatron_bert.benchmark.kernels.measure import Piece
+from megatron_bert.benchmark.kernels.work import KernelWork, add_fused, hidden_draws, with_compiled
+from megatron_bert.model.feed_forward import ACTIVATIONS
+from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
+from megatron_bert.parallel.deferred import WeightQueue
+
+
+def residual_norm_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
+    """A sub-layer's end and the next one's norm; both outputs are read.
+
+    Args:
+        work: the model, the type of numbers and where they lie.
+        tokens: of a micro-batch.
+        dropout: of hidden states.
+    """
+    model = work.config.model
+    hidden, eps, biases = model.hidden_size, model.norm_eps, model.family.biases
+    x_TD, y_TD = (work.random(tokens, hidden) for _ in range(2))
+    weight_D = work.random(hidden)
+    bias_D, norm_bias_D = (work.random(hidden) if biases else None for _ in range(2))
+    draws = hidden_draws(work, tokens)
+
+    def fused() -> tuple[Tensor, Tensor]:
+        # Here: Triton comes with PyTorch for CUDA only.
+        from megatron_bert.model.fused_norm import Branch, residual_norm
+
+        branch = Branch(y_TD, bias_D, dropout, *draws)
+        x, normed = residual_norm(x_TD, branch, weight_D, norm_bias_D, eps)
+        return x, normed.copies[0]
+
+    inputs = (x_TD, y_TD, bias_D, weight_D, norm_bias_D)
+    plain = partial(plain_residual_norm, dropout=dropout, draws=draws, eps=eps)
+    alternatives, absent = with_compiled(work, plain, inputs, partial(plain, *inputs))
+    add_fused(work, fused, alternatives, absent)
+    size = x_TD.numel() * x_TD.element_size()
+    # Forward two in and two out; backward their two gradients and the sum in, and out one gradient,
+    # or with dropout two.
+    backward = 5.0 if dropout else 4.0
+    return Piece(
+        "dropout, residual, norm",
+        f"{tokens} x {hidden}, dropout {dropout:g}{', biases' * biases}",
+        [x for x in inputs if x is not None],
+        alternatives,
+        absent,
+        moved=(4.0 * size, (4.0 + backward) * size),
+    )
+
+
+@dataclass
+class _Down:
+    """The layer of the down projection, as far as its product needs it."""
+
+    weight: nn.Parameter
+    deferred: WeightQueue | None = None
+
+
+def activation_product_piece(work: KernelWork, tokens: int) -> Piece:
+    """The gated activation and the product that reads it.
+
+    Args:
+        work: the model, the type of numbers and where they lie.
+        tokens: of a micro-batch.
+    """
+    model = work.config.model
+    hidden, ffn, activation = (
+        model.hidden_size,
+        model.ffn_hidden_size,
+        ACTIVATIONS[model.family.activation],
+    )
+    gate_TF, up_TF = (work.random(tokens, ffn) for _ in range(2))
+    gate_bias_F, up_bias_F = (work.random(ffn) if model.family.biases else None for _ in range(2))
+    down = _Down(nn.Parameter(work.random(hidden, ffn).detach()))
+
+    def fused() -> Tensor:
+        # Here: Triton comes with PyTorch for CUDA only.
+        from megatron_bert.model.fused_activation import gated_down
+
+        return gated_down(gate_TF, up_TF, gate_bias_F, up_bias_F, down, activation)
+
+    inputs = (gate_TF, up_TF, gate_bias_F, up_bias_F, down.weight)
+    plain = partial(plain_gated_down, activation=activation)
+    alternatives, absent = with_compiled(work, plain, inputs, partial(plain, *inputs))
+    add_fused(work, fused, alternatives, absent)
+    return Piece(
+        "activation and projection",
+        f"{model.family.activation}, {tokens} x {ffn} x {hidden}{', biases' * model.family.biases}",
+        [x for x in inputs if x is not None],
+        alternatives,
+        absent,
+        products=2.0 * tokens * ffn * hidden,
+    )

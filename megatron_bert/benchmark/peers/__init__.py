@@ -1,0 +1,1 @@
+"""The same training by others: transformers' Trainer and Megatron-core's BERT."""

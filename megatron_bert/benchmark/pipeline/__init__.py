@@ -1,0 +1,1 @@
+"""Pipeline schedules by ranks that sleep in place of computing."""

@@ -1,0 +1,215 @@
+"""Training steps on packed rows: tokens a second, how near to the chip, memory, and what costs."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.distributed as dist
+
+from megatron_bert.benchmark.device import device_name
+from megatron_bert.benchmark.gemm import model_gemms, square_matmul_tflops, time_gemms
+from megatron_bert.benchmark.machine import describe_hardware, describe_versions
+from megatron_bert.benchmark.rows import keys_per_query, make_batches
+from megatron_bert.benchmark.step.alone import time_attention, time_softmax
+from megatron_bert.benchmark.step.figures import StepCase, StepFigures, StepWork
+from megatron_bert.benchmark.step.kernel_shares import kernel_shares
+from megatron_bert.config.arithmetic import masked_slots
+from megatron_bert.config.flops import peak_tflops, row_flops
+from megatron_bert.config.schema import Config
+from megatron_bert.data.batch import Batch
+from megatron_bert.distributed.topology import Topology
+from megatron_bert.model.build import DTYPES, RankModel, build_model
+from megatron_bert.optim.sharded import ShardedOptimizer
+from megatron_bert.training.optimizer import build_optimizer
+from megatron_bert.training.step import StepResult, agree, take_step
+
+
+def measure_steps(
+    work: StepWork, device: torch.device, quick: bool, say: Callable[[str], None]
+) -> StepFigures:
+    """Train for a few steps in every case; the process group has been started.
+
+    Args:
+        work: the cases.
+        device: this rank's.
+        quick: whether the work was cut short.
+        say: is told what is being measured.
+
+    Raises:
+        torch.OutOfMemoryError: with several ranks, of which the others would wait for this one.
+    """
+    topology = Topology.of(work.config.parallel, device, work.config.distributed.timeout_seconds)
+    hardware, versions = describe_hardware(), describe_versions()
+    say("a plain matrix product")
+    matmul = square_matmul_tflops(DTYPES[work.config.precision.compute], device)
+    cases: list[StepCase] = []
+    failed: dict[str, str] = {}
+    for dropout in work.dropouts:
+        config = with_dropout(work.config, dropout)
+        subject: StepSubject | None = None
+        for seq_length, micro_tokens in product(work.seq_lengths, work.micro_tokens):
+            rows = max(1, micro_tokens // seq_length)
+            name = f"length {seq_length}, {rows} rows, dropout {config.model.hidden_dropout:g}"
+            say(name)
+            try:
+                subject = subject or StepSubject.build(config, work.vocab_size, topology)
+                cases.append(_measure_case(work, subject, seq_length, rows))
+            except torch.OutOfMemoryError as error:
+                if dist.get_world_size() > 1:
+                    raise
+                failed[name] = str(error).partition(". ")[0]
+            if name in failed:
+                # What the step left half-way is told no further case. Here, as the error holds
+                # what the step had allocated.
+                subject = None
+                release_memory(device)
+        subject = None
+        release_memory(device)
+    name = device_name(device)
+    ranks = dist.get_world_size()
+    return StepFigures(hardware, name, ranks, versions, quick, matmul, cases, failed)
+
+
+def with_dropout(config: Config, dropout: float | None) -> Config:
+    """The same with both rates replaced; None leaves them."""
+    if dropout is None:
+        return config
+    return config.with_keys({"model.hidden_dropout": dropout, "model.attention_dropout": dropout})
+
+
+@dataclass(frozen=True)
+class StepSubject:
+    """A model in training, and its optimizer."""
+
+    config: Config
+    vocab_size: int
+    model: RankModel
+    optimizer: ShardedOptimizer
+
+    @classmethod
+    def build(cls, config: Config, vocab_size: int, topology: Topology) -> StepSubject:
+        """Make both, of the configuration's random weights."""
+        model = build_model(config, vocab_size, topology)
+        optimizer = build_optimizer(config, model)
+        return cls(config, vocab_size, model, optimizer)
+
+    def step(self, batches: list[Batch]) -> StepResult:
+        """One step as training takes it."""
+        agreement = agree(batches, False, self.model.topology)
+        return take_step(self.model, self.optimizer, batches, agreement.masked_tokens, 1e-5)
+
+
+def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: int) -> StepCase:
+    topology = subject.model.topology
+    device, config = topology.device, subject.config
+    batches = _batches(work, topology, seq_length, rows)
+    release_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = time.perf_counter()
+    result = subject.step(batches)
+    wait_for_device(device)
+    first_seconds = time.perf_counter() - begin
+    for _ in range(work.warm_up - 1):
+        subject.step(batches)
+    wait_for_device(device)
+    begin = time.perf_counter()
+    for _ in range(work.steps):
+        result = subject.step(batches)
+    wait_for_device(device)
+    seconds = (time.perf_counter() - begin) / work.steps
+    memory = _peak_memory(device)
+    shares: dict[str, float] = {}
+    kernels: dict[str, float] = {}
+    if work.profiles and device.type == "cuda":
+        shares, kernels = kernel_shares(lambda: subject.step(batches))
+    slots = masked_slots(config.mlm.probability, config.mlm.unit, seq_length)
+    seen = keys_per_query(batches)
+    flops = row_flops(config.model, work.vocab_size, seq_length, slots, seen)
+    # Every rank of a tensor- or pipeline-parallel group takes part in the same rows.
+    rows_in_all = rows * work.micro_batches * topology.data_parallel_size
+    ranks = dist.get_world_size()
+    tflops = flops * rows_in_all / ranks / seconds / 1e12
+    name = device_name(device)
+    peak = peak_tflops(name)
+    alone: tuple[float | None, ...] = (None, None, None)
+    if topology.tensor_parallel.size * topology.pipeline_size == 1:
+        alone = _seconds_alone(work, config, batches[0], rows * slots, device)
+    return StepCase(
+        seq_length=seq_length,
+        dropout=config.model.hidden_dropout,
+        rows=rows,
+        micro_batches=work.micro_batches,
+        keys_per_query=round(seen, 1),
+        tokens_per_second=round(rows_in_all * seq_length / seconds),
+        tflops_per_gpu=round(tflops, 3),
+        mfu=None if peak is None else round(tflops / peak, 4),
+        peak_memory_gb=None if memory is None else round(memory, 2),
+        step_seconds=round(seconds, 5),
+        gemm_seconds=alone[0],
+        attention_seconds=alone[1],
+        softmax_seconds=alone[2],
+        first_step_seconds=round(first_seconds, 2),
+        loss=round(result.read(math.inf).loss, 4),
+        shares=shares,
+        kernels=kernels,
+    )
+
+
+def _seconds_alone(
+    work: StepWork, config: Config, batch: Batch, masked: int, device: torch.device
+) -> tuple[float, float, float]:
+    """A step's matrix products, attention and softmax, each by itself."""
+    model, dtype = config.model, DTYPES[config.precision.compute]
+    gemms = model_gemms(model, work.vocab_size, batch.tokens_BS.numel(), masked)
+    seconds = (
+        time_gemms(gemms, dtype, device),
+        time_attention(model, batch, dtype, device),
+        time_softmax(masked, work.vocab_size, dtype, device),
+    )
+    products, attention, softmax = (round(s * work.micro_batches, 5) for s in seconds)
+    return products, attention, softmax
+
+
+def _batches(work: StepWork, topology: Topology, seq_length: int, rows: int) -> list[Batch]:
+    """The micro-batches of a step, for this rank; the same ones are taken in every step."""
+    first = topology.data_parallel_rank * work.micro_batches
+    return make_batches(
+        work.corpora,
+        work.config.mlm,
+        seq_length,
+        rows,
+        range(first, first + work.micro_batches),
+        work.micro_batches * topology.data_parallel_size,
+        pinned=topology.device.type == "cuda",
+    )
+
+
+def _peak_memory(device: torch.device) -> float | None:
+    """Of the rank that allocated most, 10^9 bytes."""
+    if device.type != "cuda":
+        return None
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return int(peak) / 1e9
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait until all that was begun is done, on all ranks."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing needs: a sharded model holds itself until it is collected."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,211 @@
+"""The folder of one run: its lock, its configuration, and how the run ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_bert.closeable import Closeable
+from megatron_bert.config.errors import RunError, UserError, details_of
+from megatron_bert.files import sync_to_disk, write_atomically, write_if_absent
+from megatron_bert.locks import FileInUseError, lock_file
+from megatron_bert.run import metrics
+from megatron_bert.run.journal import END, Journal, read_journal
+
+FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
+JOBS = "jobs.jsonl"
+LOCK = "run.lock"
+# What `FAILED` holds beside the reason, and `jobs.jsonl` keeps.
+_FAILURE = ("error", "rank", "host")
+
+logger = logging.getLogger(__name__)
+
+
+class RunDirectory(Closeable):
+    """A run's folder, made if need be and locked against a second live run.
+
+    Only the first rank makes one. The lock belongs to the process: it ends with `close` or with
+    the process, however that dies, so a stale `run.lock` needs no care.
+
+    Args:
+        path: The folder (`run.dir`).
+
+    Raises:
+        UserError: The folder cannot be made or locked, or another live run holds it (the message
+            names that one's host and process).
+
+    Attributes:
+        path: The folder.
+        metrics: `metrics.jsonl` in it.
+        journal: `jobs.jsonl` in it.
+        logs: The folder of logs in it, made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.journal = Journal(path / JOBS)
+        self.logs = path / "logs"
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(path / LOCK)
+        except FileInUseError as error:
+            raise UserError(
+                f"run.dir {path} is in use by a live run ({error}). End that run first, or use "
+                f"another run.dir"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"run.dir {path} cannot be used: {error}. Use another run.dir"
+            ) from error
+
+    def close(self) -> None:
+        """Let another run have the folder; a save that was given up no longer writes there."""
+        self.journal.close()
+        self._lock.close()
+
+    def start(self) -> None:
+        """Remove what tells how an earlier job of the run ended (see `forget_outcome`)."""
+        forget_outcome(self.path)
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration, YAML, to `config.yaml`.
+
+        Raises:
+            RunError: The host could not write.
+        """
+        path = self.path / "config.yaml"
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {path}: {error.strerror}; mend that, by making room if the disk is "
+                "full, and give the same command again"
+            ) from error
+
+    def finish(self, reason: Mapping[str, object]) -> None:
+        """Leave `FINISHED`: all steps are taken."""
+        self._end(FINISHED, reason)
+
+    def stop(self, reason: Mapping[str, object]) -> None:
+        """Leave `STOPPED`: a signal or the deadline ended the job; the next one goes on."""
+        self._end(STOPPED, reason)
+
+    def _end(self, name: str, reason: Mapping[str, object]) -> None:
+        text = _as_text(reason)
+        self.journal.end(name, dict(reason))
+        # Not `forget_outcome`: where that line could not be written, it would call this job killed.
+        _remove_outcome_files(self.path)
+        write_atomically(self.path / name, text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the last job of a run ended, as it left it in the run directory.
+
+    Attributes:
+        kind: `FINISHED`, `STOPPED`, `FAILED` or `KILLED`.
+        reason: in words; empty where there is none to tell.
+        needs_person: whether it fails again until a person has mended configuration, data or place.
+        failure: of a failure, what else is known: the `error`'s class, its `rank` and `host`.
+    """
+
+    kind: str
+    reason: str
+    needs_person: bool = False
+    failure: Mapping[str, object] = field(default_factory=dict)
+
+
+KILLED = Outcome("KILLED", "the job ended without a word")
+"""What can be said of a job that has ended and left nothing."""
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    """Return how the last job of the run directory `path` ended; None: it runs, or was killed."""
+    for kind in (FINISHED, STOPPED, FAILED):
+        try:
+            text = (path / kind).read_text("utf-8", errors="replace")
+        except FileNotFoundError:
+            continue
+        return _parse_outcome(kind, text)
+    return None
+
+
+def _parse_outcome(kind: str, text: str) -> Outcome:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        return Outcome(kind, f"{kind} is no file of this project")
+    return Outcome(
+        kind,
+        str(content.get("reason") or ""),
+        content.get("needs_person") is True,
+        {name: content[name] for name in _FAILURE if name in content},
+    )
+
+
+def forget_outcome(path: Path) -> None:
+    """Remove from the run directory `path` what tells how its last job ended.
+
+    It stays in `jobs.jsonl`, where a job that failed or was killed did not write it itself: any
+    rank may have failed, and only who holds the run's lock, as the caller must, writes there.
+    """
+    outcome = read_outcome(path)
+    journal = read_journal(path / JOBS)
+    trained = bool(journal) and journal[-1]["event"] != END
+    if trained or (outcome is not None and outcome.kind == FAILED):
+        outcome = outcome or KILLED
+        reason = {"reason": outcome.reason} if outcome.reason else {}
+        step = metrics.last_step(path / "metrics.jsonl")
+        Journal(path / JOBS).end(outcome.kind, {"step": step, **reason, **outcome.failure})
+    _remove_outcome_files(path)
+
+
+def _remove_outcome_files(path: Path) -> None:
+    for kind in (FINISHED, STOPPED, FAILED):
+        (path / kind).unlink(missing_ok=True)
+    sync_to_disk(path)
+
+
+def record_failure(path: Path, rank: int, error: BaseException) -> None:
+    """Leave `FAILED` in the run directory `path` from any rank, whoever holds its lock.
+
+    The first rank's failure stays: those of the others mostly follow from it. Only that rank can
+    replace it, once it knows more. What keeps the file from being written is logged only, so that
+    `error` stays the one that is reported.
+    """
+    reason: dict[str, object] = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "error": type(error).__name__,
+        "reason": str(error) or type(error).__name__,
+        "needs_person": isinstance(error, UserError),
+    }
+    if details := details_of(error):
+        reason["details"] = details
+    try:
+        # A file's name in a message may hold what no UTF-8 has.
+        text = _as_text(reason).encode("utf-8", "backslashreplace").decode()
+        is_taken = (path / FAILED).exists() or not write_if_absent(path / FAILED, text)
+        if is_taken and _failed_rank(path) in (None, rank):
+            write_atomically(path / FAILED, text)
+    except OSError as problem:
+        logger.warning("cannot write %s: %s", path / FAILED, problem)
+
+
+def _failed_rank(path: Path) -> object:
+    """The rank that left `FAILED`, or None where none has, or what lies there is none of ours."""
+    try:
+        return json.loads((path / FAILED).read_bytes())["rank"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _as_text(reason: Mapping[str, object]) -> str:
+    return json.dumps(dict(reason), ensure_ascii=False, indent=2) + "\n"

@@ -1,0 +1,48 @@
+"""A run's model for Hugging Face's transformers, with what the run measured of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_bert.checkpoint.huggingface_config import ExportDtype
+from megatron_bert.checkpoint.huggingface_export import export_checkpoint
+from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.checkpoint.store import find_checkpoint
+from megatron_bert.files import StrPath
+from megatron_bert.run.figures import run_figures
+
+
+def export_model(
+    source: StrPath,
+    output: StrPath,
+    dtype: ExportDtype = "fp32",
+    *,
+    tokenizer: StrPath | None = None,
+    license_id: str = "unknown",
+) -> Path:
+    """Write a directory for `AutoModelForMaskedLM` and `AutoTokenizer`.
+
+    Args:
+        source: a checkpoint's folder, or a run directory, whose newest intact checkpoint is taken.
+        output: the directory to make; it must not exist yet, or be empty.
+        dtype: type of the written weights.
+        tokenizer: the tokenizer's file; default: where the run found it.
+        license_id: of the weights, for the model card, as the Hub names it.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or `output` cannot be made.
+        DataError: the tokenizer is missing or is not the one that the run was trained with.
+    """
+    checkpoint = find_checkpoint(Path(source))
+    export_checkpoint(
+        checkpoint,
+        Path(output),
+        dtype,
+        None if tokenizer is None else Path(tokenizer),
+        figures=run_figures(checkpoint, Manifest.read(checkpoint).step),
+        license_id=license_id,
+    )
+    return checkpoint
