@@ -11,6 +11,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import NonNegativeInt, PositiveInt
+
+from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import build_config, config_dict, dump_config, load_config
 from megatron_bert.config.schema import Config
@@ -51,7 +54,8 @@ __all__ = [
 ]
 
 
-def read_batch(config: Config, step: int) -> Batch:
+@checked
+def read_batch(config: Config, step: PositiveInt) -> Batch:
     """The rows that a step trains on, in order, of all ranks: tensors `[B, S]` and `[B, M]`.
 
     Args:
@@ -67,7 +71,8 @@ def read_batch(config: Config, step: int) -> Batch:
     return next(StepBatches(config, step, step).batches(step))
 
 
-def rows_as_text(config: Config, step: int, rows: int = 2) -> str:
+@checked
+def rows_as_text(config: Config, step: PositiveInt, rows: NonNegativeInt = 2) -> str:
     """A step's first rows as the model sees them, as `tools/inspect_data.py --rows` prints them.
 
     Raises:
@@ -77,7 +82,8 @@ def rows_as_text(config: Config, step: int, rows: int = 2) -> str:
     return "\n".join(line for item in items for line in item_lines(item, coloured=False))
 
 
-def rows_as_html(config: Config, step: int, rows: int = 2) -> str:
+@checked
+def rows_as_html(config: Config, step: PositiveInt, rows: NonNegativeInt = 2) -> str:
     """The same as a page of HTML that needs no other file.
 
     Raises:
@@ -86,7 +92,8 @@ def rows_as_html(config: Config, step: int, rows: int = 2) -> str:
     return page(f"Step {step}", show_rows(config, step, step, rows))
 
 
-def train(config: Config, max_steps: int | None = None) -> RunRecords:
+@checked
+def train(config: Config, max_steps: PositiveInt | None = None) -> RunRecords:
     """Train in this process, as `pretrain_bert.py` does, from where the run's last job ended.
 
     An interrupt stops it after the step in hand, with a checkpoint; another one at once. Must be
@@ -108,8 +115,6 @@ def train(config: Config, max_steps: int | None = None) -> RunRecords:
             f"api.train in the thread {thread.name}: only the main thread can listen for signals; "
             "call it in that"
         )
-    if max_steps is not None and max_steps < 1:
-        raise UserError(f"max_steps = {max_steps}: give 1 or more, or None for all")
     with _borrowed_hooks() as signals:
         stops = StopRequests(config.run.max_minutes, config.run.deadline, signals=signals)
         train_on_all_ranks(config, stops, max_steps=max_steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +75,6 @@ def _add_to_hf(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     to_hf.add_argument(
         "--license",
-        type=_license,
         default="unknown",
         metavar="ID",
         help="licence of the weights for the model card, e.g. apache-2.0 (default: %(default)s)",
@@ -110,14 +108,6 @@ def _add_from_hf(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=text)
-
-
-def _license(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is none; give the Hub's identifier, e.g. apache-2.0, cc-by-sa-4.0 or other"
-        )
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Options that are not the argument's name with dashes: they take values one after the other.
-_OPTIONS = {"documents": "--input", "field_keys": "--field-key", "inputs": "--input"}
+_OPTIONS = {
+    "documents": "--input",
+    "field_keys": "--field-key",
+    "inputs": "--input",
+    "license_id": "--license",
+}
 
 _is_command_line = False
 

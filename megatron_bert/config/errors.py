@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from megatron_bert.config.arguments import as_options
+from megatron_bert.config.checkout import warn_of_other_code
 
 EXIT_USER_ERROR = 2
 
@@ -75,9 +76,12 @@ def told_errors() -> Iterator[None]:
     code 1. Any other exception keeps its traceback, with such lines behind it, and ends in exit
     code 1. A reader that went away early (`| head`) is no error.
 
+    Before all else it is told where a script runs another checkout's code.
+
     A tool puts its imports here: they are what fails where packages are missing, and what takes
     long enough for a Ctrl-C.
     """
+    warn_of_other_code()
     try:
         yield
     except UserError as error:

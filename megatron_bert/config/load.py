@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.checks import shell_problems, value_problems
 from megatron_bert.config.diagnostics import explain, format_value, raise_problems
 from megatron_bert.config.errors import ConfigError
@@ -21,7 +22,8 @@ from megatron_bert.files import StrPath
 DEFAULT_RUNS_FOLDER = "runs"
 
 
-def load_config(path: StrPath, overrides: Sequence[str] = ()) -> Config:
+@checked
+def load_config(path: StrPath, overrides: str | Sequence[str] = ()) -> Config:
     """Read a configuration file, apply overrides and check everything that needs no machine.
 
     Args:
@@ -42,13 +44,15 @@ def load_config(path: StrPath, overrides: Sequence[str] = ()) -> Config:
     return _checked(tree, overrides, places, source=str(path), name=path.stem)
 
 
+@checked
 def build_config(
-    tree: Mapping[str, Any], overrides: Sequence[str] = (), *, name: str = "run"
+    tree: Mapping[str, Any], overrides: str | Sequence[str] = (), *, name: str = "run"
 ) -> Config:
     """Check a configuration that is at hand as plain values, as `load_config` checks a file.
 
     Args:
-        tree: Sections, keys and values as YAML has them, or paths; it stays as it is.
+        tree: Sections, keys and values as YAML has them, paths, or numbers and arrays of numpy; it
+            stays as it is.
         overrides: As `load_config`.
         name: Names `run.dir` where that is not given: `runs/` + this.
 
@@ -60,7 +64,7 @@ def build_config(
 
 def _checked(
     tree: dict[str, Any],
-    overrides: Sequence[str],
+    overrides: str | Sequence[str],
     places: dict[KeyPath, str],
     *,
     source: str,
@@ -84,23 +88,29 @@ def _checked(
     return config
 
 
+@checked
 def config_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain values under the names that YAML uses."""
     return config.model_dump(mode="json", by_alias=True)
 
 
+@checked
 def dump_config(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that loads to an equal one."""
     return format_document(config_dict(config))
 
 
 def _plain(value: Any) -> Any:
-    """A copy of nested values in which mappings are dicts and paths are text."""
+    """A copy of nested values: mappings as dicts, paths as text, numpy's numbers as Python's."""
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | Iterator):
         return [_plain(entry) for entry in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # Whatever knows how to become Python's own numbers; numpy itself is not loaded for that.
+    as_python = getattr(value, "tolist", None)
+    return as_python() if callable(as_python) else value
 
 
 def _override(

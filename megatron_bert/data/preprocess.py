@@ -17,6 +17,7 @@ from importlib.metadata import version
 
 import numpy as np
 
+from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.dataset_writer import DatasetWriter
@@ -42,6 +43,7 @@ _BATCHES_PER_WORKER = 4
 _HASHES = "hashes"
 
 
+@checked
 def preprocess(options: PreprocessOptions) -> PreprocessCounts:
     """Tokenize text files into `P.bin` and `P.idx`, with `P.json` (and `P.words`) beside them.
 
@@ -51,6 +53,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
     same call goes on from there, and the files are those of a job that was not interrupted.
 
     Raises:
+        UserError: an option has a value that it cannot have.
         DataError: an input, the tokenizer or the output cannot be used, a line cannot be used
             (unless `on_error` is `skip`), no input holds a token, or `P.partial` is in use or is
             another call's. An existing dataset is as it was then.

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import get_args
 
+from pydantic import PositiveInt
+
+from megatron_bert.config.argument_checks import check_fields
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.dictionary_words import Dictionary
@@ -50,7 +52,7 @@ class PreprocessOptions:
     txt_documents: TextDocuments = "line"
     word_boundaries: Dictionary | None = None
     shard: Shard | None = None
-    workers: int = 1
+    workers: PositiveInt = 1
     on_error: OnError = "fail"
     overwrite: bool = False
     restart: bool = False
@@ -71,35 +73,13 @@ class PreprocessOptions:
         """Refuse values that cannot be used, before a file is opened.
 
         Raises:
-            UserError: one of them is out of range, no list, or no name of a dataset.
+            UserError: one of them is of another type, out of range, or no name of a dataset.
         """
-        # A command line knows its choices; from Python anything may come.
-        self._check_choice("normalize", self.normalize, get_args(Normalization))
-        self._check_choice("txt_documents", self.txt_documents, get_args(TextDocuments))
-        self._check_choice("on_error", self.on_error, get_args(OnError))
-        self._check_choice("word_boundaries", self.word_boundaries, (None, *get_args(Dictionary)))
-        if not isinstance(self.shard, Shard | None):
-            raise DataError(
-                f"{argument('shard')} = {self.shard!r}: no shard; give None, or "
-                "megatron_bert.data.shards.Shard(0, 8) for the first of eight"
-            )
-        if self.workers < 1:
-            raise DataError(f"{argument('workers')} = {self.workers}: give at least 1")
+        # A command line has read its options; from Python anything may come.
+        check_fields(self)
         check_name(Path(self.output_prefix))
-        if isinstance(self.field_keys, str):
-            raise DataError(
-                f"{argument('field_keys')} = {self.field_keys!r}: a bare text; give a list of keys"
-            )
         twice = sorted(key for key, times in Counter(self.field_keys).items() if times > 1)
         if twice:
             raise DataError(
                 f"{argument('field_keys')} {' '.join(twice)}: given twice; give each key once"
-            )
-
-    @staticmethod
-    def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-        if value not in choices:
-            raise DataError(
-                f"{argument(name)} = {value!r}: unknown; give one of "
-                f"{', '.join(map(repr, choices))}"
             )

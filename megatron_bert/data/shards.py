@@ -9,6 +9,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import NonNegativeInt, PositiveInt
+
+from megatron_bert.config.argument_checks import check_fields
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 
 # More digits count no files.
@@ -24,8 +28,15 @@ class Shard:
         count: of all shards.
     """
 
-    number: int
-    count: int
+    number: NonNegativeInt
+    count: PositiveInt
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.number >= self.count:
+            raise DataError(
+                f"{argument('shard')} {self}: give K/N with K from 0 to N - 1, e.g. 0/8"
+            )
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -34,8 +45,10 @@ class Shard:
     def parse(cls, text: str) -> Shard:
         """Read `K/N`; raises `DataError` unless 0 <= K < N."""
         match = re.fullmatch(f"({_NUMBER})/({_NUMBER})", text)
-        if match is None or not int(match[1]) < int(match[2]):
-            raise DataError(f"--shard {text}: give K/N with K from 0 to N - 1, e.g. 0/8")
+        if match is None:
+            raise DataError(
+                f"{argument('shard')} {text}: give K/N with K from 0 to N - 1, e.g. 0/8"
+            )
         return cls(int(match[1]), int(match[2]))
 
     def prefix(self, whole: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer_backends import (
     Backend,
@@ -87,6 +88,7 @@ class Tokenizer:
         self.never_in_text = [i for i in self.special_ids if i not in unknown]
 
     @classmethod
+    @checked
     def load(cls, path: StrPath) -> Tokenizer:
         """Read a SentencePiece `.model` or a `tokenizer.json`.
 
@@ -118,14 +120,14 @@ class Tokenizer:
             )
         return cls(backend, path.name, hashlib.sha256(content).hexdigest())
 
+    @checked
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without any special token.
 
         Raises:
-            DataError: a bare text was given, of which every character would count as one.
+            UserError: not a list of texts, but for example a bare one, of which every character
+                would count as a text.
         """
-        if isinstance(texts, str):
-            raise DataError(f"texts = {texts[:60]!r}: a bare text; give a list of texts")
         ids, lengths = self._backend.encode(list(texts))
         return [some.tolist() for some in np.split(ids, np.cumsum(lengths))[:-1]]
 
@@ -140,13 +142,26 @@ class Tokenizer:
         """
         return self._backend.encode_with_offsets(texts)
 
+    @checked
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a sequence of ids; special tokens are left out."""
-        special = self._special_set
-        return self._backend.decode([int(i) for i in ids if int(i) not in special])
+        """Text of a sequence of ids; special tokens are left out.
 
+        Raises:
+            UserError: not a list of ids in `[0, vocab_size)`.
+        """
+        for at, token in enumerate(ids):
+            self._check_id(f"ids[{at}]", token)
+        special = self._special_set
+        return self._backend.decode([token for token in ids if token not in special])
+
+    @checked
     def id_to_piece(self, token: int) -> str:
-        """The piece of an id in `[0, vocab_size)`."""
+        """The piece of an id in `[0, vocab_size)`.
+
+        Raises:
+            UserError: that is not one.
+        """
+        self._check_id("token", token)
         return self._backend.pieces[token]
 
     def is_byte(self, token: int) -> bool:
@@ -164,6 +179,12 @@ class Tokenizer:
         near = np.flatnonzero((ids_T >= lowest) & (ids_T <= highest))
         found = near[np.isin(ids_T[near], self.never_in_text)]
         return int(found[0]) if len(found) else None
+
+    def _check_id(self, name: str, token: int) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise DataError(
+                f"{name} = {token}: {self.name} has no such id; give 0 to {self.vocab_size - 1}"
+            )
 
     @cached_property
     def _special_set(self) -> frozenset[int]:

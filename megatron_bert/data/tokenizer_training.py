@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 import sentencepiece
+from pydantic import PositiveInt
 
+from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
@@ -36,17 +38,19 @@ _NUM_THREADS = 8
 _SAMPLING_SEED = 1
 
 _NUM_BYTES = 256
+_MOST_PIECES = 2**31 - 1
 
 _TOO_LARGE = re.compile(r"Vocabulary size too high.*value <= (\d+)", re.DOTALL)
 _TOO_SMALL = re.compile(r"smaller than required_chars. \d+ vs (\d+)")
 
 
+@checked
 def train_tokenizer(
     documents: Iterable[str],
     vocab_size: int,
     *,
     normalization: Normalization = "identity",
-    max_sentences: int = DEFAULT_MAX_SENTENCES,
+    max_sentences: PositiveInt = DEFAULT_MAX_SENTENCES,
     allow_fewer: bool = False,
 ) -> bytes:
     """Train a unigram model with byte fallback; the same documents give the same bytes.
@@ -65,12 +69,10 @@ def train_tokenizer(
         The serialized `.model`.
 
     Raises:
-        DataError: the documents hold no text, or too little or too much for `vocab_size`, or a
-            number is out of range; or a bare text was given in place of texts.
+        UserError: an argument has a value that it cannot have.
+        DataError: the documents hold no text, or too little or too much for `vocab_size`.
     """
-    if isinstance(documents, str):
-        raise DataError(f"documents = {documents[:60]!r}: a bare text; give a list of texts")
-    _check_numbers(vocab_size, max_sentences)
+    _check_vocab_size(vocab_size)
     sentences = _sample(_sentences(documents), max_sentences)
     if not sentences:
         raise DataError(
@@ -126,8 +128,7 @@ def check_writable(path: Path) -> None:
         UserError: the folder cannot be written to, or the path climbs out by `..`.
     """
     check_place(path)
-    if path.is_dir():
-        raise DataError(f"cannot write {path}: it is a folder; choose another path")
+    _check_no_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -136,6 +137,7 @@ def check_writable(path: Path) -> None:
         raise _cannot_write(path, error) from error
 
 
+@checked
 def write_model(model: bytes, path: StrPath) -> None:
     """Write a model so that it appears under its name whole or not at all.
 
@@ -143,6 +145,7 @@ def write_model(model: bytes, path: StrPath) -> None:
         DataError: the folder cannot be written to.
     """
     path = Path(path)
+    _check_no_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, model)
@@ -150,19 +153,27 @@ def write_model(model: bytes, path: StrPath) -> None:
         raise _cannot_write(path, error) from error
 
 
+def _check_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(f"cannot write {path}: it is a folder; choose another path")
+
+
 def _cannot_write(path: Path, error: OSError) -> DataError:
     return DataError(f"cannot write {path}: {error.strerror}; choose another path")
 
 
-def _check_numbers(vocab_size: int, max_sentences: int) -> None:
+def _check_vocab_size(vocab_size: int) -> None:
     reserved = len(SPECIAL_PIECES) + _NUM_BYTES
     if vocab_size <= reserved:
         raise DataError(
             f"a vocabulary of {vocab_size} is too small: special pieces and bytes alone take "
             f"{reserved}; set a larger {argument('vocab_size')}"
         )
-    if max_sentences < 1:
-        raise DataError(f"{argument('max_sentences')} = {max_sentences}: give at least 1")
+    if vocab_size > _MOST_PIECES:
+        raise DataError(
+            f"a vocabulary of {vocab_size} is too large: a token's id has 32 bits; set "
+            f"{argument('vocab_size')} to {_MOST_PIECES} or lower"
+        )
 
 
 def _sentences(documents: Iterable[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.places import write_output
 from megatron_bert.report.curves import thinned
@@ -47,6 +48,7 @@ def write_picture(runs: Sequence[RunRecords], output: Path) -> None:
     write_output(output, buffer.getvalue())
 
 
+@checked
 def draw_curves(runs: RunRecords | Sequence[RunRecords]) -> Figure:
     """Draw loss and learning rate over the steps; with one run its stages and jobs are marked.
 
@@ -54,7 +56,7 @@ def draw_curves(runs: RunRecords | Sequence[RunRecords]) -> Figure:
         runs: what `RunRecords.read` and `train` return, of one run or of several.
 
     Raises:
-        UserError: matplotlib is missing, or two runs are the same directory.
+        UserError: matplotlib is missing, there is no run, or two are the same directory.
     """
     try:
         from matplotlib.figure import Figure
@@ -65,6 +67,8 @@ def draw_curves(runs: RunRecords | Sequence[RunRecords]) -> Figure:
         ) from error
     if isinstance(runs, RunRecords):
         runs = [runs]
+    if not runs:
+        raise UserError(f"runs = {runs!r}: give at least one run")
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for run, name in zip(runs, names_of(runs), strict=True):

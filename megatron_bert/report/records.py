@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.errors import UserError
 from megatron_bert.files import StrPath
 from megatron_bert.locks import holder_lives
@@ -65,6 +66,7 @@ class RunRecords:
     is_live: bool | None = None
 
     @classmethod
+    @checked
     def read(cls, directory: StrPath) -> RunRecords:
         """Read a run directory.
 

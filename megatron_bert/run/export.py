@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from megatron_bert.checkpoint.huggingface_config import ExportDtype
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.store import find_checkpoint
+from megatron_bert.config.argument_checks import checked
+from megatron_bert.config.arguments import argument
+from megatron_bert.config.errors import UserError
 from megatron_bert.files import StrPath
 from megatron_bert.run.figures import run_figures
 
+_LICENSE_ID = re.compile("[a-z0-9][a-z0-9.-]*")
 
+
+@checked
 def export_model(
     source: StrPath,
     output: StrPath,
@@ -33,9 +40,15 @@ def export_model(
         The checkpoint's folder.
 
     Raises:
+        UserError: an argument has a value that it cannot have.
         CheckpointError: there is no checkpoint, it is damaged, or `output` cannot be made.
         DataError: the tokenizer is missing or is not the one that the run was trained with.
     """
+    if not _LICENSE_ID.fullmatch(license_id):
+        raise UserError(
+            f"{argument('license_id')} = {license_id!r}: no identifier of the Hub; give one, "
+            "such as 'apache-2.0', 'cc-by-sa-4.0' or 'other'"
+        )
     checkpoint = find_checkpoint(Path(source))
     export_checkpoint(
         checkpoint,

@@ -198,4 +198,4 @@ def test_bad_input_is_named_and_leaves_nothing(
 def test_a_licence_that_is_none_is_refused(made: Path) -> None:
     refused = _tool(*(text.format(made) for text in TO_HF), "--license", "My licence")
     assert refused.returncode == 2
-    assert "give the Hub's identifier" in refused.stderr
+    assert "--license = 'My licence': no identifier of the Hub; give one" in refused.stderr

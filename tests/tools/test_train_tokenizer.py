@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.config.errors import DataError, UserError
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
 from tools import train_tokenizer as tool
@@ -74,7 +74,7 @@ def test_numbers_out_of_range_are_refused_before_any_document_is_read(
     vocab_size: int, max_sentences: int, message: str
 ) -> None:
     documents = iter(["a"])
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         train_tokenizer(documents, vocab_size, max_sentences=max_sentences)
     assert list(documents) == ["a"]
 

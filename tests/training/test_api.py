@@ -17,6 +17,7 @@ import torch
 from megatron_bert import api
 from megatron_bert.config.load import config_dict, load_config
 from megatron_bert.config.schema import Config
+from megatron_bert.data.shards import Shard
 from megatron_bert.run.directory import FINISHED, STOPPED
 from megatron_bert.run.metrics import read
 
@@ -82,12 +83,75 @@ def test_paths_are_taken_as_text_too(
 
 def test_a_bare_text_where_a_list_is_meant_is_refused(tiny_run: Callable[..., Config]) -> None:
     config = tiny_run()
-    with pytest.raises(api.UserError, match="documents = 'Text': a bare text; give a list"):
+    with pytest.raises(api.UserError, match="documents = 'Text': give a list of texts, not a bare"):
         api.train_tokenizer("Text", 300)
-    with pytest.raises(api.UserError, match="texts = 'Text': a bare text; give a list"):
+    with pytest.raises(api.UserError, match="texts = 'Text': give a list of texts, not a bare"):
         api.Tokenizer.load(config.data.tokenizer).encode_batch("Text")
-    with pytest.raises(api.UserError, match="field_keys = 'url': a bare text; give a list"):
+    with pytest.raises(api.UserError, match="field_keys = 'url': give a list of texts, not a bare"):
         api.preprocess(api.PreprocessOptions("a", "b", "c", field_keys="url"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda config: api.load_config(5), "path = 5: give text or a pathlib.Path"),
+        (lambda config: api.load_config("a\0b"), "path = 'a\\x00b': give a path without"),
+        (lambda config: api.load_config("a", [5]), "overrides[0] = 5: give text"),
+        (lambda config: api.build_config("x"), "tree = 'x': give a dict"),
+        (lambda config: api.build_config({2.5: 1}), "2.5 = 1: unknown key"),
+        (lambda config: api.dump_config({}), "config = {}: give a Config, which load_config"),
+        (lambda config: api.train("x"), "config = 'x': give a Config, which load_config"),
+        (lambda config: api.train(config, 2.5), "max_steps = 2.5: give a whole number or None"),
+        (lambda config: api.train(config, True), "max_steps = True: give a whole number or None"),
+        (lambda config: api.read_batch("1", 1), "config = '1': give a Config"),
+        (lambda config: api.read_batch(config, "1"), "step = '1': give a whole number"),
+        (lambda config: api.read_batch(config, 0), "step = 0: give at least 1"),
+        (lambda config: api.rows_as_text(config, 1, -1), "rows = -1: give at least 0"),
+        (lambda config: api.draw_curves("runs/x"), "runs = 'runs/x': give RunRecords"),
+        (lambda config: api.draw_curves([1]), "runs[0] = 1: give RunRecords, which train"),
+        (lambda config: api.RunRecords.read(None), "directory = None: give text or"),
+        (lambda config: api.export_model("a", "b", "fp16"), "dtype = 'fp16': give one of 'fp32'"),
+        (lambda config: api.export_model("a", "b", license_id="My own"), "license_id = 'My own': "),
+        (lambda config: api.Tokenizer.load(b"a"), "path = b'a': give text or a pathlib.Path"),
+        (lambda config: _tokenizer(config).decode([3, 10**6]), "ids[1] = 1000000: tiny.model has"),
+        (lambda config: _tokenizer(config).decode([-1]), "ids[0] = -1: tiny.model has no such id"),
+        (lambda config: _tokenizer(config).id_to_piece(-1), "token = -1: tiny.model has no such"),
+        (lambda config: _tokenizer(config).encode_batch([1]), "texts[0] = 1: give text"),
+        (lambda config: api.train_tokenizer(["a", 1], 300), "documents[1] = 1: give text"),
+        (lambda config: api.train_tokenizer(["a"], 10**30), "set vocab_size to 2147483647 or"),
+        (lambda config: api.train_tokenizer(["a"], 300, normalization="x"), "normalization = 'x'"),
+        (lambda config: api.train_tokenizer(["a"], 300, max_sentences=0), "max_sentences = 0: "),
+        (lambda config: api.write_model("text", "m"), "model = 'text': give bytes"),
+        (lambda config: api.write_model(b"", ""), "cannot write .: it is a folder"),
+        (lambda config: api.preprocess({}), "options = {}: give PreprocessOptions(...)"),
+        (lambda config: Shard(8, 8), "shard 8/8: give K/N with K from 0 to N - 1"),
+    ],
+)
+def test_a_wrong_type_or_value_is_told_with_its_argument_and_what_to_give(
+    tiny_run: Callable[..., Config], wrong: Callable[[Config], object], told: str
+) -> None:
+    with pytest.raises(api.UserError) as refused:
+        wrong(tiny_run())
+    assert told in str(refused.value)
+
+
+def _tokenizer(config: Config) -> api.Tokenizer:
+    return api.Tokenizer.load(config.data.tokenizer)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_taken(tiny_run: Callable[..., Config]) -> None:
+    config = tiny_run()
+    tree = api.config_dict(config)
+    tree["run"]["seed"] = np.int64(5)
+    tree["optimizer"]["lr"] = np.float64(0.5)
+    changed = api.build_config(tree)
+    assert (changed.run.seed, changed.optimizer.lr) == (5, 0.5)
+    (step,) = torch.tensor([2])
+    assert api.read_batch(config, np.int32(2)).batch_hash == api.read_batch(config, step).batch_hash
+    tokenizer = _tokenizer(config)
+    (ids,) = tokenizer.encode_batch(("Text",))
+    assert tokenizer.decode(np.array(ids)) == tokenizer.decode(torch.tensor(ids)) == "Text"
+    assert type(Shard(np.int64(0), np.int64(2)).count) is int
 
 
 @pytest.mark.parametrize(
@@ -98,12 +162,15 @@ def test_a_bare_text_where_a_list_is_meant_is_refused(tiny_run: Callable[..., Co
         ("", {"inputs": "none.jsonl"}, "no such file; check inputs"),
         ("", {"output_prefix": "."}, "output_prefix .: give a name"),
         ("", {"workers": 0}, "workers = 0: give at least 1"),
+        ("", {"workers": "2"}, "workers = '2': give a whole number"),
+        ("", {"inputs": 5}, "inputs = 5: give text or a pathlib.Path or a list of paths"),
+        ("", {"overwrite": "no"}, "overwrite = 'no': give True or False"),
         ("", {"field_keys": ["a", "a"]}, "field_keys a: given twice"),
-        ("", {"on_error": "ignore"}, "on_error = 'ignore': unknown; give one of 'skip', 'fail'"),
-        ("", {"normalize": "NFKC"}, "normalize = 'NFKC': unknown; give one of 'none', 'nfkc'"),
-        ("", {"txt_documents": "word"}, "txt_documents = 'word': unknown; give one of 'line'"),
-        ("", {"word_boundaries": "x"}, "word_boundaries = 'x': unknown; give one of None"),
-        ("", {"shard": "0/2"}, "shard = '0/2': no shard; give None"),
+        ("", {"on_error": "ignore"}, "on_error = 'ignore': give one of 'skip', 'fail'"),
+        ("", {"normalize": "NFKC"}, "normalize = 'NFKC': give one of 'none', 'nfkc'"),
+        ("", {"txt_documents": "word"}, "txt_documents = 'word': give one of 'line'"),
+        ("", {"word_boundaries": "x"}, "word_boundaries = 'x': give one of"),
+        ("", {"shard": "0/2"}, "shard = '0/2': give a Shard"),
         ('{"text": "a"}', {"overwrite": False}, "choose another output_prefix, or replace the "
         "dataset with overwrite=True"),
     ],
@@ -186,7 +253,7 @@ def test_training_goes_on_step_by_step_and_gives_the_signals_back(
     assert signal.getsignal(signal.SIGUSR2) is unlike_python
     assert torch.equal(torch.get_rng_state(), random_state)
     assert sys.excepthook is print_traceback
-    with pytest.raises(api.UserError, match="max_steps = 0: give 1 or more"):
+    with pytest.raises(api.UserError, match="max_steps = 0: give at least 1"):
         api.train(config, max_steps=0)
     with (
         ThreadPoolExecutor(1) as other,
