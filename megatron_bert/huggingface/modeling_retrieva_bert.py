@@ -85,15 +85,25 @@ class RetrievaBertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, kv_size)
 
     def forward(
-        self, x_BSD: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        self,
+        x_BSD: Tensor,
+        attention_mask: Tensor | None,
+        output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, S, D] -> [B, S, D] and the attention weights, where the function gives them."""
+        """[B, S, D] -> [B, S, D] and the attention weights, where the function gives them.
+
+        Raises:
+            ValueError: the weights are asked for, and the attention function has none.
+        """
         q, k, v = (
             projection(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
         name = self.config._attn_implementation
-        attention = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        # SDPA takes the same mask and never has the weights.
+        eager = name == "eager" or (name == "sdpa" and output_attentions)
+        attention = eager_attention if eager else ALL_ATTENTION_FUNCTIONS[name]
         y_BSHK, weights = attention(
             self,
             q,
@@ -102,8 +112,14 @@ class RetrievaBertSelfAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            output_attentions=output_attentions,
             **kwargs,
         )
+        if output_attentions and weights is None:
+            raise ValueError(
+                f"output_attentions=True: attn_implementation={name!r} has no attention weights; "
+                "call model.set_attn_implementation('eager'), or 'sdpa', first"
+            )
         return y_BSHK.reshape(x_BSD.shape), weights
 
 
@@ -347,7 +363,7 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
             position_ids: [1 or B, S]; where they restart at 0 a new text begins, and texts packed
                 into one row do not see each other. Default: 0, 1, 2, ...
             inputs_embeds: [B, S, D] in place of `input_ids`.
-            output_attentions: return the attention weights (with eager attention only).
+            output_attentions: return the attention weights; SDPA then gives way to eager attention.
             output_hidden_states: return the hidden states before each block and after the last.
             **kwargs: handed to the attention function; `return_dict=False` asks for a tuple.
 
@@ -356,7 +372,8 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, a row longer than the
-                position table, or an attention mask of another shape.
+                position table, an attention mask of another shape, or attention weights asked of an
+                attention function that has none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")

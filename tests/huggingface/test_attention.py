@@ -192,11 +192,12 @@ def test_a_row_longer_than_the_position_table_is_refused(monkeypatch: pytest.Mon
         _model("sdpa", monkeypatch)(torch.zeros(1, 65).long())
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_weights_leave_out_padding_and_other_texts(
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, positions, mask = _packed(_texts(), padding=3)
-    model = _model("eager", monkeypatch)
+    model = _model(backend, monkeypatch)
     output = model(ids, mask, positions, output_attentions=True, output_hidden_states=True)
     assert len(output.attentions) == 2
     assert len(output.hidden_states) == 3
@@ -208,6 +209,14 @@ def test_attention_weights_leave_out_padding_and_other_texts(
         assert not weights[0, :, :first, first:].any()
         assert not weights[0, :, first : first + second, :first].any()
         assert not weights[0, :, : first + second, first + second :].any()
+
+
+def test_weights_of_an_attention_that_has_none_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = _model("flash", monkeypatch)
+    with pytest.raises(ValueError, match=r"'flash.*' has no attention weights; call model.set_"):
+        model(_texts()[0][None], output_attentions=True)
 
 
 @pytest.mark.parametrize("asked", [True, False])
