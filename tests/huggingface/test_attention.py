@@ -55,10 +55,11 @@ def test_every_backend_gives_the_eager_hidden_states(
 
 
 @pytest.mark.parametrize("pad_id", [PAD_ID, 0, 20])
+@pytest.mark.parametrize("placed", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_never_attended_whatever_its_id(
-    backend: str, side: str, pad_id: int, monkeypatch: pytest.MonkeyPatch
+    backend: str, side: str, placed: bool, pad_id: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, texts = _model(backend, monkeypatch), _texts()
     ids = torch.full((len(texts), SLOTS), pad_id)
@@ -70,11 +71,25 @@ def test_padding_is_never_attended_whatever_its_id(
         ids[row, place], mask[row, place] = text, 1
         positions[row, place] = torch.arange(len(text))
     hidden = model(
-        ids, attention_mask=mask, position_ids=positions if side == "left" else None
+        ids, attention_mask=mask, position_ids=positions if placed else None
     ).last_hidden_state
     found = [hidden[row, place] for row, place in enumerate(places)]
     _assert_same(found, _alone(model, texts))
     assert hidden.isfinite().all()
+
+
+def test_a_mask_that_hides_nothing_on_the_left_changes_no_position(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, text = _model("sdpa", monkeypatch), _texts()[0][None]
+    counted = model(text, attention_mask=torch.ones_like(text)).last_hidden_state
+    mask = torch.ones_like(text)
+    mask[0, 3] = 0  # in the middle of a text, whose other tokens stay where they are
+    hidden = model(text, attention_mask=mask).last_hidden_state
+    places = torch.arange(text.shape[1])[None]
+    assert torch.equal(counted, model(text, position_ids=places).last_hidden_state)
+    placed = model(text, attention_mask=mask, position_ids=places).last_hidden_state
+    torch.testing.assert_close(hidden, placed, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
