@@ -140,6 +140,16 @@ def test_a_configuration_may_ask_for_tuples(head: str) -> None:
     assert torch.equal(logits, output[1])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is:DeprecationWarning")
+def test_a_model_of_tuples_can_be_traced() -> None:
+    model, ids = _model("MaskedLM", return_dict=False), _ids(ROWS, SLOTS)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    traced = torch.jit.trace(model, (ids, mask))
+    torch.testing.assert_close(traced(ids, mask)[0], model(ids, mask)[0])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_model_comes_back_with_every_parameter(tied: bool, tmp_path: Path) -> None:
     model = _model("MaskedLM", tie_word_embeddings=tied)
