@@ -24,6 +24,10 @@ with told_errors():
     from megatron_bert.run.export import export_model
 
 
+# Keys without a meaning for a model of learned positions that sees all.
+_OF_MODERNBERT = ("rope_theta", "local_rope_theta", "local_attention", "global_attention_every")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -49,8 +53,9 @@ def _add_to_hf(commands: argparse._SubParsersAction[Parser]) -> None:
     to_hf = commands.add_parser(
         "to-hf",
         help="write a directory for AutoModelForMaskedLM and AutoTokenizer",
-        description="Write a directory that transformers loads with trust_remote_code=True: "
-        "config.json, modeling code, model.safetensors, tokenizer, model card.",
+        description="Write a directory that transformers loads: config.json, model.safetensors, "
+        "tokenizer, model card. RetrievaBERT's modeling code lies in it too and needs "
+        "trust_remote_code=True; ModernBERT's is transformers' own.",
     )
     to_hf.add_argument(
         "--checkpoint",
@@ -132,8 +137,9 @@ def _to_hf(options: argparse.Namespace) -> None:
 def _from_hf(options: argparse.Namespace) -> None:
     model = import_model(options.model, options.output, options.tokenizer, options.vocab_size)
     tokenizer = options.tokenizer or options.model / TOKENIZER_NAME
+    foreign = () if model.family.rotary else _OF_MODERNBERT
     keys = {
-        "model": model.model_dump(mode="json", exclude={"preset"}),
+        "model": model.model_dump(mode="json", exclude={"preset", *foreign}),
         "data": {"tokenizer": str(tokenizer)},
         "checkpoint": {"resume": str(options.output)},
     }

@@ -103,6 +103,8 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         **roles,
+        # It has no role in transformers, but marks no text either. Release 5 reads this older key.
+        "additional_special_tokens": [names[EOD]],
     }
     return ExportedTokenizer(
         files={

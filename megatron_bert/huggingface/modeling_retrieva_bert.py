@@ -85,15 +85,25 @@ class RetrievaBertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, kv_size)
 
     def forward(
-        self, x_BSD: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        self,
+        x_BSD: Tensor,
+        attention_mask: Tensor | None,
+        output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, S, D] -> [B, S, D] and the attention weights, where the function gives them."""
+        """[B, S, D] -> [B, S, D] and the attention weights, where the function gives them.
+
+        Raises:
+            ValueError: the weights are asked for, and the attention function has none.
+        """
         q, k, v = (
             projection(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
         name = self.config._attn_implementation
-        attention = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        # SDPA takes the same mask and never has the weights.
+        eager = name == "eager" or (name == "sdpa" and output_attentions)
+        attention = eager_attention if eager else ALL_ATTENTION_FUNCTIONS[name]
         y_BSHK, weights = attention(
             self,
             q,
@@ -102,8 +112,14 @@ class RetrievaBertSelfAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            output_attentions=output_attentions,
             **kwargs,
         )
+        if output_attentions and weights is None:
+            raise ValueError(
+                f"output_attentions=True: attn_implementation={name!r} has no attention weights; "
+                "call model.set_attn_implementation('eager'), or 'sdpa', first"
+            )
         return y_BSHK.reshape(x_BSD.shape), weights
 
 
@@ -216,6 +232,11 @@ class RetrievaBertEncoder(nn.Module):
             hidden_states=(*hidden_states, x_BSD) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+
+def first_seen(padding_BS: Tensor) -> Tensor:
+    """Slot of each row's first token, [B]: 0 but for rows that are padded on the left."""
+    return (padding_BS != 0).int().argmax(1)
 
 
 def text_numbers(position_ids: Tensor) -> Tensor:
@@ -345,9 +366,10 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
             attention_mask: [B, S], 0 at padding, which no slot attends to. Without it every slot
                 is attended to, padding too.
             position_ids: [1 or B, S]; where they restart at 0 a new text begins, and texts packed
-                into one row do not see each other. Default: 0, 1, 2, ...
+                into one row do not see each other. Default: 0, 1, 2, ... from the first slot that
+                `attention_mask` does not hide, so that padding on the left changes no text.
             inputs_embeds: [B, S, D] in place of `input_ids`.
-            output_attentions: return the attention weights (with eager attention only).
+            output_attentions: return the attention weights; SDPA then gives way to eager attention.
             output_hidden_states: return the hidden states before each block and after the last.
             **kwargs: handed to the attention function; `return_dict=False` asks for a tuple.
 
@@ -356,7 +378,8 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, a row longer than the
-                position table, or an attention mask of another shape.
+                position table, an attention mask of another shape, or attention weights asked of an
+                attention function that has none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -372,7 +395,7 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
         else:
             arguments = {"attention_mask": visibility_mask(attention_mask, position_ids)}
         if position_ids is None:
-            position_ids = self._counted_positions(inputs_embeds)
+            position_ids = self._counted_positions(inputs_embeds, attention_mask)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -385,14 +408,17 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
         )
         return outputs
 
-    def _counted_positions(self, inputs_embeds: Tensor) -> Tensor:
+    def _counted_positions(self, inputs_embeds: Tensor, padding_BS: Tensor | None) -> Tensor:
         length = inputs_embeds.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(
                 f"a row of {length} tokens is longer than the position table, "
                 f"{self.config.max_position_embeddings}; truncate it (truncation=True)"
             )
-        return torch.arange(length, device=inputs_embeds.device)[None]
+        slots = torch.arange(length, device=inputs_embeds.device)[None]
+        if padding_BS is None:
+            return slots
+        return (slots - first_seen(padding_BS)[:, None]).clamp(min=0)
 
 
 class RetrievaBertPredictionHeadTransform(nn.Module):
@@ -521,16 +547,21 @@ class RetrievaBertForMaskedLM(RetrievaBertPreTrainedModel):
 
 
 class RetrievaBertPooler(nn.Module):
-    """A row's first slot (`<CLS>`) through a dense layer and tanh."""
+    """A row's first token (`<CLS>`) through a dense layer and tanh."""
 
     def __init__(self, config: RetrievaBertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, D]."""
-        y_BD: Tensor = self.dropout(torch.tanh(self.dense(x_BSD[:, 0])))
+    def forward(self, x_BSD: Tensor, padding_BS: Tensor | None) -> Tensor:
+        """[B, S, D] and the padding mask, if any -> [B, D]."""
+        if padding_BS is None:
+            first_BD = x_BSD[:, 0]
+        else:
+            rows = torch.arange(x_BSD.shape[0], device=x_BSD.device)
+            first_BD = x_BSD[rows, first_seen(padding_BS)]
+        y_BD: Tensor = self.dropout(torch.tanh(self.dense(first_BD)))
         return y_BD
 
 
@@ -561,7 +592,7 @@ class RetrievaBertForSequenceClassification(RetrievaBertPreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Logits [B, number of labels]; with `labels`, [B] or [B, number of labels], also the loss.
 
-        The other arguments are those of `RetrievaBertModel.forward`; pad on the right.
+        The other arguments are those of `RetrievaBertModel.forward`.
         """
         outputs = self.bert(
             input_ids,
@@ -571,7 +602,7 @@ class RetrievaBertForSequenceClassification(RetrievaBertPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        logits = self.classifier(self.pooler(outputs.last_hidden_state))
+        logits = self.classifier(self.pooler(outputs.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -702,20 +733,24 @@ class RetrievaBertForMultipleChoice(RetrievaBertPreTrainedModel):
     ) -> MultipleChoiceModelOutput:
         """Logits [B, C]; with `labels`, [B], also the loss.
 
-        The other arguments are those of `RetrievaBertModel.forward`, with [B, C, S] for [B, S];
-        pad on the right.
+        The other arguments are those of `RetrievaBertModel.forward`, with [B, C, S] for [B, S].
         """
+        ids, mask, positions, embeds = (
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+        )
         outputs = self.bert(
-            *(
-                None if tensor is None else tensor.flatten(0, 1)
-                for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
-            ),
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            inputs_embeds=embeds,
             return_dict=True,
             **kwargs,
         )
         given = input_ids if inputs_embeds is None else inputs_embeds
         assert given is not None  # the encoder has seen to that
-        logits_BC = self.classifier(self.pooler(outputs.last_hidden_state)).view(given.shape[:2])
+        scores = self.classifier(self.pooler(outputs.last_hidden_state, mask))
+        logits_BC = scores.view(given.shape[:2])
         return MultipleChoiceModelOutput(
             loss=None if labels is None else F.cross_entropy(logits_BC, labels),
             logits=logits_BC,

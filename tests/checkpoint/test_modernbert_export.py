@@ -308,7 +308,9 @@ def test_the_tool_takes_and_shows_both_directions(
     run, exported, back = run_folder / "run", tmp_path / "exported", tmp_path / "back"
     tool.main(["to-hf", "--checkpoint", str(run), "--output", str(exported), "--dtype", "bf16"])
     tool.main(["from-hf", "--model", str(exported), "--output", str(back)])
-    assert "architecture: modernbert" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "architecture: modernbert" in printed
+    assert "local_attention: " in printed
     tool.main(["inspect", str(exported)])
     tool.main(["inspect", str(back)])
     shown = capsys.readouterr().out

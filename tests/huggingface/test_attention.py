@@ -55,10 +55,11 @@ def test_every_backend_gives_the_eager_hidden_states(
 
 
 @pytest.mark.parametrize("pad_id", [PAD_ID, 0, 20])
+@pytest.mark.parametrize("placed", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_never_attended_whatever_its_id(
-    backend: str, side: str, pad_id: int, monkeypatch: pytest.MonkeyPatch
+    backend: str, side: str, placed: bool, pad_id: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, texts = _model(backend, monkeypatch), _texts()
     ids = torch.full((len(texts), SLOTS), pad_id)
@@ -70,11 +71,25 @@ def test_padding_is_never_attended_whatever_its_id(
         ids[row, place], mask[row, place] = text, 1
         positions[row, place] = torch.arange(len(text))
     hidden = model(
-        ids, attention_mask=mask, position_ids=positions if side == "left" else None
+        ids, attention_mask=mask, position_ids=positions if placed else None
     ).last_hidden_state
     found = [hidden[row, place] for row, place in enumerate(places)]
     _assert_same(found, _alone(model, texts))
     assert hidden.isfinite().all()
+
+
+def test_a_mask_that_hides_nothing_on_the_left_changes_no_position(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, text = _model("sdpa", monkeypatch), _texts()[0][None]
+    counted = model(text, attention_mask=torch.ones_like(text)).last_hidden_state
+    mask = torch.ones_like(text)
+    mask[0, 3] = 0  # in the middle of a text, whose other tokens stay where they are
+    hidden = model(text, attention_mask=mask).last_hidden_state
+    places = torch.arange(text.shape[1])[None]
+    assert torch.equal(counted, model(text, position_ids=places).last_hidden_state)
+    placed = model(text, attention_mask=mask, position_ids=places).last_hidden_state
+    torch.testing.assert_close(hidden, placed, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,11 +207,12 @@ def test_a_row_longer_than_the_position_table_is_refused(monkeypatch: pytest.Mon
         _model("sdpa", monkeypatch)(torch.zeros(1, 65).long())
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_weights_leave_out_padding_and_other_texts(
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, positions, mask = _packed(_texts(), padding=3)
-    model = _model("eager", monkeypatch)
+    model = _model(backend, monkeypatch)
     output = model(ids, mask, positions, output_attentions=True, output_hidden_states=True)
     assert len(output.attentions) == 2
     assert len(output.hidden_states) == 3
@@ -208,6 +224,14 @@ def test_attention_weights_leave_out_padding_and_other_texts(
         assert not weights[0, :, :first, first:].any()
         assert not weights[0, :, first : first + second, :first].any()
         assert not weights[0, :, : first + second, first + second :].any()
+
+
+def test_weights_of_an_attention_that_has_none_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = _model("flash", monkeypatch)
+    with pytest.raises(ValueError, match=r"'flash.*' has no attention weights; call model.set_"):
+        model(_texts()[0][None], output_attentions=True)
 
 
 @pytest.mark.parametrize("asked", [True, False])

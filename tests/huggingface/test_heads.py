@@ -103,6 +103,17 @@ def test_choices_are_scored_as_rows_of_their_own() -> None:
     torch.testing.assert_close(one[0, 0], output.logits[0, 1])
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "MultipleChoice"])
+def test_padding_on_the_left_changes_no_head_on_the_first_token(head: str) -> None:
+    model, ids = _model(head), _batch(head)["input_ids"]
+    logits = []
+    for padding in ((0, 2), (2, 0)):
+        mask = F.pad(torch.ones_like(ids), padding)
+        logits.append(model(F.pad(ids, padding), attention_mask=mask).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+    torch.testing.assert_close(logits[0], model(ids).logits)
+
+
 # Its name before transformers 5.
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("head", HEADS)
@@ -127,6 +138,16 @@ def test_a_configuration_may_ask_for_tuples(head: str) -> None:
     loss, logits = model(**batch)[:2]
     assert torch.equal(loss, output[0])
     assert torch.equal(logits, output[1])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is:DeprecationWarning")
+def test_a_model_of_tuples_can_be_traced() -> None:
+    model, ids = _model("MaskedLM", return_dict=False), _ids(ROWS, SLOTS)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    traced = torch.jit.trace(model, (ids, mask))
+    torch.testing.assert_close(traced(ids, mask)[0], model(ids, mask)[0])
 
 
 @pytest.mark.parametrize("tied", [True, False])

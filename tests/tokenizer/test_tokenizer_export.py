@@ -261,6 +261,7 @@ def test_a_tokenizer_trained_here_keeps_the_plain_names(tiny_tokenizer_path: Pat
         "pad_token": "<PAD>",
         "cls_token": "<CLS>",
         "sep_token": "<SEP>",
+        "additional_special_tokens": ["<EOD>"],
     }
     roles = ("unk", "bos", "eos", "mask", "pad", "cls", "sep")
     assert export.token_ids == {f"{role}_token_id": i for i, role in enumerate(roles)}
@@ -330,6 +331,13 @@ mask = tokenizer("東京" + tokenizer.mask_token + "大阪")["input_ids"]
 assert mask.count(tokenizer.mask_token_id) == 1, mask
 text = tokenizer("東京" + tokenizer.mask_token, split_special_tokens=True)["input_ids"]
 assert tokenizer.mask_token_id not in text, text
+special = tokenizer.convert_tokens_to_ids([t for t in tokenizer.get_vocab() if "EOD" in t])
+special += [tokenizer.cls_token_id, tokenizer.mask_token_id]
+assert len(special) == 3 and set(special) < set(tokenizer.all_special_ids), special
+assert tokenizer.decode(special, skip_special_tokens=True) == ""
+tokenizer.save_pretrained(sys.argv[1] + "/again")
+again = AutoTokenizer.from_pretrained(sys.argv[1] + "/again")
+assert again.all_special_ids == tokenizer.all_special_ids
 ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
 answer = [transformers.__version__, ids, tokenizer.batch_decode(ids)]
 json.dump(answer, open(sys.argv[3], "w"))

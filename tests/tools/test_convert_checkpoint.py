@@ -83,6 +83,7 @@ def test_from_hf_prints_the_keys_of_a_run_that_goes_on(made: Path) -> None:
     assert keys["data"]["tokenizer"] == str(made / "tiny.model")
     assert keys["model"]["vocab_size"] == 512
     assert keys["model"]["norm_eps"] == 1e-12
+    assert not [key for key in keys["model"] if "rope" in key or "local" in key or "global" in key]
     assert "license: apache-2.0" in (made / "exported" / "README.md").read_text("utf-8")
 
 
