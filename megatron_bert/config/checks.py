@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_bert.config.arithmetic import warmup_steps
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.diagnostics import format_value, raise_problems
-from megatron_bert.config.kernels import fp8_problems, kernel_problems
+from megatron_bert.config.kernels import fp8_problems, kernel_conflicts, kernel_problems
 from megatron_bert.config.layout_checks import layout_problems
 from megatron_bert.config.places import place_problem, shell_problem
 from megatron_bert.config.profiled_steps import profile_problems
@@ -52,6 +52,7 @@ def value_problems(config: Config) -> list[str]:
         _batch_problems,
         _zero_bubble_problems,
         profile_problems,
+        kernel_conflicts,
         fp8_problems,
     )
     return [problem for check in checks for problem in check(config)]

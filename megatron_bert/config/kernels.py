@@ -36,8 +36,17 @@ def describe_kernels(config: Config) -> str:
     return f"{shown}: {_MEANING[name]}{'' if fp8 == 'none' else f'; products in FP8 ({fp8})'}"
 
 
+def kernel_conflicts(config: Config) -> Iterator[str]:
+    """What in the rest of the configuration speaks against `kernels`, on any machine."""
+    key = f"kernels = {config.kernels}"
+    if config.kernels == "fused":
+        yield from _fused_conflicts(config, key)
+    if config.kernels == "te":
+        yield from _te_conflicts(config, key)
+
+
 def kernel_problems(config: Config) -> Iterator[str]:
-    """What this machine, and the rest of the configuration, lack for `kernels`."""
+    """What this machine lacks for `kernels`."""
     kernels = config.kernels
     if kernels in ("auto", "torch"):
         return
@@ -47,8 +56,11 @@ def kernel_problems(config: Config) -> Iterator[str]:
     if config.run.device == "cpu":
         yield f"{key}: it computes on CUDA only and run.device = cpu; use torch or auto"
         return
-    if kernels == "fused":
-        yield from _fused_problems(config, key)
+    if kernels == "fused" and find_spec("triton") is None:
+        yield (
+            f"{key}: the package triton is not installed; install PyTorch for CUDA, which comes "
+            "with it, or use kernels=torch"
+        )
     if kernels == "te" and find_spec("transformer_engine") is None:
         yield (
             f"{key}: the package transformer_engine is not installed; on a machine with CUDA "
@@ -62,13 +74,16 @@ def kernel_problems(config: Config) -> Iterator[str]:
             "registry's apex is another project); build https://github.com/NVIDIA/apex with its "
             f"CUDA extensions, or use one of {others}"
         )
-    if kernels == "te" and config.precision.compute != "bf16":
+
+
+def _te_conflicts(config: Config, key: str) -> Iterator[str]:
+    if config.precision.compute != "bf16":
         yield (
             f"{key}: Transformer Engine multiplies fp32 in TF32, of 10 bits after the point, and "
             f"precision.compute = {config.precision.compute}; use precision.compute=bf16, or "
             "kernels=torch"
         )
-    if kernels == "te" and _takes_gradients_apart(config):
+    if _takes_gradients_apart(config):
         yield (
             f"{key}: Transformer Engine computes both gradients of a layer at once, and "
             "parallel.pipeline_schedule = zero_bubble takes them apart; use kernels=torch, or "
@@ -76,12 +91,7 @@ def kernel_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _fused_problems(config: Config, key: str) -> Iterator[str]:
-    if find_spec("triton") is None:
-        yield (
-            f"{key}: the package triton is not installed; install PyTorch for CUDA, which comes "
-            "with it, or use kernels=torch"
-        )
+def _fused_conflicts(config: Config, key: str) -> Iterator[str]:
     if config.compile.enabled:
         yield (
             f"{key}: its kernels stand where compiled ones would and compile.enabled = true; use "

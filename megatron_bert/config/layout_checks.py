@@ -20,7 +20,7 @@ from megatron_bert.config.remedies import (
     near_multiples,
     ranks,
 )
-from megatron_bert.config.schema import Config
+from megatron_bert.config.schema import Config, ParallelConfig
 
 _LAYOUTS_NAMED = 3
 
@@ -59,6 +59,22 @@ class RankLayout:
                 "parallel.replicate": self.replicate,
             }
         )
+
+
+def without_chosen_layout(config: Config) -> Config:
+    """The configuration without the keys that `parallel.layout: auto` chooses.
+
+    They count for nothing and may say anything. Unchanged where the layout is the user's.
+    """
+    if config.parallel.layout == "manual":
+        return config
+    return config.with_keys(
+        {
+            "parallel": ParallelConfig(layout="auto", network=config.parallel.network),
+            "recompute": "none",
+            "batch.micro_size": None,
+        }
+    )
 
 
 def layout_problems(config: Config, world_size: int, vocab_size: int | None) -> list[str]:

@@ -14,6 +14,7 @@ from megatron_bert.config.checks import shell_problems, value_problems
 from megatron_bert.config.diagnostics import explain, format_value, raise_problems
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import key_at
+from megatron_bert.config.layout_checks import without_chosen_layout
 from megatron_bert.config.overrides import apply_override
 from megatron_bert.config.schema import Config
 from megatron_bert.config.yaml_text import KeyPath, format_document, parse_document
@@ -80,7 +81,10 @@ def _checked(
     config = None
     try:
         config = Config.model_validate(tree)
-        problems += [*value_problems(config), *shell_problems(config)]
+        problems += [
+            *value_problems(without_chosen_layout(config)),
+            *shell_problems(config),
+        ]
     except ValidationError as error:
         problems += explain(error, places)
     raise_problems(problems, source)

@@ -22,9 +22,10 @@ from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_error
 
 with told_errors():
     from megatron_bert.config.checks import check_config
+    from megatron_bert.config.layout_checks import without_chosen_layout
     from megatron_bert.config.load import load_config
     from megatron_bert.jobs.going_on import announce, judge, take_up
-    from megatron_bert.jobs.layout import layout_keys
+    from megatron_bert.jobs.layout import fitting_layout, layout_keys
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,9 +79,13 @@ def _begin(options: argparse.Namespace) -> None:
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks}: give at least 1")
     config = load_config(options.config, options.overrides)
-    keys = layout_keys(config, options.ranks)
-    config = load_config(options.config, [*options.overrides, *keys])
-    check_config(config, world_size=options.ranks, vocab_size=config.model.vocab_size)
+    layout = fitting_layout(config, options.ranks)
+    keys = layout_keys(config, layout)
+    check_config(
+        layout.put_into(without_chosen_layout(config)),
+        world_size=options.ranks,
+        vocab_size=config.model.vocab_size,
+    )
     if keys:
         sys.stderr.write(
             f"the configuration's layout does not fit {options.ranks} ranks; taking "

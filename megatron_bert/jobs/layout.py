@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.layout_checks import RankLayout, layout_problems, nearest_layouts
+from megatron_bert.config.layout_checks import (
+    RankLayout,
+    layout_problems,
+    nearest_layouts,
+    without_chosen_layout,
+)
 from megatron_bert.config.schema import Config
 
 
-def layout_keys(config: Config, ranks: int) -> list[str]:
-    """Return the keys of `parallel` that must change for a job of `ranks` ranks, `key=value` each.
+def fitting_layout(config: Config, ranks: int) -> RankLayout:
+    """Return the configuration's layout, or the nearest that works on so many ranks.
 
-    The layout that works is the one with the fewest doublings and halvings from the one asked for;
-    data parallelism takes the ranks left over. What the batch needs follows from that: its rows are
-    the same ones on every layout.
+    That is the one with the fewest doublings and halvings from the one asked for; data parallelism
+    takes the ranks left over. What the batch needs follows from that: its rows are the same ones on
+    every layout. Under `parallel.layout: auto` it tells only that there is one.
 
     Raises:
         ConfigError: no layout of so many ranks works; the message tells numbers that have one.
     """
-    vocab_size = config.model.vocab_size
-    problems = layout_problems(config, ranks, vocab_size)
+    asked, vocab_size = without_chosen_layout(config), config.model.vocab_size
+    problems = layout_problems(asked, ranks, vocab_size)
     if not problems:
-        return []
-    layouts = nearest_layouts(config, ranks, vocab_size)
+        return RankLayout.of(asked)
+    layouts = nearest_layouts(asked, ranks, vocab_size)
     if not layouts:
         raise ConfigError("\n".join(problems))
-    asked, found = RankLayout.of(config), layouts[0]
+    return layouts[0]
+
+
+def layout_keys(config: Config, layout: RankLayout) -> list[str]:
+    """Return the keys of `parallel` that a job has to change for a layout, `key=value` each.
+
+    None under `parallel.layout: auto`: the job chooses for itself.
+    """
+    if config.parallel.layout == "auto":
+        return []
+    asked = RankLayout.of(config)
     return [
-        f"parallel.{name}={getattr(found, name)}"
+        f"parallel.{name}={getattr(layout, name)}"
         for name in ("tensor", "pipeline", "replicate")
-        if getattr(found, name) != getattr(asked, name)
+        if getattr(layout, name) != getattr(asked, name)
     ]

@@ -108,7 +108,7 @@ def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
     """Every legal way to share the model.
 
     The configuration's own layout counts for nothing, but what forbids a layout holds: rows a step,
-    `compile.enabled` under zero bubble.
+    `compile.enabled` under zero bubble, sides of FP8 products.
     """
     for schedule, virtual in _schedules(config):
         for sequence in (False, True):
@@ -123,6 +123,8 @@ def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
                 if pointless or (tensor, pipeline) in seen:
                     continue
                 seen.add((tensor, pipeline))
+                if value_problems(layout.put_into(asked)):
+                    continue
                 data = ranks // (tensor * pipeline)
                 yield Split(tensor, sequence, pipeline, schedule, virtual, data)
 

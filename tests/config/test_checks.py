@@ -333,3 +333,15 @@ def test_a_set_vocabulary_holds_the_tokenizer_and_divides_among_ranks(build: Bui
         resolve_vocab_size(model, 1001, 1)
     with pytest.raises(ConfigError, match=r"not divisible by parallel\.tensor = 3.*=1152"):
         resolve_vocab_size(model, 1000, 3)
+
+
+def test_keys_that_an_automatic_layout_chooses_may_say_anything(build: Build) -> None:
+    leftover = (
+        "parallel.pipeline=2",
+        "parallel.pipeline_schedule=zero_bubble",
+        "compile.enabled=true",
+        "recompute=full",
+    )
+    with pytest.raises(ConfigError, match="zero_bubble"):
+        build(*leftover)
+    assert build(*leftover, "parallel.layout=auto").parallel.layout == "auto"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
-from megatron_bert.config.checks import check_config
+from megatron_bert.config.checks import check_config, value_problems
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.layout_checks import legal_layouts
@@ -52,6 +53,26 @@ def test_zero_bubble_is_offered_only_where_blocks_are_not_compiled() -> None:
     plain = all_splits(recipe("compile.enabled=false"), 8, VOCABULARY)
     assert "zero_bubble" not in compiled
     assert "zero_bubble" in {split.schedule for split in plain}
+
+
+@pytest.mark.parametrize(
+    ("override", "refused"),
+    [
+        ("kernels=te", lambda split: split.schedule == "zero_bubble"),
+        # 8 rows of key and value heads each: FP8 products have sides of a multiple of 16.
+        ("precision.fp8=current", lambda split: 4096 // split.tensor % 16),
+    ],
+)
+def test_what_kernels_and_fp8_refuse_is_not_offered(
+    override: str, refused: Callable[[Split], bool]
+) -> None:
+    config = recipe("compile.enabled=false", "model.num_attention_heads=24", override)
+    splits = list(all_splits(config, 48, VOCABULARY))
+    assert splits
+    assert not any(map(refused, splits))
+    for split in splits:
+        asked = Layout(split, 16384, "none").put_into(config)
+        assert not value_problems(asked)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.jobs import going_on
 from megatron_bert.jobs.__main__ import main
 from megatron_bert.jobs.going_on import ANY, HOLD, Next, announce, judge, take_up
-from megatron_bert.jobs.layout import layout_keys
+from megatron_bert.jobs.layout import fitting_layout, layout_keys
 from megatron_bert.run.directory import (
     FAILED,
     FINISHED,
@@ -38,7 +39,7 @@ def config_path(tmp_path: Path) -> Path:
     return path
 
 
-def config(**parallel: int) -> Config:
+def config(**parallel: Any) -> Config:
     return Config.model_validate(
         {
             "model": {
@@ -80,12 +81,22 @@ def contents(run_dir: Path) -> dict[Path, bytes]:
 def test_what_fits_is_kept_and_data_parallelism_fills_the_rest(
     parallel: dict[str, int], ranks: int, keys: list[str]
 ) -> None:
-    assert layout_keys(config(**parallel), ranks) == keys
+    asked = config(**parallel)
+    assert layout_keys(asked, fitting_layout(asked, ranks)) == keys
+
+
+def test_a_job_that_chooses_its_layout_is_given_none() -> None:
+    # What the section says beside `auto` counts for nothing: it neither fits nor has to.
+    parallel: dict[str, Any] = {"layout": "auto", "tensor": 2, "pipeline": 4}
+    # 128 ranks for 64 rows a step: not by data parallelism alone, but there are layouts.
+    for ranks in (3, 128):
+        asked = config(**parallel)
+        assert layout_keys(asked, fitting_layout(asked, ranks)) == []
 
 
 def test_ranks_that_have_no_layout_are_refused_with_numbers_that_have_one() -> None:
     with pytest.raises(ConfigError, match="no layout of 67 ranks works; start"):
-        layout_keys(config(), 67)
+        fitting_layout(config(), 67)
 
 
 def test_a_finished_run_has_no_other_job(tmp_path: Path) -> None:
