@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_bert.distributed.device_work import DevicePoint
+from megatron_bert.distributed.device_work import wait_for_step, work_point
 from megatron_bert.files import appearing_whole, temporary_path
 
 # Of allocations and frees, the latest; a step of 48 layers makes some 100,000.
@@ -37,9 +38,17 @@ class StepProfiler:
         folder: where the files go, made when they do.
         device: this rank's.
         taken: steps that were taken before this job.
+        timeout_seconds: the longest that a step takes on the device, where others may be lost.
     """
 
-    def __init__(self, steps: range, folder: Path, device: torch.device, taken: int) -> None:
+    def __init__(
+        self,
+        steps: range,
+        folder: Path,
+        device: torch.device,
+        taken: int,
+        timeout_seconds: float = math.inf,
+    ) -> None:
         if steps and steps[-1] <= taken:
             logger.info(
                 "warning     profile.steps: this job begins after step %s, behind them; "
@@ -49,14 +58,19 @@ class StepProfiler:
         self._steps = steps
         self._folder = folder
         self._device = device
+        self._timeout = timeout_seconds
         self._recording: _Recording | None = None
 
     def begin(self, step: int) -> None:
-        """Tell that a step begins, its rows being there."""
+        """Tell that a step begins, its rows being there.
+
+        Raises:
+            DeviceStalledError: the device does not come to the end of the steps before.
+        """
         if step not in self._steps:
             return
         if self._recording is None:
-            self._recording = _Recording(step, self._device)
+            self._recording = _Recording(step, self._device, self._timeout)
         self._recording.begin(step)
 
     def is_complete(self, step: int) -> bool:
@@ -64,7 +78,11 @@ class StepProfiler:
         return self._recording is not None and step + 1 not in self._steps
 
     def write(self) -> None:
-        """Write what was recorded, if anything was; waits for the device."""
+        """Write what was recorded, if anything was; waits for the device.
+
+        Raises:
+            DeviceStalledError: it does not come to the end of the last step.
+        """
         recording, self._recording = self._recording, None
         if recording is None:
             return
@@ -95,9 +113,10 @@ class StepProfiler:
 class _Recording:
     """What is being recorded, from the making to `stop`."""
 
-    def __init__(self, first: int, device: torch.device) -> None:
+    def __init__(self, first: int, device: torch.device, timeout_seconds: float) -> None:
         self.first = self.last = first
-        self._device = device
+        self._device, self._timeout = device, timeout_seconds
+        self.wait()
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -106,7 +125,6 @@ class _Recording:
             )
         self._profile = profile(activities=activities, record_shapes=True)
         self._step: record_function | None = None
-        self.wait()
         self._profile.start()
 
     def begin(self, step: int) -> None:
@@ -143,17 +161,14 @@ class _Recording:
 
     def is_done_soon(self) -> bool:
         """Whether the device ends its work: the profiler would wait for it without end."""
-        if self._device.type != "cuda":
-            return True
         try:
-            return DevicePoint(self._device).wait(_IDLE_WITHIN_SECONDS)
+            return work_point(self._device).wait(_IDLE_WITHIN_SECONDS)
         except RuntimeError:
             return False
 
     def wait(self) -> None:
         """Keep kernels of the steps before out of the trace, and have the last ones in it."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for_step(work_point(self._device), self._timeout)
 
 
 def _compress(plain: Path, packed: Path) -> None:

@@ -13,12 +13,12 @@ import torch
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_work import WorkPoint, work_point
 from megatron_bert.run.metrics import MetricsFile
 from megatron_bert.training.divergence import DivergenceWatch
 from megatron_bert.training.progress import Progress
 from megatron_bert.training.spikes import SpikeWatch
 from megatron_bert.training.step import Agreement, StepNumbers, StepResult
-from megatron_bert.training.step_parts import Moment, moment
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class _Taken:
     agreement: Agreement
     learning_rate: float
     result: StepResult
-    began: Moment
+    began: WorkPoint
     data_seconds: float
     peak_memory_gb: float | None
 
@@ -81,7 +81,7 @@ class StepRecorder:
             config.optimizer.max_skipped, config.run.directory / "checkpoints"
         )
         self._take_peak_memory()
-        self._began = moment(device)
+        self._began = work_point(device, timed=True)
         # Alone a rank waits for nobody, however long a step takes.
         self._timeout = config.distributed.timeout_seconds if world_size > 1 else math.inf
 
@@ -147,7 +147,7 @@ class StepRecorder:
         """Leave what happens inside, which is no step, out of the steps' time."""
         yield
         self._take_peak_memory()
-        self._began = moment(self._device)
+        self._began = work_point(self._device, timed=True)
 
     def write_evaluation(self, step: int, span: StageSpan, scores: dict[str, object]) -> None:
         """Write an evaluation's line."""

@@ -6,27 +6,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 
 from megatron_bert.data.batch import RowArrays
-from megatron_bert.distributed.device_work import DevicePoint
-
-
-class Fence(Protocol):
-    """A point in the device's work."""
-
-    def wait(self, *, given_up: threading.Event) -> bool:
-        """Wait until the device has passed it, or that is given up; whether it has."""
-        ...
-
-
-class _NoFence:
-    """The CPU has read what it was given by the time it asks for more."""
-
-    def wait(self, *, given_up: threading.Event) -> bool:
-        return True
+from megatron_bert.distributed.device_work import HostPoint, WorkPoint, work_point
 
 
 @dataclass(frozen=True)
@@ -39,14 +23,13 @@ class HostMemory:
     """
 
     allocate: Callable[[int, int, int], RowArrays]
-    fence: Callable[[], Fence]
+    fence: Callable[[], WorkPoint]
 
     @classmethod
     def for_device(cls, device: torch.device) -> HostMemory:
         """Pinned memory for CUDA, which copies from it while the host goes on; else any."""
-        if device.type == "cuda":
-            return cls(partial(RowArrays.empty, pin_memory=True), partial(DevicePoint, device))
-        return cls(RowArrays.empty, _NoFence)
+        pinned = device.type == "cuda"
+        return cls(partial(RowArrays.empty, pin_memory=pinned), partial(work_point, device))
 
 
 class StagingBuffer:
@@ -59,7 +42,7 @@ class StagingBuffer:
         self._memory = memory
         self._arrays: RowArrays | None = None
         self._shape: tuple[int, int, int] | None = None
-        self._fence: Fence = _NoFence()
+        self._fence: WorkPoint = HostPoint()
 
     def claim(self, rows: int, seq_length: int, masked_slots: int) -> RowArrays:
         """Return the memory; write only after `wait_until_read`."""
@@ -67,7 +50,7 @@ class StagingBuffer:
         if self._arrays is None or self._shape != shape:
             # PyTorch's allocator keeps pinned memory until the copies from it are done.
             self._arrays = self._memory.allocate(*shape)
-            self._shape, self._fence = shape, _NoFence()
+            self._shape, self._fence = shape, HostPoint()
         return self._arrays
 
     def wait_until_read(self, given_up: threading.Event) -> bool:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.data.batch import Batch
-from megatron_bert.distributed.device_work import DeviceStalledError
+from megatron_bert.distributed.device_work import wait_for_step
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel
 from megatron_bert.optim.sharded import ShardedOptimizer
@@ -75,11 +75,7 @@ class StepResult:
         Raises:
             DeviceStalledError: the device has not come to the end of the step by then.
         """
-        if not self.parts.ended.wait(timeout_seconds):
-            raise DeviceStalledError(
-                f"the device has not ended a step within {timeout_seconds:g} s "
-                "(distributed.timeout_seconds); where steps take longer, give a larger number"
-            )
+        wait_for_step(self.parts.ended, timeout_seconds)
         loss, grad_norm, skipped, finite_loss, finite_gradient = self.numbers.tolist()
         return StepNumbers(
             loss, grad_norm, bool(skipped), (bool(finite_loss), bool(finite_gradient))

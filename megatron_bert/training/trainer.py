@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import config_dict, dump_config
 from megatron_bert.config.profiled_steps import profiled_steps
 from megatron_bert.config.schema import Config
+from megatron_bert.data.batch import Batch
 from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.agreement import Ranks
@@ -114,58 +118,69 @@ class Trainer:
 
     def run(self, stops: StopRequests, max_steps: int | None = None) -> RunEnd:
         """Train until the curriculum's end, `max_steps` are taken or a rank is asked to stop."""
-        config, topology = self._config, self._topology
         steps = range(self._step + 1, self._total_steps + 1)[:max_steps]
-        reader = ReadAhead(
-            self._source,
-            topology.data_parallel_rank,
-            map(self._global_batch, steps),
-            HostMemory.for_device(topology.device),
-            config.data.threads,
-        )
-        slow_ranks = SlowRankWatch(config.log.interval, topology.device)
-        profiler = StepProfiler(
-            profiled_steps(config), config.run.directory / "profile", topology.device, self._step
-        )
         stop_reason: str | None = None
-        try:
+        # Closed from the last to the first, each of them whatever another one raises.
+        with (
+            closing(self._profiler()) as profiler,
+            closing(self._recorder),
+            closing(self._reader(steps)) as reader,
+            closing(self._saver),
+        ):
+            slow_ranks = SlowRankWatch(self._config.log.interval, self._topology.device)
             for step, batches in zip(steps, slow_ranks.timing(reader), strict=True):
                 self._pace.begin(step)
                 profiler.begin(step)
-                stops.seconds_to_end = self._pace.seconds_to_end(
-                    self._saver.seconds, saving=self._saver.is_saving
-                )
-                own_reason, figures = stops.reason, slow_ranks.figures(step)
-                agreement = agree(batches, own_reason is not None, topology, figures)
-                slow_ranks.judge(step, agreement.figures)
-                rate = learning_rate(step, config, self._curriculum)
-                result = take_step(
-                    self._model,
-                    self._optimizer,
-                    batches,
-                    agreement.masked_tokens,
-                    rate,
-                )
-                self._step = step
-                span = self._curriculum.at(step)
-                self._recorder.add(step, span, agreement, rate, result, slow_ranks.last_wait)
-                if profiler.is_complete(step) or agreement.stop:
+                stop_reason = self._take(step, batches, stops, slow_ranks)
+                is_last = stop_reason is not None
+                if profiler.is_complete(step) or is_last:
+                    # Recorded before: that waits for the device with a limit.
+                    self._recorder.flush()
                     with self._recorder.paused(), self._pace.paused():
                         profiler.write()
-                if agreement.stop:
-                    stop_reason = _why_stopped(own_reason)
-                elif step == steps[-1]:
+                if step == steps[-1] and not is_last:
                     stop_reason = f"{len(steps)} steps were asked for"
                 self._evaluate_and_save(is_last=stop_reason is not None)
-                if stop_reason is not None:
+                if is_last:
                     break
             stops.settle()
-        finally:
-            self._saver.close()
-            reader.close()
-            self._recorder.close()
-            profiler.close()
         return RunEnd(self._step, stop_reason if self._step < self._total_steps else None)
+
+    def _take(
+        self, step: int, batches: Sequence[Batch], stops: StopRequests, slow_ranks: SlowRankWatch
+    ) -> str | None:
+        """Take a step; returns why it is the last one, where a rank was asked to stop."""
+        stops.seconds_to_end = self._pace.seconds_to_end(
+            self._saver.seconds, saving=self._saver.is_saving
+        )
+        own_reason, figures = stops.reason, slow_ranks.figures(step)
+        agreement = agree(batches, own_reason is not None, self._topology, figures)
+        slow_ranks.judge(step, agreement.figures)
+        rate = learning_rate(step, self._config, self._curriculum)
+        result = take_step(self._model, self._optimizer, batches, agreement.masked_tokens, rate)
+        self._step = step
+        span = self._curriculum.at(step)
+        self._recorder.add(step, span, agreement, rate, result, slow_ranks.last_wait)
+        return _why_stopped(own_reason) if agreement.stop else None
+
+    def _reader(self, steps: range) -> ReadAhead:
+        return ReadAhead(
+            self._source,
+            self._topology.data_parallel_rank,
+            map(self._global_batch, steps),
+            HostMemory.for_device(self._topology.device),
+            self._config.data.threads,
+        )
+
+    def _profiler(self) -> StepProfiler:
+        config = self._config
+        return StepProfiler(
+            profiled_steps(config),
+            config.run.directory / "profile",
+            self._topology.device,
+            self._step,
+            config.distributed.timeout_seconds if dist.get_world_size() > 1 else math.inf,
+        )
 
     @property
     def step(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch.profiler import profile
 
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_work import DeviceStalledError, HostPoint
+from megatron_bert.training import profile as profile_module
 from megatron_bert.training.profile import StepProfiler
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train
@@ -117,8 +120,26 @@ def test_a_job_behind_the_steps_says_that_it_profiles_none(
     assert not caplog.text
 
 
-def _record_on_cuda(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    """Go through a step on a device that is none; return what the memory's recorder was told."""
+class _Point(HostPoint):
+    """Where the device comes, or never does."""
+
+    def __init__(self, comes: bool) -> None:
+        super().__init__()
+        self._comes = comes
+
+    def wait(self, timeout_seconds: float = math.inf, given_up: object = None) -> bool:
+        return self._comes
+
+
+def _record_on_cuda(
+    folder: Path, patch: pytest.MonkeyPatch, ends: Sequence[bool] = (True, True)
+) -> list[str]:
+    """Go through a step on a device that is none; return what the memory's recorder was told.
+
+    Args:
+        ends: whether it ends the steps before the recorded ones, and those, in time.
+    """
+    points = iter(ends)
     told: list[str] = []
 
     def record(enabled: str | None = "all", **_: Any) -> None:
@@ -130,7 +151,7 @@ def _record_on_cuda(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
 
     patch.setattr(torch.cuda.memory, "_record_memory_history", record)
     patch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
-    patch.setattr(torch.cuda, "synchronize", lambda _: None)
+    patch.setattr(profile_module, "work_point", lambda _: _Point(next(points)))
     patch.setattr(dist, "get_rank", lambda: 3)
     profiler = StepProfiler(range(1, 3), folder, torch.device("cuda", 0), taken=0)
     for step in (1, 2, 3):
@@ -152,6 +173,16 @@ def test_on_cuda_the_memorys_history_is_written_beside_the_trace(
         "steps_1_2.rank_3.trace.json.gz",
     ]
     assert (tmp_path / "steps_1_2.rank_3.memory.pickle").read_bytes() == b"snapshot"
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("ends", [[False], [True, False]])
+def test_a_device_that_waits_for_a_lost_rank_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: list[bool]
+) -> None:
+    with pytest.raises(DeviceStalledError, match="within inf s"):
+        _record_on_cuda(tmp_path, monkeypatch, ends)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu

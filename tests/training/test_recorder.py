@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.distributed.device_work import HostPoint
 from megatron_bert.run.metrics import MetricsFile, read
 from megatron_bert.training import recorder as recorder_module
 from megatron_bert.training.divergence import DivergedError
 from megatron_bert.training.progress import Progress
 from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.step import Agreement, StepResult
-from megatron_bert.training.step_parts import HostMoment, StepParts
+from megatron_bert.training.step_parts import StepParts
 from megatron_bert.words import format_duration
 from tests.small_model import VOCABULARY, small_config
 
@@ -81,11 +82,11 @@ def test_a_steps_numbers_are_read_when_that_step_has_ended_whatever_came_after_i
 ) -> None:
     waited: list[object] = []
 
-    def wait(moment: HostMoment, timeout_seconds: float) -> bool:
+    def wait(moment: HostPoint, timeout_seconds: float) -> bool:
         waited.append(moment)
         return True
 
-    monkeypatch.setattr(HostMoment, "wait", wait)
+    monkeypatch.setattr(HostPoint, "wait", wait)
     run = _Run(tmp_path / "metrics.jsonl")
     first = run.take(1)
     assert waited == []
@@ -103,11 +104,11 @@ def test_a_device_that_does_not_end_a_step_ends_the_run_where_there_are_other_ra
 ) -> None:
     timeouts: list[float] = []
 
-    def wait(_: HostMoment, timeout_seconds: float) -> bool:
+    def wait(_: HostPoint, timeout_seconds: float) -> bool:
         timeouts.append(timeout_seconds)
         return math.isinf(timeout_seconds)
 
-    monkeypatch.setattr(HostMoment, "wait", wait)
+    monkeypatch.setattr(HostPoint, "wait", wait)
     run = _Run(tmp_path / "metrics.jsonl", world_size=world_size, timeout_seconds=7.0)
     run.take(1)
     if world_size == 1:
@@ -128,7 +129,7 @@ def test_a_line_has_the_most_memory_that_its_own_step_reserved(
     reset: list[object] = []
     run = _Run(tmp_path / "metrics.jsonl")
     monkeypatch.setattr(run.recorder, "_device", torch.device("cuda"))
-    monkeypatch.setattr(recorder_module, "moment", lambda _: HostMoment())
+    monkeypatch.setattr(recorder_module, "work_point", lambda *_, **__: HostPoint())
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(peaks))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a chip")
@@ -169,7 +170,7 @@ def test_time_left_counts_what_the_rows_of_a_stage_compute(
     )
     clock = iter((0.0, 60.0, 60.0))
     monkeypatch.setattr(
-        "megatron_bert.training.step_parts.time.perf_counter", lambda: next(clock, 61.0)
+        "megatron_bert.distributed.device_work.time.perf_counter", lambda: next(clock, 61.0)
     )
     run = _Run(tmp_path / "metrics.jsonl")
     run.take(1)
@@ -201,7 +202,7 @@ def test_what_is_no_step_is_left_out_of_the_steps_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("megatron_bert.training.step_parts.time.perf_counter", lambda: now)
+    monkeypatch.setattr("megatron_bert.distributed.device_work.time.perf_counter", lambda: now)
     run = _Run(tmp_path / "metrics.jsonl")
     for step in range(1, 4):
         now += 1.0
