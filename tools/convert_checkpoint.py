@@ -86,6 +86,14 @@ def _add_to_hf(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="ID",
         help="licence of the weights for the model card, e.g. apache-2.0 (default: %(default)s)",
     )
+    to_hf.add_argument(
+        "--language",
+        type=_languages,
+        default=[],
+        metavar="CODE[,CODE...]",
+        help="languages of the training text for the model card, e.g. ja or ja,en (default: not "
+        "said)",
+    )
 
 
 def _add_from_hf(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -125,6 +133,17 @@ def _license(text: str) -> str:
     return text
 
 
+def _languages(text: str) -> list[str]:
+    codes = text.split(",")
+    for code in codes:
+        if not re.fullmatch(r"[a-z]{2,3}", code):
+            raise argparse.ArgumentTypeError(
+                f"{code!r} is no code of a language; give those of ISO 639, two or three small "
+                "letters each, e.g. ja or ja,en"
+            )
+    return codes
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one of the commands."""
     logging.basicConfig(format="%(message)s")
@@ -140,6 +159,7 @@ def _to_hf(options: argparse.Namespace) -> None:
         options.dtype,
         tokenizer=options.tokenizer,
         license_id=options.license,
+        languages=options.language,
     )
     sys.stdout.write(f"wrote {options.output}, the model of {checkpoint} in {options.dtype}\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bert.checkpoint.huggingface_config import ExportDtype
@@ -19,6 +20,7 @@ def export_model(
     *,
     tokenizer: StrPath | None = None,
     license_id: str = "unknown",
+    languages: Sequence[str] = (),
 ) -> Path:
     """Write a directory for `AutoModelForMaskedLM` and `AutoTokenizer`.
 
@@ -28,6 +30,7 @@ def export_model(
         dtype: type of the written weights.
         tokenizer: the tokenizer's file; default: where the run found it.
         license_id: of the weights, for the model card, as the Hub names it.
+        languages: of the training text, for the model card, as ISO 639 codes (`["ja", "en"]`).
 
     Returns:
         The checkpoint's folder.
@@ -44,5 +47,6 @@ def export_model(
         None if tokenizer is None else Path(tokenizer),
         figures=run_figures(checkpoint, Manifest.read(checkpoint).step),
         license_id=license_id,
+        languages=languages,
     )
     return checkpoint
