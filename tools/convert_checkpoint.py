@@ -84,6 +84,14 @@ def _add_to_hf(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="ID",
         help="licence of the weights for the model card, e.g. apache-2.0 (default: %(default)s)",
     )
+    to_hf.add_argument(
+        "--language",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="CODE[,CODE...]",
+        help="languages of the training text for the model card, e.g. ja or ja,en (default: not "
+        "said)",
+    )
 
 
 def _add_from_hf(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -130,6 +138,7 @@ def _to_hf(options: argparse.Namespace) -> None:
         options.dtype,
         tokenizer=options.tokenizer,
         license_id=options.license,
+        languages=options.language,
     )
     sys.stdout.write(f"wrote {options.output}, the model of {checkpoint} in {options.dtype}\n")
 

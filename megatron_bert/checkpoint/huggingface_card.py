@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from megatron_bert.checkpoint.huggingface_card_training import (
@@ -46,16 +47,23 @@ _SUMMARIES: Mapping[ArchitectureName, str] = MappingProxyType(
 )
 
 
+# What tests/huggingface runs the exported code and tokenizers on.
+TESTED_RELEASES = ("4.57.6", "5.24.0")
+_CODE_LICENSE = "Apache-2.0"
+
+
 def model_card(
     model: ModelConfig,
     vocab_size: int,
     dtype: ExportDtype,
     *,
+    num_pieces: int,
     num_parameters: int,
     mask_token: str,
     state: RunState,
     figures: RunFigures | None,
     license_id: str,
+    languages: Sequence[str] = (),
 ) -> str:
     """Return the card's text, Markdown behind YAML.
 
@@ -63,30 +71,36 @@ def model_card(
         model: the encoder's shape.
         vocab_size: rows of the embedding table, padding included.
         dtype: type of the weights.
+        num_pieces: pieces of the tokenizer; rows beyond them are spare.
         num_parameters: parameters of the model, the tied decoder counted once.
         mask_token: how a mask is written in text.
         state: what the checkpoint says of its run.
         figures: what the run measured; None where its metrics are not at hand.
         license_id: the licence of the weights, in the Hub's words.
+        languages: ISO 639 codes of the text that it was trained on; none where that is not said.
     """
     sections = (
-        _front_matter(license_id, mask_token),
+        _front_matter(license_id, languages, mask_token),
         f"# {_NAMES[model.architecture]} encoder, {num_parameters:,} parameters\n",
         f"{_SUMMARIES[model.architecture]}\n",
         "## Usage\n",
         f"```python\n{_usage(model, mask_token)}```\n",
+        "\n".join(f"- {note}" for note in _notes(model, dtype)) + "\n",
         "## Architecture\n",
-        table(_architecture(model, vocab_size, dtype, num_parameters)),
+        table(_architecture(model, vocab_size, num_pieces, dtype, num_parameters)),
         "## Training\n",
         *training_sections(state, figures),
     )
     return "\n".join(sections)
 
 
-def _front_matter(license_id: str, mask_token: str) -> str:
+def _front_matter(license_id: str, languages: Sequence[str], mask_token: str) -> str:
+    # Quoted: without quotes Norwegian's code is a truth value in YAML.
+    language = f"language: {json.dumps(list(languages))}\n" if languages else ""
     return (
         "---\n"
         f"license: {license_id}\n"
+        f"{language}"
         "library_name: transformers\n"
         "pipeline_tag: fill-mask\n"
         f'mask_token: "{mask_token}"\n'
@@ -99,8 +113,32 @@ def _usage(model: ModelConfig, mask_token: str) -> str:
     return _USAGE.format(mask=mask_token, hidden=model.hidden_size, trust=trust)
 
 
+def _notes(model: ModelConfig, dtype: ExportDtype) -> Iterator[str]:
+    yield f"Tested with transformers {' and '.join(TESTED_RELEASES)}."
+    if model.architecture == "retrievabert":
+        yield (
+            f"The code (`*.py`) is licensed under {_CODE_LICENSE}, whatever the licence of the "
+            "weights."
+        )
+    yield (
+        "Give `attention_mask` with padded batches. Either side may be padded; without "
+        "`position_ids`,\n  padding changes no vector but for rounding."
+    )
+    if dtype == "bf16":
+        yield (
+            "The weights are bfloat16, rounded from the float32 that was trained. transformers 5 "
+            'computes in\n  that type, 4 in float32 unless it is given `dtype="auto"`; with '
+            "`dtype=torch.float32` both compute in float32."
+        )
+    else:
+        yield (
+            "The weights are float32, as they were trained; `dtype=torch.bfloat16` halves their "
+            "memory and\n  computes to two or three digits."
+        )
+
+
 def _architecture(
-    model: ModelConfig, vocab_size: int, dtype: ExportDtype, num_parameters: int
+    model: ModelConfig, vocab_size: int, num_pieces: int, dtype: ExportDtype, num_parameters: int
 ) -> Iterator[tuple[str, str]]:
     family = model.family
     gate = {"silu": "SwiGLU", "gelu": "GEGLU"}[family.activation]
@@ -124,7 +162,10 @@ def _architecture(
         )
     else:
         yield "positions", f"{model.max_position_embeddings:,}, learned"
-    yield "vocabulary", f"{vocab_size:,} rows, tied with the decoder"
+    spare = vocab_size - num_pieces
+    padding = f"{num_pieces:,} pieces and {spare:,} spare rows that no text reaches"
+    rows = f"{vocab_size:,} rows" + (f" ({padding})" if spare else "")
+    yield "vocabulary", f"{rows}, tied with the decoder"
     yield "norm", f"LayerNorm before each sub-layer and at the end, epsilon {model.norm_eps}"
     yield (
         "dropout",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,7 @@ def export_checkpoint(
     *,
     figures: RunFigures | None = None,
     license_id: str = "unknown",
+    languages: Sequence[str] = (),
 ) -> None:
     """Write `output`: configuration, modeling code, weights, tokenizer and card of a checkpoint.
 
@@ -63,6 +64,7 @@ def export_checkpoint(
         tokenizer: the tokenizer's file; default: the path in the checkpoint's configuration.
         figures: what the run measured until then, for the card; None where that is not known.
         license_id: for the card.
+        languages: for the card, ISO 639 codes.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or `output` cannot be made.
@@ -71,7 +73,7 @@ def export_checkpoint(
     check_is_new(output)
     state = RunState(checkpoint, verified_manifest(checkpoint).state)
     tokenizer = state.tokenizer if tokenizer is None else tokenizer
-    _check_tokenizer(tokenizer, state)
+    num_pieces = _checked_tokenizer(tokenizer, state).vocab_size
     model, shapes = state.model, _model_shapes(checkpoint)
     vocab_size = shapes[_WORD][0]
     parameters = _checked_parameters(checkpoint, model, vocab_size, shapes)
@@ -82,11 +84,13 @@ def export_checkpoint(
             model,
             vocab_size,
             dtype,
+            num_pieces=num_pieces,
             num_parameters=sum(parameter.size for parameter in parameters),
             mask_token=exported.mask_token,
             state=state,
             figures=figures,
             license_id=license_id,
+            languages=languages,
         )
     small_files: dict[str, str | bytes] = {
         CONFIG_NAME: json.dumps(config, indent=2) + "\n",
@@ -101,13 +105,14 @@ def export_checkpoint(
         write_file(staging / WEIGHTS_NAME, pieces, lambda: None, with_places=False)
 
 
-def _check_tokenizer(path: Path, state: RunState) -> None:
-    found = Tokenizer.load(path).hash
-    if found != state.tokenizer_hash:
+def _checked_tokenizer(path: Path, state: RunState) -> Tokenizer:
+    found = Tokenizer.load(path)
+    if found.hash != state.tokenizer_hash:
         raise DataError(
-            f"tokenizer {path} has the hash {found}, but {state.folder} was trained with one of "
-            f"{state.tokenizer_hash}; name that one with {argument('tokenizer')}"
+            f"tokenizer {path} has the hash {found.hash}, but {state.folder} was trained with one "
+            f"of {state.tokenizer_hash}; name that one with {argument('tokenizer')}"
         )
+    return found
 
 
 def _model_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:

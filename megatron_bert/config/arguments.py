@@ -10,6 +10,7 @@ _OPTIONS = {
     "documents": "--input",
     "field_keys": "--field-key",
     "inputs": "--input",
+    "languages": "--language",
     "license_id": "--license",
 }
 

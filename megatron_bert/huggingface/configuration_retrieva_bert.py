@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of RetrievaBERT for transformers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RetrievaBERT for transformers: PreNorm, SwiGLU, multi-query attention, learned positions.
 
 Shape suffixes: B rows, S slots, D hidden, H query heads, G key/value heads, K head size.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bert.checkpoint.huggingface_config import ExportDtype
@@ -16,6 +17,7 @@ from megatron_bert.files import StrPath
 from megatron_bert.run.figures import run_figures
 
 _LICENSE_ID = re.compile("[a-z0-9][a-z0-9.-]*")
+_LANGUAGE = re.compile("[a-z]{2,3}")
 
 
 @checked
@@ -26,6 +28,7 @@ def export_model(
     *,
     tokenizer: StrPath | None = None,
     license_id: str = "unknown",
+    languages: Sequence[str] = (),
 ) -> Path:
     """Write a directory for `AutoModelForMaskedLM` and `AutoTokenizer`.
 
@@ -35,6 +38,7 @@ def export_model(
         dtype: type of the written weights.
         tokenizer: the tokenizer's file; default: where the run found it.
         license_id: of the weights, for the model card, as the Hub names it.
+        languages: of the training text, for the model card, as ISO 639 codes (`["ja", "en"]`).
 
     Returns:
         The checkpoint's folder.
@@ -49,6 +53,12 @@ def export_model(
             f"{argument('license_id')} = {license_id!r}: no identifier of the Hub; give one, "
             "such as 'apache-2.0', 'cc-by-sa-4.0' or 'other'"
         )
+    for code in languages:
+        if not _LANGUAGE.fullmatch(code):
+            raise UserError(
+                f"{argument('languages')} = {code!r}: no code of a language; give those of "
+                "ISO 639, two or three small letters each, such as 'ja'"
+            )
     checkpoint = find_checkpoint(Path(source))
     export_checkpoint(
         checkpoint,
@@ -57,5 +67,6 @@ def export_model(
         None if tokenizer is None else Path(tokenizer),
         figures=run_figures(checkpoint, Manifest.read(checkpoint).step),
         license_id=license_id,
+        languages=languages,
     )
     return checkpoint

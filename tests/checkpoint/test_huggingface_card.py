@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_bert.checkpoint.huggingface_card import TESTED_RELEASES, model_card
 from megatron_bert.checkpoint.huggingface_card_training import training_sections
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.checkpoint.huggingface_import import import_model
@@ -23,6 +24,7 @@ from megatron_bert.run.figures import run_figures
 from tests.checkpoint.huggingface_run import make_run
 from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks
+from tests.huggingface.releases import installed_release, older_release
 from tests.small_model import small_config
 from tests.training.runs import run_config, train
 
@@ -44,7 +46,9 @@ def exported(trained: Path) -> Path:
     checkpoint = find_checkpoint(trained / "run")
     output = trained / "exported"
     figures = run_figures(checkpoint, 9)
-    export_checkpoint(checkpoint, output, figures=figures, license_id="cc-by-sa-4.0")
+    export_checkpoint(
+        checkpoint, output, figures=figures, license_id="cc-by-sa-4.0", languages=["ja", "no"]
+    )
     return output
 
 
@@ -104,10 +108,45 @@ def test_the_cards_metadata_are_yaml_with_the_licence(exported: Path) -> None:
     _, metadata, _ = (exported / "README.md").read_text("utf-8").split("---\n", 2)
     assert yaml.safe_load(metadata) == {
         "license": "cc-by-sa-4.0",
+        "language": ["ja", "no"],
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
         "mask_token": "<MASK>",
     }
+
+
+def test_the_card_names_the_tested_releases_the_codes_licence_and_the_type(exported: Path) -> None:
+    assert sorted(TESTED_RELEASES) == sorted({older_release(), installed_release()})
+    card = (exported / "README.md").read_text("utf-8")
+    assert f"- Tested with transformers {' and '.join(TESTED_RELEASES)}.\n" in card
+    assert "code (`*.py`) is licensed under Apache-2.0, whatever" in card
+    for code in exported.glob("*.py"):
+        assert code.read_text("utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert "weights are float32, as they were trained" in card
+
+
+@pytest.mark.parametrize(
+    ("pieces", "told"), [(512, "512 rows, tied"), (500, "512 rows (500 pieces and 12 spare")]
+)
+def test_the_card_tells_spare_rows_and_bf16(pieces: int, told: str) -> None:
+    config = small_config()
+    card = model_card(
+        config.model,
+        512,
+        "bf16",
+        num_pieces=pieces,
+        num_parameters=1,
+        mask_token="<MASK>",
+        state=RunState(
+            Path("step_3"),
+            {"step": 3, "consumed_rows": 1, "topology": {}, "config": config_dict(config)},
+        ),
+        figures=None,
+        license_id="other",
+    )
+    assert f"| vocabulary | {told}" in card
+    assert "weights are bfloat16, rounded from the float32" in card
+    assert "language:" not in card
 
 
 def test_no_file_of_an_export_names_a_place_on_this_machine(exported: Path) -> None:

@@ -55,7 +55,7 @@ def made(tiny_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
     make_run(folder, tiny_tokenizer_path)
     shown = _succeeds(
         *("to-hf", "--checkpoint", folder / "run", "--output", folder / "exported"),
-        *("--dtype", "bf16", "--license", "apache-2.0"),
+        *("--dtype", "bf16", "--license", "apache-2.0", "--language", "ja,en"),
     )
     assert shown.startswith(f"wrote {folder / 'exported'}, the model of ")
     shown = _succeeds(
@@ -84,7 +84,15 @@ def test_from_hf_prints_the_keys_of_a_run_that_goes_on(made: Path) -> None:
     assert keys["model"]["vocab_size"] == 512
     assert keys["model"]["norm_eps"] == 1e-12
     assert not [key for key in keys["model"] if "rope" in key or "local" in key or "global" in key]
-    assert "license: apache-2.0" in (made / "exported" / "README.md").read_text("utf-8")
+    card = (made / "exported" / "README.md").read_text("utf-8")
+    assert 'license: apache-2.0\nlanguage: ["ja", "en"]\n' in card
+
+
+@pytest.mark.parametrize("text", ["Japanese", "ja,", "ja, en", ""])
+def test_a_language_that_is_no_code_is_refused(text: str, tmp_path: Path) -> None:
+    refused = _tool("to-hf", "--checkpoint", "x", "--output", tmp_path / "new", "--language", text)
+    assert refused.returncode == 2
+    assert ": no code of a language; give those of ISO 639" in refused.stderr
 
 
 def test_inspect_shows_a_runs_checkpoint(made: Path) -> None:
