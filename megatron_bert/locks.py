@@ -44,6 +44,14 @@ def remove_lock(path: Path, stream: TextIO) -> None:
             path.unlink()
 
 
+def describe_holder(path: Path) -> str:
+    """The process that locked a file last, by host, number and start."""
+    try:
+        return _describe_holder(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return _describe_holder("")
+
+
 def holder_lives(path: Path) -> bool | None:
     """Whether the process that locked a file last still lives; None: that cannot be seen from here.
 

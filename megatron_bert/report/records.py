@@ -16,7 +16,7 @@ from megatron_bert.config.errors import UserError
 from megatron_bert.files import StrPath
 from megatron_bert.locks import holder_lives
 from megatron_bert.run import metrics
-from megatron_bert.run.directory import JOBS, LOCK, Outcome, read_outcome
+from megatron_bert.run.directory import FAILED, JOBS, LOCK, Outcome, read_outcome
 from megatron_bert.run.journal import START, read_journal
 from megatron_bert.words import counted, format_duration
 
@@ -79,11 +79,14 @@ class RunRecords:
             raise UserError(f"{directory}: no such run directory; give the run.dir of a run")
         table = _Table()
         path = directory / "metrics.jsonl"
+        if not path.exists():
+            _check_failure(directory)
         for number, record in enumerate(metrics.stream(path), start=1):
             for name in _lacking(record or {"step": number}):
                 raise UserError(f"{path} line {number}: no number `{name}`; remove the line")
             table.add(record)
         if not table.length:
+            _check_failure(directory)
             raise UserError(f"{directory}: no step was recorded yet; train first")
         columns = table.arrays()
         # Before the outcome, which a job leaves before it ends.
@@ -179,6 +182,16 @@ class RunRecords:
             return states[self.is_live]
         reason = f": {self.outcome.reason}" if self.outcome.reason else ""
         return self.outcome.kind.lower() + reason
+
+
+def _check_failure(directory: Path) -> None:
+    """Tell, of a run without a step, that it failed."""
+    failed = read_outcome(directory)
+    if failed is not None and failed.kind == FAILED:
+        raise UserError(
+            f"{directory}: no step was recorded, for the run failed: {failed.reason}\n"
+            "mend that and train first"
+        )
 
 
 def _jobs_in_words(jobs: Sequence[Mapping[str, Any]]) -> str:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bert.closeable import Closeable
 from megatron_bert.config.errors import RunError, UserError, details_of
 from megatron_bert.files import sync_to_disk, write_atomically, write_if_absent
-from megatron_bert.locks import FileInUseError, lock_file
+from megatron_bert.locks import (
+    FileInUseError,
+    describe_holder,
+    holder_lives,
+    lock_file,
+    remove_lock,
+)
 from megatron_bert.run import metrics
 from megatron_bert.run.journal import END, Journal, read_journal
 
@@ -50,23 +58,33 @@ class RunDirectory(Closeable):
         self.metrics = path / "metrics.jsonl"
         self.journal = Journal(path / JOBS)
         self.logs = path / "logs"
+        self._is_new = not path.exists()
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(path / LOCK)
         except FileInUseError as error:
-            raise UserError(
-                f"run.dir {path} is in use by a live run ({error}). End that run first, or use "
-                f"another run.dir"
-            ) from error
+            raise _in_use(path, str(error)) from error
         except OSError as error:
-            raise UserError(
-                f"run.dir {path} cannot be used: {error}. Use another run.dir"
-            ) from error
+            raise _unusable(path, str(error)) from error
 
     def close(self) -> None:
         """Let another run have the folder; a save that was given up no longer writes there."""
         self.journal.close()
         self._lock.close()
+
+    def remove_if_new(self) -> None:
+        """Undo the making of the folder, where there is nothing in it but how its job was refused.
+
+        A command with a mistake in it leaves nothing behind, and the mended one begins anew. Only
+        a job of one rank can do this: others may be writing there.
+        """
+        with suppress(OSError):
+            found = {entry.name for entry in self.path.iterdir()}
+            if self._is_new and found <= {self.logs.name, LOCK, FAILED}:
+                self.logs.rmdir()
+                (self.path / FAILED).unlink(missing_ok=True)
+                remove_lock(self.path / LOCK, self._lock)
+                self.path.rmdir()
 
     def start(self) -> None:
         """Remove what tells how an earlier job of the run ended (see `forget_outcome`)."""
@@ -101,6 +119,35 @@ class RunDirectory(Closeable):
         # Not `forget_outcome`: where that line could not be written, it would call this job killed.
         _remove_outcome_files(self.path)
         write_atomically(self.path / name, text)
+
+
+def check_usable(path: Path) -> None:
+    """Refuse what `RunDirectory` would, and make nothing.
+
+    Raises:
+        UserError: the folder cannot be made or written to, or a live run of this host holds it.
+    """
+    place = path / "logs"
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir():
+        raise _unusable(path, f"{place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise _unusable(path, f"no permission to write in {place}")
+    # A process may live longer than its run; a run that goes on has not told how it ended.
+    if holder_lives(path / LOCK) and read_outcome(path) is None:
+        raise _in_use(path, describe_holder(path / LOCK))
+
+
+def _in_use(path: Path, holder: str) -> UserError:
+    return UserError(
+        f"run.dir {path} is in use by a live run ({holder}). End that run first, or use another "
+        "run.dir"
+    )
+
+
+def _unusable(path: Path, problem: str) -> UserError:
+    return UserError(f"run.dir {path} cannot be used: {problem}. Use another run.dir")
 
 
 @dataclass(frozen=True)

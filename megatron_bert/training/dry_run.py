@@ -22,6 +22,7 @@ from megatron_bert.training.auto_layout import with_layout
 from megatron_bert.training.description import describe_data, describe_plan, tell_plan
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.resume import check_continuity, starting_point
+from megatron_bert.training.run_directory import check_usable
 from megatron_bert.training.runtime import precision_warnings
 
 T = TypeVar("T")
@@ -38,13 +39,15 @@ def dry_run(config: Config, world_size: int | None) -> None:
 
     Raises:
         ConfigError: the configuration cannot be trained on so many ranks.
-        UserError: tokenizer or data are missing or do not fit; all problems in one message.
+        UserError: tokenizer or data are missing or do not fit, or `run.dir` cannot be used; all
+            problems in one message.
     """
     if world_size is None:
         world_size = _fewest_ranks(config)
     config = with_layout(config, world_size)
     check_config(config, world_size=world_size)
     problems: list[str] = []
+    _attempt(partial(check_usable, config.run.directory), problems)
     tokenizer = _attempt(lambda: Tokenizer.load(Path(config.data.tokenizer)), problems)
     for corpus in (*config.data.train, *config.data.valid):
         _attempt(partial(open_dataset, corpus.prefix), problems)

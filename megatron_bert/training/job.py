@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.config.checks import check_config
+from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
@@ -82,11 +83,16 @@ def _run(
     directory, was_finished = _open_run_directory(config)
     # A process may train more than once.
     with directory or nullcontext():
-        with _failure_told(config, stops, roll_call, is_recorded=not was_finished):
-            trainer = _prepare(config, device, directory)
-            if was_finished:
-                # No rank may fail in training, and tell of it, before FINISHED is gone.
-                Ranks().on_first(lambda: None if directory is None else directory.start())
+        try:
+            with _failure_told(config, stops, roll_call, is_recorded=not was_finished):
+                trainer = _prepare(config, device, directory)
+                if was_finished:
+                    # No rank may fail in training, and tell of it, before FINISHED is gone.
+                    Ranks().on_first(lambda: None if directory is None else directory.start())
+        except UserError:
+            if directory is not None and dist.get_world_size() == 1:
+                directory.remove_if_new()
+            raise
         with _failure_told(config, stops, roll_call):
             if directory is not None:
                 directory.journal.start(trainer.step, dist.get_world_size())

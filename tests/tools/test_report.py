@@ -234,6 +234,12 @@ def test_the_page_is_written_where_output_says(tmp_path: Path) -> None:
     assert not (folder / "report.html").exists()
 
 
+def test_a_run_that_failed_before_its_first_step_says_why(tmp_path: Path) -> None:
+    (tmp_path / "FAILED").write_text('{"reason": "tokenizer x is missing; give one"}')
+    with pytest.raises(UserError, match="for the run failed: tokenizer x is missing; give one"):
+        RunRecords.read(tmp_path)
+
+
 @pytest.mark.parametrize("metrics", [None, "", '{"step": 3}\n'])
 def test_a_run_without_a_recorded_step_is_refused_with_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], metrics: str | None

@@ -21,6 +21,7 @@ import pytest
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
+from megatron_bert.run.directory import RunDirectory
 from megatron_bert.run.metrics import read
 from megatron_bert.training.main import main
 from tests.deadlines import DEADLINE_SECONDS
@@ -106,6 +107,23 @@ def test_a_dry_run_with_all_data_describes_it_and_trains_nothing(
     assert main(["--config", str(config_file), "--dry-run"]) == 0
     assert "60 documents" in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_a_run_directory_as_training_would_and_writes_nothing(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--config", str(config_file), "--dry-run"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run\.dir .* cannot be used: .*file is no folder\. Use"):
+        main([*command, f"run.dir={tmp_path / 'file' / 'run'}"])
+    with RunDirectory(tmp_path / "run"):
+        before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=rf"in use by a live run \(.*process {os.getpid()}, "):
+            main(command)
+        assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="no permission to write"):
+        main(command)
 
 
 def test_a_dry_run_plans_for_as_many_ranks_as_the_layout_takes(

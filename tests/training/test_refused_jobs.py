@@ -49,6 +49,21 @@ def test_a_configuration_no_layout_can_hold_leaves_failed_where_stopped_was(
     assert not (run / "config.yaml").exists()
 
 
+def test_a_first_command_that_is_refused_leaves_no_run_directory(
+    tiny_run: Callable[..., Config], tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump_config(tiny_run(valid=False)))
+    command = ["--config", str(tmp_path / "tiny.yaml"), "data.train.0.prefix=missing"]
+    with pytest.raises(DataError):
+        _main(*command)
+    assert not (tmp_path / "run").exists()
+    # What somebody else has put there is not this command's to remove.
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError):
+        _main(*command)
+    assert list(_told(tmp_path / "run")) == ["FAILED"]
+
+
 def _told(run: Path) -> dict[str, str]:
     """What tells how the last job ended, by file."""
     names = ("FINISHED", "STOPPED", "FAILED")
