@@ -18,11 +18,11 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.run.directory import check_usable
 from megatron_bert.training.auto_layout import with_layout
 from megatron_bert.training.description import describe_data, describe_plan, tell_plan
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.resume import check_continuity, starting_point
-from megatron_bert.training.run_directory import check_usable
 from megatron_bert.training.runtime import precision_warnings
 
 T = TypeVar("T")
