@@ -142,19 +142,14 @@ def _calibrate(name: str, folder: Path, network: str | None) -> None:
     import torch.distributed as dist
 
     from megatron_bert.benchmark.calibration import calibrate
-    from megatron_bert.distributed.launch import (
-        choose_device,
-        end_process_group,
-        start_process_group,
-    )
+    from megatron_bert.distributed.launch import choose_device, process_group
 
     device = choose_device("auto")
-    start_process_group(device, 600.0)
-    is_first = dist.get_rank() == 0
-    calibration = calibrate(name, device, _say if is_first else _hush, network)
-    if is_first:
-        sys.stdout.write(f"wrote {calibration.save(folder)}\n")
-    end_process_group()
+    with process_group(device, 600.0):
+        is_first = dist.get_rank() == 0
+        calibration = calibrate(name, device, _say if is_first else _hush, network)
+        if is_first:
+            sys.stdout.write(f"wrote {calibration.save(folder)}\n")
 
 
 def _say(what: str) -> None:

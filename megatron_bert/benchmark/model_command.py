@@ -25,11 +25,9 @@ from megatron_bert.config.errors import ConfigError, DataError
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.launch import (
-    abandon_process_group,
     choose_device,
-    end_process_group,
+    process_group,
     requested_world_size,
-    start_process_group,
 )
 from megatron_bert.training.runtime import keep_freed_memory, set_determinism
 
@@ -99,13 +97,8 @@ def joined_ranks(config: Config) -> Iterator[torch.device]:
     set_determinism(config, device)
     if device.type == "cpu":
         keep_freed_memory()
-    start_process_group(device, config.distributed.timeout_seconds)
-    try:
+    with process_group(device, config.distributed.timeout_seconds):
         yield device
-    except BaseException:
-        abandon_process_group()
-        raise
-    end_process_group()
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
@@ -54,8 +56,9 @@ def announced_world_size() -> int | None:
     return int(given) if given else None
 
 
-def start_process_group(device: torch.device, timeout_seconds: float) -> None:
-    """Join the ranks that torchrun started, or make a group of one.
+@contextmanager
+def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
+    """Join the ranks that torchrun started, or make a group of one; leave it at the end.
 
     CPU tensors always travel over gloo, so that control messages (counts, stop flags) never
     touch the GPU's stream; CUDA tensors travel over NCCL. The ranks' first meeting may take at
@@ -64,6 +67,22 @@ def start_process_group(device: torch.device, timeout_seconds: float) -> None:
     Raises:
         ConfigError: the place where the ranks are to meet cannot be used.
     """
+    _start(device, timeout_seconds)
+    try:
+        yield
+    except BaseException:
+        # The threads of a group that still stands can abort the interpreter on its way out, and
+        # with it the exit code. With peers it stays: destroying it could wait for them, and
+        # torchrun ends all.
+        if dist.get_world_size() == 1:
+            dist.destroy_process_group()
+        raise
+    # Together: gloo aborts the process when a peer is gone before it.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _start(device: torch.device, timeout_seconds: float) -> None:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=max(timeout_seconds, _LEAST_START_SECONDS))
     if device.type == "cuda":
@@ -101,20 +120,3 @@ def new_host_group(timeout_seconds: float) -> ProcessGroup:
     """
     group: ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     return group
-
-
-def end_process_group() -> None:
-    """Leave together: gloo aborts the process when a peer is gone before it."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def abandon_process_group() -> None:
-    """Leave after a failure, without the others.
-
-    The threads of a group that still stands can abort the interpreter on its way out, and with it
-    the exit code. With peers it stays: destroying it could wait for them, and torchrun ends all.
-    """
-    if dist.is_initialized() and dist.get_world_size() == 1:
-        dist.destroy_process_group()

@@ -15,11 +15,9 @@ from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import (
-    abandon_process_group,
     choose_device,
-    end_process_group,
+    process_group,
     requested_world_size,
-    start_process_group,
 )
 from megatron_bert.run.directory import (
     FINISHED,
@@ -60,16 +58,14 @@ def train(config: Config, stops: StopRequests, *, max_steps: int | None = None) 
         keep_freed_memory()
     # Around all else: no rank waits while the last metrics are sent.
     with Mirrors() as mirrors:
-        start_process_group(device, config.distributed.timeout_seconds)
         try:
-            with RollCall() as roll_call:
+            timeout = config.distributed.timeout_seconds
+            with process_group(device, timeout), RollCall() as roll_call:
                 _run(config, device, stops, roll_call, mirrors, max_steps)
         except BaseException:
-            abandon_process_group()
             if stops.interrupt is not None:
                 raise stops.interrupt from None
             raise
-        end_process_group()
 
 
 def _run(

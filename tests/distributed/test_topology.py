@@ -79,4 +79,4 @@ def test_a_meeting_place_that_is_taken_is_refused_by_name(monkeypatch: pytest.Mo
         for name, value in {**found, "MASTER_PORT": str(port)}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: .*use the first rank's host"):
-            launch.start_process_group(torch.device("cpu"), 5.0)
+            launch.process_group(torch.device("cpu"), 5.0).__enter__()

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from megatron_bert.checkpoint.save_result import SaveResult
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.schema import Config
-from megatron_bert.distributed.launch import end_process_group, start_process_group
+from megatron_bert.distributed.launch import process_group
 from megatron_bert.report.events import events_of
 from megatron_bert.report.records import RunRecords
 from megatron_bert.run.directory import RunDirectory, record_failure
@@ -42,11 +42,8 @@ def stops() -> Iterator[StopRequests]:
         signal.signal(number, handler)
 
 
-@contextmanager
-def one_rank() -> Iterator[None]:
-    start_process_group(torch.device("cpu"), 60.0)
-    yield
-    end_process_group()
+def one_rank() -> AbstractContextManager[None]:
+    return process_group(torch.device("cpu"), 60.0)
 
 
 def told(path: Path) -> list[tuple[str, int]]:

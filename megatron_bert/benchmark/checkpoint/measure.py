@@ -20,7 +20,7 @@ from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.errors import CheckpointError, DataError
 from megatron_bert.config.schema import Config
-from megatron_bert.distributed.launch import end_process_group, new_host_group, start_process_group
+from megatron_bert.distributed.launch import new_host_group, process_group
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.parallel.sharding import local_part
@@ -160,22 +160,21 @@ def measure_state(work: CheckpointWork, root: Path) -> StateFigures:
     """Measure in this process, which should be a new one and becomes a job of one rank."""
     device = torch.device("cpu")
     keep_freed_memory()
-    start_process_group(device, _TIMEOUT_SECONDS)
-    config, topology = work.config(), Topology.build(device)
-    model = build_model(config, work.vocab_size, topology)
-    optimizer = build_optimizer(config, model)
-    tensors = state_tensors(model, optimizer)
-    # Moments begin as zeros that have no memory of their own yet.
-    for moment in optimizer.state_tensors().values():
-        local_part(moment).uniform_()
-    store = CheckpointStore(root, keep=1, group=new_host_group(_TIMEOUT_SECONDS))
-    synchronous, asynchronous = _time_saves(store, tensors, work.repetitions)
-    path = store.newest()
-    assert path is not None
-    sizes = [record.size for record in Manifest.read(path).files.values()]
-    loads = Timing(tuple(_time_load(store, path, tensors) for _ in range(work.repetitions)))
-    parameters = sum(parameter.numel() for parameter in model.named_parameters().values())
-    end_process_group()
+    with process_group(device, _TIMEOUT_SECONDS):
+        config, topology = work.config(), Topology.build(device)
+        model = build_model(config, work.vocab_size, topology)
+        optimizer = build_optimizer(config, model)
+        tensors = state_tensors(model, optimizer)
+        # Moments begin as zeros that have no memory of their own yet.
+        for moment in optimizer.state_tensors().values():
+            local_part(moment).uniform_()
+        store = CheckpointStore(root, keep=1, group=new_host_group(_TIMEOUT_SECONDS))
+        synchronous, asynchronous = _time_saves(store, tensors, work.repetitions)
+        path = store.newest()
+        assert path is not None
+        sizes = [record.size for record in Manifest.read(path).files.values()]
+        loads = Timing(tuple(_time_load(store, path, tensors) for _ in range(work.repetitions)))
+        parameters = sum(parameter.numel() for parameter in model.named_parameters().values())
     return StateFigures(
         parameters=parameters,
         bytes=sum(sizes),
