@@ -45,7 +45,7 @@ class Shard:
     def parse(cls, text: str) -> Shard:
         """Read `K/N`; raises `DataError` unless 0 <= K < N."""
         match = re.fullmatch(f"({_NUMBER})/({_NUMBER})", text)
-        if match is None:
+        if match is None or int(match[1]) >= int(match[2]):
             raise DataError(
                 f"{argument('shard')} {text}: give K/N with K from 0 to N - 1, e.g. 0/8"
             )

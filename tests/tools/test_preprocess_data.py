@@ -16,7 +16,7 @@ import tokenizers
 import zstandard
 from tokenizers import models, pre_tokenizers
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.config.errors import DataError, UserError
 from megatron_bert.data import preprocess as preprocess_module
 from megatron_bert.data.dictionary_words import Dictionary, token_starts
 from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
@@ -296,7 +296,7 @@ def test_unusable_options_are_refused_at_once(
     workshop: Workshop, options: dict[str, Any], message: str
 ) -> None:
     corpus = workshop.write("a.jsonl", jsonl(["猫"]))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         workshop.run(corpus, **options)
 
 
