@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; they source it in the checkout's root. A script knows its
+# What the scripts of this folder share; they source it in the checkout's root, or set checkout to that.
+# A script knows its
 # scheduler, and before it calls prepare_job it tells in variables
 #
 #   job           the scheduler's number of the job
@@ -28,6 +29,9 @@
 
 : "${TRIES:=3}" "${RESTARTS:=0}" "${MARGIN_SECONDS:=180}" "${LEAST_SECONDS:=300}"
 : "${SAVE_SECONDS:=600}" "${MODULES:=}"
+
+# Whose scripts run, and where an environment may be.
+: "${checkout:=$PWD}"
 
 tell() { printf '%s  %s\n' "$(date '+%F %T')" "$*" >&2; }
 
@@ -85,15 +89,15 @@ find_environment() {
     local answer package
     # A module's Python would come first.
     [ -z "${VIRTUAL_ENV:-}" ] || PATH=$VIRTUAL_ENV/bin:$PATH
-    if ! answer=$(ask_python 2>/dev/null) && [ -r .venv/bin/activate ]; then
+    if ! answer=$(ask_python 2>/dev/null) && [ -r "$checkout/.venv/bin/activate" ]; then
         # shellcheck source=/dev/null
-        . .venv/bin/activate
+        . "$checkout/.venv/bin/activate"
     fi
     [ -n "$answer" ] || answer=$(ask_python) || refuse \
-        "$(command -v python || echo python) cannot import megatron_bert and torch; make the environment $PWD/.venv as README.md says, or activate another before you submit"
+        "$(command -v python || echo python) cannot import megatron_bert and torch; make the environment $checkout/.venv as README.md says, or activate another before you submit"
     read -r gpus package <<<"$answer"
     tell "Python is $(command -v python), the package $package"
-    [[ $package == "$PWD"/* ]] || tell "warning: that package is not this checkout's, $PWD"
+    [[ $package == "$checkout"/* ]] || tell "warning: that package is not this checkout's, $checkout"
 }
 
 # How many GPUs there are, and where the package is.
@@ -157,7 +161,7 @@ write_node_script() {
             "$([ -n "${RANKS_PER_NODE:-}" ] || echo "$gpus")" "$first:$port" "$logs"
         printf 'arguments=('
         printf '%q ' "${arguments[@]}"
-        printf ')\ncd -- %q && . launch/node.sh\n' "$PWD"
+        printf ')\ncheckout=%q\ncd -- %q && . %q\n' "$checkout" "$PWD" "$checkout/launch/node.sh"
     } >"$node_script" || refuse "$node_script cannot be written"
 }
 

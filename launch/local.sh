@@ -4,6 +4,8 @@
 #   bash launch/local.sh CONFIG [key=value ...]
 #   RANKS_PER_NODE=2 bash launch/local.sh CONFIG      # two ranks, where there is no GPU
 #
+# Relative paths are looked for where this is called, as by pretrain_bert.py.
+#
 # A run that fails is started again from its last checkpoint, up to TRIES times without a newer one.
 # Ctrl-C or kill stops it: the step in hand is finished and saved, and the same command goes on from
 # there. So does `run.max_minutes=N`. A second Ctrl-C ends it at once, without saving. `kill -9` of
@@ -17,10 +19,10 @@ case ${1:-} in
         exit 0
         ;;
 esac
-# CONFIG is the caller's; run.dir and data are the checkout's.
-[[ $1 == /* ]] || set -- "$PWD/$1" "${@:2}"
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 2
-. launch/common.sh
+# Not the folder to run in: relative paths, of CONFIG and in it, are the caller's.
+checkout=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+# shellcheck source=launch/common.sh
+. "$checkout/launch/common.sh"
 
 job=local-$(date +%Y%m%dT%H%M%S)
 nodes=1

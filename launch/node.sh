@@ -2,7 +2,7 @@
 # What one node of a job does: torchrun with the ranks of this node. Sourced by the file that
 # launch/common.sh writes for each job, which sets these:
 # shellcheck disable=SC2154
-: "$job $nodes $ranks_per_node $restarts $save_seconds ${gpus?} $meeting_point $logs ${arguments[*]}"
+: "$job $nodes $ranks_per_node $restarts $save_seconds ${gpus?} $meeting_point $logs ${arguments[*]} $checkout"
 
 # There are as many ranks as the first node has GPUs. Where it has none they are on the CPU, and a node
 # with GPUs would use them.
@@ -43,4 +43,4 @@ exec python -P -m megatron_bert.jobs.torchrun \
     --rdzv-backend=c10d --rdzv-id="$job" --rdzv-endpoint="$meeting_point" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
     --log-dir="$logs/$(hostname)" --tee=3 \
-    pretrain_bert.py "${arguments[@]}"
+    "$checkout/pretrain_bert.py" "${arguments[@]}"

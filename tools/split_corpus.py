@@ -20,7 +20,8 @@ with told_errors():
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__,
-        epilog="Equal texts stay together. Both files are .jsonl with the key `text`.",
+        epilog="Equal texts stay together. Both files are .jsonl. Lines of .jsonl keep all their "
+        "keys; of other files only the text is kept, under --json-key.",
     )
     add_text_arguments(parser)
     parser.add_argument("--train", required=True, type=Path, metavar="FILE.jsonl")

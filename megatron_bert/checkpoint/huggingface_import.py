@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_bert.checkpoint.huggingface_config import CONFIG_NAME, ReadConfig, read_config
-from megatron_bert.checkpoint.huggingface_names import Parameter, model_parameters, their_tensors
+from megatron_bert.checkpoint.huggingface_names import (
+    Parameter,
+    listed,
+    model_parameters,
+    their_tensors,
+)
 from megatron_bert.checkpoint.huggingface_weights import HuggingFaceWeights
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
@@ -31,6 +36,8 @@ TOKENIZER_NAME = "tokenizer.json"
 # The logit of a row that was added: no softmax gives it any weight, so that what the model
 # predicts, and every gradient, is as it was without the row.
 _ADDED_BIAS = -1e4
+# What predicts masked words; a model for another task has been saved without it.
+_HEAD = "head."
 
 
 def import_model(
@@ -66,7 +73,14 @@ def import_model(
     check_is_new(output)
     config = read_config(directory)
     weights = HuggingFaceWeights(directory)
-    problems = list(weights.problems(model_parameters(config.model, config.vocab_size)))
+    parameters = model_parameters(config.model, config.vocab_size)
+    problems = list(weights.problems(parameters))
+    head = [parameter.theirs for parameter in parameters if parameter.name.startswith(_HEAD)]
+    if problems and not any(map(weights.holds, head)):
+        raise CheckpointError(
+            f"{directory}: has no head that predicts masked words ({listed(head)}), which "
+            "pretraining goes on with; name a directory that AutoModelForMaskedLM has saved"
+        )
     if problems:
         raise CheckpointError(
             "\n".join(f"{directory}: {problem}" for problem in problems)

@@ -76,6 +76,10 @@ class HuggingFaceWeights:
         names = self._stored.keys() - BUFFERS - {n for n in TIED if TIED[n] in self._stored}
         return sum(torch.Size(self._stored[name].shape).numel() for name in names)
 
+    def holds(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._stored
+
     def problems(self, parameters: Iterable[Parameter]) -> Iterator[str]:
         """Yield what keeps these weights from being exactly `parameters`: every name, by kind."""
         expected = {tensor.name: tensor.shape for tensor in their_tensors(parameters)}

@@ -249,14 +249,16 @@ class CheckpointStore:
         self._verified = folder
 
     def _explain_full_disk(self, needed: int) -> str:
-        def free_bytes() -> int:
+        def look() -> tuple[int, bool]:
             there = next(path for path in (self.root, *self.root.parents) if path.is_dir())
-            return shutil.disk_usage(there).free
+            has_older = any(self.root.glob(f"step_*/{MANIFEST_NAME}"))
+            return shutil.disk_usage(there).free, has_older
 
-        free = self.ranks.on_first(free_bytes)
+        free, has_older = self.ranks.on_first(look)
+        older = "Older checkpoints are intact" if has_older else "There is no older checkpoint"
         return (
             f". The checkpoint needs {needed} bytes, {free} are free: make room, lower "
-            f"checkpoint.keep, or use a run.dir on a larger disk. Older checkpoints are intact"
+            f"checkpoint.keep, or use a run.dir on a larger disk. {older}"
         )
 
 

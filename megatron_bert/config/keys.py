@@ -128,6 +128,8 @@ def _split_at_unknown(
 def expected_at(path: Sequence[str | int]) -> str:
     """What the key at a concrete path takes, in words."""
     key = key_at(path)
+    if key is None and path and _is_index(path[-1]) and key_at(path[:-1]):
+        return f"{{{', '.join(children(pattern(path)))}}}"
     return key.expected if key else "something else"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -28,16 +29,17 @@ class LineError(DataError):
         problem: the message without the remedy.
     """
 
-    def __init__(self, problem: str, unit: str) -> None:
-        # Both, so that it can be pickled: workers hand it over.
-        super().__init__(problem, unit)
+    def __init__(self, problem: str, unit: str, hint: str = "") -> None:
+        # All, so that it can be pickled: workers hand it over.
+        super().__init__(problem, unit, hint)
         self.problem = problem
         self._unit = unit
+        self._hint = hint
 
     def __str__(self) -> str:
         unit = self._unit
         skip = argument("on_error", "skip")
-        return f"{self.problem}; mend the {unit}, or leave such {unit}s out with {skip}"
+        return f"{self.problem}; {self._hint}mend the {unit}, or leave such {unit}s out with {skip}"
 
 
 class ParsedText(NamedTuple):
@@ -180,7 +182,23 @@ def _decode(document: RawDocument) -> str:
         # Offsets count from the document's start, which for a block is not the line's.
         lines = document.data[: error.start].count(b"\n") if document.unit == "line" else 0
         problem = f"invalid UTF-8 ({error.reason})"
-        raise _line_error(document, problem, document.line + lines) from error
+        hint = _conversion(document)
+        raise _line_error(document, problem, document.line + lines, hint) from error
+
+
+def _conversion(document: RawDocument) -> str:
+    """How to convert a file that as a whole may be of another encoding; empty for a packed one."""
+    path = document.path
+    if path.suffix not in (".jsonl", ".txt"):
+        return ""
+    is_utf16 = document.data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    encoding = "UTF-16" if is_utf16 else "CP932"
+    new = shlex.quote(str(path.with_name(f"utf8-{path.name}")))
+    example = "" if is_utf16 else " (or EUC-JP, as it may be)"
+    return (
+        f"if all of the file is in another encoding, convert it: iconv -f {encoding} -t UTF-8 "
+        f"{shlex.quote(str(path))} > {new}{example}; else "
+    )
 
 
 def _json_object(document: RawDocument, decoded: str) -> dict[str, Any]:
@@ -222,9 +240,11 @@ def _field(document: RawDocument, key: str, value: object) -> str | None:
     )
 
 
-def _line_error(document: RawDocument, problem: str, line: int | None = None) -> LineError:
+def _line_error(
+    document: RawDocument, problem: str, line: int | None = None, hint: str = ""
+) -> LineError:
     unit = document.unit
-    return LineError(f"{document.path}, {unit} {line or document.line}: {problem}", unit)
+    return LineError(f"{document.path}, {unit} {line or document.line}: {problem}", unit, hint)
 
 
 def _is_encodable(text: str) -> bool:

@@ -17,7 +17,7 @@ import xxhash
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
 from megatron_bert.data.parsing import OnError
-from megatron_bert.data.text import DocumentReader, iterate_documents
+from megatron_bert.data.text import DocumentReader, iterate_documents, iterate_parsed
 from megatron_bert.files import sync_to_disk, temporary_path
 
 
@@ -38,7 +38,9 @@ def split_documents(
     on_error: OnError = "fail",
     overwrite: bool = False,
 ) -> SplitCounts:
-    """Write the documents as `{"text": ...}` lines into two `.jsonl` files.
+    """Write the documents into two `.jsonl` files, lines of `.jsonl` as they are, with all keys.
+
+    Of other kinds of files a document becomes `{"text": ...}`, under the reader's `json_key`.
 
     Args:
         reader: the files; they are read twice.
@@ -82,14 +84,18 @@ def split_documents(
     staged = {False: temporary_path(train), True: temporary_path(held_out)}
     try:
         with (
-            staged[False].open("w", encoding="utf-8") as train_file,
-            staged[True].open("w", encoding="utf-8") as held_out_file,
+            staged[False].open("wb") as train_file,
+            staged[True].open("wb") as held_out_file,
         ):
-            for text in filter(None, iterate_documents(reader, on_error)):
+            for document, text in iterate_parsed(reader, on_error):
+                if not text:
+                    continue
                 side = _hash(text) in chosen
                 kept[side] += 1
-                line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
-                (held_out_file if side else train_file).write(line)
+                line = document.data
+                if not document.json:
+                    line = json.dumps({reader.json_key: text}, ensure_ascii=False).encode()
+                (held_out_file if side else train_file).write(line + b"\n")
         for path in staged.values():
             sync_to_disk(path)
         # The larger part last: where it stands, both do.

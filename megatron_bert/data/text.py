@@ -146,7 +146,14 @@ class DocumentReader:
 
 
 def iterate_documents(reader: DocumentReader, on_error: OnError = "fail") -> Iterator[str]:
-    """Text of each document of a reader; lines that cannot be used are left out or end it.
+    """Text of each document of a reader, as of `iterate_parsed`."""
+    return (text for _, text in iterate_parsed(reader, on_error))
+
+
+def iterate_parsed(
+    reader: DocumentReader, on_error: OnError = "fail"
+) -> Iterator[tuple[RawDocument, str]]:
+    """Each document of a reader and its text; lines that cannot be used are left out or end it.
 
     Those left out are reported in the log.
 
@@ -163,7 +170,7 @@ def iterate_documents(reader: DocumentReader, on_error: OnError = "fail") -> Ite
             report_skipped(error, skipped)
             skipped += 1
         else:
-            yield text
+            yield document, text
     if skipped:
         logger.warning("left out %d lines that cannot be used", skipped)
 

@@ -111,7 +111,8 @@ class MetricsFile:
                 stream.close()
         return RunError(
             f"cannot write {self.path}: {error.strerror}; mend that, by making room if the disk is "
-            "full, and give the same command again: it goes on from the last checkpoint"
+            "full, and give the same command again: it goes on from the last "
+            "checkpoint, where there is one"
         )
 
     def _set_aside(self, step: int, later: int) -> None:

@@ -67,7 +67,7 @@ class StopRequests:
         elif number == signal.SIGINT:
             self.interrupt = KeyboardInterrupt(
                 "interrupted before the step was saved; the same command goes on from the last "
-                "checkpoint"
+                "checkpoint, where there is one"
             )
             raise self.interrupt
 

@@ -171,6 +171,19 @@ def test_all_missing_and_unknown_names_and_shapes_are_listed(
         assert part in str(error.value)
 
 
+def test_a_model_without_a_masked_word_head_is_told_to_lack_it(
+    directory: Path, tmp_path: Path
+) -> None:
+    def drop_head(weights: Weights) -> None:
+        for name in [name for name in weights if name.startswith("cls.")]:
+            del weights[name]
+
+    _change_weights(directory, drop_head)
+    with pytest.raises(CheckpointError, match=r"has no head that predicts .*name a directory that"):
+        import_model(directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_are_listed_whole_in_few_words() -> None:
     names = [*(f"a.{n}.b.weight" for n in (3, 0, 1, 2, 7)), "c", "d.5.e"]
     assert listed(names) == "a.{0-3,7}.b.weight, c, d.5.e"

@@ -168,3 +168,18 @@ def test_a_job_script_that_was_not_submitted_in_the_checkout_says_how(
         )
         assert answer.returncode == 2
         assert f"in the checkout's root: {submit}" in answer.stderr
+
+
+def test_relative_paths_are_those_of_the_folder_that_it_is_called_in(tmp_path: Path) -> None:
+    source = (CHECKOUT / "examples" / "small_cpu.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(source)
+    refused = subprocess.run(
+        ["bash", str(CHECKOUT / "launch" / "local.sh"), "mine.yaml", "data.tokenizer=no.model"],
+        cwd=tmp_path,
+        env={**os.environ, "RANKS_PER_NODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert "no.model" in (tmp_path / "runs" / "mine" / "FAILED").read_text()

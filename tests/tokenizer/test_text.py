@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import subprocess
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -297,3 +299,18 @@ def test_lines_are_read_whole_however_many_bytes_come_at_a_time(
 def test_numbers_beyond_the_standard_beside_the_text_are_no_problem(number: str) -> None:
     document = RawDocument(Path("a.jsonl"), 1, f'{{"n": {number}, "text": "海"}}'.encode(), True)
     assert parse(document, "text").text == "海"
+
+
+@pytest.mark.parametrize("encoding", ["CP932", "UTF-16"])
+def test_a_file_of_another_encoding_is_told_with_a_command_that_converts_it(
+    tmp_path: Path, encoding: str
+) -> None:
+    path = tmp_path / "it's old.txt"
+    path.write_text("日本語の文\n", encoding)
+    with pytest.raises(LineError, match="is in another encoding, convert it: iconv") as refused:
+        list(iterate_documents(DocumentReader([path])))
+    found = re.search(r"convert it: (iconv .*?)(?: \(or|; else)", str(refused.value))
+    assert found is not None
+    subprocess.run(["bash", "-c", found[1]], check=True)
+    new = tmp_path / "utf8-it's old.txt"
+    assert list(iterate_documents(DocumentReader([new]))) == ["日本語の文"]

@@ -46,6 +46,16 @@ def test_every_document_falls_on_one_side_in_its_order_and_nothing_else_is_left(
     assert names == ["corpus.jsonl", "train.jsonl", "valid.jsonl"]
 
 
+def test_lines_keep_all_their_keys(tmp_path: Path) -> None:
+    lines = [f'{{"id": {n}, "body": "文書 {n}", "more": {{"a": [1.50]}}}}' for n in range(9)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines), "utf-8")
+    (tmp_path / "more.txt").write_text("plain\n")
+    reader = DocumentReader([tmp_path / "corpus.jsonl", tmp_path / "more.txt"], json_key="body")
+    split_documents(reader, tmp_path / "train.jsonl", tmp_path / "valid.jsonl", 0.3)
+    kept = [(tmp_path / f"{name}.jsonl").read_text("utf-8") for name in ("train", "valid")]
+    assert sorted("".join(kept).splitlines()) == sorted([*lines, '{"body": "plain"}'])
+
+
 def test_equal_texts_stay_together(tmp_path: Path) -> None:
     counts, train, valid = split(tmp_path, numbered(20) * 3, 0.5)
     assert counts == SplitCounts(train=30, held_out=30)

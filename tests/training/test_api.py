@@ -99,6 +99,10 @@ def test_a_bare_text_where_a_list_is_meant_is_refused(tiny_run: Callable[..., Co
         (lambda config: api.load_config("a", [5]), "overrides[0] = 5: give text"),
         (lambda config: api.build_config("x"), "tree = 'x': give a dict"),
         (lambda config: api.build_config({2.5: 1}), "2.5 = 1: unknown key"),
+        (
+            lambda config: api.build_config({"data": {"train": ["x"]}}),
+            'data.train.0 = "x": expected {prefix, weight, epochs}',
+        ),
         (lambda config: api.dump_config({}), "config = {}: give a Config, which load_config"),
         (lambda config: api.train("x"), "config = 'x': give a Config, which load_config"),
         (lambda config: api.train(config, 2.5), "max_steps = 2.5: give a whole number or None"),
