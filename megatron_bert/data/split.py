@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -58,6 +60,29 @@ def split_documents(
         raise DataError(
             f"a held-out fraction of {fraction} is not between 0 and 1; give one that is, e.g. 0.05"
         )
+    _check_places(reader, train, held_out, overwrite)
+    chosen = _smallest_hashes(reader, fraction, on_error)
+    partial_train, partial_held_out = temporary_path(train), temporary_path(held_out)
+    try:
+        with partial_train.open("wb") as to_train, partial_held_out.open("wb") as to_hold_out:
+            counts = _divide(reader, chosen, to_train, to_hold_out, on_error)
+        sync_to_disk(partial_train)
+        sync_to_disk(partial_held_out)
+        # The larger part last: where it stands, both do.
+        partial_held_out.replace(held_out)
+        partial_train.replace(train)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {train} and {held_out}: {error.strerror}; name others"
+        ) from error
+    finally:
+        for path in (partial_train, partial_held_out):
+            with suppress(OSError):
+                path.unlink()
+    return counts
+
+
+def _check_places(reader: DocumentReader, train: Path, held_out: Path, overwrite: bool) -> None:
     places = [path.resolve() for path in (train, held_out, *reader.paths)]
     if train.resolve() in places[1:] or held_out.resolve() in places[2:]:
         raise DataError(
@@ -72,6 +97,10 @@ def split_documents(
                 f"{place} exists already, and a model may have been trained on what it leaves out; "
                 "choose another name, or replace it with --overwrite"
             )
+
+
+def _smallest_hashes(reader: DocumentReader, fraction: float, on_error: OnError) -> set[int]:
+    """Hashes of the texts to hold out."""
     hashes = {_hash(text) for text in iterate_documents(reader, on_error) if text}
     if len(hashes) < 2:
         raise DataError(
@@ -79,37 +108,29 @@ def split_documents(
             "to hold one out; give more text, one document a line"
         )
     count = min(len(hashes) - 1, max(1, round(fraction * len(hashes))))
-    chosen = set(heapq.nsmallest(count, hashes))
-    kept = {False: 0, True: 0}
-    staged = {False: temporary_path(train), True: temporary_path(held_out)}
-    try:
-        with (
-            staged[False].open("wb") as train_file,
-            staged[True].open("wb") as held_out_file,
-        ):
-            for document, text in iterate_parsed(reader, on_error):
-                if not text:
-                    continue
-                side = _hash(text) in chosen
-                kept[side] += 1
-                line = document.data
-                if not document.json:
-                    line = json.dumps({reader.json_key: text}, ensure_ascii=False).encode()
-                (held_out_file if side else train_file).write(line + b"\n")
-        for path in staged.values():
-            sync_to_disk(path)
-        # The larger part last: where it stands, both do.
-        staged[True].replace(held_out)
-        staged[False].replace(train)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {train} and {held_out}: {error.strerror}; name others"
-        ) from error
-    finally:
-        for path in staged.values():
-            with suppress(OSError):
-                path.unlink()
-    return SplitCounts(train=kept[False], held_out=kept[True])
+    return set(heapq.nsmallest(count, hashes))
+
+
+def _divide(
+    reader: DocumentReader,
+    chosen: Set[int],
+    train: BinaryIO,
+    held_out: BinaryIO,
+    on_error: OnError,
+) -> SplitCounts:
+    """Write each document to its side; `chosen` are the hashes of those to hold out."""
+    all_documents = num_held_out = 0
+    for document, text in iterate_parsed(reader, on_error):
+        if not text:
+            continue
+        is_held_out = _hash(text) in chosen
+        all_documents += 1
+        num_held_out += is_held_out
+        line = document.data
+        if not document.json:
+            line = json.dumps({reader.json_key: text}, ensure_ascii=False).encode()
+        (held_out if is_held_out else train).write(line + b"\n")
+    return SplitCounts(train=all_documents - num_held_out, held_out=num_held_out)
 
 
 def _hash(text: str) -> int:
