@@ -40,8 +40,9 @@ check_corpus() {
 
 corpora=()
 overrides=()
-# How the files are read; see tools/split_corpus.py.
+# How the files are read, see tools/split_corpus.py; the split's files have the same key.
 reading=()
+key=()
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help)
@@ -57,6 +58,7 @@ while [ $# -gt 0 ]; do
             [ "$1" != --on-error ] || [[ $2 =~ ^(fail|skip)$ ]] ||
                 refuse "--on-error $2: give fail or skip"
             reading+=("$1" "$2")
+            [ "$1" != --json-key ] || key=("$1" "$2")
             shift
             ;;
         -*)
@@ -134,13 +136,13 @@ pieces=$(($(wc -c <"$folder/train.jsonl") / 60))
 pieces=$((pieces < 1000 ? 1000 : pieces > 16000 ? 16000 : pieces))
 stands "$folder/tokenizer.model" "The tokenizer" || run tools/train_tokenizer.py \
     --input "$folder/train.jsonl" --vocab-size "$pieces" --allow-fewer \
-    --output "$folder/tokenizer.model"
+    --output "$folder/tokenizer.model" "${key[@]}"
 
 say "4/8 Datasets: text as token ids in Megatron's .bin/.idx format, read by memory mapping"
 for part in train valid; do
     stands "$folder/$part.idx" "The dataset" || run tools/preprocess_data.py --overwrite \
         --input "$folder/$part.jsonl" --tokenizer "$folder/tokenizer.model" \
-        --output-prefix "$folder/$part"
+        --output-prefix "$folder/$part" "${key[@]}"
 done
 
 say "5/8 Pretraining: masked language modelling over rows of 128, 256, 512 and 2,048 tokens"
