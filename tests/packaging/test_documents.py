@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -155,3 +156,17 @@ def test_the_site_has_every_page_of_the_guide() -> None:
 def test_every_name_of_the_api_is_explained() -> None:
     guide = (CHECKOUT / "docs" / "python.md").read_text("utf-8")
     assert [name for name in api.__all__ if not re.search(rf"`{name}\b", guide)] == []
+
+
+def test_the_page_of_the_api_names_every_argument_with_its_default() -> None:
+    page = (CHECKOUT / "docs" / "python.md").read_text("utf-8")
+    functions = [getattr(api, name) for name in api.__all__ if name.islower()]
+    lacking = []
+    for function in [*functions, api.PreprocessOptions]:
+        for name, parameter in inspect.signature(function).parameters.items():
+            default = parameter.default
+            wanted = name if default is parameter.empty else f"{name}={default!r}"
+            wanted = wanted.replace("'", '"')
+            if f"`{wanted}`" not in page:
+                lacking.append(f"{function.__name__}: {wanted}")
+    assert lacking == []
