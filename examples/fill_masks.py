@@ -111,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         "--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl or .txt"
     )
     parser.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in .jsonl (default: %(default)s)",
+    )
+    parser.add_argument(
         "--count", type=int, default=20, metavar="N", help="sentences (default: %(default)s)"
     )
     return parser
@@ -133,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = RetrievaBertForMaskedLM.from_pretrained(options.model, use_safetensors=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
     fill = pipeline("fill-mask", model, tokenizer=tokenizer)
-    texts = list(iterate_documents(DocumentReader(options.input)))
+    texts = list(iterate_documents(DocumentReader(options.input, json_key=options.json_key)))
     asked = list(questions(texts, tokenizer, options.count))
     hits = sum(_answer(fill, question) for question in asked)
     sys.stdout.write(f"the right word was among the first {TOP} in {hits} of {len(asked)}\n")

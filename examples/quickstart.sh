@@ -167,7 +167,8 @@ stands "$folder/huggingface" "The export" || run tools/convert_checkpoint.py to-
     --checkpoint "$folder/run" --output "$folder/huggingface"
 
 say "8/8 Fill masks: a word of a sentence is hidden; five guesses, the right one in [brackets]"
-run examples/fill_masks.py --model "$folder/huggingface" --input "$folder/train.jsonl" |
+run examples/fill_masks.py --model "$folder/huggingface" --input "$folder/train.jsonl" \
+    "${key[@]}" |
     tee "$folder/guesses.txt" || exit
 
 # quoted TEXT: as one word of a shell, in quotes whatever is in it.
