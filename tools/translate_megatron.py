@@ -14,30 +14,24 @@ from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_error
 with told_errors():
     from megatron_bert.config.places import write_output
     from megatron_bert.translation.document import remarks, render_file
-    from megatron_bert.translation.script import Script
+    from megatron_bert.translation.script import read_arguments
     from megatron_bert.translation.translate import translate
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__,
-        usage="%(prog)s [-h] [--variable NAME=VALUE] [--output FILE.yaml] [--overwrite] "
-        "(SCRIPT | -- ARGUMENT ...)",
-        epilog="A script is read, never run. What becomes of each argument: docs/megatron.md.",
+        usage="%(prog)s [-h] [--output FILE.yaml] [--overwrite] (FILE | -- ARGUMENT ...)",
+        epilog="Of a script with variables, translate what it prints: docs/megatron.md, which also "
+        "says what becomes of each argument.",
     )
     parser.add_argument(
-        "script",
+        "file",
         nargs="?",
         type=Path,
-        metavar="SCRIPT",
-        help="its arguments: a list, a command line or a simple script; - for standard input",
-    )
-    parser.add_argument(
-        "--variable",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="what a variable of the script holds: DATA=/data/wiki, or 1=VALUE for $1",
+        metavar="FILE",
+        help="text with its arguments, alone or behind torchrun ... pretrain_bert.py; - for "
+        "standard input",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE.yaml", help="file to write (default: standard output)"
@@ -52,19 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = words.index("--") if "--" in words else len(words)
     options = _parser().parse_args(words[:end])
     direct = words[end + 1 :]
-    if (options.script is None) == (not direct):
+    if (options.file is None) == (not direct):
         raise ConfigError(
-            f"arguments {' '.join(words) or '(none)'}: give either a script, or Megatron-LM's "
+            f"arguments {' '.join(words) or '(none)'}: give either a file, or Megatron-LM's "
             "behind --"
         )
-    if direct and options.variable:
-        raise ConfigError(
-            f"--variable {options.variable[0]}: is for a script; leave it out, and put the value "
-            "into the arguments"
-        )
-    if options.script is not None:
-        variables = dict(map(_variable, options.variable))
-        direct = Script(_read(options.script), str(options.script), variables).arguments()
+    if options.file is not None:
+        direct = read_arguments(_read(options.file), str(options.file))
     translation = translate(direct)
     text = render_file(translation)
     if options.output is None:
@@ -81,19 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise ConfigError(f"--variable {text}: give NAME=VALUE")
-    return name, value
-
-
 def _read(path: Path) -> str:
     try:
-        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"{path}: {reason}; give a shell script's file") from None
+        raise ConfigError(f"{path}: {reason}; give a text with the arguments") from None
 
 
 if __name__ == "__main__":

@@ -94,7 +94,14 @@ def _set_corpora(builder: Builder) -> None:
     if not data["train"]:
         data["train"] = [{"prefix": "data/train"}]
         builder.by_hand.append("data.train: no --data-path was given; name the datasets")
-    if given.has("--valid-data-path"):
+    if builder.tree["eval"]["batches"] == 0:
+        del builder.tree["eval"]
+        builder.differs.append(
+            "data.valid and data.held_out_fraction are not set: with --eval-iters 0 nothing is "
+            "evaluated, and every document is trained on; Megatron-LM leaves out those that "
+            "--split gives to validation and test"
+        )
+    elif given.has("--valid-data-path"):
         corpora = _blend("--valid-data-path", given.words("--valid-data-path"))
         data["valid"] = [{"prefix": corpus["prefix"]} for corpus in corpora]
     elif flag == "--data-path":

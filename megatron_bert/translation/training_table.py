@@ -69,7 +69,13 @@ TRAINING: tuple[Argument, ...] = (
         "the configuration counts; what may change between jobs stands in docs/configuration.md",
     ),
     becomes("--eval-interval", "eval.interval", read=int, default="1000"),
-    becomes("--eval-iters", "eval.batches", read=int, default="100"),
+    becomes(
+        "--eval-iters",
+        "eval.batches",
+        "of 0 nothing is held out, and nothing evaluated",
+        read=int,
+        default="100",
+    ),
     lacks("--skip-train --test-mode --full-validation", "evaluation comes with training"),
 )
 

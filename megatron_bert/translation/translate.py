@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ _REQUIRED = (
     "--global-batch-size",
     "--lr",
 )
+_KEY = re.compile(r"[a-z_]+(?:\.\w+)+")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def translate(words: Sequence[str]) -> Translation:
     builder = Builder(given)
     _set_simple_keys(builder)
     set_compound_keys(builder)
-    _check(builder.tree)
+    _check(builder)
     lacks, holds, unknown = _without_keys(given)
     if given.stray:
         unknown.append(f"{' '.join(given.stray)}: stands behind no argument")
@@ -116,10 +118,25 @@ def _without_keys(given: Given) -> tuple[list[str], list[str], list[str]]:
     return lacks, holds, unknown
 
 
-def _check(tree: dict[str, Any]) -> None:
+def _check(builder: Builder) -> None:
     problems: list[str] = []
     try:
-        problems += value_problems(Config.model_validate(tree))
+        problems += value_problems(Config.model_validate(builder.tree))
     except ValidationError as error:
         problems += explain(error, {})
-    raise_problems(problems, "what these arguments become")
+    named = [_with_flags(problem, builder.given) for problem in problems]
+    raise_problems(named, "what these arguments become")
+
+
+def _with_flags(problem: str, given: Given) -> str:
+    """A problem of keys, with the arguments that set them, which are what the user wrote."""
+
+    def name(found: re.Match[str]) -> str:
+        key = found[0]
+        keys = {key, re.sub(r"\d+", "N", key)}
+        flags = [
+            entry.name for entry in ARGUMENTS if keys & {*entry.keys} and given.has(entry.name)
+        ]
+        return f"{key} ({', '.join(flags)})" if flags else key
+
+    return _KEY.sub(name, problem)

@@ -120,6 +120,14 @@ def test_that_tensorboards_folder_is_another_is_told() -> None:
     assert "log.tensorboard = true: its files stand in the run directory, not in logs/tb" in differs
 
 
+@pytest.mark.parametrize("data", ["--data-path a --split 9,1,0", "--train-data-path a"])
+def test_without_evaluation_nothing_is_held_out(data: str) -> None:
+    translation = _of(f"{LARGE} --train-iters 10 --eval-iters 0 --valid-data-path v {data}")
+    assert translation.tree["data"] == {"train": [{"prefix": "a"}], "tokenizer": "data/my.model"}
+    assert "eval" not in translation.tree
+    assert any("with --eval-iters 0 nothing is evaluated" in line for line in translation.differs)
+
+
 def test_samples_become_steps() -> None:
     assert _of(f"{LARGE} --train-samples 3200").tree["curriculum"] == [
         {"seq_length": 512, "steps": 100}
@@ -143,7 +151,19 @@ def test_what_is_not_understood_is_named() -> None:
         (f"{LARGE} --train-iters 9 --split a,b", "--split a,b: give shares"),
         (f"{LARGE} --train-iters 9 --data-path 1 a 2", "the last weight has no dataset"),
         (f"{LARGE} --train-iters 9 --seq-length 1024", "longer than model.max_position"),
-        (f"{LARGE} --train-iters 9 --hidden-dropout 2", "model.hidden_dropout = 2"),
+        (f"{LARGE} --train-iters 9 --hidden-dropout 2", r"dropout \(--hidden-dropout\) = 2.0: e"),
+        # Megatron-LM divides by them.
+        (f"{LARGE} --train-iters 9 --eval-interval 0", r"interval \(--eval-interval\) = 0: expect"),
+        (f"{LARGE} --train-iters 9 --log-interval 0", r"interval \(--log-interval\) = 0: expected"),
+        (f"{LARGE} --train-iters 9 --save-interval 0", r"interval \(--save-interval\) = 0: expect"),
+        (
+            f"{LARGE} --train-iters 9 --hidden-size 1000 --num-attention-heads 7",
+            r"model.hidden_size \(--hidden-size\) = 1000: .* \(--num-attention-heads\) = 7",
+        ),
+        (
+            f"{LARGE} --train-iters 9 --data-path 0 a 1 b",
+            r"data.train.0.weight \(--data-path\) = 0",
+        ),
     ],
 )
 def test_what_cannot_become_a_configuration_is_refused(arguments: str, message: str) -> None:
@@ -241,12 +261,9 @@ def test_the_tool_writes_a_file_that_loads_and_says_what_is_left_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "train.sh"
-    text = f"torchrun pretrain_bert.py {' '.join(EXAMPLE.split())}\n"
-    script.write_text(text.replace("data/wiki", "$DATA_PATH"))
+    script.write_text(f"torchrun pretrain_bert.py {' '.join(EXAMPLE.split())}\n")
     output = tmp_path / "large.yaml"
-    with pytest.raises(ConfigError, match="give --variable DATA_PATH=VALUE"):
-        tool.main([str(script), "--output", str(output)])
-    tool.main([str(script), "--variable", "DATA_PATH=data/wiki", "--output", str(output)])
+    tool.main([str(script), "--output", str(output)])
     told = capsys.readouterr().out
     assert "data.tokenizer: no --tokenizer-model was given" in told
     assert f"next: fill in what is listed, then python pretrain_bert.py --config {output}" in told
@@ -270,11 +287,9 @@ def test_the_tool_reads_what_a_script_prints_from_standard_input(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either a script"),
-        (["x.sh", "--", "--a"], "give either a script"),
+        ([], "give either a file"),
+        (["x.sh", "--", "--a"], "give either a file"),
         (["nowhere.sh"], "nowhere.sh: No such file"),
-        (["x.sh", "--variable", "A"], "NAME=VALUE"),
-        (["--variable", "A=1", "--", "--a"], "--variable A=1: is for a script; leave it out"),
     ],
 )
 def test_the_tool_refuses_what_it_cannot_read(arguments: list[str], message: str) -> None:
