@@ -44,7 +44,8 @@ MACHINE: tuple[Argument, ...] = (
         "blocks are divided by work, embedding and head weighed in",
     ),
     holds(
-        "--ddp-* --no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
+        "--ddp-* --DDP-impl --no-contiguous-buffers-in-local-ddp "
+        "--no-scatter-gather-tensors-in-pipeline --use-ring-exchange-p2p "
         "--tp-comm-* --disable-tp-comm-* --use-nccl-ub --nccl-* --fsdp-* --suggested-* "
         "--no-async-tensor-model-parallel-allreduce "
         "--no-gradient-reduce-div-fusion --high-priority-stream-groups --use-tp-pp-dp-mapping "
@@ -74,7 +75,8 @@ MACHINE: tuple[Argument, ...] = (
         "see `precision.fp8`",
     ),
     holds(
-        "--attention-softmax-in-fp32 --fp16-lm-cross-entropy --apply-query-key-layer-scaling",
+        "--attention-softmax-in-fp32 --fp16-lm-cross-entropy --apply-query-key-layer-scaling "
+        "--no-query-key-layer-scaling",
         "softmax and loss are computed in fp32",
     ),
     lacks("--fp32-residual-connection", "the residual stream has the format of computing"),
@@ -85,7 +87,10 @@ MACHINE: tuple[Argument, ...] = (
         "--distribute-saved-activations",
         "all blocks are treated alike",
     ),
-    lacks("--checkpoint-activations", "Megatron-LM itself wants `--recompute-*` by now"),
+    lacks(
+        "--checkpoint-activations --checkpoint-num-layers",
+        "Megatron-LM itself wants `--recompute-*` by now",
+    ),
     lacks(
         "--cpu-offloading* --optimizer-cpu-offload --optimizer-offload-* "
         "--use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-*",

@@ -26,7 +26,7 @@ MODEL: tuple[Argument, ...] = (
     becomes("--max-position-embeddings", "model.max_position_embeddings", read=int),
     holds(
         "--position-embedding-type",
-        "learned positions; rotary ones come with `model.architecture: modernbert`, "
+        "positions are learned; rotary ones come with `model.architecture: modernbert`, "
         "which differs in more than that",
         values="learned_absolute",
     ),
@@ -36,7 +36,7 @@ MODEL: tuple[Argument, ...] = (
         "rotary positions come with `model.architecture: modernbert` (`model.rope_theta`)",
     ),
     becomes("--norm-epsilon --layernorm-epsilon", "model.norm_eps", read=float, default="1e-5"),
-    holds("--normalization", "LayerNorm", values="LayerNorm"),
+    holds("--normalization", "every norm is a LayerNorm", values="LayerNorm"),
     lacks("--apply-layernorm-1p --qk-layernorm --qk-l2-norm", "norms are plain LayerNorm"),
     lacks(
         "--apply-residual-connection-post-layernorm",
@@ -136,6 +136,7 @@ DATA: tuple[Argument, ...] = (
         "--num-dataset-builder-threads --mid-level-dataset-surplus",
         "rows are computed from their number: there is no index to build or to keep",
     ),
+    holds("--data-impl", "datasets are `.bin` and `.idx` of `mmap`", values="mmap infer"),
     holds("--no-mmap-bin-files", "read by `pread` where a file cannot be mapped"),
     holds("--num-workers", "threads assemble rows, `data.threads`; one is enough as measured"),
     holds("--dataloader-type", "one pass after the other, each in another order"),

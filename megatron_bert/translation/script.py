@@ -87,7 +87,7 @@ def _lines(text: str) -> Iterator[list[_Word]]:
             start = len(line) - len(rest)
             try:
                 word = lexer.get_token() or ""
-                written = line[start : stream.tell()].rstrip()
+                written = line[start : stream.tell()].rstrip(" \t\r")
                 words.append(_Word(word, written, number, _is_certain(written)))
             except ValueError:  # A quote does not end in its line.
                 words.append(_Word(rest, rest, number, is_certain=False))

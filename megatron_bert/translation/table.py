@@ -42,5 +42,5 @@ def find(flag: str) -> Argument | None:
 
 
 def nearest(flag: str) -> str | None:
-    """The name most like an unknown one."""
-    return next(iter(difflib.get_close_matches(flag, _EXACT, n=1)), None)
+    """The name that an unknown one is a slip of, by all appearances."""
+    return next(iter(difflib.get_close_matches(flag, _EXACT, n=1, cutoff=0.8)), None)

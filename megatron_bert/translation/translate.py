@@ -86,9 +86,11 @@ def _check_required(given: Given) -> None:
     if not given.has("--train-iters") and not given.has("--train-samples"):
         missing.append("--train-iters")
     if missing:
+        meant = [flag for flag in given.values if not find(flag) and nearest(flag) in missing]
+        slips = "".join(f"; is {flag} meant to be {nearest(flag)}?" for flag in meant)
         raise ConfigError(
             f"arguments {', '.join(missing)}: not given, and a configuration needs them; add what "
-            "the run had"
+            f"the run had{slips}"
         )
 
 

@@ -115,6 +115,8 @@ def test_a_file_of_windows_is_read(tmp_path: Path, capsys: pytest.CaptureFixture
         r"""--a 'x y' "x y" x\ y '' "" --b='x y' --c="it's" 'it'\''s' "a\"b" a\\b x#y # z""",
         r"""'$A' '`A`' 'a;b' 'a "b" c' '~' "*" "a;b" "{a,b}" \'a\" a"b"c 'é　x' --d=-1,2""",
         r"""'a\b' \a a\\b "a b\"c" --d""",
+        # Blanks that are none for a shell.
+        "1 \u3000 \xa0\f 2\u3000",
     ],
 )
 def test_words_are_those_of_bash(words: str) -> None:

@@ -128,6 +128,13 @@ def test_without_evaluation_nothing_is_held_out(data: str) -> None:
     assert any("with --eval-iters 0 nothing is evaluated" in line for line in translation.differs)
 
 
+def test_arguments_of_older_releases_are_known() -> None:
+    old = "--data-impl mmap --DDP-impl local --no-query-key-layer-scaling --checkpoint-num-layers 1"
+    translation = _of(f"{LARGE} --train-iters 10 {old}")
+    assert translation.unknown == ()
+    assert any(line.startswith("--data-impl mmap:") for line in translation.holds)
+
+
 def test_samples_become_steps() -> None:
     assert _of(f"{LARGE} --train-samples 3200").tree["curriculum"] == [
         {"seq_length": 512, "steps": 100}
@@ -135,9 +142,12 @@ def test_samples_become_steps() -> None:
 
 
 def test_what_is_not_understood_is_named() -> None:
-    translation = _of(f"stray {LARGE} --train-iters 10 --clip-grads 2 --normalization RMSNorm")
+    translation = _of(
+        f"stray {LARGE} --train-iters 10 --clip-grads 2 --deepspeed --normalization RMSNorm"
+    )
     assert translation.unknown == (
         "--clip-grads 2: unknown; is it --clip-grad?",
+        "--deepspeed: unknown",
         "stray: stands behind no argument",
     )
     assert any(line.startswith("--normalization RMSNorm:") for line in translation.lacks)
@@ -147,6 +157,10 @@ def test_what_is_not_understood_is_named() -> None:
     ("arguments", "message"),
     [
         ("--num-layers 2", "--hidden-size, --num-attention-heads.*add what the run had"),
+        (
+            f"{LARGE} --train_iters 9",
+            r"add what the run had; is --train_iters meant to be --train-it",
+        ),
         (f"{LARGE} --train-iters many", "--train-iters many: not a number; give a number"),
         (f"{LARGE} --train-iters 9 --split a,b", "--split a,b: give shares"),
         (f"{LARGE} --train-iters 9 --data-path 1 a 2", "the last weight has no dataset"),
