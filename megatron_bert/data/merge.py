@@ -13,7 +13,12 @@ from typing import Any
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.data.index_file import MappedIndices, write_joined_index
-from megatron_bert.data.indexed_dataset import DatasetInfo, SourceFile, write_dataset_info
+from megatron_bert.data.indexed_dataset import (
+    DatasetInfo,
+    SourceFile,
+    check_tokenizer,
+    write_dataset_info,
+)
 from megatron_bert.data.merge_parts import MergePart, check_shard_sets, open_part, prefix_of
 from megatron_bert.data.placing import StagedDataset
 from megatron_bert.data.progress import Progress
@@ -200,12 +205,9 @@ def _merged_info(parts: Sequence[MergePart], *, has_words: bool) -> DatasetInfo 
         return None
     (first_prefix, first), *others = known
     for prefix, info in others:
-        if info.tokenizer_hash != first.tokenizer_hash:
-            raise DataError(
-                f"dataset {first_prefix} was made with tokenizer {first.tokenizer_name} of SHA-256 "
-                f"{first.tokenizer_hash}, but {prefix} with {info.tokenizer_name} of "
-                f"{info.tokenizer_hash}; make one of them anew with the other's tokenizer"
-            )
+        name = f"{info.tokenizer_name}, which made {prefix},"
+        remedy = "make one of them anew with the other's tokenizer"
+        check_tokenizer(first_prefix, first, name, info.tokenizer_hash, remedy)
         try:
             merge_infos([first, info])
         except ValueError as error:
