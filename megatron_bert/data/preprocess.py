@@ -133,8 +133,9 @@ def _write_documents(
         ):
             for batch, end in batches:
                 if batch.hashes_N2 is not None:
-                    batch = batch.only(deduplicator.filter_hashes(batch.hashes_N2))
-                    writer.append(_HASHES, deduplicator.new_hashes())
+                    is_new_N = deduplicator.filter_hashes(batch.hashes_N2)
+                    writer.append(_HASHES, batch.hashes_N2[is_new_N])
+                    batch = batch.only(is_new_N)
                 writer.add_documents(batch.tokens_T, batch.lengths_N, batch.word_starts_T)
                 state.add(batch, end)
                 state.sha256 = hashes.computed(state.position.file)
