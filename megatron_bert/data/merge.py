@@ -21,9 +21,9 @@ from megatron_bert.data.indexed_dataset import (
 )
 from megatron_bert.data.merge_parts import MergePart, check_shard_sets, open_part, prefix_of
 from megatron_bert.data.placing import StagedDataset
-from megatron_bert.data.progress import Progress
 from megatron_bert.data.shards import in_shard_order
 from megatron_bert.data.word_starts import write_joined_word_starts
+from megatron_bert.progress_bar import ProgressBar
 
 _BLOCK_BYTES = 1 << 26
 # What a filesystem answers that cannot copy within itself, or not from there to here.
@@ -231,7 +231,7 @@ def _named(output_prefix: Path) -> Iterator[None]:
 
 def _write_tokens(parts: Sequence[MergePart], path: Path) -> None:
     total = sum(part.file(".bin").stat().st_size for part in parts)
-    with path.open("wb", buffering=0) as target, Progress("merging", total) as progress:
+    with path.open("wb", buffering=0) as target, ProgressBar("merging", total) as progress:
         for part in parts:
             with part.file(".bin").open("rb", buffering=0) as source:
                 while _copy_block(source.fileno(), target.fileno()):
