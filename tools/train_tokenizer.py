@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
 
 with told_errors():
-    from megatron_bert.data.progress import Progress
     from megatron_bert.data.text import DocumentReader, iterate_documents
     from megatron_bert.data.text_arguments import add_text_arguments, open_texts
     from megatron_bert.data.tokenizer import Tokenizer
@@ -23,6 +22,7 @@ with told_errors():
         train_tokenizer,
         write_model,
     )
+    from megatron_bert.progress_bar import ProgressBar
     from megatron_bert.words import counted
 
 
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _documents(reader: DocumentReader, options: argparse.Namespace) -> Iterator[str]:
     logging.info("reading %s", counted(len(reader.paths), "file"))
-    with Progress("reading", reader.total_bytes) as progress:
+    with ProgressBar("reading", reader.total_bytes) as progress:
         for text in iterate_documents(reader, options.on_error):
             yield text
             progress.show(reader.bytes_read)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.schema import MlmConfig
 from megatron_bert.data.index_file import write_index
+from megatron_bert.data.indexed_dataset import dataset_file
 
 LENGTH_SPREAD = 1.0
 """Standard deviation of the logarithm of a document's length."""
@@ -105,8 +106,8 @@ def write_corpora(
         prefix = f"{folder}/{kind.name}_{number}"
         lengths_D = draw_lengths(documents, kind.mean_tokens, seed=number)
         total = int(lengths_D.sum(dtype=np.int64))
-        _write_tokens(Path(f"{prefix}.bin"), total, num_ids, seed=number)
-        write_index(Path(f"{prefix}.idx"), _TOKEN_BYTES, lengths_D)
+        _write_tokens(dataset_file(prefix, ".bin"), total, num_ids, seed=number)
+        write_index(dataset_file(prefix, ".idx"), _TOKEN_BYTES, lengths_D)
         prefixes.append(prefix)
     return Corpora(tuple(prefixes), tuple(weights), num_ids)
 
@@ -128,9 +129,11 @@ def write_sentences(prefix: str, num_tokens: int, mean_tokens: float, sentences:
     """
     num_documents = max(1, round(num_tokens / (mean_tokens * sentences)))
     lengths_N = draw_lengths(num_documents * sentences, mean_tokens, seed=0)
-    _write_tokens(Path(f"{prefix}.bin"), int(lengths_N.sum(dtype=np.int64)), VOCAB_SIZE, seed=0)
+    _write_tokens(
+        dataset_file(prefix, ".bin"), int(lengths_N.sum(dtype=np.int64)), VOCAB_SIZE, seed=0
+    )
     boundaries_D = np.arange(0, len(lengths_N) + 1, sentences)
-    write_index(Path(f"{prefix}.idx"), _TOKEN_BYTES, lengths_N, boundaries_D)
+    write_index(dataset_file(prefix, ".idx"), _TOKEN_BYTES, lengths_N, boundaries_D)
     return num_documents
 
 

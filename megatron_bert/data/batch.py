@@ -6,9 +6,22 @@ Shape suffixes: B rows, S slots a row, M masked slots a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
+
+
+class Replacement(Enum):
+    """What the model sees in a token's place; all but the first are to be predicted.
+
+    A token drawn at random that happens to be the one that stood there counts as kept.
+    """
+
+    NONE = "none"
+    MASKED = "masked"
+    RANDOM = "random"
+    KEPT = "kept"
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,16 @@ class RowArrays:
     def part(self, first: int, end: int) -> RowArrays:
         """Rows `first` to `end`, without `end`, in the same memory."""
         return RowArrays(*(tensor[first:end] for tensor in self.model_inputs()))
+
+    def replacements(self, mask_id: int) -> Tensor:
+        """int64 [B, M]: of each masked slot its place in `Replacement`; means nothing where unused.
+
+        Args:
+            mask_id: of `<MASK>`, which is never to be predicted.
+        """
+        seen_BM = self.tokens_BS.gather(1, self.masked_BM.long())
+        # 1, 2 or 3.
+        return 2 - (seen_BM == mask_id).long() + (seen_BM == self.labels_BM)
 
     def model_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return tokens, positions, masked, labels, weights and rows, as the model takes them."""

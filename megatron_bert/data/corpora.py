@@ -12,7 +12,14 @@ from _megatron_bert_core import DocumentLengths, IndexedDataset, WordStarts
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, Corpus
-from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
+from megatron_bert.data.indexed_dataset import (
+    check_counts,
+    check_tokenizer,
+    dataset_file,
+    open_dataset,
+    open_word_starts,
+    read_dataset_info,
+)
 from megatron_bert.data.tokenizer import Tokenizer
 
 # Enough to meet an id that a smaller vocabulary lacks, few enough to open a corpus at once. (Every
@@ -115,7 +122,7 @@ class OpenCorpus:
             tokens = self.dataset.document(int(number))
             digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
         if self.word_starts is not None:
-            _add_blocks(digest, _words_file(self.part.corpus.prefix))
+            _add_blocks(digest, dataset_file(self.part.corpus.prefix, ".words"))
         return (
             f"{self.dataset.num_documents} documents, {self.dataset.num_tokens} tokens, "
             f"sample {digest.hexdigest()[:16]}"
@@ -185,55 +192,36 @@ def _open(part: CorpusPart, tokenizer: Tokenizer, *, with_words: bool) -> OpenCo
             f"dataset {prefix} holds no token ({dataset.num_documents} documents); remove it from "
             f"the configuration, or make it from files that hold text"
         )
-    _check_tokenizer(dataset, prefix, tokenizer)
+    _check_made_by(tokenizer, prefix, dataset)
     lengths = DocumentLengths(
         dataset, held_out_fraction=part.held_out_fraction, held_out=part.held_out
     )
-    words = _open_words(dataset, prefix) if with_words else None
+    words = None
+    if with_words:
+        remedy = (
+            "make the dataset anew with tools/preprocess_data.py --word-boundaries, or remove the "
+            "file: words are then told by the vocabulary"
+        )
+        words = open_word_starts(prefix, dataset.num_tokens, remedy)
     return OpenCorpus(part, dataset, lengths, lengths.num_nonempty_documents, words)
 
 
-def _check_tokenizer(dataset: IndexedDataset, prefix: str, tokenizer: Tokenizer) -> None:
+def _check_made_by(tokenizer: Tokenizer, prefix: str, dataset: IndexedDataset) -> None:
     info = read_dataset_info(prefix)
-    if info is not None and info.tokenizer_hash != tokenizer.hash:
-        raise DataError(
-            f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
-            f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; set data.tokenizer "
-            "to the one that made the dataset (and convert a checkpoint that is for the other "
-            "again: tools/convert_checkpoint.py from-hf --tokenizer FILE), or make the dataset anew"
+    if info is not None:
+        remedy = (
+            "set data.tokenizer to the one that made the dataset (and convert a checkpoint that is "
+            "for the other again: tools/convert_checkpoint.py from-hf --tokenizer FILE), or make "
+            "the dataset anew"
         )
-    if info is not None and (info.documents, info.tokens) != (
-        dataset.num_documents,
-        dataset.num_tokens,
-    ):
-        raise DataError(
-            f"{prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, but "
-            f"{prefix}.idx has {dataset.num_documents:,} and {dataset.num_tokens:,}: they are of "
-            f"different sets; copy the dataset again, or make it anew"
-        )
+        check_tokenizer(prefix, info, tokenizer.name, tokenizer.hash, remedy)
+        check_counts(prefix, info, dataset, remedy="copy the dataset again, or make it anew")
     largest = dataset.max_token_id(_SAMPLED_DOCUMENTS)
     if largest >= tokenizer.vocab_size:
         raise DataError(
             f"dataset {prefix} holds token id {largest}, but tokenizer {tokenizer.name} has only "
             f"{tokenizer.vocab_size} pieces; set data.tokenizer to the one that made the dataset"
         )
-
-
-def _open_words(dataset: IndexedDataset, prefix: str) -> WordStarts | None:
-    path = _words_file(prefix)
-    if not path.exists():
-        return None
-    try:
-        return WordStarts(str(path), dataset.num_tokens)
-    except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"{error}; make the dataset anew with tools/preprocess_data.py --word-boundaries, or "
-            f"remove the file: words are then told by the vocabulary"
-        ) from error
-
-
-def _words_file(prefix: str) -> Path:
-    return Path(f"{prefix}.words")
 
 
 def _add_blocks(digest: hashlib._Hash, path: Path) -> None:

@@ -40,23 +40,12 @@ class Deduplicator:
 
     def __init__(self) -> None:
         self._seen = HashSet()
-        self._new: list[npt.NDArray[np.uint64]] = []
 
     def filter_hashes(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Tell, `[n]`, of which hashes, `[n, 2]`, there was none before, in this call or others."""
-        is_new = self._seen.insert(hashes)
-        self._new.append(hashes[is_new])
-        return is_new
-
-    def new_hashes(self) -> npt.NDArray[np.uint64]:
-        """Hashes, `[n, 2]`, of the documents first seen since the last call, in order.
-
-        They are kept until then: call it now and then, also where nobody wants them.
-        """
-        new, self._new = self._new, []
-        return np.concatenate(new) if new else np.empty((0, 2), dtype=np.uint64)
+        return self._seen.insert(hashes)
 
     def restore(self, hashes: npt.NDArray[np.uint64]) -> None:
-        """Take documents for seen whose hashes, `[n, 2]`, `new_hashes` gave in an earlier life."""
+        """Take documents for seen whose hashes, `[n, 2]`, were new to an earlier job."""
         for begin in range(0, len(hashes), _RESTORED_AT_A_TIME):
             self._seen.insert(hashes[begin : begin + _RESTORED_AT_A_TIME])

@@ -1,4 +1,4 @@
-"""Datasets on disk: PREFIX.bin and PREFIX.idx (Megatron-LM's format), PREFIX.json beside them."""
+"""Datasets on disk: PREFIX.bin and PREFIX.idx (Megatron-LM's format), PREFIX.json and .words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _megatron_bert_core import IndexedDataset
+from _megatron_bert_core import IndexedDataset, WordStarts
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.field_counts import FieldCounts
@@ -73,6 +73,12 @@ class DatasetInfo:
     version: int = INFO_VERSION
 
 
+def dataset_file(prefix: str | Path, suffix: str) -> Path:
+    """Path of a dataset's file of that suffix, as `.idx`."""
+    # Not Path.with_suffix: a prefix may have dots of its own.
+    return Path(f"{prefix}{suffix}")
+
+
 def open_dataset(prefix: str | Path) -> IndexedDataset:
     """Open PREFIX.bin and PREFIX.idx for reading.
 
@@ -80,7 +86,7 @@ def open_dataset(prefix: str | Path) -> IndexedDataset:
         DataError: a file is missing, damaged, or does not belong to the other.
     """
     try:
-        for path in (_with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")):
+        for path in (dataset_file(prefix, ".idx"), dataset_file(prefix, ".bin")):
             if not path.is_file():
                 raise DataError(
                     f"dataset {prefix}: there is no file {path}; make the dataset with "
@@ -100,7 +106,7 @@ def read_dataset_info(prefix: str | Path) -> DatasetInfo | None:
     Raises:
         DataError: the file cannot be read or is not such a sidecar.
     """
-    path = _with_suffix(prefix, ".json")
+    path = dataset_file(prefix, ".json")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -122,7 +128,7 @@ def write_dataset_info(prefix: str | Path, info: DatasetInfo) -> None:
     Raises:
         DataError: the folder cannot be written to.
     """
-    path = _with_suffix(prefix, ".json")
+    path = dataset_file(prefix, ".json")
     text = json.dumps(asdict(info), ensure_ascii=False, indent=2) + "\n"
     try:
         write_atomically(path, text)
@@ -130,9 +136,55 @@ def write_dataset_info(prefix: str | Path, info: DatasetInfo) -> None:
         raise DataError(f"cannot write {path}: {error.strerror}; choose another prefix") from error
 
 
-def _with_suffix(prefix: str | Path, suffix: str) -> Path:
-    # Not Path.with_suffix: a prefix may have dots of its own.
-    return Path(f"{prefix}{suffix}")
+def open_word_starts(prefix: str | Path, num_tokens: int, remedy: str) -> WordStarts | None:
+    """Open PREFIX.words, of a dataset of so many tokens; None where there is none.
+
+    Raises:
+        DataError: it cannot be read, or is of another number of tokens; with the remedy.
+    """
+    path = dataset_file(prefix, ".words")
+    try:
+        return WordStarts(str(path), num_tokens) if path.exists() else None
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{error}; {remedy}") from error
+
+
+def check_counts(
+    prefix: str | Path, info: DatasetInfo, dataset: IndexedDataset, remedy: str
+) -> None:
+    """Refuse a PREFIX.json that tells of other numbers than PREFIX.idx.
+
+    Raises:
+        DataError: they are of different datasets; with the remedy.
+    """
+    if (info.documents, info.tokens) != (dataset.num_documents, dataset.num_tokens):
+        raise DataError(
+            f"{prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, but "
+            f"{prefix}.idx of {dataset.num_documents:,} and {dataset.num_tokens:,}: they are of "
+            f"different datasets; {remedy}"
+        )
+
+
+def check_tokenizer(
+    prefix: str | Path, info: DatasetInfo, name: str, tokenizer_hash: str, remedy: str
+) -> None:
+    """Refuse a dataset that was not made with a certain tokenizer.
+
+    Args:
+        prefix: of the dataset.
+        info: its PREFIX.json.
+        name: of the tokenizer that is asked for.
+        tokenizer_hash: SHA-256 of its file, in hex.
+        remedy: what the message ends with.
+
+    Raises:
+        DataError: another one made it; with the remedy.
+    """
+    if info.tokenizer_hash != tokenizer_hash:
+        raise DataError(
+            f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
+            f"{info.tokenizer_hash}, but {name} has {tokenizer_hash}; {remedy}"
+        )
 
 
 def _parse_info(fields: dict[str, Any]) -> DatasetInfo:

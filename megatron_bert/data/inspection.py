@@ -9,7 +9,7 @@ import numpy.typing as npt
 from _megatron_bert_core import IndexedDataset
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
+from megatron_bert.data.indexed_dataset import check_tokenizer, open_dataset, read_dataset_info
 from megatron_bert.data.length_histogram import count_lengths, histogram
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.words import share
@@ -97,11 +97,8 @@ def beginning(tokens_T: npt.NDArray[np.int32], tokenizer: Tokenizer) -> str:
 
 def _check_made_by(tokenizer: Tokenizer, prefix: str) -> None:
     info = read_dataset_info(prefix)
-    if info is not None and info.tokenizer_hash != tokenizer.hash:
-        raise DataError(
-            f"dataset {prefix} was made with tokenizer {info.tokenizer_name} of SHA-256 "
-            f"{info.tokenizer_hash}, but {tokenizer.name} has {tokenizer.hash}; give the former"
-        )
+    if info is not None:
+        check_tokenizer(prefix, info, tokenizer.name, tokenizer.hash, remedy="give the former")
 
 
 def _token_counts(

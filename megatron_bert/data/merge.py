@@ -13,12 +13,17 @@ from typing import Any
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.data.index_file import MappedIndices, write_joined_index
-from megatron_bert.data.indexed_dataset import DatasetInfo, SourceFile, write_dataset_info
+from megatron_bert.data.indexed_dataset import (
+    DatasetInfo,
+    SourceFile,
+    check_tokenizer,
+    write_dataset_info,
+)
 from megatron_bert.data.merge_parts import MergePart, check_shard_sets, open_part, prefix_of
 from megatron_bert.data.placing import StagedDataset
-from megatron_bert.data.progress import Progress
 from megatron_bert.data.shards import in_shard_order
 from megatron_bert.data.word_starts import write_joined_word_starts
+from megatron_bert.progress_bar import ProgressBar
 
 _BLOCK_BYTES = 1 << 26
 # What a filesystem answers that cannot copy within itself, or not from there to here.
@@ -200,12 +205,9 @@ def _merged_info(parts: Sequence[MergePart], *, has_words: bool) -> DatasetInfo 
         return None
     (first_prefix, first), *others = known
     for prefix, info in others:
-        if info.tokenizer_hash != first.tokenizer_hash:
-            raise DataError(
-                f"dataset {first_prefix} was made with tokenizer {first.tokenizer_name} of SHA-256 "
-                f"{first.tokenizer_hash}, but {prefix} with {info.tokenizer_name} of "
-                f"{info.tokenizer_hash}; make one of them anew with the other's tokenizer"
-            )
+        name = f"{info.tokenizer_name}, which made {prefix},"
+        remedy = "make one of them anew with the other's tokenizer"
+        check_tokenizer(first_prefix, first, name, info.tokenizer_hash, remedy)
         try:
             merge_infos([first, info])
         except ValueError as error:
@@ -229,7 +231,7 @@ def _named(output_prefix: Path) -> Iterator[None]:
 
 def _write_tokens(parts: Sequence[MergePart], path: Path) -> None:
     total = sum(part.file(".bin").stat().st_size for part in parts)
-    with path.open("wb", buffering=0) as target, Progress("merging", total) as progress:
+    with path.open("wb", buffering=0) as target, ProgressBar("merging", total) as progress:
         for part in parts:
             with part.file(".bin").open("rb", buffering=0) as source:
                 while _copy_block(source.fileno(), target.fileno()):

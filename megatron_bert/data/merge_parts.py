@@ -9,7 +9,14 @@ from pathlib import Path
 from _megatron_bert_core import IndexedDataset, WordStarts
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset, read_dataset_info
+from megatron_bert.data.indexed_dataset import (
+    DatasetInfo,
+    check_counts,
+    dataset_file,
+    open_dataset,
+    open_word_starts,
+    read_dataset_info,
+)
 from megatron_bert.data.shards import shard_set
 
 
@@ -31,7 +38,7 @@ class MergePart:
 
     def file(self, suffix: str) -> Path:
         """Name of the file of that suffix, which may be absent."""
-        return _file(self.prefix, suffix)
+        return dataset_file(self.prefix, suffix)
 
     @property
     def dictionary(self) -> str | None:
@@ -72,16 +79,10 @@ def open_part(prefix: Path) -> MergePart:
     """
     dataset = open_dataset(prefix)
     info = read_dataset_info(prefix)
-    if info is not None and (info.documents, info.tokens) != (
-        dataset.num_documents,
-        dataset.num_tokens,
-    ):
-        raise DataError(
-            f"{prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, but "
-            f"{prefix}.idx of {dataset.num_documents:,} and {dataset.num_tokens:,}: it belongs to "
-            f"another dataset; copy the right one, or remove it"
-        )
-    return MergePart(prefix, dataset, info, _open_word_starts(prefix, dataset.num_tokens))
+    if info is not None:
+        check_counts(prefix, info, dataset, remedy="copy the right .json, or remove it")
+    word_starts = open_word_starts(prefix, dataset.num_tokens, remedy="copy it again, or remove it")
+    return MergePart(prefix, dataset, info, word_starts)
 
 
 def check_shard_sets(parts: Sequence[MergePart]) -> None:
@@ -105,15 +106,3 @@ def check_shard_sets(parts: Sequence[MergePart]) -> None:
                 f"{first.file('.json')} and {part.file('.json')}); make one of them anew with the "
                 f"other's"
             )
-
-
-def _open_word_starts(prefix: Path, num_tokens: int) -> WordStarts | None:
-    path = _file(prefix, ".words")
-    try:
-        return WordStarts(str(path), num_tokens) if path.exists() else None
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"{error}; copy it again, or remove it") from error
-
-
-def _file(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix)

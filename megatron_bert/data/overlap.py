@@ -20,8 +20,8 @@ from megatron_bert.data.corpora import (
 )
 from megatron_bert.data.deduplication import hash_documents, hash_texts
 from megatron_bert.data.inspection import beginning
-from megatron_bert.data.progress import Progress
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.progress_bar import ProgressBar
 from megatron_bert.words import share
 
 # Bounds memory, whatever the corpora.
@@ -138,7 +138,7 @@ def _hashed(corpus: OpenCorpus) -> Iterator[tuple[npt.NDArray[np.uint64], Int64A
     """Hashes, [n, 2], and numbers of the documents that are read, block by block."""
     dataset = corpus.dataset
     num_bytes = dataset.num_tokens * dataset.token_bytes
-    with Progress(f"reading {corpus.part.prefix}", num_bytes) as progress:
+    with ProgressBar(f"reading {corpus.part.prefix}", num_bytes) as progress:
         for first in range(0, dataset.num_documents, _DOCUMENTS_AT_A_TIME):
             end = min(dataset.num_documents, first + _DOCUMENTS_AT_A_TIME)
             numbers = first + np.flatnonzero(corpus.lengths.on_side(first, end))

@@ -11,6 +11,7 @@ from megatron_bert.closeable import Closeable
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
+from megatron_bert.data.indexed_dataset import dataset_file
 from megatron_bert.files import sync_to_disk, temporary_path
 
 # The index is last to appear and first to go: without it there is no dataset.
@@ -77,7 +78,7 @@ class StagedDataset(Closeable):
 
 def dataset_files(prefix: Path) -> dict[str, Path]:
     """Every file that a dataset of that prefix can have, by suffix."""
-    return {suffix: prefix.with_name(prefix.name + suffix) for suffix in _SUFFIXES}
+    return {suffix: dataset_file(prefix, suffix) for suffix in _SUFFIXES}
 
 
 def check_name(final_prefix: Path) -> None:

@@ -27,9 +27,9 @@ from megatron_bert.data.encoding import EncodedBatch, Encoder
 from megatron_bert.data.input_documents import FileHashes, InputDocuments, Position
 from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.preprocess_state import PreprocessCounts, PreprocessState
-from megatron_bert.data.progress import Progress
 from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.progress_bar import ProgressBar
 from megatron_bert.words import rounded
 
 logger = logging.getLogger(__name__)
@@ -128,13 +128,14 @@ def _write_documents(
     try:
         with (
             FileHashes(reader.paths, state.sha256) as hashes,
-            Progress("tokenizing", reader.total_bytes) as progress,
+            ProgressBar("tokenizing", reader.total_bytes) as progress,
             closing(_encoded_batches(raw_batches, encoder, options.workers)) as batches,
         ):
             for batch, end in batches:
                 if batch.hashes_N2 is not None:
-                    batch = batch.only(deduplicator.filter_hashes(batch.hashes_N2))
-                    writer.append(_HASHES, deduplicator.new_hashes())
+                    is_new_N = deduplicator.filter_hashes(batch.hashes_N2)
+                    writer.append(_HASHES, batch.hashes_N2[is_new_N])
+                    batch = batch.only(is_new_N)
                 writer.add_documents(batch.tokens_T, batch.lengths_N, batch.word_starts_T)
                 state.add(batch, end)
                 state.sha256 = hashes.computed(state.position.file)

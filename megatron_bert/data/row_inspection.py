@@ -4,30 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_bert.config.schema import Config
-from megatron_bert.data.batch import Batch
+from megatron_bert.data.batch import Batch, Replacement
 from megatron_bert.data.length_histogram import count_lengths, histogram
 from megatron_bert.data.step_inspection import StepBatches, unmasked
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.words import share
-
-
-class TokenKind(Enum):
-    """What masking made of a token; all but the first are to be predicted.
-
-    A random token that happens to be the one that stood there counts as unchanged.
-    """
-
-    KEPT = "kept"
-    MASKED = "<MASK>"
-    RANDOM = "random"
-    UNCHANGED = "unchanged"
 
 
 @dataclass(frozen=True)
@@ -37,12 +24,12 @@ class ShownToken:
     Attributes:
         seen: the piece that the model sees, without characters that do not print.
         label: the piece to predict, which stood there; that which is seen, where none is.
-        kind: what masking made of it.
+        replacement: what masking made of it.
     """
 
     seen: str
     label: str
-    kind: TokenKind
+    replacement: Replacement
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,9 @@ class ShownRow:
     @property
     def predicted(self) -> int:
         """Tokens to be predicted."""
-        return sum(t.kind is not TokenKind.KEPT for tokens in self.segments for t in tokens)
+        return sum(
+            t.replacement is not Replacement.NONE for tokens in self.segments for t in tokens
+        )
 
 
 def show_rows(
@@ -96,7 +85,7 @@ class RowShares:
         self.tokenizer = tokenizer
         self._rows = self._slots = self._padding = self._framing = 0
         self._unknown = self._bytes = 0
-        self._predicted = {kind: 0 for kind in TokenKind if kind is not TokenKind.KEPT}
+        self._predicted = {kind: 0 for kind in _KINDS if kind is not Replacement.NONE}
         self._segment_lengths = count_lengths(np.empty(0, dtype=np.int64))
 
     def add(self, batch: Batch) -> None:
@@ -109,9 +98,9 @@ class RowShares:
         self._framing += int(np.isin(tokens_BS, (tokenizer.cls_id, tokenizer.sep_id)).sum())
         self._unknown += int(np.isin(tokens_BS, tokenizer.unknown_ids).sum())
         self._bytes += int(np.isin(tokens_BS, tokenizer.byte_ids).sum())
-        kinds_BS = _kinds(batch, tokenizer)
+        replacements_BS = _replacements(batch, tokenizer)
         for kind in self._predicted:
-            self._predicted[kind] += int((kinds_BS == _CODES[kind]).sum())
+            self._predicted[kind] += int((replacements_BS == _KINDS.index(kind)).sum())
         starts = np.flatnonzero(batch.positions_BS.numpy() == 0)
         lengths = np.diff(starts, append=tokens_BS.size)
         is_text = tokens_BS.ravel()[starts] != tokenizer.pad_id
@@ -135,22 +124,16 @@ class RowShares:
         yield from histogram(self._segment_lengths)
 
 
-_CODES = {kind: code for code, kind in enumerate(TokenKind)}
-_KINDS = tuple(TokenKind)
+_KINDS = tuple(Replacement)
 
 
-def _kinds(batch: Batch, tokenizer: Tokenizer) -> npt.NDArray[np.int8]:
-    """Of each slot, [B, S], the code of its kind."""
-    kinds_BS = np.zeros(batch.tokens_BS.shape, dtype=np.int8)
+def _replacements(batch: Batch, tokenizer: Tokenizer) -> npt.NDArray[np.int8]:
+    """Of each slot, [B, S], the place in `Replacement` of what the model sees there."""
+    replacements_BS = np.zeros(batch.tokens_BS.shape, dtype=np.int8)
     used_BM = batch.weights_BM.numpy() > 0.0
     rows_N, slots_N = np.nonzero(used_BM)[0], batch.masked_BM.numpy()[used_BM]
-    seen_N = batch.tokens_BS.numpy()[rows_N, slots_N]
-    kinds_BS[rows_N, slots_N] = np.select(
-        [seen_N == tokenizer.mask_id, seen_N == batch.labels_BM.numpy()[used_BM]],
-        [_CODES[TokenKind.MASKED], _CODES[TokenKind.UNCHANGED]],
-        _CODES[TokenKind.RANDOM],
-    )
-    return kinds_BS
+    replacements_BS[rows_N, slots_N] = batch.replacements(tokenizer.mask_id).numpy()[used_BM]
+    return replacements_BS
 
 
 def _shown(batch: Batch, rows: range, tokenizer: Tokenizer) -> Iterator[ShownRow]:
@@ -158,13 +141,16 @@ def _shown(batch: Batch, rows: range, tokenizer: Tokenizer) -> Iterator[ShownRow
     chosen = [number for number, row in enumerate(batch.rows_B.tolist()) if row in rows]
     if not chosen:
         return
-    labels_BS, kinds_BS = unmasked(batch), _kinds(batch, tokenizer)
+    labels_BS, replacements_BS = unmasked(batch), _replacements(batch, tokenizer)
     for number in chosen:
         seen_S = batch.tokens_BS.numpy()[number]
         tokens = [
             ShownToken(_printable(tokenizer, seen), _printable(tokenizer, label), _KINDS[kind])
             for seen, label, kind in zip(
-                seen_S.tolist(), labels_BS[number].tolist(), kinds_BS[number].tolist(), strict=True
+                seen_S.tolist(),
+                labels_BS[number].tolist(),
+                replacements_BS[number].tolist(),
+                strict=True,
             )
         ]
         starts = np.flatnonzero(batch.positions_BS.numpy()[number] == 0).tolist()

@@ -5,19 +5,20 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator
 
-from megatron_bert.data.row_inspection import ShownRow, ShownToken, TokenKind
+from megatron_bert.data.batch import Replacement
+from megatron_bert.data.row_inspection import ShownRow, ShownToken
 
 _LEGEND = {
-    TokenKind.MASKED: "[<MASK>|word]: hidden, to be predicted",
-    TokenKind.RANDOM: "[other|word]: another one in its place, to be predicted",
-    TokenKind.UNCHANGED: "[=|word]: left as it was, to be predicted",
+    Replacement.MASKED: "[<MASK>|word]: hidden, to be predicted",
+    Replacement.RANDOM: "[other|word]: another one in its place, to be predicted",
+    Replacement.KEPT: "[=|word]: left as it was, to be predicted",
 }
-# ANSI: a colour of its own for each of neighbouring segments, and one a kind.
+# ANSI: a colour of its own for each of neighbouring segments, and one a replacement.
 _SEGMENT_COLOURS = ("32", "36", "33", "34", "35")
 _KIND_COLOURS = {
-    TokenKind.MASKED: "7",
-    TokenKind.RANDOM: "1;37;41",
-    TokenKind.UNCHANGED: "1;4",
+    Replacement.MASKED: "7",
+    Replacement.RANDOM: "1;37;41",
+    Replacement.KEPT: "1;4",
 }
 
 
@@ -34,7 +35,8 @@ def _row_lines(row: ShownRow, *, coloured: bool) -> Iterator[str]:
     for number, tokens in enumerate(row.segments):
         colour = _SEGMENT_COLOURS[number % len(_SEGMENT_COLOURS)]
         words = (
-            _paint(_marked(t), _KIND_COLOURS.get(t.kind, colour), coloured=coloured) for t in tokens
+            _paint(_marked(t), _KIND_COLOURS.get(t.replacement, colour), coloured=coloured)
+            for t in tokens
         )
         yield f"  {' '.join(words)}"
 
@@ -59,7 +61,7 @@ def page(title: str, items: Iterable[ShownRow | str]) -> str:
         body.append(_row_html(item))
     body += _preformatted(lines)
     marks = "".join(
-        f'<li><span class="{kind.name.lower()}">{html.escape(kind.value)}</span> '
+        f'<li><span class="{kind.value}">{kind.value}</span> '
         f"{html.escape(_LEGEND[kind].partition(': ')[2])}</li>"
         for kind in _LEGEND
     )
@@ -74,9 +76,9 @@ def _title(row: ShownRow) -> str:
 
 
 def _marked(token: ShownToken) -> str:
-    if token.kind is TokenKind.KEPT:
+    if token.replacement is Replacement.NONE:
         return token.seen
-    return f"[{'=' if token.kind is TokenKind.UNCHANGED else token.seen}|{token.label}]"
+    return f"[{'=' if token.replacement is Replacement.KEPT else token.seen}|{token.label}]"
 
 
 def _paint(text: str, colour: str, *, coloured: bool) -> str:
@@ -92,12 +94,11 @@ def _row_html(row: ShownRow) -> str:
 
 def _token_html(token: ShownToken) -> str:
     seen, label = html.escape(token.seen), html.escape(token.label)
-    if token.kind is TokenKind.KEPT:
+    if token.replacement is Replacement.NONE:
         return seen
-    under = "" if token.kind is TokenKind.UNCHANGED else f"<small>{label}</small>"
-    return (
-        f'<span class="{token.kind.name.lower()}" title="{token.kind.value}">{seen}{under}</span>'
-    )
+    under = "" if token.replacement is Replacement.KEPT else f"<small>{label}</small>"
+    kind = token.replacement.value
+    return f'<span class="{kind}" title="{kind}">{seen}{under}</span>'
 
 
 def _preformatted(lines: list[str]) -> list[str]:
@@ -122,10 +123,10 @@ pre {{ background: #f4f4f4; padding: 0.5rem; overflow: auto; }}
 .segment:nth-of-type(4n+2) {{ background: #e9f7ea; }}
 .segment:nth-of-type(4n+3) {{ background: #fdf3dd; }}
 .segment:nth-of-type(4n) {{ background: #f6eafa; }}
-.masked, .random, .unchanged {{ border-radius: 0.2rem; padding: 0.1rem 0.2rem; }}
+.masked, .random, .kept {{ border-radius: 0.2rem; padding: 0.1rem 0.2rem; }}
 .masked {{ background: #333; color: #fff; }}
 .random {{ background: #b00020; color: #fff; }}
-.unchanged {{ outline: 2px solid #b07d00; }}
+.kept {{ outline: 2px solid #b07d00; }}
 small {{ margin-left: 0.3rem; opacity: 0.85; }}
 </style>
 </head>

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Never
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -22,8 +20,7 @@ from megatron_bert.config.errors import UserError
 from megatron_bert.jglue.models import ModelSource
 from megatron_bert.jglue.recipes import Recipe, Row, Scores, ValidSet
 from megatron_bert.jglue.tasks import WARMUP_RATIO, Task
-
-_SECONDS_BETWEEN_LINES = 10.0
+from megatron_bert.progress_bar import ProgressBar
 
 
 @dataclass(frozen=True, order=True)
@@ -166,25 +163,19 @@ def _scores(valid: ValidSet, logits: Any) -> Scores | None:
 
 
 class _Progress(TrainerCallback):
-    """Steps on standard error: a bar on a terminal, elsewhere a line every ten seconds."""
+    """Steps on standard error."""
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._bar: tqdm[Never] | None = None
-        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._bar: ProgressBar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=state.max_steps, desc=self._title, unit="step", leave=False)
+        self._bar = ProgressBar(self._title, state.max_steps, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-        elif time.monotonic() >= self._next_line:
-            sys.stderr.write(f"{self._title}: step {state.global_step} of {state.max_steps}\n")
-            sys.stderr.flush()
-            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        assert self._bar is not None
+        self._bar.show(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        assert self._bar is not None
+        self._bar.close()

@@ -14,13 +14,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_bert.data.batch import RowArrays
+from megatron_bert.data.batch import Replacement, RowArrays
 from megatron_bert.data.token_kinds import TOKEN_KINDS, token_kinds
 from megatron_bert.data.tokenizer import Tokenizer
 
-REPLACEMENTS = ("masked", "random", "kept")
-"""What the model sees in the place of a token that it is to predict: `<MASK>`, another token, or
-the token itself (also where it was drawn at random)."""
+REPLACEMENTS = tuple(kind.value for kind in Replacement if kind is not Replacement.NONE)
+"""What the model sees in the place of a token that it is to predict, in the words of metrics."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,8 @@ class SlotKinds:
 
     def __call__(self, rows: RowArrays) -> Tensor:
         """int64 [B, M]: numbers of replacement and kind, the first times K plus the second."""
-        seen_BM = rows.tokens_BS.gather(1, rows.masked_BM.long())
-        # By their place in REPLACEMENTS: none is both the mask and the label.
-        replacement_BM = 1 - (seen_BM == self._mask_id).long() + (seen_BM == rows.labels_BM)
+        # By their place in REPLACEMENTS, which lacks the first.
+        replacement_BM = rows.replacements(self._mask_id) - 1
         kind_BM = self._of_token_V[rows.labels_BM.long()]
         return replacement_BM * len(TOKEN_KINDS) + kind_BM
 

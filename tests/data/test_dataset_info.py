@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import (
     DatasetInfo,
     SourceFile,
+    check_counts,
+    check_tokenizer,
     open_dataset,
+    open_word_starts,
     read_dataset_info,
     write_dataset_info,
 )
@@ -79,3 +83,23 @@ def test_a_damaged_dataset_is_a_data_error_that_says_what_is_wrong(tmp_path: Pat
         file.write(b"\0")
     with pytest.raises(DataError, match=r"set cannot be used: .*set\.idx: .*grown"):
         open_dataset(tmp_path / "set")
+
+
+def test_files_that_are_not_a_datasets_are_refused_with_the_callers_remedy(tmp_path: Path) -> None:
+    prefix = tmp_path / "set.v1"
+    write_documents(prefix, [[1, 2], [3]])
+    dataset = open_dataset(prefix)
+    assert open_word_starts(prefix, 3, remedy="pray") is None
+    (tmp_path / "set.v1.words").write_bytes(bytes(2))
+    with pytest.raises(DataError, match=r"set\.v1\.words: 2 bytes, expected 1.*; pray$"):
+        open_word_starts(prefix, 3, remedy="pray")
+    check_counts(prefix, replace(INFO, documents=2, tokens=3), dataset, remedy="pray")
+    with pytest.raises(
+        DataError, match=r"json tells of 3 documents and 70 tokens.*of 2 and 3.*pray$"
+    ):
+        check_counts(prefix, INFO, dataset, remedy="pray")
+    check_tokenizer(prefix, INFO, "b.model", "ab" * 32, remedy="pray")
+    with pytest.raises(
+        DataError, match=r"made with tokenizer 日本語\.model .* but b\.model has cd; pray$"
+    ):
+        check_tokenizer(prefix, INFO, "b.model", "cd", remedy="pray")

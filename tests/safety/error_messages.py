@@ -2,14 +2,15 @@
 
 A text is put together as far as the source shows it: `{path}` stands for a value that only a run
 knows, under the name that the source has for it. A name stands for the strings that its function,
-or the module, gives it.
+or the module, gives it; a parameter for those that calls do, and `remedy` also for those of other
+modules.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +72,14 @@ class Message:
         return None
 
 
+_Calls = dict[str, list[tuple[ast.Call, list[ast.AST]]]]
+
+
 def user_errors(root: Path, files: Sequence[Path]) -> list[Message]:
     """Every message of the family of `UserError`, and every line of the lists of problems."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
     family = _family(trees.values())
+    calls = _calls(trees.values())
     switches = frozenset(
         flag for tree in trees.values() for node in ast.walk(tree) for flag in _switch(node)
     )
@@ -83,7 +88,7 @@ def user_errors(root: Path, files: Sequence[Path]) -> list[Message]:
         for function, node in _nodes(tree):
             expression = _said(node, function, family)
             if expression is not None:
-                texts = tuple(_texts(expression, [function, tree]))
+                texts = tuple(_texts(expression, [function, tree], calls))
                 name = getattr(function, "name", "")
                 file = str(path.relative_to(root))
                 messages.append(Message(file, name, node.lineno, texts, switches))
@@ -103,7 +108,7 @@ def _switch(node: ast.AST) -> Iterator[str]:
         )
 
 
-def _family(trees: Iterator[ast.Module]) -> set[str]:
+def _family(trees: Iterable[ast.Module]) -> set[str]:
     classes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
     family = {"UserError"}
     while (
@@ -124,6 +129,16 @@ def _nodes(tree: ast.AST, function: ast.AST | None = None) -> Iterator[tuple[ast
         yield from _nodes(child, inner)
 
 
+def _calls(trees: Iterable[ast.Module]) -> _Calls:
+    """Every call of a plain name, with its function and module."""
+    calls: _Calls = {}
+    for tree in trees:
+        for function, node in _nodes(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                calls.setdefault(node.func.id, []).append((node, [function, tree]))
+    return calls
+
+
 def _said(node: ast.AST, function: ast.AST, family: set[str]) -> ast.expr | None:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in family:
         return node.args[0] if node.args else None
@@ -134,25 +149,25 @@ def _said(node: ast.AST, function: ast.AST, family: set[str]) -> ast.expr | None
     return None
 
 
-def _texts(node: ast.expr, scopes: list[ast.AST]) -> Iterator[str]:
+def _texts(node: ast.expr, scopes: list[ast.AST], calls: _Calls) -> Iterator[str]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.JoinedStr):
-        yield from _joined(node.values, scopes)
+        yield from _joined(node.values, scopes, calls)
     elif isinstance(node, ast.FormattedValue):
-        yield from _texts(node.value, scopes)
+        yield from _texts(node.value, scopes, calls)
     elif isinstance(node, ast.BinOp):
-        yield from _joined([node.left, node.right], scopes)
+        yield from _joined([node.left, node.right], scopes, calls)
     elif isinstance(node, ast.IfExp):
-        yield from _texts(node.body, scopes)
-        yield from _texts(node.orelse, scopes)
+        yield from _texts(node.body, scopes, calls)
+        yield from _texts(node.orelse, scopes, calls)
     elif isinstance(node, ast.Name):
-        yield from _given(node.id, scopes) or [f"{{{node.id}}}"]
+        yield from _given(node.id, scopes, calls) or [f"{{{node.id}}}"]
     elif (name := _argument(node)) is not None:
         yield f"--{name.replace('_', '-')}"
     elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.GeneratorExp):
         # Lines that are joined.
-        yield from _texts(node.args[0].elt, scopes)
+        yield from _texts(node.args[0].elt, scopes, calls)
     else:
         yield f"{{{_label(node)}}}"
 
@@ -181,50 +196,50 @@ def _label(node: ast.AST) -> str:
     return ""
 
 
-def _joined(parts: Sequence[ast.expr], scopes: list[ast.AST]) -> Iterator[str]:
+def _joined(parts: Sequence[ast.expr], scopes: list[ast.AST], calls: _Calls) -> Iterator[str]:
     if not parts:
         yield ""
         return
-    for first in _texts(parts[0], scopes):
-        for rest in _joined(parts[1:], scopes):
+    for first in _texts(parts[0], scopes, calls):
+        for rest in _joined(parts[1:], scopes, calls):
             yield first + rest
 
 
-def _given(name: str, scopes: list[ast.AST]) -> list[str]:
+def _given(name: str, scopes: list[ast.AST], calls: _Calls) -> list[str]:
     """The strings that the innermost scope which has any gives to a name."""
     for number, scope in enumerate(scopes):
-        values = [
-            node.value
+        outer = scopes[number + 1 :]
+        values: list[tuple[ast.expr, list[ast.AST], _Calls]] = [
+            (node.value, outer, calls)
             for node in ast.walk(scope)
             if isinstance(node, ast.Assign)
             and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
             and isinstance(node.value, ast.Constant | ast.JoinedStr | ast.IfExp)
-        ] or _arguments(name, scope, scopes[-1])
+        ] or list(_arguments(name, scope, scopes[-1], calls))
         if values:
-            return [text for value in values for text in _texts(value, scopes[number + 1 :])]
+            return [text for value in values for text in _texts(*value)]
     return []
 
 
-def _arguments(name: str, function: ast.AST, module: ast.AST) -> list[ast.expr]:
-    """What the module's calls of a function of its own give to a parameter."""
+def _arguments(
+    name: str, function: ast.AST, module: ast.AST, calls: _Calls
+) -> Iterator[tuple[ast.expr, list[ast.AST], _Calls]]:
+    """What calls of a function give to a parameter, as `_texts` takes it.
+
+    What a caller was itself given is not looked for: a function may call itself.
+    """
     if not isinstance(function, ast.FunctionDef):
-        return []
+        return
     names = [parameter.arg for parameter in function.args.args]
     if name not in names:
-        return []
-    calls = [
-        node
-        for node in ast.walk(module)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == function.name
-    ]
+        return
     place = names.index(name)
-    return [
-        argument
-        for call in calls
+    for call, scopes in calls.get(function.name, []):
+        # A value from another module is known to a run alone; a private name there is another's.
+        if scopes[-1] is not module and (name != "remedy" or function.name.startswith("_")):
+            continue
         for argument in (
             *call.args[place : place + 1],
             *(keyword.value for keyword in call.keywords if keyword.arg == name),
-        )
-    ]
+        ):
+            yield argument, scopes, {}

@@ -86,3 +86,26 @@ def test_what_a_message_lacks_is_told(source: str, lacks: str | None, tmp_path: 
         (only,) = found
         assert only is not None
         assert only.startswith(lacks)
+
+
+def test_a_remedy_that_other_modules_give_to_a_public_function_is_part_of_its_message(
+    tmp_path: Path,
+) -> None:
+    sources = {
+        "errors": "class UserError: ...",
+        "checks": (
+            'def check(path, remedy):\n    raise UserError(f"{path}: is taken; {remedy}")\n'
+            'def _check(path, remedy):\n    raise UserError(f"{path}: is taken; {remedy}")\n'
+            '_check(path, "use another")'
+        ),
+        "callers": (
+            'def f():\n    remedy = "use another"\n    check(path, remedy)\n'
+            'check(path, remedy="pity")\n_check(path, "pity")'
+        ),
+    }
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    check, private = user_errors(tmp_path, sorted(tmp_path.iterdir()))
+    assert check.texts == ("{path}: is taken; use another", "{path}: is taken; pity")
+    assert check.lacks() == "no remedy: '{path}: is taken; pity'"
+    assert private.texts == ("{path}: is taken; use another",)

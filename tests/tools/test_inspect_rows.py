@@ -15,6 +15,7 @@ from megatron_bert.config.errors import DataError, UserError
 from megatron_bert.config.load import load_config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.training.scores import REPLACEMENTS
 from tests.core.support import write_documents
 from tools import inspect_data as tool
 
@@ -102,8 +103,14 @@ def test_the_shares_are_those_of_all_rows_of_the_steps(
     assert f"text          {text:,} of 1,536 slots ({text / 1536:.2%})" in lines
     assert f"unknown       0 of {text:,} text tokens (0.00%)" in lines
     assert f"predicted     {predicted:,} of {text:,} text tokens ({predicted / text:.2%})" in lines
-    kinds = [re.fullmatch(r"  \S+ +([\d,]+) of [\d,]+ predicted \(.*", line) for line in lines]
-    assert sum(int(kind[1].replace(",", "")) for kind in kinds if kind) == predicted
+    found = [re.fullmatch(r"  (\S+) +([\d,]+) of [\d,]+ predicted \(.*", line) for line in lines]
+    kinds = {kind[1]: int(kind[2].replace(",", "")) for kind in found if kind}
+    assert tuple(kinds) == REPLACEMENTS == ("masked", "random", "kept")
+    assert sum(kinds.values()) == predicted
+    seen = batch.tokens_BS.gather(1, batch.masked_BM.long())[batch.weights_BM > 0]
+    labels = batch.labels_BM[batch.weights_BM > 0]
+    assert kinds["masked"] == int((seen == tokenizer.mask_id).sum())
+    assert kinds["kept"] == int((seen == labels).sum()) > 0
     bars = [re.fullmatch(r" *[\d,]+ - [\d,]+ +(\d+) #*", line) for line in lines]
     assert sum(int(bar[1]) for bar in bars if bar) == segments
 
