@@ -14,6 +14,7 @@ from megatron_bert.config.schema import ModelConfig
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
     "H100": 989.0,
     "H200": 989.0,
     "A100": 312.0,

@@ -1,4 +1,4 @@
-"""What computes linear layers, norms and the update, and whether it can here."""
+"""What computes attention, linear layers, norms and the update, and whether it can here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from megatron_bert.config.arithmetic import fixed_eval_length
 from megatron_bert.config.schema import Config
 
 KernelsName: TypeAlias = Literal["torch", "fused", "te", "apex"]
+
+# Of heads that an attention kernel which holds no scores takes.
+KERNEL_HEAD_SIZES = (16, 32, 64, 128)
 
 # Rows and columns of FP8 products come in so many.
 _FP8_MULTIPLE = 16

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_bert.config.kernels import KERNEL_HEAD_SIZES
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.rotary import Rotation
@@ -88,7 +89,7 @@ class PackedLayout:
 
 def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether `flash_attention` takes heads of this size and type on this device."""
-    if device.type != "cuda" or dtype != torch.bfloat16 or head_dim not in (16, 32, 64, 128):
+    if device.type != "cuda" or dtype != torch.bfloat16 or head_dim not in KERNEL_HEAD_SIZES:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_bert.config.logits import CPU_SOFTMAX_ELEMENTS, LOGITS_PER_CHUNK
 from megatron_bert.distributed.collectives import (
     all_reduce,
     reduce_from_group,
@@ -21,11 +22,6 @@ from megatron_bert.distributed.collectives import (
 )
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.sharding import local_part, make_parameter
-
-# Logits held at a time, in elements: 128 MiB in bf16 whatever the micro-batch.
-_LOGITS_PER_CHUNK = 2**26
-# On the CPU their softmax is taken in slices of so many, whose fp32 copy stays in the cache.
-_CPU_SOFTMAX_ELEMENTS = 2**20
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -96,7 +92,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         count, vocab = hidden_ND.shape[0], weight_VD.shape[0]
-        chunk = max(1, _LOGITS_PER_CHUNK // vocab)
+        chunk = max(1, LOGITS_PER_CHUNK // vocab)
         first_id = group.rank() * vocab
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         correct_N = hidden_ND.new_empty(count, dtype=torch.float32)
@@ -139,7 +135,7 @@ def _softmax_slices(part: slice, logits_nV: Tensor) -> Iterator[tuple[slice, Ten
     """Cut a chunk's logits into slices of tokens; each comes with its place in the micro-batch."""
     count, vocab = logits_nV.shape
     # On a GPU few large kernels are better than many small ones.
-    size = max(1, count if logits_nV.is_cuda else _CPU_SOFTMAX_ELEMENTS // vocab)
+    size = max(1, count if logits_nV.is_cuda else CPU_SOFTMAX_ELEMENTS // vocab)
     for rows in _slices(0, count, size):
         yield slice(part.start + rows.start, part.start + rows.stop), logits_nV[rows]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from megatron_bert.config.muon import iteration_flops
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.sharding import is_split_over
 
@@ -170,7 +171,7 @@ def _deal(shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> dict[str, di
     """Each matrix' owner, as its place along the axes: the costliest first, to who has least."""
     loads = [(0, rank) for rank in range(math.prod(sizes.values()))]
     owners: dict[str, dict[str, int]] = {}
-    costs = {name: _cost(*sorted(shape)) for name, shape in shapes.items()}
+    costs = {name: iteration_flops(*sorted(shape)) for name, shape in shapes.items()}
     for name in sorted(costs, key=costs.__getitem__, reverse=True):
         load, rank = loads[0]
         heapq.heapreplace(loads, (load + costs[name], rank))
@@ -178,11 +179,6 @@ def _deal(shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> dict[str, di
         for axis, size in sizes.items():
             rank, owners[name][axis] = divmod(rank, size)
     return owners
-
-
-def _cost(shorter: int, longer: int) -> int:
-    """Operations of x <- (b (x x^T) + c (x x^T)^2) x, which Muon repeats."""
-    return 4 * shorter**2 * longer + 2 * shorter**3
 
 
 def _split_dim(axis: str, matrix: Tensor) -> int | None:

@@ -8,14 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
-from megatron_bert.config.kernels import chosen_kernels
+from megatron_bert.config.kernels import KERNEL_HEAD_SIZES, chosen_kernels
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.machines import Machine
-
-# Heads for which there is a kernel that holds no scores (`model.attention.has_kernel`).
-_KERNEL_HEADS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +60,8 @@ class Job:
     def has_kernel(self) -> bool:
         """Whether attention is computed by a kernel that holds no scores."""
         is_cuda = self.machine.gpu.kind == "cuda"
-        return is_cuda and self.element_bytes == 2 and self.config.model.head_dim in _KERNEL_HEADS
+        head_dim = self.config.model.head_dim
+        return is_cuda and self.element_bytes == 2 and head_dim in KERNEL_HEAD_SIZES
 
     @cached_property
     def is_fused(self) -> bool:

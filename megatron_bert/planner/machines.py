@@ -84,6 +84,9 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
     }
 )
 
+# Words in a driver's name of a card that is no whole SXM module.
+_OTHER_CARDS = frozenset({"pcie", "nvl", "mig", "grid"})
+
 
 @dataclass(frozen=True)
 class Network:
@@ -242,12 +245,16 @@ def find_network(name: str, named_by: str = "--network") -> Network:
 def gpu_of_device(device_name: str, memory_gib: float) -> str | None:
     """The name in `GPUS` of a device such as "NVIDIA H100 80GB HBM3"; None where it is none.
 
+    The table's cards are SXM modules: PCIe and NVL cards, superchips (GH200) and parts of a card
+    (MIG) have other peaks, memories and links.
+
     Args:
         device_name: what the driver calls it.
         memory_gib: what it has, which tells models of one name apart.
     """
-    model = next((name for name in ("h200", "h100", "a100") if name in device_name.lower()), None)
-    if model is None:
+    words = set(re.split(r"[\s-]+", device_name.lower()))
+    model = next((name for name in ("h200", "h100", "a100") if name in words), None)
+    if model is None or words & _OTHER_CARDS:
         return None
     alike = [gpu for gpu in GPUS.values() if gpu.name.startswith(model)]
     return min(alike, key=lambda gpu: abs(gpu.memory_gib - memory_gib)).name

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bert.config.muon import BATCH_ELEMENTS, ITERATIONS
+from megatron_bert.config.muon import BATCH_ELEMENTS, ITERATIONS, iteration_flops
 from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Split
@@ -44,7 +44,7 @@ class _Matrix:
     @property
     def flops(self) -> float:
         """Of orthogonalising one."""
-        return ITERATIONS * (4.0 * self.shorter**2 * self.longer + 2.0 * self.shorter**3)
+        return float(ITERATIONS * iteration_flops(self.shorter, self.longer))
 
 
 def is_used(job: Job) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bert.benchmark.calibration import QUICK, calibrate
+from megatron_bert.benchmark.calibration import QUICK, _facts, _rates, calibrate
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.planner.calibrated import (
     Calibration,
@@ -48,6 +48,29 @@ def test_products_norms_attention_and_messages_are_measured(measured: Calibratio
     quickest = max(size / seconds for size, seconds in measured.curves["all_reduce"])
     assert measured.gpu.link == pytest.approx(quickest / 1e9)
     assert measured.rates.link == 1.0
+
+
+@pytest.mark.parametrize(
+    ("device", "is_measured"), [("NVIDIA H100 80GB HBM3", False), ("NVIDIA H100 PCIe", True)]
+)
+def test_facts_of_a_gpu_that_the_table_lacks_are_measured(
+    measured: Calibration, monkeypatch: pytest.MonkeyPatch, device: str, is_measured: bool
+) -> None:
+    class Properties:
+        name = device
+        total_memory = 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    # One rank's: of links nothing was measured.
+    curves = {name: curve for name, curve in measured.curves.items() if name != "all_reduce"}
+    facts, measured_facts = _facts("new", torch.device("cuda"), curves)
+    assert measured_facts == is_measured
+    assert (facts.source == "measured") == is_measured
+    quickest = max(2e-12 * side**3 / seconds for side, seconds in curves["gemm_bf16"])
+    assert facts.bf16_tflops == pytest.approx(quickest if is_measured else 989.0)
+    rates = _rates(facts, is_measured, QUICK, curves, torch.bfloat16, None)
+    assert (rates.gemm == pytest.approx(1.0)) == is_measured
+    assert (rates.elementwise == pytest.approx(1.0)) == is_measured
 
 
 def test_a_stored_machine_is_read_back_and_planned_for(

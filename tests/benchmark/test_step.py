@@ -110,6 +110,7 @@ def test_the_peak_goes_by_the_gpus_name() -> None:
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
     assert peak_tflops("NVIDIA H100 PCIe") == 756.0
     assert peak_tflops("NVIDIA GH200 480GB") == 989.0
+    assert peak_tflops("NVIDIA H200 NVL") == 835.0
     assert peak_tflops("a toaster") is None
 
 

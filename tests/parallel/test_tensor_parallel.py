@@ -89,8 +89,8 @@ def _head_tensors(tp: TensorParallelGroup) -> tuple[Tensor, nn.Parameter, nn.Par
 def _check_cross_entropy(tensor: int, chunk: int) -> None:
     import megatron_bert.parallel.vocabulary as vocabulary
 
-    vocabulary._LOGITS_PER_CHUNK = chunk * VOCABULARY // tensor
-    vocabulary._CPU_SOFTMAX_ELEMENTS = 2 * VOCABULARY // tensor
+    vocabulary.LOGITS_PER_CHUNK = chunk * VOCABULARY // tensor
+    vocabulary.CPU_SOFTMAX_ELEMENTS = 2 * VOCABULARY // tensor
     tp = cpu_topology(tensor=tensor).tensor_parallel
     hidden, table, bias = _head_tensors(tp)
     labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(6))

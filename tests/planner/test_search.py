@@ -174,11 +174,22 @@ def test_unknown_machines_are_refused_with_those_known(
         ("NVIDIA H100 80GB HBM3", 79.2, "h100-80gb"),
         ("NVIDIA H100", 93.0, "h100-94gb"),
         ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA A100-SXM4-80GB", 79.1, "a100-80gb"),
         ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40gb"),
+        ("A100-SXM4-40GB", 39.4, "a100-40gb"),
+        ("NVIDIA H100 PCIe", 79.1, None),
+        ("NVIDIA H100 NVL", 93.1, None),
+        ("NVIDIA H200 NVL", 139.8, None),
+        ("NVIDIA GH200 480GB", 94.5, None),
+        ("NVIDIA GH200 144G HBM3e", 139.8, None),
+        ("NVIDIA A100-PCIE-40GB", 39.4, None),
+        ("NVIDIA A100 80GB PCIe", 79.1, None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.4, None),
+        ("NVIDIA H20", 95.0, None),
         ("NVIDIA GeForce RTX 3090", 23.7, None),
     ],
 )
-def test_a_device_is_found_in_the_table_by_its_name_and_memory(
+def test_a_device_is_found_in_the_table_by_its_name_and_memory_where_it_is_a_whole_sxm_module(
     device: str, gib: float, name: str | None
 ) -> None:
     assert gpu_of_device(device, gib) == name

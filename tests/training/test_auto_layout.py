@@ -112,14 +112,15 @@ def test_the_network_is_what_the_key_names_or_the_nodes_adapters_send(
         with_layout(tiny_run(parallel={"layout": "auto", "network": "wet"}), 1)
 
 
+@pytest.mark.parametrize("device", ["Some Accelerator 9000", "NVIDIA H100 PCIe"])
 def test_a_device_that_the_planner_does_not_know_is_refused(
-    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     class Facts:
-        name = "Some Accelerator 9000"
+        name = device
         total_memory = 2**34
 
     monkeypatch.setattr(auto_layout, "choose_device", lambda _: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Facts)
-    with pytest.raises(UserError, match=r"nothing is known of Some Accelerator 9000, only of"):
+    with pytest.raises(UserError, match=rf"nothing is known of {device}, only of .*--calibrate"):
         with_layout(tiny_run(parallel={"layout": "auto"}), 1)
