@@ -29,15 +29,9 @@ class LineError(DataError):
     """
 
     def __init__(self, problem: str, unit: str) -> None:
-        # Both, so that it can be pickled: workers hand it over.
-        super().__init__(problem, unit)
-        self.problem = problem
-        self._unit = unit
-
-    def __str__(self) -> str:
-        unit = self._unit
         skip = argument("on_error", "skip")
-        return f"{self.problem}; mend the {unit}, or leave such {unit}s out with {skip}"
+        super().__init__(f"{problem}; mend the {unit}, or leave such {unit}s out with {skip}")
+        self.problem = problem
 
 
 class ParsedText(NamedTuple):
