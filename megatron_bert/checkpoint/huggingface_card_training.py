@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.checkpoint.run_state import RunState
+from megatron_bert.config.schema import DEFAULT_WARMUP_FRACTION
 
 UNKNOWN = "unknown"
 
@@ -100,13 +101,10 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         momentum = _key(config, "optimizer", "momentum")
         name = f"Muon (momentum {momentum}) for the blocks' matrices, AdamW for the rest"
     yield "optimizer", f"{name}, " + ", ".join(f"{_OPTIMIZER[n]} {v}" for n, v in optimizer.items())
-    warmup = _key(config, "schedule", "warmup_steps")
-    share = _key(config, "schedule", "warmup_fraction")
-    begin = f"{warmup} steps" if warmup is not None else f"share {0.01 if share is None else share}"
     yield (
         "learning rate",
         f"{_key(config, 'optimizer', 'lr')} to {_key(config, 'optimizer', 'min_lr')}, "
-        f"{_key(config, 'schedule', 'decay')} decay, warm-up {begin}",
+        f"{_key(config, 'schedule', 'decay')} decay, warm-up {_warmup(config)}",
     )
     precision = f"{_key(config, 'precision', 'compute')}, weights and moments fp32"
     fp8 = _key(config, "precision", "fp8")
@@ -126,6 +124,16 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         names = [f"`{Path(str(corpus['prefix'])).name}`" for corpus in corpora]
         yield "training corpora", ", ".join(names)
     yield "seed", f"{_key(config, 'run', 'seed')}"
+
+
+def _warmup(config: Mapping[str, Any]) -> str:
+    steps = _key(config, "schedule", "warmup_steps")
+    share = _key(config, "schedule", "warmup_fraction")
+    if steps not in (None, UNKNOWN):
+        return f"{steps} steps"
+    if share == UNKNOWN:
+        return UNKNOWN
+    return f"share {DEFAULT_WARMUP_FRACTION if share is None else share}"
 
 
 _OPTIMIZER = {

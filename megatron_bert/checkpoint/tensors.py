@@ -107,8 +107,8 @@ def read_tensors(
     Others may be there too if their names begin with `left_out`.
 
     Raises:
-        RanksFailedError: A rank could not read, or the saved tensors are not those asked for (see
-            `check_fit`).
+        RanksFailedError: A rank could not read, or the saved tensors are not those asked for, by
+            name, shape and type.
     """
     wanted: dict[str, _Kind] = {}
     for part in ranks.on_all(

@@ -30,16 +30,9 @@ class LineError(DataError):
     """
 
     def __init__(self, problem: str, unit: str, hint: str = "") -> None:
-        # All, so that it can be pickled: workers hand it over.
-        super().__init__(problem, unit, hint)
-        self.problem = problem
-        self._unit = unit
-        self._hint = hint
-
-    def __str__(self) -> str:
-        unit = self._unit
         skip = argument("on_error", "skip")
-        return f"{self.problem}; {self._hint}mend the {unit}, or leave such {unit}s out with {skip}"
+        super().__init__(f"{problem}; {hint}mend the {unit}, or leave such {unit}s out with {skip}")
+        self.problem = problem
 
 
 class ParsedText(NamedTuple):

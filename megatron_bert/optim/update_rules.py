@@ -1,4 +1,4 @@
-"""AdamW's update of some tensors by a fused kernel, scaling and skipping inside it."""
+"""AdamW's update of some tensors by a fused kernel, division and skipping inside it."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class UpdateRule(ABC):
     def keep_moments(self, shard: Tensor, moments: Mapping[str, Tensor]) -> None:
         """Use these tensors, `exp_avg` and `exp_avg_sq`, as a tensor's moments."""
 
-    def apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
+    def apply(self, learning_rate: float, divisor: Tensor, skipped: Tensor) -> None:
         """Update what has a gradient, without waiting for the device.
 
         Args:
             learning_rate: of this update.
-            scale: fp32 scalar by which gradients are divided first.
+            divisor: fp32 scalar by which gradients are divided first.
             skipped: fp32 scalar; 1 leaves everything as it is.
         """
-        self._apply(learning_rate, scale, skipped)
+        self._apply(learning_rate, divisor, skipped)
         self.updates += 1 - skipped.int()
 
     @abstractmethod
-    def _apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None: ...
+    def _apply(self, learning_rate: float, divisor: Tensor, skipped: Tensor) -> None: ...
 
     def set_updates(self, value: int) -> None:
         """Set the number of updates made."""
@@ -92,8 +92,8 @@ class TorchRule(UpdateRule):
         step = torch.zeros((), dtype=torch.float32, device=shard.device)
         self._optimizer.state[shard] = {"step": step, **moments}
 
-    def _apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
-        self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    def _apply(self, learning_rate: float, divisor: Tensor, skipped: Tensor) -> None:
+        self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -108,16 +108,16 @@ class TorchRule(UpdateRule):
 
 @dataclass
 class _Scaling:
-    """What Apex asks a gradient scaler for."""
+    """What Apex asks a gradient scaler for: it divides gradients by the scale."""
 
-    scale: Tensor
+    divisor: Tensor
     skipped: Tensor
 
     def _check_inf_per_device(self, _: object) -> dict[torch.device, Tensor]:
         return {self.skipped.device: self.skipped}
 
     def _get_scale_async(self) -> Tensor:
-        return self.scale
+        return self.divisor
 
 
 class ApexRule(UpdateRule):
@@ -179,8 +179,8 @@ class ApexRule(UpdateRule):
         if shard in self._by_shard:
             self._by_shard[shard].state[shard] = dict(moments)
 
-    def _apply(self, learning_rate: float, scale: Tensor, skipped: Tensor) -> None:
-        scaling = _Scaling(scale.reshape(1), skipped.reshape(1))
+    def _apply(self, learning_rate: float, divisor: Tensor, skipped: Tensor) -> None:
+        scaling = _Scaling(divisor.reshape(1), skipped.reshape(1))
         for optimizer in self._optimizers:
             (group,) = optimizer.param_groups
             group["lr"].fill_(learning_rate)

@@ -104,6 +104,25 @@ def test_the_card_names_muon_and_the_types_of_products_and_of_reduced_gradients(
     )
 
 
+@pytest.mark.parametrize(
+    ("schedule", "told"),
+    [
+        ({"warmup_steps": 30, "warmup_fraction": None}, "warm-up 30 steps"),
+        ({"warmup_steps": None, "warmup_fraction": 0.05}, "warm-up share 0.05"),
+        ({"warmup_steps": None, "warmup_fraction": None}, "warm-up share 0.01"),
+        ({"warmup_fraction": 0.05}, "warm-up share 0.05"),
+        ({}, "warm-up unknown"),
+    ],
+)
+def test_the_card_tells_the_warm_up_as_far_as_the_configuration_does(
+    schedule: dict[str, Any], told: str
+) -> None:
+    config = config_dict(small_config()) | {"schedule": schedule}
+    state = {"step": 3, "consumed_rows": 24, "topology": {"data": 1}, "config": config}
+    rows = _rows("\n".join(training_sections(RunState(Path("step_3"), state), None)))
+    assert rows["learning rate"].endswith(f" decay, {told}")
+
+
 def test_the_cards_metadata_are_yaml_with_the_licence(exported: Path) -> None:
     _, metadata, _ = (exported / "README.md").read_text("utf-8").split("---\n", 2)
     assert yaml.safe_load(metadata) == {
