@@ -15,8 +15,9 @@ from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_error
 
 with told_errors():
     from megatron_bert.config.load import load_config
+    from megatron_bert.config.places import check_place, write_output
     from megatron_bert.config.schema import Config
-    from megatron_bert.files import write_durably
+    from megatron_bert.figures import check_name
     from megatron_bert.planner.calibrated import (
         check_calibration,
         machine_by_name,
@@ -95,16 +96,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("gpus", "keep"):
         if getattr(given, name) < 1:
             raise ConfigError(f"--{name} {getattr(given, name)}: give 1 or more")
+    if given.picture is not None:
+        check_name(given.picture)
     machine = machine_by_name(given.gpu, folder, given.nodes_of, given.network)
     config = load_config(given.config, given.overrides)
     vocab_size, assumed = _vocabulary(config)
     if given.output is not None:
         _check_output(given.output, given.config)
     plan = make_plan(config, vocab_size, machine, given.gpus, keep=given.keep)
-    if given.output is not None:
-        _write(given.output, configuration(plan, plan.best[0].layout))
+    # The picture first: matplotlib may be missing, and the old plan is then kept.
     if given.picture is not None:
         write_picture(plan, given.picture)
+    if given.output is not None:
+        write_output(given.output, configuration(plan, plan.best[0].layout))
     if given.json:
         lines = [json.dumps(document(plan, assumed), ensure_ascii=False, indent=2)]
     else:
@@ -164,8 +168,9 @@ def _check_output(path: Path, config: Path) -> None:
     """Only a plan may be replaced.
 
     Raises:
-        ConfigError: the file is something else.
+        UserError: the file is something else, or the path climbs out of a folder that it names.
     """
+    check_place(path)
     if not path.exists():
         return
     if path.samefile(config):
@@ -175,15 +180,6 @@ def _check_output(path: Path, config: Path) -> None:
             f"--output {path}: there is such a file, and no plan wrote it; name another, or remove "
             "it"
         )
-
-
-def _write(path: Path, content: str) -> None:
-    try:
-        write_durably(path, content)
-    except OSError as error:
-        raise ConfigError(
-            f"--output {path}: {error.strerror}; give a file in a folder that can be written"
-        ) from None
 
 
 if __name__ == "__main__":

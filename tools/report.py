@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import Parser, run_cli, told_errors
 
 with told_errors():
+    from megatron_bert.figures import check_name
     from megatron_bert.report.page import write_page
-    from megatron_bert.report.picture import check_name, write_picture
+    from megatron_bert.report.picture import write_picture
     from megatron_bert.report.records import RunRecords
 
 

@@ -9,7 +9,7 @@ from megatron_bert.config.schema import Config, ModelConfig
 
 
 @dataclass(frozen=True)
-class _Parameters:
+class PieceParameters:
     """Parameters of the model's pieces, as one rank of a tensor-parallel group holds them.
 
     Attributes:
@@ -27,7 +27,14 @@ class _Parameters:
     end: int
 
     @classmethod
-    def of(cls, model: ModelConfig, vocab_size: int, tensor: int = 1) -> _Parameters:
+    def of(cls, model: ModelConfig, vocab_size: int, tensor: int = 1) -> PieceParameters:
+        """Count them.
+
+        Args:
+            model: the encoder's shape.
+            vocab_size: padded vocabulary.
+            tensor: ranks of the tensor-parallel group.
+        """
         hidden, ffn = model.hidden_size // tensor, model.ffn_hidden_size // tensor
         whole = model.hidden_size
         # Key and value heads that do not divide among the ranks are held by all of them.
@@ -54,7 +61,7 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
         model: the encoder's shape.
         vocab_size: rows of the embedding table, padding included.
     """
-    pieces = _Parameters.of(model, vocab_size)
+    pieces = PieceParameters.of(model, vocab_size)
     return pieces.word + pieces.position + model.num_layers * pieces.block + pieces.end
 
 
@@ -72,21 +79,16 @@ def rank_parameters(config: Config, vocab_size: int) -> list[int]:
         For each pipeline rank the parameters of one of its tensor-parallel ranks; the last rank
         of a pipeline has a copy of the word embeddings' table.
     """
-    pieces = _Parameters.of(config.model, vocab_size, config.parallel.tensor)
+    pieces = PieceParameters.of(config.model, vocab_size, config.parallel.tensor)
     counts = [blocks * pieces.block for blocks in _rank_blocks(config, vocab_size)]
     counts[0] += pieces.word + pieces.position
     counts[-1] += pieces.end + (pieces.word if len(counts) > 1 else 0)
     return counts
 
 
-def block_matrix_parameters(model: ModelConfig, tensor: int = 1) -> int:
-    """Parameters of a block's matrices that a rank of a tensor-parallel group holds."""
-    return _Parameters.of(model, 0, tensor).matrices
-
-
 def rank_state_bytes(config: Config, vocab_size: int) -> list[int]:
     """Bytes of weights, gradients and the optimizer's states, counted as `rank_parameters` does."""
-    pieces = _Parameters.of(config.model, vocab_size, config.parallel.tensor)
+    pieces = PieceParameters.of(config.model, vocab_size, config.parallel.tensor)
     # AdamW has two moments, Muon one for the blocks' matrices.
     saved = 4 * pieces.matrices if config.optimizer.name == "muon" else 0
     counts, blocks = rank_parameters(config, vocab_size), _rank_blocks(config, vocab_size)

@@ -10,6 +10,7 @@ import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -127,8 +128,12 @@ def _class_at_end(text: str) -> CharacterClass:
     return CharacterClass.OTHER if text[-1] == _SPACE else character_class(text[-1])
 
 
+@lru_cache(maxsize=1)
 def word_tables(tokenizer: Tokenizer) -> WordTables:
-    """Tables of a tokenizer's V = `vocab_size` pieces.
+    """Tables of a tokenizer's V = `vocab_size` pieces, read-only.
+
+    A run has a source of rows for each held-out corpus and measure beside the training text's, and
+    one tokenizer: its tables are made once.
 
     Raises:
         DataError: the pieces mark words in another way than by `▁` (byte-level BPE, WordPiece).
@@ -152,4 +157,6 @@ def word_tables(tokenizer: Tokenizer) -> WordTables:
             f"tokenizer {tokenizer.name} does not mark the beginnings of words by '{_SPACE}' as "
             f"SentencePiece does, so whole words cannot be told; set mlm.unit=token or ngram"
         )
+    for table in (tables.first_class, tables.last_class, tables.starts_word):
+        table.flags.writeable = False
     return tables

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.figures import check_name, figure_class, write_figure
 from megatron_bert.parallel.actions import Kind
 from megatron_bert.parallel.schedule import end_times, make_schedule
 from megatron_bert.planner.layouts import Layout
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_ENDINGS = (".png", ".svg")
 # Of a step's micro-batches as many as can be told apart.
 _DRAWN_ROUNDS = 2
 _COLOURS = {
@@ -49,22 +47,8 @@ def write_picture(plan: Plan, path: Path) -> None:
     Raises:
         UserError: the ending is another, matplotlib is missing, or the file cannot be written.
     """
-    if path.suffix not in _ENDINGS:
-        raise UserError(
-            f"--picture {path}: the ending is none of {', '.join(_ENDINGS)}; name a file with one"
-        )
-    figure = draw(plan)
-    from matplotlib import rc_context
-
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    try:
-        # Text stays text, and the same plan gives the same bytes.
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "megatron_bert"}):
-            figure.savefig(path, metadata=metadata)
-    except OSError as error:
-        raise UserError(
-            f"--picture {path}: {error.strerror}; give a file in a folder that can be written"
-        ) from error
+    check_name(path)
+    write_figure(draw(plan), path)
 
 
 def draw(plan: Plan) -> Figure:
@@ -75,16 +59,10 @@ def draw(plan: Plan) -> Figure:
     Raises:
         UserError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            f"matplotlib, which draws the plan, cannot be imported by {sys.executable}; install "
-            "it there: python -m pip install matplotlib"
-        ) from error
+    new_figure = figure_class()
     shown = _shown(plan)
     piped = next((entry.layout for _, entry in shown if entry.layout.split.pipeline > 1), None)
-    figure = Figure(figsize=(11, 9 if piped else 6), layout="constrained")
+    figure = new_figure(figsize=(11, 9 if piped else 6), layout="constrained")
     figure.suptitle(
         f"{plan.job.ranks:,} x {plan.job.machine.gpu.name}\n"
         f"best: {describe_layout(plan.best[0].layout)}",

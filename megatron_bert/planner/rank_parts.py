@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bert.config.parameters import block_matrix_parameters, rank_parameters
+from megatron_bert.config.parameters import PieceParameters
 from megatron_bert.config.pipeline_stages import stage_layers
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Split
@@ -57,49 +57,18 @@ def _make_layers(job: Job, num_stages: int) -> tuple[int, ...]:
 
 def _make_parts(job: Job, split: Split) -> tuple[RankParts, ...]:
     blocks = layers_of_stages(job, split.num_stages)
-    pieces: _Pieces = job.once(("pieces", split.tensor), lambda: _Pieces.of(job, split.tensor))
+    pieces = PieceParameters.of(job.config.model, job.vocab_size, split.tensor)
     parts = []
     for rank in range(split.pipeline):
         layers = sum(blocks[rank :: split.pipeline])
         first, last = rank == 0, rank == split.pipeline - 1
-        root = pieces.entry * first + pieces.end * last
+        root = (pieces.word + pieces.position) * first + pieces.end * last
         # The last rank of a pipeline has a copy of the table, which its head decodes with.
-        root += pieces.table if last and not first else 0
+        root += pieces.word if last and not first else 0
         parts.append(_part(pieces, root, layers, last))
     return tuple(parts)
 
 
-def _part(pieces: _Pieces, root: int, layers: int, has_head: bool) -> RankParts:
+def _part(pieces: PieceParameters, root: int, layers: int, has_head: bool) -> RankParts:
     parameters = root + layers * pieces.block
     return RankParts(parameters, root, layers, has_head, layers * pieces.matrices)
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Parameters of the model's pieces on a rank of a tensor-parallel group."""
-
-    entry: int
-    block: int
-    matrices: int
-    end: int
-    table: int
-
-    @classmethod
-    def of(cls, job: Job, tensor: int) -> _Pieces:
-        """Tell the pieces apart by counting models of two and of three blocks."""
-        model = job.config.model
-        two_ranks = job.config.with_keys(
-            {
-                "parallel.tensor": tensor,
-                "parallel.pipeline": 2,
-                "parallel.pipeline_schedule": "1f1b",
-            }
-        )
-        (first, last), more = (
-            rank_parameters(two_ranks.with_keys({"model.num_layers": layers}), job.vocab_size)
-            for layers in (2, 3)
-        )
-        block = sum(more) - first - last
-        table = job.vocab_size // tensor * model.hidden_size
-        matrices = block_matrix_parameters(model, tensor)
-        return cls(first - block, block, matrices, last - block - table, table)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,23 +10,13 @@ import numpy as np
 
 from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.errors import UserError
-from megatron_bert.config.places import write_output
+from megatron_bert.figures import check_name, figure_class, write_figure
 from megatron_bert.report.curves import thinned
 from megatron_bert.report.records import RunRecords, names_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def check_name(output: Path) -> None:
-    """Refuse a picture's name before anything is read.
-
-    Raises:
-        UserError: it ends neither in `.svg` nor in `.png`.
-    """
-    if output.suffix not in (".svg", ".png"):
-        raise UserError(f"--picture {output}: give a name that ends in .svg or .png")
 
 
 def write_picture(runs: Sequence[RunRecords], output: Path) -> None:
@@ -39,13 +27,7 @@ def write_picture(runs: Sequence[RunRecords], output: Path) -> None:
             the file cannot be written.
     """
     check_name(output)
-    figure = draw_curves(runs)
-    if output.suffix == ".svg":
-        write_output(output, _as_svg(figure))
-        return
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_output(output, buffer.getvalue())
+    write_figure(draw_curves(runs), output)
 
 
 @checked
@@ -58,18 +40,12 @@ def draw_curves(runs: RunRecords | Sequence[RunRecords]) -> Figure:
     Raises:
         UserError: matplotlib is missing, there is no run, or two are the same directory.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            f"matplotlib, which draws the curves, cannot be imported by {sys.executable}; install "
-            "it there: python -m pip install matplotlib"
-        ) from error
+    new_figure = figure_class()
     if isinstance(runs, RunRecords):
         runs = [runs]
     if not runs:
         raise UserError(f"runs = {runs!r}: give at least one run")
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = new_figure(figsize=(8, 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for run, name in zip(runs, names_of(runs), strict=True):
         only = len(runs) == 1
@@ -116,13 +92,3 @@ def _mark_stages(run: RunRecords, axes: Sequence[Axes]) -> None:
             fontsize=8,
             rotation=90,
         )
-
-
-def _as_svg(figure: Figure) -> str:
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    # Text stays text, and the same run gives the same bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "megatron_bert"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_bert.config.parameters import rank_parameters
 from megatron_bert.model import attention
 from megatron_bert.parallel import vocabulary
+from megatron_bert.parallel.schedule import ScheduleName
 from megatron_bert.planner import activations
-from tests.planner.jobs import job
+from megatron_bert.planner.layouts import Split
+from megatron_bert.planner.rank_parts import rank_parts
+from tests.planner.jobs import VOCABULARY, job
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 32, 48, 64, 128, 256])
@@ -26,3 +30,21 @@ def test_plans_count_on_an_attention_kernel_where_training_has_one(
 def test_plans_count_as_many_logits_as_training_holds() -> None:
     for name in ("LOGITS_PER_CHUNK", "CPU_SOFTMAX_ELEMENTS"):
         assert getattr(activations, name) == getattr(vocabulary, name)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), ("model.architecture=modernbert", "model.num_query_groups=24")], ids=len
+)
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "schedule"),
+    [(1, 1, "1f1b"), (2, 1, "1f1b"), (4, 2, "1f1b"), (1, 4, "1f1b"), (2, 2, "interleaved")],
+)
+def test_plans_count_the_parameters_that_each_rank_holds(
+    shape: tuple[str, ...], tensor: int, pipeline: int, schedule: ScheduleName
+) -> None:
+    planned = job(tensor * pipeline, *shape)
+    keys = {"tensor": tensor, "pipeline": pipeline, "pipeline_schedule": schedule}
+    config = planned.config.with_keys({f"parallel.{key}": value for key, value in keys.items()})
+    split = Split(tensor, False, pipeline, schedule, 2 if schedule == "interleaved" else 1, 1)
+    held = [part.parameters for part in rank_parts(planned, split)]
+    assert held == rank_parameters(config, VOCABULARY)

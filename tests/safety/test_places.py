@@ -18,6 +18,9 @@ from tests.safety.support import error_of
 from tests.tools.merge_support import write_set
 from tests.training.runs import run_config
 
+RECIPE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
+PLAN = ("--config", str(RECIPE), "--gpus", "8", "--gpu", "h100-80gb")
+
 
 @pytest.mark.parametrize(
     "path", ["runs/a", "/data/a", "../a", "../../a", "..a/b..", "a/...", "..", "."]
@@ -76,6 +79,8 @@ def test_a_configuration_files_name_makes_no_run_outside_the_runs(
         ("finetune_jglue", ["--model", "M", "--task", "jsts", "--data", "T", "--output", "OUT"]),
         ("report", ["RUN", "--output", "OUT.html"]),
         ("report", ["RUN", "--picture", "OUT.svg"]),
+        ("plan", [*PLAN, "--output", "OUT.yaml"]),
+        ("plan", [*PLAN, "--picture", "OUT.svg"]),
     ],
 )
 def test_no_tool_writes_where_a_name_climbs_out(

@@ -56,6 +56,13 @@ def test_special_and_byte_pieces_are_of_no_class(tiny_tokenizer: Tokenizer) -> N
         assert not table[plain].any()
 
 
+def test_all_sources_of_a_run_share_their_tokenizers_tables(tiny_tokenizer: Tokenizer) -> None:
+    tables = word_tables(tiny_tokenizer)
+    assert word_tables(tiny_tokenizer) is tables
+    with pytest.raises(ValueError, match="read-only"):
+        tables.starts_word[0] = 1
+
+
 def test_words_of_real_pieces_end_at_spaces_and_changes_of_script(shared_data: Path) -> None:
     path = shared_data / "tokenizer" / "llm-jp-tokenizer-100k.ver3.0b1.model"
     tokenizer = Tokenizer.load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert import files
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import load_config
 from tests.deadlines import DEADLINE_SECONDS
+from tools import plan as tool
 from tools.plan import main
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -68,7 +71,7 @@ def test_a_plan_loads_no_torch() -> None:
         (["--gpu", "h1000"], ["--gpu h1000: not known", "h100-80gb", "a100-40gb"]),
         (["--gpus", "0"], ["--gpus 0", "1 or more"]),
         (["--network", "wet"], ["network wet of --network", "ndr200x4"]),
-        (["--output", "/nowhere/at/all.yaml"], ["--output /nowhere/at/all.yaml"]),
+        (["--output", "/nowhere/at/all.yaml"], ["cannot write /nowhere/at/all.yaml"]),
     ],
 )
 def test_what_cannot_be_used_ends_with_code_two_and_says_why(
@@ -185,6 +188,42 @@ def test_a_picture_shows_layouts_memory_and_the_pipeline(
     assert (b"olive" in content) == (b"zero_bubble" in content)
 
 
-def test_a_picture_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"plan.gif: the ending is none of .png, .svg"):
-        main(_arguments("--picture", str(tmp_path / "plan.gif")))
+def test_a_picture_of_another_kind_is_refused_before_anything_is_planned_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "make_plan", None)
+    given = ("--output", str(tmp_path / "plan.yaml"), "--picture", str(tmp_path / "plan.gif"))
+    with pytest.raises(UserError, match=r"plan.gif: give a name that ends in .svg or .png"):
+        main(_arguments(*given))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_plan_is_kept_where_a_picture_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, picture = tmp_path / "plan.yaml", tmp_path / "plan.svg"
+    main(_arguments("--output", str(output)))
+    before = output.read_bytes()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    given = ("--output", str(output), "--picture", str(picture), "run.seed=7")
+    with pytest.raises(UserError, match=f"cannot be imported by {sys.executable}; install"):
+        main(_arguments(*given))
+    assert output.read_bytes() == before
+
+
+def test_plan_and_picture_are_kept_whole_where_writing_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def break_off(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output, picture = tmp_path / "plan.yaml", tmp_path / "plan.svg"
+    main(_arguments("--output", str(output), "--picture", str(picture)))
+    before = {path: path.read_bytes() for path in (output, picture)}
+    monkeypatch.setattr(files, "sync_to_disk", break_off)
+    for given in (("--output", str(output)), ("--picture", str(picture))):
+        with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
+            main(_arguments(*given, "run.seed=7"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
