@@ -83,11 +83,12 @@ class StepProfiler:
         Raises:
             DeviceStalledError: it does not come to the end of the last step.
         """
-        recording, self._recording = self._recording, None
+        recording = self._recording
         if recording is None:
             return
         # A device that failed is a reason to end the run, and the profiler's own troubles are not.
         recording.wait()
+        self._recording = None
         name = f"steps_{recording.first}_{recording.last}.rank_{dist.get_rank()}"
         try:
             recording.stop()

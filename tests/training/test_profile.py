@@ -6,6 +6,8 @@ import gzip
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,7 @@ def _record_on_cuda(
     Args:
         ends: whether it ends the steps before the recorded ones, and those, in time.
     """
-    points = iter(ends)
+    points = chain(ends, repeat(True))
     told: list[str] = []
 
     def record(enabled: str | None = "all", **_: Any) -> None:
@@ -154,11 +156,12 @@ def _record_on_cuda(
     patch.setattr(profile_module, "work_point", lambda _: _Point(next(points)))
     patch.setattr(dist, "get_rank", lambda: 3)
     profiler = StepProfiler(range(1, 3), folder, torch.device("cuda", 0), taken=0)
-    for step in (1, 2, 3):
-        profiler.begin(step)
-        torch.ones(2, 2) @ torch.ones(2, 2)
-        if profiler.is_complete(step):
-            profiler.write()
+    with closing(profiler):
+        for step in (1, 2, 3):
+            profiler.begin(step)
+            torch.ones(2, 2) @ torch.ones(2, 2)
+            if profiler.is_complete(step):
+                profiler.write()
     return told
 
 
@@ -183,6 +186,8 @@ def test_a_device_that_waits_for_a_lost_rank_is_given_up(
     with pytest.raises(DeviceStalledError, match="within inf s"):
         _record_on_cuda(tmp_path, monkeypatch, ends)
     assert not list(tmp_path.iterdir())
+    # What is recorded for ever holds every tensor that is made.
+    assert not torch._C._autograd._profiler_enabled()
 
 
 @pytest.mark.gpu

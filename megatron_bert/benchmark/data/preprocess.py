@@ -94,7 +94,7 @@ def tokenizer_for(given: Path | None, texts: Sequence[str], folder: Path) -> Pat
         path = folder / "trained.model"
         model = train_tokenizer(
             # A repeated corpus has each text many times, which teaches nothing.
-            dict.fromkeys(texts),
+            list(dict.fromkeys(texts)),
             _TRAINED_PIECES,
             max_sentences=_TRAINING_LINES,
             allow_fewer=True,
