@@ -132,7 +132,14 @@ stands "$folder/train.jsonl" "The split" || run tools/split_corpus.py --overwrit
 
 say "3/8 Tokenizer: the vocabulary, learned from the text itself (SentencePiece, unigram)"
 # About one piece for every 60 bytes of text, between 1,000 and 16,000.
-pieces=$(($(wc -c <"$folder/train.jsonl") / 60))
+text_bytes=$(python -c '
+import sys
+from pathlib import Path
+from megatron_bert.data.text import DocumentReader, iterate_documents
+reader = DocumentReader([Path(sys.argv[1])], json_key=sys.argv[2])
+print(sum(len(text.encode()) for text in iterate_documents(reader)))
+' "$folder/train.jsonl" "${key[1]:-text}") || exit
+pieces=$((text_bytes / 60))
 pieces=$((pieces < 1000 ? 1000 : pieces > 16000 ? 16000 : pieces))
 stands "$folder/tokenizer.model" "The tokenizer" || run tools/train_tokenizer.py \
     --input "$folder/train.jsonl" --vocab-size "$pieces" --allow-fewer \

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; they source it in the checkout's root, or set checkout to that.
+# What the scripts of this folder share. They set checkout: whose scripts run, and where an environment
+# may be.
 # A script knows its
 # scheduler, and before it calls prepare_job it tells in variables
 #
@@ -29,9 +30,6 @@
 
 : "${TRIES:=3}" "${RESTARTS:=0}" "${MARGIN_SECONDS:=180}" "${LEAST_SECONDS:=300}"
 : "${SAVE_SECONDS:=600}" "${MODULES:=}"
-
-# Whose scripts run, and where an environment may be.
-: "${checkout:=$PWD}"
 
 tell() { printf '%s  %s\n' "$(date '+%F %T')" "$*" >&2; }
 

@@ -20,9 +20,9 @@ case ${1:-} in
         ;;
 esac
 # Not the folder to run in: relative paths, of CONFIG and in it, are the caller's.
-checkout=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+checkout=$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 # shellcheck source=launch/common.sh
-. "$checkout/launch/common.sh"
+. "$checkout/launch/common.sh" || exit 2
 
 job=local-$(date +%Y%m%dT%H%M%S)
 nodes=1

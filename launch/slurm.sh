@@ -31,6 +31,7 @@ if ! cd -- "${SLURM_SUBMIT_DIR:-/}" || [ ! -r launch/common.sh ]; then
     echo "error: submit this script, in the checkout's root: $usage" >&2
     exit 2
 fi
+checkout=$PWD
 . launch/common.sh
 # Their tasks would be so many jobs of one run; and of a heterogeneous job srun takes one part only.
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || refuse "a job array cannot train one run; submit without --array"

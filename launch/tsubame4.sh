@@ -29,6 +29,7 @@ if ! cd -- "${SGE_O_WORKDIR:-/}" || [ ! -r launch/common.sh ]; then
     exit 2
 fi
 : "${MODULES:=cuda nccl}"
+checkout=$PWD
 . launch/common.sh
 # Its tasks would be so many jobs of one run.
 [ "${SGE_TASK_ID:-undefined}" = undefined ] || refuse "an array job cannot train one run; submit without -t"

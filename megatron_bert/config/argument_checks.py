@@ -155,10 +155,10 @@ def _one_of(hint: Any, value: Any, name: str) -> Any:
 
 
 def _can_name_a_file(value: Any) -> bool:
-    """False for a text with a null or half a character; what is no text is looked at elsewhere."""
+    """False for a path with a null or half a character; what is no path is looked at elsewhere."""
     try:
-        return not isinstance(value, str) or b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
+        return not isinstance(value, str | os.PathLike) or b"\0" not in os.fsencode(value)
+    except (TypeError, UnicodeEncodeError):
         return False
 
 
@@ -177,7 +177,11 @@ def _items(hint: Any, value: Any, name: str) -> Any:
     if items is None:
         raise _refused(name, value, expected)
     (inner,) = get_args(hint)
-    checked = (_converted(inner, item, f"{name}[{at}]") for at, item in enumerate(items))
+    # Long lists are of plain items: those are passed on without more ado.
+    checked = (
+        item if type(item) is inner else _converted(inner, item, f"{name}[{at}]")
+        for at, item in enumerate(items)
+    )
     return list(checked) if get_origin(hint) is Sequence else checked
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from megatron_bert.config.arithmetic import fixed_eval_length
 from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.kernels import fp8_problems, kernel_conflicts
 from megatron_bert.config.pipeline_stages import num_stages, virtual_stages
 from megatron_bert.config.remedies import (
     divisors,
@@ -61,20 +63,21 @@ class RankLayout:
         )
 
 
-def without_chosen_layout(config: Config) -> Config:
-    """The configuration without the keys that `parallel.layout: auto` chooses.
-
-    They count for nothing and may say anything. Unchanged where the layout is the user's.
-    """
-    if config.parallel.layout == "manual":
-        return config
+def without_layout(config: Config) -> Config:
+    """The configuration with the layout of one rank, in place of its own."""
+    parallel = config.parallel
     return config.with_keys(
         {
-            "parallel": ParallelConfig(layout="auto", network=config.parallel.network),
+            "parallel": ParallelConfig(layout=parallel.layout, network=parallel.network),
             "recompute": "none",
             "batch.micro_size": None,
         }
     )
+
+
+def without_chosen_layout(config: Config) -> Config:
+    """The same where `parallel.layout: auto` chooses one: what the keys say counts for nothing."""
+    return config if config.parallel.layout == "manual" else without_layout(config)
 
 
 def layout_problems(config: Config, world_size: int, vocab_size: int | None) -> list[str]:
@@ -117,7 +120,14 @@ def legal_layouts(
 
 
 def _fits(config: Config, layout: RankLayout, world_size: int, vocab_size: int | None) -> bool:
-    return not any(_contradictions(layout.put_into(config), world_size, vocab_size))
+    candidate = layout.put_into(config)
+    return not any(
+        chain(
+            _contradictions(candidate, world_size, vocab_size),
+            kernel_conflicts(candidate),
+            fp8_problems(candidate),
+        )
+    )
 
 
 def _contradictions(config: Config, world_size: int, vocab_size: int | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bert.config.argument_checks import checked
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer_backends import (
     Backend,
@@ -126,8 +127,16 @@ class Tokenizer:
 
         Raises:
             UserError: not a list of texts, but for example a bare one, of which every character
-                would count as a text.
+                would count as a text; or half a character in one.
         """
+        for at, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{argument('texts')}[{at}]: {text[error.start]!r} at {error.start} is half a "
+                    "character; take it out, e.g. by text.encode(errors='ignore').decode()"
+                ) from None
         ids, lengths = self._backend.encode(list(texts))
         return [some.tolist() for some in np.split(ids, np.cumsum(lengths))[:-1]]
 
@@ -149,8 +158,9 @@ class Tokenizer:
         Raises:
             UserError: not a list of ids in `[0, vocab_size)`.
         """
-        for at, token in enumerate(ids):
-            self._check_id(f"ids[{at}]", token)
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            at = next(at for at, token in enumerate(ids) if not 0 <= token < self.vocab_size)
+            self._check_id(f"ids[{at}]", ids[at])
         special = self._special_set
         return self._backend.decode([token for token in ids if token not in special])
 

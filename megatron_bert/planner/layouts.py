@@ -161,5 +161,6 @@ def _with(config: Config, schedule: ScheduleName, virtual: int, sequence: bool) 
             "parallel.sequence": sequence,
             # Zero bubble refuses recomputation: such layouts are offered without it.
             "recompute": "none",
+            "batch.micro_size": None,
         }
     )

@@ -84,6 +84,8 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
     }
 )
 
+# Of a card's memory that a driver shows at least; less is a part of a card.
+_WHOLE = 0.9
 # Words in a driver's name of a card that is no whole SXM module.
 _OTHER_CARDS = frozenset({"pcie", "nvl", "mig", "grid"})
 
@@ -246,7 +248,7 @@ def gpu_of_device(device_name: str, memory_gib: float) -> str | None:
     """The name in `GPUS` of a device such as "NVIDIA H100 80GB HBM3"; None where it is none.
 
     The table's cards are SXM modules: PCIe and NVL cards, superchips (GH200) and parts of a card
-    (MIG) have other peaks, memories and links.
+    (MIG, vGPU) have other peaks, memories and links.
 
     Args:
         device_name: what the driver calls it.
@@ -257,4 +259,5 @@ def gpu_of_device(device_name: str, memory_gib: float) -> str | None:
     if model is None or words & _OTHER_CARDS:
         return None
     alike = [gpu for gpu in GPUS.values() if gpu.name.startswith(model)]
-    return min(alike, key=lambda gpu: abs(gpu.memory_gib - memory_gib)).name
+    nearest = min(alike, key=lambda gpu: abs(gpu.memory_gib - memory_gib))
+    return nearest.name if memory_gib > _WHOLE * nearest.memory_gib else None

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.flops import row_flops
-from megatron_bert.config.layout_checks import layout_problems
+from megatron_bert.config.layout_checks import layout_problems, without_layout
 from megatron_bert.config.schema import Config
 from megatron_bert.planner.arrays import Floats, columns
 from megatron_bert.planner.dealings import Dealings
@@ -57,7 +57,7 @@ def make_plan(
     job = Job(config, vocab_size, machine, ranks)
     search = _Search(job)
     if not search.legal:
-        problems = layout_problems(config, ranks, vocab_size)
+        problems = layout_problems(without_layout(config), ranks, vocab_size)
         raise ConfigError("\n".join(problems) or f"no layout of {ranks} ranks is legal; use others")
     if not len(search.fitting):
         smallest = search.smallest()

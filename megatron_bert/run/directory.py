@@ -58,8 +58,8 @@ class RunDirectory(Closeable):
         self.metrics = path / "metrics.jsonl"
         self.journal = Journal(path / JOBS)
         self.logs = path / "logs"
-        self._is_new = not path.exists()
         try:
+            self._is_new = not path.exists()
             self.logs.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(path / LOCK)
         except FileInUseError as error:
@@ -127,16 +127,29 @@ def check_usable(path: Path) -> None:
     Raises:
         UserError: the folder cannot be made or written to, or a live run of this host holds it.
     """
-    place = path / "logs"
+    try:
+        for place in (path / "logs", path / LOCK):
+            _check_writable(path, place)
+    except OSError as error:
+        raise _unusable(path, str(error)) from error
+    # A process may live longer than its run; a run that goes on has not told how it ended.
+    if holder_lives(path / LOCK) and read_outcome(path) is None:
+        raise _in_use(path, describe_holder(path / LOCK))
+
+
+def _check_writable(path: Path, place: Path) -> None:
+    """Refuse a run directory in which a folder or a file can be neither made nor written to."""
+    is_there = place.exists() or place.is_symlink()
+    if is_there and place.name == LOCK:
+        if not os.access(place, os.W_OK):
+            raise _unusable(path, f"no permission to write {place}")
+        return
     while not place.exists() and not place.is_symlink():
         place = place.parent
     if not place.is_dir():
         raise _unusable(path, f"{place} is no folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise _unusable(path, f"no permission to write in {place}")
-    # A process may live longer than its run; a run that goes on has not told how it ended.
-    if holder_lives(path / LOCK) and read_outcome(path) is None:
-        raise _in_use(path, describe_holder(path / LOCK))
 
 
 def _in_use(path: Path, holder: str) -> UserError:

@@ -335,6 +335,14 @@ def test_a_set_vocabulary_holds_the_tokenizer_and_divides_among_ranks(build: Bui
         resolve_vocab_size(model, 1000, 3)
 
 
+def test_layouts_that_are_named_as_working_pass_the_checks_of_fp8(build: Build) -> None:
+    asked = ("precision.fp8=current", "precision.compute=bf16", "model.ffn_hidden_size=400")
+    with pytest.raises(ConfigError) as refused:
+        check_config(build(*asked, "parallel.pipeline=64"), world_size=64)
+    # 400 / 2 is no multiple of 16.
+    assert "parallel.tensor=2" not in str(refused.value)
+
+
 def test_keys_that_an_automatic_layout_chooses_may_say_anything(build: Build) -> None:
     leftover = (
         "parallel.pipeline=2",

@@ -146,8 +146,16 @@ def test_what_fits_nowhere_is_refused_with_what_it_would_take() -> None:
 
 
 def test_ranks_that_no_layout_has_are_refused_as_training_refuses_them() -> None:
-    with pytest.raises(ConfigError, match=r"batch.global_size = 1024: fewer than the 2053"):
-        make_plan(recipe(), VOCABULARY, find_machine("h200"), 2053)
+    # Its own layout counts for nothing, and is no reason.
+    for own in ((), ("parallel.tensor=7", "parallel.layout=auto")):
+        with pytest.raises(ConfigError, match=r"^batch.global_size = 1024: fewer than the 2053"):
+            make_plan(recipe(*own), VOCABULARY, find_machine("h200"), 2053)
+
+
+def test_the_size_of_micro_batches_is_chosen_whatever_the_keys_say() -> None:
+    config = recipe("parallel.layout=auto", "batch.micro_size=4", "batch.micro_tokens=4096")
+    best = make_plan(config, VOCABULARY, find_machine("h100-80gb"), 8).best[0]
+    assert best.layout.put_into(config).batch.micro_size is None
 
 
 @pytest.mark.parametrize(
@@ -185,6 +193,7 @@ def test_unknown_machines_are_refused_with_those_known(
         ("NVIDIA A100-PCIE-40GB", 39.4, None),
         ("NVIDIA A100 80GB PCIe", 79.1, None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.4, None),
+        ("NVIDIA A100-10C", 10.0, None),
         ("NVIDIA H20", 95.0, None),
         ("NVIDIA GeForce RTX 3090", 23.7, None),
     ],

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_bert import files
 from megatron_bert.config.errors import UserError
-from megatron_bert.run.directory import RunDirectory, read_outcome, record_failure
+from megatron_bert.run.directory import RunDirectory, check_usable, read_outcome, record_failure
 from megatron_bert.run.journal import read_journal
 
 HOLD = (
@@ -96,6 +96,12 @@ def test_a_file_in_the_folders_place_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run\.dir .*file cannot be used"):
         RunDirectory(tmp_path / "file")
+
+
+def test_a_place_that_cannot_be_looked_at_is_a_users_error(tmp_path: Path) -> None:
+    for refuse in (RunDirectory, check_usable):
+        with pytest.raises(UserError, match=r"cannot be used: .*too long.*Use another"):
+            refuse(tmp_path / ("a" * 300))
 
 
 @pytest.mark.parametrize("end", ["finish", "stop"])

@@ -287,7 +287,9 @@ def test_an_array_on_grid_engine_is_refused(scripts: Scripts) -> None:
 
 
 def test_the_configuration_of_a_local_run_is_the_callers(scripts: Scripts) -> None:
-    job = scripts.start("local.sh", "c.yaml", "optimizer.lr=1", JUDGE="echo finished")
+    # Where folders are looked for, and another checkout, are no business of the script's.
+    others = {"CDPATH": f"{CHECKOUT.parent}:{CHECKOUT}", "checkout": "/nowhere"}
+    job = scripts.start("local.sh", "c.yaml", "optimizer.lr=1", JUDGE="echo finished", **others)
     assert "what follows: finished" in output(job)
     (begin,) = [call for call in scripts.calls("python") if "jobs begin" in call]
     # Python stands where the caller does.

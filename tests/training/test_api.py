@@ -116,6 +116,11 @@ def test_a_bare_text_where_a_list_is_meant_is_refused(tiny_run: Callable[..., Co
         (lambda config: api.RunRecords.read(None), "directory = None: give text or"),
         (lambda config: api.export_model("a", "b", "fp16"), "dtype = 'fp16': give one of 'fp32'"),
         (lambda config: api.export_model("a", "b", license_id="My own"), "license_id = 'My own': "),
+        (lambda config: api.Tokenizer.load(Path("a\0")), "give a path without characters that"),
+        (
+            lambda config: _tokenizer(config).encode_batch(["", "a\ud800"]),
+            "texts[1]: '\\ud800'",
+        ),
         (lambda config: api.Tokenizer.load(b"a"), "path = b'a': give text or a pathlib.Path"),
         (lambda config: _tokenizer(config).decode([3, 10**6]), "ids[1] = 1000000: tiny.model has"),
         (lambda config: _tokenizer(config).decode([-1]), "ids[0] = -1: tiny.model has no such id"),
