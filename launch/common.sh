@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the scripts of this folder share. They set checkout: whose scripts run, and where an environment
 # may be.
+: "${checkout?}"
 # A script knows its
 # scheduler, and before it calls prepare_job it tells in variables
 #
