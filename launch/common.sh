@@ -1,9 +1,7 @@
 # shellcheck shell=bash
-# What the scripts of this folder share. They set checkout: whose scripts run, and where an environment
-# may be.
-: "${checkout?}"
-# A script knows its
-# scheduler, and before it calls prepare_job it tells in variables
+# What the scripts of this folder share. A script sets checkout before it sources this: whose scripts
+# run, and where an environment may be. It knows its scheduler, and before it calls prepare_job it tells
+# in variables
 #
 #   job           the scheduler's number of the job
 #   nodes         how many nodes it has
@@ -29,6 +27,7 @@
 #   PORT             where the nodes meet       (default: from the job's number, 20000 to 29999)
 #   MODULES          modules to load, where the machine has them
 
+: "${checkout?}"
 : "${TRIES:=3}" "${RESTARTS:=0}" "${MARGIN_SECONDS:=180}" "${LEAST_SECONDS:=300}"
 : "${SAVE_SECONDS:=600}" "${MODULES:=}"
 
