@@ -132,7 +132,7 @@ stands "$folder/train.jsonl" "The split" || run tools/split_corpus.py --overwrit
 
 say "3/8 Tokenizer: the vocabulary, learned from the text itself (SentencePiece, unigram)"
 # About one piece for every 60 bytes of text, between 1,000 and 16,000.
-text_bytes=$(python -c '
+text_bytes=$("$python" -c '
 import sys
 from pathlib import Path
 from megatron_bert.data.text import DocumentReader, iterate_documents

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron_bert.run.directory import (
     RunDirectory,
     forget_outcome,
     read_outcome,
+    restore_finished,
 )
 
 HOLD = "HOLD"
@@ -154,6 +156,8 @@ def judge(run_dir: Path, most_tries: int) -> Verdict:
     if (run_dir / HOLD).exists():
         return Verdict(Next.HELD, f"{ended}; remove {run_dir / HOLD} and submit again to go on")
     if outcome is not None and outcome.needs_person:
+        with suppress(UserError), _lock(run_dir):
+            restore_finished(run_dir)
         return Verdict(Next.REFUSED, f"{ended}; mend this and submit again")
     if tries.fruitless >= most_tries:
         return Verdict(

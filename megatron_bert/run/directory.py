@@ -26,6 +26,8 @@ from megatron_bert.run.journal import END, Journal, read_journal
 
 FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
 JOBS = "jobs.jsonl"
+# What a line in there has beside the outcome's own facts.
+_OF_EVENTS = ("event", "time", "outcome")
 LOCK = "run.lock"
 # What `FAILED` holds beside the reason, and `jobs.jsonl` keeps.
 _FAILURE = ("error", "rank", "host")
@@ -231,6 +233,18 @@ def _remove_outcome_files(path: Path) -> None:
     for kind in (FINISHED, STOPPED, FAILED):
         (path / kind).unlink(missing_ok=True)
     sync_to_disk(path)
+
+
+def restore_finished(path: Path) -> None:
+    """Leave a finished run as it was where its job was refused before it trained.
+
+    The caller forgot the outcome before that job began, and holds the run's lock.
+    """
+    journal = read_journal(path / JOBS)
+    if journal and journal[-1]["event"] == END and journal[-1]["outcome"] == FINISHED:
+        facts = {key: fact for key, fact in journal[-1].items() if key not in _OF_EVENTS}
+        _remove_outcome_files(path)
+        write_atomically(path / FINISHED, _as_text(facts))
 
 
 def record_failure(path: Path, rank: int, error: BaseException) -> None:

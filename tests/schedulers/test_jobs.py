@@ -154,6 +154,24 @@ def test_what_a_person_has_to_mend_is_not_tried_again(tmp_path: Path) -> None:
     assert "data/x.bin: no such file" in verdict.reason
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_finished_run_whose_next_job_is_refused_stays_finished(
+    tmp_path: Path, trains: bool
+) -> None:
+    with RunDirectory(tmp_path) as run:
+        run.journal.start(step=0, ranks=1)
+        run.finish({"step": 40})
+    before = (tmp_path / FINISHED).read_bytes()
+    take_up(tmp_path, "71", 3)
+    if trains:
+        with RunDirectory(tmp_path) as run:
+            run.journal.start(step=40, ranks=1)
+    record_failure(tmp_path, 0, DataError("optimizer.lr: may change only in a new run"))
+    assert judge(tmp_path, 3).next is Next.REFUSED
+    assert (tmp_path / FAILED).exists() == trains
+    assert trains or (tmp_path / FINISHED).read_bytes() == before
+
+
 def test_a_job_that_follows_goes_on_counting(tmp_path: Path) -> None:
     take_up(tmp_path, "71", 3)
     judge(tmp_path, 3)
