@@ -92,6 +92,11 @@ def _check_places(reader: DocumentReader, train: Path, held_out: Path, overwrite
         check_place(place)
         if place.is_dir():
             raise DataError(f"cannot write {place}: it is a folder; name a file in it")
+        if place.suffix != ".jsonl":
+            raise DataError(
+                f"{place}: lines of JSON are written, and other names are read as other kinds of "
+                f"files; give a name that ends in .jsonl, e.g. {place.with_suffix('.jsonl')}"
+            )
         if place.exists() and not overwrite:
             raise DataError(
                 f"{place} exists already, and a model may have been trained on what it leaves out; "

@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config
@@ -35,10 +36,16 @@ class StepBatches:
 
     def __init__(self, config: Config, first_step: int, last_step: int) -> None:
         self._curriculum = Curriculum(config)
-        if not 1 <= first_step <= last_step <= self._curriculum.total_steps:
+        total = self._curriculum.total_steps
+        if first_step == last_step and not 1 <= first_step <= total:
+            raise DataError(
+                f"{argument('step')} = {first_step}: the run has {total} steps; give one of 1 to "
+                f"{total}"
+            )
+        if not 1 <= first_step <= last_step <= total:
             raise DataError(
                 f"steps {first_step}:{last_step} do not lie in the run, whose steps are "
-                f"1:{self._curriculum.total_steps}; give two of those, the smaller one first"
+                f"1:{total}; give two of those, the smaller one first"
             )
         self.steps = range(first_step, last_step + 1)
         self.tokenizer = Tokenizer.load(config.data.tokenizer)

@@ -62,7 +62,7 @@ def alternatives(plan: Plan) -> Iterator[str]:
     if plan.too_large:
         smallest = plan.smallest
         yield (
-            f"  {plan.too_large:,} layouts do not fit; the smallest takes "
+            f"  {plan.too_large:,} layouts do not fit; the smallest of all takes "
             f"{memory.show(smallest.peak_bytes)} {memory.name} ({describe_layout(smallest.layout)})"
         )
 

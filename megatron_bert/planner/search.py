@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import numpy as np
 
@@ -117,13 +117,7 @@ class _Search:
 
     def best(self, keep: int) -> list[LayoutPlan]:
         """The quickest way to share the model, each with the best of all else, that fit."""
-        most = max(keep, _SIMULATED_AT_LEAST)
-        near: dict[Split, int] = {}
-        for number in self.fitting:
-            near.setdefault(self._bases[self._base_of[number]].split, number)
-            if len(near) == most:
-                break
-        plans = [self.plan(self._layout(number)) for number in near.values()]
+        plans = self._planned(self.fitting, max(keep, _SIMULATED_AT_LEAST))
         bands = band_of(np.array([plan.days for plan in plans])).tolist()
 
         def place(number: int) -> tuple[float, ...]:
@@ -143,9 +137,18 @@ class _Search:
         differs["parallel.replicate"] = self._replicate != best.replicate
         differs["parallel.reshard_after_forward"] = self._reshard != best.reshard
         for name, different in differs.items():
-            others = self.fitting[different[self.fitting]]
-            if len(others):
-                yield name, self.plan(self._layout(others[0]))
+            others = self._planned(self.fitting[different[self.fitting]], _SIMULATED_AT_LEAST)
+            if others:
+                yield name, min(others, key=lambda plan: plan.days)
+
+    def _planned(self, numbers: Iterable[int], most: int) -> list[LayoutPlan]:
+        """The first of these that share the model in so many different ways, planned in full."""
+        near: dict[Split, int] = {}
+        for number in numbers:
+            near.setdefault(self._bases[self._base_of[number]].split, number)
+            if len(near) == most:
+                break
+        return [self.plan(self._layout(number)) for number in near.values()]
 
     def best_of_stage(self, index: int) -> LayoutPlan:
         """The layout that fits and is the quickest in a stage of the curriculum."""

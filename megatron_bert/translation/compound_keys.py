@@ -13,6 +13,9 @@ _DECAYS = {"linear": "linear", "cosine": "cosine", "constant": "constant", "WSD"
 _OPTIMIZERS = {"adam": "adamw", "muon": "muon", "dist_muon": "muon"}
 _MEGATRON_MAX_NGRAM = 3
 
+# No file of this name will lie there by chance.
+_UNNAMED = "NAME-THE-TOKENIZER.model"
+
 
 class Builder:
     """A configuration under construction.
@@ -136,7 +139,7 @@ def _held_out(given: Given) -> float:
 
 def _set_tokenizer(builder: Builder) -> None:
     words = builder.given.words("--tokenizer-model")
-    builder.tree["data"]["tokenizer"] = words[0] if words else "data/my.model"
+    builder.tree["data"]["tokenizer"] = words[0] if words else _UNNAMED
     if not words:
         builder.by_hand.append(
             "data.tokenizer: no --tokenizer-model was given; name the SentencePiece model or "

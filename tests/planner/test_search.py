@@ -103,6 +103,16 @@ def test_the_best_is_the_quickest_of_those_that_fit_and_others_are_not_quicker()
     assert plan.too_large > 0
 
 
+def test_no_ranked_layout_is_quicker_than_the_alternative_of_its_choice() -> None:
+    config, machine = recipe("parallel.layout=auto"), find_machine("h100-94gb")
+    plan = make_plan(config, VOCABULARY, machine, 32, keep=10)
+    others = dict(plan.alternatives)
+    stages = plan.best[0].layout.split.pipeline
+    ranked = [entry for entry in plan.best if entry.layout.split.pipeline != stages]
+    assert ranked
+    assert others["parallel.pipeline"].days <= min(entry.days for entry in ranked)
+
+
 def test_each_way_to_share_the_model_is_ranked_once() -> None:
     plan = make_plan(recipe(), VOCABULARY, find_machine("h100-80gb"), 64)
     splits = [entry.layout.split for entry in plan.best]

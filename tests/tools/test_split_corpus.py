@@ -206,3 +206,12 @@ def test_the_tool_reads_blocks_of_txt_and_columns_of_parquet(tmp_path: Path) -> 
     tool.main(arguments)
     texts = texts_of(train, "meta.body") + texts_of(valid, "meta.body")
     assert sorted(texts) == ["a\nb", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train.jsonl.gz", "train"])
+def test_a_name_that_is_read_as_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
+    reader = DocumentReader([write_corpus(tmp_path / "corpus.jsonl", numbered(9))])
+    for pair in ((name, "valid.jsonl"), ("train.jsonl", name)):
+        with pytest.raises(DataError, match=r"give a name that ends in \.jsonl, e\.g\. "):
+            split_documents(reader, *(tmp_path / part for part in pair), 0.3)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]

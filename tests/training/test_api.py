@@ -110,6 +110,7 @@ def test_a_bare_text_where_a_list_is_meant_is_refused(tiny_run: Callable[..., Co
         (lambda config: api.read_batch("1", 1), "config = '1': give a Config"),
         (lambda config: api.read_batch(config, "1"), "step = '1': give a whole number"),
         (lambda config: api.read_batch(config, 0), "step = 0: give at least 1"),
+        (lambda config: api.read_batch(config, 99), "step = 99: the run has "),
         (lambda config: api.rows_as_text(config, 1, -1), "rows = -1: give at least 0"),
         (lambda config: api.draw_curves("runs/x"), "runs = 'runs/x': give RunRecords"),
         (lambda config: api.draw_curves([1]), "runs[0] = 1: give RunRecords, which train"),
