@@ -171,11 +171,15 @@ write_node_script() {
 run_job() {
     : "${node_script:?the job was not prepared}"
     stop_reason=
-    "$@" &
-    ranks=$!
+    ranks=
+    asked=()
+    # Before the ranks are started: a signal between the two would leave them alone.
     trap 'pass_on cancelled "$term_signal"' TERM INT HUP USR1 USR2
     # shellcheck disable=SC2086 # one signal a word
     [ -z "$notices" ] || trap 'pass_on notice "$notice_signal"' $notices
+    "$@" &
+    ranks=$!
+    [ ${#asked[@]} -eq 0 ] || pass_on "${asked[@]}"
     wait_for "$ranks"
     trap - TERM INT HUP
     # The scheduler's notice may come now, and must not end the script, nor what it calls, before it has
@@ -192,6 +196,10 @@ wait_for() {
 
 # pass_on REASON SIGNAL
 pass_on() {
+    if [ -z "$ranks" ]; then
+        asked=("$@")
+        return
+    fi
     if [ -n "$stop_reason" ] && [ -n "${second_signal_ends:-}" ]; then
         tell "told to stop again: the ranks are ended at once, without saving"
         kill -s KILL -- "-$ranks" 2>/dev/null

@@ -368,3 +368,16 @@ def test_a_second_interrupt_of_a_local_run_ends_its_ranks_at_once(
     assert "told to stop again: the ranks are ended at once" in told
     assert "cancelled: no other job follows" in told
     assert job.returncode == 0
+
+
+def test_a_signal_just_before_the_ranks_start_reaches_them() -> None:
+    script = """
+        checkout=$PWD; . launch/common.sh
+        node_script=x; notices=; term_signal=TERM; end=
+        eval "$(declare -f run_job | sed 's/"$@" &/kill -TERM $$; "$@" \\&/')"
+        run_job sleep 60; echo "$stop_reason"
+    """
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=CHECKOUT, capture_output=True, text=True, timeout=_SECONDS / 2
+    )
+    assert (done.returncode, done.stdout) == (0, "cancelled\n"), done.stderr
