@@ -123,8 +123,6 @@ def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
                 if pointless or (tensor, pipeline) in seen:
                     continue
                 seen.add((tensor, pipeline))
-                if value_problems(layout.put_into(asked)):
-                    continue
                 data = ranks // (tensor * pipeline)
                 yield Split(tensor, sequence, pipeline, schedule, virtual, data)
 

@@ -130,8 +130,10 @@ def check_usable(path: Path) -> None:
         UserError: the folder cannot be made or written to, or a live run of this host holds it.
     """
     try:
-        for place in (path / "logs", path / LOCK):
-            _check_writable(path, place)
+        for folder in (path, path / "logs"):
+            _check_folder(path, folder)
+        if (path / LOCK).exists() and not os.access(path / LOCK, os.W_OK):
+            raise _unusable(path, f"no permission to write {path / LOCK}")
     except OSError as error:
         raise _unusable(path, str(error)) from error
     # A process may live longer than its run; a run that goes on has not told how it ended.
@@ -139,19 +141,14 @@ def check_usable(path: Path) -> None:
         raise _in_use(path, describe_holder(path / LOCK))
 
 
-def _check_writable(path: Path, place: Path) -> None:
-    """Refuse a run directory in which a folder or a file can be neither made nor written to."""
-    is_there = place.exists() or place.is_symlink()
-    if is_there and place.name == LOCK:
-        if not os.access(place, os.W_OK):
-            raise _unusable(path, f"no permission to write {place}")
-        return
-    while not place.exists() and not place.is_symlink():
-        place = place.parent
-    if not place.is_dir():
-        raise _unusable(path, f"{place} is no folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise _unusable(path, f"no permission to write in {place}")
+def _check_folder(path: Path, folder: Path) -> None:
+    """Refuse a run directory where one of its folders can be neither made nor written to."""
+    while not folder.exists() and not folder.is_symlink():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise _unusable(path, f"{folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unusable(path, f"no permission to write in {folder}")
 
 
 def _in_use(path: Path, holder: str) -> UserError:

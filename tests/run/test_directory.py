@@ -98,6 +98,17 @@ def test_a_file_in_the_folders_place_is_a_users_error(tmp_path: Path) -> None:
         RunDirectory(tmp_path / "file")
 
 
+@pytest.mark.parametrize("closed", [".", "logs", "run.lock"])
+def test_what_may_not_be_written_to_is_told_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    RunDirectory(tmp_path).close()
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path / closed)
+    with pytest.raises(UserError, match=r"no permission to write .*Use another run"):
+        check_usable(tmp_path)
+
+
 def test_a_place_that_cannot_be_looked_at_is_a_users_error(tmp_path: Path) -> None:
     for refuse in (RunDirectory, check_usable):
         with pytest.raises(UserError, match=r"cannot be used: .*too long.*Use another"):
