@@ -12,7 +12,7 @@ Shape suffixes: B rows, S slots, H query heads, G key/value heads, K head size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,21 +34,29 @@ class Tile:
         keys: of a tile.
         warps: that share a tile.
         stages: of tiles that are loaded ahead.
+        registers: of a thread, at most, so that more programs share a multiprocessor; None leaves
+            that to the compiler.
     """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
     def options(self) -> dict[str, int]:
         """As a kernel's launch takes them."""
-        return {
+        options = {
             "QUERIES": self.queries,
             "KEYS": self.keys,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
+    def of_heads(self, size: int) -> Tile:
+        """The same for heads of so many channels: what they were tuned for are no more than 64."""
+        return self if size <= 64 else replace(self, warps=8, stages=2, registers=None)
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,9 @@ class Tiling:
         key_gradient_parts: programs to which the heads that share keys are dealt, at most.
     """
 
-    forward: Tile = Tile(64, 64, 4, 3)
-    query_gradient: Tile = Tile(64, 32, 4, 3)
-    key_gradient: Tile = Tile(32, 64, 4, 3)
+    forward: Tile = Tile(64, 64, 4, 3, 128)
+    query_gradient: Tile = Tile(64, 64, 4, 3)
+    key_gradient: Tile = Tile(64, 64, 4, 3)
     key_gradient_parts: int = 2
 
 
@@ -98,22 +106,136 @@ def flash_attention(
     Returns:
         [B, S, H, K].
     """
-    assert dropout == 0.0 or dropout_keys_B is not None
-    assert begins_BS.shape == ends_BS.shape == q_BSHK.shape[:2]
-    keys_B = begins_BS if dropout_keys_B is None else dropout_keys_B
-    reach = -1 if reach is None else reach
-    out_BSHK: Tensor = _flash_forward(
-        q_BSHK,
-        k_BSGK,
-        v_BSGK,
-        begins_BS.contiguous(),
-        ends_BS.contiguous(),
-        keys_B,
-        reach,
-        dropout,
-        first_head,
-    )[0]
+    attention = PackedAttention.of(begins_BS, ends_BS, reach, dropout, dropout_keys_B, first_head)
+    out_BSHK: Tensor = _flash_forward(q_BSHK, k_BSGK, v_BSGK, *attention.arguments())[0]
     return out_BSHK
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """The kernels, for rows and a layer: what they take beside queries, keys and values.
+
+    Attributes:
+        begins_BS: see `flash_attention`.
+        ends_BS: the same.
+        keys_B: the same; any integers where nothing is dropped.
+        reach: the same; -1 for the whole segment.
+        dropout: the same.
+        first_head: the same.
+    """
+
+    begins_BS: Tensor
+    ends_BS: Tensor
+    keys_B: Tensor
+    reach: int
+    dropout: float
+    first_head: int
+
+    @classmethod
+    def of(
+        cls,
+        begins_BS: Tensor,
+        ends_BS: Tensor,
+        reach: int | None,
+        dropout: float,
+        dropout_keys_B: Tensor | None,
+        first_head: int,
+    ) -> PackedAttention:
+        """From what `flash_attention` is given."""
+        assert dropout == 0.0 or dropout_keys_B is not None
+        return cls(
+            begins_BS.contiguous(),
+            ends_BS.contiguous(),
+            begins_BS if dropout_keys_B is None else dropout_keys_B,
+            -1 if reach is None else reach,
+            dropout,
+            first_head,
+        )
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, int, float, int]:
+        """All attributes, as operators take them."""
+        return (
+            self.begins_BS, self.ends_BS, self.keys_B, self.reach, self.dropout, self.first_head
+        )  # fmt: skip
+
+    def forward(self, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
+        """The output [B, S, H, K], and fp32 [B, H, S] for backward."""
+        q, k, v = _even(q_BSHK, k_BSGK, v_BSGK)
+        B, S, H, K = q.shape
+        out, log_sum = q.new_empty((B, S, H, K)), q.new_empty((B, H, S), dtype=torch.float32)
+        tile = TILING.forward.of_heads(K)
+        flash_kernels.flash_forward_kernel[(triton.cdiv(S, tile.queries) * B * H,)](
+            q, k, v, out, log_sum, self.begins_BS, self.ends_BS, self.keys_B,
+            q.stride(1), k.stride(1), S, H, self.first_head,
+            _LOG2_E / math.sqrt(K), *self._dropping(), **self._meta(q, k, tile), **tile.options(),
+        )  # fmt: skip
+        return out, log_sum
+
+    def backward(
+        self,
+        do_BSHK: Tensor,
+        q_BSHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGK: Tensor,
+        out_BSHK: Tensor,
+        log_sum_BHS: Tensor,
+        dq_BSHK: Tensor,
+        *,
+        sums: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Write the queries' gradient.
+
+        Returns:
+            The keys' and the values' gradient, fp32 [2, B, G, S, K], and, where asked for, parts
+            of the queries' gradient's sum over all slots, fp32 [parts, H, K].
+        """
+        do, (q, k, v) = do_BSHK.contiguous(), _even(q_BSHK, k_BSGK, v_BSGK)
+        (B, S, H, K), G = q.shape, k.shape[2]
+        scales = (_LOG2_E / math.sqrt(K), 1.0 / math.sqrt(K))
+        delta, draws = (torch.empty_like(log_sum_BHS, dtype=t) for t in (None, torch.int32))
+        tile = TILING.query_gradient.of_heads(K)
+        tiles = B * triton.cdiv(S, tile.queries)
+        dq_sums = delta.new_empty((tiles, H, K)) if sums else None
+        flash_kernels.flash_query_gradient_kernel[(tiles * H,)](
+            q, k, v, out_BSHK, log_sum_BHS, do, delta, draws, dq_BSHK,
+            delta if dq_sums is None else dq_sums, self.begins_BS, self.ends_BS, self.keys_B,
+            q.stride(1), k.stride(1), dq_BSHK.stride(1), S, H, self.first_head,
+            *scales, *self._dropping(), SUMS=sums, **self._meta(q, k, tile), **tile.options(),
+        )  # fmt: skip
+        parts = max(n for n in range(1, TILING.key_gradient_parts + 1) if H // G % n == 0)
+        dkv = delta.new_empty((2, B, G * parts, S, K))
+        tile = TILING.key_gradient.of_heads(K)
+        flash_kernels.flash_key_gradient_kernel[(triton.cdiv(S, tile.keys) * B * G * parts,)](
+            q, k, v, log_sum_BHS, do, delta, draws, dkv[0], dkv[1], self.begins_BS, self.ends_BS,
+            q.stride(1), k.stride(1), S, H,
+            *scales, *self._dropping(), HEADS=H // G // parts, **self._meta(q, k, tile),
+            **tile.options(),
+        )  # fmt: skip
+        return (dkv if parts == 1 else dkv.view(2, B, G, parts, S, K).sum(3)), dq_sums
+
+    def _dropping(self) -> tuple[int, float]:
+        return keep_threshold(self.dropout), 1.0 / (1.0 - self.dropout)
+
+    def _meta(self, q_BSHK: Tensor, k_BSGK: Tensor, tile: Tile) -> dict[str, int | bool]:
+        return {
+            "EVEN": q_BSHK.shape[1] % math.lcm(tile.queries, tile.keys) == 0,
+            "SHARING": q_BSHK.shape[2] // k_BSGK.shape[2],
+            "DROPOUT": self.dropout > 0.0,
+            "REACH": self.reach,
+            "SIZE": q_BSHK.shape[3],
+        }
+
+
+def _even(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same three, with slots as far apart as kernels take them; copied where they are not."""
+
+    def is_even(x: Tensor) -> bool:
+        return x.stride()[2:] == (x.shape[3], 1) and x.stride(0) == x.shape[1] * x.stride(1)
+
+    q = q if is_even(q) else q.contiguous()
+    if not (is_even(k) and is_even(v) and k.stride() == v.stride()):
+        k, v = k.contiguous(), v.contiguous()
+    return q, k, v
 
 
 @torch.library.custom_op("megatron_bert::flash_forward", mutates_args=())
@@ -128,16 +250,7 @@ def _flash_forward(
     dropout: float,
     first_head: int,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    B, S, H, K = q.shape
-    out, log_sum = q.new_empty((B, S, H, K)), q.new_empty((B, H, S), dtype=torch.float32)
-    tile = TILING.forward
-    flash_kernels.flash_forward_kernel[(triton.cdiv(S, tile.queries) * B * H,)](
-        q, k, v, out, log_sum, begins, ends, keys, S, H, first_head,
-        _LOG2_E / math.sqrt(K), keep_threshold(dropout), 1.0 / (1.0 - dropout),
-        SHARING=H // k.shape[2], DROPOUT=dropout > 0.0, REACH=reach, SIZE=K, **tile.options(),
-    )  # fmt: skip
-    return out, log_sum
+    return PackedAttention(begins, ends, keys, reach, dropout, first_head).forward(q, k, v)
 
 
 @_flash_forward.register_fake
@@ -161,30 +274,12 @@ def _flash_backward(
     dropout: float,
     first_head: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
-    B, S, H, K = q.shape
-    G = k.shape[2]
-    dq, delta = torch.empty_like(do), torch.empty_like(log_sum)
-    dropping = (keep_threshold(dropout), 1.0 / (1.0 - dropout))
-    scales = (_LOG2_E / math.sqrt(K), 1.0 / math.sqrt(K))
-    meta = {"SHARING": H // G, "DROPOUT": dropout > 0.0, "REACH": reach, "SIZE": K}
-    tile = TILING.query_gradient
-    flash_kernels.flash_query_gradient_kernel[(triton.cdiv(S, tile.queries) * B * H,)](
-        q, k, v, out, log_sum, do, delta, dq, begins, ends, keys, S, H, first_head,
-        *scales,
-        *dropping, **meta, **tile.options(),
-    )  # fmt: skip
-    parts = max(n for n in range(1, TILING.key_gradient_parts + 1) if H // G % n == 0)
-    dk, dv = (k.new_empty((B, G * parts, S, K), dtype=torch.float32) for _ in range(2))
-    tile = TILING.key_gradient
-    flash_kernels.flash_key_gradient_kernel[(triton.cdiv(S, tile.keys) * B * G * parts,)](
-        q, k, v, log_sum, do, delta, dk, dv, begins, ends, keys, S, H, first_head,
-        *scales,
-        *dropping, **meta, HEADS=H // G // parts, **tile.options(),
-    )  # fmt: skip
-    # [B, G x parts, S, K] -> [B, S, G, K]
-    dk, dv = (x.view(B, G, parts, S, K).sum(2).transpose(1, 2).to(k.dtype) for x in (dk, dv))
-    return dq, dk.contiguous(), dv.contiguous()
+    attention = PackedAttention(begins, ends, keys, reach, dropout, first_head)
+    dq = q.new_empty(q.shape)
+    dkv, _ = attention.backward(do, q, k, v, out, log_sum, dq)
+    # [B, G, S, K] -> [B, S, G, K]
+    dk, dv = (k.new_empty(k.shape).copy_(x.transpose(1, 2)) for x in dkv)
+    return dq, dk, dv
 
 
 @_flash_backward.register_fake

@@ -1,9 +1,14 @@
 """Triton kernels of `flash_attention`: one forward, two backward.
 
 Arrays are slot-major: queries, outputs and their gradients [B, S, H, K], keys and values
-[B, S, G, K], statistics of queries fp32 [B, H, S], all of them dense. A program takes a tile of
-queries over the tiles of keys that they see, or of keys over queries; only tiles through which a
-segment's or a window's border runs are masked. The grid has one axis, as the others are short.
+[B, S, G, K], statistics of queries [B, H, S]. Queries and their gradients, keys and values may be
+columns of a wider array, whose slots are so many elements apart (`q_step`, `kv_step`, `dq_step`);
+the others are dense. A program takes a tile of queries over the tiles of keys that they see, or of
+keys over queries; only tiles through which a segment's or a window's border runs are masked. The
+grid has one axis, as the others are short.
+
+What bounds these kernels is instructions issued, more than products or bytes: no hash of a vector
+is made in a loop.
 
 Shape suffixes: B rows, S slots, H query heads, G key/value heads, K head size.
 """
@@ -21,6 +26,8 @@ from megatron_bert.parallel import random
 _FIRST_FACTOR = tl.constexpr(random.FIRST_FACTOR)
 _SECOND_FACTOR = tl.constexpr(random.SECOND_FACTOR)
 _ROW_OFFSET = tl.constexpr(random.ROW_OFFSET)
+_GROUP = tl.constexpr(random.GROUP)
+_GROUP_OFFSET = tl.constexpr(random.GROUP_OFFSET)
 _ELEMENT_OFFSET = tl.constexpr(random.ELEMENT_OFFSET)
 
 
@@ -40,9 +47,28 @@ def _vector_draws(key, numbers):
 
 
 @triton.jit
-def _element_draws(numbers):
-    """`element_draws` of key slots, as int32."""
-    return _mix(numbers.to(tl.uint32) ^ _ELEMENT_OFFSET).to(tl.int32, bitcast=True)
+def _group_draws(numbers):
+    """What `element_draws` adds for the group of elements that these are in, as int32."""
+    draws = _mix(tl.cast(numbers // _GROUP, tl.uint32) ^ _GROUP_OFFSET)
+    return draws.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _member_draws(numbers):
+    """What it adds for their places within the group, as int32."""
+    return _mix((numbers % _GROUP).to(tl.uint32) ^ _ELEMENT_OFFSET).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _pair_draws(draws, members, first, KEYS: tl.constexpr):
+    """Sums of queries' and keys' draws, of a tile of keys; `members` are those of the first one.
+
+    A tile that is a group has the members of every other one, and queries are added its group's.
+    """
+    if KEYS == _GROUP:
+        return (draws + _group_draws(first))[:, None] + members[None, :]
+    keys = first + tl.arange(0, KEYS)
+    return draws[:, None] + (_group_draws(keys) + _member_draws(keys))[None, :]
 
 
 @triton.jit
@@ -67,6 +93,8 @@ def _ranges(
 ):
     """Which tiles of others a tile of slots sees: from, whole from, whole until, until.
 
+    Those before and behind the whole ones are masked.
+
     Begins and ends of segments never decrease along a row, so the first and the last slot tell.
     """
     last = tl.minimum(first + SIZE, S) - 1
@@ -82,10 +110,6 @@ def _ranges(
     low = low // OTHER * OTHER
     whole_low = tl.cdiv(whole_low, OTHER) * OTHER
     whole_high = whole_high // OTHER * OTHER
-    # Where no tile is seen whole, all are masked, and none is computed twice.
-    none = whole_low >= whole_high
-    whole_low = tl.where(none, high, whole_low)
-    whole_high = tl.where(none, high, whole_high)
     return low, whole_low, whole_high, high
 
 
@@ -98,59 +122,17 @@ def _load(ARRAY, offsets, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _load_statistic(ARRAY, slots, inside, MASKED: tl.constexpr):
+def _load_number(ARRAY, slots, inside, MASKED: tl.constexpr):
+    """Load a number of each slot; zeros past the row's end."""
     if MASKED:
-        return tl.load(ARRAY + slots, mask=inside, other=0.0)
+        return tl.load(ARRAY + slots, mask=inside, other=0)
     return tl.load(ARRAY + slots)
 
 
 @triton.jit
-def _forward_tiles(
-    state,
-    q,
-    K,
-    V,
-    kv_step,
-    slots,
-    begins,
-    ends,
-    draws,
-    low,
-    high,
-    S,
-    scale,
-    threshold,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    REACH: tl.constexpr,
-    SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Take a tile of queries over tiles of keys from `low` until `high`."""
-    acc, highest, total = state
-    for first in range(low, high, KEYS):
-        keys = first + tl.arange(0, KEYS)
-        offsets = keys[:, None] * kv_step + tl.arange(0, SIZE)[None, :]
-        k = _load(K, offsets, keys < S, MASKED)
-        v = _load(V, offsets, keys < S, MASKED)
-        scores = tl.dot(q, tl.trans(k)) * scale
-        if MASKED:
-            visible = _sees(slots[:, None], begins[:, None], ends[:, None], keys[None, :], REACH)
-            scores = tl.where(visible, scores, -float("inf"))
-        highest_now = tl.maximum(highest, tl.max(scores, 1))
-        # A query that has seen no key yet has nothing but minus infinities.
-        reference = highest_now
-        if MASKED:
-            reference = tl.where(highest_now == -float("inf"), 0.0, highest_now)
-        weights = tl.exp2(scores - reference[:, None])
-        shrink = tl.exp2(highest - reference)
-        total = total * shrink + tl.sum(weights, 1)
-        if DROPOUT:
-            kept = is_kept(draws[:, None] + _element_draws(keys)[None, :], threshold)
-            weights = tl.where(kept, weights, 0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
-        highest = highest_now
-    return acc, highest, total
+def _nothing(number):
+    """Zero, which the compiler does not know: else it selects among halves of BF16 pairs."""
+    return number * 0.0
 
 
 @triton.jit
@@ -163,6 +145,8 @@ def flash_forward_kernel(
     BEGINS,
     ENDS,
     ROW_KEYS,
+    q_step,
+    kv_step,
     S,
     heads,
     first_head,
@@ -173,6 +157,7 @@ def flash_forward_kernel(
     DROPOUT: tl.constexpr,
     REACH: tl.constexpr,
     SIZE: tl.constexpr,
+    EVEN: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -189,78 +174,47 @@ def flash_forward_kernel(
     begins = tl.load(BEGINS + row * S + slots, mask=inside, other=0)
     ends = tl.load(ENDS + row * S + slots, mask=inside, other=0)
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, QUERIES, KEYS, REACH)
-    kv_step = heads // SHARING * SIZE
-    offsets = row * S * heads * SIZE + head * SIZE + slots[:, None] * heads * SIZE
-    offsets += tl.arange(0, SIZE)[None, :]
-    q = _load(Q, offsets, inside, True)
-    kv_offset = row * S * kv_step + head // SHARING * SIZE
-    draws = tl.zeros([QUERIES], tl.int32)
+    channels = head * SIZE + tl.arange(0, SIZE)[None, :]
+    q = _load(Q, (row * S + slots[:, None]) * q_step + channels, inside, True)
+    K += row * S * kv_step + head // SHARING * SIZE
+    V += row * S * kv_step + head // SHARING * SIZE
+    draws, members = tl.zeros([QUERIES], tl.int32), tl.zeros([KEYS], tl.int32)
     if DROPOUT:
+        members = _member_draws(tl.arange(0, KEYS))
         draws = _vector_draws(
             tl.load(ROW_KEYS + row).to(tl.uint32), (first_head + head) * S + slots
         )
-    state = (
-        tl.zeros([QUERIES, SIZE], tl.float32),
-        tl.full([QUERIES], -float("inf"), tl.float32),
-        tl.zeros([QUERIES], tl.float32),
-    )
-    for part in tl.static_range(3):
-        begin = low if part == 0 else (whole_low if part == 1 else whole_high)
-        end = whole_low if part == 0 else (whole_high if part == 1 else high)
-        state = _forward_tiles(
-            state, q, K + kv_offset, V + kv_offset, kv_step, slots, begins, ends, draws,
-            begin, end, S, scale, threshold, part != 1, DROPOUT, REACH, SIZE, KEYS,
-        )  # fmt: skip
-    acc, highest, total = state
+    nothing = _nothing(scale)
+    acc = tl.zeros([QUERIES, SIZE], tl.float32)
+    highest = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    for first_key in range(low, high, KEYS):
+        keys = first_key + tl.arange(0, KEYS)
+        offsets = keys[:, None] * kv_step + tl.arange(0, SIZE)[None, :]
+        k = _load(K, offsets, keys < S, not EVEN)
+        v = _load(V, offsets, keys < S, not EVEN)
+        # Scaled in the exponent, in one instruction with the subtraction; `scale` is positive.
+        scores = tl.dot(q, tl.trans(k))
+        if (first_key < whole_low) | (first_key >= whole_high):
+            visible = _sees(slots[:, None], begins[:, None], ends[:, None], keys[None, :], REACH)
+            scores = tl.where(visible, scores, -float("inf"))
+        highest_now = tl.maximum(highest, tl.max(scores, 1) * scale)
+        # A query that has seen no key yet has nothing but minus infinities.
+        reference = tl.where(highest_now == -float("inf"), 0.0, highest_now)
+        weights = tl.exp2(scores * scale - reference[:, None])
+        shrink = tl.exp2(highest - reference)
+        total = total * shrink + tl.sum(weights, 1)
+        if DROPOUT:
+            kept = is_kept(_pair_draws(draws, members, first_key, KEYS), threshold)
+            weights = tl.where(kept, weights, nothing)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
+        highest = highest_now
     # Slots past the row's end have seen nothing; nor are they stored.
     total = tl.where(inside, total, 1.0)
     out = (acc * (keep_scale / total)[:, None]).to(OUT.dtype.element_ty)
+    offsets = (row * S + slots[:, None]) * heads * SIZE + channels
     tl.store(OUT + offsets, out, mask=inside[:, None])
     tl.store(LOG_SUM + (row * heads + head) * S + slots, highest + tl.log2(total), mask=inside)
-
-
-@triton.jit
-def _query_gradient_tiles(
-    dq,
-    q,
-    do,
-    log_sum,
-    delta,
-    K,
-    V,
-    kv_step,
-    slots,
-    begins,
-    ends,
-    draws,
-    low,
-    high,
-    S,
-    scale,
-    threshold,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    REACH: tl.constexpr,
-    SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Take a tile of queries over tiles of keys from `low` until `high`."""
-    for first in range(low, high, KEYS):
-        keys = first + tl.arange(0, KEYS)
-        offsets = keys[:, None] * kv_step + tl.arange(0, SIZE)[None, :]
-        k = _load(K, offsets, keys < S, MASKED)
-        v = _load(V, offsets, keys < S, MASKED)
-        weights = tl.exp2(tl.dot(q, tl.trans(k)) * scale - log_sum[:, None])
-        if MASKED:
-            visible = _sees(slots[:, None], begins[:, None], ends[:, None], keys[None, :], REACH)
-            weights = tl.where(visible, weights, 0.0)
-        weight_grads = tl.dot(do, tl.trans(v))
-        if DROPOUT:
-            kept = is_kept(draws[:, None] + _element_draws(keys)[None, :], threshold)
-            weight_grads = tl.where(kept, weight_grads, 0.0)
-        score_grads = weights * (weight_grads - delta[:, None])
-        dq = tl.dot(score_grads.to(k.dtype), k, dq)
-    return dq
 
 
 @triton.jit
@@ -272,10 +226,15 @@ def flash_query_gradient_kernel(
     LOG_SUM,
     DO,
     DELTA,
+    DRAWS,
     DQ,
+    DQ_SUMS,
     BEGINS,
     ENDS,
     ROW_KEYS,
+    q_step,
+    kv_step,
+    dq_step,
     S,
     heads,
     first_head,
@@ -287,10 +246,15 @@ def flash_query_gradient_kernel(
     DROPOUT: tl.constexpr,
     REACH: tl.constexpr,
     SIZE: tl.constexpr,
+    EVEN: tl.constexpr,
+    SUMS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The queries' gradient, and what `flash_key_gradient_kernel` needs of each query: DELTA.
+    """The queries' gradient, and what `flash_key_gradient_kernel` needs of each query.
+
+    That is DELTA and, with dropout, DRAWS, int32 [B, H, S]. With SUMS also the gradient's sum over
+    each tile's queries, DQ_SUMS fp32 [B * tiles, H, K].
 
     Grid: B * H * tiles of queries.
     """
@@ -303,11 +267,11 @@ def flash_query_gradient_kernel(
     begins = tl.load(BEGINS + row * S + slots, mask=inside, other=0)
     ends = tl.load(ENDS + row * S + slots, mask=inside, other=0)
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, QUERIES, KEYS, REACH)
-    kv_step = heads // SHARING * SIZE
-    kv_offset = row * S * kv_step + head // SHARING * SIZE
-    offsets = row * S * heads * SIZE + head * SIZE + slots[:, None] * heads * SIZE
-    offsets += tl.arange(0, SIZE)[None, :]
-    q = _load(Q, offsets, inside, True)
+    K += row * S * kv_step + head // SHARING * SIZE
+    V += row * S * kv_step + head // SHARING * SIZE
+    channels = head * SIZE + tl.arange(0, SIZE)[None, :]
+    q = _load(Q, (row * S + slots[:, None]) * q_step + channels, inside, True)
+    offsets = (row * S + slots[:, None]) * heads * SIZE + channels
     do = _load(DO, offsets, inside, True)
     out = _load(OUT, offsets, inside, True)
     statistics = (row * heads + head) * S + slots
@@ -316,78 +280,36 @@ def flash_query_gradient_kernel(
     # weights are scaled up at the end, not one by one, so that this is scaled down.
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1) / keep_scale
     tl.store(DELTA + statistics, delta, mask=inside)
-    draws = tl.zeros([QUERIES], tl.int32)
+    draws, members = tl.zeros([QUERIES], tl.int32), tl.zeros([KEYS], tl.int32)
     if DROPOUT:
+        members = _member_draws(tl.arange(0, KEYS))
         draws = _vector_draws(
             tl.load(ROW_KEYS + row).to(tl.uint32), (first_head + head) * S + slots
         )
+        tl.store(DRAWS + statistics, draws, mask=inside)
     dq = tl.zeros([QUERIES, SIZE], tl.float32)
-    for part in tl.static_range(3):
-        begin = low if part == 0 else (whole_low if part == 1 else whole_high)
-        end = whole_low if part == 0 else (whole_high if part == 1 else high)
-        dq = _query_gradient_tiles(
-            dq, q, do, log_sum, delta, K + kv_offset, V + kv_offset, kv_step,
-            slots, begins, ends, draws, begin, end, S, scale, threshold,
-            part != 1, DROPOUT, REACH, SIZE, KEYS,
-        )  # fmt: skip
-    dq = (dq * (gradient_scale * keep_scale)).to(DQ.dtype.element_ty)
-    tl.store(DQ + offsets, dq, mask=inside[:, None])
-
-
-@triton.jit
-def _key_gradient_tiles(
-    dk,
-    dv,
-    k,
-    v,
-    Q,
-    DO,
-    LOG_SUM,
-    DELTA,
-    BEGINS,
-    ENDS,
-    q_step,
-    keys,
-    row_key,
-    element_draws,
-    first_number,
-    low,
-    high,
-    S,
-    scale,
-    threshold,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    REACH: tl.constexpr,
-    SIZE: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
-    """Take a tile of keys over tiles of one head's queries; scores stand transposed."""
-    for first in range(low, high, QUERIES):
-        slots = first + tl.arange(0, QUERIES)
-        inside = slots < S
-        offsets = slots[:, None] * q_step + tl.arange(0, SIZE)[None, :]
-        q = _load(Q, offsets, inside, MASKED)
-        do = _load(DO, offsets, inside, MASKED)
-        log_sum = _load_statistic(LOG_SUM, slots, inside, MASKED)
-        delta = _load_statistic(DELTA, slots, inside, MASKED)
-        weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale - log_sum[None, :])
-        if MASKED:
-            begins = tl.load(BEGINS + slots, mask=inside, other=0)
-            ends = tl.load(ENDS + slots, mask=inside, other=0)
-            visible = _sees(slots[None, :], begins[None, :], ends[None, :], keys[:, None], REACH)
+    for first_key in range(low, high, KEYS):
+        keys = first_key + tl.arange(0, KEYS)
+        kv_offsets = keys[:, None] * kv_step + tl.arange(0, SIZE)[None, :]
+        k = _load(K, kv_offsets, keys < S, not EVEN)
+        v = _load(V, kv_offsets, keys < S, not EVEN)
+        weights = tl.exp2(tl.dot(q, tl.trans(k)) * scale - log_sum[:, None])
+        if (first_key < whole_low) | (first_key >= whole_high):
+            visible = _sees(slots[:, None], begins[:, None], ends[:, None], keys[None, :], REACH)
             weights = tl.where(visible, weights, 0.0)
-        weight_grads = tl.dot(v, tl.trans(do))
-        dropped = weights
+        weight_grads = tl.dot(do, tl.trans(v))
         if DROPOUT:
-            draws = _vector_draws(row_key, first_number + slots)
-            kept = is_kept(draws[None, :] + element_draws[:, None], threshold)
-            dropped = tl.where(kept, weights, 0.0)
+            kept = is_kept(_pair_draws(draws, members, first_key, KEYS), threshold)
             weight_grads = tl.where(kept, weight_grads, 0.0)
-        dv = tl.dot(dropped.to(do.dtype), do, dv)
-        score_grads = weights * (weight_grads - delta[None, :])
-        dk = tl.dot(score_grads.to(q.dtype), q, dk)
-    return dk, dv
+        score_grads = weights * (weight_grads - delta[:, None])
+        dq = tl.dot(score_grads.to(k.dtype), k, dq)
+    dq *= gradient_scale * keep_scale
+    if SUMS:
+        # Past the row's end gradients are 0.
+        sums = DQ_SUMS + ((row * tiles + first // QUERIES) * heads + head) * SIZE
+        tl.store(sums + tl.arange(0, SIZE), tl.sum(dq, 0))
+    offsets = (row * S + slots[:, None]) * dq_step + channels
+    tl.store(DQ + offsets, dq.to(DQ.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -398,14 +320,15 @@ def flash_key_gradient_kernel(
     LOG_SUM,
     DO,
     DELTA,
+    DRAWS,
     DK,
     DV,
     BEGINS,
     ENDS,
-    ROW_KEYS,
+    q_step,
+    kv_step,
     S,
     heads,
-    first_head,
     scale,
     gradient_scale,
     threshold,
@@ -415,6 +338,7 @@ def flash_key_gradient_kernel(
     DROPOUT: tl.constexpr,
     REACH: tl.constexpr,
     SIZE: tl.constexpr,
+    EVEN: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -430,30 +354,46 @@ def flash_key_gradient_kernel(
     keys = first + tl.arange(0, KEYS)
     inside = keys < S
     low, whole_low, whole_high, high = _ranges(BEGINS, ENDS, row, first, S, KEYS, QUERIES, REACH)
-    q_step, kv_step = heads * SIZE, heads // SHARING * SIZE
     kv_offset = row * S * kv_step + part_head // SHARING * SIZE
     channels = tl.arange(0, SIZE)[None, :]
     k = _load(K + kv_offset, keys[:, None] * kv_step + channels, inside, True)
     v = _load(V + kv_offset, keys[:, None] * kv_step + channels, inside, True)
-    row_key = tl.full((), 0, tl.uint32)
-    element_draws = _element_draws(keys)
+    key_draws = tl.zeros([KEYS], tl.int32)
     if DROPOUT:
-        row_key = tl.load(ROW_KEYS + row).to(tl.uint32)
+        key_draws = _group_draws(keys) + _member_draws(keys)
+    nothing = _nothing(scale)
     dk = tl.zeros([KEYS, SIZE], tl.float32)
     dv = tl.zeros([KEYS, SIZE], tl.float32)
     for number in range(HEADS):
         head = part_head + number
         q_offset = row * S * q_step + head * SIZE
+        do_offset = (row * S * heads + head) * SIZE
         statistics = (row * heads + head) * S
-        for part in tl.static_range(3):
-            begin = low if part == 0 else (whole_low if part == 1 else whole_high)
-            end = whole_low if part == 0 else (whole_high if part == 1 else high)
-            dk, dv = _key_gradient_tiles(
-                dk, dv, k, v, Q + q_offset, DO + q_offset, LOG_SUM + statistics,
-                DELTA + statistics, BEGINS + row * S, ENDS + row * S, q_step, keys,
-                row_key, element_draws, (first_head + head) * S, begin, end, S, scale, threshold,
-                part != 1, DROPOUT, REACH, SIZE, QUERIES,
-            )  # fmt: skip
+        for first_query in range(low, high, QUERIES):
+            slots = first_query + tl.arange(0, QUERIES)
+            near = slots < S
+            q = _load(Q + q_offset, slots[:, None] * q_step + channels, near, not EVEN)
+            do = _load(DO + do_offset, slots[:, None] * heads * SIZE + channels, near, not EVEN)
+            log_sum = _load_number(LOG_SUM + statistics, slots, near, not EVEN)
+            delta = _load_number(DELTA + statistics, slots, near, not EVEN)
+            weights = tl.exp2(tl.dot(q, tl.trans(k)) * scale - log_sum[:, None])
+            if (first_query < whole_low) | (first_query >= whole_high):
+                begins = tl.load(BEGINS + row * S + slots, mask=near, other=0)
+                ends = tl.load(ENDS + row * S + slots, mask=near, other=0)
+                visible = _sees(
+                    slots[:, None], begins[:, None], ends[:, None], keys[None, :], REACH
+                )
+                weights = tl.where(visible, weights, 0.0)
+            weight_grads = tl.dot(do, tl.trans(v))
+            dropped = weights
+            if DROPOUT:
+                draws = _load_number(DRAWS + statistics, slots, near, not EVEN)
+                kept = is_kept(draws[:, None] + key_draws[None, :], threshold)
+                dropped = tl.where(kept, weights, nothing)
+                weight_grads = tl.where(kept, weight_grads, 0.0)
+            dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv)
+            score_grads = weights * (weight_grads - delta[:, None])
+            dk = tl.dot(tl.trans(score_grads.to(q.dtype)), q, dk)
     offsets = ((row * parts + part_head // HEADS) * S + keys[:, None]) * SIZE + channels
     tl.store(DK + offsets, dk * (gradient_scale * keep_scale), mask=inside[:, None])
     tl.store(DV + offsets, dv * keep_scale, mask=inside[:, None])

@@ -24,7 +24,12 @@ FIRST_FACTOR = 0x21F0AAAD
 SECOND_FACTOR = 0x735A2D97
 # Keep the hashes of rows and elements from meeting at 0, which `mix32` maps onto itself.
 ROW_OFFSET = 0x5BD1E995
+GROUP_OFFSET = 0x85EBCA6B
 ELEMENT_OFFSET = 0x9E3779B9
+
+# Elements of a vector that are hashed by their place among as many neighbours, and by where these
+# stand: what a kernel that takes so many at once has to hash is then alike for all of them.
+GROUP = 64
 
 
 def mix32(x: Tensor) -> Tensor:
@@ -82,7 +87,9 @@ def vector_draws(keys: Tensor, numbers: Tensor) -> Tensor:
 def element_draws(count: int, device: torch.device) -> Tensor:
     """Hash the numbers of a vector's elements, [count]: the other half, alike for all vectors."""
     numbers = torch.arange(count, device=device, dtype=torch.int64)
-    return _as_device_words(mix32(numbers ^ ELEMENT_OFFSET))
+    members = mix32((numbers % GROUP) ^ ELEMENT_OFFSET)
+    groups = mix32((numbers // GROUP) ^ GROUP_OFFSET)
+    return _as_device_words((members + groups) & _MASK_32)
 
 
 def hash_dropout(

@@ -33,12 +33,14 @@ _TYPES = {
     "ROW_KEYS": "*i64",
     "TOKEN_DRAWS": "*i32",
     "CHANNEL_DRAWS": "*i32",
-    **dict.fromkeys(("LOG_SUM", "DELTA", "DK", "DV", "MEAN", "RSTD", "PARTS"), "*fp32"),
+    "DRAWS": "*i32",
+    **dict.fromkeys(("LOG_SUM", "DELTA", "DQ_SUMS", "DK", "DV", "MEAN", "RSTD", "PARTS"), "*fp32"),
+    **dict.fromkeys(("q_step", "kv_step", "dq_step"), "i32"),
     **dict.fromkeys(("T", "D", "F", "S", "heads", "first_head", "threshold"), "i32"),
     **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale"), "fp32"),
 }
 # Sizes are multiples of 16, as arrays' addresses are.
-_DIVISIBLE = ("T", "D", "F", "S")
+_DIVISIBLE = ("T", "D", "F", "S", "q_step", "kv_step", "dq_step")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def cases() -> Iterator[tuple[int, Case]]:
         ModelConfig(**PRESETS[name]) for name in ("retrievabert-1.3b", "modernbert-base")
     )
     wide = model.model_copy(update={"hidden_size": 5120, "ffn_hidden_size": 13824})
+    wide_heads = model.model_copy(update={"num_attention_heads": model.hidden_size // 128})
     for capability in (80, 86, 89, 90, 100):
         for name, options in {**_flash(model, True), **_fused(model, True)}.items():
             yield capability, Case(f"{name} retrievabert-1.3b", name.split("_")[0], options)
@@ -82,18 +85,30 @@ def cases() -> Iterator[tuple[int, Case]]:
         yield 86, Case(f"{name} retrievabert-1.3b in fp32", "fused", options, "fp32")
     for name, options in _fused(wide, True).items():
         yield 86, Case(f"{name} wide", "fused", options)
+    for name, options in _flash(wide_heads, True).items():
+        yield 86, Case(f"{name} heads of 128", "flash", options)
 
 
 def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
     tiling = flash_attention.TILING
     sharing = model.num_attention_heads // model.num_query_groups
     reach = model.local_attention // 2 if model.family.alternates else -1
-    meta = {"SHARING": sharing, "DROPOUT": dropout, "REACH": reach, "SIZE": model.head_dim}
+    meta = {
+        "SHARING": sharing,
+        "DROPOUT": dropout,
+        "REACH": reach,
+        "SIZE": model.head_dim,
+        "EVEN": True,
+    }
     heads = sharing // tiling.key_gradient_parts if sharing > 1 else 1
+    forward, query_gradient, key_gradient = (
+        meta | tile.of_heads(model.head_dim).options()
+        for tile in (tiling.forward, tiling.query_gradient, tiling.key_gradient)
+    )
     return {
-        "flash_forward": meta | tiling.forward.options(),
-        "flash_query_gradient": meta | tiling.query_gradient.options(),
-        "flash_key_gradient": meta | {"HEADS": heads} | tiling.key_gradient.options(),
+        "flash_forward": forward,
+        "flash_query_gradient": query_gradient | {"SUMS": True},
+        "flash_key_gradient": key_gradient | {"HEADS": heads},
     }
 
 
@@ -116,7 +131,7 @@ def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
 
 def compiled(case: Case, capability: int) -> dict[str, int]:
     """Compile a kernel: registers of a thread, and bytes of its stack and of a program."""
-    launch = ("num_warps", "num_stages")
+    launch = ("num_warps", "num_stages", "maxnreg")
     constants = {n: v for n, v in case.options.items() if n not in launch}
     names = case.kernel.arg_names
     types = {n: "constexpr" if n in constants else _TYPES.get(n, f"*{case.compute}") for n in names}

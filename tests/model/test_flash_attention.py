@@ -12,7 +12,8 @@ from megatron_bert.parallel.random import dropout_keys
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
 
 from megatron_bert.model import flash_attention as flash
-from megatron_bert.model.flash_attention import Tile, Tiling, flash_attention
+from megatron_bert.model.flash_attention import PackedAttention, Tile, Tiling, flash_attention
+from megatron_bert.model.joined_attention import joined_attention
 
 pytestmark = pytest.mark.peers
 
@@ -82,6 +83,17 @@ def test_the_kernels_are_the_written_out_attention(
     for ours, theirs in zip((y, *grads), (z, *expected), strict=True):
         difference = (ours.float() - theirs.transpose(1, 2)).norm() / theirs.norm()
         assert difference < TOLERANCE
+
+    qkv = joined.flatten(2).requires_grad_()
+    bias = torch.zeros(qkv.shape[2], device=DEVICE, dtype=DTYPE, requires_grad=True)
+    arguments = (layout.begins_BS, layout.ends_BS, reach, dropout, keys, first_head)
+    one = joined_attention(qkv, bias, groups, size, PackedAttention.of(*arguments))
+    qkv_grad, bias_grad = torch.autograd.grad(one, (qkv, bias), y_grad)
+    # The same kernels on the same numbers.
+    assert torch.equal(one, y)
+    assert torch.equal(qkv_grad, torch.cat(grads, dim=2).flatten(2))
+    total = qkv_grad.float().sum((0, 1))
+    assert (bias_grad.float() - total).norm() / total.norm() < TOLERANCE
 
 
 def test_what_stands_in_other_segments_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,78 @@
+"""Attention whose queries, keys and values are the columns of one array, for CUDA.
+
+One product gives them and takes their gradient, which kernels write where it belongs: nothing is
+split, copied or put together again.
+
+Shape suffixes: B rows, S slots, N = B x S tokens, H query heads, G key/value heads, K head size, F
+columns, (H + 2 G) x K.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bert.model.flash_attention import PackedAttention
+
+
+def joined_attention(
+    qkv_BSF: Tensor, bias_F: Tensor | None, groups: int, size: int, attention: PackedAttention
+) -> Tensor:
+    """Softmax attention within each segment of a packed row.
+
+    Args:
+        qkv_BSF: [B, S, F] queries, then keys, then values, each head by head.
+        bias_F: [F], which was added to them and gets its gradient, their sum, from here; None:
+            there is none, or it has its gradient from elsewhere.
+        groups: G.
+        size: K.
+        attention: the rows' segments, and what is dropped.
+
+    Returns:
+        [B, S, H, K].
+    """
+    out_BSHK: Tensor = _JoinedAttention.apply(qkv_BSF, bias_F, groups, size, attention)  # type: ignore[no-untyped-call]
+    return out_BSHK
+
+
+def _heads(qkv_BSF: Tensor, groups: int, size: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, [B, S, H or G, K]."""
+    parts = qkv_BSF.unflatten(2, (-1, size))
+    return parts.split([parts.shape[2] - 2 * groups, groups, groups], dim=2)
+
+
+class _JoinedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        bias: Tensor | None,
+        groups: int,
+        size: int,
+        attention: PackedAttention,
+    ) -> Tensor:
+        out, log_sum = attention.forward(*_heads(qkv, groups, size))
+        ctx.groups, ctx.size, ctx.attention = groups, size, attention
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(qkv, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, log_sum = ctx.saved_tensors
+        has_bias = ctx.bias_dtype is not None
+        grad = torch.empty_like(qkv)
+        q_grad, *_ = _heads(grad, ctx.groups, ctx.size)
+        kv_grad, q_sums = ctx.attention.backward(
+            grads[0], *_heads(qkv, ctx.groups, ctx.size), out, log_sum, q_grad, sums=has_bias
+        )
+        # [2, B, G, S, K] -> [B, S, 2, G, K]
+        columns = grad[..., -2 * ctx.groups * ctx.size :]
+        columns.unflatten(2, (2, ctx.groups, ctx.size)).copy_(kv_grad.permute(1, 3, 0, 2, 4))
+        bias_grad = None
+        if has_bias:
+            sums = [q_sums.sum(0).flatten(), kv_grad.sum((1, 3)).flatten()]
+            bias_grad = torch.cat(sums).to(ctx.bias_dtype)
+        return grad, bias_grad, None, None, None
