@@ -1,10 +1,11 @@
 """The gated activation and the product behind it, by a kernel of our own.
 
 What is kept is what the activation is made from. Backward one kernel reads that and the gradient of
-the activation, writes those of gate and up and, for the weight's gradient, the activation again,
+the activation, writes that of gate and up and, for the weight's gradient, the activation again,
 and sums those of their biases meanwhile: hence these are added here, not by the products before.
 
-Shape suffixes: N tokens of the micro-batch, D hidden, F features of this rank.
+Shape suffixes: N tokens of the micro-batch, D hidden, F features of this rank, P = 2 F: gate's and
+then up's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def gated_down(
-    gate_NF: Tensor,
-    up_NF: Tensor,
+    gate_up_NP: Tensor,
     gate_bias_F: Tensor | None,
     up_bias_F: Tensor | None,
     down: DeferringLayer,
@@ -37,8 +37,7 @@ def gated_down(
     What is kept is what the activation is made from.
 
     Args:
-        gate_NF: [N, F], without its bias.
-        up_NF: [N, F], without its bias.
+        gate_up_NP: [N, P], dense, without biases.
         gate_bias_F: [F]; None where there are no biases.
         up_bias_F: [F], or None like the other.
         down: the layer of the product, of which but the weight is used: the bias is not added,
@@ -53,7 +52,7 @@ def gated_down(
         # Its gradient does not come by way of this function.
         weight_DF = weight_DF.detach()
     y_ND: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
-        gate_NF, up_NF, gate_bias_F, up_bias_F, weight_DF, down, _is_gelu(activation)
+        gate_up_NP, gate_bias_F, up_bias_F, weight_DF, down, _is_gelu(activation)
     )
     return y_ND
 
@@ -67,46 +66,47 @@ class _GatedDown(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        gate: Tensor,
-        up: Tensor,
+        gate_up: Tensor,
         gate_bias: Tensor | None,
         up_bias: Tensor | None,
         weight: Tensor,
         down: DeferringLayer,
         gelu: bool,
     ) -> Tensor:
+        # A copy of it would cost as much as the kernel.
+        assert gate_up.is_contiguous()
         ctx.down, ctx.gelu = down, gelu
-        ctx.save_for_backward(gate, up, gate_bias, up_bias, weight)
-        (N, size), tile = gate.shape, fused_tiles.TILING.activation
-        gate, up, active = gate.contiguous(), up.contiguous(), torch.empty_like(gate)
+        ctx.save_for_backward(gate_up, gate_bias, up_bias, weight)
+        N, size, tile = len(gate_up), weight.shape[1], fused_tiles.TILING.activation
+        active = gate_up.new_empty(N, size)
         has_biases = gate_bias is not None
         grid = (cdiv(N, tile.tokens) * cdiv(size, tile.columns),)
         fused_kernels.fused_gated_activation_kernel[grid](
-            gate, up, *((gate_bias, up_bias) if has_biases else (gate, gate)), active, N, size,
-            BIASES=has_biases, GELU=gelu, **tile.options(),
+            gate_up, *((gate_bias, up_bias) if has_biases else (gate_up, gate_up)), active, N,
+            size, BIASES=has_biases, GELU=gelu, **tile.options(),
         )  # fmt: skip
         return F.linear(active, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, gate_bias, up_bias, weight = ctx.saved_tensors
+        gate_up, gate_bias, up_bias, weight = ctx.saved_tensors
         y_grad, has_biases = grads[0], gate_bias is not None
-        (N, size), tile = gate.shape, fused_tiles.TILING.activation
+        N, size, tile = len(gate_up), weight.shape[1], fused_tiles.TILING.activation
         # Where its gradient was, the activation is put.
         active = y_grad @ weight
-        gate_grad, up_grad = torch.empty_like(active), torch.empty_like(active)
+        gate_up_grad = torch.empty_like(gate_up)
         column_tiles = cdiv(size, tile.columns)
         programs = tile.programs(N, max(1, fused_tiles.TILING.activation_programs // column_tiles))
-        sums = gate.new_empty((programs if has_biases else 0, 2, size), dtype=torch.float32)
+        sums = gate_up.new_empty((programs if has_biases else 0, 2, size), dtype=torch.float32)
         fused_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](
-            active, gate.contiguous(), up.contiguous(),
-            *((gate_bias, up_bias) if has_biases else (gate, gate)), gate_grad, up_grad, active,
-            sums, N, size, BIASES=has_biases, GELU=ctx.gelu, **tile.options(loops=True),
+            active, gate_up, *((gate_bias, up_bias) if has_biases else (gate_up, gate_up)),
+            gate_up_grad, active, sums, N, size, BIASES=has_biases, GELU=ctx.gelu,
+            **tile.options(loops=True),
         )  # fmt: skip
-        bias_grads = sums.sum(0).to(gate.dtype) if has_biases else (None, None)
+        bias_grads = sums.sum(0).to(gate_up.dtype) if has_biases else (None, None)
         weight_grad = None
         if ctx.down.deferred is None:
             weight_grad = y_grad.T @ active
         else:
             ctx.down.deferred.append(WeightProducts([ctx.down], active, [y_grad]))
-        return gate_grad, up_grad, *bias_grads, weight_grad, None, None
+        return gate_up_grad, *bias_grads, weight_grad, None, None

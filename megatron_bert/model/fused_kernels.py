@@ -5,7 +5,8 @@ all tokens, and those of a program's own tokens are added up in fp32 beside the 
 writes. Programs write their sums one below another, so that no sum depends on which one finishes
 first, and how many programs there are follows from shapes alone.
 
-Arrays are dense [T, D] or [T, F]; statistics are fp32 [T], draws are as `hash_dropout` takes them.
+Arrays are dense: [T, D], [T, F], or [T, 2 F] of gate's features and then up's. Statistics are fp32
+[T], draws are as `hash_dropout` takes them.
 
 Shape suffixes: T tokens, D hidden, F feed-forward.
 """
@@ -135,21 +136,8 @@ def fused_norm_again_kernel(
 
 
 @triton.jit
-def _summed_gradients(GRAD_0, GRAD_1, GRAD_2, offsets, mask, GRADS: tl.constexpr):
-    """The gradient of what several products read, from each of them a part."""
-    grad = tl.load(GRAD_0 + offsets, mask=mask, other=0.0).to(tl.float32)
-    if GRADS > 1:
-        grad += tl.load(GRAD_1 + offsets, mask=mask, other=0.0).to(tl.float32)
-    if GRADS > 2:
-        grad += tl.load(GRAD_2 + offsets, mask=mask, other=0.0).to(tl.float32)
-    return grad
-
-
-@triton.jit
 def fused_residual_norm_gradient_kernel(
-    GRAD_0,
-    GRAD_1,
-    GRAD_2,
+    NORMED_GRAD,
     SUM_GRAD,
     SUM,
     MEAN,
@@ -164,7 +152,6 @@ def fused_residual_norm_gradient_kernel(
     D,
     threshold,
     keep_scale,
-    GRADS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_BRANCH_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -193,9 +180,7 @@ def fused_residual_norm_gradient_kernel(
         first = tl.cast(tile, tl.int64) * TOKENS
         inside = first + tokens < T
         mask = inside[:, None] & (columns < D)[None, :]
-        grad = _summed_gradients(
-            GRAD_0 + first * D, GRAD_1 + first * D, GRAD_2 + first * D, offsets, mask, GRADS
-        )
+        grad = tl.load(NORMED_GRAD + first * D + offsets, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(SUM + first * D + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(MEAN + first + tokens, mask=inside, other=0.0)
         rstd = tl.load(RSTD + first + tokens, mask=inside, other=0.0)
@@ -283,8 +268,7 @@ def _activated(gate, GELU: tl.constexpr):
 
 @triton.jit
 def fused_gated_activation_kernel(
-    GATE,
-    UP,
+    GATE_UP,
     GATE_BIAS,
     UP_BIAS,
     OUT,
@@ -304,25 +288,24 @@ def fused_gated_activation_kernel(
     first = (tl.program_id(0) // tiles).to(tl.int64) * TOKENS
     tokens = tl.arange(0, TOKENS)
     mask = (first + tokens < T)[:, None] & (columns < F)[None, :]
-    offsets = tokens[:, None] * F + columns[None, :]
-    gate = tl.load(GATE + first * F + offsets, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(UP + first * F + offsets, mask=mask, other=0.0).to(tl.float32)
+    wide = tokens[:, None] * 2 * F + columns[None, :]
+    gate = tl.load(GATE_UP + first * 2 * F + wide, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(GATE_UP + first * 2 * F + F + wide, mask=mask, other=0.0).to(tl.float32)
     if BIASES:
         gate += _load_vector(GATE_BIAS, columns, F)[None, :]
         up += _load_vector(UP_BIAS, columns, F)[None, :]
     out = _activated(gate, GELU)[0] * up
+    offsets = tokens[:, None] * F + columns[None, :]
     tl.store(OUT + first * F + offsets, out.to(OUT.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def fused_gated_activation_gradient_kernel(
     GRAD,
-    GATE,
-    UP,
+    GATE_UP,
     GATE_BIAS,
     UP_BIAS,
-    GATE_GRAD,
-    UP_GRAD,
+    GATE_UP_GRAD,
     OUT,
     PARTS,
     T,
@@ -344,6 +327,7 @@ def fused_gated_activation_gradient_kernel(
     program, programs = tl.program_id(0) // tiles, tl.num_programs(0) // tiles
     tokens = tl.arange(0, TOKENS)
     offsets = tokens[:, None] * F + columns[None, :]
+    wide = tokens[:, None] * 2 * F + columns[None, :]
     if BIASES:
         gate_bias = _load_vector(GATE_BIAS, columns, F)[None, :]
         up_bias = _load_vector(UP_BIAS, columns, F)[None, :]
@@ -353,8 +337,8 @@ def fused_gated_activation_gradient_kernel(
         first = tl.cast(tile, tl.int64) * TOKENS
         mask = (first + tokens < T)[:, None] & (columns < F)[None, :]
         grad = tl.load(GRAD + first * F + offsets, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(GATE + first * F + offsets, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(UP + first * F + offsets, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(GATE_UP + first * 2 * F + wide, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(GATE_UP + first * 2 * F + F + wide, mask=mask, other=0.0).to(tl.float32)
         if BIASES:
             gate += gate_bias
             up += up_bias
@@ -362,9 +346,9 @@ def fused_gated_activation_gradient_kernel(
         gate_grad, up_grad = grad * up * slope, grad * active
         out = (active * up).to(OUT.dtype.element_ty)
         tl.store(OUT + first * F + offsets, out, mask=mask)
-        gate_grad_out = gate_grad.to(GATE_GRAD.dtype.element_ty)
-        tl.store(GATE_GRAD + first * F + offsets, gate_grad_out, mask=mask)
-        tl.store(UP_GRAD + first * F + offsets, up_grad.to(UP_GRAD.dtype.element_ty), mask=mask)
+        compute = GATE_UP_GRAD.dtype.element_ty
+        tl.store(GATE_UP_GRAD + first * 2 * F + wide, gate_grad.to(compute), mask=mask)
+        tl.store(GATE_UP_GRAD + first * 2 * F + F + wide, up_grad.to(compute), mask=mask)
         if BIASES:
             gate_sum += gate_grad
             up_sum += up_grad

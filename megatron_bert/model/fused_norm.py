@@ -1,9 +1,8 @@
 """The residual stream and its norms, by kernels of our own for CUDA.
 
-Three things hold that compiled blocks do not have: gradients of biases and of norms are summed
-where what they are sums of is written, not read again; a gradient that comes in parts from several
-products is added up where it is read; and norms' outputs are not kept for the gradients of the
-products' weights, for which they are made again.
+Two things hold that compiled blocks do not have: gradients of biases and of norms are summed where
+what they are sums of is written, not read again; and norms' outputs are not kept for the gradients
+of the products' weights, for which they are made again.
 
 Every sum is in fp32 and in an order that follows from shapes alone: the same input gives the same
 bits.
@@ -49,12 +48,11 @@ class Normed:
     """A LayerNorm's output, which can be made again.
 
     Attributes:
-        copies: the output [T, D], of one storage, once for each product that reads it: so each
-            one's gradient arrives by itself.
+        output_TD: [T, D].
         again: makes it again, without a gradient.
     """
 
-    copies: tuple[Tensor, ...]
+    output_TD: Tensor
     again: Callable[[], Tensor]
 
 
@@ -64,7 +62,6 @@ def residual_norm(
     weight_D: Tensor,
     bias_D: Tensor | None,
     eps: float,
-    copies: int = 1,
 ) -> tuple[Tensor, Normed]:
     """Add a branch to the residual stream, and normalise the sum.
 
@@ -75,13 +72,11 @@ def residual_norm(
         weight_D: [D], the norm's.
         bias_D: [D], the norm's; None where it has none.
         eps: the norm's.
-        copies: products that read the norm, at most three.
 
     Returns:
         x + dropout(y + bias), and its norm.
     """
-    assert 1 <= copies <= 3
-    sum_TD, mean_T, rstd_T, *normed = _ResidualNorm.apply(  # type: ignore[no-untyped-call]
+    sum_TD, mean_T, rstd_T, normed_TD = _ResidualNorm.apply(  # type: ignore[no-untyped-call]
         x_TD,
         branch and branch.y_TD,
         branch and branch.bias_D,
@@ -89,10 +84,9 @@ def residual_norm(
         bias_D,
         branch,
         eps,
-        copies,
     )
     kept = (sum_TD.detach(), mean_T, rstd_T, weight_D.detach(), bias_D)
-    return sum_TD, Normed(tuple(normed), lambda: _norm_again(*kept))
+    return sum_TD, Normed(normed_TD, lambda: _norm_again(*kept))
 
 
 def add_branch(x_TD: Tensor, branch: Branch) -> Tensor:
@@ -167,7 +161,6 @@ class _ResidualNorm(torch.autograd.Function):
         bias: Tensor | None,
         branch: Branch | None,
         eps: float,
-        copies: int,
     ) -> tuple[Tensor, ...]:
         sum_TD, normed, mean, rstd = _add_and_normalize(x, branch, (weight, bias, eps))
         ctx.has_biases = (bias is not None, branch_bias is not None)
@@ -178,14 +171,13 @@ class _ResidualNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if branch is None:
             sum_TD = x.view_as(x)
-        return sum_TD, mean, rstd, normed, *(normed.detach() for _ in range(copies - 1))
+        return sum_TD, mean, rstd, normed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        sum_grad, _, _, *parts = grads
-        normed_grads = [part.contiguous() for part in parts if part is not None]
+        sum_grad, _, _, normed_grad = grads
         assert sum_grad is not None
-        assert normed_grads
+        assert normed_grad is not None
         sum_TD, mean, rstd, weight, *draws = ctx.saved_tensors
         has_bias, has_branch_bias = ctx.has_biases
         T, D = sum_TD.shape
@@ -194,12 +186,11 @@ class _ResidualNorm(torch.autograd.Function):
         tile = fused_tiles.TILING.gradient_rows(D)
         programs = tile.programs(T, fused_tiles.TILING.row_programs)
         sums = mean.new_empty((programs, 1 + has_bias + has_branch_bias, D))
-        first, *others = normed_grads
         fused_kernels.fused_residual_norm_gradient_kernel[(programs,)](
-            first, *(others + [first] * (2 - len(others))), sum_grad.contiguous(), sum_TD, mean,
-            rstd, weight, *(draws or (mean, mean)), x_grad, y_grad, sums, T, D, *ctx.dropping,
-            GRADS=len(normed_grads), HAS_BIAS=has_bias, HAS_BRANCH_BIAS=has_branch_bias,
-            DROPOUT=bool(draws), **tile.options(loops=True),
+            normed_grad.contiguous(), sum_grad.contiguous(), sum_TD, mean, rstd, weight,
+            *(draws or (mean, mean)), x_grad, y_grad, sums, T, D, *ctx.dropping,
+            HAS_BIAS=has_bias, HAS_BRANCH_BIAS=has_branch_bias, DROPOUT=bool(draws),
+            **tile.options(loops=True),
         )  # fmt: skip
         weight_grad, *bias_grads = sums.sum(0).to(weight.dtype)
         bias_grad = bias_grads.pop(0) if has_bias else None
@@ -210,7 +201,6 @@ class _ResidualNorm(torch.autograd.Function):
             branch_bias_grad,
             weight_grad,
             bias_grad,
-            None,
             None,
             None,
         )

@@ -1,6 +1,6 @@
 """What the fused kernels compute, by PyTorch: what they are tested against and timed beside.
 
-Shape suffixes: T tokens, D hidden, F feed-forward.
+Shape suffixes: T tokens, D hidden, F feed-forward, P = 2 F: gate's features and then up's.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def plain_residual_norm(
 
 
 def plain_gated_down(
-    gate_TF: Tensor,
-    up_TF: Tensor,
+    gate_up_TP: Tensor,
     gate_bias_F: Tensor | None,
     up_bias_F: Tensor | None,
     weight_DF: Tensor,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The product of activation(gate + bias) * (up + bias) with the down projection's weight."""
+    gate_TF, up_TF = gate_up_TP.chunk(2, 1)
     if gate_bias_F is not None and up_bias_F is not None:
         gate_TF, up_TF = gate_TF + gate_bias_F, up_TF + up_bias_F
     return F.linear(activation(gate_TF) * up_TF, weight_DF)

@@ -29,14 +29,32 @@ from megatron_bert.parallel.data_parallel import sharded_units
 from megatron_bert.parallel.sharding import local_part
 
 
+def weight_gradients(
+    x_ND: Tensor, grads_NF: Sequence[Tensor], sizes: Sequence[int]
+) -> Sequence[Tensor]:
+    """Gradients y_grad^T x of the weights of layers that read one input.
+
+    Args:
+        x_ND: what they read.
+        grads_NF: of what they gave, one a layer, or one with the layers' features side by side.
+        sizes: features that each of them gave.
+
+    Returns:
+        One [F, D] a layer: rows of one product where there is one gradient.
+    """
+    products = [grad_NF.T @ x_ND for grad_NF in grads_NF]
+    return products if len(products) == len(sizes) else torch.split(products[0], list(sizes))
+
+
 class WeightProducts:
     """Gradients y_grad^T x of the weights that one micro-batch's x went through, not yet computed.
 
     Args:
         layers: whose weights they are.
         x_TD: what they read.
-        grads_NF: of what they gave, one a layer.
+        grads_NF: of what they gave, one a layer, or one with the layers' features side by side.
         group: the ranks whose tokens are to be gathered; None where x has all of them.
+        sizes: features that each layer gave; None: those of its gradient.
     """
 
     def __init__(
@@ -45,11 +63,13 @@ class WeightProducts:
         x_TD: Tensor,
         grads_NF: Sequence[Tensor],
         group: dist.ProcessGroup | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         self.layers = layers
         self._x_TD = x_TD
         self._grads_NF = grads_NF
         self._group = group
+        self._sizes = sizes or [grad_NF.shape[1] for grad_NF in grads_NF]
 
     def gather(self) -> Tensor:
         """Begin to gather the tokens."""
@@ -57,10 +77,10 @@ class WeightProducts:
             return self._x_TD
         return start_all_gather(self._x_TD, self._group)
 
-    def compute(self, gathering: Tensor) -> list[Tensor]:
+    def compute(self, gathering: Tensor) -> Sequence[Tensor]:
         """The gradients of this rank's weights, from what `gather` returned."""
         x_ND = gathering if self._group is None else wait(gathering)
-        return [grad_NF.T @ x_ND for grad_NF in self._grads_NF]
+        return weight_gradients(x_ND, self._grads_NF, self._sizes)
 
 
 # What a layer has left, the micro-batches in the order of their backward passes.

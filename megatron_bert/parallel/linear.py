@@ -18,7 +18,7 @@ features in, F features out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -39,6 +39,7 @@ from megatron_bert.parallel.deferred import (
     WeightProducts,
     WeightQueue,
     linear_with_deferred_weight,
+    weight_gradients,
 )
 from megatron_bert.parallel.partial_gradients import mark_partial
 from megatron_bert.parallel.sharding import local_part, make_parameter
@@ -117,8 +118,6 @@ def column_parallel(
     x_TD: Tensor,
     layers: tuple[ColumnParallelLinear, ...],
     tp: TensorParallelGroup,
-    *,
-    with_biases: bool = True,
 ) -> tuple[Tensor, ...]:
     """Apply several column-parallel layers to one input.
 
@@ -130,26 +129,66 @@ def column_parallel(
         x_TD: [T, in], the tokens that this rank holds.
         layers: layers of `in` input features.
         tp: the ranks.
-        with_biases: False leaves them to be added by whoever reads what is returned.
 
     Returns:
         One tensor [N, out / tp] a layer.
     """
     pairs = [layer.local_parameters() for layer in layers]
-    if not with_biases:
-        pairs = [(weight, None) for weight, _ in pairs]
     if tp.size == 1:
         return tuple(_linear(layer, x_TD, *pair) for layer, pair in zip(layers, pairs, strict=True))
     if layers[0].product is not None:
         x_ND = _GivenToProducts.apply(x_TD, tp.group, tp.shards_tokens)  # type: ignore[no-untyped-call]
         return tuple(_linear(layer, x_ND, *pair) for layer, pair in zip(layers, pairs, strict=True))
+    return _applied(x_TD, layers, tp, pairs, joined=False)
+
+
+def joined_column_parallel(
+    x_TD: Tensor,
+    layers: tuple[ColumnParallelLinear, ...],
+    tp: TensorParallelGroup,
+    *,
+    with_biases: bool = True,
+) -> Tensor:
+    """Apply several column-parallel layers to one input, by one product.
+
+    A narrow product takes as long as its input takes to be read, and each product that reads the
+    input gives a gradient of it that has to be written, read and added to the others. The weights
+    are laid end to end for the product, forward and again backward, and are not kept so.
+
+    Args:
+        x_TD: [T, in], the tokens that this rank holds.
+        layers: layers of `in` input features, all of them with a bias or none, without a `product`
+            of their own.
+        tp: the ranks.
+        with_biases: False leaves them to be added by whoever reads what is returned.
+
+    Returns:
+        [N, the sum of out / tp], the layers' features side by side.
+    """
+    assert all(layer.product is None for layer in layers)
+    assert len({layer.bias is None for layer in layers}) == 1
+    pairs = [layer.local_parameters() for layer in layers]
+    if not with_biases:
+        pairs = [(weight, None) for weight, _ in pairs]
+    return _applied(x_TD, layers, tp, pairs, joined=True)[0]
+
+
+def _applied(
+    x_TD: Tensor,
+    layers: tuple[ColumnParallelLinear, ...],
+    tp: TensorParallelGroup,
+    pairs: Sequence[tuple[Tensor, Tensor | None]],
+    *,
+    joined: bool,
+) -> tuple[Tensor, ...]:
     weights, biases = zip(*pairs, strict=True)
     deferring = None
     if layers[0].deferred is not None:
         # Their gradients do not come by way of this function.
         deferring, weights = layers, tuple(weight.detach() for weight in weights)
+    ranks = (tp.group, tp.shards_tokens) if tp.size > 1 else (None, False)
     return _ColumnParallel.apply(  # type: ignore[no-any-return,no-untyped-call]
-        x_TD, tp.group, tp.shards_tokens, deferring, *weights, *biases
+        x_TD, *ranks, deferring, joined, *weights, *biases
     )
 
 
@@ -184,45 +223,78 @@ class _GivenToProducts(torch.autograd.Function):
 
 
 class _ColumnParallel(torch.autograd.Function):
+    """Products of one input: one a layer, or with `joined` one of the weights laid end to end.
+
+    The weights that are kept are the layers' own. Of one that was kept joined nobody could free
+    the storage, as `fully_shard` does with gathered parameters.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         x_TD: Tensor,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         shards_tokens: bool,
         deferring: tuple[ColumnParallelLinear, ...] | None,
+        joined: bool,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         weights, biases = cast(tuple[Tensor, ...], parameters[:count]), parameters[count:]
         ctx.group, ctx.shards_tokens, ctx.deferring = group, shards_tokens, deferring
-        ctx.has_biases = [bias is not None for bias in biases]
+        ctx.has_biases, ctx.joined = [bias is not None for bias in biases], joined
         # Of shared tokens each rank keeps its own; they are gathered again backward.
         ctx.save_for_backward(x_TD, *weights)
-        x_ND = wait(start_all_gather(x_TD, group)) if shards_tokens else x_TD
+        x_ND = x_TD
+        if shards_tokens and group is not None:
+            x_ND = wait(start_all_gather(x_TD, group))
+        if joined:
+            has_biases = biases[0] is not None
+            biases = (torch.cat(cast(tuple[Tensor, ...], biases)),) if has_biases else (None,)
+            weights = (torch.cat(weights),)
         return tuple(F.linear(x_ND, w, b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads_NF: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         group, shards_tokens, deferring = ctx.group, ctx.shards_tokens, ctx.deferring
+        sizes = [len(weight) for weight in weights]
         gathers = shards_tokens and deferring is None
         gathering = start_all_gather(x, group) if gathers else x
-        x_grad_ND = grads_NF[0] @ weights[0]
-        for grad_NF, weight in zip(grads_NF[1:], weights[1:], strict=True):
-            x_grad_ND = x_grad_ND + grad_NF @ weight
-        start = start_reduce_scatter if shards_tokens else start_all_reduce
+        x_grad_ND = _input_gradient(grads_NF, [torch.cat(weights)] if ctx.joined else weights)
         x_ND = wait(gathering) if gathers else x
-        reducing = start(x_grad_ND, group)
-        weight_grads: list[Tensor | None]
+        if group is not None:
+            start = start_reduce_scatter if shards_tokens else start_all_reduce
+            reducing = start(x_grad_ND, group)
+        weight_grads: Sequence[Tensor | None]
         if deferring is None:
-            weight_grads = [grad_NF.T @ x_ND for grad_NF in grads_NF]
+            weight_grads = weight_gradients(x_ND, grads_NF, sizes)
         else:
             weight_grads = [None] * len(weights)
-            products = WeightProducts(deferring, x, grads_NF, group if shards_tokens else None)
+            gathered = group if shards_tokens else None
+            products = WeightProducts(deferring, x, grads_NF, gathered, sizes)
             deferring[0].deferred.append(products)
-        bias_grads = [
-            grad_NF.sum(0) if has_bias else None
-            for grad_NF, has_bias in zip(grads_NF, ctx.has_biases, strict=True)
-        ]
-        return wait(reducing), None, None, None, *weight_grads, *bias_grads
+        bias_grads = _bias_gradients(grads_NF, sizes, ctx.has_biases)
+        x_grad_TD = x_grad_ND if group is None else wait(reducing)
+        return x_grad_TD, None, None, None, None, *weight_grads, *bias_grads
+
+
+def _input_gradient(grads_NF: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    x_grad_ND = grads_NF[0] @ weights[0]
+    for grad_NF, weight in zip(grads_NF[1:], weights[1:], strict=True):
+        x_grad_ND = x_grad_ND + grad_NF @ weight
+    return x_grad_ND
+
+
+def _bias_gradients(
+    grads_NF: Sequence[Tensor], sizes: Sequence[int], has_biases: Sequence[bool]
+) -> list[Tensor | None]:
+    """Column sums; of a joined gradient in one pass, and then all of its layers have a bias."""
+    if not any(has_biases):
+        return [None] * len(sizes)
+    if len(grads_NF) < len(sizes):
+        return list(torch.split(grads_NF[0].sum(0), list(sizes)))
+    return [
+        grad_NF.sum(0) if has_bias else None
+        for grad_NF, has_bias in zip(grads_NF, has_biases, strict=True)
+    ]

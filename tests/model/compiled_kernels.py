@@ -122,7 +122,7 @@ def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
     return {
         "fused_residual_norm": forward,
         "fused_norm_again": norm | rows.options(),
-        "fused_residual_norm_gradient": norm | branch | {"GRADS": 3} | gradient,
+        "fused_residual_norm_gradient": norm | branch | gradient,
         "fused_branch_gradient": branch | rows.options(loops=True),
         "fused_gated_activation": gated | activation.options(),
         "fused_gated_activation_gradient": gated | activation.options(loops=True),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bert.config.errors import ConfigError
@@ -19,6 +16,7 @@ from megatron_bert.model.block import Block, BlockDropout
 from megatron_bert.model.build import build_model
 from megatron_bert.parallel.random import element_draws
 from tests.distributed_harness import run_ranks
+from tests.held_storages import Storages
 from tests.small_model import (
     VOCABULARY,
     cpu_topology,
@@ -109,31 +107,30 @@ def _compare(ranks: int, changes: dict[str, Any], sizes: dict[str, Any]) -> None
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-class _Storages(TorchDispatchMode):
-    """The storages that operators have made, beside those that were there."""
+class _Operators(TorchDispatchMode):
+    """Operators that made a row for each token, by name, but for products and what makes none.
 
-    def __init__(self, there: Iterable[Tensor]) -> None:
+    What Triton's interpreter copies beside has one dimension.
+    """
+
+    # Products, storage that is written by a kernel, and views.
+    _OTHERS = ("mm", "addmm", "empty", "empty_like", "new_empty", "set_", "detach", "view")
+
+    def __init__(self, tokens: int) -> None:
         super().__init__()
-        self._there = {tensor.untyped_storage()._cdata for tensor in there}
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._tokens = tokens
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._there:
-                    self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        name = func.name().split("::")[1].split(".")[0]
+        if name not in self._OTHERS and isinstance(result, Tensor) and result.dim() == 2:
+            self.names += [name] if len(result) == self._tokens else []
         return result
 
-    def held(self) -> int:
-        """Bytes of those that are still there."""
-        gc.collect()  # Triton's interpreter leaves what it was called with last in a cycle
-        return sum(size for reference, size in self._made.values() if not reference.expired())
 
-
-def _held_bytes(name: str, recompute: str, biases: bool) -> int:
-    """Bytes that are there after a block's forward pass and were not before."""
+def _block(name: str, recompute: str, biases: bool) -> tuple[Block, BlockDropout]:
+    """A block of 64 tokens by itself, and its dropout."""
     architecture = "retrievabert" if biases else "modernbert"
     config = small_config(
         model={**DROPOUT, "architecture": architecture}, recompute=recompute, kernels=name
@@ -144,13 +141,18 @@ def _held_bytes(name: str, recompute: str, biases: bool) -> int:
         kernels.use_kernels(model, name, torch.device("cpu"), torch.float32, fp8=False)
     block = model.blocks["1"]
     assert isinstance(block, Block)
+    draws, channels = torch.arange(64), element_draws(32, torch.device("cpu"))
+    return block, BlockDropout(draws[:2], draws, draws, channels)
+
+
+def _held_bytes(name: str, recompute: str, biases: bool) -> int:
+    """Bytes that are there after a block's forward pass and were not before."""
+    block, dropout = _block(name, recompute, biases)
     # As if attention kept nothing but its output.
     block.attention.mix = lambda q, *_: q * 1.0
     layout = PackedLayout.from_positions(packed_inputs(2).positions)
-    draws, channels = torch.arange(64), element_draws(32, torch.device("cpu"))
-    dropout = BlockDropout(draws[:2], draws, draws, channels)
     x = torch.randn(64, 32, requires_grad=True)
-    storages = _Storages([*model.parameters(), draws, channels, x])
+    storages = Storages([*block.parameters(), dropout.attention_T, dropout.channels_D, x])
     with storages:
         y = block(x, layout, dropout)
     held = storages.held()
@@ -173,6 +175,37 @@ def test_with_full_recomputation_nothing_is_kept_but_the_block_s_output(name: st
     assert run_ranks(1, _held_bytes, name, "full", True)[0] == 4 * 64 * 32
 
 
+class _Mixed(torch.autograd.Function):
+    """In attention's place: nothing is computed, and three gradients come back."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.shapes = (q.shape, k.shape, v.shape)
+        return q.new_empty(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grads[0].new_empty(shape) for shape in ctx.shapes)
+
+
+def _operators(biases: bool) -> tuple[list[str], list[str]]:
+    block, dropout = _block("fused", "none", biases)
+    block.attention.mix = lambda q, k, v, *_: _Mixed.apply(q, k, v)
+    layout = PackedLayout.from_positions(packed_inputs(2).positions)
+    x, y_grad = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32)
+    with _Operators(64) as forward:
+        y = block(x, layout, dropout)
+    with _Operators(64) as backward:
+        y.backward(y_grad)
+    return forward.names, backward.names
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_between_products_and_kernels_nothing_is_copied_or_added(biases: bool) -> None:
+    # But for queries', keys' and values' gradients, which are put side by side.
+    assert run_ranks(1, _operators, biases)[0] == ([], ["cat"])
+
+
 def _made_again(tensor: int, sequence: bool) -> list[int]:
     """How often a training step makes norms again."""
     from megatron_bert.model import fused_norm
@@ -191,7 +224,7 @@ def _made_again(tensor: int, sequence: bool) -> list[int]:
 
 
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
-def test_a_norm_is_made_again_once_for_all_that_read_it(tensor: int, sequence: bool) -> None:
+def test_a_norm_is_made_again_once(tensor: int, sequence: bool) -> None:
     # Two micro-batches through two layers of two norms each.
     assert len(run_ranks(tensor, _made_again, tensor, sequence)[0]) == 2 * 2 * 2
 

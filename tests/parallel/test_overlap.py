@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bert.parallel.linear import ColumnParallelLinear, column_parallel
+from megatron_bert.parallel.linear import (
+    ColumnParallelLinear,
+    column_parallel,
+    joined_column_parallel,
+)
 from tests.distributed_harness import run_ranks
 from tests.small_model import cpu_topology, packed_inputs, small_config, small_model
 
@@ -37,36 +41,32 @@ class _Order(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _backward_order(sequence: bool) -> list[str]:
+def _backward_order(sequence: bool, joined: bool) -> list[str]:
     tp = cpu_topology(tensor=2, sequence_parallel=sequence).tensor_parallel
     layers = (ColumnParallelLinear(8, 16, tp), ColumnParallelLinear(8, 16, tp))
     for layer in layers:
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter)
     x = torch.randn(6, 8, requires_grad=True)
-    outputs = column_parallel(x, layers, tp)
+    outputs = (joined_column_parallel(x, layers, tp),) if joined else column_parallel(x, layers, tp)
     gradients = [torch.ones_like(output) for output in outputs]
     with _Order() as order:
         torch.autograd.backward(outputs, gradients)
     return order.names
 
 
-@pytest.mark.parametrize(
-    ("sequence", "expected"),
-    [
-        # The input's gradient, then its sum beside the weights' products.
-        (False, ["product"] * 2 + ["sum"] + ["product"] * 2 + ["wait"]),
-        # Before that, the tokens are gathered beside the input's products.
-        (
-            True,
-            ["gather", *["product"] * 2, "wait", "scatter", *["product"] * 2, "wait"],
-        ),
-    ],
-)
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("sequence", [False, True])
 def test_collectives_of_a_column_parallel_layer_are_waited_for_behind_its_products(
-    sequence: bool, expected: list[str]
+    sequence: bool, joined: bool
 ) -> None:
-    for order in run_ranks(2, _backward_order, sequence):
+    products = ["product"] * (1 if joined else 2)
+    # The input's gradient, then its sum beside the weights' products.
+    expected = [*products, "sum", *products, "wait"]
+    if sequence:
+        # Before that, the tokens are gathered beside the input's products.
+        expected = ["gather", *products, "wait", "scatter", *products, "wait"]
+    for order in run_ranks(2, _backward_order, sequence, joined):
         assert order == expected
 
 

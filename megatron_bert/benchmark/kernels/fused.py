@@ -1,6 +1,6 @@
 """What stands between a block's products, in the pieces in which `kernels: fused` computes it.
 
-Shape suffixes: T tokens, D hidden, F feed-forward.
+Shape suffixes: T tokens, D hidden, F feed-forward, P = 2 F: gate's features and then up's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def residual_norm_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
 
         branch = Branch(y_TD, bias_D, dropout, *draws)
         x, normed = residual_norm(x_TD, branch, weight_D, norm_bias_D, eps)
-        return x, normed.copies[0]
+        return x, normed.output_TD
 
     inputs = (x_TD, y_TD, bias_D, weight_D, norm_bias_D)
     plain = partial(plain_residual_norm, dropout=dropout, draws=draws, eps=eps)
@@ -79,7 +79,7 @@ def activation_product_piece(work: KernelWork, tokens: int) -> Piece:
         model.ffn_hidden_size,
         ACTIVATIONS[model.family.activation],
     )
-    gate_TF, up_TF = (work.random(tokens, ffn) for _ in range(2))
+    gate_up_TP = work.random(tokens, 2 * ffn)
     gate_bias_F, up_bias_F = (work.random(ffn) if model.family.biases else None for _ in range(2))
     down = _Down(nn.Parameter(work.random(hidden, ffn).detach()))
 
@@ -87,9 +87,9 @@ def activation_product_piece(work: KernelWork, tokens: int) -> Piece:
         # Here: Triton comes with PyTorch for CUDA only.
         from megatron_bert.model.fused_activation import gated_down
 
-        return gated_down(gate_TF, up_TF, gate_bias_F, up_bias_F, down, activation)
+        return gated_down(gate_up_TP, gate_bias_F, up_bias_F, down, activation)
 
-    inputs = (gate_TF, up_TF, gate_bias_F, up_bias_F, down.weight)
+    inputs = (gate_up_TP, gate_bias_F, up_bias_F, down.weight)
     plain = partial(plain_gated_down, activation=activation)
     alternatives, absent = with_compiled(work, plain, inputs, partial(plain, *inputs))
     add_fused(work, fused, alternatives, absent)
