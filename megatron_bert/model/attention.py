@@ -234,43 +234,38 @@ class SelfAttention(nn.Module):
             mixed_BHSK = attend(*arguments)
         return mixed_BHSK.transpose(1, 2).flatten(2).flatten(0, 1)
 
+    def mixes_joined(self, layout: PackedLayout) -> bool:
+        """Whether `mix_joined` serves: by our kernels, on queries and keys as the product gives."""
+        rotates = layout.rotation is not None
+        return layout.bias_B1SS is None and not rotates and not self.selects_kv_heads
+
     def mix_joined(
-        self,
-        qkv_NF: Tensor,
-        bias_F: Tensor | None,
-        layout: PackedLayout,
-        dropout_keys_B: Tensor,
+        self, qkv_NF: Tensor, bias_F: Tensor | None, layout: PackedLayout, dropout_keys_B: Tensor
     ) -> Tensor:
-        """`mix` of one product's columns: queries, keys and values, each head by head.
+        """`mix` of one product's columns.
 
         Args:
-            qkv_NF: [N, F].
-            bias_F: [F], which was added to them without a gradient, and gets it from here.
+            qkv_NF: [N, F] queries, keys and values side by side, each head by head.
+            bias_F: [F], which was added to them, and gets its gradient from here.
             layout: which slots see each other.
             dropout_keys_B: int64 [B].
         """
-        if layout.bias_B1SS is None and layout.rotation is None and not self.selects_kv_heads:
-            from megatron_bert.model.flash_attention import PackedAttention
-            from megatron_bert.model.joined_attention import joined_attention
+        # Here: Triton comes with PyTorch for CUDA only.
+        from megatron_bert.model.flash_attention import PackedAttention
+        from megatron_bert.model.joined_attention import joined_attention
 
-            attention = PackedAttention.of(
-                layout.begins_BS,
-                layout.ends_BS,
-                layout.reach,
-                self.dropout if self.training else 0.0,
-                dropout_keys_B,
-                self.first_head,
-            )
-            groups = (qkv_NF.shape[1] // self.head_dim - self.local_heads) // 2
-            qkv_BSF = qkv_NF.view(layout.rows, -1, qkv_NF.shape[1])
-            mixed_BSHK = joined_attention(qkv_BSF, bias_F, groups, self.head_dim, attention)
-            return mixed_BSHK.flatten(2).flatten(0, 1)
-        if bias_F is not None:
-            # Its gradient: the value is there already.
-            qkv_NF = qkv_NF + (bias_F - bias_F.detach())
-        queries = self.local_heads * self.head_dim
-        q, kv = qkv_NF.tensor_split((queries,), dim=1)
-        return self.mix(q, *kv.chunk(2, dim=1), layout, dropout_keys_B)
+        attention = PackedAttention.of(
+            layout.begins_BS,
+            layout.ends_BS,
+            layout.reach,
+            self.dropout if self.training else 0.0,
+            dropout_keys_B,
+            self.first_head,
+        )
+        groups = (qkv_NF.shape[1] // self.head_dim - self.local_heads) // 2
+        qkv_BSF = qkv_NF.view(layout.rows, -1, qkv_NF.shape[1])
+        mixed_BSHK = joined_attention(qkv_BSF, bias_F, groups, self.head_dim, attention)
+        return mixed_BSHK.flatten(2).flatten(0, 1)
 
     def _of_local_heads(self, x_BGSK: Tensor) -> Tensor:
         """[B, G, S, K] -> [B, H, S, K]: for each query head of this rank its key/value head."""

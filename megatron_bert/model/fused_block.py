@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.distributed.topology import TensorParallelGroup
-from megatron_bert.model.attention import PackedLayout
+from megatron_bert.model.attention import PackedLayout, SelfAttention
 from megatron_bert.model.block import Block, BlockDropout
 from megatron_bert.model.fused_activation import gated_down
 from megatron_bert.model.fused_norm import Branch, Normed, add_branch, residual_norm
@@ -29,13 +29,7 @@ def fused_block(block: Block, x_TD: Tensor, layout: PackedLayout, dropout: Block
     remakes = not (block.recompute and block.training)
 
     x_TD, normed = _first_norm(block, x_TD)
-    qkv_NF = _product(
-        normed, (attention.query, attention.key, attention.value), tp, remakes=remakes
-    )
-    queries = attention.local_heads * attention.head_dim
-    keys = (qkv_NF.shape[1] - queries) // 2
-    q, k, v = torch.split(qkv_NF, [queries, keys, keys], 1)
-    mixed_NF = attention.mix(q, k, v, layout, dropout.attention_weights_B)
+    mixed_NF = _mixed(attention, normed, layout, dropout.attention_weights_B, remakes=remakes)
     y_TD = attention.output.without_bias(mixed_NF)
     draws = (dropout.attention_T, dropout.channels_D)
     branch = Branch(y_TD, attention.output.bias, probability, *draws)
@@ -59,18 +53,45 @@ def _first_norm(block: Block, x_TD: Tensor) -> tuple[Tensor, Normed]:
     return x_TD, Normed(x_TD, x_TD.detach)
 
 
+def _mixed(
+    attention: SelfAttention,
+    normed: Normed,
+    layout: PackedLayout,
+    dropout_keys_B: Tensor,
+    *,
+    remakes: bool,
+) -> Tensor:
+    """Attention before its output projection, [N, H x K]."""
+    inputs = (attention.query, attention.key, attention.value)
+    if attention.mixes_joined(layout):
+        qkv_NF = _product(normed, inputs, attention.tp, remakes=remakes, bias_gradients=False)
+        return attention.mix_joined(qkv_NF, _joined_bias(inputs), layout, dropout_keys_B)
+    qkv_NF = _product(normed, inputs, attention.tp, remakes=remakes)
+    queries = attention.local_heads * attention.head_dim
+    keys = (qkv_NF.shape[1] - queries) // 2
+    q, k, v = torch.split(qkv_NF, [queries, keys, keys], 1)
+    return attention.mix(q, k, v, layout, dropout_keys_B)
+
+
 def _product(
     normed: Normed,
     layers: tuple[ColumnParallelLinear, ...],
     tp: TensorParallelGroup,
     *,
     remakes: bool,
-    with_biases: bool = True,
+    **biases: bool,
 ) -> Tensor:
-    """Column-parallel layers' features of a norm, side by side; the norm is not kept."""
+    """`joined_column_parallel` of a norm, which is not kept."""
     hooks = _made_again(normed) if remakes else nullcontext()
     with hooks:
-        return joined_column_parallel(normed.output_TD, layers, tp, with_biases=with_biases)
+        return joined_column_parallel(normed.output_TD, layers, tp, **biases)
+
+
+def _joined_bias(layers: tuple[ColumnParallelLinear, ...]) -> Tensor | None:
+    """The layers' biases end to end; None where they have none."""
+    biases = [layer.local_parameters()[1] for layer in layers]
+    there = [bias for bias in biases if bias is not None]
+    return torch.cat(there) if there else None
 
 
 def _made_again(normed: Normed) -> AbstractContextManager[None]:

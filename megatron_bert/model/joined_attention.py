@@ -39,8 +39,8 @@ def joined_attention(
 
 def _heads(qkv_BSF: Tensor, groups: int, size: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, [B, S, H or G, K]."""
-    parts = qkv_BSF.unflatten(2, (-1, size))
-    return parts.split([parts.shape[2] - 2 * groups, groups, groups], dim=2)
+    parts = qkv_BSF.view(*qkv_BSF.shape[:2], -1, size)
+    return torch.split(parts, [parts.shape[2] - 2 * groups, groups, groups], 2)
 
 
 class _JoinedAttention(torch.autograd.Function):
@@ -69,8 +69,9 @@ class _JoinedAttention(torch.autograd.Function):
             grads[0], *_heads(qkv, ctx.groups, ctx.size), out, log_sum, q_grad, sums=has_bias
         )
         # [2, B, G, S, K] -> [B, S, 2, G, K]
+        kv_grad_BS2GK = kv_grad.permute(1, 3, 0, 2, 4)
         columns = grad[..., -2 * ctx.groups * ctx.size :]
-        columns.unflatten(2, (2, ctx.groups, ctx.size)).copy_(kv_grad.permute(1, 3, 0, 2, 4))
+        columns.view(kv_grad_BS2GK.shape).copy_(kv_grad_BS2GK)
         bias_grad = None
         if has_bias:
             sums = [q_sums.sum(0).flatten(), kv_grad.sum((1, 3)).flatten()]

@@ -148,6 +148,7 @@ def joined_column_parallel(
     tp: TensorParallelGroup,
     *,
     with_biases: bool = True,
+    bias_gradients: bool = True,
 ) -> Tensor:
     """Apply several column-parallel layers to one input, by one product.
 
@@ -161,6 +162,8 @@ def joined_column_parallel(
             of their own.
         tp: the ranks.
         with_biases: False leaves them to be added by whoever reads what is returned.
+        bias_gradients: False leaves their gradients, the column sums of that of what is returned,
+            to whoever reads it.
 
     Returns:
         [N, the sum of out / tp], the layers' features side by side.
@@ -170,6 +173,8 @@ def joined_column_parallel(
     pairs = [layer.local_parameters() for layer in layers]
     if not with_biases:
         pairs = [(weight, None) for weight, _ in pairs]
+    elif not bias_gradients:
+        pairs = [(weight, None if bias is None else bias.detach()) for weight, bias in pairs]
     return _applied(x_TD, layers, tp, pairs, joined=True)[0]
 
 
@@ -242,7 +247,7 @@ class _ColumnParallel(torch.autograd.Function):
         count = len(parameters) // 2
         weights, biases = cast(tuple[Tensor, ...], parameters[:count]), parameters[count:]
         ctx.group, ctx.shards_tokens, ctx.deferring = group, shards_tokens, deferring
-        ctx.has_biases, ctx.joined = [bias is not None for bias in biases], joined
+        ctx.learns_biases, ctx.joined = ctx.needs_input_grad[-count:], joined
         # Of shared tokens each rank keeps its own; they are gathered again backward.
         ctx.save_for_backward(x_TD, *weights)
         x_ND = x_TD
@@ -274,7 +279,7 @@ class _ColumnParallel(torch.autograd.Function):
             gathered = group if shards_tokens else None
             products = WeightProducts(deferring, x, grads_NF, gathered, sizes)
             deferring[0].deferred.append(products)
-        bias_grads = _bias_gradients(grads_NF, sizes, ctx.has_biases)
+        bias_grads = _bias_gradients(grads_NF, sizes, ctx.learns_biases)
         x_grad_TD = x_grad_ND if group is None else wait(reducing)
         return x_grad_TD, None, None, None, None, *weight_grads, *bias_grads
 
@@ -287,14 +292,14 @@ def _input_gradient(grads_NF: Sequence[Tensor], weights: Sequence[Tensor]) -> Te
 
 
 def _bias_gradients(
-    grads_NF: Sequence[Tensor], sizes: Sequence[int], has_biases: Sequence[bool]
+    grads_NF: Sequence[Tensor], sizes: Sequence[int], learns: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Column sums; of a joined gradient in one pass, and then all of its layers have a bias."""
-    if not any(has_biases):
+    """Column sums; of a joined gradient in one pass, and then all of its layers learn a bias."""
+    if not any(learns):
         return [None] * len(sizes)
     if len(grads_NF) < len(sizes):
         return list(torch.split(grads_NF[0].sum(0), list(sizes)))
     return [
-        grad_NF.sum(0) if has_bias else None
-        for grad_NF, has_bias in zip(grads_NF, has_biases, strict=True)
+        grad_NF.sum(0) if learns_bias else None
+        for grad_NF, learns_bias in zip(grads_NF, learns, strict=True)
     ]

@@ -48,9 +48,8 @@ def test_every_kernel_compiles_and_fits_on_the_gpus_that_it_is_for() -> None:
         registers = (figures["registers"] + 7) // 8 * 8
         assert registers * 32 * figures["warps"] <= REGISTERS, about
         if capability == 90:
-            # With twelve heads' queries for one of keys it is short of registers: Triton 3.6 spills
-            # 344 bytes, 3.9 none.
-            most = 512 if name.startswith("flash_key_gradient") else 0
+            # Tiles are those that were quickest: attention's are so with a few registers short.
+            most = 128 if name.startswith("flash_") else 0
             assert figures["spilled"] <= most, about
         if name.startswith("fused") and not name.endswith(("wide", "fp32")):
             # Several programs a multiprocessor: while one computes others load.
