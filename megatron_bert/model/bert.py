@@ -221,17 +221,24 @@ class BertForPretraining(nn.Module):
     def _block_dropouts(
         self, rows_B: Tensor, share: TokenShare, hidden_size: int
     ) -> Iterator[BlockDropout]:
+        """Each block's dropout; the draws of all are hashed together, in as few kernels as one's.
+
+        Hashes of one layer are too small for a GPU: launching them would take all the time.
+        """
         layers, device = self.part.layers, rows_B.device
-        weights_LB, attention_LB, feed_forward_LB = (
-            dropout_keys(rows_B, self.seed, site, layers)
-            for site in ("attention_weights", "attention", "feed_forward")
-        )
-        slots_T = share.slot_numbers(device)
-        channels_D = element_draws(hidden_size, device)
-        for layer in range(len(layers)):
-            yield BlockDropout(
-                weights_LB[layer],
-                vector_draws(share.take(attention_LB[layer, :, None]), slots_T),
-                vector_draws(share.take(feed_forward_LB[layer, :, None]), slots_T),
-                channels_D,
+        weights_LB = dropout_keys(rows_B, self.seed, "attention_weights", layers)
+        attention_LT = feed_forward_LT = rows_B.new_empty(len(layers), 0)
+        channels_D = rows_B.new_empty(0)
+        if self.training and self.model.hidden_dropout > 0.0:
+            slots_T = share.slot_numbers(device)
+            attention_LT, feed_forward_LT = (
+                vector_draws(
+                    share.take(dropout_keys(rows_B, self.seed, site, layers)[..., None]), slots_T
+                )
+                for site in ("attention", "feed_forward")
             )
+            channels_D = element_draws(hidden_size, device)
+        # Not indexed layer by layer, which would be operators of each.
+        rows = (x.unbind() for x in (weights_LB, attention_LT, feed_forward_LT))
+        for weights_B, attention_T, feed_forward_T in zip(*rows, strict=True):
+            yield BlockDropout(weights_B, attention_T, feed_forward_T, channels_D)

@@ -26,7 +26,8 @@ class BlockDropout:
 
     Attributes:
         attention_weights_B: int64 [B], keys of the rows.
-        attention_T: [T], draws of this rank's tokens.
+        attention_T: [T], draws of this rank's tokens; as the next two [0] where no hidden state is
+            dropped.
         feed_forward_T: [T], the same for the other sub-layer.
         channels_D: [D], draws of the hidden channels.
     """

@@ -41,8 +41,9 @@ class TokenShare:
         return cls(rows, slots, count * tp.rank, count)
 
     def take(self, x_BS: Tensor) -> Tensor:
-        """[B, S] or [B, 1], broadcast over S -> [T], what belongs to this rank's tokens."""
-        return x_BS.expand(self.rows, self.slots).flatten().narrow(0, self.first, self.count)
+        """[..., B, S], or with a 1 to be broadcast -> [..., T], what this rank's tokens have."""
+        whole = x_BS.expand(*x_BS.shape[:-2], self.rows, self.slots).flatten(-2)
+        return whole.narrow(-1, self.first, self.count)
 
     def slot_numbers(self, device: torch.device) -> Tensor:
         """int64 [T], the tokens' places in their rows."""

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, record_function
 
 from megatron_bert.benchmark.gemm import model_gemms
+from megatron_bert.benchmark.machine import Hardware
 from megatron_bert.benchmark.rows import keys_per_query
-from megatron_bert.benchmark.step.kernel_shares import kind_of
+from megatron_bert.benchmark.step.figures import StepCase, StepFigures
+from megatron_bert.benchmark.step.kernel_shares import Span, kind_of, profiled_spans, sum_spans
+from megatron_bert.benchmark.step.table import step_table
 from megatron_bert.config.flops import head_flops, peak_tflops, row_flops
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.batch import Batch, RowArrays
@@ -48,6 +53,7 @@ def test_steps_are_measured_as_the_interface_says(config: Path, tmp_path: Path) 
     assert [case["seq_length"] for case in document["cases"]] == [32, 64]
     for case in document["cases"]:
         assert case["rows"] == 128 // case["seq_length"]
+        assert case["profiled_seconds"] is None
         rate = 128 / case["step_seconds"]
         assert case["tokens_per_second"] == pytest.approx(rate, rel=0.01, abs=1)
         for part in ("gemm", "attention", "softmax"):
@@ -127,3 +133,52 @@ def test_the_peak_goes_by_the_gpus_name() -> None:
 )
 def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+def test_shares_are_of_the_time_that_kernels_span_those_of_several_streams_once() -> None:
+    second = 10**9
+    spans = [
+        Span("nvjet_a", 4 * second, 6 * second),
+        Span("nvjet_b", 10 * second, 11 * second),
+        Span("ncclDevKernel", 5 * second, 7 * second),
+        Span("nvjet_a", 13 * second, 14 * second),
+    ]
+    found = sum_spans(spans)
+    assert found is not None
+    assert found.seconds == 10.0
+    assert found.kinds == {"idle": 0.5, "GEMM": 0.4, "communication": 0.2}
+    assert found.kernels == {"nvjet_a": 0.3, "ncclDevKernel": 0.2, "nvjet_b": 0.1}
+    assert sum_spans([]) is None
+
+
+def test_the_step_in_which_the_profiler_starts_is_not_counted() -> None:
+    steps: list[int] = []
+
+    def step() -> None:
+        steps.append(len(steps) + 1)
+        with record_function(f"step {len(steps)}"):
+            torch.ones(3).cumsum(0)
+
+    spans = profiled_spans(step, ProfilerActivity.CPU, lambda: None)
+    names = [span.name for span in spans]
+    assert steps == [1, 2]
+    assert names.count("step 2") == names.count("aten::cumsum") == 1
+    assert "step 1" not in names
+    assert not [name for name in names if name.startswith("ProfilerStep")]
+    assert all(span.begin <= span.end for span in spans)
+
+
+def test_the_table_tells_the_time_that_shares_are_of() -> None:
+    case = StepCase(
+        seq_length=512, dropout=0.1, rows=64, micro_batches=2, keys_per_query=200.0,
+        tokens_per_second=55_910, tflops_per_gpu=420.0, mfu=0.42, peak_memory_gb=71.1,
+        step_seconds=1.2, gemm_seconds=None, attention_seconds=None, softmax_seconds=None,
+        first_step_seconds=10.0, loss=9.0, profiled_seconds=1.1719, shares={"GEMM": 0.6},
+    )  # fmt: skip
+    hardware = Hardware("a processor", 16, 128.0, 0.5)
+    figures = StepFigures(hardware, "a GPU", 1, {}, False, 800.0, [case], {})
+    assert step_table(figures)[-1].split(maxsplit=2) == ["time", "in", "GEMM 60.0% of 1.172 s"]
+    unprofiled = StepFigures(
+        hardware, "cpu", 1, {}, False, 1.0, [replace(case, profiled_seconds=None)], {}
+    )
+    assert not any("time in" in line for line in step_table(unprofiled))

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bert.config.flops import row_flops
 from megatron_bert.config.parameters import parameter_count
 from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import ModelConfig
-from megatron_bert.model.bert import BertForPretraining
+from megatron_bert.model.bert import BertForPretraining, ModelPart
+from megatron_bert.model.block import BlockDropout
+from megatron_bert.parallel.random import dropout_keys, element_draws, vector_draws
+from megatron_bert.parallel.token_share import TokenShare
 from tests.distributed_harness import run_ranks
 from tests.small_model import (
     MASKED,
@@ -23,6 +29,8 @@ from tests.small_model import (
     small_model,
     whole_model,
 )
+
+T = TypeVar("T")
 
 
 def test_the_model_has_the_parameters_that_the_configuration_predicts() -> None:
@@ -100,6 +108,64 @@ def _check_company() -> None:
         undropped = model.eval().encode(alone.tokens, alone.positions, alone.rows)
     torch.testing.assert_close(whole[2 * SLOTS : 3 * SLOTS], part)
     assert not torch.allclose(part, undropped)
+
+
+class _Operators(TorchDispatchMode):
+    """Counts what is computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _operators(compute: Callable[[], T]) -> tuple[T, int]:
+    """What it returns, and how many operators it takes."""
+    with _Operators() as operators:
+        result = compute()
+    return result, operators.count
+
+
+def test_the_draws_of_all_layers_are_made_together_each_as_if_alone() -> None:
+    run_ranks(1, _check_draws_together)
+
+
+def _check_draws_together() -> None:
+    tp, rows = cpu_topology().tensor_parallel, torch.tensor([3, 2**40 + 1, 5])
+    config = small_config(model={"num_layers": 8, "hidden_dropout": 0.3}).model
+    # The end of the second row and most of the third, as a rank that shares the tokens may have.
+    share = TokenShare(rows=3, slots=SLOTS, first=2 * SLOTS - 7, count=SLOTS)
+    slots = (torch.arange(SLOTS) + SLOTS - 7) % SLOTS
+    row_of_token = (torch.arange(SLOTS) + 2 * SLOTS - 7) // SLOTS
+    counts = set()
+    for layers in (range(8), range(3, 5)):
+        with torch.device("meta"):
+            part = ModelPart(layers, is_first=False, is_last=False)
+            model = BertForPretraining(config, VOCABULARY, tp, seed=7, part=part).train()
+
+        def dropouts(model: BertForPretraining = model) -> list[BlockDropout]:
+            return list(model._block_dropouts(rows, share, 32))
+
+        found, count = _operators(dropouts)
+        counts.add(count)
+        for layer, dropout in zip(layers, found, strict=True):
+            for site, draws in (
+                ("attention", dropout.attention_T),
+                ("feed_forward", dropout.feed_forward_T),
+            ):
+                (keys,) = dropout_keys(rows, 7, site, range(layer, layer + 1))
+                expected = vector_draws(keys[row_of_token], slots)
+                assert draws.dtype == expected.dtype
+                assert draws.is_contiguous()
+                assert torch.equal(draws, expected)
+            assert torch.equal(dropout.channels_D, element_draws(32, rows.device))
+            keys = dropout_keys(rows, 7, "attention_weights", layers)[layer - layers.start]
+            assert torch.equal(dropout.attention_weights_B, keys)
+        none, without = _operators(lambda model=model: dropouts(model.eval()))
+        assert without < count / 2
+        assert {len(dropout.attention_T) for dropout in none} == {0}
+    assert len(counts) == 1
 
 
 def test_initial_weights_follow_the_configuration() -> None:

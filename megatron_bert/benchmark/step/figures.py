@@ -26,7 +26,8 @@ class StepWork:
         micro_batches: of a step.
         steps: timed; warm-up steps come first.
         warm_up: steps before them, in which blocks are compiled.
-        profiles: whether a further step is taken apart by kernels (CUDA).
+        profiles: whether a further step is taken apart by kernels, after one in which the profiler
+            starts (CUDA).
     """
 
     config: Config
@@ -62,7 +63,9 @@ class StepCase:
         softmax_seconds: the same of the cross-entropy over the vocabulary.
         first_step_seconds: with compilation, of which the cache may hold parts.
         loss: of the last step.
-        shares: of the device's time in a step, by kind of kernel; empty on the CPU.
+        profiled_seconds: of a further step under the profiler, from its first kernel's begin to
+            its last one's end; None on the CPU.
+        shares: of that time, by kind of kernel, "idle" among them; empty on the CPU.
         kernels: the kernels that take longest, with their shares.
     """
 
@@ -81,6 +84,7 @@ class StepCase:
     softmax_seconds: float | None
     first_step_seconds: float
     loss: float
+    profiled_seconds: float | None = None
     shares: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, float] = field(default_factory=dict)
 

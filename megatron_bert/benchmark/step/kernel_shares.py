@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 # The first pattern that a kernel's name matches says what it is.
 _KINDS = (
@@ -25,38 +27,88 @@ _KINDS = (
 _LONGEST = 40
 
 
-def kernel_shares(step: Callable[[], object]) -> tuple[dict[str, float], dict[str, float]]:
-    """Take a step and sum the device's time in it.
+# What the profiler itself records of a step with a schedule.
+_OWN_EVENT = "ProfilerStep"
+
+
+class Span(NamedTuple):
+    """A kernel's run on the device: its name, begin and end in nanoseconds."""
+
+    name: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """What a step took of a device.
+
+    Attributes:
+        seconds: from the first kernel's begin to the last one's end.
+        kinds: their shares of it by kind, "idle" among them.
+        kernels: of the kernels that take longest, by name.
+    """
+
+    seconds: float
+    kinds: dict[str, float]
+    kernels: dict[str, float]
+
+
+def time_kernels(step: Callable[[], object]) -> DeviceTime | None:
+    """Take two steps and sum the device's time in the second; None where it tells of no kernel."""
+    return sum_spans(profiled_spans(step, ProfilerActivity.CUDA, torch.cuda.synchronize))
+
+
+def profiled_spans(
+    step: Callable[[], object], activity: ProfilerActivity, wait: Callable[[], object]
+) -> list[Span]:
+    """Profile a step, after one that the profiler starts in: its start holds the device up.
+
+    Args:
+        step: is taken twice.
+        activity: of which device kernels are recorded.
+        wait: for the end of what the device was given.
 
     Returns:
-        Shares by kind, "idle" among them, and those of the kernels that take longest, by name; of
-        the time from the first kernel's begin to the last one's end.
+        What the second step ran there.
     """
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    wait()
+    once = schedule(wait=0, warmup=1, active=1, repeat=1)
+    with profile(activities=[activity], schedule=once) as profiler:
         step()
-        torch.cuda.synchronize()
-    spans = [
-        (event.name(), event.start_ns(), event.end_ns())
-        for event in profiler.profiler.kineto_results.events()
-        if event.device_type().name == "CUDA"
+        wait()
+        profiler.step()
+        step()
+        wait()
+    # Events stay until a next cycle begins, and there is none.
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    return [
+        Span(event.name(), event.start_ns(), event.end_ns())
+        for event in (results.events() if results else ())
+        if event.device_type().name == activity.name and not event.name().startswith(_OWN_EVENT)
     ]
+
+
+def sum_spans(spans: Sequence[Span]) -> DeviceTime | None:
+    """Shares of the time that these kernels span; None where there is none."""
     if not spans:
-        return {}, {}
+        return None
     kinds: dict[str, float] = defaultdict(float)
     kernels: dict[str, float] = defaultdict(float)
-    total = max(end for _, _, end in spans) - min(begin for _, begin, _ in spans)
+    total = max(span.end for span in spans) - min(span.begin for span in spans)
     for name, begin, end in spans:
         kinds[kind_of(name)] += (end - begin) / total
         kernels[name[:90]] += (end - begin) / total
     kinds["idle"] = 1.0 - _busy(spans) / total
-    return _sorted(kinds), dict(list(_sorted(kernels).items())[:_LONGEST])
+    longest = dict(list(_sorted(kernels).items())[:_LONGEST])
+    return DeviceTime(total / 1e9, _sorted(kinds), longest)
 
 
-def _busy(spans: list[tuple[str, int, int]]) -> int:
+def _busy(spans: Sequence[Span]) -> int:
     """Nanoseconds in which at least one kernel ran: those of several streams overlap."""
     busy = until = 0
-    for _, begin, end in sorted(spans, key=lambda span: span[1]):
+    for _, begin, end in sorted(spans, key=lambda span: span.begin):
         busy += max(0, end - max(begin, until))
         until = max(until, end)
     return busy

@@ -18,7 +18,7 @@ from megatron_bert.benchmark.machine import describe_hardware, describe_versions
 from megatron_bert.benchmark.rows import keys_per_query, make_batches
 from megatron_bert.benchmark.step.alone import time_attention, time_softmax
 from megatron_bert.benchmark.step.figures import StepCase, StepFigures, StepWork
-from megatron_bert.benchmark.step.kernel_shares import kernel_shares
+from megatron_bert.benchmark.step.kernel_shares import DeviceTime, time_kernels
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import Config
@@ -125,10 +125,9 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
     wait_for_device(device)
     seconds = (time.perf_counter() - begin) / work.steps
     memory = _peak_memory(device)
-    shares: dict[str, float] = {}
-    kernels: dict[str, float] = {}
+    profiled: DeviceTime | None = None
     if work.profiles and device.type == "cuda":
-        shares, kernels = kernel_shares(lambda: subject.step(batches))
+        profiled = time_kernels(lambda: subject.step(batches))
     slots = masked_slots(config.mlm.probability, config.mlm.unit, seq_length)
     seen = keys_per_query(batches)
     flops = row_flops(config.model, work.vocab_size, seq_length, slots, seen)
@@ -157,8 +156,9 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
         softmax_seconds=alone[2],
         first_step_seconds=round(first_seconds, 2),
         loss=round(result.read(math.inf).loss, 4),
-        shares=shares,
-        kernels=kernels,
+        profiled_seconds=None if profiled is None else round(profiled.seconds, 5),
+        shares={} if profiled is None else profiled.kinds,
+        kernels={} if profiled is None else profiled.kernels,
     )
 
 

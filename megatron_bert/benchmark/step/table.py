@@ -35,7 +35,7 @@ def _case(case: StepCase) -> list[Row]:
         (name, f"{case.tokens_per_second:,} tokens/s, {case.tflops_per_gpu:,.1f} TFLOP/s{mfu}"),
         ("  step", f"{case.step_seconds:.4f} s{alone}{memory}"),
     ]
-    if case.shares:
+    if case.profiled_seconds is not None:
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in case.shares.items())
-        rows.append(("  time in", shares))
+        rows.append(("  time in", f"{shares} of {case.profiled_seconds:.3f} s"))
     return rows
