@@ -67,13 +67,14 @@ class Tiling:
         forward: of the forward kernel.
         query_gradient: of the queries' gradient.
         key_gradient: of the keys' and values' gradient.
-        key_gradient_parts: programs to which the heads that share keys are dealt, at most.
+        key_gradient_programs: that the last is to have, at least, where heads share keys: about
+            four for each multiprocessor, of which two run at once.
     """
 
     forward: Tile = Tile(64, 64, 4, 3, 128)
     query_gradient: Tile = Tile(64, 64, 4, 3)
     key_gradient: Tile = Tile(64, 64, 4, 3)
-    key_gradient_parts: int = 2
+    key_gradient_programs: int = 512
 
 
 TILING = Tiling()
@@ -179,39 +180,48 @@ class PackedAttention:
         v_BSGK: Tensor,
         out_BSHK: Tensor,
         log_sum_BHS: Tensor,
-        dq_BSHK: Tensor,
+        gradients: tuple[Tensor, Tensor, Tensor],
         *,
         sums: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Write the queries' gradient.
+    ) -> tuple[Tensor, Tensor] | None:
+        """Write the gradients of queries, keys and values to tensors of their shapes.
 
         Returns:
-            The keys' and the values' gradient, fp32 [2, B, G, S, K], and, where asked for, parts
-            of the queries' gradient's sum over all slots, fp32 [parts, H, K].
+            Where asked for, parts of the gradients' sums over all slots: fp32 [parts, H, K] and
+            [2, parts, G, K].
         """
-        do, (q, k, v) = do_BSHK.contiguous(), _even(q_BSHK, k_BSGK, v_BSGK)
+        do, (q, k, v), (dq, dk, dv) = do_BSHK.contiguous(), _even(q_BSHK, k_BSGK, v_BSGK), gradients
         (B, S, H, K), G = q.shape, k.shape[2]
         scales = (_LOG2_E / math.sqrt(K), 1.0 / math.sqrt(K))
         delta, draws = (torch.empty_like(log_sum_BHS, dtype=t) for t in (None, torch.int32))
         tile = TILING.query_gradient.of_heads(K)
         tiles = B * triton.cdiv(S, tile.queries)
-        dq_sums = delta.new_empty((tiles, H, K)) if sums else None
+        q_sums = delta.new_empty((tiles if sums else 0, H, K))
         flash_kernels.flash_query_gradient_kernel[(tiles * H,)](
-            q, k, v, out_BSHK, log_sum_BHS, do, delta, draws, dq_BSHK,
-            delta if dq_sums is None else dq_sums, self.begins_BS, self.ends_BS, self.keys_B,
-            q.stride(1), k.stride(1), dq_BSHK.stride(1), S, H, self.first_head,
-            *scales, *self._dropping(), SUMS=sums, **self._meta(q, k, tile), **tile.options(),
+            q, k, v, out_BSHK, log_sum_BHS, do, delta, draws, dq, q_sums,
+            self.begins_BS, self.ends_BS, self.keys_B, q.stride(1), k.stride(1), dq.stride(1),
+            S, H, self.first_head, *scales, *self._dropping(), SUMS=sums,
+            **self._meta(q, k, tile), **tile.options(),
         )  # fmt: skip
-        parts = max(n for n in range(1, TILING.key_gradient_parts + 1) if H // G % n == 0)
-        dkv = delta.new_empty((2, B, G * parts, S, K))
         tile = TILING.key_gradient.of_heads(K)
-        flash_kernels.flash_key_gradient_kernel[(triton.cdiv(S, tile.keys) * B * G * parts,)](
-            q, k, v, log_sum_BHS, do, delta, draws, dkv[0], dkv[1], self.begins_BS, self.ends_BS,
-            q.stride(1), k.stride(1), S, H,
-            *scales, *self._dropping(), HEADS=H // G // parts, **self._meta(q, k, tile),
-            **tile.options(),
+        tiles = B * triton.cdiv(S, tile.keys)
+        parts = _parts(tiles * G, H // G)
+        written = (dk, dv)
+        if parts > 1:
+            written = tuple(delta.new_empty((2, B, S, G * parts, K)))
+        kv_sums = delta.new_empty((2, tiles if sums else 0, G * parts, K))
+        flash_kernels.flash_key_gradient_kernel[(tiles * G * parts,)](
+            q, k, v, log_sum_BHS, do, delta, draws, *written, kv_sums,
+            self.begins_BS, self.ends_BS, q.stride(1), k.stride(1), written[0].stride(1),
+            S, H, *scales, *self._dropping(), HEADS=H // G // parts, SUMS=sums,
+            **self._meta(q, k, tile), **tile.options(),
         )  # fmt: skip
-        return (dkv if parts == 1 else dkv.view(2, B, G, parts, S, K).sum(3)), dq_sums
+        if parts > 1:
+            for gradient, in_parts in zip((dk, dv), written, strict=True):
+                gradient.copy_(in_parts.view(B, S, G, parts, K).sum(3))
+            # [2, tiles, G x parts, K] -> [2, tiles x parts, G, K]
+            kv_sums = kv_sums.view(2, -1, G, parts, K).transpose(2, 3).flatten(1, 2)
+        return (q_sums, kv_sums) if sums else None
 
     def _dropping(self) -> tuple[int, float]:
         return keep_threshold(self.dropout), 1.0 / (1.0 - self.dropout)
@@ -236,6 +246,15 @@ def _even(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not (is_even(k) and is_even(v) and k.stride() == v.stride()):
         k, v = k.contiguous(), v.contiguous()
     return q, k, v
+
+
+def _parts(programs: int, heads: int) -> int:
+    """To how many programs the heads that share keys are dealt: as few as keep a GPU busy.
+
+    Of several each writes a part of the gradient, in fp32, and the parts are then summed.
+    """
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    return next((n for n in divisors if n * programs >= TILING.key_gradient_programs), heads)
 
 
 @torch.library.custom_op("megatron_bert::flash_forward", mutates_args=())
@@ -275,11 +294,9 @@ def _flash_backward(
     first_head: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention = PackedAttention(begins, ends, keys, reach, dropout, first_head)
-    dq = q.new_empty(q.shape)
-    dkv, _ = attention.backward(do, q, k, v, out, log_sum, dq)
-    # [B, G, S, K] -> [B, S, G, K]
-    dk, dv = (k.new_empty(k.shape).copy_(x.transpose(1, 2)) for x in dkv)
-    return dq, dk, dv
+    gradients = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    attention.backward(do, q, k, v, out, log_sum, gradients)
+    return gradients
 
 
 @_flash_backward.register_fake

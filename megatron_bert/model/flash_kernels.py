@@ -323,10 +323,12 @@ def flash_key_gradient_kernel(
     DRAWS,
     DK,
     DV,
+    DKV_SUMS,
     BEGINS,
     ENDS,
     q_step,
     kv_step,
+    dkv_step,
     S,
     heads,
     scale,
@@ -339,10 +341,13 @@ def flash_key_gradient_kernel(
     REACH: tl.constexpr,
     SIZE: tl.constexpr,
     EVEN: tl.constexpr,
+    SUMS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The keys' and values' gradients, fp32 [B, H / HEADS, S, K], each summed over HEADS heads.
+    """The keys' and values' gradients, [B, S, H / HEADS, K], each summed over HEADS heads.
+
+    With SUMS also their sums over each tile's keys, DKV_SUMS fp32 [2, B * tiles, H / HEADS, K].
 
     Grid: B * H / HEADS * tiles of keys.
     """
@@ -394,6 +399,16 @@ def flash_key_gradient_kernel(
             dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv)
             score_grads = weights * (weight_grads - delta[:, None])
             dk = tl.dot(tl.trans(score_grads.to(q.dtype)), q, dk)
-    offsets = ((row * parts + part_head // HEADS) * S + keys[:, None]) * SIZE + channels
-    tl.store(DK + offsets, dk * (gradient_scale * keep_scale), mask=inside[:, None])
-    tl.store(DV + offsets, dv * keep_scale, mask=inside[:, None])
+    dk *= gradient_scale * keep_scale
+    dv *= keep_scale
+    part = part_head // HEADS
+    if SUMS:
+        # Keys past the row's end are not masked, as what they give is not stored.
+        sums = DKV_SUMS + ((row * tiles + first // KEYS) * parts + part) * SIZE + channels
+        there = inside[:, None]
+        tl.store(sums, tl.sum(tl.where(there, dk, 0.0), 0)[None, :])
+        values = tl.cast(tl.num_programs(0), tl.int64) * SIZE
+        tl.store(sums + values, tl.sum(tl.where(there, dv, 0.0), 0)[None, :])
+    offsets = (row * S + keys[:, None]) * dkv_step + part * SIZE + channels
+    tl.store(DK + offsets, dk.to(DK.dtype.element_ty), mask=inside[:, None])
+    tl.store(DV + offsets, dv.to(DV.dtype.element_ty), mask=inside[:, None])

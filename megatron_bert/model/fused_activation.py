@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from triton import cdiv
 
 from megatron_bert.model import fused_kernels, fused_tiles
+from megatron_bert.model.fused_sums import sum_parts
 from megatron_bert.parallel.deferred import DeferringLayer, WeightProducts
 from megatron_bert.parallel.sharding import local_part
 
@@ -103,7 +104,9 @@ class _GatedDown(torch.autograd.Function):
             gate_up_grad, active, sums, N, size, BIASES=has_biases, GELU=ctx.gelu,
             **tile.options(loops=True),
         )  # fmt: skip
-        bias_grads = sums.sum(0).to(gate_up.dtype) if has_biases else (None, None)
+        bias_grads: tuple[Tensor | None, ...] = (None, None)
+        if has_biases:
+            bias_grads = tuple(sum_parts(sums.flatten(1), gate_up.dtype).view(2, size))
         weight_grad = None
         if ctx.down.deferred is None:
             weight_grad = y_grad.T @ active

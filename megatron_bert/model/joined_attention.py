@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model.flash_attention import PackedAttention
+from megatron_bert.model.fused_sums import sum_parts
 
 
 def joined_attention(
@@ -62,18 +63,19 @@ class _JoinedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, log_sum = ctx.saved_tensors
-        has_bias = ctx.bias_dtype is not None
         grad = torch.empty_like(qkv)
-        q_grad, *_ = _heads(grad, ctx.groups, ctx.size)
-        kv_grad, q_sums = ctx.attention.backward(
-            grads[0], *_heads(qkv, ctx.groups, ctx.size), out, log_sum, q_grad, sums=has_bias
+        q_grad, k_grad, v_grad = _heads(grad, ctx.groups, ctx.size)
+        sums = ctx.attention.backward(
+            grads[0],
+            *_heads(qkv, ctx.groups, ctx.size),
+            out,
+            log_sum,
+            (q_grad, k_grad, v_grad),
+            sums=ctx.bias_dtype is not None,
         )
-        # [2, B, G, S, K] -> [B, S, 2, G, K]
-        kv_grad_BS2GK = kv_grad.permute(1, 3, 0, 2, 4)
-        columns = grad[..., -2 * ctx.groups * ctx.size :]
-        columns.view(kv_grad_BS2GK.shape).copy_(kv_grad_BS2GK)
         bias_grad = None
-        if has_bias:
-            sums = [q_sums.sum(0).flatten(), kv_grad.sum((1, 3)).flatten()]
-            bias_grad = torch.cat(sums).to(ctx.bias_dtype)
+        if sums is not None:
+            q_sums, kv_sums = sums
+            parts = [q_sums.flatten(1), *kv_sums.flatten(2)]
+            bias_grad = torch.cat([sum_parts(part, ctx.bias_dtype) for part in parts])
         return grad, bias_grad, None, None, None

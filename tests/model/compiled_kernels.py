@@ -34,13 +34,13 @@ _TYPES = {
     "TOKEN_DRAWS": "*i32",
     "CHANNEL_DRAWS": "*i32",
     "DRAWS": "*i32",
-    **dict.fromkeys(("LOG_SUM", "DELTA", "DQ_SUMS", "DK", "DV", "MEAN", "RSTD", "PARTS"), "*fp32"),
-    **dict.fromkeys(("q_step", "kv_step", "dq_step"), "i32"),
+    **dict.fromkeys(("LOG_SUM", "DELTA", "DQ_SUMS", "DKV_SUMS", "MEAN", "RSTD", "PARTS"), "*fp32"),
+    **dict.fromkeys(("q_step", "kv_step", "dq_step", "dkv_step"), "i32"),
     **dict.fromkeys(("T", "D", "F", "S", "heads", "first_head", "threshold"), "i32"),
     **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale"), "fp32"),
 }
 # Sizes are multiples of 16, as arrays' addresses are.
-_DIVISIBLE = ("T", "D", "F", "S", "q_step", "kv_step", "dq_step")
+_DIVISIBLE = ("T", "D", "F", "S", "q_step", "kv_step", "dq_step", "dkv_step")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,6 @@ def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
         "SIZE": model.head_dim,
         "EVEN": True,
     }
-    heads = sharing // tiling.key_gradient_parts if sharing > 1 else 1
     forward, query_gradient, key_gradient = (
         meta | tile.of_heads(model.head_dim).options()
         for tile in (tiling.forward, tiling.query_gradient, tiling.key_gradient)
@@ -108,7 +107,7 @@ def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
     return {
         "flash_forward": forward,
         "flash_query_gradient": query_gradient | {"SUMS": True},
-        "flash_key_gradient": key_gradient | {"HEADS": heads},
+        "flash_key_gradient": key_gradient | {"SUMS": True, "HEADS": sharing},
     }
 
 

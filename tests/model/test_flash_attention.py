@@ -22,8 +22,8 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # The interpreter computes in fp32 as it is; a GPU's matrix units round.
 DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if ON_GPU else (torch.float32, 1e-5)
 TILINGS = {
-    "small": Tiling(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), 2),
-    "oblong": Tiling(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), 4),
+    "small": Tiling(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), 1),
+    "oblong": Tiling(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), 40),
     "default": Tiling(),
 }
 
