@@ -97,7 +97,8 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
     runner: MicroBatchRunner
     reshard = config.parallel.reshard_after_forward
     if topology.pipeline_size == 1:
-        runner = WholeModel(chunks[0], reshard_after_forward=reshard)
+        reduce_dtype = DTYPES[config.precision.reduce]
+        runner = WholeModel(chunks[0], reshard_after_forward=reshard, reduce_dtype=reduce_dtype)
     else:
         runner = Pipeline(
             chunks,

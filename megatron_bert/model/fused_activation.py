@@ -20,7 +20,7 @@ from triton import cdiv
 
 from megatron_bert.model import fused_kernels, fused_tiles
 from megatron_bert.model.fused_sums import sum_parts
-from megatron_bert.parallel.deferred import DeferringLayer, WeightProducts
+from megatron_bert.parallel.deferred import DeferringLayer, WeightProducts, weight_gradient
 from megatron_bert.parallel.sharding import local_part
 
 Activation = Callable[[Tensor], Tensor]
@@ -109,7 +109,7 @@ class _GatedDown(torch.autograd.Function):
             bias_grads = tuple(sum_parts(sums.flatten(1), gate_up.dtype).view(2, size))
         weight_grad = None
         if ctx.down.deferred is None:
-            weight_grad = y_grad.T @ active
+            weight_grad = weight_gradient(y_grad, active, weight)
         else:
             ctx.down.deferred.append(WeightProducts([ctx.down], active, [y_grad]))
         return gate_up_grad, *bias_grads, weight_grad, None, None

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from megatron_bert.distributed.topology import Topology
 
@@ -73,6 +74,25 @@ def set_gradient_sync(model: nn.Module, enabled: bool, *, reshard: bool) -> None
     model.set_reshard_after_backward(reshard)
     # Other micro-batches' forward passes may be waiting for their own.
     model.set_is_last_backward(enabled)
+
+
+def add_up_gradients(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Say in which type a step's coming backward passes add up their gradients.
+
+    A gradient in the compute type would be added to the sum in another by a kernel that converts
+    number by number, at a quarter of a GPU's memory rate; and layers that know the type give their
+    products in it, unrounded.
+
+    Args:
+        model: just after a forward pass, when its parameters are the gathered ones. Where they are
+            not (ZeRO-3), or are parts of layers split over ranks, nothing is changed.
+        dtype: of the sum; None: the parameters' own.
+    """
+    parameters = list(model.parameters())
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return
+    for parameter in parameters:
+        parameter.grad_dtype = dtype or parameter.dtype
 
 
 def free_gathered_weights(model: nn.Module) -> None:

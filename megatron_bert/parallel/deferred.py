@@ -29,8 +29,30 @@ from megatron_bert.parallel.data_parallel import sharded_units
 from megatron_bert.parallel.sharding import local_part
 
 
+def weight_gradient(y_grad_NF: Tensor, x_ND: Tensor, weight: Tensor | None) -> Tensor:
+    """The gradient y_grad^T x of a weight, [F, D].
+
+    On a GPU in the type in which the weight's gradients are added up, not rounded to another before
+    (`parallel.data_parallel.add_up_gradients`).
+
+    Args:
+        y_grad_NF: of what the layer gave.
+        x_ND: what it read.
+        weight: the weight, or one of several of which this is the joined gradient; None: the
+            gradient is wanted in the type of what it is made from.
+    """
+    # Parts of a weight that is split over ranks are no leaves, and have no such type.
+    dtype = weight.grad_dtype if weight is not None and weight.is_leaf else None
+    if dtype is None or dtype == x_ND.dtype or not x_ND.is_cuda:
+        return y_grad_NF.T @ x_ND
+    return torch.mm(y_grad_NF.T, x_ND, out_dtype=dtype)
+
+
 def weight_gradients(
-    x_ND: Tensor, grads_NF: Sequence[Tensor], sizes: Sequence[int]
+    x_ND: Tensor,
+    grads_NF: Sequence[Tensor],
+    sizes: Sequence[int],
+    weight: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """Gradients y_grad^T x of the weights of layers that read one input.
 
@@ -38,11 +60,12 @@ def weight_gradients(
         x_ND: what they read.
         grads_NF: of what they gave, one a layer, or one with the layers' features side by side.
         sizes: features that each of them gave.
+        weight: one of theirs, as `weight_gradient` takes it.
 
     Returns:
         One [F, D] a layer: rows of one product where there is one gradient.
     """
-    products = [grad_NF.T @ x_ND for grad_NF in grads_NF]
+    products = [weight_gradient(grad_NF, x_ND, weight) for grad_NF in grads_NF]
     return products if len(products) == len(sizes) else torch.split(products[0], list(sizes))
 
 

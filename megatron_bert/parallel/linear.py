@@ -273,7 +273,7 @@ class _ColumnParallel(torch.autograd.Function):
             reducing = start(x_grad_ND, group)
         weight_grads: Sequence[Tensor | None]
         if deferring is None:
-            weight_grads = weight_gradients(x_ND, grads_NF, sizes)
+            weight_grads = weight_gradients(x_ND, grads_NF, sizes, weights[0])
         else:
             weight_grads = [None] * len(weights)
             gathered = group if shards_tokens else None

@@ -11,7 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.parallel.data_parallel import free_gathered_weights, set_gradient_sync
+from megatron_bert.parallel.data_parallel import (
+    add_up_gradients,
+    free_gathered_weights,
+    set_gradient_sync,
+)
 
 # A model's inputs in the order of its arguments. The first is what a pipeline's first stage takes;
 # the others go to every stage.
@@ -44,11 +48,15 @@ class WholeModel:
     Args:
         model: sharded over data; its output is [1, K], the first of which is the summed loss.
         reshard_after_forward: as it was sharded.
+        reduce_dtype: as it was sharded.
     """
 
-    def __init__(self, model: nn.Module, *, reshard_after_forward: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, reshard_after_forward: bool, reduce_dtype: torch.dtype
+    ) -> None:
         self._model = model
         self._reshard_always = reshard_after_forward
+        self._reduce_dtype = reduce_dtype
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
@@ -58,6 +66,9 @@ class WholeModel:
             is_last = index == len(micro_batches) - 1
             set_gradient_sync(self._model, is_last, reshard=is_last or self._reshard_always)
             share = self._model(*micro_batch)[0, 0] / count
+            if index == 0:
+                # A single one is rather reduced from the compute type: half the bytes.
+                add_up_gradients(self._model, None if is_last else self._reduce_dtype)
             share.backward()
             loss += share.detach()
         return loss

@@ -151,7 +151,8 @@ def _build_part(case: Case, place: Place) -> Part:
     with Watch() as watch:
         topology = Topology.of(parallel, torch.device("cpu"))
         chunks = lay_out_chunks(config, VOCABULARY, topology)
-    model = RankModel(chunks, WholeModel(chunks[0], reshard_after_forward=False), topology)
+    runner = WholeModel(chunks[0], reshard_after_forward=False, reduce_dtype=torch.float32)
+    model = RankModel(chunks, runner, topology)
     parameters = model.named_parameters()
     tensor = parallel.tensor
     part = Part(
