@@ -11,6 +11,7 @@ from torch import nn
 from megatron_bert.config.kernels import chosen_kernels
 from megatron_bert.config.pipeline_stages import num_stages, stage_layers
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.bert import TIED_PARAMETER, BertForPretraining, ModelPart
 from megatron_bert.model.initialization import initialize_weights
@@ -140,7 +141,7 @@ def _lay_out(
             part=part,
             recompute=config.recompute,
         )
-    kernels = chosen_kernels(config)
+    kernels = chosen_kernels(config, facts_of(topology.device))
     use_kernels(chunk, kernels, topology.device, dtype, fp8=config.precision.fp8 != "none")
     blocks = list(chunk.blocks.values())
     if config.compile.enabled:
