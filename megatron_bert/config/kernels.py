@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -11,6 +12,9 @@ from megatron_bert.config.arithmetic import fixed_eval_length
 from megatron_bert.config.schema import Config
 
 KernelsName: TypeAlias = Literal["torch", "fused", "te", "apex"]
+
+# From here on GPUs compute in BF16, which the fused kernels are made for.
+FUSED_CAPABILITY = (8, 0)
 
 # Of heads that an attention kernel which holds no scores takes.
 KERNEL_HEAD_SIZES = (16, 32, 64, 128)
@@ -26,14 +30,39 @@ _MEANING: dict[KernelsName, str] = {
 }
 
 
-def chosen_kernels(config: Config) -> KernelsName:
-    """What `kernels` stands for: `auto` for what was measured fastest."""
-    return "torch" if config.kernels == "auto" else config.kernels
+@dataclass(frozen=True)
+class ComputeDevice:
+    """What the choice of kernels goes by.
+
+    Attributes:
+        kind: `cuda` or `cpu`.
+        capability: a GPU's compute capability. Default: one that is not at hand, as planners know
+            it, counts as new enough.
+        has_triton: whether that package is installed with it; as the capability.
+    """
+
+    kind: str
+    capability: tuple[int, int] = FUSED_CAPABILITY
+    has_triton: bool = True
 
 
-def describe_kernels(config: Config) -> str:
+def chosen_kernels(config: Config, device: ComputeDevice) -> KernelsName:
+    """What `kernels` stands for on a device: `auto` for what was measured fastest of what it takes.
+
+    Args:
+        config: the whole configuration; `run.device: cpu` holds whatever the device.
+        device: what is known of it.
+    """
+    if config.kernels != "auto":
+        return config.kernels
+    runs = device.kind == "cuda" and config.run.device != "cpu" and device.has_triton
+    fits = runs and device.capability >= FUSED_CAPABILITY and config.precision.compute == "bf16"
+    return "fused" if fits and not any(_fused_conflicts(config, "auto")) else "torch"
+
+
+def describe_kernels(config: Config, device: ComputeDevice) -> str:
     """What the run computes with, for its plan."""
-    name = chosen_kernels(config)
+    name = chosen_kernels(config, device)
     shown = f"{name} (auto)" if config.kernels == "auto" else name
     fp8 = config.precision.fp8
     return f"{shown}: {_MEANING[name]}{'' if fp8 == 'none' else f'; products in FP8 ({fp8})'}"

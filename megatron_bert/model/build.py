@@ -11,11 +11,12 @@ from torch import nn
 from megatron_bert.config.kernels import chosen_kernels
 from megatron_bert.config.pipeline_stages import num_stages, stage_layers
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.bert import TIED_PARAMETER, BertForPretraining, ModelPart
 from megatron_bert.model.initialization import initialize_weights
 from megatron_bert.model.kernels import use_kernels
-from megatron_bert.parallel.data_parallel import shard_over_data
+from megatron_bert.parallel.data_parallel import shard_over_data, sum_dtype
 from megatron_bert.parallel.micro_batches import MicroBatchRunner, WholeModel
 from megatron_bert.parallel.partial_gradients import sum_partial_gradients
 from megatron_bert.parallel.pipeline import Pipeline
@@ -97,8 +98,8 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
     runner: MicroBatchRunner
     reshard = config.parallel.reshard_after_forward
     if topology.pipeline_size == 1:
-        reduce_dtype = DTYPES[config.precision.reduce]
-        runner = WholeModel(chunks[0], reshard_after_forward=reshard, reduce_dtype=reduce_dtype)
+        dtype = sum_dtype(topology, DTYPES[config.precision.reduce])
+        runner = WholeModel(chunks[0], reshard_after_forward=reshard, sum_dtype=dtype)
     else:
         runner = Pipeline(
             chunks,
@@ -141,7 +142,7 @@ def _lay_out(
             part=part,
             recompute=config.recompute,
         )
-    kernels = chosen_kernels(config)
+    kernels = chosen_kernels(config, facts_of(topology.device))
     use_kernels(chunk, kernels, topology.device, dtype, fp8=config.precision.fp8 != "none")
     blocks = list(chunk.blocks.values())
     if config.compile.enabled:

@@ -40,10 +40,9 @@ def shard_over_data(
         reshard_after_forward: free a unit's gathered weights after its forward pass (ZeRO-3); by
             default they stay from the step's first forward to its last backward.
     """
-    if topology.data_parallel_size == 1:
-        # There is nothing to send, and rounding would be for nothing.
-        reduce_dtype = torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=sum_dtype(topology, reduce_dtype)
+    )
     for module in (*units, model):
         fully_shard(
             module,
@@ -60,6 +59,12 @@ def shard_over_data(
         sharded.set_gradient_divide_factor(1.0)
         # Without it gloo is asked for a pre-multiplied sum, which it does not have.
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+def sum_dtype(topology: Topology, reduce_dtype: torch.dtype) -> torch.dtype:
+    """In which type gradients are added up, as `shard_over_data` was given one."""
+    # Where one rank has all rows there is nothing to send, and rounding would be for nothing.
+    return torch.float32 if topology.data_parallel_size == 1 else reduce_dtype
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool, *, reshard: bool) -> None:

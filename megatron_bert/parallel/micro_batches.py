@@ -48,15 +48,15 @@ class WholeModel:
     Args:
         model: sharded over data; its output is [1, K], the first of which is the summed loss.
         reshard_after_forward: as it was sharded.
-        reduce_dtype: as it was sharded.
+        sum_dtype: in which its gradients are added up.
     """
 
     def __init__(
-        self, model: nn.Module, *, reshard_after_forward: bool, reduce_dtype: torch.dtype
+        self, model: nn.Module, *, reshard_after_forward: bool, sum_dtype: torch.dtype
     ) -> None:
         self._model = model
         self._reshard_always = reshard_after_forward
-        self._reduce_dtype = reduce_dtype
+        self._sum_dtype = sum_dtype
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
@@ -68,7 +68,7 @@ class WholeModel:
             share = self._model(*micro_batch)[0, 0] / count
             if index == 0:
                 # A single one is rather reduced from the compute type: half the bytes.
-                add_up_gradients(self._model, None if is_last else self._reduce_dtype)
+                add_up_gradients(self._model, None if is_last else self._sum_dtype)
             share.backward()
             loss += share.detach()
         return loss

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
-from megatron_bert.config.kernels import KERNEL_HEAD_SIZES, chosen_kernels
+from megatron_bert.config.kernels import KERNEL_HEAD_SIZES, ComputeDevice, chosen_kernels
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.planner.layouts import Layout, Split
@@ -69,7 +69,8 @@ class Job:
 
         Neither keep the outputs of norms and activations, nor which elements dropout keeps.
         """
-        return self.config.compile.enabled or chosen_kernels(self.config) == "fused"
+        device = ComputeDevice(self.machine.gpu.kind)
+        return self.config.compile.enabled or chosen_kernels(self.config, device) == "fused"
 
     def batch(self, layout: Layout, span: StageSpan) -> BatchLayout:
         """How a stage's rows are dealt out; what `BatchLayout.of` gives for the keys."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
-from megatron_bert.config.kernels import describe_kernels
+from megatron_bert.config.kernels import ComputeDevice, describe_kernels
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
@@ -51,7 +51,12 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def describe_plan(
-    config: Config, vocab_size: int | None, world_size: int, *, whole: bool = False
+    config: Config,
+    vocab_size: int | None,
+    world_size: int,
+    device: ComputeDevice,
+    *,
+    whole: bool = False,
 ) -> Iterator[str]:
     """Yield what is known from the configuration alone, and warnings.
 
@@ -59,6 +64,7 @@ def describe_plan(
         config: the checked configuration.
         vocab_size: padded vocabulary, None where only an absent tokenizer knows it.
         world_size: number of ranks.
+        device: what is known of theirs.
         whole: a line for each stage, however many there are; default: all of it, with
             `describe_data`, is ten lines at most.
     """
@@ -67,7 +73,7 @@ def describe_plan(
     if vocab_size is not None:
         yield _describe_memory(config, vocab_size, data_parallel)
     yield _describe_layout(config, vocab_size, world_size, data_parallel)
-    yield _describe_computation(config, data_parallel)
+    yield _describe_computation(config, data_parallel, device)
     curriculum = Curriculum(config)
     steps = counted(curriculum.total_steps, "step")
     slots = counted(curriculum.total_slots, "token slot")
@@ -164,12 +170,12 @@ def _describe_layout(
     return line if config.recompute == "none" else f"{line}; recomputation {config.recompute}"
 
 
-def _describe_computation(config: Config, data_parallel: int) -> str:
+def _describe_computation(config: Config, data_parallel: int, device: ComputeDevice) -> str:
     line = f"compute     {config.precision.compute}; weights and states fp32"
     if config.precision.reduce != "fp32" and data_parallel > 1:
         line += f"; gradients reduced in {config.precision.reduce}"
     compiled = ", blocks compiled" if config.compile.enabled else ""
-    return f"{line}; kernels {describe_kernels(config)}{compiled}"
+    return f"{line}; kernels {describe_kernels(config, device)}{compiled}"
 
 
 def _describe_places(config: Config) -> str:

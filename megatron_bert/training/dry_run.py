@@ -18,6 +18,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.distributed.device_facts import facts_at_hand
 from megatron_bert.run.directory import check_usable
 from megatron_bert.training.auto_layout import with_layout
 from megatron_bert.training.description import describe_data, describe_plan, tell_plan
@@ -59,7 +60,8 @@ def dry_run(config: Config, world_size: int | None) -> None:
         if not problems:
             data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
             data_lines += _attempt(partial(_describe_start, config, tokenizer), problems) or []
-    plan = describe_plan(config, vocab_size, world_size, whole=True)
+    device = facts_at_hand(config.run.device)
+    plan = describe_plan(config, vocab_size, world_size, device, whole=True)
     tell_plan([*plan, *data_lines, *precision_warnings(config)])
     if problems:
         raise UserError("\n".join(problems))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_bert.config.kernels import chosen_kernels
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.model.build import DTYPES, RankModel
 from megatron_bert.optim.adamw import AdamW
 from megatron_bert.optim.muon import Muon
@@ -27,6 +28,7 @@ def build_optimizer(config: Config, model: RankModel) -> ShardedOptimizer:
         others = {name: p for name, p in parameters.items() if name not in matrices}
     else:
         others = parameters
-    adamw = AdamW(others, config.optimizer, model.topology.device, chosen_kernels(config))
+    device = model.topology.device
+    adamw = AdamW(others, config.optimizer, device, chosen_kernels(config, facts_of(device)))
     clip_grad = config.optimizer.clip_grad
     return ShardedOptimizer(parameters, adamw, muon, model.counts_here, clip_grad)

@@ -28,6 +28,7 @@ from megatron_bert.data.batch import Batch
 from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.agreement import Ranks
+from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.launch import new_host_group
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
@@ -270,7 +271,8 @@ class Trainer:
             metrics.truncate_after(self._step, sets_aside=not self._store.folders())
             # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
             self._directory.write_config(dump_config(config))
-            plan = describe_plan(config, vocab_size, world_size)
+            facts = facts_of(self._topology.device)
+            plan = describe_plan(config, vocab_size, world_size, facts)
             data = describe_data(self._source, held_out)
             tell_plan([*plan, *data, *precision_warnings(config)])
         resumed_from = self._step

@@ -151,7 +151,7 @@ def _build_part(case: Case, place: Place) -> Part:
     with Watch() as watch:
         topology = Topology.of(parallel, torch.device("cpu"))
         chunks = lay_out_chunks(config, VOCABULARY, topology)
-    runner = WholeModel(chunks[0], reshard_after_forward=False, reduce_dtype=torch.float32)
+    runner = WholeModel(chunks[0], reshard_after_forward=False, sum_dtype=torch.float32)
     model = RankModel(chunks, runner, topology)
     parameters = model.named_parameters()
     tensor = parallel.tensor

@@ -50,7 +50,11 @@ def test_a_gpu_trains_as_the_cpu_does(tiny_data: Path, tmp_path: Path, recompute
 
 def test_compiled_blocks_train_in_bf16_on_a_gpu(tiny_data: Path, tmp_path: Path) -> None:
     config = run_config(
-        tiny_data, tmp_path / "run", run={"device": "cuda"}, precision={"compute": "bf16"}
+        tiny_data,
+        tmp_path / "run",
+        run={"device": "cuda"},
+        precision={"compute": "bf16"},
+        kernels="torch",
     )
     plain = _losses(config, tmp_path / "plain-config")
     compiled = config.model_copy(

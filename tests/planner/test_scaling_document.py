@@ -68,7 +68,6 @@ def test_a_pipeline_idled_as_the_planner_says_with_one_time_for_each_computation
             f"model.num_layers={virtual * ranks}",
             f"batch.global_size={4 * ranks}",
             "curriculum=[{seq_length: 512, steps: 1}]",
-            "compile.enabled=false",
         )
         # No time for messages: ranks of one host pass on what they have.
         monkeypatch.setattr(step.StepModel, "message", 0.0)

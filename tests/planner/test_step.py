@@ -85,7 +85,7 @@ def test_the_parts_of_a_step_are_those_that_an_h100_measured(
 def test_some_rounds_of_a_pipeline_tell_what_all_of_them_take(
     schedule: ScheduleName, pipeline: int
 ) -> None:
-    planned = job(16, "compile.enabled=false")
+    planned = job(16)
     virtual = 1 if schedule == "1f1b" else 2
     split = Split(1, False, pipeline, schedule, virtual, 16 // pipeline)
     model = StepModel(planned, Layout(split, 512, "none"), planned.spans[2])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert.config.kernels import ComputeDevice
 from megatron_bert.config.load import load_config
 from megatron_bert.config.parameters import parameter_count, rank_parameters, rank_state_bytes
 from megatron_bert.data.source import training_source
@@ -20,10 +21,11 @@ from tests.small_model import small_config
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
 VOCABULARY = 99_584
+CPU, GPU = ComputeDevice("cpu"), ComputeDevice("cuda")
 
 
-def plan(world_size: int, *overrides: str) -> list[str]:
-    return list(describe_plan(load_config(EXAMPLE, overrides), VOCABULARY, world_size))
+def plan(world_size: int, *overrides: str, device: ComputeDevice = GPU) -> list[str]:
+    return list(describe_plan(load_config(EXAMPLE, overrides), VOCABULARY, world_size, device))
 
 
 def line(name: str, lines: list[str]) -> str:
@@ -38,13 +40,17 @@ def test_one_process_has_a_layout_of_one_rank() -> None:
 
 
 def test_the_plan_says_what_computes() -> None:
-    assert line("compute", plan(1)).endswith(", attention on CUDA in BF16 our own, blocks compiled")
-    uncompiled = "compile.enabled=false"
-    assert line("compute", plan(1, uncompiled)) == (
+    pytorchs = (
         "bf16; weights and states fp32; kernels torch (auto): PyTorch's, attention on CUDA in "
         "BF16 our own"
     )
-    assert line("compute", plan(1, uncompiled, "kernels=te", "precision.fp8=current")) == (
+    assert line("compute", plan(1)) == (
+        "bf16; weights and states fp32; kernels fused (auto): our own between the blocks' "
+        "products, the rest as with torch"
+    )
+    assert line("compute", plan(1, device=CPU)) == pytorchs
+    assert line("compute", plan(1, "compile.enabled=true")) == f"{pytorchs}, blocks compiled"
+    assert line("compute", plan(1, "kernels=te", "precision.fp8=current")) == (
         "bf16; weights and states fp32; kernels te: "
         "Transformer Engine's linear layers, the rest as with torch; products in FP8 (current)"
     )
@@ -68,7 +74,7 @@ def test_the_plan_says_what_is_trained_how_long_and_where_it_is_written() -> Non
 
 def test_a_tiny_run_is_told_in_units_of_its_size() -> None:
     config = small_config(curriculum=[{"seq_length": 32, "steps": 1}])
-    lines = list(describe_plan(config, 128, 1))
+    lines = list(describe_plan(config, 128, 1, CPU))
     assert f"curriculum  1 step, {32 * config.batch.global_size} token slots" in lines
     assert line("memory", lines).startswith("0.34 MiB a rank")
 
@@ -107,7 +113,7 @@ def planned_with_data(
     )
     training = training_source(config, tokenizer)
     lines = [
-        *describe_plan(config, tokenizer.vocab_size, 4, whole=whole),
+        *describe_plan(config, tokenizer.vocab_size, 4, CPU, whole=whole),
         *describe_data(training, HeldOutRows.plan(config, tokenizer), whole=whole),
     ]
     return [line for line in lines if not line.startswith("warning")]
@@ -167,7 +173,7 @@ def test_one_is_not_told_as_several() -> None:
 
 
 def test_without_the_tokenizer_the_plan_says_what_is_unknown() -> None:
-    lines = list(describe_plan(load_config(EXAMPLE, []), None, 1))
+    lines = list(describe_plan(load_config(EXAMPLE, []), None, 1, CPU))
     assert line("model", lines).startswith("parameters unknown without the tokenizer")
 
 

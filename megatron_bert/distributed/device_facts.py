@@ -1,0 +1,28 @@
+"""What is known of a device, as the choice of kernels asks for it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from megatron_bert.config.kernels import ComputeDevice
+
+
+def facts_of(device: torch.device) -> ComputeDevice:
+    """What a rank knows of its device; Triton is looked for, not imported."""
+    if device.type != "cuda":
+        return ComputeDevice("cpu")
+    capability = torch.cuda.get_device_capability(device)
+    return ComputeDevice("cuda", capability, has_triton=find_spec("triton") is not None)
+
+
+def facts_at_hand(requested: Literal["auto", "cpu", "cuda"]) -> ComputeDevice:
+    """What this machine knows of the devices of a run with this `run.device`.
+
+    Of GPUs that it lacks and the run asks for it knows nothing: a run may be prepared anywhere.
+    """
+    if requested != "cpu" and torch.cuda.is_available():
+        return facts_of(torch.device("cuda", 0))
+    return ComputeDevice("cuda" if requested == "cuda" else "cpu")
