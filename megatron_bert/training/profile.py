@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -111,6 +112,20 @@ class StepProfiler:
                 recording.forget()
 
 
+class OneCycleProfile(profile):
+    """PyTorch's profiler of one cycle, without its warning that it forgets those before.
+
+    Asked to keep them (`acc_events`) it does not warn either, and makes every event an object of
+    Python's before a run goes on.
+    """
+
+    def start(self) -> None:
+        """Begin to record."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning: Profiler clears events")
+            super().start()
+
+
 class _Recording:
     """What is being recorded, from the making to `stop`."""
 
@@ -124,7 +139,7 @@ class _Recording:
             torch.cuda.memory._record_memory_history(
                 max_entries=_MEMORY_EVENTS, stacks="python", device=device
             )
-        self._profile = profile(activities=activities, record_shapes=True)
+        self._profile = OneCycleProfile(activities=activities, record_shapes=True)
         self._step: record_function | None = None
         self._profile.start()
 

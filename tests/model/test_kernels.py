@@ -301,7 +301,9 @@ def test_on_a_gpu_a_package_gives_the_losses_of_pytorch(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("model", [{"hidden_size": 96}, {"architecture": "modernbert"}])
+@pytest.mark.parametrize(
+    "model", [{"hidden_size": 96}, {"architecture": "modernbert", "num_query_groups": 4}]
+)
 def test_on_a_gpu_fused_kernels_give_the_losses_of_pytorch(
     model: dict[str, Any], recompute: str, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import chain, repeat
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
+from megatron_bert.benchmark.step.kernel_shares import profiled_spans
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.device_work import DeviceStalledError, HostPoint
 from megatron_bert.training import profile as profile_module
@@ -31,7 +33,7 @@ def _losses(config: Config) -> dict[int, tuple[float, float]]:
 
 def _train_without_profiles(config: Config) -> dict[int, tuple[float, float]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr("megatron_bert.training.profile.profile")
+        patch.delattr("megatron_bert.training.profile.OneCycleProfile")
         return _losses(config)
 
 
@@ -107,6 +109,27 @@ def test_a_profiler_that_fails_ends_nothing(
     profiler.write()
     assert "no trace" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_nobody_is_warned_that_a_profile_has_one_cycle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, warned = profile.prepare_trace, list[str]()
+
+    def warn(profiler: profile) -> None:
+        # PyTorch 2.11 does so whenever it starts.
+        warned.append("Warning: Profiler clears events at the end of each cycle.Only events from")
+        warnings.warn(warned[-1], stacklevel=2)
+        prepare(profiler)
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(profile, "prepare_trace", warn)
+    profiler = StepProfiler(range(1, 2), tmp_path, torch.device("cpu"), taken=0)
+    profiler.begin(1)
+    profiler.write()
+    assert _steps_in(tmp_path / "steps_1_1.rank_0.trace.json.gz") == ["step 1"]
+    profiled_spans(lambda: None, ProfilerActivity.CPU, lambda: None)
+    assert len(warned) == 2
 
 
 def test_a_job_behind_the_steps_says_that_it_profiles_none(

@@ -81,7 +81,7 @@ def test_a_steps_numbers_go_to_the_host_unawaited_before_the_moment_that_is_wait
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_reading_a_steps_numbers_does_not_wait_for_what_the_device_was_given_after_it() -> None:
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     parts = StepParts(device)
     numbers = torch.tensor([2.0, 3.0, 0.0, 1.0, 1.0], device=device).to("cpu", non_blocking=True)
     parts.end("model")
@@ -96,7 +96,7 @@ def test_reading_a_steps_numbers_does_not_wait_for_what_the_device_was_given_aft
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpus_work_counts_as_the_part_that_it_was_given_in() -> None:
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     matrix = torch.randn(4096, 4096, device=device)
     torch.cuda.synchronize()
     parts = StepParts(device)
@@ -104,6 +104,6 @@ def test_a_gpus_work_counts_as_the_part_that_it_was_given_in() -> None:
         matrix = matrix @ matrix
     parts.end("model")
     parts.end("optimizer")
-    assert parts.ended.wait(1.0)
+    assert parts.ended.wait(60.0)
     seconds = parts.seconds()
     assert seconds["model_seconds"] > 10 * seconds["optimizer_seconds"] >= 0

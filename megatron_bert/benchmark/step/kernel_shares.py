@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, schedule
+
+from megatron_bert.training.profile import OneCycleProfile
 
 # The first pattern that a kernel's name matches says what it is.
 _KINDS = (
@@ -74,7 +76,7 @@ def profiled_spans(
     """
     wait()
     once = schedule(wait=0, warmup=1, active=1, repeat=1)
-    with profile(activities=[activity], schedule=once) as profiler:
+    with OneCycleProfile(activities=[activity], schedule=once) as profiler:
         step()
         wait()
         profiler.step()
