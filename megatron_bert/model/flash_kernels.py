@@ -412,3 +412,36 @@ def flash_key_gradient_kernel(
     offsets = (row * S + keys[:, None]) * dkv_step + part * SIZE + channels
     tl.store(DK + offsets, dk.to(DK.dtype.element_ty), mask=inside[:, None])
     tl.store(DV + offsets, dv.to(DV.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def flash_key_sum_kernel(
+    DK_PARTS,
+    DV_PARTS,
+    DK,
+    DV,
+    N,
+    dkv_step,
+    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """The keys' and values' gradients from their parts, fp32 [N, G * PARTS, K], N = B * S.
+
+    Grid: G * tiles of slots.
+    """
+    tiles = tl.cdiv(N, SLOTS)
+    group = tl.program_id(0) // tiles
+    slots = (tl.program_id(0) % tiles).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
+    inside = (slots < N)[:, None]
+    channels = tl.arange(0, SIZE)[None, :]
+    dk = tl.zeros([SLOTS, SIZE], tl.float32)
+    dv = tl.zeros([SLOTS, SIZE], tl.float32)
+    for part in tl.static_range(PARTS):
+        offsets = (slots[:, None] * GROUPS + group) * PARTS * SIZE + part * SIZE + channels
+        dk += tl.load(DK_PARTS + offsets, mask=inside, other=0.0)
+        dv += tl.load(DV_PARTS + offsets, mask=inside, other=0.0)
+    offsets = slots[:, None] * dkv_step + group * SIZE + channels
+    tl.store(DK + offsets, dk.to(DK.dtype.element_ty), mask=inside)
+    tl.store(DV + offsets, dv.to(DV.dtype.element_ty), mask=inside)

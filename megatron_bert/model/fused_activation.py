@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from triton import cdiv
 
 from megatron_bert.model import fused_kernels, fused_tiles
-from megatron_bert.model.fused_sums import sum_parts
+from megatron_bert.parallel.column_sums import column_sums
 from megatron_bert.parallel.deferred import DeferringLayer, WeightProducts, weight_gradient
 from megatron_bert.parallel.sharding import local_part
 
@@ -76,7 +76,7 @@ class _GatedDown(torch.autograd.Function):
     ) -> Tensor:
         # A copy of it would cost as much as the kernel.
         assert gate_up.is_contiguous()
-        ctx.down, ctx.gelu = down, gelu
+        ctx.down, ctx.gelu, ctx.parameter = down, gelu, weight
         ctx.save_for_backward(gate_up, gate_bias, up_bias, weight)
         N, size, tile = len(gate_up), weight.shape[1], fused_tiles.TILING.activation
         active = gate_up.new_empty(N, size)
@@ -106,10 +106,10 @@ class _GatedDown(torch.autograd.Function):
         )  # fmt: skip
         bias_grads: tuple[Tensor | None, ...] = (None, None)
         if has_biases:
-            bias_grads = tuple(sum_parts(sums.flatten(1), gate_up.dtype).view(2, size))
+            bias_grads = tuple(column_sums(sums.flatten(1), gate_up.dtype).view(2, size))
         weight_grad = None
         if ctx.down.deferred is None:
-            weight_grad = weight_gradient(y_grad, active, weight)
+            weight_grad = weight_gradient(y_grad, active, ctx.parameter)
         else:
             ctx.down.deferred.append(WeightProducts([ctx.down], active, [y_grad]))
         return gate_up_grad, *bias_grads, weight_grad, None, None

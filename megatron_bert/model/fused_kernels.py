@@ -29,22 +29,6 @@ def _load_vector(VECTOR, columns, D):
 
 
 @triton.jit
-def fused_sum_kernel(PARTS, SUMS, P, X, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Column sums of fp32 [P, X].
-
-    Grid: tiles of columns.
-    """
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    rows = tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, P, ROWS):
-        mask = (first + rows < P)[:, None] & (columns < X)[None, :]
-        offsets = (first + rows)[:, None] * X + columns[None, :]
-        total += tl.load(PARTS + offsets, mask=mask, other=0.0)
-    tl.store(SUMS + columns, tl.sum(total, 0).to(SUMS.dtype.element_ty), mask=columns < X)
-
-
-@triton.jit
 def _dropped(values, token_draws, channel_draws, threshold, keep_scale):
     """`hash_dropout`; draws are int64 on the CPU, whose lower half is the same."""
     draws = token_draws.to(tl.int32)[:, None] + channel_draws.to(tl.int32)[None, :]

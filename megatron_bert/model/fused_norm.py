@@ -21,7 +21,7 @@ from torch import Tensor
 from triton import cdiv
 
 from megatron_bert.model import fused_kernels, fused_tiles
-from megatron_bert.model.fused_sums import sum_parts
+from megatron_bert.parallel.column_sums import column_sums
 from megatron_bert.parallel.random import keep_threshold
 
 
@@ -193,7 +193,7 @@ class _ResidualNorm(torch.autograd.Function):
             HAS_BIAS=has_bias, HAS_BRANCH_BIAS=has_branch_bias, DROPOUT=bool(draws),
             **tile.options(loops=True),
         )  # fmt: skip
-        weight_grad, *bias_grads = sum_parts(sums.flatten(1), weight.dtype).view(-1, D)
+        weight_grad, *bias_grads = column_sums(sums.flatten(1), weight.dtype).view(-1, D)
         bias_grad = bias_grads.pop(0) if has_bias else None
         branch_bias_grad = bias_grads.pop(0) if has_branch_bias else None
         return (
@@ -230,5 +230,5 @@ class _AddBranch(torch.autograd.Function):
             sum_grad, *(draws or (sums, sums)), y_grad, sums, T, D, *ctx.dropping,
             HAS_BRANCH_BIAS=ctx.has_bias, DROPOUT=bool(draws), **tile.options(loops=True),
         )  # fmt: skip
-        bias_grad = sum_parts(sums, sum_grad.dtype) if ctx.has_bias else None
+        bias_grad = column_sums(sums, sum_grad.dtype) if ctx.has_bias else None
         return sum_grad, y_grad, bias_grad, None

@@ -27,7 +27,12 @@ class Tile:
 
     def options(self, *, loops: bool = False) -> dict[str, int]:
         """As a kernel's launch takes them."""
-        options = {"TOKENS": self.tokens, "COLUMNS": self.columns, "num_warps": self.warps}
+        options = {
+            "TOKENS": self.tokens,
+            "COLUMNS": self.columns,
+            "num_warps": self.warps,
+            "enable_fp_fusion": True,
+        }
         return options | ({"STAGES": self.stages} if loops else {})
 
 

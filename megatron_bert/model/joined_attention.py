@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model.flash_attention import PackedAttention
-from megatron_bert.model.fused_sums import sum_parts
+from megatron_bert.parallel.column_sums import column_sums
 
 
 def joined_attention(
@@ -77,5 +77,5 @@ class _JoinedAttention(torch.autograd.Function):
         if sums is not None:
             q_sums, kv_sums = sums
             parts = [q_sums.flatten(1), *kv_sums.flatten(2)]
-            bias_grad = torch.cat([sum_parts(part, ctx.bias_dtype) for part in parts])
+            bias_grad = torch.cat([column_sums(part, ctx.bias_dtype) for part in parts])
         return grad, bias_grad, None, None, None

@@ -38,7 +38,7 @@ from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.deferred import (
     WeightProducts,
     WeightQueue,
-    linear_with_deferred_weight,
+    linear_with_own_gradients,
     weight_gradients,
 )
 from megatron_bert.parallel.partial_gradients import mark_partial
@@ -106,7 +106,7 @@ class RowParallelLinear(nn.Module):
 
     def without_bias(self, x_NF: Tensor) -> Tensor:
         """[N, in / tp] -> [T, out], to which the bias is still to be added."""
-        return self.sum_over_ranks(_linear(self, x_NF, local_part(self.weight)))
+        return self.sum_over_ranks(linear_with_own_gradients(self, x_NF, local_part(self.weight)))
 
     def sum_over_ranks(self, y_ND: Tensor) -> Tensor:
         """[N, out], the product of this rank's input features -> [T, out], that of all."""
@@ -207,7 +207,7 @@ def _linear(
         return layer.product(x_ND, weight, bias)
     if layer.deferred is None:
         return F.linear(x_ND, weight, bias)
-    return linear_with_deferred_weight(layer, x_ND, weight, bias)
+    return linear_with_own_gradients(layer, x_ND, weight, bias)
 
 
 class _GivenToProducts(torch.autograd.Function):
@@ -248,6 +248,8 @@ class _ColumnParallel(torch.autograd.Function):
         weights, biases = cast(tuple[Tensor, ...], parameters[:count]), parameters[count:]
         ctx.group, ctx.shards_tokens, ctx.deferring = group, shards_tokens, deferring
         ctx.learns_biases, ctx.joined = ctx.needs_input_grad[-count:], joined
+        # The parameter itself: what is saved and unpacked does not know its gradients' type.
+        ctx.parameter = weights[0]
         # Of shared tokens each rank keeps its own; they are gathered again backward.
         ctx.save_for_backward(x_TD, *weights)
         x_ND = x_TD
@@ -273,7 +275,7 @@ class _ColumnParallel(torch.autograd.Function):
             reducing = start(x_grad_ND, group)
         weight_grads: Sequence[Tensor | None]
         if deferring is None:
-            weight_grads = weight_gradients(x_ND, grads_NF, sizes, weights[0])
+            weight_grads = weight_gradients(x_ND, grads_NF, sizes, ctx.parameter)
         else:
             weight_grads = [None] * len(weights)
             gathered = group if shards_tokens else None

@@ -6,7 +6,6 @@ Shape suffixes: N tokens, T of them on this rank, D hidden, V this rank's part o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.config.logits import CPU_SOFTMAX_ELEMENTS, LOGITS_PER_CHUNK
+from megatron_bert.config.logits import CPU_SOFTMAX_ELEMENTS, logits_per_chunk
 from megatron_bert.distributed.collectives import (
     all_reduce,
     reduce_from_group,
@@ -22,6 +21,7 @@ from megatron_bert.distributed.collectives import (
 )
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.sharding import local_part, make_parameter
+from megatron_bert.parallel.softmax_rows import Statistics, softmax_rows
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -92,7 +92,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         count, vocab = hidden_ND.shape[0], weight_VD.shape[0]
-        chunk = max(1, LOGITS_PER_CHUNK // vocab)
+        chunk = max(1, logits_per_chunk(hidden_ND.device.type) // vocab)
         first_id = group.rank() * vocab
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         correct_N = hidden_ND.new_empty(count, dtype=torch.float32)
@@ -101,11 +101,12 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             logits_nV = F.linear(hidden_ND[part], weight_VD, bias_V)
             for rows, slice_nV in _softmax_slices(part, logits_nV):
                 weights_n = weights_N[rows].float()
-                softmax = _softmax(slice_nV, labels_N[rows] - first_id, group)
-                loss += (softmax.loss_n * weights_n).sum()
-                correct_N[rows] = softmax.correct_n * weights_n
+                softmax = softmax_rows(slice_nV, labels_N[rows] - first_id)
+                whole = _of_all_ranks(softmax.statistics, group)
+                loss += ((whole.log_sum_n - whole.label_n) * weights_n).sum()
+                correct_N[rows] = (whole.label_n >= whole.largest_n) * weights_n
                 if gradients is not None:
-                    gradients.replace_logits(slice_nV, softmax, weights_n)
+                    gradients.bias_V += softmax.write_gradient(whole.log_sum_n, weights_n)
             if gradients is not None:
                 gradients.add(part, logits_nV)
         if gradients is not None:
@@ -149,75 +150,30 @@ class _HeadGradients:
         self.bias_V = weight_VD.new_zeros(weight_VD.shape[0], dtype=torch.float32)
         self.weight_VD = weight_VD.new_zeros(0)
 
-    def replace_logits(self, logits_nV: Tensor, softmax: _Softmax, weights_n: Tensor) -> None:
-        """Write the logits' gradient over them, in their type; the bias's is summed in fp32."""
-        grad_nV = softmax.logits_grad(weights_n)
-        self.bias_V += grad_nV.sum(0)
-        logits_nV.copy_(grad_nV)
-
     def add(self, part: slice, logits_grad_nV: Tensor) -> None:
-        """Add one chunk's share."""
+        """Add one chunk's share; of several in fp32, as in bf16 the small ones would be lost."""
         self.hidden_ND[part] = logits_grad_nV @ self._table_VD
-        product_VD = logits_grad_nV.T @ self._source_ND[part]
-        if self.weight_VD.numel() == 0:
-            self.weight_VD = product_VD
+        grad_Vn, source_nD = logits_grad_nV.T, self._source_ND[part]
+        if len(source_nD) == len(self._source_ND):
+            self.weight_VD = grad_Vn @ source_nD
+        elif not (source_nD.is_cuda and source_nD.dtype == torch.bfloat16):
+            product_VD = grad_Vn @ source_nD
+            if self.weight_VD.numel() == 0:
+                self.weight_VD = product_VD
+            else:
+                self.weight_VD = self.weight_VD.float().add_(product_VD)
+        elif self.weight_VD.numel() == 0:
+            self.weight_VD = torch.mm(grad_Vn, source_nD, out_dtype=torch.float32)
         else:
-            # Summed in fp32: many chunks in bf16 would lose the small ones.
-            self.weight_VD = self.weight_VD.float().add_(product_VD)
+            sum_VD = self.weight_VD
+            torch.addmm(sum_VD, grad_Vn, source_nD, out_dtype=torch.float32, out=sum_VD)
 
 
-@dataclass(frozen=True)
-class _Softmax:
-    """Softmax of a chunk of tokens, of which this rank holds its part of the vocabulary.
-
-    Attributes:
-        local_nV: fp32 [n, V] softmax over this rank's part alone.
-        share_n: this rank's share of the whole softmax's sum: the factor from one to the other.
-        loss_n: cross-entropy over the whole vocabulary.
-        correct_n: whether the label's logit is the largest of all.
-        labels_n: the labels within this rank's part, 0 where another rank has them.
-        present_n: whether this rank has the label.
-    """
-
-    local_nV: Tensor
-    share_n: Tensor
-    loss_n: Tensor
-    correct_n: Tensor
-    labels_n: Tensor
-    present_n: Tensor
-
-    def logits_grad(self, weights_n: Tensor) -> Tensor:
-        """(softmax - one-hot label) x weight, fp32 [n, V], written over `local_nV`."""
-        scale_n = self.share_n * weights_n
-        at_label_n = self.local_nV.gather(1, self.labels_n[:, None])[:, 0] * scale_n
-        at_label_n -= weights_n * self.present_n
-        grad_nV = self.local_nV.mul_(scale_n[:, None])
-        return grad_nV.scatter_(1, self.labels_n[:, None], at_label_n[:, None])
-
-
-def _softmax(logits_nV: Tensor, local_labels_n: Tensor, group: dist.ProcessGroup) -> _Softmax:
-    """Softmax and loss over the whole vocabulary, in few passes over this rank's logits.
-
-    The fused softmax reads the logits once in their own type. Its normaliser is had back from the
-    largest logit, whose probability is at least 1 / V and so far from underflow.
-    """
-    present_n = (local_labels_n >= 0) & (local_labels_n < logits_nV.shape[1])
-    labels_n = local_labels_n.masked_fill(~present_n, 0).long()
-    local_nV = logits_nV.softmax(1, dtype=torch.float32)
-    largest_n = logits_nV.amax(1).float()
-    local_sum_n = largest_n - local_nV.amax(1).log()  # logarithm of the sum of exponentials
-    label_n = logits_nV.gather(1, labels_n[:, None])[:, 0].float().masked_fill(~present_n, 0.0)
-    log_sum_n = local_sum_n
-    if group.size() > 1:
-        largest_n, reference_n = all_reduce(torch.stack([largest_n, local_sum_n]), group, "max")
-        sums_2n = torch.stack([(local_sum_n - reference_n).exp(), label_n])
-        sum_n, label_n = all_reduce(sums_2n, group)
-        log_sum_n = reference_n + sum_n.log()
-    return _Softmax(
-        local_nV=local_nV,
-        share_n=(local_sum_n - log_sum_n).exp(),
-        loss_n=log_sum_n - label_n,
-        correct_n=label_n >= largest_n,
-        labels_n=labels_n,
-        present_n=present_n,
-    )
+def _of_all_ranks(here: Statistics, group: dist.ProcessGroup) -> Statistics:
+    """The statistics over the whole vocabulary."""
+    if group.size() == 1:
+        return here
+    largest_n, reference_n = all_reduce(torch.stack([here.largest_n, here.log_sum_n]), group, "max")
+    sums_2n = torch.stack([(here.log_sum_n - reference_n).exp(), here.label_n])
+    sum_n, label_n = all_reduce(sums_2n, group)
+    return Statistics(largest_n, reference_n + sum_n.log(), label_n)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bert.config.logits import CPU_SOFTMAX_ELEMENTS, LOGITS_PER_CHUNK
+from megatron_bert.config.logits import CPU_SOFTMAX_ELEMENTS, logits_per_chunk
 from megatron_bert.planner.job import Work
 
 
@@ -128,13 +128,14 @@ def head_bytes(work: Work) -> HeadBytes:
     """What the head holds, and at the worst moment beside."""
     model, e = work.job.config.model, work.job.element_bytes
     M, D, V = work.masked, model.hidden_size, work.job.vocab_size / work.split.tensor
-    chunk = min(M, max(1, LOGITS_PER_CHUNK // max(1, int(V))))
+    on_cpu = work.job.machine.gpu.kind == "cpu"
+    chunk = min(M, max(1, logits_per_chunk("cpu" if on_cpu else "cuda") // max(1, int(V))))
     many = chunk < M
     # Dense, GELU and norm keep their inputs; the projection its finished gradient.
     kept = e * 5 * M * D
     table = V * D * (4 if many else e)
-    on_cpu = work.job.machine.gpu.kind == "cpu"
-    softmax = 4 * min(chunk * V, CPU_SOFTMAX_ELEMENTS) if on_cpu else 4 * chunk * V
-    # Of several chunks the new product stands beside the sum.
-    logits = chunk * V * e + softmax + (V * D * e if many else 0.0)
+    logits = chunk * V * e
+    if on_cpu:
+        # Their softmax in fp32; of several chunks the new product stands beside the sum.
+        logits += 4 * min(chunk * V, CPU_SOFTMAX_ELEMENTS) + (V * D * e if many else 0.0)
     return HeadBytes(kept, logits, table)

@@ -25,22 +25,25 @@ from triton.compiler import ASTSource
 from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.model import flash_attention, flash_kernels, fused_kernels, fused_tiles
+from megatron_bert.parallel import softmax_kernels, softmax_rows
 
 # Of the arguments that are not arrays of the compute type, by their names.
 _TYPES = {
     "BEGINS": "*i32",
     "ENDS": "*i32",
     "ROW_KEYS": "*i64",
+    "LABELS": "*i32",
     "TOKEN_DRAWS": "*i32",
     "CHANNEL_DRAWS": "*i32",
     "DRAWS": "*i32",
-    **dict.fromkeys(("LOG_SUM", "DELTA", "DQ_SUMS", "DKV_SUMS", "MEAN", "RSTD", "PARTS"), "*fp32"),
+    **dict.fromkeys(("LOG_SUM", "DELTA", "DQ_SUMS", "DKV_SUMS", "DK_PARTS", "DV_PARTS"), "*fp32"),
+    **dict.fromkeys(("MEAN", "RSTD", "PARTS", "WEIGHTS", "LARGEST", "LABEL_LOGIT"), "*fp32"),
     **dict.fromkeys(("q_step", "kv_step", "dq_step", "dkv_step"), "i32"),
-    **dict.fromkeys(("T", "D", "F", "S", "heads", "first_head", "threshold"), "i32"),
+    **dict.fromkeys(("T", "D", "F", "S", "N", "size", "heads", "first_head", "threshold"), "i32"),
     **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale"), "fp32"),
 }
 # Sizes are multiples of 16, as arrays' addresses are.
-_DIVISIBLE = ("T", "D", "F", "S", "q_step", "kv_step", "dq_step", "dkv_step")
+_DIVISIBLE = ("T", "D", "F", "S", "N", "size", "q_step", "kv_step", "dq_step", "dkv_step")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Case:
 
     @property
     def kernel(self) -> Any:
-        module = {"flash": flash_kernels, "fused": fused_kernels}[self.module]
+        modules = {"flash": flash_kernels, "fused": fused_kernels, "softmax": softmax_kernels}
+        module = modules[self.module]
         return getattr(module, f"{self.name.split()[0]}_kernel")
 
 
@@ -77,7 +81,8 @@ def cases() -> Iterator[tuple[int, Case]]:
     wide = model.model_copy(update={"hidden_size": 5120, "ffn_hidden_size": 13824})
     wide_heads = model.model_copy(update={"num_attention_heads": model.hidden_size // 128})
     for capability in (80, 86, 89, 90, 100):
-        for name, options in {**_flash(model, True), **_fused(model, True)}.items():
+        kernels = {**_flash(model, True), **_fused(model, True), **_softmax()}
+        for name, options in kernels.items():
             yield capability, Case(f"{name} retrievabert-1.3b", name.split("_")[0], options)
     for name, options in {**_flash(modern, False), **_fused(modern, False)}.items():
         yield 90, Case(f"{name} modernbert-base", name.split("_")[0], options)
@@ -108,6 +113,13 @@ def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
         "flash_forward": forward,
         "flash_query_gradient": query_gradient | {"SUMS": True},
         "flash_key_gradient": key_gradient | {"SUMS": True, "HEADS": sharing},
+        "flash_key_sum": {
+            "GROUPS": model.num_query_groups,
+            "PARTS": 2,
+            "SIZE": model.head_dim,
+            "SLOTS": flash_attention._SUMMED_SLOTS,
+            "num_warps": 4,
+        },
     }
 
 
@@ -128,9 +140,14 @@ def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
     }
 
 
+def _softmax() -> dict[str, dict[str, Any]]:
+    options = {"COLUMNS": softmax_rows._COLUMNS, "num_warps": softmax_rows._WARPS}
+    return {"softmax_statistics": options, "softmax_gradient": options}
+
+
 def compiled(case: Case, capability: int) -> dict[str, int]:
     """Compile a kernel: registers of a thread, and bytes of its stack and of a program."""
-    launch = ("num_warps", "num_stages", "maxnreg")
+    launch = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
     constants = {n: v for n, v in case.options.items() if n not in launch}
     names = case.kernel.arg_names
     types = {n: "constexpr" if n in constants else _TYPES.get(n, f"*{case.compute}") for n in names}

@@ -86,11 +86,14 @@ def _head_tensors(tp: TensorParallelGroup) -> tuple[Tensor, nn.Parameter, nn.Par
     return hidden, table, bias
 
 
-def _check_cross_entropy(tensor: int, chunk: int) -> None:
-    import megatron_bert.parallel.vocabulary as vocabulary
+def _check_cross_entropy(tensor: int, chunk: int, kernels: bool) -> None:
+    from megatron_bert.parallel import softmax_rows, vocabulary
 
-    vocabulary.LOGITS_PER_CHUNK = chunk * VOCABULARY // tensor
+    vocabulary.logits_per_chunk = lambda _: chunk * VOCABULARY // tensor
     vocabulary.CPU_SOFTMAX_ELEMENTS = 2 * VOCABULARY // tensor
+    softmax_rows.has_softmax_kernels = lambda _: kernels
+    # Not all columns in one tile.
+    softmax_rows._COLUMNS = 16
     tp = cpu_topology(tensor=tensor).tensor_parallel
     hidden, table, bias = _head_tensors(tp)
     labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(6))
@@ -124,7 +127,17 @@ def _check_cross_entropy(tensor: int, chunk: int) -> None:
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("chunk", [5, 100])
 def test_vocab_parallel_cross_entropy_is_cross_entropy(tensor: int, chunk: int) -> None:
-    run_ranks(tensor, _check_cross_entropy, tensor, chunk)
+    run_ranks(tensor, _check_cross_entropy, tensor, chunk, False)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_so_it_is_by_the_kernels(tensor: int, chunk: int) -> None:
+    pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
+    if torch.cuda.is_available():
+        pytest.skip("on the CPU, which needs the interpreter")
+    run_ranks(tensor, _check_cross_entropy, tensor, chunk, True)
 
 
 def _check_embedding(tensor: int) -> None:

@@ -28,7 +28,7 @@ def test_plans_count_on_an_attention_kernel_where_training_has_one(
 
 
 def test_plans_count_as_many_logits_as_training_holds() -> None:
-    for name in ("LOGITS_PER_CHUNK", "CPU_SOFTMAX_ELEMENTS"):
+    for name in ("logits_per_chunk", "CPU_SOFTMAX_ELEMENTS"):
         assert getattr(activations, name) == getattr(vocabulary, name)
 
 

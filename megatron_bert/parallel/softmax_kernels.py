@@ -1,0 +1,81 @@
+"""Triton kernels of the softmax over a vocabulary, and of column sums.
+
+Logits are dense [n, size], of n tokens and this rank's part of the vocabulary.
+"""
+
+# Types are Triton's own, of values that stand on the GPU.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_statistics_kernel(
+    LOGITS, LABELS, LARGEST, LOG_SUM, LABEL_LOGIT, size, COLUMNS: tl.constexpr
+):
+    """Each row's largest logit, logarithm of its sum of exponentials, and logit of its label.
+
+    LABELS, int32 [n], count from this part's first; the logit of one outside it is 0. The others
+    are fp32 [n].
+
+    Grid: n.
+    """
+    row = tl.program_id(0)
+    LOGITS += row.to(tl.int64) * size
+    largest = tl.full([COLUMNS], -float("inf"), tl.float32)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, size, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        logits = tl.load(LOGITS + columns, mask=columns < size, other=-float("inf")).to(tl.float32)
+        largest_now = tl.maximum(largest, logits)
+        # A column that has seen nothing yet has nothing but minus infinities.
+        reference = tl.where(largest_now == -float("inf"), 0.0, largest_now)
+        total = total * tl.exp(largest - reference) + tl.exp(logits - reference)
+        largest = largest_now
+    highest = tl.max(largest, 0)
+    total = tl.sum(total * tl.exp(largest - highest), 0)
+    label = tl.load(LABELS + row)
+    present = (label >= 0) & (label < size)
+    label_logit = tl.load(LOGITS + label, mask=present, other=0.0).to(tl.float32)
+    tl.store(LARGEST + row, highest)
+    tl.store(LOG_SUM + row, highest + tl.log(total))
+    tl.store(LABEL_LOGIT + row, label_logit)
+
+
+@triton.jit
+def softmax_gradient_kernel(LOGITS, LABELS, LOG_SUM, WEIGHTS, size, COLUMNS: tl.constexpr):
+    """Write (softmax - one-hot label) x weight over the logits.
+
+    LOG_SUM and WEIGHTS are fp32 [n], the first of the whole vocabulary's exponentials.
+
+    Grid: n * tiles of columns.
+    """
+    tiles = tl.cdiv(size, COLUMNS)
+    row = tl.program_id(0) // tiles
+    columns = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    LOGITS += row.to(tl.int64) * size
+    log_sum, weight = tl.load(LOG_SUM + row), tl.load(WEIGHTS + row)
+    logits = tl.load(LOGITS + columns, mask=columns < size, other=0.0).to(tl.float32)
+    gradient = tl.exp(logits - log_sum) - tl.where(columns == tl.load(LABELS + row), 1.0, 0.0)
+    gradient = (gradient * weight).to(LOGITS.dtype.element_ty)
+    tl.store(LOGITS + columns, gradient, mask=columns < size)
+
+
+@triton.jit
+def column_sums_kernel(ROWS, SUMS, P, X, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of the columns of [P, X], in fp32.
+
+    Grid: tiles of columns.
+    """
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.arange(0, TILE)
+    offsets = rows[:, None] * X + columns[None, :]
+    total = tl.zeros([TILE, COLUMNS], tl.float32)
+    for first in range(0, P, TILE):
+        mask = (first + rows < P)[:, None] & (columns < X)[None, :]
+        values = tl.load(ROWS + tl.cast(first, tl.int64) * X + offsets, mask=mask, other=0.0)
+        total += values.to(tl.float32)
+    tl.store(SUMS + columns, tl.sum(total, 0).to(SUMS.dtype.element_ty), mask=columns < X)
