@@ -7,6 +7,7 @@ heads, G key/value heads, K head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -240,13 +241,17 @@ class SelfAttention(nn.Module):
         return layout.bias_B1SS is None and not rotates and not self.selects_kv_heads
 
     def mix_joined(
-        self, qkv_NF: Tensor, bias_F: Tensor | None, layout: PackedLayout, dropout_keys_B: Tensor
+        self,
+        qkv_NF: Tensor,
+        biases: Sequence[Tensor],
+        layout: PackedLayout,
+        dropout_keys_B: Tensor,
     ) -> Tensor:
         """`mix` of one product's columns.
 
         Args:
             qkv_NF: [N, F] queries, keys and values side by side, each head by head.
-            bias_F: [F], which was added to them, and gets its gradient from here.
+            biases: those that were added to them, and get their gradients from here.
             layout: which slots see each other.
             dropout_keys_B: int64 [B].
         """
@@ -264,7 +269,7 @@ class SelfAttention(nn.Module):
         )
         groups = (qkv_NF.shape[1] // self.head_dim - self.local_heads) // 2
         qkv_BSF = qkv_NF.view(layout.rows, -1, qkv_NF.shape[1])
-        mixed_BSHK = joined_attention(qkv_BSF, bias_F, groups, self.head_dim, attention)
+        mixed_BSHK = joined_attention(qkv_BSF, biases, groups, self.head_dim, attention)
         return mixed_BSHK.flatten(2).flatten(0, 1)
 
     def _of_local_heads(self, x_BGSK: Tensor) -> Tensor:

@@ -20,7 +20,12 @@ from triton import cdiv
 
 from megatron_bert.model import fused_kernels, fused_tiles
 from megatron_bert.parallel.column_sums import column_sums
-from megatron_bert.parallel.deferred import DeferringLayer, WeightProducts, weight_gradient
+from megatron_bert.parallel.deferred import (
+    DeferringLayer,
+    WeightProducts,
+    gradient_dtype,
+    weight_gradient,
+)
 from megatron_bert.parallel.sharding import local_part
 
 Activation = Callable[[Tensor], Tensor]
@@ -76,7 +81,7 @@ class _GatedDown(torch.autograd.Function):
     ) -> Tensor:
         # A copy of it would cost as much as the kernel.
         assert gate_up.is_contiguous()
-        ctx.down, ctx.gelu, ctx.parameter = down, gelu, weight
+        ctx.down, ctx.gelu, ctx.parameters = down, gelu, (weight, gate_bias)
         ctx.save_for_backward(gate_up, gate_bias, up_bias, weight)
         N, size, tile = len(gate_up), weight.shape[1], fused_tiles.TILING.activation
         active = gate_up.new_empty(N, size)
@@ -106,10 +111,12 @@ class _GatedDown(torch.autograd.Function):
         )  # fmt: skip
         bias_grads: tuple[Tensor | None, ...] = (None, None)
         if has_biases:
-            bias_grads = tuple(column_sums(sums.flatten(1), gate_up.dtype).view(2, size))
+            bias_grads = tuple(
+                column_sums(sums.flatten(1), gradient_dtype(ctx.parameters[1])).view(2, size)
+            )
         weight_grad = None
         if ctx.down.deferred is None:
-            weight_grad = weight_gradient(y_grad, active, ctx.parameter)
+            weight_grad = weight_gradient(y_grad, active, ctx.parameters[0])
         else:
             ctx.down.deferred.append(WeightProducts([ctx.down], active, [y_grad]))
         return gate_up_grad, *bias_grads, weight_grad, None, None

@@ -65,7 +65,9 @@ def _mixed(
     inputs = (attention.query, attention.key, attention.value)
     if attention.mixes_joined(layout):
         qkv_NF = _product(normed, inputs, attention.tp, remakes=remakes, bias_gradients=False)
-        return attention.mix_joined(qkv_NF, _joined_bias(inputs), layout, dropout_keys_B)
+        biases = [layer.local_parameters()[1] for layer in inputs]
+        there = [bias for bias in biases if bias is not None]
+        return attention.mix_joined(qkv_NF, there, layout, dropout_keys_B)
     qkv_NF = _product(normed, inputs, attention.tp, remakes=remakes)
     queries = attention.local_heads * attention.head_dim
     keys = (qkv_NF.shape[1] - queries) // 2
@@ -85,13 +87,6 @@ def _product(
     hooks = _made_again(normed) if remakes else nullcontext()
     with hooks:
         return joined_column_parallel(normed.output_TD, layers, tp, **biases)
-
-
-def _joined_bias(layers: tuple[ColumnParallelLinear, ...]) -> Tensor | None:
-    """The layers' biases end to end; None where they have none."""
-    biases = [layer.local_parameters()[1] for layer in layers]
-    there = [bias for bias in biases if bias is not None]
-    return torch.cat(there) if there else None
 
 
 def _made_again(normed: Normed) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from triton import cdiv
 
 from megatron_bert.model import fused_kernels, fused_tiles
 from megatron_bert.parallel.column_sums import column_sums
+from megatron_bert.parallel.deferred import gradient_dtype
 from megatron_bert.parallel.random import keep_threshold
 
 
@@ -165,7 +166,7 @@ class _ResidualNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         sum_TD, normed, mean, rstd = _add_and_normalize(x, branch, (weight, bias, eps))
         ctx.has_biases = (bias is not None, branch_bias is not None)
-        ctx.dropping, ctx.has_branch = _dropping(branch), branch is not None
+        ctx.dropping, ctx.has_branch, ctx.parameter = _dropping(branch), branch is not None, weight
         # All that is kept goes this way, so that recomputation holds nothing of it.
         ctx.save_for_backward(sum_TD, mean, rstd, weight, *_draws(branch))
         ctx.mark_non_differentiable(mean, rstd)
@@ -193,7 +194,8 @@ class _ResidualNorm(torch.autograd.Function):
             HAS_BIAS=has_bias, HAS_BRANCH_BIAS=has_branch_bias, DROPOUT=bool(draws),
             **tile.options(loops=True),
         )  # fmt: skip
-        weight_grad, *bias_grads = column_sums(sums.flatten(1), weight.dtype).view(-1, D)
+        dtype = gradient_dtype(ctx.parameter)
+        weight_grad, *bias_grads = column_sums(sums.flatten(1), dtype).view(-1, D)
         bias_grad = bias_grads.pop(0) if has_bias else None
         branch_bias_grad = bias_grads.pop(0) if has_branch_bias else None
         return (
@@ -212,23 +214,24 @@ class _AddBranch(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, branch_bias: Tensor | None, branch: Branch
     ) -> Tensor:
-        ctx.has_bias, ctx.dropping = branch_bias is not None, _dropping(branch)
+        ctx.bias, ctx.dropping = branch_bias, _dropping(branch)
         ctx.save_for_backward(*_draws(branch))
         return _add_and_normalize(x, branch, None)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         draws, sum_grad = ctx.saved_tensors, grads[0].contiguous()
-        if not (draws or ctx.has_bias):
+        has_bias = ctx.bias is not None
+        if not (draws or has_bias):
             return sum_grad, sum_grad, None, None
         T, D = sum_grad.shape
         y_grad = torch.empty_like(sum_grad) if draws else sum_grad
         tile = fused_tiles.TILING.rows(D)
         programs = tile.programs(T, fused_tiles.TILING.row_programs)
-        sums = sum_grad.new_empty((programs if ctx.has_bias else 0, D), dtype=torch.float32)
+        sums = sum_grad.new_empty((programs if has_bias else 0, D), dtype=torch.float32)
         fused_kernels.fused_branch_gradient_kernel[(programs,)](
             sum_grad, *(draws or (sums, sums)), y_grad, sums, T, D, *ctx.dropping,
-            HAS_BRANCH_BIAS=ctx.has_bias, DROPOUT=bool(draws), **tile.options(loops=True),
+            HAS_BRANCH_BIAS=has_bias, DROPOUT=bool(draws), **tile.options(loops=True),
         )  # fmt: skip
-        bias_grad = column_sums(sums, sum_grad.dtype) if ctx.has_bias else None
+        bias_grad = column_sums(sums, gradient_dtype(ctx.bias)) if has_bias else None
         return sum_grad, y_grad, bias_grad, None

@@ -9,6 +9,7 @@ columns, (H + 2 G) x K.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,17 +17,22 @@ from torch import Tensor
 
 from megatron_bert.model.flash_attention import PackedAttention
 from megatron_bert.parallel.column_sums import column_sums
+from megatron_bert.parallel.deferred import gradient_dtype
 
 
 def joined_attention(
-    qkv_BSF: Tensor, bias_F: Tensor | None, groups: int, size: int, attention: PackedAttention
+    qkv_BSF: Tensor,
+    biases: Sequence[Tensor],
+    groups: int,
+    size: int,
+    attention: PackedAttention,
 ) -> Tensor:
     """Softmax attention within each segment of a packed row.
 
     Args:
         qkv_BSF: [B, S, F] queries, then keys, then values, each head by head.
-        bias_F: [F], which was added to them and gets its gradient, their sum, from here; None:
-            there is none, or it has its gradient from elsewhere.
+        biases: of queries, keys and values, which were added to them and get their gradients, sums
+            over all slots, from here; none: there are none, or they have them from elsewhere.
         groups: G.
         size: K.
         attention: the rows' segments, and what is dropped.
@@ -34,7 +40,7 @@ def joined_attention(
     Returns:
         [B, S, H, K].
     """
-    out_BSHK: Tensor = _JoinedAttention.apply(qkv_BSF, bias_F, groups, size, attention)  # type: ignore[no-untyped-call]
+    out_BSHK: Tensor = _JoinedAttention.apply(qkv_BSF, groups, size, attention, *biases)  # type: ignore[no-untyped-call]
     return out_BSHK
 
 
@@ -49,14 +55,13 @@ class _JoinedAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         qkv: Tensor,
-        bias: Tensor | None,
         groups: int,
         size: int,
         attention: PackedAttention,
+        *biases: Tensor,
     ) -> Tensor:
         out, log_sum = attention.forward(*_heads(qkv, groups, size))
-        ctx.groups, ctx.size, ctx.attention = groups, size, attention
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.groups, ctx.size, ctx.attention, ctx.biases = groups, size, attention, biases
         ctx.save_for_backward(qkv, out, log_sum)
         return out
 
@@ -71,11 +76,12 @@ class _JoinedAttention(torch.autograd.Function):
             out,
             log_sum,
             (q_grad, k_grad, v_grad),
-            sums=ctx.bias_dtype is not None,
+            sums=len(ctx.biases) > 0,
         )
-        bias_grad = None
+        bias_grads: list[Tensor] = []
         if sums is not None:
             q_sums, kv_sums = sums
-            parts = [q_sums.flatten(1), *kv_sums.flatten(2)]
-            bias_grad = torch.cat([column_sums(part, ctx.bias_dtype) for part in parts])
-        return grad, bias_grad, None, None, None
+            dtypes = [gradient_dtype(bias) for bias in ctx.biases]
+            parts = (q_sums.flatten(1), *kv_sums.flatten(2))
+            bias_grads = [column_sums(*pair) for pair in zip(parts, dtypes, strict=True)]
+        return grad, None, None, None, *bias_grads

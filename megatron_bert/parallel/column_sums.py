@@ -8,7 +8,7 @@ from triton import cdiv
 
 from megatron_bert.parallel import softmax_kernels
 
-_TILE, _COLUMNS, _WARPS = 32, 64, 4
+_TILE, _COLUMNS, _WARPS = 64, 32, 4
 
 
 def column_sums(rows_PX: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,6 +26,7 @@ def column_sums(rows_PX: Tensor, dtype: torch.dtype) -> Tensor:
     (P, X), rows_PX = rows_PX.shape, rows_PX.contiguous()
     sums_X = rows_PX.new_empty(X, dtype=dtype)
     softmax_kernels.column_sums_kernel[(cdiv(X, _COLUMNS),)](
-        rows_PX, sums_X, P, X, TILE=_TILE, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True
-    )
+        rows_PX, sums_X, P, X,
+        TILE=_TILE, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
     return sums_X

@@ -56,7 +56,9 @@ def shard_over_data(
         assert isinstance(following, FSDPModule)
         unit.set_modules_to_forward_prefetch([following])
     for sharded in _sharded_modules(model):
-        sharded.set_gradient_divide_factor(1.0)
+        if topology.data_parallel_size > 1:
+            # A single rank's are not divided; told to divide by 1, PyTorch would make a pass.
+            sharded.set_gradient_divide_factor(1.0)
         # Without it gloo is asked for a pre-multiplied sum, which it does not have.
         sharded.set_force_sum_reduction_for_comms(True)
 

@@ -29,11 +29,18 @@ from megatron_bert.parallel.data_parallel import sharded_units
 from megatron_bert.parallel.sharding import local_part
 
 
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """In which type a parameter's gradients are added up (`data_parallel.add_up_gradients`)."""
+    # Parts of one that is split over ranks are no leaves, and have no such type.
+    dtype = parameter.grad_dtype if parameter.is_leaf else None
+    return dtype or parameter.dtype
+
+
 def weight_gradient(y_grad_NF: Tensor, x_ND: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient y_grad^T x of a weight, [F, D].
 
-    On a GPU in the type in which the weight's gradients are added up, not rounded to another before
-    (`parallel.data_parallel.add_up_gradients`).
+    On a GPU in the type in which the weight's gradients are added up, not rounded to another
+    before.
 
     Args:
         y_grad_NF: of what the layer gave.
@@ -41,9 +48,8 @@ def weight_gradient(y_grad_NF: Tensor, x_ND: Tensor, weight: Tensor | None) -> T
         weight: the weight, or one of several of which this is the joined gradient; None: the
             gradient is wanted in the type of what it is made from.
     """
-    # Parts of a weight that is split over ranks are no leaves, and have no such type.
-    dtype = weight.grad_dtype if weight is not None and weight.is_leaf else None
-    if dtype is None or dtype == x_ND.dtype or not x_ND.is_cuda:
+    dtype = x_ND.dtype if weight is None else gradient_dtype(weight)
+    if dtype == x_ND.dtype or not x_ND.is_cuda:
         return y_grad_NF.T @ x_ND
     return torch.mm(y_grad_NF.T, x_ND, out_dtype=dtype)
 

@@ -85,14 +85,16 @@ def test_the_kernels_are_the_written_out_attention(
         assert difference < TOLERANCE
 
     qkv = joined.flatten(2).requires_grad_()
-    bias = torch.zeros(qkv.shape[2], device=DEVICE, dtype=DTYPE, requires_grad=True)
+    sizes = [heads * size, groups * size, groups * size]
+    biases = [torch.zeros(n, device=DEVICE, dtype=DTYPE, requires_grad=True) for n in sizes]
     arguments = (layout.begins_BS, layout.ends_BS, reach, dropout, keys, first_head)
-    one = joined_attention(qkv, bias, groups, size, PackedAttention.of(*arguments))
-    qkv_grad, bias_grad = torch.autograd.grad(one, (qkv, bias), y_grad)
+    one = joined_attention(qkv, biases, groups, size, PackedAttention.of(*arguments))
+    qkv_grad, *bias_grads = torch.autograd.grad(one, (qkv, *biases), y_grad)
     # The same kernels on the same numbers.
     assert torch.equal(one, y)
     assert torch.equal(qkv_grad, torch.cat(grads, dim=2).flatten(2))
     total = qkv_grad.float().sum((0, 1))
+    bias_grad = torch.cat(bias_grads)
     assert (bias_grad.float() - total).norm() / total.norm() < TOLERANCE
 
 

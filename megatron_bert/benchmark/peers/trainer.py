@@ -71,8 +71,10 @@ def time_trainer(
         # More GPUs would make it split each batch over them.
         arguments._n_gpu = min(1, arguments.n_gpu)
         clock = _clock(warm_up, device)
+        with device:
+            model = trainer_model(config, vocab_size)
         trainer = Trainer(
-            model=trainer_model(config, vocab_size),
+            model=model,
             args=arguments,
             train_dataset=examples,
             data_collator=collator,
