@@ -1,66 +1,27 @@
-"""The gated activation and the product behind it, by a kernel of our own.
+"""The gated activation by a kernel of our own.
 
-What is kept is what the activation is made from. Backward one kernel reads that and the gradient of
-the activation, writes that of gate and up and, for the weight's gradient, the activation again,
-and sums those of their biases meanwhile: hence these are added here, not by the products before.
+What is kept is what it is made from. Backward one kernel reads that and the activation's gradient,
+writes that of gate and up and, for the next product's weight, the activation again, and sums those
+of their biases meanwhile: hence these are added here, not by the product before.
 
-Shape suffixes: N tokens of the micro-batch, D hidden, F features of this rank, P = 2 F: gate's and
-then up's.
+Shape suffixes: N tokens of the micro-batch, F features of this rank, P = 2 F: gate's and then up's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton import cdiv
 
 from megatron_bert.model import fused_kernels, fused_tiles
+from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
-from megatron_bert.parallel.deferred import (
-    DeferringLayer,
-    WeightProducts,
-    gradient_dtype,
-    weight_gradient,
-)
-from megatron_bert.parallel.sharding import local_part
 
 Activation = Callable[[Tensor], Tensor]
-
-
-def gated_down(
-    gate_up_NP: Tensor,
-    gate_bias_F: Tensor | None,
-    up_bias_F: Tensor | None,
-    down: DeferringLayer,
-    activation: Activation,
-) -> Tensor:
-    """The gated activation's product with the down projection's weight, of this rank's features.
-
-    What is kept is what the activation is made from.
-
-    Args:
-        gate_up_NP: [N, P], dense, without biases.
-        gate_bias_F: [F]; None where there are no biases.
-        up_bias_F: [F], or None like the other.
-        down: the layer of the product, of which but the weight is used: the bias is not added,
-            nor are ranks summed over.
-        activation: `F.silu`, or `F.gelu` (by the error function).
-
-    Returns:
-        [N, D].
-    """
-    weight_DF = local_part(down.weight)
-    if down.deferred is not None:
-        # Its gradient does not come by way of this function.
-        weight_DF = weight_DF.detach()
-    y_ND: Tensor = _GatedDown.apply(  # type: ignore[no-untyped-call]
-        gate_up_NP, gate_bias_F, up_bias_F, weight_DF, down, _is_gelu(activation)
-    )
-    return y_ND
+# Those of gate and of up, [F]; None where there are none.
+Biases = tuple[Tensor, Tensor] | None
 
 
 def _is_gelu(activation: Activation) -> bool:
@@ -68,55 +29,55 @@ def _is_gelu(activation: Activation) -> bool:
     return activation is F.gelu
 
 
-class _GatedDown(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gate_up: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        weight: Tensor,
-        down: DeferringLayer,
-        gelu: bool,
-    ) -> Tensor:
-        # A copy of it would cost as much as the kernel.
-        assert gate_up.is_contiguous()
-        ctx.down, ctx.gelu, ctx.parameters = down, gelu, (weight, gate_bias)
-        ctx.save_for_backward(gate_up, gate_bias, up_bias, weight)
-        N, size, tile = len(gate_up), weight.shape[1], fused_tiles.TILING.activation
-        active = gate_up.new_empty(N, size)
-        has_biases = gate_bias is not None
-        grid = (cdiv(N, tile.tokens) * cdiv(size, tile.columns),)
-        fused_kernels.fused_gated_activation_kernel[grid](
-            gate_up, *((gate_bias, up_bias) if has_biases else (gate_up, gate_up)), active, N,
-            size, BIASES=has_biases, GELU=gelu, **tile.options(),
-        )  # fmt: skip
-        return F.linear(active, weight)
+def gated_activation(gate_up_NP: Tensor, biases: Biases, activation: Activation) -> Tensor:
+    """activation(gate + bias) * (up + bias).
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, gate_bias, up_bias, weight = ctx.saved_tensors
-        y_grad, has_biases = grads[0], gate_bias is not None
-        N, size, tile = len(gate_up), weight.shape[1], fused_tiles.TILING.activation
-        # Where its gradient was, the activation is put.
-        active = y_grad @ weight
-        gate_up_grad = torch.empty_like(gate_up)
-        column_tiles = cdiv(size, tile.columns)
-        programs = tile.programs(N, max(1, fused_tiles.TILING.activation_programs // column_tiles))
-        sums = gate_up.new_empty((programs if has_biases else 0, 2, size), dtype=torch.float32)
-        fused_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](
-            active, gate_up, *((gate_bias, up_bias) if has_biases else (gate_up, gate_up)),
-            gate_up_grad, active, sums, N, size, BIASES=has_biases, GELU=ctx.gelu,
-            **tile.options(loops=True),
-        )  # fmt: skip
-        bias_grads: tuple[Tensor | None, ...] = (None, None)
-        if has_biases:
-            bias_grads = tuple(
-                column_sums(sums.flatten(1), gradient_dtype(ctx.parameters[1])).view(2, size)
-            )
-        weight_grad = None
-        if ctx.down.deferred is None:
-            weight_grad = weight_gradient(y_grad, active, ctx.parameters[0])
-        else:
-            ctx.down.deferred.append(WeightProducts([ctx.down], active, [y_grad]))
-        return gate_up_grad, *bias_grads, weight_grad, None, None
+    Args:
+        gate_up_NP: [N, P], dense, without biases.
+        biases: see `Biases`.
+        activation: `F.silu`, or `F.gelu` (by the error function).
+
+    Returns:
+        [N, F].
+    """
+    # A copy of it would cost as much as the kernel.
+    assert gate_up_NP.is_contiguous()
+    N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.TILING.activation
+    active_NF = gate_up_NP.new_empty(N, size)
+    fused_kernels.fused_gated_activation_kernel[(cdiv(N, tile.tokens) * cdiv(size, tile.columns),)](
+        gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), active_NF, N, size,
+        BIASES=biases is not None, GELU=_is_gelu(activation), **tile.options(),
+    )  # fmt: skip
+    return active_NF
+
+
+def gated_activation_gradients(
+    active_grad_NF: Tensor,
+    gate_up_NP: Tensor,
+    biases: Biases,
+    activation: Activation,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients from that of the activation, over which the activation itself is written.
+
+    Args:
+        active_grad_NF: [N, F].
+        gate_up_NP: as `gated_activation` took them, like the following.
+        biases: the same.
+        activation: the same.
+        dtype: of the biases' gradients.
+
+    Returns:
+        That of gate and up, [N, P], and those of the biases, [2, F], where there are any.
+    """
+    N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.TILING.activation
+    grad_NP = torch.empty_like(gate_up_NP)
+    column_tiles = cdiv(size, tile.columns)
+    programs = tile.programs(N, max(1, fused_tiles.TILING.activation_programs // column_tiles))
+    sums = gate_up_NP.new_empty((programs if biases else 0, 2, size), dtype=torch.float32)
+    fused_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](
+        active_grad_NF, gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), grad_NP,
+        active_grad_NF, sums, N, size, BIASES=biases is not None, GELU=_is_gelu(activation),
+        **tile.options(loops=True),
+    )  # fmt: skip
+    return grad_NP, column_sums(sums.flatten(1), dtype).view(2, size) if biases else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from megatron_bert.parallel import softmax_kernels
 
@@ -25,7 +24,7 @@ def column_sums(rows_PX: Tensor, dtype: torch.dtype) -> Tensor:
     """
     (P, X), rows_PX = rows_PX.shape, rows_PX.contiguous()
     sums_X = rows_PX.new_empty(X, dtype=dtype)
-    softmax_kernels.column_sums_kernel[(cdiv(X, _COLUMNS),)](
+    softmax_kernels.column_sums_kernel[(-(-X // _COLUMNS),)](
         rows_PX, sums_X, P, X,
         TILE=_TILE, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -143,13 +143,11 @@ def _deferring_layers(unit: nn.Module) -> Iterator[DeferringLayer]:
             yield cast(DeferringLayer, module)
 
 
-def linear_with_own_gradients(
-    layer: DeferringLayer, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None
+def linear_with_deferred_weight(
+    layer: DeferringLayer, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None
 ) -> Tensor:
-    """`F.linear` whose weight's gradient is `weight_gradient`, or left in the layer's queue."""
-    if layer.deferred is not None:
-        weight_FD = weight_FD.detach()
-    y: Tensor = _Linear.apply(x_ND, weight_FD, bias_F, layer)  # type: ignore[no-untyped-call]
+    """`F.linear` whose backward pass leaves the weight's product in the layer's queue."""
+    y: Tensor = _Linear.apply(x_ND, weight_FD.detach(), bias_F, layer)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -163,20 +161,15 @@ class _Linear(torch.autograd.Function):
         layer: DeferringLayer,
     ) -> Tensor:
         ctx.save_for_backward(x_ND, weight_FD)
-        ctx.layer, ctx.has_bias, ctx.parameter = layer, bias_F is not None, weight_FD
+        ctx.layer, ctx.has_bias = layer, bias_F is not None
         return F.linear(x_ND, weight_FD, bias_F)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NF,) = grads
         x_ND, weight_FD = ctx.saved_tensors
-        weight_grad = None
-        if ctx.layer.deferred is None:
-            weight_grad = weight_gradient(grad_NF, x_ND, ctx.parameter)
-        else:
-            ctx.layer.deferred.append(WeightProducts([ctx.layer], x_ND, [grad_NF]))
-        bias_grad = grad_NF.sum(0) if ctx.has_bias else None
-        return grad_NF @ weight_FD, weight_grad, bias_grad, None
+        ctx.layer.deferred.append(WeightProducts([ctx.layer], x_ND, [grad_NF]))
+        return grad_NF @ weight_FD, None, grad_NF.sum(0) if ctx.has_bias else None, None
 
 
 def accumulate_deferred(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.deferred import (
     WeightProducts,
     WeightQueue,
-    linear_with_own_gradients,
+    linear_with_deferred_weight,
     weight_gradients,
 )
 from megatron_bert.parallel.partial_gradients import mark_partial
@@ -101,17 +101,9 @@ class RowParallelLinear(nn.Module):
         weight = local_part(self.weight)
         if self.group.size() == 1:
             return _linear(self, x_NF, weight, self.bias)
-        y_TD = self.sum_over_ranks(_linear(self, x_NF, weight))
-        return y_TD if self.bias is None else y_TD + self.bias
-
-    def without_bias(self, x_NF: Tensor) -> Tensor:
-        """[N, in / tp] -> [T, out], to which the bias is still to be added."""
-        return self.sum_over_ranks(linear_with_own_gradients(self, x_NF, local_part(self.weight)))
-
-    def sum_over_ranks(self, y_ND: Tensor) -> Tensor:
-        """[N, out], the product of this rank's input features -> [T, out], that of all."""
         reduce = reduce_scatter_from_group if self.shards_tokens else reduce_from_group
-        return reduce(y_ND, self.group)
+        y_TD = reduce(_linear(self, x_NF, weight), self.group)
+        return y_TD if self.bias is None else y_TD + self.bias
 
 
 def column_parallel(
@@ -139,61 +131,13 @@ def column_parallel(
     if layers[0].product is not None:
         x_ND = _GivenToProducts.apply(x_TD, tp.group, tp.shards_tokens)  # type: ignore[no-untyped-call]
         return tuple(_linear(layer, x_ND, *pair) for layer, pair in zip(layers, pairs, strict=True))
-    return _applied(x_TD, layers, tp, pairs, joined=False)
-
-
-def joined_column_parallel(
-    x_TD: Tensor,
-    layers: tuple[ColumnParallelLinear, ...],
-    tp: TensorParallelGroup,
-    *,
-    with_biases: bool = True,
-    bias_gradients: bool = True,
-) -> Tensor:
-    """Apply several column-parallel layers to one input, by one product.
-
-    A narrow product takes as long as its input takes to be read, and each product that reads the
-    input gives a gradient of it that has to be written, read and added to the others. The weights
-    are laid end to end for the product, forward and again backward, and are not kept so.
-
-    Args:
-        x_TD: [T, in], the tokens that this rank holds.
-        layers: layers of `in` input features, all of them with a bias or none, without a `product`
-            of their own.
-        tp: the ranks.
-        with_biases: False leaves them to be added by whoever reads what is returned.
-        bias_gradients: False leaves their gradients, the column sums of that of what is returned,
-            to whoever reads it.
-
-    Returns:
-        [N, the sum of out / tp], the layers' features side by side.
-    """
-    assert all(layer.product is None for layer in layers)
-    assert len({layer.bias is None for layer in layers}) == 1
-    pairs = [layer.local_parameters() for layer in layers]
-    if not with_biases:
-        pairs = [(weight, None) for weight, _ in pairs]
-    elif not bias_gradients:
-        pairs = [(weight, None if bias is None else bias.detach()) for weight, bias in pairs]
-    return _applied(x_TD, layers, tp, pairs, joined=True)[0]
-
-
-def _applied(
-    x_TD: Tensor,
-    layers: tuple[ColumnParallelLinear, ...],
-    tp: TensorParallelGroup,
-    pairs: Sequence[tuple[Tensor, Tensor | None]],
-    *,
-    joined: bool,
-) -> tuple[Tensor, ...]:
     weights, biases = zip(*pairs, strict=True)
     deferring = None
     if layers[0].deferred is not None:
         # Their gradients do not come by way of this function.
         deferring, weights = layers, tuple(weight.detach() for weight in weights)
-    ranks = (tp.group, tp.shards_tokens) if tp.size > 1 else (None, False)
     return _ColumnParallel.apply(  # type: ignore[no-any-return,no-untyped-call]
-        x_TD, *ranks, deferring, joined, *weights, *biases
+        x_TD, tp.group, tp.shards_tokens, deferring, *weights, *biases
     )
 
 
@@ -207,7 +151,7 @@ def _linear(
         return layer.product(x_ND, weight, bias)
     if layer.deferred is None:
         return F.linear(x_ND, weight, bias)
-    return linear_with_own_gradients(layer, x_ND, weight, bias)
+    return linear_with_deferred_weight(layer, x_ND, weight, bias)
 
 
 class _GivenToProducts(torch.autograd.Function):
@@ -228,80 +172,114 @@ class _GivenToProducts(torch.autograd.Function):
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """Products of one input: one a layer, or with `joined` one of the weights laid end to end.
-
-    The weights that are kept are the layers' own. Of one that was kept joined nobody could free
-    the storage, as `fully_shard` does with gathered parameters.
-    """
-
     @staticmethod
     def forward(
         ctx: Any,
         x_TD: Tensor,
-        group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup,
         shards_tokens: bool,
         deferring: tuple[ColumnParallelLinear, ...] | None,
-        joined: bool,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         weights, biases = cast(tuple[Tensor, ...], parameters[:count]), parameters[count:]
         ctx.group, ctx.shards_tokens, ctx.deferring = group, shards_tokens, deferring
-        ctx.learns_biases, ctx.joined = ctx.needs_input_grad[-count:], joined
-        # The parameter itself: what is saved and unpacked does not know its gradients' type.
-        ctx.parameter = weights[0]
+        ctx.has_biases = [bias is not None for bias in biases]
         # Of shared tokens each rank keeps its own; they are gathered again backward.
         ctx.save_for_backward(x_TD, *weights)
-        x_ND = x_TD
-        if shards_tokens and group is not None:
-            x_ND = wait(start_all_gather(x_TD, group))
-        if joined:
-            has_biases = biases[0] is not None
-            biases = (torch.cat(cast(tuple[Tensor, ...], biases)),) if has_biases else (None,)
-            weights = (torch.cat(weights),)
+        x_ND = wait(start_all_gather(x_TD, group)) if shards_tokens else x_TD
         return tuple(F.linear(x_ND, w, b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads_NF: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        group, shards_tokens, deferring = ctx.group, ctx.shards_tokens, ctx.deferring
-        sizes = [len(weight) for weight in weights]
-        gathers = shards_tokens and deferring is None
-        gathering = start_all_gather(x, group) if gathers else x
-        x_grad_ND = _input_gradient(grads_NF, [torch.cat(weights)] if ctx.joined else weights)
-        x_ND = wait(gathering) if gathers else x
-        if group is not None:
-            start = start_reduce_scatter if shards_tokens else start_all_reduce
-            reducing = start(x_grad_ND, group)
-        weight_grads: Sequence[Tensor | None]
-        if deferring is None:
-            weight_grads = weight_gradients(x_ND, grads_NF, sizes, ctx.parameter)
-        else:
-            weight_grads = [None] * len(weights)
-            gathered = group if shards_tokens else None
-            products = WeightProducts(deferring, x, grads_NF, gathered, sizes)
-            deferring[0].deferred.append(products)
-        bias_grads = _bias_gradients(grads_NF, sizes, ctx.learns_biases)
-        x_grad_TD = x_grad_ND if group is None else wait(reducing)
-        return x_grad_TD, None, None, None, None, *weight_grads, *bias_grads
+        sharing = ctx.group if ctx.shards_tokens else None
+        x_grad, weight_grads = _column_gradients(
+            grads_NF, x, weights, ctx.group, sharing, ctx.deferring
+        )
+        bias_grads = [
+            grad_NF.sum(0) if has_bias else None
+            for grad_NF, has_bias in zip(grads_NF, ctx.has_biases, strict=True)
+        ]
+        return x_grad, None, None, None, *weight_grads, *bias_grads
+
+
+def joined_gradients(
+    grad_NF: Tensor,
+    x_TD: Tensor,
+    weights: Sequence[Tensor],
+    layers: Sequence[ColumnParallelLinear],
+    tp: TensorParallelGroup,
+    parameter: Tensor,
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Gradients of column-parallel layers that were computed by one product of their weights.
+
+    The collectives run under products as `column_parallel`'s do. The weights are laid end to end
+    again: of one tensor that was kept so nobody could free the storage, as `fully_shard` does with
+    gathered parameters.
+
+    Args:
+        grad_NF: [N, F], of all layers' features side by side.
+        x_TD: [T, in], what they read, of the tokens that this rank holds.
+        weights: [out / tp, in] each.
+        layers: whose they are; where they leave their weights' products, these are left.
+        tp: the ranks.
+        parameter: the first weight as autograd knows it, for `weight_gradient`.
+
+    Returns:
+        The input's, [T, in], and the weights', of which there are none that were left.
+    """
+    group = tp.group if tp.size > 1 else None
+    sharing = group if tp.shards_tokens else None
+    deferring = None if layers[0].deferred is None else tuple(layers)
+    return _column_gradients([grad_NF], x_TD, weights, group, sharing, deferring, parameter)
+
+
+def _column_gradients(
+    grads_NF: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    sharing: dist.ProcessGroup | None,
+    deferring: tuple[ColumnParallelLinear, ...] | None,
+    parameter: Tensor | None = None,
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Of the input and the weights; `sharing` are the ranks that share the tokens."""
+    sizes = [len(weight) for weight in weights]
+    gathers = sharing is not None and deferring is None
+    gathering = start_all_gather(x, sharing) if sharing is not None and gathers else x
+    x_grad_ND = _input_gradient(grads_NF, weights)
+    x_ND = wait(gathering) if gathers else x
+    if group is not None:
+        start = start_all_reduce if sharing is None else start_reduce_scatter
+        reducing = start(x_grad_ND, group)
+    weight_grads: Sequence[Tensor | None]
+    if deferring is None:
+        weight_grads = weight_gradients(x_ND, grads_NF, sizes, parameter)
+    else:
+        weight_grads = [None] * len(weights)
+        assert deferring[0].deferred is not None
+        deferring[0].deferred.append(WeightProducts(deferring, x, grads_NF, sharing, sizes))
+    return x_grad_ND if group is None else wait(reducing), weight_grads
 
 
 def _input_gradient(grads_NF: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    if len(grads_NF) < len(weights):
+        return grads_NF[0] @ torch.cat(tuple(weights))
     x_grad_ND = grads_NF[0] @ weights[0]
     for grad_NF, weight in zip(grads_NF[1:], weights[1:], strict=True):
         x_grad_ND = x_grad_ND + grad_NF @ weight
     return x_grad_ND
 
 
-def _bias_gradients(
-    grads_NF: Sequence[Tensor], sizes: Sequence[int], learns: Sequence[bool]
-) -> list[Tensor | None]:
-    """Column sums; of a joined gradient in one pass, and then all of its layers learn a bias."""
-    if not any(learns):
-        return [None] * len(sizes)
-    if len(grads_NF) < len(sizes):
-        return list(torch.split(grads_NF[0].sum(0), list(sizes)))
-    return [
-        grad_NF.sum(0) if learns_bias else None
-        for grad_NF, learns_bias in zip(grads_NF, learns, strict=True)
-    ]
+def gathered_tokens(x_TD: Tensor, tp: TensorParallelGroup) -> Tensor:
+    """[T, ...] -> [N, ...], without a gradient: the tokens of all ranks, where they share them."""
+    return wait(start_all_gather(x_TD, tp.group)) if tp.size > 1 and tp.shards_tokens else x_TD
+
+
+def summed_over_ranks(y_ND: Tensor, tp: TensorParallelGroup) -> Tensor:
+    """[N, ...] -> [T, ...], without a gradient: the sum over ranks, of this rank's tokens."""
+    if tp.size == 1:
+        return y_ND
+    start = start_reduce_scatter if tp.shards_tokens else start_all_reduce
+    return wait(start(y_ND, tp.group))

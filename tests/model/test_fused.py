@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_bert.parallel.deferred import WeightQueue
 from megatron_bert.parallel.random import dropout_keys, element_draws, hash_dropout, vector_draws
 
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
 
+from megatron_bert.benchmark.kernels.fused_functions import added, gated_down, residual_norm
 from megatron_bert.model import fused_tiles
-from megatron_bert.model.fused_activation import Activation, gated_down
-from megatron_bert.model.fused_norm import Branch, add_branch, residual_norm
+from megatron_bert.model.fused_activation import Activation
+from megatron_bert.model.fused_norm import BranchMask, add_branch, norm_again
 from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
 from megatron_bert.model.fused_tiles import Tile, Tiling
 
@@ -64,14 +64,24 @@ class _Inputs:
         assert difference < TOLERANCES[self.dtype]
 
 
-def _plain(x: Tensor, branch: Branch, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    draws = (branch.token_draws_T, branch.channel_draws_D)
-    return plain_residual_norm(
-        x, branch.y_TD, branch.bias_D, weight, bias, branch.dropout, draws, EPS
-    )
+@dataclass(frozen=True)
+class _Branch:
+    """What a sub-layer adds."""
+
+    y: Tensor
+    bias: Tensor | None
+    mask: BranchMask
 
 
-def _branch(inputs: _Inputs, tokens: int, size: int, bias: bool, dropout: float) -> list[Branch]:
+def _plain(
+    x: Tensor, branch: _Branch, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    mask = branch.mask
+    draws = (mask.token_draws_T, mask.channel_draws_D)
+    return plain_residual_norm(x, branch.y, branch.bias, weight, bias, mask.dropout, draws, EPS)
+
+
+def _branch(inputs: _Inputs, tokens: int, size: int, bias: bool, dropout: float) -> list[_Branch]:
     """A sub-layer's output, ours and the reference's."""
     keys = dropout_keys(torch.arange(1, device=DEVICE), 1, "x", range(1))[0]
     draws = (
@@ -80,7 +90,14 @@ def _branch(inputs: _Inputs, tokens: int, size: int, bias: bool, dropout: float)
     )
     ys = inputs.make(tokens, size)
     biases = inputs.make(size) if bias else (None, None)
-    return [Branch(y, b, dropout, *draws) for y, b in zip(ys, biases, strict=True)]
+    mask = BranchMask(dropout, *draws, bias)
+    return [_Branch(y, b, mask) for y, b in zip(ys, biases, strict=True)]
+
+
+def _with_norm(
+    x: Tensor, branch: _Branch, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return residual_norm(x, branch.y, branch.bias, branch.mask, weight, bias, EPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,13 +126,16 @@ def test_residual_and_norm_are_the_plain_ones(
     branch, plain_branch = _branch(inputs, tokens, size, biases, dropout)
     weight, plain_weight = inputs.make(size)
     bias, plain_bias = inputs.make(size) if biases else (None, None)
-    total, normed = residual_norm(x, branch, weight, bias, EPS)
+    total, normed = _with_norm(x, branch, weight, bias)
     expected = _plain(plain_x, plain_branch, plain_weight, plain_bias)
     inputs.check(total, expected[0])
-    inputs.check(normed.output_TD, expected[1])
-    inputs.check(normed.again(), expected[1])
+    inputs.check(normed, expected[1])
+    with torch.no_grad():
+        norm = (weight, bias, EPS)
+        made = add_branch(x, branch.mask, branch.y, branch.bias, norm)
+        inputs.check(norm_again(made[0], *made[2:], weight, bias), expected[1])
     grads = [inputs.numbers(tokens, size) for _ in range(2)]
-    inputs.check_gradients([total, normed.output_TD], grads, list(expected))
+    inputs.check_gradients([total, normed], grads, list(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,14 +147,14 @@ def test_a_norm_alone_gives_back_the_residual_stream_with_both_gradients_in_one(
     x, plain_x = inputs.make(21, size)
     weight, plain_weight = inputs.make(size)
     bias, plain_bias = inputs.make(size) if has_bias else (None, None)
-    same, normed = residual_norm(x, None, weight, bias, EPS)
+    same, normed = residual_norm(x, None, None, None, weight, bias, EPS)
     assert torch.equal(same, x)
     assert same.data_ptr() == x.data_ptr()
-    assert same.grad_fn is normed.output_TD.grad_fn
+    assert same.grad_fn is normed.grad_fn
     expected = F.layer_norm(plain_x, (size,), plain_weight, plain_bias, EPS)
-    inputs.check(normed.output_TD, expected)
+    inputs.check(normed, expected)
     grads = [inputs.numbers(21, size) for _ in range(2)]
-    inputs.check_gradients([same, normed.output_TD], grads, [plain_x * 1.0, expected])
+    inputs.check_gradients([same, normed], grads, [plain_x * 1.0, expected])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,7 +174,7 @@ def test_a_branch_is_added_without_a_norm(
     inputs = _Inputs(dtype, seed=tokens)
     x, plain_x = inputs.make(tokens, size)
     branch, plain_branch = _branch(inputs, tokens, size, bias, dropout)
-    total = add_branch(x, branch)
+    total = added(x, branch.y, branch.bias, branch.mask)
     weight = torch.ones(size, device=DEVICE)
     expected = _plain(plain_x, plain_branch, weight, None)[0]
     inputs.check(total, expected)
@@ -166,29 +186,19 @@ def test_the_same_elements_are_dropped_as_without_kernels_and_again_backward() -
     inputs = _Inputs(torch.float32, seed=0)
     branch = _branch(inputs, 50, 96, False, 0.3)[0]
     ones = torch.ones(50, 96, device=DEVICE, requires_grad=True)
-    branch, zeros = replace(branch, y_TD=ones), torch.zeros(50, 96, device=DEVICE)
-    draws = (branch.token_draws_T, branch.channel_draws_D)
-    expected = hash_dropout(ones, 0.3, *draws)
-    total = add_branch(zeros, branch)
+    branch, zeros = replace(branch, y=ones), torch.zeros(50, 96, device=DEVICE)
+    expected = hash_dropout(ones, 0.3, branch.mask.token_draws_T, branch.mask.channel_draws_D)
+    total = added(zeros, branch.y, branch.bias, branch.mask)
     assert torch.equal(total, expected)
     # The norm's part of the gradient is 0, as the sum alone is read.
     weight = torch.ones(96, device=DEVICE, requires_grad=True)
-    with_norm, normed = residual_norm(zeros, branch, weight, None, EPS)
+    with_norm, normed = _with_norm(zeros, branch, weight, None)
     assert torch.equal(with_norm, expected)
-    for output in (total.sum(), with_norm.sum() + 0.0 * normed.output_TD.sum()):
+    for output in (total.sum(), with_norm.sum() + 0.0 * normed.sum()):
         assert torch.equal(torch.autograd.grad(output, ones)[0], expected)
 
 
-@dataclass
-class _Down:
-    """The layer of the down projection, as far as it is asked."""
-
-    weight: nn.Parameter
-    deferred: WeightQueue | None = None
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("defers", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "size", "biases", "activation"),
     [(37, 48, True, F.silu), (37, 600, True, F.gelu), (33, 300, False, F.gelu)],
@@ -198,7 +208,6 @@ def test_the_gated_activation_and_its_product_are_the_plain_ones(
     size: int,
     biases: bool,
     activation: Activation,
-    defers: bool,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -209,23 +218,12 @@ def test_the_gated_activation_and_its_product_are_the_plain_ones(
     (gate_bias, plain_gate_bias), (up_bias, plain_up_bias) = (
         inputs.make(size) if biases else none for _ in range(2)
     )
-    down = _Down(nn.Parameter(inputs.numbers(width, size) / size**0.5))
-    plain_weight = down.weight.detach().float().requires_grad_()
-    if defers:
-        down.deferred = WeightQueue()
-    else:
-        inputs.ours.append(down.weight)
-        inputs.theirs.append(plain_weight)
-    y = gated_down(gate_up, gate_bias, up_bias, down, activation)
+    weight, plain_weight = inputs.make(width, size)
+    y = gated_down(gate_up, gate_bias, up_bias, weight, activation)
     plain = (plain_gate_up, plain_gate_bias, plain_up_bias, plain_weight)
     expected = plain_gated_down(*plain, activation)
     inputs.check(y, expected)
-    y_grad = inputs.numbers(tokens, width)
-    (weight_grad,) = torch.autograd.grad(expected, plain_weight, y_grad.float(), retain_graph=True)
-    inputs.check_gradients([y], [y_grad], [expected])
-    if down.deferred is not None:
-        (products,) = down.deferred
-        inputs.check(products.compute(products.gather())[0], weight_grad)
+    inputs.check_gradients([y], [inputs.numbers(tokens, width)], [expected])
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
@@ -234,9 +232,9 @@ def test_the_same_input_gives_the_same_bits() -> None:
         x = inputs.make(700, 64)[0]
         branch = _branch(inputs, 700, 64, True, 0.1)[0]
         weight, bias = inputs.make(64)[0], inputs.make(64)[0]
-        total, normed = residual_norm(x, branch, weight, bias, EPS)
+        total, normed = _with_norm(x, branch, weight, bias)
         grads = [inputs.numbers(700, 64) for _ in range(2)]
-        return list(torch.autograd.grad([total, normed.output_TD], inputs.ours, grads))
+        return list(torch.autograd.grad([total, normed], inputs.ours, grads))
 
     for once, again in zip(gradients(), gradients(), strict=True):
         assert torch.equal(once, again)

@@ -196,17 +196,17 @@ def test_between_products_and_kernels_nothing_is_copied_or_added(biases: bool) -
 
 def _made_again(tensor: int, sequence: bool) -> list[int]:
     """How often a training step makes norms again."""
-    from megatron_bert.model import fused_norm
+    from megatron_bert.model import fused_block
 
     calls: list[int] = []
-    again = fused_norm._norm_again
+    again = fused_block.norm_again
 
     def counted(*arguments: Any) -> Tensor:
         calls.append(1)
         return again(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_norm, "_norm_again", counted)
+        patch.setattr(fused_block, "norm_again", counted)
         _train("fused", {}, {"tensor": tensor, "sequence_parallel": sequence})
     return calls
 

@@ -1,4 +1,4 @@
-"""Layers of one input by one product, against a product each."""
+"""Gradients of layers that one product computes, against those of a product each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from megatron_bert.parallel.deferred import WeightQueue
 from megatron_bert.parallel.linear import (
     ColumnParallelLinear,
     column_parallel,
-    joined_column_parallel,
+    joined_gradients,
 )
 from megatron_bert.parallel.sharding import local_part
 from tests.distributed_harness import run_ranks
-from tests.held_storages import Storages
 from tests.small_model import cpu_topology
 
 TOKENS, WIDTH = 6, 16
@@ -38,19 +37,6 @@ def _layers(tp: TensorParallelGroup, *, bias: bool = True) -> tuple[ColumnParall
     return layers
 
 
-def _of_each(layers: tuple[ColumnParallelLinear, ...]) -> list[Tensor]:
-    """This rank's gradients; of weights that were left, what was left."""
-    queue = layers[0].deferred
-    if queue is not None:
-        (products,) = queue
-        queue.clear()
-        found = list(products.compute(products.gather()))
-        assert all(layer.weight.grad is None for layer in layers)
-    else:
-        found = [_taken(layer.weight) for layer in layers]
-    return found + [_taken(layer.bias) for layer in layers if layer.bias is not None]
-
-
 def _taken(parameter: Tensor) -> Tensor:
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
@@ -65,48 +51,30 @@ def _check_joined(tensor: int, sequence: bool, defers: bool) -> None:
     y_grad = torch.randn(apart.shape, generator=torch.Generator().manual_seed(8 + tp.rank))
     (x_grad,) = torch.autograd.grad(apart, x, y_grad, retain_graph=True)
     apart.backward(y_grad)
-    expected = _of_each(layers)
+    expected = [_taken(layer.weight) for layer in layers]
     x.grad = None
     if defers:
         for layer in layers:
             layer.deferred = WeightQueue()
-    joined = joined_column_parallel(x, layers, tp)
-    torch.testing.assert_close(joined, apart)
-    joined.backward(y_grad)
-    torch.testing.assert_close(x.grad, x_grad)
-    for ours, theirs in zip(_of_each(layers), expected, strict=True):
+    weights = [local_part(layer.weight) for layer in layers]
+    x_ours, weight_grads = joined_gradients(
+        y_grad, x.detach(), weights, layers, tp, layers[0].weight
+    )
+    torch.testing.assert_close(x_ours, x_grad)
+    if layers[0].deferred is not None:
+        assert all(gradient is None for gradient in weight_grads)
+        (products,) = layers[0].deferred
+        weight_grads = products.compute(products.gather())
+    for ours, theirs in zip(weight_grads, expected, strict=True):
         # In this form a gradient is taken over as it is, not copied.
+        assert ours is not None
         assert ours.is_contiguous()
         torch.testing.assert_close(ours, theirs)
-    without = joined_column_parallel(x, layers, tp, with_biases=False)
-    biases = torch.cat([local_part(layer.bias) for layer in layers if layer.bias is not None])
-    torch.testing.assert_close(without + biases, apart)
-    without.backward(y_grad)
-    assert all(layer.bias is not None and layer.bias.grad is None for layer in layers)
 
 
 @pytest.mark.parametrize("defers", [False, True])
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
-def test_one_product_of_all_layers_is_one_of_each(
+def test_gradients_of_one_product_are_those_of_each(
     tensor: int, sequence: bool, defers: bool
 ) -> None:
     run_ranks(tensor, _check_joined, tensor, sequence, defers)
-
-
-def _held(tensor: int, bias: bool) -> tuple[int, int]:
-    """Bytes that are kept for backward, and those of what is returned."""
-    tp = cpu_topology(tensor=tensor).tensor_parallel
-    layers = _layers(tp, bias=bias)
-    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
-    there = [local_part(parameter) for layer in layers for parameter in layer.parameters()]
-    storages = Storages([*there, x])
-    with storages:
-        y = joined_column_parallel(x, layers, tp)
-    return storages.held(), y.untyped_storage().nbytes()
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_weights_laid_end_to_end_are_not_kept_for_backward(tensor: int, bias: bool) -> None:
-    for held, returned in run_ranks(tensor, _held, tensor, bias):
-        assert held == returned

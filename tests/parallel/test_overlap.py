@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_bert.parallel.linear import (
     ColumnParallelLinear,
     column_parallel,
-    joined_column_parallel,
+    joined_gradients,
 )
+from megatron_bert.parallel.sharding import local_part
 from tests.distributed_harness import run_ranks
 from tests.small_model import cpu_topology, packed_inputs, small_config, small_model
 
@@ -48,10 +49,14 @@ def _backward_order(sequence: bool, joined: bool) -> list[str]:
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter)
     x = torch.randn(6, 8, requires_grad=True)
-    outputs = (joined_column_parallel(x, layers, tp),) if joined else column_parallel(x, layers, tp)
-    gradients = [torch.ones_like(output) for output in outputs]
+    if joined:
+        weights = [local_part(layer.weight).detach() for layer in layers]
+        with _Order() as order:
+            joined_gradients(torch.ones(12 if sequence else 6, 16), x, weights, layers, tp, x)
+        return order.names
+    outputs = column_parallel(x, layers, tp)
     with _Order() as order:
-        torch.autograd.backward(outputs, gradients)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     return order.names
 
 

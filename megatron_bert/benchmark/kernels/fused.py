@@ -5,16 +5,14 @@ Shape suffixes: T tokens, D hidden, F feed-forward, P = 2 F: gate's features and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bert.benchmark.kernels.measure import Piece
 from megatron_bert.benchmark.kernels.work import KernelWork, add_fused, hidden_draws, with_compiled
 from megatron_bert.model.feed_forward import ACTIVATIONS
 from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
-from megatron_bert.parallel.deferred import WeightQueue
 
 
 def residual_norm_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
@@ -34,11 +32,11 @@ def residual_norm_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
 
     def fused() -> tuple[Tensor, Tensor]:
         # Here: Triton comes with PyTorch for CUDA only.
-        from megatron_bert.model.fused_norm import Branch, residual_norm
+        from megatron_bert.benchmark.kernels.fused_functions import residual_norm
+        from megatron_bert.model.fused_norm import BranchMask
 
-        branch = Branch(y_TD, bias_D, dropout, *draws)
-        x, normed = residual_norm(x_TD, branch, weight_D, norm_bias_D, eps)
-        return x, normed.output_TD
+        mask = BranchMask(dropout, *draws, bias_D is not None)
+        return residual_norm(x_TD, y_TD, bias_D, mask, weight_D, norm_bias_D, eps)
 
     inputs = (x_TD, y_TD, bias_D, weight_D, norm_bias_D)
     plain = partial(plain_residual_norm, dropout=dropout, draws=draws, eps=eps)
@@ -58,14 +56,6 @@ def residual_norm_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
     )
 
 
-@dataclass
-class _Down:
-    """The layer of the down projection, as far as its product needs it."""
-
-    weight: nn.Parameter
-    deferred: WeightQueue | None = None
-
-
 def activation_product_piece(work: KernelWork, tokens: int) -> Piece:
     """The gated activation and the product that reads it.
 
@@ -81,15 +71,15 @@ def activation_product_piece(work: KernelWork, tokens: int) -> Piece:
     )
     gate_up_TP = work.random(tokens, 2 * ffn)
     gate_bias_F, up_bias_F = (work.random(ffn) if model.family.biases else None for _ in range(2))
-    down = _Down(nn.Parameter(work.random(hidden, ffn).detach()))
+    weight_DF = work.random(hidden, ffn)
 
     def fused() -> Tensor:
         # Here: Triton comes with PyTorch for CUDA only.
-        from megatron_bert.model.fused_activation import gated_down
+        from megatron_bert.benchmark.kernels.fused_functions import gated_down
 
-        return gated_down(gate_up_TP, gate_bias_F, up_bias_F, down, activation)
+        return gated_down(gate_up_TP, gate_bias_F, up_bias_F, weight_DF, activation)
 
-    inputs = (gate_up_TP, gate_bias_F, up_bias_F, down.weight)
+    inputs = (gate_up_TP, gate_bias_F, up_bias_F, weight_DF)
     plain = partial(plain_gated_down, activation=activation)
     alternatives, absent = with_compiled(work, plain, inputs, partial(plain, *inputs))
     add_fused(work, fused, alternatives, absent)

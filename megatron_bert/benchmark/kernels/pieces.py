@@ -144,9 +144,11 @@ def _residual_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
 
     def fused() -> Tensor:
         # Here: Triton comes with PyTorch for CUDA only.
-        from megatron_bert.model.fused_norm import Branch, add_branch
+        from megatron_bert.benchmark.kernels.fused_functions import added
+        from megatron_bert.model.fused_norm import BranchMask
 
-        return add_branch(x_ND, Branch(y_ND, biases[0] if biases else None, dropout, *draws))
+        mask = BranchMask(dropout, *draws, bool(biases))
+        return added(x_ND, y_ND, biases[0] if biases else None, mask)
 
     def generated(x: Tensor, y: Tensor, *biases: Tensor) -> Tensor:
         return x + F.dropout(y + biases[0] if biases else y, dropout)
