@@ -225,11 +225,14 @@ class _AfterAttention(torch.autograd.Function):
             active, gate_up, wide_biases, wide.activation, dtype
         )
         down_grad = _weight_gradient(wide.down, y_grad, active, ctx.parameters[5])
+        # Wide ones go once they are used up: other layers' activations still stand.
+        del active, y_grad
         if normed is None:
             normed = norm_again(x, mean, rstd, norm_weight, norm_bias)
         normed_grad, wide_grads = joined_gradients(
             gate_up_grad, normed, (gate, up), (wide.gate, wide.up), tp, ctx.parameters[3]
         )
+        del gate_up_grad, normed
         x_grad, y_grad, norm_grads = norm_gradients(
             normed_grad, grads[0], x, mean, rstd, norm_weight, ctx.masks[0],
             has_bias=norm_bias is not None, dtype=dtype,
