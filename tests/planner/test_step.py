@@ -8,7 +8,9 @@ import pytest
 
 from megatron_bert.parallel.actions import StageTime
 from megatron_bert.parallel.schedule import ScheduleName, make_schedule, simulate
+from megatron_bert.planner.compute import head_passes, weight_product_seconds
 from megatron_bert.planner.dealings import Dealings
+from megatron_bert.planner.job import Work
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.machines import find_machine
 from megatron_bert.planner.network import Group
@@ -141,6 +143,22 @@ def test_small_micro_batches_take_what_the_host_takes_within_twenty_percent(
     step, predicted = _step_on_one_gpu(128, rows, 2, *overrides)
     assert predicted == pytest.approx(tokens_per_second, rel=0.2)
     assert step.host > 0.25 * step.total
+
+
+def test_fused_blocks_join_products_and_the_head_moves_its_logits_as_kernels_do() -> None:
+    fused, apart = (
+        Work(planned, single(32_768).split, "none", 64, planned.spans[2])
+        for planned in (job(1), job(1, "compile.enabled=true"))
+    )
+    of_joined, of_each = sum(weight_product_seconds(fused)), sum(weight_product_seconds(apart))
+    # Five products, two of them narrow and bound by the memory, in the place of two.
+    assert of_each - of_joined == pytest.approx(90e-6, abs=30e-6)
+    # Two reads and a write of the logits, a read for the bias; their table's gradient by two
+    # chunks: 5 x 4 bytes an element, and 8 where it is added to the embeddings'.
+    masked, table = 64 * 84, 99_584 * 1536
+    moved = masked * 99_584 * 8 + table * 28
+    expected = moved / (0.64 * 3350e9)
+    assert head_passes(fused).forward.elementwise == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
