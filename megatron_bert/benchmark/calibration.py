@@ -18,6 +18,7 @@ from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.machine import describe_hardware
 from megatron_bert.model.attention import PackedLayout, attend, has_kernel
 from megatron_bert.planner.calibrated import Calibration
+from megatron_bert.planner.compute import ATTENTION_BACKWARD_MOVES
 from megatron_bert.planner.machines import GIB, GPUS, Gpu, Rates, find_machine, gpu_of_device
 
 Curve = list[list[float]]
@@ -194,11 +195,12 @@ def _rates(
     slots, width = sizes.rows * sizes.length, _HEADS * _HEAD_SIZE
     flops = 4 * slots * sizes.length * width
     (_, forward, both), (_, _, plain_both) = curves["attention"]
-    # The planner adds what attention reads and writes to its products: once forward, four times
-    # backward.
+    # The planner adds what attention reads and writes to its products.
     moved = compute.itemsize * slots * 4 * width / (1e9 * facts.bandwidth * 0.95)
     forward_products = max(forward - moved, forward / 2)
-    backward_products = max(both - forward - 4 * moved, (both - forward) / 2, 1e-9)
+    backward_products = max(
+        both - forward - ATTENTION_BACKWARD_MOVES * moved, (both - forward) / 2, 1e-9
+    )
     found = replace(
         built_in,
         gemm=best / peak,

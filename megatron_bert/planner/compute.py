@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
+from megatron_bert.config.logits import logits_per_chunk
 from megatron_bert.planner.job import Work
+
+# How many times as long as reading queries, keys and values once and writing the result takes what
+# attention's backward pass takes however few the keys: by lengths 128 to 2,048 on one H100.
+ATTENTION_BACKWARD_MOVES = 6
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,17 @@ def product_seconds(work: Work, rows: float, inner: float, columns: float) -> fl
     """A product of [rows, inner] with [inner, columns]: by the peak, or by the bytes it moves."""
     machine, e = work.job.machine, work.job.element_bytes
     peak = machine.peak(work.job.config.precision.compute) * machine.rates.gemm
-    moved = e * (rows * inner + inner * columns + rows * columns)
-    by_bytes = moved / (1e9 * machine.gpu.bandwidth * machine.rates.elementwise)
-    return max(2 * rows * inner * columns / peak, by_bytes) + machine.rates.gemm_seconds
+    moved = moved_once(work, e * (rows * inner + inner * columns + rows * columns))
+    return max(2 * rows * inner * columns / peak, moved) + machine.rates.gemm_seconds
 
 
 def moved_seconds(work: Work, moved_bytes: float) -> float:
-    """Reading and writing so many bytes."""
-    machine = work.job.machine
-    return moved_bytes / (1e9 * machine.gpu.bandwidth * machine.rates.elementwise)
+    """Reading and writing so many bytes outside the blocks."""
+    return _streamed(work, moved_bytes, work.job.machine.rates.elementwise)
+
+
+def _streamed(work: Work, moved_bytes: float, share: float) -> float:
+    return moved_bytes / (1e9 * work.job.machine.gpu.bandwidth * share)
 
 
 def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> Passes:
@@ -97,16 +105,17 @@ def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> P
     forward_products, input_products, weight_products = _products(work)
     attention_forward, attention_backward = _attention(work)
     forward_moved, backward_moved = _elementwise(work)
+    share = rates.fused if work.job.has_fused_kernels else rates.elementwise
     forward = Seconds(
         gemm=forward_products,
         attention=attention_forward,
-        elementwise=moved_seconds(work, forward_moved),
+        elementwise=_streamed(work, forward_moved, share),
         tensor=tensor_forward,
     )
     backward = Seconds(
         gemm=input_products,
         attention=attention_backward,
-        elementwise=moved_seconds(work, backward_moved),
+        elementwise=_streamed(work, backward_moved, share),
         tensor=tensor_backward,
     )
     weight = Seconds(gemm=weight_products)
@@ -116,7 +125,8 @@ def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> P
         backward += Seconds(attention=attention_forward)
     busy = (forward + backward + weight).total
     # The host runs beside the device; what it lacks is shared out as the work is.
-    launches = rates.host * (4 / 3 if work.recompute == "full" else 1.0)
+    launches = rates.host_compiled if work.job.config.compile.enabled else rates.host
+    launches *= 4 / 3 if work.recompute == "full" else 1.0
     launches += rates.host_message * _messages_of(work)
     waiting = max(rates.idle, launches - busy)
     return Passes(
@@ -138,10 +148,10 @@ def _messages_of(work: Work) -> int:
 def _products(work: Work) -> tuple[float, float, float]:
     """Forward, to the inputs, to the weights."""
     model, tensor = work.job.config.model, work.split.tensor
-    N, D, F, kv = work.tokens, model.hidden_size, model.ffn_hidden_size / tensor, work.kv_size
-    local = D / tensor
-    # Query, key, value, output, gate, up, down: features in and out.
-    layers = ((D, local), (D, kv), (D, kv), (local, D), (D, F), (D, F), (F, D))
+    N, D, F = work.tokens, model.hidden_size, model.ffn_hidden_size / tensor
+    attention, wide = _columns(work)
+    # Of each layer, features in and out.
+    layers = [*((D, features) for features in attention + wide), (D / tensor, D), (F, D)]
     forward = sum(product_seconds(work, N, a, b) for a, b in layers)
     to_input = sum(product_seconds(work, N, b, a) for a, b in layers)
     to_weight = sum(product_seconds(work, b, N, a) for a, b in layers)
@@ -150,10 +160,21 @@ def _products(work: Work) -> tuple[float, float, float]:
 
 def weight_product_seconds(work: Work) -> tuple[float, float]:
     """The weights' products of the layers that read one input: query, key, value; gate, up."""
+    D, N = work.job.config.model.hidden_size, work.tokens
+    attention, wide = (
+        sum(product_seconds(work, features, N, D) for features in layers)
+        for layers in _columns(work)
+    )
+    return attention, wide
+
+
+def _columns(work: Work) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Features out of the products of query, key and value, and of gate and up; fused, of one."""
     model, tensor = work.job.config.model, work.split.tensor
-    N, D, F, kv = work.tokens, model.hidden_size, model.ffn_hidden_size / tensor, work.kv_size
-    attention = product_seconds(work, D / tensor, N, D) + 2 * product_seconds(work, kv, N, D)
-    return attention, 2 * product_seconds(work, F, N, D)
+    local, wide = model.hidden_size / tensor, model.ffn_hidden_size / tensor
+    if work.job.has_fused_kernels:
+        return (local + 2 * work.kv_size,), (2 * wide,)
+    return (local, work.kv_size, work.kv_size), (wide, wide)
 
 
 def _attention(work: Work) -> tuple[float, float]:
@@ -166,13 +187,14 @@ def _attention(work: Work) -> tuple[float, float]:
     flops = 4 * work.tokens * keys * model.hidden_size / tensor
     moved = moved_once(work, e * work.tokens * (2 * model.hidden_size / tensor + 2 * work.kv_size))
     forward = flops / (peak * rates.attention_forward * faster) + moved
-    backward = 2.5 * flops / (peak * rates.attention_backward * faster) + 4 * moved
+    backward = 2.5 * flops / (peak * rates.attention_backward * faster)
+    backward += ATTENTION_BACKWARD_MOVES * moved
     return forward, backward
 
 
 def moved_once(work: Work, moved_bytes: float) -> float:
     """Bytes that a kernel streams beside products, at nearly the memory's rate."""
-    return moved_bytes / (1e9 * work.job.machine.gpu.bandwidth * 0.95)
+    return _streamed(work, moved_bytes, 0.95)
 
 
 def _keys_per_query(work: Work) -> float:
@@ -186,39 +208,87 @@ def _keys_per_query(work: Work) -> float:
 
 
 def _elementwise(work: Work) -> tuple[float, float]:
-    """Bytes that compiled kernels read and write, forward and backward.
+    """Bytes that a block's kernels between products read and write, forward and backward.
 
-    In the order of the block: norm (read, write), residual sum with dropout and the next norm (2
-    read, 2 written), activation (2 read, 1 written), residual sum (2 read, 1 written). Backward:
-    the activation again (3 read, 3 written); sums for biases; dropout (read, write); sums of the
-    gradients that come back from query, key and value, and from gate and up; norms (3 read, 1
-    written, their output again, and the weights' sums); gradients of weights are added up in fp32.
+    Forward, in the order of the block: norm (read, write), residual sum with dropout and the next
+    norm (2 read, 2 written), activation (2 read, 1 written), residual sum (2 read, 1 written).
     """
-    job, model, tensor = work.job, work.job.config.model, work.split.tensor
+    forward = 9 * work.tokens * work.share * work.job.config.model.hidden_size
+    forward += 3 * work.tokens * work.job.config.model.ffn_hidden_size / work.split.tensor
+    forward *= work.job.element_bytes
+    if work.job.has_fused_kernels:
+        joined = _joined_bytes(work)
+        return forward + joined, _fused_backward(work) + joined
+    factor = 1.0 if work.job.is_fused else work.job.machine.rates.eager
+    backward = factor * work.job.element_bytes * _compiled_backward(work)
+    # Gradients of weights are added up in fp32.
+    return factor * forward, backward + (8 + work.job.element_bytes) * _weights(work)
+
+
+def _compiled_backward(work: Work) -> float:
+    """Elements that compiled kernels move backward.
+
+    The activation again (3 read, 3 written); sums for biases; dropout (read, write); sums of the
+    gradients that come back from query, key and value, and from gate and up; norms (3 read, 1
+    written, their output again, and the weights' sums).
+    """
+    model, tensor = work.job.config.model, work.split.tensor
     N, T = work.tokens, work.tokens * work.share
     D, F = model.hidden_size, model.ffn_hidden_size / tensor
-    narrow = D / tensor + 2 * work.kv_size
-    biases = int(model.family.biases)
-    forward = 9 * T * D + 3 * N * F
-    backward = (
-        N * (6 + 2 * biases) * F + N * biases * narrow + T * D * (18 + 2 * biases) + 9 * N * D
-    )
-    weights = D * (2 * D / tensor + 2 * work.kv_size + 3 * F)
-    factor = 1.0 if job.is_fused else job.machine.rates.eager
-    e = job.element_bytes
-    return factor * e * forward, factor * e * backward + (8 + e) * weights
+    narrow, biases = D / tensor + 2 * work.kv_size, int(model.family.biases)
+    return N * (6 + 2 * biases) * F + N * biases * narrow + T * D * (18 + 2 * biases) + 9 * N * D
+
+
+def _fused_backward(work: Work) -> float:
+    """Bytes that fused kernels move backward; biases' gradients are summed meanwhile.
+
+    The residual sum's branch (read, write); the activation again (3 read, 3 written); both norms (3
+    read, 1 written), the second with its branch's gradient (written); their outputs again (read,
+    write). Weights' gradients come in fp32 and are added up (2 read, 1 written).
+    """
+    model = work.job.config.model
+    wide = 6 * work.tokens * model.ffn_hidden_size / work.split.tensor
+    # Without dropout a branch's gradient is the residual stream's, and not written.
+    stream = (15 if model.hidden_dropout else 13) * work.tokens * work.share * model.hidden_size
+    return work.job.element_bytes * (wide + stream) + 12 * _weights(work)
+
+
+def _joined_bytes(work: Work) -> float:
+    """Weights that are laid end to end for products of several layers: read, and written."""
+    attention, wide = _columns(work)
+    weights = work.job.config.model.hidden_size * (sum(attention) + sum(wide))
+    return 2 * work.job.element_bytes * weights
+
+
+def _weights(work: Work) -> float:
+    """Elements of a block's weights on this rank."""
+    model, tensor = work.job.config.model, work.split.tensor
+    D, F = model.hidden_size, model.ffn_hidden_size / tensor
+    return D * (2 * D / tensor + 2 * work.kv_size + 3 * F)
 
 
 def head_passes(work: Work) -> Passes:
     """Dense layer, norm, projection and cross-entropy on the masked positions."""
-    model, e = work.job.config.model, work.job.element_bytes
+    model = work.job.config.model
     M, D, V = work.masked, model.hidden_size, work.job.vocab_size / work.split.tensor
     projection = product_seconds(work, M, D, V)
     dense = product_seconds(work, M, D, D)
-    # Softmax in fp32, its gradient in place, a copy in the compute type; the table's gradient.
-    logits = moved_seconds(work, M * V * (4 * e + 16) + V * D * (2 * e + 8))
+    logits = moved_seconds(work, _head_bytes(work, M, V))
     forward = Seconds(gemm=dense + 3 * projection, elementwise=logits)
     return Passes(forward, Seconds(gemm=dense), Seconds(gemm=dense))
+
+
+def _head_bytes(work: Work, masked: float, vocabulary: float) -> float:
+    """What cross-entropy moves between products, with the table's gradient."""
+    e, table = work.job.element_bytes, vocabulary * work.job.config.model.hidden_size
+    if work.job.machine.gpu.kind == "cpu":
+        # Softmax in fp32, its gradient in place, a copy in the compute type.
+        return masked * vocabulary * (4 * e + 16) + table * (2 * e + 8)
+    # Logits are read for their softmax, again for its gradient, which is written in place, and
+    # that for the bias's. The table's is added up over chunks in fp32, scaled, and added to others.
+    chunks = ceil(masked / max(1, logits_per_chunk("cuda") // int(vocabulary)))
+    of_table = 4 if chunks > 1 else e
+    return masked * vocabulary * 4 * e + table * ((2 * chunks + 1) * of_table + 8)
 
 
 def embedding_passes(work: Work) -> Passes:

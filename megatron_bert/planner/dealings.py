@@ -144,8 +144,8 @@ def _update(job: Job, layout: Layout, parts: Sequence[RankParts]) -> float:
     moved = 32.0 * part.parameters / shards
     if of_muon:
         moved += (muon.MOVED_BYTES + 2 * job.element_bytes - 32.0) * part.matrices / shards
-    if layout.split.data > 1:
-        moved += (2 * job.element_bytes + 2 * job.reduce_bytes) * part.parameters
+    # Into messages and out of them; one rank by itself makes these copies too.
+    moved += (2 * job.element_bytes + 2 * job.reduce_bytes) * part.parameters
     rate = 1e9 * machine.gpu.bandwidth * machine.rates.elementwise
     norm = Group(job.ranks, 1).sum(machine, 8)
     seconds = moved / rate + norm + machine.rates.step

@@ -69,8 +69,12 @@ class Job:
 
         Neither keep the outputs of norms and activations, nor which elements dropout keeps.
         """
-        device = ComputeDevice(self.machine.gpu.kind)
-        return self.config.compile.enabled or chosen_kernels(self.config, device) == "fused"
+        return self.config.compile.enabled or self.has_fused_kernels
+
+    @cached_property
+    def has_fused_kernels(self) -> bool:
+        """Whether these are our own."""
+        return chosen_kernels(self.config, ComputeDevice(self.machine.gpu.kind)) == "fused"
 
     def batch(self, layout: Layout, span: StageSpan) -> BatchLayout:
         """How a stage's rows are dealt out; what `BatchLayout.of` gives for the keys."""

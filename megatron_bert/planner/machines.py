@@ -132,7 +132,8 @@ class Rates:
         attention_backward: the same backward.
         no_dropout: how many times as fast attention is without dropout.
         elementwise: share of the memory's bandwidth in norms, activations, sums and the optimizer.
-        eager: how many times the bytes move where blocks are not compiled.
+        fused: the same between the products of blocks with fused kernels.
+        eager: how many times the bytes move where blocks have neither these nor are compiled.
         link: share of the links inside a node.
         network: share of the adapters.
         link_latency: seconds of a message inside a node, and as much again a 16th for each rank.
@@ -140,24 +141,34 @@ class Rates:
         idle: seconds a block and micro-batch in which the device waits.
         host: seconds that the host takes to launch a block, forward and backward: the least time
             of a block, however few its tokens; a third more where it is computed again.
+        host_compiled: the same of compiled blocks.
         host_message: that it takes beside for each message over a tensor-parallel group.
         step: seconds a step beside the model: ranks agree, metrics are written.
         reserved_gib: memory that training cannot have: context, communicators, fragments.
     """
 
-    gemm: float = 0.79
+    # One H100 80 GB, by docs/performance.md: 26 November 2026 (commits 615cc3d, a5f806f) and, on a
+    # card 4 % slower, 27 November (commit ec2cbf4). Products: between the two.
+    gemm: float = 0.76
     gemm_seconds: float = 10e-6
-    attention_forward: float = 0.235
-    attention_backward: float = 0.21
+    # 27 November: the kernels' times at lengths 128, 512 and 2,048.
+    attention_forward: float = 0.335
+    attention_backward: float = 0.26
+    # 26 November, as the next and `idle`.
     no_dropout: float = 1.4
     elementwise: float = 0.64
+    # 27 November: 5.2 GB a layer and micro-batch of 32,768 slots in 1.95 ms.
+    fused: float = 0.8
+    # Assumed, as what is said of no run.
     eager: float = 2.5
     link: float = 0.8
     network: float = 0.85
     link_latency: float = 10e-6
     network_latency: float = 25e-6
     idle: float = 0.3e-3
-    host: float = 1.5e-3
+    # 27 November, 4,096 slots of length 128: steps of 0.696 and 0.529 s for 96 blocks.
+    host: float = 7.0e-3
+    host_compiled: float = 5.3e-3
     host_message: float = 40e-6
     step: float = 2e-3
     reserved_gib: float = 2.5
@@ -221,7 +232,8 @@ def _default_rates(gpu: str) -> Rates:
     # Written-out attention is products of the usual kind; a rank is a process, without a context.
     return Rates(
         gemm=0.6, attention_forward=0.3, attention_backward=0.3, no_dropout=3.0, eager=2.0,
-        link_latency=100e-6, network_latency=200e-6, idle=0.0, host=1e-3, reserved_gib=0.5,
+        link_latency=100e-6, network_latency=200e-6, idle=0.0, host=1e-3, host_compiled=1e-3,
+        reserved_gib=0.5,
     )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
 from megatron_bert.parallel.actions import StageTime
 from megatron_bert.parallel.schedule import ScheduleName, make_schedule, simulate
+from megatron_bert.planner.compute import head_passes, weight_product_seconds
 from megatron_bert.planner.dealings import Dealings
+from megatron_bert.planner.job import Work
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.machines import find_machine
 from megatron_bert.planner.network import Group
@@ -17,14 +19,13 @@ from tests.planner.jobs import job, single
 
 
 def _step_on_one_gpu(
-    seq_length: int, dropout: float, rows: int, micro_batches: int
+    seq_length: int, rows: int, micro_batches: int, *overrides: str
 ) -> tuple[Step, float]:
     planned = job(
         1,
         f"curriculum=[{{seq_length: {seq_length}, steps: 1}}]",
         f"batch.global_size={rows * micro_batches}",
-        f"model.hidden_dropout={dropout}",
-        f"model.attention_dropout={dropout}",
+        *overrides,
     )
     layout = single(rows * seq_length)
     model = StepModel(planned, layout, planned.spans[0])
@@ -32,52 +33,132 @@ def _step_on_one_gpu(
     return step, planned.spans[0].slots_per_step / step.total
 
 
-# Every line of the table "RetrievaBERT-1.3B on one H100".
+@dataclass(frozen=True)
+class _Measured:
+    """Fused kernels on one H100: four micro-batches of 32,768 slots, dropout 0.1; ec2cbf4."""
+
+    seq_length: int
+    tokens_per_second: int
+    profiled_seconds: float
+    gemm: float
+    elementwise: float
+    attention: float
+    # AdamW, and copies of gradients and weights for messages, of one rank by itself too.
+    update: float
+
+    @property
+    def attention_seconds(self) -> float:
+        """Of 32,768 slots."""
+        return self.attention * self.profiled_seconds / 4
+
+
+_FUSED = (
+    _Measured(512, 60_932, 2.1517, 0.599, 0.1806, 0.1616, 0.0155),
+    _Measured(128, 67_525, 1.97391, 0.665, 0.198, 0.0757, 0.0168),
+    _Measured(2048, 46_721, 2.81898, 0.4458, 0.137, 0.3895, 0.0116),
+)
+_NEW_ATTENTION = {case.seq_length: case.attention_seconds for case in _FUSED}
+
+
+@pytest.mark.parametrize("measured", _FUSED)
+def test_steps_are_predicted_within_five_percent_of_what_an_h100_measured(
+    measured: _Measured,
+) -> None:
+    length = measured.seq_length
+    step, predicted = _step_on_one_gpu(length, 32_768 // length, 4)
+    assert predicted == pytest.approx(measured.tokens_per_second, rel=0.05)
+    seconds = measured.profiled_seconds
+    # The card was 4 % slower in plain products than those that the rates are fitted to as well.
+    assert step.gemm == pytest.approx(measured.gemm * seconds, rel=0.05)
+    assert step.elementwise == pytest.approx(measured.elementwise * seconds, rel=0.05)
+    assert step.attention == pytest.approx(measured.attention * seconds, rel=0.05)
+    assert step.optimizer == pytest.approx(measured.update * seconds, rel=0.2)
+
+
+# The table "RetrievaBERT-1.3B on one H100": compiled blocks, with attention's older kernels, which
+# took these shares of a step of 32,768 slots. Its lines of other lengths, and without dropout, do
+# not describe what is there now: what attention takes in them was not measured again.
+_OLD_ATTENTION = {
+    512: 0.165 * 32_768 / 53_955,
+    128: 0.079 * 32_768 / 58_054,
+    2048: 0.394 * 32_768 / 39_887,
+}
+
+
 @pytest.mark.parametrize(
-    ("seq_length", "dropout", "rows", "micro_batches", "tokens_per_second"),
+    ("seq_length", "rows", "micro_batches", "tokens_per_second"),
     [
-        (128, 0.1, 256, 3, 58_054),
-        (256, 0.1, 128, 3, 56_475),
-        (512, 0.1, 64, 4, 54_214),
-        (512, 0.1, 64, 3, 53_955),
-        (2048, 0.1, 16, 3, 39_887),
-        (512, 0.0, 64, 3, 56_235),
-        (128, 0.1, 128, 4, 55_337),
-        (512, 0.1, 32, 4, 51_371),
-        (2048, 0.1, 8, 4, 38_497),
-        (512, 0.0, 32, 4, 54_094),
+        (128, 256, 3, 58_054),
+        (512, 64, 4, 54_214),
+        (512, 64, 3, 53_955),
+        (2048, 16, 3, 39_887),
+        (128, 128, 4, 55_337),
+        (512, 32, 4, 51_371),
+        (2048, 8, 4, 38_497),
     ],
 )
-def test_steps_are_predicted_within_five_percent_of_what_an_h100_measured(
-    seq_length: int, dropout: float, rows: int, micro_batches: int, tokens_per_second: int
+def test_compiled_steps_take_what_was_measured_with_the_new_attention_in_the_place_of_the_old(
+    seq_length: int, rows: int, micro_batches: int, tokens_per_second: int
 ) -> None:
-    _, predicted = _step_on_one_gpu(seq_length, dropout, rows, micro_batches)
-    assert predicted == pytest.approx(tokens_per_second, rel=0.05)
+    step, _ = _step_on_one_gpu(seq_length, rows, micro_batches, "compile.enabled=true")
+    slots = seq_length * rows * micro_batches
+    saved = (_OLD_ATTENTION[seq_length] - _NEW_ATTENTION[seq_length]) * slots / 32_768
+    assert saved > 0
+    # The head's softmax, which is new too, is less than 1 % of a step.
+    assert step.total == pytest.approx(slots / tokens_per_second - saved, rel=0.05)
 
 
 # Shares of the table "Where the time of a step goes".
 @pytest.mark.parametrize(
-    ("seq_length", "rows", "tokens_per_second", "gemm", "elementwise", "attention"),
+    ("seq_length", "rows", "tokens_per_second", "gemm", "elementwise"),
     [
-        (512, 64, 53_955, 0.519, 0.275, 0.165),
-        (128, 256, 58_054, 0.572, 0.304, 0.079),
-        (2048, 16, 39_887, 0.378, 0.201, 0.394),
+        (512, 64, 53_955, 0.519, 0.275),
+        (128, 256, 58_054, 0.572, 0.304),
+        (2048, 16, 39_887, 0.378, 0.201),
     ],
 )
-def test_the_parts_of_a_step_are_those_that_an_h100_measured(
-    seq_length: int,
-    rows: int,
-    tokens_per_second: int,
-    gemm: float,
-    elementwise: float,
-    attention: float,
+def test_the_parts_of_a_compiled_step_are_those_that_an_h100_measured(
+    seq_length: int, rows: int, tokens_per_second: int, gemm: float, elementwise: float
 ) -> None:
-    step, _ = _step_on_one_gpu(seq_length, 0.1, rows, 3)
+    step, _ = _step_on_one_gpu(seq_length, rows, 3, "compile.enabled=true")
     measured = 3 * rows * seq_length / tokens_per_second
-    # Products run into each other's ends at all lengths alike; attention of short rows is small.
-    assert step.gemm == pytest.approx(gemm * measured, rel=0.03)
+    assert step.gemm == pytest.approx(gemm * measured, rel=0.05)
     assert step.elementwise == pytest.approx(elementwise * measured, rel=0.05)
-    assert step.attention == pytest.approx(attention * measured, abs=0.02 * measured)
+
+
+# Commit ec2cbf4, two micro-batches a step. What the host takes is not to be had more closely: in
+# one call a block took 7.0 ms with 4,096 slots and 8.4 with 16,384, where the device still waited
+# for a third of the time; and the profiled step of the latter, which does more, was 10 % quicker.
+@pytest.mark.parametrize(
+    ("rows", "overrides", "tokens_per_second"),
+    [
+        (32, (), 11_778),
+        (128, (), 39_765),
+        (32, ("compile.enabled=true",), 15_481),
+    ],
+)
+def test_small_micro_batches_take_what_the_host_takes_within_twenty_percent(
+    rows: int, overrides: tuple[str, ...], tokens_per_second: int
+) -> None:
+    step, predicted = _step_on_one_gpu(128, rows, 2, *overrides)
+    assert predicted == pytest.approx(tokens_per_second, rel=0.2)
+    assert step.host > 0.25 * step.total
+
+
+def test_fused_blocks_join_products_and_the_head_moves_its_logits_as_kernels_do() -> None:
+    fused, apart = (
+        Work(planned, single(32_768).split, "none", 64, planned.spans[2])
+        for planned in (job(1), job(1, "compile.enabled=true"))
+    )
+    of_joined, of_each = sum(weight_product_seconds(fused)), sum(weight_product_seconds(apart))
+    # Five products, two of them narrow and bound by the memory, in the place of two.
+    assert of_each - of_joined == pytest.approx(90e-6, abs=30e-6)
+    # Two reads and a write of the logits, a read for the bias; their table's gradient by two
+    # chunks: 5 x 4 bytes an element, and 8 where it is added to the embeddings'.
+    masked, table = 64 * 84, 99_584 * 1536
+    moved = masked * 99_584 * 8 + table * 28
+    expected = moved / (0.64 * 3350e9)
+    assert head_passes(fused).forward.elementwise == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
@@ -140,7 +221,7 @@ def test_muon_takes_its_products_and_messages_beside() -> None:
     beside = Dealings.one(by_muon, layout).update - Dealings.one(planned, layout).update
     hidden, ffn = 1536, 4096
     flops = 5 * (2 * 6 * hidden**3 + 3 * (4 * hidden**2 * ffn + 2 * hidden**3))
-    products = 48 * flops / 32 / (0.79 * 989e12)
+    products = 48 * flops / 32 / (0.76 * 989e12)
     # There and back, each rank sends its shards in BF16 by its own adapter.
     matrices = 48 * (2 * hidden**2 + 2 * hidden * 64 + 3 * hidden * ffn)
     messages = 2 * 2 * matrices / 32 * 24 / 32 / 21.25e9
