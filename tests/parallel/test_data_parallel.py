@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megatron_bert.parallel import micro_batches as steps
+from megatron_bert.parallel import data_parallel
 from megatron_bert.training.optimizer import build_optimizer
 from tests.distributed_harness import run_ranks
 from tests.small_model import (
@@ -130,7 +130,7 @@ def _types_of_gradients(reduce: str, reshard: bool) -> list[tuple[list[str], lis
     )
     model = small_model(config, cpu_topology())
     (chunk,) = model.chunks
-    add_up, sync = steps.add_up_gradients, steps.set_gradient_sync
+    add_up, sync = data_parallel.add_up_gradients, data_parallel.set_gradient_sync
     asked, waiting = set[str](), set[str]()
 
     def gathered() -> list[Tensor]:
@@ -146,8 +146,9 @@ def _types_of_gradients(reduce: str, reshard: bool) -> list[tuple[list[str], lis
 
     found, gradients = [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "add_up_gradients", watch_types)
-        patch.setattr(steps, "set_gradient_sync", watch_gradients)
+        module = "megatron_bert.parallel.micro_batches"
+        patch.setattr(f"{module}.add_up_gradients", watch_types)
+        patch.setattr(f"{module}.set_gradient_sync", watch_gradients)
         for count in (3, 1, 3):
             batches = [packed_inputs(2, 2 * index) for index in range(count)]
             model.runner.train(batches, torch.ones(()))
@@ -170,8 +171,9 @@ def _types_of_gradients(reduce: str, reshard: bool) -> list[tuple[list[str], lis
 def test_gradients_of_several_micro_batches_are_had_in_the_type_of_their_sum(
     ranks: int, reduce: str, dtype: str
 ) -> None:
-    several, one = ([dtype], [dtype]), (["torch.bfloat16"], [])
-    assert run_ranks(ranks, _types_of_gradients, reduce, False)[0] == [several, one, several]
+    types = run_ranks(ranks, _types_of_gradients, reduce, False)[0]
+    several = ([dtype], [dtype])
+    assert types == [several, (["torch.bfloat16"], []), several]
 
 
 def test_where_weights_are_gathered_again_gradients_keep_their_type() -> None:
