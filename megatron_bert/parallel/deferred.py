@@ -39,8 +39,8 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
 def weight_gradient(y_grad_NF: Tensor, x_ND: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient y_grad^T x of a weight, [F, D].
 
-    On a GPU in the type in which the weight's gradients are added up, not rounded to another
-    before.
+    On a GPU, of BF16, in fp32 where the weight's gradients are added up in that, not rounded
+    before; else in the type of what it is made from, as no other product is to be had.
 
     Args:
         y_grad_NF: of what the layer gave.
@@ -48,10 +48,10 @@ def weight_gradient(y_grad_NF: Tensor, x_ND: Tensor, weight: Tensor | None) -> T
         weight: the weight, or one of several of which this is the joined gradient; None: the
             gradient is wanted in the type of what it is made from.
     """
-    dtype = x_ND.dtype if weight is None else gradient_dtype(weight)
-    if dtype == x_ND.dtype or not x_ND.is_cuda:
-        return y_grad_NF.T @ x_ND
-    return torch.mm(y_grad_NF.T, x_ND, out_dtype=dtype)
+    sums_fp32 = weight is not None and gradient_dtype(weight) == torch.float32
+    if sums_fp32 and x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
+        return torch.mm(y_grad_NF.T, x_ND, out_dtype=torch.float32)
+    return y_grad_NF.T @ x_ND
 
 
 def weight_gradients(

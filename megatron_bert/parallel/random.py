@@ -85,7 +85,12 @@ def vector_draws(keys: Tensor, numbers: Tensor) -> Tensor:
 
 
 def element_draws(count: int, device: torch.device) -> Tensor:
-    """Hash the numbers of a vector's elements, [count]: the other half, alike for all vectors."""
+    """Hash the numbers of a vector's elements, [count]: the other half, alike for all vectors.
+
+    Of four elements, two places in two groups, three settle the fourth by a rule that is the same
+    for all vectors: any two or three are dropped independently, such fours but on average over
+    them. (So are two elements of two vectors.)
+    """
     numbers = torch.arange(count, device=device, dtype=torch.int64)
     members = mix32((numbers % GROUP) ^ ELEMENT_OFFSET)
     groups = mix32((numbers // GROUP) ^ GROUP_OFFSET)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_bert.config.kernels import FUSED_CAPABILITY
+
 _COLUMNS, _WARPS = 4096, 8
 
 
@@ -53,7 +55,10 @@ class SoftmaxRows(Protocol):
 
 def has_softmax_kernels(logits_nV: Tensor) -> bool:
     """Whether our kernels take them."""
-    return logits_nV.is_cuda and find_spec("triton") is not None
+    if not logits_nV.is_cuda or find_spec("triton") is None:
+        return False
+    # What Triton is tested for; older GPUs train without it.
+    return torch.cuda.get_device_capability(logits_nV.device) >= FUSED_CAPABILITY
 
 
 def softmax_rows(logits_nV: Tensor, labels_n: Tensor) -> SoftmaxRows:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.config.logits import CPU_SOFTMAX_ELEMENTS, logits_per_chunk
+from megatron_bert.config.logits import CPU_SOFTMAX_ELEMENTS, LOGITS_PER_CHUNK, logits_per_chunk
 from megatron_bert.distributed.collectives import (
     all_reduce,
     reduce_from_group,
@@ -21,7 +21,7 @@ from megatron_bert.distributed.collectives import (
 )
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.sharding import local_part, make_parameter
-from megatron_bert.parallel.softmax_rows import Statistics, softmax_rows
+from megatron_bert.parallel.softmax_rows import Statistics, has_softmax_kernels, softmax_rows
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -135,8 +135,9 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
 def _softmax_slices(part: slice, logits_nV: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Cut a chunk's logits into slices of tokens; each comes with its place in the micro-batch."""
     count, vocab = logits_nV.shape
-    # On a GPU few large kernels are better than many small ones.
-    size = max(1, count if logits_nV.is_cuda else CPU_SOFTMAX_ELEMENTS // vocab)
+    # PyTorch's softmax makes a copy in fp32, our kernels do not.
+    most = LOGITS_PER_CHUNK if logits_nV.is_cuda else CPU_SOFTMAX_ELEMENTS
+    size = count if has_softmax_kernels(logits_nV) else max(1, most // vocab)
     for rows in _slices(0, count, size):
         yield slice(part.start + rows.start, part.start + rows.stop), logits_nV[rows]
 

@@ -136,6 +136,9 @@ def head_bytes(work: Work) -> HeadBytes:
     table = V * D * (4 if many else e)
     logits = chunk * V * e
     if on_cpu:
-        # Their softmax in fp32; of several chunks the new product stands beside the sum.
-        logits += 4 * min(chunk * V, CPU_SOFTMAX_ELEMENTS) + (V * D * e if many else 0.0)
+        # Their softmax in fp32.
+        logits += 4 * min(chunk * V, CPU_SOFTMAX_ELEMENTS)
+    if many and (on_cpu or e == 4):
+        # Of several chunks the new product stands beside the sum; in BF16 on CUDA it is added.
+        logits += V * D * e
     return HeadBytes(kept, logits, table)

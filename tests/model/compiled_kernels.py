@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.model import flash_attention, flash_kernels, fused_kernels, fused_tiles
-from megatron_bert.parallel import softmax_kernels, softmax_rows
+from megatron_bert.parallel import column_sums, softmax_kernels, softmax_rows
 
 # Of the arguments that are not arrays of the compute type, by their names.
 _TYPES = {
@@ -37,13 +37,17 @@ _TYPES = {
     "CHANNEL_DRAWS": "*i32",
     "DRAWS": "*i32",
     **dict.fromkeys(("LOG_SUM", "DELTA", "DQ_SUMS", "DKV_SUMS", "DK_PARTS", "DV_PARTS"), "*fp32"),
-    **dict.fromkeys(("MEAN", "RSTD", "PARTS", "WEIGHTS", "LARGEST", "LABEL_LOGIT"), "*fp32"),
     **dict.fromkeys(("q_step", "kv_step", "dq_step", "dkv_step"), "i32"),
-    **dict.fromkeys(("T", "D", "F", "S", "N", "size", "heads", "first_head", "threshold"), "i32"),
+    **dict.fromkeys(
+        ("SUMS", "MEAN", "RSTD", "PARTS", "WEIGHTS", "LARGEST", "LABEL_LOGIT"), "*fp32"
+    ),
+    **dict.fromkeys(
+        ("P", "X", "T", "D", "F", "S", "N", "size", "heads", "first_head", "threshold"), "i32"
+    ),
     **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale"), "fp32"),
 }
 # Sizes are multiples of 16, as arrays' addresses are.
-_DIVISIBLE = ("T", "D", "F", "S", "N", "size", "q_step", "kv_step", "dq_step", "dkv_step")
+_DIVISIBLE = ("X", "T", "D", "F", "S", "N", "size", "q_step", "kv_step", "dq_step", "dkv_step")
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Case:
 
     @property
     def kernel(self) -> Any:
-        modules = {"flash": flash_kernels, "fused": fused_kernels, "softmax": softmax_kernels}
-        module = modules[self.module]
+        modules = {"flash": flash_kernels, "fused": fused_kernels}
+        module = modules.get(self.module, softmax_kernels)
         return getattr(module, f"{self.name.split()[0]}_kernel")
 
 
@@ -142,7 +146,12 @@ def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
 
 def _softmax() -> dict[str, dict[str, Any]]:
     options = {"COLUMNS": softmax_rows._COLUMNS, "num_warps": softmax_rows._WARPS}
-    return {"softmax_statistics": options, "softmax_gradient": options}
+    sums = {"TILE": column_sums._TILE, "COLUMNS": column_sums._COLUMNS}
+    return {
+        "softmax_statistics": options,
+        "softmax_gradient": options,
+        "column_sums": sums | {"num_warps": column_sums._WARPS},
+    }
 
 
 def compiled(case: Case, capability: int) -> dict[str, int]:

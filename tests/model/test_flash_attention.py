@@ -51,6 +51,8 @@ def _positions(rows: int, slots: int, seed: int) -> Tensor:
         (60, 4, 1, 32, 5, 0.1, 0, "small"),
         (200, 2, 1, 16, 40, 0.1, 0, "small"),
         (100, 2, 1, 64, None, 0.6, 0, "default"),
+        (128, 2, 2, 128, None, 0.1, 1, "default"),
+        (23, 6, 2, 16, 1, 0.3, 6, "small"),
     ],
 )
 def test_the_kernels_are_the_written_out_attention(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron_bert.parallel import data_parallel
 from megatron_bert.training.optimizer import build_optimizer
 from tests.distributed_harness import run_ranks
 from tests.small_model import (
@@ -114,3 +117,65 @@ def _check_evaluation_between_steps() -> None:
 
 def test_no_step_computes_with_weights_gathered_before_the_last_update() -> None:
     run_ranks(2, _check_evaluation_between_steps)
+
+
+def _types_of_gradients(reduce: str, reshard: bool) -> list[tuple[list[str], list[str]]]:
+    """Of steps of three micro-batches, of one and again of three, with evaluations between.
+
+    Those that parameters ask for, and of the gradients that wait for the next micro-batch.
+    """
+    config = small_config(
+        precision={"compute": "bf16", "reduce": reduce},
+        parallel={"reshard_after_forward": reshard},
+    )
+    model = small_model(config, cpu_topology())
+    (chunk,) = model.chunks
+    add_up, sync = data_parallel.add_up_gradients, data_parallel.set_gradient_sync
+    asked, waiting = set[str](), set[str]()
+
+    def gathered() -> list[Tensor]:
+        return [p for p in chunk.parameters() if not isinstance(p, DTensor)]
+
+    def watch_types(*arguments: Any) -> None:
+        add_up(*arguments)
+        asked.update(str(p.grad_dtype) for p in gathered())
+
+    def watch_gradients(*arguments: Any, **options: Any) -> None:
+        waiting.update(str(p.grad.dtype) for p in gathered() if p.grad is not None)
+        sync(*arguments, **options)
+
+    found, gradients = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        module = "megatron_bert.parallel.micro_batches"
+        patch.setattr(f"{module}.add_up_gradients", watch_types)
+        patch.setattr(f"{module}.set_gradient_sync", watch_gradients)
+        for count in (3, 1, 3):
+            batches = [packed_inputs(2, 2 * index) for index in range(count)]
+            model.runner.train(batches, torch.ones(()))
+            model.runner.evaluate(batches[:1])
+            found.append((sorted(asked), sorted(waiting)))
+            parameters = list(model.named_parameters().values())
+            gradients.append([_whole_gradient(parameter) for parameter in parameters])
+            for parameter in parameters:
+                parameter.grad = None
+            asked.clear()
+            waiting.clear()
+    assert all(map(torch.equal, gradients[0], gradients[2]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reduce", "dtype"),
+    [(1, "fp32", "torch.float32"), (1, "bf16", "torch.float32"), (2, "bf16", "torch.bfloat16")],
+)
+def test_gradients_of_several_micro_batches_are_had_in_the_type_of_their_sum(
+    ranks: int, reduce: str, dtype: str
+) -> None:
+    types = run_ranks(ranks, _types_of_gradients, reduce, False)[0]
+    several = ([dtype], [dtype])
+    assert types == [several, (["torch.bfloat16"], []), several]
+
+
+def test_where_weights_are_gathered_again_gradients_keep_their_type() -> None:
+    for asked, _ in run_ranks(1, _types_of_gradients, "fp32", True)[0]:
+        assert asked == ["torch.bfloat16"]

@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel
-from megatron_bert.parallel.deferred import DeferringLayer, accumulate_deferred
+from megatron_bert.parallel.deferred import (
+    DeferringLayer,
+    accumulate_deferred,
+    weight_gradient,
+)
 from tests.distributed_harness import run_ranks
 from tests.small_model import packed_inputs, small_config, small_model
 
@@ -114,3 +119,24 @@ def _check_deferral() -> None:
 
 def test_backward_leaves_the_products_and_they_are_computed_one_micro_batch_at_a_time() -> None:
     run_ranks(2, _check_deferral)
+
+
+@pytest.mark.parametrize(
+    ("compute", "sums", "given"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32, torch.float32),
+        # PyTorch has no product that rounds.
+        (torch.float32, torch.bfloat16, torch.float32),
+    ],
+)
+def test_on_a_gpu_a_weights_gradient_is_not_rounded_before_its_sum(
+    compute: torch.dtype, sums: torch.dtype, given: torch.dtype
+) -> None:
+    with FakeTensorMode():
+        x, y_grad = (torch.empty(4, size, device="cuda", dtype=compute) for size in (8, 6))
+        weight = nn.Parameter(torch.empty(6, 8, device="cuda", dtype=compute))
+        weight.grad_dtype = sums
+        gradient = weight_gradient(y_grad, x, weight)
+    assert (gradient.dtype, gradient.shape) == (given, weight.shape)

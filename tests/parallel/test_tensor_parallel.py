@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,6 +140,24 @@ def test_so_it_is_by_the_kernels(tensor: int, chunk: int) -> None:
     if torch.cuda.is_available():
         pytest.skip("on the CPU, which needs the interpreter")
     run_ranks(tensor, _check_cross_entropy, tensor, chunk, True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "slices"),
+    [((9, 0), True, 1), ((8, 0), True, 1), ((7, 5), True, 4), ((9, 0), False, 4)],
+)
+def test_where_softmax_has_no_kernels_it_is_taken_of_few_logits(
+    capability: tuple[int, int], triton: bool, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_bert.parallel import softmax_rows, vocabulary
+
+    monkeypatch.setattr(softmax_rows, "find_spec", lambda _: object() if triton else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    # Here without a GPU: neither real nor fake tensors of one can be sliced.
+    logits = MagicMock(spec=torch.Tensor, is_cuda=True, shape=(2**12, 2**16))
+    parts = [rows for rows, _ in vocabulary._softmax_slices(slice(5, 5 + 2**12), logits)]
+    assert len(parts) == slices
+    assert (parts[0].start, parts[-1].stop) == (5, 5 + 2**12)
 
 
 def _check_embedding(tensor: int) -> None:

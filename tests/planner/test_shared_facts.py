@@ -10,6 +10,7 @@ from megatron_bert.model import attention
 from megatron_bert.parallel import vocabulary
 from megatron_bert.parallel.schedule import ScheduleName
 from megatron_bert.planner import activations
+from megatron_bert.planner.job import Work
 from megatron_bert.planner.layouts import Split
 from megatron_bert.planner.rank_parts import rank_parts
 from tests.planner.jobs import VOCABULARY, job
@@ -30,6 +31,18 @@ def test_plans_count_on_an_attention_kernel_where_training_has_one(
 def test_plans_count_as_many_logits_as_training_holds() -> None:
     for name in ("logits_per_chunk", "CPU_SOFTMAX_ELEMENTS"):
         assert getattr(activations, name) == getattr(vocabulary, name)
+
+
+@pytest.mark.parametrize(("compute", "size", "products"), [("bf16", 2, 0), ("fp32", 4, 1)])
+def test_plans_count_the_table_s_product_where_it_stands_beside_its_sum(
+    compute: str, size: int, products: int
+) -> None:
+    planned = job(1, f"precision.compute={compute}")
+    work = Work(planned, Split(1, False, 1, "1f1b", 1, 1), "none", 512, planned.spans[0])
+    chunk = min(work.masked, activations.logits_per_chunk("cuda") // VOCABULARY)
+    assert chunk < work.masked
+    product = products * VOCABULARY * planned.config.model.hidden_size
+    assert activations.head_bytes(work).logits == size * (chunk * VOCABULARY + product)
 
 
 @pytest.mark.parametrize(
