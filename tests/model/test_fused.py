@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.parallel.column_sums import column_sums
 from megatron_bert.parallel.deferred import WeightQueue
 from megatron_bert.parallel.random import dropout_keys, element_draws, hash_dropout, vector_draws
 
@@ -20,6 +19,7 @@ from megatron_bert.model.fused_activation import Activation, gated_down
 from megatron_bert.model.fused_norm import Branch, add_branch, residual_norm
 from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
 from megatron_bert.model.fused_tiles import Tile, Tiling
+from megatron_bert.parallel.column_sums import column_sums
 
 pytestmark = pytest.mark.peers
 
