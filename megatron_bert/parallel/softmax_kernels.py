@@ -65,17 +65,17 @@ def softmax_gradient_kernel(LOGITS, LABELS, LOG_SUM, WEIGHTS, size, COLUMNS: tl.
 
 
 @triton.jit
-def column_sums_kernel(ROWS, SUMS, P, X, TILE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of the columns of [P, X], in fp32.
+def column_sums_kernel(ROWS, SUMS, count, size, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of the columns of [count, size], in fp32.
 
     Grid: tiles of columns.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.arange(0, TILE)
-    offsets = rows[:, None] * X + columns[None, :]
+    offsets = rows[:, None] * size + columns[None, :]
     total = tl.zeros([TILE, COLUMNS], tl.float32)
-    for first in range(0, P, TILE):
-        mask = (first + rows < P)[:, None] & (columns < X)[None, :]
-        values = tl.load(ROWS + tl.cast(first, tl.int64) * X + offsets, mask=mask, other=0.0)
+    for first in range(0, count, TILE):
+        mask = (first + rows < count)[:, None] & (columns < size)[None, :]
+        values = tl.load(ROWS + tl.cast(first, tl.int64) * size + offsets, mask=mask, other=0.0)
         total += values.to(tl.float32)
-    tl.store(SUMS + columns, tl.sum(total, 0).to(SUMS.dtype.element_ty), mask=columns < X)
+    tl.store(SUMS + columns, tl.sum(total, 0).to(SUMS.dtype.element_ty), mask=columns < size)

@@ -126,6 +126,8 @@ def test_the_peak_goes_by_the_gpus_name() -> None:
         ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NNN", "GEMM"),
         ("flash_key_gradient_kernel", "attention"),
         ("triton_poi_fused_cat_mul_silu_silu_backward_4", "norm and elementwise"),
+        ("softmax_gradient_kernel", "norm and elementwise"),
+        ("column_sums_kernel", "norm and elementwise"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),
         ("Memcpy HtoD (Pinned -> Device)", "data"),
         ("something_new", "other"),

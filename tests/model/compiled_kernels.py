@@ -42,12 +42,12 @@ _TYPES = {
         ("SUMS", "MEAN", "RSTD", "PARTS", "WEIGHTS", "LARGEST", "LABEL_LOGIT"), "*fp32"
     ),
     **dict.fromkeys(
-        ("P", "X", "T", "D", "F", "S", "N", "size", "heads", "first_head", "threshold"), "i32"
+        ("count", "T", "D", "F", "S", "N", "size", "heads", "first_head", "threshold"), "i32"
     ),
     **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale"), "fp32"),
 }
 # Sizes are multiples of 16, as arrays' addresses are.
-_DIVISIBLE = ("X", "T", "D", "F", "S", "N", "size", "q_step", "kv_step", "dq_step", "dkv_step")
+_DIVISIBLE = ("T", "D", "F", "S", "N", "size", "q_step", "kv_step", "dq_step", "dkv_step")
 
 
 @dataclass(frozen=True)

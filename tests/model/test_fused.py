@@ -19,6 +19,7 @@ from megatron_bert.model.fused_activation import Activation
 from megatron_bert.model.fused_norm import BranchMask, add_branch, norm_again
 from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
 from megatron_bert.model.fused_tiles import Tile, Tiling
+from megatron_bert.parallel.column_sums import column_sums
 
 pytestmark = pytest.mark.peers
 
@@ -248,3 +249,16 @@ def test_tiles_hold_as_much_whatever_the_width() -> None:
     assert tiling.rows(96) == Tile(16, 128, 4)
     assert tiling.rows(16) == Tile(16, 16, 1)
     assert tiling.gradient_rows(5120) == Tile(1, 8192, 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"), [(torch.bfloat16, torch.float32), (torch.float32,) * 2]
+)
+@pytest.mark.parametrize("shape", [(1, 7), (130, 33), (64, 32)])
+def test_column_sums_are_added_up_in_fp32(
+    shape: tuple[int, int], given: torch.dtype, asked: torch.dtype
+) -> None:
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, given)
+    sums = column_sums(rows, asked)
+    assert sums.dtype == asked
+    torch.testing.assert_close(sums.double(), rows.double().sum(0), rtol=1e-5, atol=1e-5)

@@ -22,12 +22,11 @@ _KINDS = (
     ("data", r"Memcpy HtoD"),
     (
         "norm and elementwise",
-        r"triton_|fused_|elementwise|layer_norm|reduce|softmax|vectorized|cat|copy",
+        r"triton_|fused_|elementwise|layer_norm|reduce|softmax|column_sums|vectorized|cat|copy",
     ),
 )
 # Enough to see where what is neither product nor attention goes.
 _LONGEST = 40
-
 
 # What the profiler itself records of a step with a schedule.
 _OWN_EVENT = "ProfilerStep"
