@@ -23,7 +23,7 @@ KERNEL_HEAD_SIZES = (16, 32, 64, 128)
 _FP8_MULTIPLE = 16
 
 _MEANING: dict[KernelsName, str] = {
-    "torch": "PyTorch's, attention on CUDA in BF16 our own",
+    "torch": "PyTorch's, on CUDA attention (BF16) and the head's softmax our own",
     "fused": "our own between the blocks' products, the rest as with torch",
     "te": "Transformer Engine's linear layers, the rest as with torch",
     "apex": "Apex's norms and AdamW, the rest as with torch",

@@ -41,8 +41,8 @@ def test_one_process_has_a_layout_of_one_rank() -> None:
 
 def test_the_plan_says_what_computes() -> None:
     pytorchs = (
-        "bf16; weights and states fp32; kernels torch (auto): PyTorch's, attention on CUDA in "
-        "BF16 our own"
+        "bf16; weights and states fp32; kernels torch (auto): PyTorch's, on CUDA attention "
+        "(BF16) and the head's softmax our own"
     )
     assert line("compute", plan(1)) == (
         "bf16; weights and states fp32; kernels fused (auto): our own between the blocks' "
