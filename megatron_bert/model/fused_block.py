@@ -77,8 +77,10 @@ def _remakes(block: Block) -> bool:
     return not (block.recompute and block.training)
 
 
-def _weight(layer: DeferringLayer) -> Tensor:
+def _weight(layer: ColumnParallelLinear | RowParallelLinear) -> Tensor:
     """A layer's weight; without a gradient where its product is left for later."""
+    # `kernels: fused` is refused beside what computes products by itself.
+    assert layer.product is None
     weight = local_part(layer.weight)
     return weight if layer.deferred is None else weight.detach()
 
@@ -115,6 +117,8 @@ class _AttentionInputs(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, block: Block, *parameters: Any) -> tuple[Tensor, Tensor]:
         norm_weight, norm_bias, *others = parameters
         weights, biases = others[:3], others[3:]
+        # Kernels take dense rows, backward too.
+        x = x.contiguous()
         normed = mean = rstd = x
         norm = _norm(block.attention_norm)
         if norm is not None:
@@ -135,7 +139,7 @@ class _AttentionInputs(torch.autograd.Function):
         if normed is None:
             normed = norm_again(x, mean, rstd, norm_weight, norm_bias) if has_norm else x
         bias_grads: Sequence[Parameter] = (None, None, None)
-        if ctx.needs_input_grad[-1]:
+        if any(ctx.needs_input_grad[-len(weights) :]):
             # Attention did not give them.
             sums = column_sums(qkv_grad, gradient_dtype(ctx.parameters[-1]))
             bias_grads = torch.split(sums, [len(weight) for weight in weights])
@@ -203,6 +207,7 @@ class _AfterAttention(torch.autograd.Function):
         wide_biases = None if gate_bias is None else (gate_bias, up_bias)
         active = gated_activation(gate_up, wide_biases, activation)
         y = summed_over_ranks(F.linear(active, down), tp)
+        del active
         end = add_branch(x, masks[1], y, down_bias, None)[0]
 
         ctx.block, ctx.masks, ctx.parameters = block, masks, parameters

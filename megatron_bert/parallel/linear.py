@@ -54,7 +54,7 @@ class ColumnParallelLinear(nn.Module):
     With `replicated=True` every rank holds all of it (the key and value heads that do not divide
     over the ranks); each rank's heads then give a part of its gradient.
 
-    Layers that read the same input are computed together by `column_parallel`.
+    Layers that read the same input are computed together by `column_parallel`, or by a fused block.
     """
 
     def __init__(

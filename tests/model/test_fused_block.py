@@ -75,6 +75,15 @@ MODERNBERT = {"architecture": "modernbert", "num_layers": 3, **DROPOUT}
             {"tensor": 2, "sequence_parallel": True},
         ),
         (2, {"model": DROPOUT, "parallel": {"reshard_after_forward": True}}, {}),
+        (
+            2,
+            {"model": DROPOUT, "recompute": "full", "parallel": {"reshard_after_forward": True}},
+            {},
+        ),
+        # Nothing is dropped: a branch's gradient is the residual stream's.
+        (2, {}, {"tensor": 2, "sequence_parallel": True}),
+        # Each rank holds both keys' heads, and uses one.
+        (4, {"model": {**DROPOUT, "num_query_groups": 2}}, {"tensor": 4}),
     ],
 )
 def test_losses_and_gradients_are_those_without_the_kernels(
@@ -89,6 +98,13 @@ def test_so_they_are_through_a_pipeline(schedule: str) -> None:
     if schedule != "1f1b":
         parallel["virtual_stages"] = 2
     _compare(2, {"model": {**DROPOUT, "num_layers": 4}, "parallel": parallel}, {"pipeline": 2})
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_so_they_are_where_products_are_left_by_tensor_parallel_stages(sequence: bool) -> None:
+    parallel = {"pipeline": 2, "pipeline_schedule": "zero_bubble", "virtual_stages": 2}
+    changes = {"model": {**DROPOUT, "num_layers": 4}, "parallel": parallel}
+    _compare(4, changes, {"pipeline": 2, "tensor": 2, "sequence_parallel": sequence})
 
 
 def _compare(ranks: int, changes: dict[str, Any], sizes: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_bert.model import kernels
 from megatron_bert.training.optimizer import build_optimizer
 from tests.distributed_harness import run_ranks
 from tests.parallel.test_recomputation import kept_bytes
@@ -55,9 +56,11 @@ def _messages(
     return messages.counts
 
 
-def _per_block(sequence: bool, recompute: str) -> Counter[str]:
+def _per_block(sequence: bool, recompute: str, name: str = "torch") -> Counter[str]:
+    kernels._check_device = lambda *_, **__: None  # `fused` by Triton's interpreter
     sizes = {"tensor": 2, "sequence_parallel": sequence}
-    few, many = (_messages(layers, 1, sizes, {"recompute": recompute}) for layers in (1, 2))
+    changes = {"recompute": recompute, "kernels": name}
+    few, many = (_messages(layers, 1, sizes, changes) for layers in (1, 2))
     many.subtract(few)
     return +many
 
@@ -80,6 +83,26 @@ def test_messages_of_a_block_over_tensor_parallel_ranks(
     sequence: bool, recompute: str, expected: dict[str, int]
 ) -> None:
     assert run_ranks(2, _per_block, sequence, recompute)[0] == Counter(expected)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("sequence", "recompute", "expected"),
+    [
+        (False, "none", {"all_reduce": 4}),
+        # The last sum too: what backward needs behind attention is kept by one function.
+        (False, "full", {"all_reduce": 6}),
+        (True, "none", {"all_gather": 6, "reduce_scatter": 4}),
+        (True, "full", {"all_gather": 8, "reduce_scatter": 6}),
+    ],
+)
+def test_a_fused_block_sends_as_many_and_one_more_where_it_is_computed_again(
+    sequence: bool, recompute: str, expected: dict[str, int]
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
+    if torch.cuda.is_available():
+        pytest.skip("blocks on the CPU need the interpreter")
+    assert run_ranks(2, _per_block, sequence, recompute, "fused")[0] == Counter(expected)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
