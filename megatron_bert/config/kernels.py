@@ -13,8 +13,8 @@ from megatron_bert.config.schema import Config
 
 KernelsName: TypeAlias = Literal["torch", "fused", "te", "apex"]
 
-# From here on GPUs compute in BF16, which the fused kernels are made for.
-FUSED_CAPABILITY = (8, 0)
+# From here on GPUs compute in BF16, which our kernels are made for.
+KERNEL_CAPABILITY = (8, 0)
 
 # Of heads that an attention kernel which holds no scores takes.
 KERNEL_HEAD_SIZES = (16, 32, 64, 128)
@@ -42,7 +42,7 @@ class ComputeDevice:
     """
 
     kind: str
-    capability: tuple[int, int] = FUSED_CAPABILITY
+    capability: tuple[int, int] = KERNEL_CAPABILITY
     has_triton: bool = True
 
 
@@ -56,7 +56,7 @@ def chosen_kernels(config: Config, device: ComputeDevice) -> KernelsName:
     if config.kernels != "auto":
         return config.kernels
     runs = device.kind == "cuda" and config.run.device != "cpu" and device.has_triton
-    fits = runs and device.capability >= FUSED_CAPABILITY and config.precision.compute == "bf16"
+    fits = runs and device.capability >= KERNEL_CAPABILITY and config.precision.compute == "bf16"
     return "fused" if fits and not any(_fused_conflicts(config, "auto")) else "torch"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_bert.config.kernels import KERNEL_HEAD_SIZES
+from megatron_bert.config.kernels import KERNEL_CAPABILITY, KERNEL_HEAD_SIZES
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.rotary import Rotation
@@ -92,7 +92,8 @@ def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether `flash_attention` takes heads of this size and type on this device."""
     if device.type != "cuda" or dtype != torch.bfloat16 or head_dim not in KERNEL_HEAD_SIZES:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= KERNEL_CAPABILITY and find_spec("triton") is not None
 
 
 def attend(

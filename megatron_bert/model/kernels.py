@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.kernels import FUSED_CAPABILITY, KernelsName
+from megatron_bert.config.kernels import KERNEL_CAPABILITY, KernelsName
 from megatron_bert.model.block import Block
 from megatron_bert.model.fp8 import fp8_linear
 from megatron_bert.model.norm import LayerNorm
@@ -83,7 +83,7 @@ def _check_device(kernels: KernelsName, device: torch.device) -> None:
             "CUDA device; use torch or auto"
         )
     capability = torch.cuda.get_device_capability(device)
-    if kernels == "fused" and capability < FUSED_CAPABILITY:
+    if kernels == "fused" and capability < KERNEL_CAPABILITY:
         raise ConfigError(
             f"kernels = fused: {torch.cuda.get_device_name(device)} has compute capability "
             f"{capability[0]}.{capability[1]}, and 8.0 is needed; use torch or auto"

@@ -1,4 +1,4 @@
-"""Triton kernels of the softmax over a vocabulary, and of column sums.
+"""Triton kernels of the softmax over a vocabulary.
 
 Logits are dense [n, size], of n tokens and this rank's part of the vocabulary.
 """
@@ -62,20 +62,3 @@ def softmax_gradient_kernel(LOGITS, LABELS, LOG_SUM, WEIGHTS, size, COLUMNS: tl.
     gradient = tl.exp(logits - log_sum) - tl.where(columns == tl.load(LABELS + row), 1.0, 0.0)
     gradient = (gradient * weight).to(LOGITS.dtype.element_ty)
     tl.store(LOGITS + columns, gradient, mask=columns < size)
-
-
-@triton.jit
-def column_sums_kernel(ROWS, SUMS, count, size, TILE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of the columns of [count, size], in fp32.
-
-    Grid: tiles of columns.
-    """
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    rows = tl.arange(0, TILE)
-    offsets = rows[:, None] * size + columns[None, :]
-    total = tl.zeros([TILE, COLUMNS], tl.float32)
-    for first in range(0, count, TILE):
-        mask = (first + rows < count)[:, None] & (columns < size)[None, :]
-        values = tl.load(ROWS + tl.cast(first, tl.int64) * size + offsets, mask=mask, other=0.0)
-        total += values.to(tl.float32)
-    tl.store(SUMS + columns, tl.sum(total, 0).to(SUMS.dtype.element_ty), mask=columns < size)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_bert.config.kernels import FUSED_CAPABILITY
+from megatron_bert.config.kernels import KERNEL_CAPABILITY
 
 _COLUMNS, _WARPS = 4096, 8
 
@@ -58,7 +58,7 @@ def has_softmax_kernels(logits_nV: Tensor) -> bool:
     if not logits_nV.is_cuda or find_spec("triton") is None:
         return False
     # What Triton is tested for; older GPUs train without it.
-    return torch.cuda.get_device_capability(logits_nV.device) >= FUSED_CAPABILITY
+    return torch.cuda.get_device_capability(logits_nV.device) >= KERNEL_CAPABILITY
 
 
 def softmax_rows(logits_nV: Tensor, labels_n: Tensor) -> SoftmaxRows:

@@ -68,8 +68,13 @@ class Case:
 
     @property
     def kernel(self) -> Any:
-        modules = {"flash": flash_kernels, "fused": fused_kernels}
-        module = modules.get(self.module, softmax_kernels)
+        modules = {
+            "column": column_sums,
+            "flash": flash_kernels,
+            "fused": fused_kernels,
+            "softmax": softmax_kernels,
+        }
+        module = modules[self.module]
         return getattr(module, f"{self.name.split()[0]}_kernel")
 
 

@@ -56,7 +56,7 @@ def _messages(
     return messages.counts
 
 
-def _per_block(sequence: bool, recompute: str, name: str = "torch") -> Counter[str]:
+def _per_block(sequence: bool, recompute: str, name: str) -> Counter[str]:
     kernels._check_device = lambda *_, **__: None  # `fused` by Triton's interpreter
     sizes = {"tensor": 2, "sequence_parallel": sequence}
     changes = {"recompute": recompute, "kernels": name}
@@ -65,6 +65,7 @@ def _per_block(sequence: bool, recompute: str, name: str = "torch") -> Counter[s
     return +many
 
 
+@pytest.mark.parametrize("name", ["torch", pytest.param("fused", marks=pytest.mark.peers)])
 @pytest.mark.parametrize(
     ("sequence", "recompute", "expected"),
     [
@@ -80,29 +81,17 @@ def _per_block(sequence: bool, recompute: str, name: str = "torch") -> Counter[s
     ],
 )
 def test_messages_of_a_block_over_tensor_parallel_ranks(
-    sequence: bool, recompute: str, expected: dict[str, int]
+    sequence: bool, recompute: str, expected: dict[str, int], name: str
 ) -> None:
-    assert run_ranks(2, _per_block, sequence, recompute)[0] == Counter(expected)
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize(
-    ("sequence", "recompute", "expected"),
-    [
-        (False, "none", {"all_reduce": 4}),
+    if name == "fused":
+        pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
+        if torch.cuda.is_available():
+            pytest.skip("blocks on the CPU need the interpreter")
+    if name == "fused" and recompute == "full":
         # The last sum too: what backward needs behind attention is kept by one function.
-        (False, "full", {"all_reduce": 6}),
-        (True, "none", {"all_gather": 6, "reduce_scatter": 4}),
-        (True, "full", {"all_gather": 8, "reduce_scatter": 6}),
-    ],
-)
-def test_a_fused_block_sends_as_many_and_one_more_where_it_is_computed_again(
-    sequence: bool, recompute: str, expected: dict[str, int]
-) -> None:
-    pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
-    if torch.cuda.is_available():
-        pytest.skip("blocks on the CPU need the interpreter")
-    assert run_ranks(2, _per_block, sequence, recompute, "fused")[0] == Counter(expected)
+        last = "reduce_scatter" if sequence else "all_reduce"
+        expected = {**expected, last: expected[last] + 1}
+    assert run_ranks(2, _per_block, sequence, recompute, name)[0] == Counter(expected)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
