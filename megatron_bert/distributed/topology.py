@@ -103,13 +103,6 @@ class Topology:
         return self.mesh.get_local_rank("dp_replicate")
 
     @property
-    def sharding_mesh(self) -> DeviceMesh:
-        """The axes over which `fully_shard` shards weights, and copies them where asked to."""
-        if self._size("dp_replicate") == 1:
-            return self.mesh["dp_shard"]
-        return self.mesh["dp_replicate", "dp_shard"]
-
-    @property
     def pipeline_size(self) -> int:
         """Number of ranks that share the model's blocks."""
         return self._size("pp")

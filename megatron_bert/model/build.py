@@ -16,7 +16,7 @@ from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.bert import TIED_PARAMETER, BertForPretraining, ModelPart
 from megatron_bert.model.initialization import initialize_weights
 from megatron_bert.model.kernels import use_kernels
-from megatron_bert.parallel.data_parallel import shard_over_data, sum_dtype
+from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatchRunner, WholeModel
 from megatron_bert.parallel.partial_gradients import sum_partial_gradients
 from megatron_bert.parallel.pipeline import Pipeline
@@ -91,35 +91,29 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
         vocab_size: padded vocabulary.
         topology: the ranks.
     """
-    chunks = lay_out_chunks(config, vocab_size, topology)
+    sharded = lay_out_chunks(config, vocab_size, topology)
+    chunks = tuple(chunk.module for chunk in sharded)
     for chunk in chunks:
         chunk.to_empty(device=topology.device)
         initialize_weights(chunk, config.model, config.run.seed)
     runner: MicroBatchRunner
-    reshard = config.parallel.reshard_after_forward
     if topology.pipeline_size == 1:
-        dtype = sum_dtype(topology, DTYPES[config.precision.reduce])
-        runner = WholeModel(chunks[0], reshard_after_forward=reshard, sum_dtype=dtype)
+        runner = WholeModel(sharded[0])
     else:
         runner = Pipeline(
-            chunks,
+            sharded,
             config.parallel.pipeline_schedule,
             topology,
             config.model.hidden_size,
             DTYPES[config.precision.compute],
-            reshard_after_forward=reshard,
         )
     return RankModel(chunks, runner, topology)
 
 
 def lay_out_chunks(
     config: Config, vocab_size: int, topology: Topology
-) -> tuple[BertForPretraining, ...]:
-    """Make the sharded model, or this pipeline rank's stages of it, on the meta device.
-
-    Blocks are compiled before they are sharded: the hooks that gather and free weights then stay
-    outside the graphs.
-    """
+) -> tuple[ShardedModel[BertForPretraining], ...]:
+    """Make the sharded model, or this pipeline rank's stages of it, on the meta device."""
     layers, count = stage_layers(config, vocab_size), num_stages(config)
     return tuple(
         _lay_out(
@@ -131,7 +125,7 @@ def lay_out_chunks(
 
 def _lay_out(
     config: Config, vocab_size: int, topology: Topology, part: ModelPart
-) -> BertForPretraining:
+) -> ShardedModel[BertForPretraining]:
     dtype = DTYPES[config.precision.compute]
     with torch.device("meta"):
         chunk = BertForPretraining(
@@ -148,7 +142,7 @@ def _lay_out(
     if config.compile.enabled:
         # Other packages' kernels cannot be traced: what stands between them is compiled.
         _compile(blocks, fullgraph=kernels == "torch")
-    shard_over_data(
+    return ShardedModel(
         chunk,
         blocks,
         topology,
@@ -156,17 +150,17 @@ def _lay_out(
         reduce_dtype=DTYPES[config.precision.reduce],
         reshard_after_forward=config.parallel.reshard_after_forward,
     )
-    return chunk
 
 
 def _compile(blocks: Sequence[nn.Module], *, fullgraph: bool) -> None:
     """Have each block compiled when it first runs, for each shape of micro-batches by itself.
 
-    One graph serves all blocks, as their weights are its inputs.
+    What it computes, not its call: the hooks that gather weights stay outside the graphs. One
+    graph serves all blocks, as their weights are its inputs.
     """
     torch._dynamo.config.recompile_limit = max(_MOST_SHAPES, torch._dynamo.config.recompile_limit)
     # The norms' and the activation's outputs are made again backward, in kernels that read what
     # they are made from anyway: a third less memory, and no product is computed twice.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for block in blocks:
-        block.compile(fullgraph=fullgraph, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=fullgraph, dynamic=False)

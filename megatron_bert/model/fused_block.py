@@ -271,5 +271,5 @@ def _weight_gradient(
     """`weight_gradient`; None where the product is left for later."""
     if layer.deferred is None:
         return weight_gradient(y_grad_ND, x_NF, parameter)
-    layer.deferred.append(WeightProducts([layer], x_NF, [y_grad_ND]))
+    layer.deferred.append(WeightProducts([layer], x_NF, [y_grad_ND], unrounded=True))
     return None

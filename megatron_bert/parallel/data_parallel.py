@@ -1,127 +1,201 @@
-"""Sharded data parallelism: PyTorch's `fully_shard` with this project's policy.
+"""Sharded data parallelism (ZeRO, Rajbhandari et al. 2020, sections 5 and 6).
 
 Weights and optimizer states are sharded in fp32 over the data-parallel ranks, computation is in
 `compute_dtype`, gradients are reduced in fp32 (or bf16, on request) and summed, never averaged: the
 loss is already divided by the number of masked tokens in the global batch.
+
+A step gathers weights once and reduces gradients once, however many micro-batches it has: each
+unit's weights are asked for before the unit ahead of it computes, and its gradients are reduced
+beside the backward pass of the units ahead. In passes between the first and the last nothing stands
+between the units, so that what a small micro-batch costs the host is the model's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from megatron_bert.distributed.topology import Topology
+from megatron_bert.parallel.data_ranks import DataRanks
+from megatron_bert.parallel.sharded_unit import ShardedUnit
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_ENDED = object()
 
 
-def shard_over_data(
-    model: nn.Module,
-    units: Sequence[nn.Module],
-    topology: Topology,
-    compute_dtype: torch.dtype,
-    *,
-    reduce_dtype: torch.dtype = torch.float32,
-    reshard_after_forward: bool = False,
-) -> None:
-    """Shard each unit's parameters over the data-parallel ranks, then what remains of the model.
+class ShardedModel(Generic[Model]):
+    """A model, or a pipeline stage's part of it, whose parameters are sharded; changed in place.
+
+    Each of its units, which the forward pass calls one after another, is gathered and reduced by
+    itself, and what remains of the model before and after all of them.
+
+    Attributes:
+        module: the model.
+        units: its blocks.
 
     Args:
-        model: the model, or a pipeline stage's part of it, changed in place.
-        units: its blocks, in the order of the forward pass; each is gathered and reduced by
-            itself, so that its messages run beside its neighbours' computation.
+        module: the model.
+        units: its blocks, in the order of the forward pass.
         topology: the ranks.
         compute_dtype: type of weights and activations in forward and backward.
         reduce_dtype: type in which a step's gradients are added up, over micro-batches and over
             the ranks; where one rank has all rows, it stays fp32.
-        reshard_after_forward: free a unit's gathered weights after its forward pass (ZeRO-3); by
-            default they stay from the step's first forward to its last backward.
+        reshard_after_forward: free a unit's gathered weights after its forward pass and after its
+            backward pass (ZeRO-3); by default they stay to the end of a step.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=sum_dtype(topology, reduce_dtype)
-    )
-    for module in (*units, model):
-        fully_shard(
+
+    def __init__(
+        self,
+        module: Model,
+        units: Sequence[nn.Module],
+        topology: Topology,
+        compute_dtype: torch.dtype,
+        *,
+        reduce_dtype: torch.dtype = torch.float32,
+        reshard_after_forward: bool = False,
+    ) -> None:
+        self.module = module
+        self.units = tuple(units)
+        if topology.data_parallel_size == 1:
+            # There is nothing to send, and rounding would be for nothing.
+            reduce_dtype = torch.float32
+        self._compute_dtype, self._reduce_dtype = compute_dtype, reduce_dtype
+        self._frees = reshard_after_forward
+        ranks = DataRanks(topology)
+        self._unit_of = {
+            unit: ShardedUnit(parameters, ranks, compute_dtype, reduce_dtype)
+            for unit, parameters in _shared_out((*units, module))
+        }
+        pairs = list(pairwise(self.units))
+        self._following = dict(pairs)
+        self._ahead = {following: unit for unit, following in pairs}
+        self._sums_in = compute_dtype
+        self._reduces = False
+        self._reductions: list[Iterator[None]] = []
+        self._reduced: set[nn.Module] = set()
+        module.register_forward_pre_hook(self._before_model)
+        for unit in self.units:
+            unit.register_forward_pre_hook(self._before_unit)
+            unit.register_forward_hook(self._after_unit)
+
+    def begin(self, micro_batches: int) -> None:
+        """Begin a step: the coming passes add up the gradients of so many micro-batches."""
+        # Those of a single one are rather reduced from the compute type: half the bytes.
+        dtype = self._reduce_dtype if micro_batches > 1 else self._compute_dtype
+        if dtype != self._sums_in:
+            for unit in self._unit_of.values():
+                unit.sum_gradients_in(dtype)
+            self._sums_in = dtype
+
+    def reduce_after_next_pass(self) -> None:
+        """Have the backward pass of the coming forward pass, a step's last, reduce gradients."""
+        self._reduces = True
+
+    def reduce(self, unit: nn.Module) -> None:
+        """Begin to reduce a unit's gradients, which are complete."""
+        self._go_on()
+        self._reduced.add(unit)
+        reduction = self._unit_of[unit].reduction()
+        if next(reduction, _ENDED) is not _ENDED:
+            self._reductions.append(reduction)
+
+    def end(self) -> None:
+        """End a step, or forward passes that no backward pass followed.
+
+        Then the model's parameters are its shards again, with what gradients there were. Until
+        then they are the gathered copies in the compute type: whoever read them, to save them say,
+        would get rounded weights.
+        """
+        backward: tuple[nn.Module, ...] = (*reversed(self.units), self.module)
+        for unit in backward:
+            if unit not in self._reduced:
+                self.reduce(unit)
+        while self._reductions:
+            self._go_on()
+        for sharded in self._unit_of.values():
+            if self._frees:
+                sharded.free()
+            sharded.release()
+        self._reduces = False
+        self._reduced.clear()
+
+    def _go_on(self) -> None:
+        """Wait for the messages that are under way, and begin those behind them."""
+        self._reductions = [one for one in self._reductions if next(one, _ENDED) is not _ENDED]
+
+    def _before_model(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rest = self._unit_of[self.module]
+        rest.start_gathering()
+        if self.units:
+            self._unit_of[self.units[0]].start_gathering()
+        rest.gather()
+
+    def _before_unit(self, unit: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self._gather(unit, self._following.get(unit))
+        if not ((self._frees or self._reduces) and torch.is_grad_enabled()):
+            return None
+        x, *others = inputs
+        return _run_backward(x, partial(self._after_backward, unit, self._reduces)), *others
+
+    def _after_unit(
+        self, unit: nn.Module, inputs: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
+        if not self._frees:
+            return None
+        self._unit_of[unit].free()
+        if not torch.is_grad_enabled():
+            return None
+        return _run_backward(output, partial(self._gather, unit, self._ahead.get(unit)))
+
+    def _gather(self, unit: nn.Module, next_one: nn.Module | None) -> None:
+        """Have a unit's weights, and ask for those of the one whose turn is next."""
+        self._unit_of[unit].start_gathering()
+        if next_one is not None:
+            # Before the unit computes: the host need not run ahead of the device for it.
+            self._unit_of[next_one].start_gathering()
+        self._unit_of[unit].gather()
+
+    def _after_backward(self, unit: nn.Module, reduces: bool) -> None:
+        if reduces:
+            self.reduce(unit)
+        if self._frees:
+            self._unit_of[unit].free()
+
+
+def _shared_out(
+    modules: Sequence[nn.Module],
+) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str]]]]:
+    """The parameters of each module, but for those of the modules ahead of it."""
+    taken: set[nn.Module] = set()
+    for module in modules:
+        own = [part for part in module.modules() if part not in taken]
+        taken.update(own)
+        yield (
             module,
-            mesh=topology.sharding_mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard_after_forward and module is not model,
+            [(part, name) for part in own for name, _ in part.named_parameters(recurse=False)],
         )
-    for unit, following in pairwise(units):
-        # Asked for before the unit computes: the host need not run ahead of the device for it.
-        assert isinstance(unit, FSDPModule)
-        assert isinstance(following, FSDPModule)
-        unit.set_modules_to_forward_prefetch([following])
-    for sharded in _sharded_modules(model):
-        if topology.data_parallel_size > 1:
-            # A single rank's are not divided; told to divide by 1, PyTorch would make a pass.
-            sharded.set_gradient_divide_factor(1.0)
-        # Without it gloo is asked for a pre-multiplied sum, which it does not have.
-        sharded.set_force_sum_reduction_for_comms(True)
 
 
-def sum_dtype(topology: Topology, reduce_dtype: torch.dtype) -> torch.dtype:
-    """In which type gradients are added up, as `shard_over_data` was given one."""
-    # Where one rank has all rows there is nothing to send, and rounding would be for nothing.
-    return torch.float32 if topology.data_parallel_size == 1 else reduce_dtype
+def _run_backward(x: Tensor, action: Callable[[], None]) -> Tensor:
+    """The same tensor, whose gradient runs `action` as it passes."""
+    y: Tensor = _RunBackward.apply(x, action)  # type: ignore[no-untyped-call]
+    return y
 
 
-def set_gradient_sync(model: nn.Module, enabled: bool, *, reshard: bool) -> None:
-    """Say whether the coming backward pass reduces gradients, and frees the gathered weights.
+class _RunBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, action: Callable[[], None]) -> Tensor:
+        ctx.action = action
+        return x.view_as(x)
 
-    With gradient accumulation only the last micro-batch does: before it weights stay gathered and
-    gradients stay local, so that a step gathers and reduces once however many micro-batches it
-    has.
-    """
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(enabled)
-    model.set_reshard_after_backward(reshard)
-    # Other micro-batches' forward passes may be waiting for their own.
-    model.set_is_last_backward(enabled)
-
-
-def add_up_gradients(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Say in which type a step's coming backward passes add up their gradients.
-
-    A gradient in the compute type would be added to the sum in another by a kernel that converts
-    number by number, at a quarter of a GPU's memory rate; and layers that know the type give their
-    products in it, unrounded.
-
-    Args:
-        model: just after a forward pass, when its parameters are the gathered ones. Where they are
-            not (ZeRO-3), or are parts of layers split over ranks, nothing is changed.
-        dtype: of the sum; None: the parameters' own.
-    """
-    parameters = list(model.parameters())
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
-        return
-    for parameter in parameters:
-        parameter.grad_dtype = dtype or parameter.dtype
-
-
-def free_gathered_weights(model: nn.Module) -> None:
-    """Go back to the shards after forward passes that no backward pass followed.
-
-    Until then the model's parameters are the gathered copies in the compute type: whoever read
-    them, to save them say, would get rounded weights.
-    """
-    for sharded in _sharded_modules(model):
-        sharded.reshard()
-
-
-def sharded_units(model: nn.Module) -> list[nn.Module]:
-    """The units that `shard_over_data` was given."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, FSDPModule) and module is not model
-    ]
-
-
-def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            yield module
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # PyTorch adds gradients up on parameters before it goes on to other functions.
+        ctx.action()
+        return grads[0], None

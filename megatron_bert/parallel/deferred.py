@@ -4,8 +4,7 @@ Zero bubble (Qi et al. 2024, section 2) lets the stage before go on with the inp
 computes the weights' while it would wait. Layers that have large products leave them here in their
 backward pass, one `WeightProducts` each a micro-batch; small gradients (biases, norms) are had at
 once. `accumulate_deferred` computes what a micro-batch left, so that every product is computed and
-every collective of a layer is called once, as in one pass. (Where weights are gathered for each
-pass, ZeRO-3, they are for this one too.)
+every collective of a layer is called once, as in one pass.
 
 Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D
 features in, F features out.
@@ -14,9 +13,7 @@ features in, F features out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,12 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_bert.distributed.collectives import start_all_gather, wait
-from megatron_bert.parallel.data_parallel import sharded_units
-from megatron_bert.parallel.sharding import local_part
+from megatron_bert.parallel.data_parallel import ShardedModel
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """In which type a parameter's gradients are added up (`data_parallel.add_up_gradients`)."""
+    """In which type a parameter's gradients are added up (`ShardedModel.begin`)."""
     # Parts of one that is split over ranks are no leaves, and have no such type.
     dtype = parameter.grad_dtype if parameter.is_leaf else None
     return dtype or parameter.dtype
@@ -84,6 +80,7 @@ class WeightProducts:
         grads_NF: of what they gave, one a layer, or one with the layers' features side by side.
         group: the ranks whose tokens are to be gathered; None where x has all of them.
         sizes: features that each layer gave; None: those of its gradient.
+        unrounded: give them as `weight_gradient` does for a weight.
     """
 
     def __init__(
@@ -93,12 +90,15 @@ class WeightProducts:
         grads_NF: Sequence[Tensor],
         group: dist.ProcessGroup | None = None,
         sizes: Sequence[int] | None = None,
+        *,
+        unrounded: bool = False,
     ) -> None:
         self.layers = layers
         self._x_TD = x_TD
         self._grads_NF = grads_NF
         self._group = group
         self._sizes = sizes or [grad_NF.shape[1] for grad_NF in grads_NF]
+        self._weight = layers[0].weight if unrounded else None
 
     def gather(self) -> Tensor:
         """Begin to gather the tokens."""
@@ -109,7 +109,7 @@ class WeightProducts:
     def compute(self, gathering: Tensor) -> Sequence[Tensor]:
         """The gradients of this rank's weights, from what `gather` returned."""
         x_ND = gathering if self._group is None else wait(gathering)
-        return weight_gradients(x_ND, self._grads_NF, self._sizes)
+        return weight_gradients(x_ND, self._grads_NF, self._sizes, self._weight)
 
 
 # What a layer has left, the micro-batches in the order of their backward passes.
@@ -126,13 +126,9 @@ class DeferringLayer(Protocol):
     deferred: WeightQueue | None
 
 
-def defer_weight_gradients(model: nn.Module) -> None:
-    """Have the layers in the model's units leave their products from now on.
-
-    Args:
-        model: sharded by `shard_over_data`.
-    """
-    for unit in sharded_units(model):
+def defer_weight_gradients(model: ShardedModel[Any]) -> None:
+    """Have the layers in the model's units leave their products from now on."""
+    for unit in model.units:
         for layer in _deferring_layers(unit):
             layer.deferred = WeightQueue()
 
@@ -172,67 +168,39 @@ class _Linear(torch.autograd.Function):
         return grad_NF @ weight_FD, None, grad_NF.sum(0) if ctx.has_bias else None, None
 
 
-def accumulate_deferred(model: nn.Module) -> None:
+def accumulate_deferred(model: ShardedModel[Any], *, reduces: bool) -> None:
     """Compute what the longest waiting micro-batch has left, and add it to the gradients.
 
-    What `fully_shard` does at the end of a module's backward pass (add up in the reduction's type,
-    reduce, reshard) it does in hooks around the module's call. So the modules are called, but on a
-    number that passes through unchanged, and the products are computed in its backward pass: one
-    unit's under the reduction of the next one's.
-
     Args:
-        model: sharded by `shard_over_data`.
+        model: what left it.
+        reduces: reduce each unit's gradients, once they are there, beside the next one's products.
     """
-    units = sharded_units(model)
-
-    def through(carrier: Tensor) -> Tensor:
-        for unit in units:
-            with _computing(unit, partial(_carry, unit)):
-                carrier = unit(carrier)
-        return carrier
-
-    device = next(model.parameters()).device
-    with _computing(model, through):
-        end: Tensor = model(torch.zeros((), device=device, requires_grad=True))
-    torch.autograd.backward(end)
+    for unit in reversed(model.units):
+        products = deque(
+            layer.deferred.popleft() for layer in _deferring_layers(unit) if layer.deferred
+        )
+        _accumulate(products)
+        if reduces:
+            model.reduce(unit)
 
 
-@contextmanager
-def _computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a module's call compute something else between its hooks."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
+@torch.no_grad()
+def _accumulate(products: deque[WeightProducts]) -> None:
+    """Gather the tokens of one while another's products are computed."""
+    gathering = products[0].gather() if products else None
+    while products:
+        # What was left goes as soon as it is used up.
+        group = products.popleft()
+        ready, gathering = gathering, products[0].gather() if products else None
+        assert ready is not None
+        for layer, gradient in zip(group.layers, group.compute(ready), strict=True):
+            _add_gradient(layer.weight, gradient)
 
 
-def _carry(unit: nn.Module, carrier: Tensor) -> Tensor:
-    products = [layer.deferred.popleft() for layer in _deferring_layers(unit) if layer.deferred]
-    weights = [local_part(layer.weight) for group in products for layer in group.layers]
-    end: Tensor = _Carrier.apply(carrier, products, *weights)  # type: ignore[no-untyped-call]
-    return end
-
-
-class _Carrier(torch.autograd.Function):
-    """Forward nothing happens; backward the weights' gradients are computed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, carrier: Tensor, products: list[WeightProducts], *weights: Tensor
-    ) -> Tensor:
-        ctx.products = products
-        return carrier.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # What was left goes as soon as it is used up: the graph outlives this unit's products.
-        products, ctx.products = deque(ctx.products), None
-        gradients: list[Tensor] = []
-        gathering = products[0].gather() if products else None
-        while products:
-            group = products.popleft()
-            ready, gathering = gathering, products[0].gather() if products else None
-            assert ready is not None
-            gradients += group.compute(ready)
-        return grads[0], None, *gradients
+def _add_gradient(weight: nn.Parameter, gradient: Tensor) -> None:
+    """As autograd does at the end of a backward pass."""
+    gradient = gradient.to(gradient_dtype(weight))
+    if weight.grad is None:
+        weight.grad = gradient
+    else:
+        weight.grad.add_(gradient)

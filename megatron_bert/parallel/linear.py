@@ -215,8 +215,8 @@ def joined_gradients(
     """Gradients of column-parallel layers that were computed by one product of their weights.
 
     The collectives run under products as `column_parallel`'s do. The weights are laid end to end
-    again: of one tensor that was kept so nobody could free the storage, as `fully_shard` does with
-    gathered parameters.
+    again: of one tensor that was kept so nobody could free the storage, as ZeRO-3 does with
+    gathered weights.
 
     Args:
         grad_NF: [N, F], of all layers' features side by side.
@@ -259,7 +259,9 @@ def _column_gradients(
     else:
         weight_grads = [None] * len(weights)
         assert deferring[0].deferred is not None
-        deferring[0].deferred.append(WeightProducts(deferring, x, grads_NF, sharing, sizes))
+        deferring[0].deferred.append(
+            WeightProducts(deferring, x, grads_NF, sharing, sizes, unrounded=parameter is not None)
+        )
     return x_grad_ND if group is None else wait(reducing), weight_grads
 
 

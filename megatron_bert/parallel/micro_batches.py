@@ -6,16 +6,12 @@ One rank's model computes them in turn; `parallel.pipeline` passes them through 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_bert.parallel.data_parallel import (
-    add_up_gradients,
-    free_gathered_weights,
-    set_gradient_sync,
-)
+from megatron_bert.parallel.data_parallel import ShardedModel
 
 # A model's inputs in the order of its arguments. The first is what a pipeline's first stage takes;
 # the others go to every stage.
@@ -47,36 +43,29 @@ class WholeModel:
 
     Args:
         model: sharded over data; its output is [1, K], the first of which is the summed loss.
-        reshard_after_forward: as it was sharded.
-        sum_dtype: in which its gradients are added up.
     """
 
-    def __init__(
-        self, model: nn.Module, *, reshard_after_forward: bool, sum_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: ShardedModel[Any]) -> None:
         self._model = model
-        self._reshard_always = reshard_after_forward
-        self._sum_dtype = sum_dtype
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
-        self._model.train()
+        self._model.module.train()
+        self._model.begin(len(micro_batches))
         loss = torch.zeros_like(count)
         for index, micro_batch in enumerate(micro_batches):
-            is_last = index == len(micro_batches) - 1
-            set_gradient_sync(self._model, is_last, reshard=is_last or self._reshard_always)
-            share = self._model(*micro_batch)[0, 0] / count
-            if index == 0:
-                # A single one is rather reduced from the compute type: half the bytes.
-                add_up_gradients(self._model, None if is_last else self._sum_dtype)
+            if index == len(micro_batches) - 1:
+                self._model.reduce_after_next_pass()
+            share = self._model.module(*micro_batch)[0, 0] / count
             share.backward()
             loss += share.detach()
+        self._model.end()
         return loss
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See `MicroBatchRunner`."""
-        self._model.eval()
-        outputs = [self._model(*micro_batch) for micro_batch in micro_batches]
-        free_gathered_weights(self._model)
+        self._model.module.eval()
+        outputs = [self._model.module(*micro_batch) for micro_batch in micro_batches]
+        self._model.end()
         return outputs

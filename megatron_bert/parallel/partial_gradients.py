@@ -22,7 +22,7 @@ _MARK = "partial_gradients"
 def mark_partial(module: nn.Module, *names: str) -> None:
     """Remember that these of the module's own parameters get a part of their gradient a rank.
 
-    The module remembers, since `fully_shard` replaces parameters by others.
+    The module remembers, since sharding replaces parameters by others.
     """
     setattr(module, _MARK, names)
 

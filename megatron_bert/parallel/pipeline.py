@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.actions import Action, Kind
-from megatron_bert.parallel.data_parallel import free_gathered_weights, set_gradient_sync
+from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.deferred import accumulate_deferred, defer_weight_gradients
 from megatron_bert.parallel.micro_batches import MicroBatch
 from megatron_bert.parallel.schedule import (
@@ -30,32 +31,30 @@ from megatron_bert.parallel.stage_messages import StageMessages
 class Pipeline:
     """This rank's stages of a model that several ranks hold, and the order of their work.
 
+    Attributes:
+        chunks: the stages that this rank holds: stage r, r + p, r + 2p, ... of rank r of p.
+
     Args:
-        chunks: the stages that this rank holds, each sharded over data: stage r, r + p, r + 2p, ...
-            of rank r of p.
+        chunks: the same.
         schedule: the order of the micro-batches.
         topology: the ranks.
         hidden_size: width of what travels between stages.
         compute_dtype: its type.
-        reshard_after_forward: as the chunks were sharded.
     """
 
     def __init__(
         self,
-        chunks: Sequence[nn.Module],
+        chunks: Sequence[ShardedModel[Any]],
         schedule: ScheduleName,
         topology: Topology,
         hidden_size: int,
         compute_dtype: torch.dtype,
-        *,
-        reshard_after_forward: bool,
     ) -> None:
-        self._chunks = chunks
+        self.chunks = chunks
         self._schedule: ScheduleName = schedule
         self._topology = topology
         self._hidden_size = hidden_size
         self._compute_dtype = compute_dtype
-        self._reshard_always = reshard_after_forward
         # By what they were made for: steps of a stage of the curriculum have one number.
         self._training: dict[int, Schedule] = {}
         self._evaluation: dict[int, Schedule] = {}
@@ -65,8 +64,9 @@ class Pipeline:
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
-        for chunk in self._chunks:
-            chunk.train()
+        for chunk in self.chunks:
+            chunk.module.train()
+            chunk.begin(len(micro_batches))
         number, ranks, stages = self._sizes(micro_batches)
         if number not in self._training:
             self._training[number] = make_schedule(self._schedule, ranks, number, stages)
@@ -76,18 +76,15 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See `MicroBatchRunner`."""
-        for chunk in self._chunks:
-            chunk.eval()
+        for chunk in self.chunks:
+            chunk.module.eval()
         number, ranks, stages = self._sizes(micro_batches)
         if number not in self._evaluation:
             self._evaluation[number] = make_forward_schedule(ranks, number, stages)
-        outputs = self._run(self._evaluation[number], micro_batches, lambda sums: sums)
-        for chunk in self._chunks:
-            free_gathered_weights(chunk)
-        return outputs
+        return self._run(self._evaluation[number], micro_batches, lambda sums: sums)
 
     def _sizes(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
-        return len(micro_batches), self._topology.pipeline_size, len(self._chunks)
+        return len(micro_batches), self._topology.pipeline_size, len(self.chunks)
 
     def _run(
         self,
@@ -99,15 +96,11 @@ class Pipeline:
         tokens = micro_batches[0][0].numel()
         tokens //= tp.size if tp.shards_tokens else 1
         messages = StageMessages(self._topology, (tokens, self._hidden_size), self._compute_dtype)
-        step = _Step(
-            self._chunks,
-            schedule,
-            micro_batches,
-            finish,
-            messages,
-            reshard_always=self._reshard_always,
-        )
-        return step.run(schedule.actions[self._topology.pipeline_rank])
+        step = _Step(self.chunks, schedule, micro_batches, finish, messages)
+        results = step.run(schedule.actions[self._topology.pipeline_rank])
+        for chunk in self.chunks:
+            chunk.end()
+        return results
 
 
 class _Step:
@@ -119,26 +112,26 @@ class _Step:
         micro_batches: all of the step.
         finish: makes of the head's output what is returned, and in training derived.
         messages: carries what passes between ranks.
-        reshard_always: free gathered weights after every backward pass, not only the last.
     """
 
     def __init__(
         self,
-        chunks: Sequence[nn.Module],
+        chunks: Sequence[ShardedModel[Any]],
         schedule: Schedule,
         micro_batches: Sequence[MicroBatch],
         finish: Callable[[Tensor], Tensor],
         messages: StageMessages,
-        *,
-        reshard_always: bool,
     ) -> None:
         self._chunks = chunks
         self._num_ranks = schedule.num_ranks
+        # Then gradients are complete behind the weights' part.
+        self._splits_backward = any(
+            action.kind is Kind.BACKWARD_WEIGHT for action in schedule.actions[0]
+        )
         self._last_stage = schedule.num_stages - 1
         self._micro_batches = micro_batches
         self._finish = finish
         self._messages = messages
-        self._reshard_always = reshard_always
         self._results: list[Tensor] = []
         # By stage and micro-batch, from the forward pass to the backward pass.
         self._inputs: dict[tuple[int, int], Tensor] = {}
@@ -174,7 +167,11 @@ class _Step:
             inputs = self._messages.take(Action(Kind.RECEIVE_ACTIVATION, stage, micro_batch))
             if with_backward:
                 self._inputs[stage, micro_batch] = inputs.requires_grad_()
-        output = self._chunks[stage // self._num_ranks](inputs, *others)
+        chunk = self._chunks[stage // self._num_ranks]
+        if micro_batch == len(self._micro_batches) - 1 and not self._splits_backward:
+            # A stage takes the micro-batches in order.
+            chunk.reduce_after_next_pass()
+        output = chunk.module(inputs, *others)
         if stage == self._last_stage:
             output = self._finish(output)
             self._results.append(output.detach())
@@ -184,17 +181,11 @@ class _Step:
             self._outputs[stage, micro_batch] = output
 
     def _backward(self, action: Action) -> None:
-        chunk = self._chunks[action.stage // self._num_ranks]
-        # A stage takes the micro-batches in order. Gradients are reduced under the last pass.
-        is_last = (
-            action.kind is not Kind.BACKWARD_INPUT
-            and action.micro_batch == len(self._micro_batches) - 1
-        )
-        set_gradient_sync(chunk, is_last, reshard=is_last or self._reshard_always)
-        if action.kind is Kind.BACKWARD_WEIGHT:
-            accumulate_deferred(chunk)
-        else:
+        if action.kind is not Kind.BACKWARD_WEIGHT:
             self._backward_to_input(action.stage, action.micro_batch)
+            return
+        is_last = action.micro_batch == len(self._micro_batches) - 1
+        accumulate_deferred(self._chunks[action.stage // self._num_ranks], reduces=is_last)
 
     def _backward_to_input(self, stage: int, micro_batch: int) -> None:
         gradient = None

@@ -50,11 +50,5 @@ def placed_like(local: Tensor, parameter: Tensor) -> Tensor:
     """A tensor of which `local` is this rank's part as that of `parameter` is; shares storage."""
     if not isinstance(parameter, DTensor):
         return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    # `from_local` takes ten times as long, and a step has this of each parameter.
+    return DTensor(local, parameter._spec, requires_grad=False)  # type: ignore[no-untyped-call]

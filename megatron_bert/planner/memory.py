@@ -116,6 +116,8 @@ class Moments:
         self._gathered = job.element_bytes * np.where(
             dealings.reshard, self._needs.root + 2 * block, parameters
         )
+        # They keep their memory from step to step, unless each block's is given back.
+        self._kept = job.element_bytes * np.where(dealings.reshard, 0.0, parameters)
         # Whole gradients, where micro-batches are added up before ranks reduce them.
         self._sums = self._needs.accumulates * self._reduced * parameters
         self._weights = 4.0 * parameters / self._shards
@@ -152,8 +154,8 @@ class Moments:
         return self._moment(self._sums + fresh, self._needs.table + self._needs.backward)
 
     # One micro-batch's gradients are packed, summed and freed unit by unit. What a unit kept for
-    # its backward pass is gone by then, and its gathered weights; shards of gradients come as
-    # activations go, so that the first or the last unit is the worst.
+    # its backward pass is gone by then; shards of gradients come as activations go, so that the
+    # first or the last unit is the worst.
 
     def _first_reduction(self) -> Memory[Floats]:
         """Of a block, while the others' activations wait."""
@@ -163,7 +165,6 @@ class Moments:
             self._sums + self._once * packed * block,
             self._once * self._needs.table,
             activations=self._needs.activations - self._once * self._needs.of_block,
-            gathered=self._gathered - self._once * e * block,
         )
 
     def _last_reduction(self) -> Memory[Floats]:
@@ -175,7 +176,7 @@ class Moments:
             np.maximum(self._sums, self._once * (shards + packed)),
             0.0 * root,
             activations=0.0 * root,
-            gathered=e * root,
+            gathered=np.maximum(self._kept, e * root),
         )
 
     def _update(self) -> Memory[Floats]:
@@ -189,7 +190,7 @@ class Moments:
             self._shards,
         )
         nothing = np.zeros_like(working)
-        return self._moment(self._weights, working, activations=nothing, gathered=nothing)
+        return self._moment(self._weights, working, activations=nothing, gathered=self._kept)
 
     def _moment(
         self,

@@ -150,8 +150,9 @@ def _build_part(case: Case, place: Place) -> Part:
     dist.init_process_group("fake", rank=rank, world_size=case.world_size, store=FakeStore())
     with Watch() as watch:
         topology = Topology.of(parallel, torch.device("cpu"))
-        chunks = lay_out_chunks(config, VOCABULARY, topology)
-    runner = WholeModel(chunks[0], reshard_after_forward=False, sum_dtype=torch.float32)
+        sharded = lay_out_chunks(config, VOCABULARY, topology)
+    chunks = tuple(chunk.module for chunk in sharded)
+    runner = WholeModel(sharded[0])
     model = RankModel(chunks, runner, topology)
     parameters = model.named_parameters()
     tensor = parallel.tensor

@@ -105,7 +105,7 @@ def test_zero_3_gathers_each_block_twice_a_micro_batch_and_reduces_once_a_step()
     changes = {"parallel": {"reshard_after_forward": True}}
     counts = run_ranks(2, _messages, 3, 2, {}, changes)[0]
     # What stands around the blocks is needed first and last, and stays gathered in between.
-    assert counts == Counter({"all_gather": 2 * (2 * 3 + 1), "reduce_scatter": 3 + 1})
+    assert counts == Counter({"all_gather": 2 * 2 * 3 + 1, "reduce_scatter": 3 + 1})
 
 
 def test_copies_of_the_shards_are_summed_once_a_step() -> None:

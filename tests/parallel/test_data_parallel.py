@@ -1,7 +1,8 @@
-"""`fully_shard` with this project's policy."""
+"""Sharded weights: gathered, and their gradients reduced, once a step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megatron_bert.parallel import data_parallel
+from megatron_bert.parallel.sharded_unit import ShardedUnit
 from megatron_bert.training.optimizer import build_optimizer
 from tests.distributed_harness import run_ranks
 from tests.small_model import (
@@ -119,63 +120,128 @@ def test_no_step_computes_with_weights_gathered_before_the_last_update() -> None
     run_ranks(2, _check_evaluation_between_steps)
 
 
-def _types_of_gradients(reduce: str, reshard: bool) -> list[tuple[list[str], list[str]]]:
-    """Of steps of three micro-batches, of one and again of three, with evaluations between.
+def _types_of_gradients(changes: dict[str, Any], sizes: dict[str, int]) -> list[list[str]]:
+    """Of what is reduced, in steps of three micro-batches, of one and again of three."""
+    config = small_config(**changes)
+    model = small_model(config, cpu_topology(**sizes))
+    reduction = ShardedUnit.reduction
+    found: list[list[str]] = []
+    types = set[str]()
 
-    Those that parameters ask for, and of the gradients that wait for the next micro-batch.
-    """
-    config = small_config(
-        precision={"compute": "bf16", "reduce": reduce},
-        parallel={"reshard_after_forward": reshard},
-    )
-    model = small_model(config, cpu_topology())
-    (chunk,) = model.chunks
-    add_up, sync = data_parallel.add_up_gradients, data_parallel.set_gradient_sync
-    asked, waiting = set[str](), set[str]()
+    def watched(unit: ShardedUnit) -> Iterator[None]:
+        types.update(str(weight.grad.dtype) for weight in unit.weights() if weight.grad is not None)
+        return reduction(unit)
 
-    def gathered() -> list[Tensor]:
-        return [p for p in chunk.parameters() if not isinstance(p, DTensor)]
-
-    def watch_types(*arguments: Any) -> None:
-        add_up(*arguments)
-        asked.update(str(p.grad_dtype) for p in gathered())
-
-    def watch_gradients(*arguments: Any, **options: Any) -> None:
-        waiting.update(str(p.grad.dtype) for p in gathered() if p.grad is not None)
-        sync(*arguments, **options)
-
-    found, gradients = [], []
+    gradients = []
     with pytest.MonkeyPatch.context() as patch:
-        module = "megatron_bert.parallel.micro_batches"
-        patch.setattr(f"{module}.add_up_gradients", watch_types)
-        patch.setattr(f"{module}.set_gradient_sync", watch_gradients)
+        patch.setattr(ShardedUnit, "reduction", watched)
         for count in (3, 1, 3):
             batches = [packed_inputs(2, 2 * index) for index in range(count)]
             model.runner.train(batches, torch.ones(()))
             model.runner.evaluate(batches[:1])
-            found.append((sorted(asked), sorted(waiting)))
+            found.append(sorted(types))
             parameters = list(model.named_parameters().values())
             gradients.append([_whole_gradient(parameter) for parameter in parameters])
             for parameter in parameters:
                 parameter.grad = None
-            asked.clear()
-            waiting.clear()
+            types.clear()
     assert all(map(torch.equal, gradients[0], gradients[2]))
     return found
 
 
 @pytest.mark.parametrize(
-    ("ranks", "reduce", "dtype"),
-    [(1, "fp32", "torch.float32"), (1, "bf16", "torch.float32"), (2, "bf16", "torch.bfloat16")],
+    ("ranks", "reduce", "parallel", "dtype"),
+    [
+        (1, "fp32", {}, "torch.float32"),
+        (1, "bf16", {}, "torch.float32"),
+        (2, "bf16", {}, "torch.bfloat16"),
+        (2, "fp32", {}, "torch.float32"),
+        (1, "fp32", {"reshard_after_forward": True}, "torch.float32"),
+        (2, "fp32", {"tensor": 2}, "torch.float32"),
+    ],
+    ids=str,
 )
 def test_gradients_of_several_micro_batches_are_had_in_the_type_of_their_sum(
-    ranks: int, reduce: str, dtype: str
+    ranks: int, reduce: str, parallel: dict[str, Any], dtype: str
 ) -> None:
-    types = run_ranks(ranks, _types_of_gradients, reduce, False)[0]
-    several = ([dtype], [dtype])
-    assert types == [several, (["torch.bfloat16"], []), several]
+    changes = {"precision": {"compute": "bf16", "reduce": reduce}, "parallel": parallel}
+    sizes = {"tensor": 2} if "tensor" in parallel else {}
+    types = run_ranks(ranks, _types_of_gradients, changes, sizes)[0]
+    # A single one's are sent in the type in which they are computed, and summed in the other.
+    assert types == [[dtype], ["torch.bfloat16"], [dtype]]
 
 
-def test_where_weights_are_gathered_again_gradients_keep_their_type() -> None:
-    for asked, _ in run_ranks(1, _types_of_gradients, "fp32", True)[0]:
-        assert asked == ["torch.bfloat16"]
+def _check_addresses(reshard: bool) -> None:
+    config = small_config(parallel={"reshard_after_forward": reshard})
+    model = small_model(config, cpu_topology())
+    optimizer = build_optimizer(config, model)
+    (chunk,) = model.chunks
+    inputs = packed_inputs(2)
+    found = []
+
+    def note(*_: Any) -> None:
+        weights = list(chunk.blocks.parameters())
+        assert not any(isinstance(weight, DTensor) for weight in weights)
+        first = chunk.blocks["0"].attention.query.weight
+        found.append(([w.data_ptr() for w in weights], first.untyped_storage().size()))
+
+    chunk.blocks["1"].register_forward_hook(note)
+    for _ in range(2):
+        model.runner.train([inputs, inputs], torch.ones(()))
+        optimizer.step(1e-2)
+        model.runner.evaluate([inputs])
+    if reshard:
+        # Behind the last block the first one's are gone.
+        assert {size for _, size in found} == {0}
+    else:
+        assert len({tuple(addresses) for addresses, _ in found}) == 1
+        assert all(size > 0 for _, size in found)
+    assert all(isinstance(parameter, DTensor) for parameter in chunk.parameters())
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_gathered_weights_keep_their_addresses_or_are_freed_behind_each_block(
+    reshard: bool,
+) -> None:
+    run_ranks(2, _check_addresses, reshard)
+
+
+def _check_alignment() -> None:
+    # Sides that are not a multiple of anything.
+    config = small_config(
+        model={"hidden_size": 36, "num_attention_heads": 3, "ffn_hidden_size": 50}
+    )
+    model = small_model(config, cpu_topology())
+    (chunk,) = model.chunks
+    chunk(*packed_inputs(2))
+    assert {weight.data_ptr() % 16 for weight in chunk.parameters()} == {0}
+
+
+def test_gathered_weights_begin_where_products_can_load_them() -> None:
+    run_ranks(3, _check_alignment)
+
+
+def _check_what_stands_between_passes() -> None:
+    config = small_config()
+    model = small_model(config, cpu_topology())
+    batches = [packed_inputs(2, 2 * index) for index in range(4)]
+    functions: list[int] = []
+
+    def count(share: Tensor) -> None:
+        names, waiting, seen = [], [share.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            names.append(node.name())
+            waiting += [following for following, _ in node.next_functions]
+        functions.append(sum("RunBackward" in name for name in names))
+
+    model.chunks[0].register_forward_hook(lambda _, __, output: count(output))
+    model.runner.train(batches, torch.ones(()))
+    assert functions == [0, 0, 0, 2]
+
+
+def test_only_the_last_pass_of_a_step_has_anything_between_blocks() -> None:
+    run_ranks(2, _check_what_stands_between_passes)

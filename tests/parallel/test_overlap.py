@@ -24,8 +24,6 @@ _SHORT = {
     "_c10d_functional::all_gather_into_tensor": "gather",
     "_c10d_functional::reduce_scatter_tensor": "scatter",
     "_c10d_functional::wait_tensor": "wait",
-    "c10d::_allgather_base_": "gather weights",
-    "c10d::_reduce_scatter_base_": "reduce gradients",
 }
 
 
@@ -85,9 +83,9 @@ def _gathered_before_products() -> list[int]:
         model.runner.train(inputs, torch.ones(()))
     counts, begun = [], 0
     for name, before in zip(order.names, ["", *order.names], strict=False):
-        if name == "product" and before == "gather weights":
+        if name == "product" and before == "wait":
             counts.append(begun)
-        begun += name == "gather weights"
+        begun += name == "gather"
     return counts[:4]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bert.parallel.data_parallel import shard_over_data
+from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatch
 from megatron_bert.parallel.pipeline import Pipeline
 from megatron_bert.parallel.schedule import ScheduleName
@@ -66,9 +66,8 @@ def _pipeline(schedule: ScheduleName, ranks: int, virtual: int) -> tuple[Pipelin
     topology = cpu_topology(pipeline=ranks)
     count = ranks * virtual
     chunks = [_Stage(number, count) for number in range(topology.pipeline_rank, count, ranks)]
-    for chunk in chunks:
-        shard_over_data(chunk, [chunk.layer], topology, torch.float32)
-    runner = Pipeline(chunks, schedule, topology, WIDTH, torch.float32, reshard_after_forward=False)
+    sharded = [ShardedModel(chunk, [chunk.layer], topology, torch.float32) for chunk in chunks]
+    runner = Pipeline(sharded, schedule, topology, WIDTH, torch.float32)
     return runner, chunks
 
 
@@ -241,8 +240,8 @@ class _Collectives(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().startswith("c10d::"):
-            self.names.append(func.name().removeprefix("c10d::"))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.names.append(func.name().partition("::")[2])
         return func(*args, **(kwargs or {}))
 
 
@@ -259,7 +258,7 @@ def test_gradients_are_reduced_once_and_under_each_stages_last_backward(
 ) -> None:
     # Two pipelines of two ranks.
     for rank, names in enumerate(run_ranks(4, _record_step, schedule, virtual)):
-        reductions = [n for n, name in enumerate(names) if name.startswith("_reduce_scatter")]
+        reductions = [n for n, name in enumerate(names) if name.startswith("reduce_scatter")]
         has_embedding = rank < 2
         assert len(reductions) == virtual + has_embedding
         # All of a stage's is behind it by the time that its last gradient goes out; zero bubble

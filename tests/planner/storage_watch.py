@@ -37,7 +37,7 @@ class StorageWatch(TorchDispatchMode):
             self._count(storage)
             return result
 
-        # How `fully_shard` frees and takes back gathered weights.
+        # How gathered weights are freed and taken back.
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
         return super().__enter__()
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.config.schema import Config
+from megatron_bert.parallel.sharding import local_part
 from megatron_bert.training import trainer
 from megatron_bert.training.divergence import DivergedError
 from megatron_bert.training.step import StepResult, take_step
@@ -22,8 +23,15 @@ def _spoiled(bad_rank: int, bad_steps: Sequence[int], where: str) -> Callable[..
     """A `take_step` whose rank's own loss, or a gradient of whose parameters, is NaN in steps."""
     taken = 0
 
-    def spoil(value: Tensor) -> Tensor:
-        return value * math.nan
+    def spoiled(model: Any, train: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*batch: Any) -> Tensor:
+            loss = train(*batch)
+            if where == "loss":
+                return loss * math.nan
+            local_part(next(iter(model.named_parameters().values())).grad).mul_(math.nan)
+            return loss
+
+        return run
 
     def take(model: Any, optimizer: Any, *rest: Any) -> StepResult:
         nonlocal taken
@@ -31,23 +39,10 @@ def _spoiled(bad_rank: int, bad_steps: Sequence[int], where: str) -> Callable[..
         if taken not in bad_steps or dist.get_rank() != bad_rank:
             return take_step(model, optimizer, *rest)
         with pytest.MonkeyPatch.context() as patch:
-            if where == "loss":
-                own = model.runner.train
-                patch.setattr(model.runner, "train", lambda *batch: spoil(own(*batch)))
-                return take_step(model, optimizer, *rest)
-            weight = next(iter(model.named_parameters().values()))
-            hook = weight.register_post_accumulate_grad_hook(_spoil_gradient)
-            try:
-                return take_step(model, optimizer, *rest)
-            finally:
-                hook.remove()
+            patch.setattr(model.runner, "train", spoiled(model, model.runner.train))
+            return take_step(model, optimizer, *rest)
 
     return take
-
-
-def _spoil_gradient(weight: Tensor) -> None:
-    assert weight.grad is not None
-    weight.grad.mul_(math.nan)
 
 
 def _train_spoiled(

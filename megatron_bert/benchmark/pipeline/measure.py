@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.actions import StageTime
-from megatron_bert.parallel.data_parallel import shard_over_data
+from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.deferred import WeightProducts, WeightQueue
 from megatron_bert.parallel.pipeline import Pipeline
 from megatron_bert.parallel.schedule import ScheduleName, make_schedule, simulate
@@ -151,10 +151,9 @@ def _time_steps(rank: int, name: ScheduleName, work: PipelineWork, rendezvous: P
     )
     topology = Topology.build(torch.device("cpu"), pipeline=work.ranks)
     count = _virtual_stages(name, work)
-    chunks = [_SleepingStage(rank + part * work.ranks, work, count) for part in range(count)]
-    for chunk in chunks:
-        shard_over_data(chunk, list(chunk.layers), topology, torch.float32)
-    pipeline = Pipeline(chunks, name, topology, _HIDDEN, torch.float32, reshard_after_forward=False)
+    stages = [_SleepingStage(rank + part * work.ranks, work, count) for part in range(count)]
+    chunks = [ShardedModel(stage, list(stage.layers), topology, torch.float32) for stage in stages]
+    pipeline = Pipeline(chunks, name, topology, _HIDDEN, torch.float32)
     micro_batches = [(torch.zeros(1, 1),) for _ in range(work.micro_batches)]
     seconds = []
     for _ in range(work.steps + 1):

@@ -1,0 +1,235 @@
+"""Some parameters of a model that are gathered together, and their gradients reduced together.
+
+Between steps the model holds this rank's shards, in fp32; within one it holds the gathered weights,
+in the type of computation, which lie at the same addresses in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bert.distributed.collectives import (
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+    wait,
+)
+from megatron_bert.parallel.data_ranks import DataRanks
+from megatron_bert.parallel.sharding import local_part, placed_like
+
+# Of a gathered weight's address, in bytes: more than any product asks for.
+_ALIGNMENT = 256
+
+
+@dataclass
+class _Place:
+    """Where the model looks for a parameter.
+
+    Attributes:
+        module: that has it.
+        name: under which.
+        shape: of the whole, or of this tensor-parallel rank's part of it.
+        size: elements of a rank's shard in messages, rows missing at the end counted.
+        shard: what stands there between steps.
+        weight: what stands there within a step; None before the first.
+        gradient: the shard's, of the step that goes on.
+    """
+
+    module: nn.Module
+    name: str
+    shape: torch.Size
+    size: int
+    shard: nn.Parameter
+    weight: nn.Parameter | None = None
+    gradient: Tensor | None = None
+
+    def put(self, parameter: nn.Parameter) -> None:
+        """Let the module have this one."""
+        # Not by `register_parameter`, whose checks take milliseconds for a model's parameters.
+        self.module._parameters[self.name] = parameter
+
+    def local_shard(self) -> Tensor:
+        """The elements of the shard."""
+        found = self.module._parameters[self.name]
+        if found is not self.weight and found is not None:
+            # `to_empty` puts new ones in their places.
+            self.shard = found
+        return local_part(self.shard)
+
+
+class ShardedUnit:
+    """The parameters of one block, say, on their way from shards to gathered weights and back.
+
+    Args:
+        parameters: modules, and the names of parameters of their own. These become shards.
+        ranks: over which they are sharded.
+        compute_dtype: of gathered weights.
+        reduce_dtype: of gradients on their way to the shards.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[nn.Module, str]],
+        ranks: DataRanks,
+        compute_dtype: torch.dtype,
+        reduce_dtype: torch.dtype,
+    ) -> None:
+        self._ranks = ranks
+        self._compute_dtype = compute_dtype
+        self._reduce_dtype = reduce_dtype
+        self._places: list[_Place] = []
+        for module, name in parameters:
+            parameter = module.get_parameter(name)
+            shape = local_part(parameter).shape
+            size = ranks.rows_of_each(shape[0]) * shape[1:].numel()
+            place = _Place(module, name, shape, size, ranks.shard_of(parameter))
+            place.put(place.shard)
+            self._places.append(place)
+        self._sizes = [place.size for place in self._places]
+        self._memory: Tensor | None = None
+        # The gathered weights as messages bring them, [ranks, size] each.
+        self._parts: list[Tensor] = []
+        self._gathering: tuple[Tensor, Tensor] | None = None
+        self._is_gathered = False
+
+    @torch.no_grad()
+    def start_gathering(self) -> None:
+        """Ask for the weights, unless they are there or asked for."""
+        is_needed = self._places and not self._is_gathered and self._gathering is None
+        if not is_needed or self._ranks.size == 1:
+            return
+        shards = [place.local_shard() for place in self._places]
+        sent = shards[0].new_empty(sum(self._sizes), dtype=self._compute_dtype)
+        _copy(shards, torch.split(sent, self._sizes))
+        # What is sent has to stand until all of it is received.
+        self._gathering = sent, start_all_gather(sent, self._ranks.group)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Have the weights, and let the model compute with them."""
+        if self._is_gathered or not self._places:
+            return
+        self.start_gathering()
+        self._take_memory()
+        if self._gathering is None:
+            shards = [place.local_shard() for place in self._places]
+            _copy(shards, [part[0] for part in self._parts])
+        else:
+            received = wait(self._gathering[1]).view(self._ranks.size, -1)
+            torch.split_with_sizes_copy(received, self._sizes, dim=1, out=self._parts)
+            self._gathering = None
+        for place, weight in zip(self._places, self.weights(), strict=True):
+            place.put(weight)
+        self._is_gathered = True
+
+    def free(self) -> None:
+        """Give the weights' memory back; the model still refers to them, and has to `gather`."""
+        if self._is_gathered:
+            assert self._memory is not None
+            self._memory.untyped_storage().resize_(0)
+            self._is_gathered = False
+
+    def sum_gradients_in(self, dtype: torch.dtype) -> None:
+        """Have gradients of the coming passes added up in this type.
+
+        One in the compute type would be added to the sum in another by a kernel that converts
+        number by number, at a quarter of a GPU's memory rate; and layers that know the type give
+        their products in it, unrounded.
+        """
+        self._take_memory()
+        for weight in self.weights():
+            weight.grad_dtype = dtype
+
+    def weights(self) -> list[nn.Parameter]:
+        """What the model computes with within a step; none before the first."""
+        return [place.weight for place in self._places if place.weight is not None]
+
+    @torch.no_grad()
+    def reduction(self) -> Iterator[None]:
+        """Sum the gradients over the ranks; stops wherever a message is under way."""
+        places, gradients = [], []
+        for place, weight in zip(self._places, self.weights(), strict=False):
+            if weight.grad is not None:
+                places.append(place)
+                gradients.append(weight.grad)
+                weight.grad = None
+        if not places:
+            return
+        alone = self._ranks.size == 1 and self._ranks.copies is None
+        if alone and all(gradient.dtype == torch.float32 for gradient in gradients):
+            _hand_over(places, gradients)
+            return
+        sizes = [place.size for place in places]
+        packed = gradients[0].new_empty(self._ranks.size, sum(sizes), dtype=self._reduce_dtype)
+        torch._chunk_cat(gradients, 0, self._ranks.size, out=packed)
+        gradients.clear()
+        summed = packed[0]
+        if self._ranks.size > 1:
+            summed = start_reduce_scatter(packed.flatten(), self._ranks.group)
+            yield
+            summed = wait(summed)
+            del packed
+        if self._ranks.copies is not None:
+            summed = start_all_reduce(summed, self._ranks.copies)
+            yield
+            summed = wait(summed)
+        _hand_over(places, torch.split(summed.float(), sizes))
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Let the model have the shards, with the gradients that were reduced to them."""
+        self._is_gathered = False
+        if self._gathering is not None:
+            # Asked for and not needed.
+            wait(self._gathering[1])
+            self._gathering = None
+        for place in self._places:
+            place.put(place.shard)
+            gradient, place.gradient = place.gradient, None
+            if gradient is None:
+                continue
+            if place.shard.grad is None:
+                place.shard.grad = placed_like(gradient, place.shard)
+            else:
+                local_part(place.shard.grad).add_(gradient)
+
+    def _take_memory(self) -> None:
+        if self._memory is not None:
+            storage = self._memory.untyped_storage()
+            if storage.size() == 0:
+                storage.resize_(self._memory.nbytes)
+            return
+        if not self._places:
+            return
+        step = _ALIGNMENT // self._compute_dtype.itemsize
+        rooms = [-(-size * self._ranks.size // step) * step for size in self._sizes]
+        device = self._places[0].local_shard().device
+        self._memory = torch.empty(sum(rooms), dtype=self._compute_dtype, device=device)
+        for place, end, room in zip(self._places, accumulate(rooms), rooms, strict=True):
+            begin = end - room
+            whole = self._memory[begin : begin + place.size * self._ranks.size]
+            self._parts.append(whole.view(self._ranks.size, place.size))
+            # By `data`, so that autograd does not take weights that were freed and gathered again
+            # for changed ones.
+            weight = whole.data[: place.shape.numel()].view(place.shape)
+            place.weight = nn.Parameter(weight.data)
+
+
+def _copy(shards: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
+    """Shards to flat parts of a message, which may be longer, converted."""
+    parts = [
+        message[: shard.numel()].view_as(shard)
+        for message, shard in zip(messages, shards, strict=True)
+    ]
+    torch._foreach_copy_(parts, list(shards))
+
+
+def _hand_over(places: Sequence[_Place], sums: Sequence[Tensor]) -> None:
+    for place, part in zip(places, sums, strict=True):
+        shard = place.local_shard()
+        place.gradient = part.flatten()[: shard.numel()].view_as(shard)
