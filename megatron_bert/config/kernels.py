@@ -75,11 +75,18 @@ def kernel_conflicts(config: Config) -> Iterator[str]:
         yield from _fused_conflicts(config, key)
     if config.kernels == "te":
         yield from _te_conflicts(config, key)
+    if config.compile.cuda_graphs:
+        yield from _recording_conflicts(config)
 
 
 def kernel_problems(config: Config) -> Iterator[str]:
     """What this machine lacks for `kernels`."""
     kernels = config.kernels
+    if config.compile.cuda_graphs and config.run.device == "cpu":
+        yield (
+            "compile.cuda_graphs = true: they are CUDA's and run.device = cpu; use "
+            "compile.cuda_graphs=false"
+        )
     if kernels in ("auto", "torch"):
         return
     key = f"kernels = {kernels}"
@@ -134,6 +141,26 @@ def _fused_conflicts(config: Config, key: str) -> Iterator[str]:
             f"{key}: it computes the down projection in {config.precision.compute} and "
             f"precision.fp8 = {config.precision.fp8}; use precision.fp8=none, or kernels=torch"
         )
+
+
+def _recording_conflicts(config: Config) -> Iterator[str]:
+    """A recording is one rank's whole pass, by kernels that are the same in every pass."""
+    key, other = "compile.cuda_graphs = true", "or compile.cuda_graphs=false"
+    parallel = config.parallel
+    for name, ranks in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+        if ranks > 1:
+            yield (
+                f"{key}: passes are recorded without messages and parallel.{name} = {ranks}; use "
+                f"parallel.{name}=1, {other}"
+            )
+    if parallel.reshard_after_forward:
+        yield (
+            f"{key}: recorded passes find weights where they were and "
+            "parallel.reshard_after_forward = true gives their memory away; use "
+            f"parallel.reshard_after_forward=false, {other}"
+        )
+    if config.kernels in ("te", "apex"):
+        yield f"{key}: kernels = {config.kernels} cannot be recorded; use kernels=auto, {other}"
 
 
 def _takes_gradients_apart(config: Config) -> bool:

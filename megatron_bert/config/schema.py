@@ -393,11 +393,16 @@ class ProfileConfig(Section):
 
 
 class CompileConfig(Section):
-    """torch.compile."""
+    """torch.compile and CUDA graphs."""
 
     enabled: bool = False
     """Compile each transformer block. On CUDA `kernels: auto` has faster ones without it, and with
     it stands for `torch`."""
+    cuda_graphs: bool = False
+    """Record a micro-batch's forward and backward pass at a stage's first step and replay it: for
+    micro-batches of so few tokens that the host is slower than the GPU. Without tensor parallelism,
+    pipelines and `parallel.reshard_after_forward`; gradients are reduced behind the last pass, and
+    their fp32 sums (4 bytes a parameter) stay. Not run on a GPU yet."""
 
 
 class DistributedConfig(Section):
@@ -452,7 +457,7 @@ class Config(Section):
     profile: ProfileConfig = ProfileConfig()
     """What some steps spend time and memory on."""
     compile: CompileConfig = CompileConfig()
-    """torch.compile."""
+    """torch.compile and CUDA graphs."""
     distributed: DistributedConfig = DistributedConfig()
     """The process group."""
 

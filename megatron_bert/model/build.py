@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.kernels import chosen_kernels
 from megatron_bert.config.pipeline_stages import num_stages, stage_layers
 from megatron_bert.config.schema import Config
@@ -20,6 +21,7 @@ from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatchRunner, WholeModel
 from megatron_bert.parallel.partial_gradients import sum_partial_gradients
 from megatron_bert.parallel.pipeline import Pipeline
+from megatron_bert.parallel.recorded_passes import RecordedModel
 from megatron_bert.parallel.sharding import is_split_over, local_part
 from megatron_bert.parallel.tied import sum_tied_gradient
 
@@ -98,7 +100,7 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
         initialize_weights(chunk, config.model, config.run.seed)
     runner: MicroBatchRunner
     if topology.pipeline_size == 1:
-        runner = WholeModel(sharded[0])
+        runner = _one_rank_runner(sharded[0], config, topology)
     else:
         runner = Pipeline(
             sharded,
@@ -108,6 +110,19 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
             DTYPES[config.precision.compute],
         )
     return RankModel(chunks, runner, topology)
+
+
+def _one_rank_runner(
+    model: ShardedModel[BertForPretraining], config: Config, topology: Topology
+) -> MicroBatchRunner:
+    if not config.compile.cuda_graphs:
+        return WholeModel(model)
+    if topology.device.type != "cuda":
+        raise ConfigError(
+            "compile.cuda_graphs = true: they are CUDA's, and this machine shows PyTorch no CUDA "
+            "device; use compile.cuda_graphs=false"
+        )
+    return RecordedModel(model)
 
 
 def lay_out_chunks(

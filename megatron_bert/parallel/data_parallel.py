@@ -84,14 +84,34 @@ class ShardedModel(Generic[Model]):
             unit.register_forward_pre_hook(self._before_unit)
             unit.register_forward_hook(self._after_unit)
 
-    def begin(self, micro_batches: int) -> None:
-        """Begin a step: the coming passes add up the gradients of so many micro-batches."""
+    def begin(self, micro_batches: int, *, keeps_sums: bool = False) -> None:
+        """Begin a step: the coming passes add up the gradients of so many micro-batches.
+
+        Args:
+            micro_batches: of the step.
+            keeps_sums: add them up at the same addresses in every step, from 0 on.
+        """
         # Those of a single one are rather reduced from the compute type: half the bytes.
-        dtype = self._reduce_dtype if micro_batches > 1 else self._compute_dtype
+        several = micro_batches > 1 or keeps_sums
+        dtype = self._reduce_dtype if several else self._compute_dtype
         if dtype != self._sums_in:
             for unit in self._unit_of.values():
                 unit.sum_gradients_in(dtype)
             self._sums_in = dtype
+        if keeps_sums:
+            for unit in self._unit_of.values():
+                unit.keep_sums(dtype)
+
+    def gather(self) -> None:
+        """Have all weights, before the model is called."""
+        for unit, following in pairwise((self.module, *self.units, None)):
+            assert unit is not None
+            self._gather(unit, following)
+
+    def clear_sums(self) -> None:
+        """Begin once more to add up gradients, of a step that keeps its sums."""
+        for unit in self._unit_of.values():
+            unit.clear_sums()
 
     def reduce_after_next_pass(self) -> None:
         """Have the backward pass of the coming forward pass, a step's last, reduce gradients."""

@@ -41,31 +41,31 @@ class MicroBatchRunner(Protocol):
 class WholeModel:
     """The model on this rank, from embeddings to head.
 
-    Args:
-        model: sharded over data; its output is [1, K], the first of which is the summed loss.
+    Attributes:
+        model: its output is [1, K], the first of which is the summed loss.
     """
 
     def __init__(self, model: ShardedModel[Any]) -> None:
-        self._model = model
+        self.model = model
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
-        self._model.module.train()
-        self._model.begin(len(micro_batches))
+        self.model.module.train()
+        self.model.begin(len(micro_batches))
         loss = torch.zeros_like(count)
         for index, micro_batch in enumerate(micro_batches):
             if index == len(micro_batches) - 1:
-                self._model.reduce_after_next_pass()
-            share = self._model.module(*micro_batch)[0, 0] / count
+                self.model.reduce_after_next_pass()
+            share = self.model.module(*micro_batch)[0, 0] / count
             share.backward()
             loss += share.detach()
-        self._model.end()
+        self.model.end()
         return loss
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See `MicroBatchRunner`."""
-        self._model.module.eval()
-        outputs = [self._model.module(*micro_batch) for micro_batch in micro_batches]
-        self._model.end()
+        self.model.module.eval()
+        outputs = [self.model.module(*micro_batch) for micro_batch in micro_batches]
+        self.model.end()
         return outputs

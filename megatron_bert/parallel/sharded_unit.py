@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +91,7 @@ class ShardedUnit:
             self._places.append(place)
         self._sizes = [place.size for place in self._places]
         self._memory: Tensor | None = None
+        self._sums: tuple[Tensor, list[Tensor]] | None = None
         # The gathered weights as messages bring them, [ranks, size] each.
         self._parts: list[Tensor] = []
         self._gathering: tuple[Tensor, Tensor] | None = None
@@ -150,6 +150,28 @@ class ShardedUnit:
         return [place.weight for place in self._places if place.weight is not None]
 
     @torch.no_grad()
+    def keep_sums(self, dtype: torch.dtype) -> None:
+        """Have gradients added up in this type, and from 0 on at the same addresses as before."""
+        if not self._places:
+            return
+        self._take_memory()
+        if self._sums is None:
+            device = self._places[0].local_shard().device
+            sizes = [place.shape.numel() for place in self._places]
+            self._sums = _aligned(sizes, dtype, device)
+        for place, weight, part in zip(self._places, self.weights(), self._sums[1], strict=True):
+            if place.shard.grad is not None:
+                # Those of the step before, which stand there and nobody has taken.
+                place.shard.grad = place.shard.grad.clone()
+            weight.grad = part.view(place.shape)
+        self.clear_sums()
+
+    def clear_sums(self) -> None:
+        """Set them to 0."""
+        if self._sums is not None:
+            self._sums[0].zero_()
+
+    @torch.no_grad()
     def reduction(self) -> Iterator[None]:
         """Sum the gradients over the ranks; stops wherever a message is under way."""
         places, gradients = [], []
@@ -206,18 +228,26 @@ class ShardedUnit:
             return
         if not self._places:
             return
-        step = _ALIGNMENT // self._compute_dtype.itemsize
-        rooms = [-(-size * self._ranks.size // step) * step for size in self._sizes]
+        sizes = [size * self._ranks.size for size in self._sizes]
         device = self._places[0].local_shard().device
-        self._memory = torch.empty(sum(rooms), dtype=self._compute_dtype, device=device)
-        for place, end, room in zip(self._places, accumulate(rooms), rooms, strict=True):
-            begin = end - room
-            whole = self._memory[begin : begin + place.size * self._ranks.size]
+        self._memory, wholes = _aligned(sizes, self._compute_dtype, device)
+        for place, whole in zip(self._places, wholes, strict=True):
             self._parts.append(whole.view(self._ranks.size, place.size))
             # By `data`, so that autograd does not take weights that were freed and gathered again
             # for changed ones.
             weight = whole.data[: place.shape.numel()].view(place.shape)
             place.weight = nn.Parameter(weight.data)
+
+
+def _aligned(
+    sizes: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """One storage, and its stretches of these lengths."""
+    step = _ALIGNMENT // dtype.itemsize
+    rooms = [-(-size // step) * step for size in sizes]
+    memory = torch.empty(sum(rooms), dtype=dtype, device=device)
+    parts = torch.split(memory, rooms)
+    return memory, [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def _copy(shards: Sequence[Tensor], messages: Sequence[Tensor]) -> None:

@@ -51,12 +51,13 @@ class Dealings:
         key = ("dealings", split.tensor, split.sequence, split.pipeline)
 
         def make() -> Dealings:
+            frees = (False,) if job.config.compile.cuda_graphs else (False, True)
             return cls._of(
                 job,
                 [
                     replace(base, replicate=replicate, reshard=reshard)
                     for replicate in divisors(split.data)
-                    for reshard in ((False, True) if split.data > replicate else (False,))
+                    for reshard in (frees if split.data > replicate else (False,))
                 ],
             )
 

@@ -69,7 +69,8 @@ class RankNeeds(Generic[Number]):
         matrices: of the blocks' matrices.
         alike: of those of one shape.
         owners: ranks that hold parts of its blocks.
-        accumulates: 1 where it takes several micro-batches a step, else 0.
+        accumulates: 1 where it takes several micro-batches a step, or keeps the sums of their
+            gradients in any case, else 0.
         activations: of the micro-batches in flight, in bytes.
         of_block: of one block and micro-batch among them.
         forward: beside, while a block goes forward.
@@ -237,7 +238,7 @@ def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds[floa
                 matrices=part.matrices,
                 alike=part.layers * muon.elements_alike(job),
                 owners=split.tensor * split.data,
-                accumulates=float(batch.num_micro_batches > 1),
+                accumulates=float(batch.num_micro_batches > 1 or job.config.compile.cuda_graphs),
                 # The final norm keeps its input.
                 activations=kept + entry * part.has_head,
                 of_block=block.kept,

@@ -175,7 +175,8 @@ def _describe_computation(config: Config, data_parallel: int, device: ComputeDev
     if config.precision.reduce != "fp32" and data_parallel > 1:
         line += f"; gradients reduced in {config.precision.reduce}"
     compiled = ", blocks compiled" if config.compile.enabled else ""
-    return f"{line}; kernels {describe_kernels(config, device)}{compiled}"
+    recorded = ", passes recorded (CUDA graphs)" if config.compile.cuda_graphs else ""
+    return f"{line}; kernels {describe_kernels(config, device)}{compiled}{recorded}"
 
 
 def _describe_places(config: Config) -> str:

@@ -104,7 +104,7 @@ MACHINE: tuple[Argument, ...] = (
         "--main-grads-dtype --main-params-dtype --exp-avg-*",
         "what was measured fastest is taken, see `kernels` and `compile.enabled`",
     ),
-    lacks("--enable-cuda-graph --cuda-graph-* --external-cuda-graph", "see `compile.enabled`"),
+    lacks("--enable-cuda-graph --cuda-graph-* --external-cuda-graph", "see `compile.cuda_graphs`"),
     holds(
         "--manual-gc* --no-manual-gc-eval --empty-unused-memory-level --data-parallel-random-init "
         "--te-rng-tracker --inference-* --max-tokens-to-oom --config-logger-dir",

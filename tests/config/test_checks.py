@@ -272,6 +272,28 @@ def test_fused_kernels_are_refused_where_they_cannot_be(
     assert message.startswith("kernels = fused: the package triton is not installed; install")
 
 
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("parallel.tensor=2", "use parallel.tensor=1, or compile.cuda_graphs=false"),
+        ("parallel.pipeline=2", "use parallel.pipeline=1, or compile.cuda_graphs=false"),
+        (
+            "parallel.reshard_after_forward=true",
+            "use parallel.reshard_after_forward=false, or compile.cuda_graphs=false",
+        ),
+        ("kernels=apex", "use kernels=auto, or compile.cuda_graphs=false"),
+        ("run.device=cpu", "run.device = cpu; use compile.cuda_graphs=false"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_passes_cannot_be_recorded(
+    build: Build, key: str, remedy: str
+) -> None:
+    check_config(build("compile.cuda_graphs=true"), world_size=2)
+    message = refusal(build, "compile.cuda_graphs=true", key, world_size=2)
+    assert "compile.cuda_graphs = true: " in message
+    assert remedy in message
+
+
 def test_transformer_engine_takes_no_zero_bubbles(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

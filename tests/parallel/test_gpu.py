@@ -67,3 +67,25 @@ def test_compiled_blocks_train_in_bf16_on_a_gpu(tiny_data: Path, tmp_path: Path)
         }
     )
     assert _losses(compiled, tmp_path / "compiled-config") == pytest.approx(plain, rel=5e-3)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_cuda_graphs_give_the_same_losses_as_launches(
+    tiny_data: Path, tmp_path: Path, kernels: str
+) -> None:
+    # Two micro-batches a step, rows of two lengths, evaluations in between.
+    config = run_config(
+        tiny_data,
+        tmp_path / "launched",
+        run={"device": "cuda"},
+        precision={"compute": "bf16"},
+        kernels=kernels,
+    )
+    recorded = config.model_copy(
+        update={
+            "compile": CompileConfig(cuda_graphs=True),
+            "run": config.run.model_copy(update={"dir": str(tmp_path / "recorded")}),
+        }
+    )
+    losses = _losses(config, tmp_path / "launched-config")
+    assert _losses(recorded, tmp_path / "recorded-config") == pytest.approx(losses, rel=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.layout_checks import legal_layouts
 from megatron_bert.planner.layouts import Layout, Split, all_splits, micro_token_choices
 from megatron_bert.planner.machines import GPUS, find_machine, gpu_of_device
+from megatron_bert.planner.memory import memory
 from megatron_bert.planner.plan import LayoutPlan
 from megatron_bert.planner.search import make_plan
 from megatron_bert.planner.wording import significant, unit_for
@@ -133,6 +135,20 @@ def test_where_the_host_limits_the_simplest_layout_is_the_best(ranks: int) -> No
     assert (best.split.tensor, best.split.pipeline, best.recompute) == (1, 1, "none")
     assert not best.split.sequence
     assert not best.reshard
+
+
+def test_recorded_passes_are_offered_the_layouts_in_which_they_can_be_recorded() -> None:
+    recorded = recipe("compile.cuda_graphs=true")
+    plan = make_plan(recorded, VOCABULARY, find_machine("h100-80gb"), 8)
+    layouts = [entry.layout for entry in plan.best]
+    assert {(layout.split.tensor, layout.split.pipeline) for layout in layouts} == {(1, 1)}
+    assert not any(layout.reshard for layout in layouts)
+    # The sums of gradients stay, however many micro-batches a step has.
+    alone, usual = (
+        memory(of, replace(layouts[0], micro_tokens=10**6), of.spans[-1]).gradients
+        for of in (plan.job, job(8))
+    )
+    assert alone > usual
 
 
 def test_days_and_gpu_hours_are_those_of_all_steps() -> None:

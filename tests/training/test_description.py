@@ -50,6 +50,8 @@ def test_the_plan_says_what_computes() -> None:
     )
     assert line("compute", plan(1, device=CPU)) == pytorchs
     assert line("compute", plan(1, "compile.enabled=true")) == f"{pytorchs}, blocks compiled"
+    recorded = line("compute", plan(1, "compile.cuda_graphs=true"))
+    assert recorded.endswith(", passes recorded (CUDA graphs)")
     assert line("compute", plan(1, "kernels=te", "precision.fp8=current")) == (
         "bf16; weights and states fp32; kernels te: "
         "Transformer Engine's linear layers, the rest as with torch; products in FP8 (current)"

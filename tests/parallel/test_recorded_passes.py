@@ -1,0 +1,174 @@
+"""Recorded passes: the same losses and gradients as passes that are run, for all that changes.
+
+A CUDA graph is stood for by a tape: the operators of a pass, which are run again on the tensors
+that it had. Like a graph it knows nothing of what Python did between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.model.build import RankModel
+from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
+from megatron_bert.parallel.recorded_passes import Pass, RecordedModel
+from megatron_bert.training.optimizer import build_optimizer
+from tests.distributed_harness import run_ranks
+from tests.small_model import (
+    cpu_topology,
+    packed_inputs,
+    small_config,
+    small_model,
+)
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+
+class _Tape(TorchDispatchMode):
+    """What a pass called, and where the results are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in func.name(), "a number that the host waits for"
+        assert func.namespace not in ("c10d", "_c10d_functional"), "a message"
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            if any(returned.alias_info for returned in func._schema.returns):
+                continue  # a view of what is there, or written in place
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+
+
+def _record(run: Pass) -> tuple[_Tape, Tensor]:
+    run()
+    with _Tape() as tape:
+        output = run()
+    return tape, output
+
+
+def _cut(micro_batch: MicroBatch, slots: int) -> MicroBatch:
+    """Rows of the first slots, for another row length."""
+    tokens, positions, masked, *others = micro_batch
+    return tokens[:, :slots], positions[:, :slots], masked.clamp(max=slots - 1), *others
+
+
+def _steps(make: Callable[[RankModel], None], changes: dict[str, Any]) -> list[list[Tensor]]:
+    """Losses, evaluations and gradients of steps of several shapes and numbers of micro-batches."""
+    config = small_config(model=DROPOUT, **changes)
+    topology = cpu_topology()
+    model = small_model(config, topology)
+    optimizer = build_optimizer(config, model)
+    make(model)
+    found, row = [], 100 * topology.data_parallel_rank
+    for number, slots in ((2, 32), (3, 32), (2, 16), (2, 16), (3, 32)):
+        batches = [_cut(packed_inputs(2, row + 2 * n), slots) for n in range(number)]
+        row += 2 * number
+        loss = model.runner.train(batches, torch.tensor(9.0))
+        parameters = model.named_parameters().values()
+        gradients = [p.grad.to_local().clone() for p in parameters if p.grad is not None]
+        assert len(gradients) == len(parameters)
+        optimizer.step(1e-2)
+        found.append([loss, *model.runner.evaluate(batches[:1]), *gradients])
+    return found
+
+
+def _runs(model: RankModel) -> None:
+    assert type(model.runner) is WholeModel
+
+
+def _replays(model: RankModel) -> None:
+    assert isinstance(model.runner, WholeModel)
+    object.__setattr__(model, "runner", RecordedModel(model.runner.model, _record))
+
+
+def _check_same(changes: dict[str, Any]) -> None:
+    for own, replayed in zip(_steps(_runs, changes), _steps(_replays, changes), strict=True):
+        assert all(map(torch.equal, own, replayed))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": {"compute": "bf16"}},
+        {"recompute": "full"},
+        {"optimizer": {"name": "muon"}},
+        {"precision": {"compute": "bf16", "reduce": "bf16"}},
+    ],
+    ids=str,
+)
+def test_replayed_passes_give_the_same_bits_as_passes_that_are_run(
+    ranks: int, changes: dict[str, Any]
+) -> None:
+    run_ranks(ranks, _check_same, changes)
+
+
+def _check_single() -> None:
+    """A step of one micro-batch, whose gradients are not rounded to BF16 where they are summed."""
+    config = small_config(model=DROPOUT)
+    found = []
+    for make in (_runs, _replays):
+        model = small_model(config, cpu_topology())
+        make(model)
+        for _ in range(2):  # the second adds to the first one's gradients
+            loss = model.runner.train([packed_inputs(4)], torch.tensor(9.0))
+        grads = [p.grad.to_local() for p in model.named_parameters().values()]  # type: ignore[union-attr]
+        found.append([loss, *grads])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_step_of_one_micro_batch_and_gradients_that_nobody_took() -> None:
+    run_ranks(1, _check_single)
+
+
+def _recordings() -> list[int]:
+    model = small_model(small_config(), cpu_topology())
+    assert isinstance(model.runner, WholeModel)
+    lengths = []
+
+    def record(run: Pass) -> tuple[_Tape, Tensor]:
+        tape, output = _record(run)
+        lengths.append(len(tape.calls))
+        return tape, output
+
+    runner = RecordedModel(model.runner.model, record)
+    for slots in (32, 32, 16, 16, 32):
+        runner.train([_cut(packed_inputs(2), slots)] * 2, torch.tensor(9.0))
+    return lengths
+
+
+def test_a_pass_is_recorded_once_for_each_shape_in_turn() -> None:
+    (lengths,) = run_ranks(1, _recordings)
+    assert len(lengths) == 3
+    assert min(lengths) > 0
+
+
+def _refusal() -> str:
+    with pytest.raises(ConfigError) as caught:
+        small_model(small_config(compile={"cuda_graphs": True}), cpu_topology())
+    return str(caught.value)
+
+
+def test_without_cuda_there_are_no_graphs() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    assert "use compile.cuda_graphs=false" in run_ranks(1, _refusal)[0]
