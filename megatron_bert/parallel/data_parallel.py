@@ -100,7 +100,7 @@ class ShardedModel(Generic[Model]):
             self._sums_in = dtype
         if keeps_sums:
             for unit in self._unit_of.values():
-                unit.keep_sums(dtype)
+                unit.keep_sums()
 
     def gather(self) -> None:
         """Have all weights, before the model is called."""

@@ -95,7 +95,9 @@ class ShardedUnit:
         # The gathered weights as messages bring them, [ranks, size] each.
         self._parts: list[Tensor] = []
         self._gathering: tuple[Tensor, Tensor] | None = None
+        self._sum_dtype = compute_dtype
         self._is_gathered = False
+        self._is_in_step = False
 
     @torch.no_grad()
     def start_gathering(self) -> None:
@@ -125,7 +127,7 @@ class ShardedUnit:
             self._gathering = None
         for place, weight in zip(self._places, self.weights(), strict=True):
             place.put(weight)
-        self._is_gathered = True
+        self._is_gathered = self._is_in_step = True
 
     def free(self) -> None:
         """Give the weights' memory back; the model still refers to them, and has to `gather`."""
@@ -141,7 +143,7 @@ class ShardedUnit:
         number by number, at a quarter of a GPU's memory rate; and layers that know the type give
         their products in it, unrounded.
         """
-        self._take_memory()
+        self._sum_dtype = dtype
         for weight in self.weights():
             weight.grad_dtype = dtype
 
@@ -150,15 +152,15 @@ class ShardedUnit:
         return [place.weight for place in self._places if place.weight is not None]
 
     @torch.no_grad()
-    def keep_sums(self, dtype: torch.dtype) -> None:
-        """Have gradients added up in this type, and from 0 on at the same addresses as before."""
+    def keep_sums(self) -> None:
+        """Have gradients added up from 0 on, at the same addresses as before."""
         if not self._places:
             return
         self._take_memory()
         if self._sums is None:
             device = self._places[0].local_shard().device
             sizes = [place.shape.numel() for place in self._places]
-            self._sums = _aligned(sizes, dtype, device)
+            self._sums = _aligned(sizes, self._sum_dtype, device)
         for place, weight, part in zip(self._places, self.weights(), self._sums[1], strict=True):
             if place.shard.grad is not None:
                 # Those of the step before, which stand there and nobody has taken.
@@ -205,11 +207,13 @@ class ShardedUnit:
     @torch.no_grad()
     def release(self) -> None:
         """Let the model have the shards, with the gradients that were reduced to them."""
-        self._is_gathered = False
         if self._gathering is not None:
             # Asked for and not needed.
             wait(self._gathering[1])
             self._gathering = None
+        if not self._is_in_step:
+            return
+        self._is_gathered = self._is_in_step = False
         for place in self._places:
             place.put(place.shard)
             gradient, place.gradient = place.gradient, None
@@ -221,12 +225,11 @@ class ShardedUnit:
                 local_part(place.shard.grad).add_(gradient)
 
     def _take_memory(self) -> None:
+        """Have memory for the weights, and at the first time the weights themselves."""
         if self._memory is not None:
             storage = self._memory.untyped_storage()
             if storage.size() == 0:
                 storage.resize_(self._memory.nbytes)
-            return
-        if not self._places:
             return
         sizes = [size * self._ranks.size for size in self._sizes]
         device = self._places[0].local_shard().device
@@ -237,6 +240,7 @@ class ShardedUnit:
             # for changed ones.
             weight = whole.data[: place.shape.numel()].view(place.shape)
             place.weight = nn.Parameter(weight.data)
+            place.weight.grad_dtype = self._sum_dtype
 
 
 def _aligned(

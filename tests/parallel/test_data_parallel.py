@@ -206,6 +206,47 @@ def test_gathered_weights_keep_their_addresses_or_are_freed_behind_each_block(
     run_ranks(2, _check_addresses, reshard)
 
 
+def _check_memory_of_weights() -> None:
+    model = small_model(
+        small_config(precision={"compute": "bf16"}, parallel={"reshard_after_forward": True}),
+        cpu_topology(),
+    )
+    (chunk,) = model.chunks
+    assert chunk.embeddings is not None
+    weights: set[Tensor] = set()
+
+    def held(*_: Any) -> int:
+        weights.update(p for p in chunk.blocks.parameters() if not isinstance(p, DTensor))
+        return sum({w.data_ptr(): w.untyped_storage().size() for w in weights}.values())
+
+    sizes = []
+    # Before the blocks, and behind them.
+    chunk.embeddings.register_forward_pre_hook(lambda *_: sizes.append(held()))
+    chunk.register_forward_hook(lambda *_: sizes.append(held()))
+    # The type of the sums changes from step to step.
+    for count in (1, 2, 1):
+        model.runner.train([packed_inputs(2)] * count, torch.ones(()))
+        sizes.append(held())
+    assert not any(sizes)
+
+
+def test_freed_weights_take_no_memory_between_passes_and_steps() -> None:
+    run_ranks(2, _check_memory_of_weights)
+
+
+def _check_nothing_evaluated() -> None:
+    model = small_model(small_config(), cpu_topology())
+    before = {name: p.to_local().clone() for name, p in model.named_parameters().items()}
+    assert model.runner.evaluate([]) == []
+    for name, parameter in model.named_parameters().items():
+        assert torch.equal(parameter.to_local(), before[name])
+    model.runner.train([packed_inputs(2)], torch.ones(()))
+
+
+def test_an_evaluation_of_nothing_leaves_the_weights() -> None:
+    run_ranks(2, _check_nothing_evaluated)
+
+
 def _check_alignment() -> None:
     # Sides that are not a multiple of anything.
     config = small_config(
