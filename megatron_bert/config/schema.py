@@ -401,8 +401,8 @@ class CompileConfig(Section):
     cuda_graphs: bool = False
     """Record a micro-batch's forward and backward pass at a stage's first step and replay it: for
     micro-batches of so few tokens that the host is slower than the GPU. Without tensor parallelism,
-    pipelines and `parallel.reshard_after_forward`; gradients are reduced behind the last pass, and
-    their fp32 sums (4 bytes a parameter) stay. Not run on a GPU yet."""
+    pipelines and `parallel.reshard_after_forward`. The sums of gradients (4 bytes a parameter) stay
+    from step to step. Not run on a GPU yet."""
 
 
 class DistributedConfig(Section):

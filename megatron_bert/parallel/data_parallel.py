@@ -13,6 +13,7 @@ between the units, so that what a small micro-batch costs the host is the model'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
@@ -72,10 +73,11 @@ class ShardedModel(Generic[Model]):
             unit: ShardedUnit(parameters, ranks, compute_dtype, reduce_dtype)
             for unit, parameters in _shared_out((*units, module))
         }
-        pairs = list(pairwise(self.units))
-        self._following = dict(pairs)
-        self._ahead = {following: unit for unit, following in pairs}
+        parts: tuple[nn.Module, ...] = (module, *self.units)
+        self._following = dict(pairwise(parts))
+        self._ahead = {following: unit for unit, following in pairwise(self.units)}
         self._sums_in = compute_dtype
+        self._cut: Callable[[nn.Module, Tensor], Tensor] | None = None
         self._reduces = False
         self._reductions: list[Iterator[None]] = []
         self._reduced: set[nn.Module] = set()
@@ -104,9 +106,13 @@ class ShardedModel(Generic[Model]):
 
     def gather(self) -> None:
         """Have all weights, before the model is called."""
-        for unit, following in pairwise((self.module, *self.units, None)):
-            assert unit is not None
-            self._gather(unit, following)
+        parts: tuple[nn.Module, ...] = (self.module, *self.units)
+        for part in parts:
+            self.gather_for(part)
+
+    def gather_for(self, part: nn.Module) -> None:
+        """Have a unit's weights, or those of what stands around the units, as it is to compute."""
+        self._gather(part, self._following.get(part))
 
     def clear_sums(self) -> None:
         """Begin once more to add up gradients, of a step that keeps its sums."""
@@ -116,6 +122,20 @@ class ShardedModel(Generic[Model]):
     def reduce_after_next_pass(self) -> None:
         """Have the backward pass of the coming forward pass, a step's last, reduce gradients."""
         self._reduces = True
+
+    def end_backward(self, unit: nn.Module) -> None:
+        """Reduce a unit's gradients, if those of the step's last pass were added to them."""
+        if self._reduces:
+            self.reduce(unit)
+
+    @contextmanager
+    def cut_by(self, cut: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
+        """Let `cut` change what goes into each unit, and nothing else happen between units."""
+        self._cut = cut
+        try:
+            yield
+        finally:
+            self._cut = None
 
     def reduce(self, unit: nn.Module) -> None:
         """Begin to reduce a unit's gradients, which are complete."""
@@ -150,17 +170,15 @@ class ShardedModel(Generic[Model]):
         self._reductions = [one for one in self._reductions if next(one, _ENDED) is not _ENDED]
 
     def _before_model(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rest = self._unit_of[self.module]
-        rest.start_gathering()
-        if self.units:
-            self._unit_of[self.units[0]].start_gathering()
-        rest.gather()
+        self.gather_for(self.module)
 
     def _before_unit(self, unit: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        self._gather(unit, self._following.get(unit))
+        x, *others = inputs
+        if self._cut is not None:
+            return self._cut(unit, x), *others
+        self.gather_for(unit)
         if not ((self._frees or self._reduces) and torch.is_grad_enabled()):
             return None
-        x, *others = inputs
         return _run_backward(x, partial(self._after_backward, unit, self._reduces)), *others
 
     def _after_unit(

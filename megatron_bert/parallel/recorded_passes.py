@@ -1,18 +1,22 @@
 """Passes through the model that are recorded once and replayed for every micro-batch.
 
 What a micro-batch of few tokens costs the host, some hundred launches a layer, is more than what it
-costs a GPU. A CUDA graph of the whole pass, forward and backward, is launched at once; it computes
-the same operators on the same addresses, so that inputs are copied to where they were, weights are
-gathered to where they were, and gradients are added up where they were.
+costs a GPU. CUDA graphs of the pass, forward and backward, are launched one a unit and direction;
+they compute the same operators on the same addresses, so that inputs are copied to where they were,
+weights are gathered to where they were, and gradients are added up where they were. Between the
+graphs the host gathers weights and reduces gradients as without them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
@@ -20,88 +24,118 @@ from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
 # Before a recording: kernels are compiled, and libraries take what memory they work in.
 _WARM_UP_PASSES = 2
 
-Pass: TypeAlias = Callable[[], Tensor]
 
+class Recorder(Protocol):
+    """Records the operators of a pass, stretch by stretch.
 
-class Recording(Protocol):
-    """Operators that were recorded with the tensors that they read and write."""
+    What these write to memory that was there before may hold anything after that.
+    """
 
-    def replay(self) -> None:
-        """Run them again."""
+    def begin(self) -> None:
+        """Begin a stretch."""
+        ...
+
+    def end(self) -> Callable[[], None]:
+        """End it; returns what runs its operators again, on the same tensors."""
         ...
 
 
-Recorder: TypeAlias = Callable[[Pass], tuple[Recording, Tensor]]
-"""Records a pass; returns the recording and the tensor to which it writes what the pass returns.
-
-What the pass writes elsewhere may hold anything after that.
-"""
+Recording: TypeAlias = Callable[[], AbstractContextManager[Recorder]]
+"""Gives a recorder; within it passes are run, first some that are not recorded."""
 
 
-def record_cuda_graph(run: Pass) -> tuple[Recording, Tensor]:
-    """Record a pass on the current device as a CUDA graph, which keeps its activations' memory."""
+class _CudaGraphs:
+    """A CUDA graph each; one's activations stand in the same memory that another's read."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def begin(self) -> None:
+        if self._pool is None:
+            # They take memory of their own: what passes had before goes back.
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self._pool = torch.cuda.graph_pool_handle()
+        self._graph = torch.cuda.CUDAGraph()
+        # Threads that read rows and write checkpoints call CUDA meanwhile.
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> Callable[[], None]:
+        graph, self._graph = self._graph, None
+        assert graph is not None
+        graph.capture_end()
+        return graph.replay
+
+
+@contextmanager
+def cuda_graphs() -> Iterator[Recorder]:
+    """Record on the current device, on a stream of its own."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_PASSES):
-            run()
+        yield _CudaGraphs()
     torch.cuda.current_stream().wait_stream(stream)
-    # A graph has memory of its own: what these passes had is free by now.
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    # Threads that read rows and write checkpoints call CUDA meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        output = run()
-    return graph, output
 
 
 class RecordedModel(WholeModel):
     """The model on this rank, whose training passes are replayed.
 
-    Gradients are reduced behind the last pass, not beside it.
-
     Args:
         model: see `WholeModel`; its gathered weights stay where they are from step to step.
-        record: makes recordings.
+        recording: how passes are recorded.
     """
 
-    def __init__(self, model: ShardedModel[Any], record: Recorder = record_cuda_graph) -> None:
+    def __init__(self, model: ShardedModel[Any], recording: Recording = cuda_graphs) -> None:
         super().__init__(model)
-        self._record = record
+        self._recording = recording
         self._passes: _Passes | None = None
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
         self.model.module.train()
         self.model.begin(len(micro_batches), keeps_sums=True)
-        self.model.gather()
         if self._passes is None or not self._passes.take(micro_batches[0]):
             # The memory of those that were recorded for other shapes, before new ones take theirs.
             self._passes = None
-            self._passes = _Passes(self.model, micro_batches[0], count, self._record)
+            self._passes = _Passes(self.model, micro_batches[0], count, self._recording)
             self.model.clear_sums()
         loss = torch.zeros_like(count)
-        for micro_batch in micro_batches:
+        for index, micro_batch in enumerate(micro_batches):
+            if index == len(micro_batches) - 1:
+                self.model.reduce_after_next_pass()
             loss += self._passes.run(micro_batch, count)
         self.model.end()
         return loss
 
 
 class _Passes:
-    """A recording for micro-batches of one shape."""
+    """A recording for micro-batches of one shape; making it leaves anything in sums of gradients.
+
+    Args:
+        model: what they go through.
+        micro_batch: one of the shape.
+        count: what its summed loss is divided by.
+        recording: see `RecordedModel`.
+    """
 
     def __init__(
-        self, model: ShardedModel[Any], micro_batch: MicroBatch, count: Tensor, record: Recorder
+        self,
+        model: ShardedModel[Any],
+        micro_batch: MicroBatch,
+        count: Tensor,
+        recording: Recording,
     ) -> None:
         self._inputs = tuple(x.clone() for x in micro_batch)
         self._count = count.clone()
-
-        def run() -> Tensor:
-            share: Tensor = model.module(*self._inputs)[0, 0] / self._count
-            share.backward()  # type: ignore[no-untyped-call]
-            return share.detach()
-
-        self._recording, self._loss = record(run)
+        model.gather()
+        with recording() as recorder:
+            for _ in range(_WARM_UP_PASSES):
+                _Stretches(model, None).run(self._inputs, self._count)
+            stretches = _Stretches(model, recorder)
+            self._loss = stretches.run(self._inputs, self._count)
+        self._steps = stretches.steps
 
     def take(self, micro_batch: MicroBatch) -> bool:
         """Whether they serve for a micro-batch."""
@@ -114,5 +148,58 @@ class _Passes:
         """Add the micro-batch's gradients to the sums; the loss stands until the next run."""
         for own, x in zip((*self._inputs, self._count), (*micro_batch, count), strict=True):
             own.copy_(x)
-        self._recording.replay()
+        for step in self._steps:
+            step()
         return self._loss
+
+
+class _Stretches:
+    """A pass that is cut ahead of each unit forward and behind each unit backward.
+
+    Attributes:
+        steps: what replays the pass: its stretches, and what the host does between them.
+
+    Args:
+        model: through which it goes.
+        recorder: records the stretches; None: they are run and that is all.
+    """
+
+    def __init__(self, model: ShardedModel[Any], recorder: Recorder | None) -> None:
+        self.steps: list[Callable[[], None]] = []
+        self._model = model
+        self._recorder = recorder
+        # A unit, what was to go into it, and what went into it in its place.
+        self._cuts: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def run(self, inputs: MicroBatch, count: Tensor) -> Tensor:
+        """Returns the pass's loss / count; its gradients are added to the sums."""
+        model = self._model
+        self._begin(partial(model.gather_for, model.module))
+        with model.cut_by(self._cut):
+            share: Tensor = model.module(*inputs)[0, 0] / count
+        share.backward()  # type: ignore[no-untyped-call]
+        while self._cuts:
+            unit, x, leaf = self._cuts.pop()
+            self._end()
+            self._begin(partial(model.end_backward, unit))
+            x.backward(leaf.grad)  # type: ignore[no-untyped-call]
+            # Their memory is the next stretch's.
+            del x, leaf
+        self._end()
+        return share.detach()
+
+    def _cut(self, unit: nn.Module, x: Tensor) -> Tensor:
+        self._end()
+        leaf = x.detach().requires_grad_()
+        self._cuts.append((unit, x, leaf))
+        self._begin(partial(self._model.gather_for, unit))
+        return leaf
+
+    def _begin(self, ahead: Callable[[], None]) -> None:
+        self.steps.append(ahead)
+        if self._recorder is not None:
+            self._recorder.begin()
+
+    def _end(self) -> None:
+        if self._recorder is not None:
+            self.steps.append(self._recorder.end())

@@ -1,4 +1,4 @@
-"""Recorded passes: the same losses and gradients as passes that are run, for all that changes.
+"""Recorded passes: losses and gradients are those of passes that are run, for all that changes.
 
 A CUDA graph is stood for by a tape: the operators of a pass, which are run again on the tensors
 that it had. Like a graph it knows nothing of what Python did between them.
@@ -6,7 +6,9 @@ that it had. Like a graph it knows nothing of what Python did between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.model.build import RankModel
 from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
-from megatron_bert.parallel.recorded_passes import Pass, RecordedModel
+from megatron_bert.parallel.recorded_passes import RecordedModel
 from megatron_bert.training.optimizer import build_optimizer
 from tests.distributed_harness import run_ranks
 from tests.small_model import (
@@ -57,11 +59,27 @@ class _Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-def _record(run: Pass) -> tuple[_Tape, Tensor]:
-    run()
-    with _Tape() as tape:
-        output = run()
-    return tape, output
+class _Tapes:
+    """A recorder of tapes, which counts them."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self._tape = _Tape()
+
+    def begin(self) -> None:
+        self._tape = _Tape()
+        self._tape.__enter__()
+
+    def end(self) -> Callable[[], None]:
+        self._tape.__exit__(None, None, None)
+        assert self._tape.calls, "an empty graph"
+        self.made += 1
+        return self._tape.replay
+
+
+@contextmanager
+def _recording() -> Iterator[_Tapes]:
+    yield _Tapes()
 
 
 def _cut(micro_batch: MicroBatch, slots: int) -> MicroBatch:
@@ -96,30 +114,32 @@ def _runs(model: RankModel) -> None:
 
 def _replays(model: RankModel) -> None:
     assert isinstance(model.runner, WholeModel)
-    object.__setattr__(model, "runner", RecordedModel(model.runner.model, _record))
+    object.__setattr__(model, "runner", RecordedModel(model.runner.model, _recording))
 
 
-def _check_same(changes: dict[str, Any]) -> None:
+def _check_same(changes: dict[str, Any], tolerance: float) -> None:
     for own, replayed in zip(_steps(_runs, changes), _steps(_replays, changes), strict=True):
-        assert all(map(torch.equal, own, replayed))
+        for one, other in zip(own, replayed, strict=True):
+            # The table's gradient, which head and embeddings give, is summed in another order.
+            torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "tolerance"),
     [
-        {},
-        {"precision": {"compute": "bf16"}},
-        {"recompute": "full"},
-        {"optimizer": {"name": "muon"}},
-        {"precision": {"compute": "bf16", "reduce": "bf16"}},
+        ({}, 2e-5),
+        ({"precision": {"compute": "bf16"}}, 2e-5),
+        ({"recompute": "full"}, 2e-5),
+        ({"optimizer": {"name": "muon"}}, 2e-5),
+        ({"precision": {"compute": "bf16", "reduce": "bf16"}}, 5e-2),
     ],
     ids=str,
 )
-def test_replayed_passes_give_the_same_bits_as_passes_that_are_run(
-    ranks: int, changes: dict[str, Any]
+def test_replayed_passes_give_what_passes_give_that_are_run(
+    ranks: int, changes: dict[str, Any], tolerance: float
 ) -> None:
-    run_ranks(ranks, _check_same, changes)
+    run_ranks(ranks, _check_same, changes, tolerance)
 
 
 def _check_single() -> None:
@@ -133,7 +153,8 @@ def _check_single() -> None:
             loss = model.runner.train([packed_inputs(4)], torch.tensor(9.0))
         grads = [p.grad.to_local() for p in model.named_parameters().values()]  # type: ignore[union-attr]
         found.append([loss, *grads])
-    assert all(map(torch.equal, *found))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=2e-5, atol=2e-5)
 
 
 def test_a_step_of_one_micro_batch_and_gradients_that_nobody_took() -> None:
@@ -143,23 +164,53 @@ def test_a_step_of_one_micro_batch_and_gradients_that_nobody_took() -> None:
 def _recordings() -> list[int]:
     model = small_model(small_config(), cpu_topology())
     assert isinstance(model.runner, WholeModel)
-    lengths = []
+    recorders = []
 
-    def record(run: Pass) -> tuple[_Tape, Tensor]:
-        tape, output = _record(run)
-        lengths.append(len(tape.calls))
-        return tape, output
+    @contextmanager
+    def recording() -> Iterator[_Tapes]:
+        recorders.append(_Tapes())
+        yield recorders[-1]
 
-    runner = RecordedModel(model.runner.model, record)
+    runner = RecordedModel(model.runner.model, recording)
     for slots in (32, 32, 16, 16, 32):
         runner.train([_cut(packed_inputs(2), slots)] * 2, torch.tensor(9.0))
-    return lengths
+    return [recorder.made for recorder in recorders]
 
 
 def test_a_pass_is_recorded_once_for_each_shape_in_turn() -> None:
-    (lengths,) = run_ranks(1, _recordings)
-    assert len(lengths) == 3
-    assert min(lengths) > 0
+    # What stands before the two blocks and each of them forward; head and second block, first
+    # block, and what stands before it backward.
+    assert run_ranks(1, _recordings) == [[5, 5, 5]]
+
+
+class _Order(TorchDispatchMode):
+    """What is begun, in order: products, gatherings and reductions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.letters = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for name, letter in (("::mm", "p"), ("::all_gather", "g"), ("::reduce_scatter", "r")):
+            if name in func.name():
+                self.letters += letter
+        return func(*args, **(kwargs or {}))
+
+
+def _check_order() -> None:
+    model = small_model(small_config(), cpu_topology())
+    _replays(model)
+    batches = [packed_inputs(2), packed_inputs(2, 2)]
+    model.runner.train(batches, torch.tensor(9.0))
+    with _Order() as order:
+        model.runner.train(batches, torch.tensor(9.0))
+    # Around the blocks and the first, and beside that the second; nothing between the passes; the
+    # second block's gradients beside the first one's backward pass, the first one's and the rest.
+    assert re.fullmatch("gggp+rp+rr", order.letters), order.letters
+
+
+def test_replayed_passes_have_messages_beside_them() -> None:
+    run_ranks(2, _check_order)
 
 
 def _refusal() -> str:
