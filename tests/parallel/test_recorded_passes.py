@@ -119,20 +119,20 @@ def _replays(model: RankModel) -> None:
 
 def _check_same(changes: dict[str, Any], tolerance: float) -> None:
     for own, replayed in zip(_steps(_runs, changes), _steps(_replays, changes), strict=True):
-        for one, other in zip(own, replayed, strict=True):
-            # The table's gradient, which head and embeddings give, is summed in another order.
-            torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+        one, other = (torch.cat([x.flatten() for x in tensors]) for tensors in (own, replayed))
+        # The table's gradient, which head and embeddings give, is summed in another order.
+        assert (other - one).norm() < tolerance * one.norm()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [
-        ({}, 2e-5),
-        ({"precision": {"compute": "bf16"}}, 2e-5),
-        ({"recompute": "full"}, 2e-5),
-        ({"optimizer": {"name": "muon"}}, 2e-5),
-        ({"precision": {"compute": "bf16", "reduce": "bf16"}}, 5e-2),
+        ({}, 1e-5),
+        ({"precision": {"compute": "bf16"}}, 1e-5),
+        ({"recompute": "full"}, 1e-5),
+        ({"optimizer": {"name": "muon"}}, 1e-5),
+        ({"precision": {"compute": "bf16", "reduce": "bf16"}}, 2e-2),
     ],
     ids=str,
 )
