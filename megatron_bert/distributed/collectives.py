@@ -2,13 +2,16 @@
 
 Sums are the g of Megatron-LM (Shoeybi et al. 2019, section 3) and its counterpart of sequence
 parallelism (Korthikanti et al. 2022, section 4.2.2). Tensors are gathered and scattered along
-dimension 0, where neither needs a copy. All trace under `torch.compile` without a graph break,
-being built on functional collectives.
+dimension 0, where neither needs a copy.
+
+What is compiled has functional collectives, which trace without a graph break. Elsewhere they are
+the group's own: under gloo PyTorch's functional ones corrupt memory (2.13; of runs of 50 s that did
+nothing but gather small tensors, between two ranks on busy cores, a third ended by a signal).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,30 +21,70 @@ from torch import Tensor
 # the next.
 _operators = torch.ops._c10d_functional
 
+# Their names before and from 2.13 on.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Pending(NamedTuple):
+    """A collective that was begun.
+
+    Attributes:
+        result: what it writes; may be read after `wait`.
+        work: PyTorch's handle; None of a functional one.
+        sent: what it reads, which stays as long.
+    """
+
+    result: Tensor
+    work: dist.Work | None
+    sent: Tensor
+
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
     """Reduce over the group without a gradient; returns a new tensor."""
-    return wait(_operators.all_reduce(x, op, group.group_name))
+    return wait(_start_all_reduce(x, group, op))
 
 
-def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Begin to sum over the group; the result may be read after `wait`."""
-    return _tensor(_operators.all_reduce(x, "sum", group.group_name))
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begin to sum over the group; gives a new tensor."""
+    return _start_all_reduce(x, group, "sum")
 
 
-def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Begin to lay the ranks' tensors end to end; the result may be read after `wait`."""
-    return _tensor(_operators.all_gather_into_tensor(x, group.size(), group.group_name))
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begin to lay the ranks' tensors end to end."""
+    x = x.contiguous()
+    if torch.compiler.is_compiling():
+        pending = _operators.all_gather_into_tensor(x, group.size(), group.group_name)
+        return Pending(pending, None, x)
+    result = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    return Pending(result, _all_gather(result, x, group=group, async_op=True), x)
 
 
-def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Begin to sum over the group, each rank its stretch; may be read after `wait`."""
-    return _tensor(_operators.reduce_scatter_tensor(x, "sum", group.size(), group.group_name))
+def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Begin to sum over the group, each rank its stretch."""
+    x = x.contiguous()
+    if torch.compiler.is_compiling():
+        pending = _operators.reduce_scatter_tensor(x, "sum", group.size(), group.group_name)
+        return Pending(pending, None, x)
+    result = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    return Pending(result, _reduce_scatter(result, x, group=group, async_op=True), x)
 
 
-def wait(pending: Tensor) -> Tensor:
+def wait(pending: Pending) -> Tensor:
     """Return what a started collective gives; what follows is ordered behind it."""
-    return _tensor(_operators.wait_tensor(pending))
+    if pending.work is None:
+        return _tensor(_operators.wait_tensor(pending.result))
+    pending.work.wait()
+    return pending.result
+
+
+def _start_all_reduce(x: Tensor, group: dist.ProcessGroup, op: str) -> Pending:
+    if torch.compiler.is_compiling():
+        return Pending(_operators.all_reduce(x, op, group.group_name), None, x)
+    result = x.clone(memory_format=torch.contiguous_format)
+    return Pending(result, dist.all_reduce(result, _OPS[op], group, async_op=True), x)
 
 
 def _tensor(result: Any) -> Tensor:
@@ -54,7 +97,7 @@ class _ReduceFromGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduce(x.contiguous(), group)
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -67,11 +110,11 @@ class _ReduceScatterFromGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return wait(start_reduce_scatter(x.contiguous(), group))
+        return wait(start_reduce_scatter(x, group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return wait(start_all_gather(grads[0].contiguous(), ctx.group)), None
+        return wait(start_all_gather(grads[0], ctx.group)), None
 
 
 def reduce_from_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.distributed.collectives import start_all_gather, wait
+from megatron_bert.distributed.collectives import Pending, start_all_gather, wait
 from megatron_bert.parallel.data_parallel import ShardedModel
 
 
@@ -100,15 +100,13 @@ class WeightProducts:
         self._sizes = sizes or [grad_NF.shape[1] for grad_NF in grads_NF]
         self._weight = layers[0].weight if unrounded else None
 
-    def gather(self) -> Tensor:
-        """Begin to gather the tokens."""
-        if self._group is None:
-            return self._x_TD
-        return start_all_gather(self._x_TD, self._group)
+    def gather(self) -> Pending | None:
+        """Begin to gather the tokens; None where they are all there."""
+        return None if self._group is None else start_all_gather(self._x_TD, self._group)
 
-    def compute(self, gathering: Tensor) -> Sequence[Tensor]:
+    def compute(self, gathering: Pending | None) -> Sequence[Tensor]:
         """The gradients of this rank's weights, from what `gather` returned."""
-        x_ND = gathering if self._group is None else wait(gathering)
+        x_ND = self._x_TD if gathering is None else wait(gathering)
         return weight_gradients(x_ND, self._grads_NF, self._sizes, self._weight)
 
 
@@ -192,7 +190,6 @@ def _accumulate(products: deque[WeightProducts]) -> None:
         # What was left goes as soon as it is used up.
         group = products.popleft()
         ready, gathering = gathering, products[0].gather() if products else None
-        assert ready is not None
         for layer, gradient in zip(group.layers, group.compute(ready), strict=True):
             _add_gradient(layer.weight, gradient)
 

@@ -247,9 +247,9 @@ def _column_gradients(
     """Of the input and the weights; `sharing` are the ranks that share the tokens."""
     sizes = [len(weight) for weight in weights]
     gathers = sharing is not None and deferring is None
-    gathering = start_all_gather(x, sharing) if sharing is not None and gathers else x
+    gathering = start_all_gather(x, sharing) if sharing is not None and gathers else None
     x_grad_ND = _input_gradient(grads_NF, weights)
-    x_ND = wait(gathering) if gathers else x
+    x_ND = x if gathering is None else wait(gathering)
     if group is not None:
         start = start_all_reduce if sharing is None else start_reduce_scatter
         reducing = start(x_grad_ND, group)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert.distributed.collectives import (
+    Pending,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
@@ -94,7 +95,7 @@ class ShardedUnit:
         self._sums: tuple[Tensor, list[Tensor]] | None = None
         # The gathered weights as messages bring them, [ranks, size] each.
         self._parts: list[Tensor] = []
-        self._gathering: tuple[Tensor, Tensor] | None = None
+        self._gathering: Pending | None = None
         self._sum_dtype = compute_dtype
         self._is_gathered = False
         self._is_in_step = False
@@ -108,8 +109,7 @@ class ShardedUnit:
         shards = [place.local_shard() for place in self._places]
         sent = shards[0].new_empty(sum(self._sizes), dtype=self._compute_dtype)
         _copy(shards, torch.split(sent, self._sizes))
-        # What is sent has to stand until all of it is received.
-        self._gathering = sent, start_all_gather(sent, self._ranks.group)
+        self._gathering = start_all_gather(sent, self._ranks.group)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -122,7 +122,7 @@ class ShardedUnit:
             shards = [place.local_shard() for place in self._places]
             _copy(shards, [part[0] for part in self._parts])
         else:
-            received = wait(self._gathering[1]).view(self._ranks.size, -1)
+            received = wait(self._gathering).view(self._ranks.size, -1)
             torch.split_with_sizes_copy(received, self._sizes, dim=1, out=self._parts)
             self._gathering = None
         for place, weight in zip(self._places, self.weights(), strict=True):
@@ -194,14 +194,15 @@ class ShardedUnit:
         gradients.clear()
         summed = packed[0]
         if self._ranks.size > 1:
-            summed = start_reduce_scatter(packed.flatten(), self._ranks.group)
-            yield
-            summed = wait(summed)
+            reducing = start_reduce_scatter(packed.flatten(), self._ranks.group)
             del packed
-        if self._ranks.copies is not None:
-            summed = start_all_reduce(summed, self._ranks.copies)
             yield
-            summed = wait(summed)
+            summed = wait(reducing)
+            del reducing
+        if self._ranks.copies is not None:
+            reducing = start_all_reduce(summed, self._ranks.copies)
+            yield
+            summed = wait(reducing)
         _hand_over(places, torch.split(summed.float(), sizes))
 
     @torch.no_grad()
@@ -209,7 +210,7 @@ class ShardedUnit:
         """Let the model have the shards, with the gradients that were reduced to them."""
         if self._gathering is not None:
             # Asked for and not needed.
-            wait(self._gathering[1])
+            wait(self._gathering)
             self._gathering = None
         if not self._is_in_step:
             return

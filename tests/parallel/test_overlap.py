@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_bert.distributed.collectives import Pending, wait
+from megatron_bert.parallel import linear, sharded_unit
 from megatron_bert.parallel.linear import (
     ColumnParallelLinear,
     column_parallel,
@@ -20,10 +23,9 @@ from tests.small_model import cpu_topology, packed_inputs, small_config, small_m
 _SHORT = {
     "aten::mm": "product",
     "aten::addmm": "product",
-    "_c10d_functional::all_reduce": "sum",
-    "_c10d_functional::all_gather_into_tensor": "gather",
-    "_c10d_functional::reduce_scatter_tensor": "scatter",
-    "_c10d_functional::wait_tensor": "wait",
+    "c10d::allreduce_": "sum",
+    "c10d::_allgather_base_": "gather",
+    "c10d::_reduce_scatter_base_": "scatter",
 }
 
 
@@ -33,6 +35,20 @@ class _Order(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Any:
+        for module in (linear, sharded_unit):
+            self._patch.setattr(module, "wait", self._wait)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.undo()
+
+    def _wait(self, pending: Pending) -> Tensor:
+        self.names.append("wait")
+        return wait(pending)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() in _SHORT:

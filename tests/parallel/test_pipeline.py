@@ -258,7 +258,7 @@ def test_gradients_are_reduced_once_and_under_each_stages_last_backward(
 ) -> None:
     # Two pipelines of two ranks.
     for rank, names in enumerate(run_ranks(4, _record_step, schedule, virtual)):
-        reductions = [n for n, name in enumerate(names) if name.startswith("reduce_scatter")]
+        reductions = [n for n, name in enumerate(names) if name.startswith("_reduce_scatter")]
         has_embedding = rank < 2
         assert len(reductions) == virtual + has_embedding
         # All of a stage's is behind it by the time that its last gradient goes out; zero bubble

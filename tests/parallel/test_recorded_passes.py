@@ -191,7 +191,7 @@ class _Order(TorchDispatchMode):
         self.letters = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for name, letter in (("::mm", "p"), ("::all_gather", "g"), ("::reduce_scatter", "r")):
+        for name, letter in (("::mm", "p"), ("::_allgather", "g"), ("::_reduce_scatter", "r")):
             if name in func.name():
                 self.letters += letter
         return func(*args, **(kwargs or {}))
