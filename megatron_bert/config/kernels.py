@@ -159,6 +159,11 @@ def _recording_conflicts(config: Config) -> Iterator[str]:
             "parallel.reshard_after_forward = true gives their memory away; use "
             f"parallel.reshard_after_forward=false, {other}"
         )
+    if config.compile.enabled:
+        yield (
+            f"{key}: the compiler takes no weights whose gradients are added up in another type "
+            f"and compile.enabled = true; use compile.enabled=false, {other}"
+        )
     if config.kernels in ("te", "apex"):
         yield f"{key}: kernels = {config.kernels} cannot be recorded; use kernels=auto, {other}"
 

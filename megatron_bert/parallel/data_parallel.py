@@ -86,13 +86,28 @@ class ShardedModel(Generic[Model]):
             unit.register_forward_pre_hook(self._before_unit)
             unit.register_forward_hook(self._after_unit)
 
-    def begin(self, micro_batches: int, *, keeps_sums: bool = False) -> None:
-        """Begin a step: the coming passes add up the gradients of so many micro-batches.
+    @contextmanager
+    def step(self, micro_batches: int = 0, *, keeps_sums: bool = False) -> Iterator[None]:
+        """A step of so many micro-batches, or forward passes that no backward pass follows.
+
+        Within it the model's parameters are the gathered weights in the compute type: whoever read
+        them, to save them say, would get rounded ones. After it they are the shards, with what
+        gradients there were, and after an exception without those of this step.
 
         Args:
-            micro_batches: of the step.
+            micro_batches: whose gradients are added up.
             keeps_sums: add them up at the same addresses in every step, from 0 on.
         """
+        if micro_batches:
+            self._begin(micro_batches, keeps_sums)
+        try:
+            yield
+            self._end()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _begin(self, micro_batches: int, keeps_sums: bool) -> None:
         # Those of a single one are rather reduced from the compute type: half the bytes.
         several = micro_batches > 1 or keeps_sums
         dtype = self._reduce_dtype if several else self._compute_dtype
@@ -119,8 +134,8 @@ class ShardedModel(Generic[Model]):
         for unit in self._unit_of.values():
             unit.clear_sums()
 
-    def reduce_after_next_pass(self) -> None:
-        """Have the backward pass of the coming forward pass, a step's last, reduce gradients."""
+    def begin_last_pass(self) -> None:
+        """The coming forward pass is the step's last: its backward pass reduces gradients."""
         self._reduces = True
 
     def end_backward(self, unit: nn.Module) -> None:
@@ -145,19 +160,22 @@ class ShardedModel(Generic[Model]):
         if next(reduction, _ENDED) is not _ENDED:
             self._reductions.append(reduction)
 
-    def end(self) -> None:
-        """End a step, or forward passes that no backward pass followed.
-
-        Then the model's parameters are its shards again, with what gradients there were. Until
-        then they are the gathered copies in the compute type: whoever read them, to save them say,
-        would get rounded weights.
-        """
+    def _end(self) -> None:
         backward: tuple[nn.Module, ...] = (*reversed(self.units), self.module)
         for unit in backward:
             if unit not in self._reduced:
                 self.reduce(unit)
         while self._reductions:
             self._go_on()
+        self._release()
+
+    def _abandon(self) -> None:
+        for sharded in self._unit_of.values():
+            sharded.drop_gradients()
+        self._reductions.clear()
+        self._release()
+
+    def _release(self) -> None:
         for sharded in self._unit_of.values():
             if self._frees:
                 sharded.free()
@@ -181,15 +199,15 @@ class ShardedModel(Generic[Model]):
             return None
         return _run_backward(x, partial(self._after_backward, unit, self._reduces)), *others
 
-    def _after_unit(
-        self, unit: nn.Module, inputs: tuple[Any, ...], output: Tensor
-    ) -> Tensor | None:
+    def _after_unit(self, unit: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not self._frees:
-            return None
+            return
         self._unit_of[unit].free()
-        if not torch.is_grad_enabled():
-            return None
-        return _run_backward(output, partial(self._gather, unit, self._ahead.get(unit)))
+        if torch.is_grad_enabled():
+            # Not by another function, whose output would be a view: a pipeline frees what it sent.
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: self._gather(unit, self._ahead.get(unit))
+            )
 
     def _gather(self, unit: nn.Module, next_one: nn.Module | None) -> None:
         """Have a unit's weights, and ask for those of the one whose turn is next."""
@@ -211,13 +229,17 @@ def _shared_out(
 ) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str]]]]:
     """The parameters of each module, but for those of the modules ahead of it."""
     taken: set[nn.Module] = set()
+    parameters: set[nn.Parameter] = set()
     for module in modules:
         own = [part for part in module.modules() if part not in taken]
         taken.update(own)
-        yield (
-            module,
-            [(part, name) for part in own for name, _ in part.named_parameters(recurse=False)],
-        )
+        places = []
+        for part in own:
+            for name, parameter in part.named_parameters(recurse=False):
+                assert parameter not in parameters, f"{name} is two modules'"
+                parameters.add(parameter)
+                places.append((part, name))
+        yield module, places
 
 
 def _run_backward(x: Tensor, action: Callable[[], None]) -> Tensor:

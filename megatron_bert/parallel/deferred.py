@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,7 +27,7 @@ from megatron_bert.parallel.data_parallel import ShardedModel
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """In which type a parameter's gradients are added up (`ShardedModel.begin`)."""
+    """In which type a parameter's gradients are added up (`ShardedModel.step`)."""
     # Parts of one that is split over ranks are no leaves, and have no such type.
     dtype = parameter.grad_dtype if parameter.is_leaf else None
     return dtype or parameter.dtype
@@ -129,6 +130,19 @@ def defer_weight_gradients(model: ShardedModel[Any]) -> None:
     for unit in model.units:
         for layer in _deferring_layers(unit):
             layer.deferred = WeightQueue()
+
+
+@contextmanager
+def dropping_deferred(model: ShardedModel[Any]) -> Iterator[None]:
+    """Around a step: what its layers have left goes with an exception."""
+    try:
+        yield
+    except BaseException:
+        for unit in model.units:
+            for layer in _deferring_layers(unit):
+                if layer.deferred is not None:
+                    layer.deferred.clear()
+        raise
 
 
 def _deferring_layers(unit: nn.Module) -> Iterator[DeferringLayer]:

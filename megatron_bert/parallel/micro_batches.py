@@ -51,21 +51,19 @@ class WholeModel:
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
         self.model.module.train()
-        self.model.begin(len(micro_batches))
         loss = torch.zeros_like(count)
-        for index, micro_batch in enumerate(micro_batches):
-            if index == len(micro_batches) - 1:
-                self.model.reduce_after_next_pass()
-            share = self.model.module(*micro_batch)[0, 0] / count
-            share.backward()
-            loss += share.detach()
-        self.model.end()
+        with self.model.step(len(micro_batches)):
+            for index, micro_batch in enumerate(micro_batches):
+                if index == len(micro_batches) - 1:
+                    self.model.begin_last_pass()
+                share = self.model.module(*micro_batch)[0, 0] / count
+                share.backward()
+                loss += share.detach()
         return loss
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """See `MicroBatchRunner`."""
         self.model.module.eval()
-        outputs = [self.model.module(*micro_batch) for micro_batch in micro_batches]
-        self.model.end()
-        return outputs
+        with self.model.step():
+            return [self.model.module(*micro_batch) for micro_batch in micro_batches]

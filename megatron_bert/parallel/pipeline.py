@@ -8,6 +8,7 @@ type: the T tokens of a micro-batch that a rank holds, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +18,11 @@ from torch import Tensor
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.actions import Action, Kind
 from megatron_bert.parallel.data_parallel import ShardedModel
-from megatron_bert.parallel.deferred import accumulate_deferred, defer_weight_gradients
+from megatron_bert.parallel.deferred import (
+    accumulate_deferred,
+    defer_weight_gradients,
+    dropping_deferred,
+)
 from megatron_bert.parallel.micro_batches import MicroBatch
 from megatron_bert.parallel.schedule import (
     Schedule,
@@ -66,7 +71,6 @@ class Pipeline:
         """See `MicroBatchRunner`."""
         for chunk in self.chunks:
             chunk.module.train()
-            chunk.begin(len(micro_batches))
         number, ranks, stages = self._sizes(micro_batches)
         if number not in self._training:
             self._training[number] = make_schedule(self._schedule, ranks, number, stages)
@@ -96,11 +100,14 @@ class Pipeline:
         tokens = micro_batches[0][0].numel()
         tokens //= tp.size if tp.shards_tokens else 1
         messages = StageMessages(self._topology, (tokens, self._hidden_size), self._compute_dtype)
-        step = _Step(self.chunks, schedule, micro_batches, finish, messages)
-        results = step.run(schedule.actions[self._topology.pipeline_rank])
-        for chunk in self.chunks:
-            chunk.end()
-        return results
+        actions = schedule.actions[self._topology.pipeline_rank]
+        with ExitStack() as stack:
+            for chunk in self.chunks:
+                stack.enter_context(dropping_deferred(chunk))
+                stack.enter_context(
+                    chunk.step(len(micro_batches) if torch.is_grad_enabled() else 0)
+                )
+            return _Step(self.chunks, schedule, micro_batches, finish, messages).run(actions)
 
 
 class _Step:
@@ -168,9 +175,10 @@ class _Step:
             if with_backward:
                 self._inputs[stage, micro_batch] = inputs.requires_grad_()
         chunk = self._chunks[stage // self._num_ranks]
-        if micro_batch == len(self._micro_batches) - 1 and not self._splits_backward:
+        is_last = micro_batch == len(self._micro_batches) - 1
+        if is_last and with_backward and not self._splits_backward:
             # A stage takes the micro-batches in order.
-            chunk.reduce_after_next_pass()
+            chunk.begin_last_pass()
         output = chunk.module(inputs, *others)
         if stage == self._last_stage:
             output = self._finish(output)

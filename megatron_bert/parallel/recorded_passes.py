@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -53,7 +53,8 @@ class _CudaGraphs:
 
     def begin(self) -> None:
         if self._pool is None:
-            # They take memory of their own: what passes had before goes back.
+            # They take memory of their own: what passes had before goes back, and graphs of other
+            # shapes that wait for the collector.
             gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -68,15 +69,33 @@ class _CudaGraphs:
         graph.capture_end()
         return graph.replay
 
+    def drop(self) -> None:
+        """End a stretch that an exception has left open."""
+        if self._graph is not None:
+            # It may be invalid by now, and the exception says why.
+            with suppress(RuntimeError):
+                self._graph.capture_end()
 
-@contextmanager
-def cuda_graphs() -> Iterator[Recorder]:
-    """Record on the current device, on a stream of its own."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield _CudaGraphs()
-    torch.cuda.current_stream().wait_stream(stream)
+
+class CudaGraphs:
+    """Recordings on the current device, all on one stream, for which libraries keep memory."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[Recorder]:
+        """See `Recording`."""
+        stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = stream
+        stream.wait_stream(torch.cuda.current_stream())
+        recorder = _CudaGraphs()
+        with torch.cuda.stream(stream):
+            try:
+                yield recorder
+            finally:
+                recorder.drop()
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 class RecordedModel(WholeModel):
@@ -84,29 +103,28 @@ class RecordedModel(WholeModel):
 
     Args:
         model: see `WholeModel`; its gathered weights stay where they are from step to step.
-        recording: how passes are recorded.
+        recording: how passes are recorded; default: as CUDA graphs.
     """
 
-    def __init__(self, model: ShardedModel[Any], recording: Recording = cuda_graphs) -> None:
+    def __init__(self, model: ShardedModel[Any], recording: Recording | None = None) -> None:
         super().__init__(model)
-        self._recording = recording
+        self._recording = recording or CudaGraphs()
         self._passes: _Passes | None = None
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
         """See `MicroBatchRunner`."""
         self.model.module.train()
-        self.model.begin(len(micro_batches), keeps_sums=True)
-        if self._passes is None or not self._passes.take(micro_batches[0]):
-            # The memory of those that were recorded for other shapes, before new ones take theirs.
-            self._passes = None
-            self._passes = _Passes(self.model, micro_batches[0], count, self._recording)
-            self.model.clear_sums()
         loss = torch.zeros_like(count)
-        for index, micro_batch in enumerate(micro_batches):
-            if index == len(micro_batches) - 1:
-                self.model.reduce_after_next_pass()
-            loss += self._passes.run(micro_batch, count)
-        self.model.end()
+        with self.model.step(len(micro_batches), keeps_sums=True):
+            if self._passes is None or not self._passes.take(micro_batches[0]):
+                # The memory of those for other shapes goes before new ones take theirs.
+                self._passes = None
+                self._passes = _Passes(self.model, micro_batches[0], count, self._recording)
+                self.model.clear_sums()
+            for index, micro_batch in enumerate(micro_batches):
+                if index == len(micro_batches) - 1:
+                    self.model.begin_last_pass()
+                loss += self._passes.run(micro_batch, count)
         return loss
 
 

@@ -153,7 +153,10 @@ class ShardedUnit:
 
     @torch.no_grad()
     def keep_sums(self) -> None:
-        """Have gradients added up from 0 on, at the same addresses as before."""
+        """Have gradients added up from 0 on, at the same addresses as before.
+
+        All parameters have one then, those that no pass reaches too.
+        """
         if not self._places:
             return
         self._take_memory()
@@ -205,13 +208,18 @@ class ShardedUnit:
             summed = wait(reducing)
         _hand_over(places, torch.split(summed.float(), sizes))
 
+    def drop_gradients(self) -> None:
+        """Forget those of the step that goes on."""
+        for place in self._places:
+            place.gradient = None
+            if place.weight is not None:
+                place.weight.grad = None
+
     @torch.no_grad()
     def release(self) -> None:
         """Let the model have the shards, with the gradients that were reduced to them."""
-        if self._gathering is not None:
-            # Asked for and not needed.
-            wait(self._gathering)
-            self._gathering = None
+        # Asked for and not needed.
+        self._gathering = None
         if not self._is_in_step:
             return
         self._is_gathered = self._is_in_step = False

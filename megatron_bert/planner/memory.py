@@ -125,6 +125,12 @@ class Moments:
         saved = 4.0 * self._needs.matrices if muon.is_used(job) else 0.0
         self._optimizer = (8.0 * parameters - saved) / self._shards
         self._buffers = job.element_bytes * block * self._several * self._needs.accumulates
+        # Graphs keep what activations and the rest of a pass took at the most.
+        passes = self._needs.activations + np.maximum(
+            np.maximum(self._needs.forward, self._needs.table + self._needs.backward),
+            self._needs.head + self._needs.logits,
+        )
+        self._recorded = float(job.config.compile.cuda_graphs) * passes
 
     def peaks(self) -> Floats:
         """Bytes of each dealing's fullest rank."""
@@ -173,10 +179,13 @@ class Moments:
         e, root = self._job.element_bytes, self._needs.root
         shards = 4.0 * self._needs.parameters / self._shards
         packed = (e + self._several * self._reduced) * root
+        recorded = float(self._job.config.compile.cuda_graphs)
         return self._moment(
-            np.maximum(self._sums, self._once * (shards + packed)),
+            # Of recorded passes the sums stay, beside what they are reduced to.
+            np.maximum(self._sums, self._once * (shards + packed))
+            + recorded * self._several * (shards + packed),
             0.0 * root,
-            activations=0.0 * root,
+            activations=self._recorded,
             gathered=np.maximum(self._kept, e * root),
         )
 
@@ -190,8 +199,10 @@ class Moments:
             self._dealings.replicate.astype(np.float64),
             self._shards,
         )
-        nothing = np.zeros_like(working)
-        return self._moment(self._weights, working, activations=nothing, gathered=self._kept)
+        kept = float(self._job.config.compile.cuda_graphs) * self._several * self._sums
+        return self._moment(
+            self._weights + kept, working, activations=self._recorded, gathered=self._kept
+        )
 
     def _moment(
         self,

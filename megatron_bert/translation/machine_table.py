@@ -104,7 +104,10 @@ MACHINE: tuple[Argument, ...] = (
         "--main-grads-dtype --main-params-dtype --exp-avg-*",
         "what was measured fastest is taken, see `kernels` and `compile.enabled`",
     ),
-    lacks("--enable-cuda-graph --cuda-graph-* --external-cuda-graph", "see `compile.cuda_graphs`"),
+    lacks(
+        "--enable-cuda-graph --cuda-graph-* --external-cuda-graph",
+        "`compile.cuda_graphs` is like it, and is yours to set",
+    ),
     holds(
         "--manual-gc* --no-manual-gc-eval --empty-unused-memory-level --data-parallel-random-init "
         "--te-rng-tracker --inference-* --max-tokens-to-oom --config-logger-dir",

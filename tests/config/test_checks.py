@@ -281,6 +281,7 @@ def test_fused_kernels_are_refused_where_they_cannot_be(
             "parallel.reshard_after_forward=true",
             "use parallel.reshard_after_forward=false, or compile.cuda_graphs=false",
         ),
+        ("compile.enabled=true", "use compile.enabled=false, or compile.cuda_graphs=false"),
         ("kernels=apex", "use kernels=auto, or compile.cuda_graphs=false"),
         ("run.device=cpu", "run.device = cpu; use compile.cuda_graphs=false"),
     ],

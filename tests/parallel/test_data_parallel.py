@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -245,6 +245,66 @@ def _check_nothing_evaluated() -> None:
 
 def test_an_evaluation_of_nothing_leaves_the_weights() -> None:
     run_ranks(2, _check_nothing_evaluated)
+
+
+class _BrokenError(Exception):
+    """Stands for memory that did not suffice, say."""
+
+
+def _check_failed_steps(reshard: bool) -> None:
+    config = small_config(model={"num_layers": 4}, parallel={"reshard_after_forward": reshard})
+    model, clean = (small_model(config, cpu_topology()) for _ in range(2))
+    batches = [packed_inputs(2, 2 * index) for index in range(4)]
+    blocks = list(model.chunks[-1].blocks.values())
+    calls = 0
+
+    def fail_at(call: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise _BrokenError
+
+        return hook
+
+    for work in (model.runner.evaluate, lambda b: model.runner.train(b, torch.tensor(9.0))):
+        calls = 0
+        # In the second micro-batch, on all ranks.
+        hook = blocks[-1].register_forward_hook(fail_at(2))
+        with pytest.raises(_BrokenError):
+            work(batches)
+        hook.remove()
+        for name, parameter in model.named_parameters().items():
+            assert isinstance(parameter, DTensor), name
+            assert parameter.grad is None, name
+    for each in (model, clean):
+        each.runner.train(batches, torch.tensor(9.0))
+    for (name, one), other in zip(
+        model.named_parameters().items(), clean.named_parameters().values(), strict=True
+    ):
+        assert torch.equal(_whole_gradient(one), _whole_gradient(other)), name
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_a_failed_step_leaves_shards_and_nothing_for_the_next(reshard: bool) -> None:
+    run_ranks(2, _check_failed_steps, reshard)
+
+
+def _outputs_that_are_views() -> list[bool]:
+    parallel = {"pipeline": 2, "reshard_after_forward": True}
+    config = small_config(model={"num_layers": 4}, parallel=parallel)
+    model = small_model(config, cpu_topology(pipeline=2))
+    views = []
+    for chunk in model.chunks:
+        chunk.register_forward_hook(lambda _, __, output: views.append(output._is_view()))
+    model.runner.train([packed_inputs(2), packed_inputs(2, 2)], torch.tensor(9.0))
+    return views
+
+
+def test_a_stages_output_is_no_view_of_something_that_would_stay() -> None:
+    # The last stage's is the head's.
+    first, _ = run_ranks(2, _outputs_that_are_views)
+    assert first == [False, False]
 
 
 def _check_alignment() -> None:

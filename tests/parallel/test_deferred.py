@@ -17,6 +17,7 @@ from megatron_bert.model.build import RankModel
 from megatron_bert.parallel.deferred import (
     DeferringLayer,
     accumulate_deferred,
+    dropping_deferred,
     weight_gradient,
 )
 from megatron_bert.parallel.pipeline import Pipeline
@@ -113,6 +114,10 @@ def _check_deferral() -> None:
     assert layer.weight.grad is not None
     assert len(layer.deferred) == 1
     accumulate_deferred(sharded, reduces=False)
+    assert not layer.deferred
+    chunk(first, *others).sum().backward()
+    with pytest.raises(RuntimeError), dropping_deferred(sharded):
+        raise RuntimeError("of a step")
     assert not layer.deferred
 
 

@@ -149,6 +149,15 @@ def test_recorded_passes_are_offered_the_layouts_in_which_they_can_be_recorded()
         for of in (plan.job, job(8))
     )
     assert alone > usual
+    # So does the memory that a pass takes.
+    for_muon = (
+        memory(of, layouts[0], of.spans[-1]).total
+        for of in (
+            job(8, "optimizer.name=muon", *keys) for keys in ((), ("compile.cuda_graphs=true",))
+        )
+    )
+    without, recorded_too = for_muon
+    assert recorded_too > without
 
 
 def test_days_and_gpu_hours_are_those_of_all_steps() -> None:

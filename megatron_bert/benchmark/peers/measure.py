@@ -168,6 +168,7 @@ def _in_keys(config: Config) -> str:
     return (
         f"precision.compute={config.precision.compute} precision.fp8={config.precision.fp8} "
         f"kernels={config.kernels} compile.enabled={str(config.compile.enabled).lower()} "
+        f"compile.cuda_graphs={str(config.compile.cuda_graphs).lower()} "
         f"optimizer.name={config.optimizer.name} recompute={config.recompute} "
         f"model.hidden_dropout={config.model.hidden_dropout:g} "
         f"model.attention_dropout={config.model.attention_dropout:g}"
