@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,14 @@ class _Batch:
     """Messages that were begun together."""
 
     works: list[dist.Work]
+    timeout: timedelta | None
 
     def wait(self) -> None:
         """Wait until all are there; on a GPU only what is computed next waits."""
         # Once: gloo would wait for another message.
         while self.works:
-            self.works.pop().wait()
+            work = self.works.pop()
+            work.wait() if self.timeout is None else work.wait(self.timeout)
 
 
 class StageMessages:
@@ -46,6 +49,12 @@ class StageMessages:
     def __init__(self, topology: Topology, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self._group = topology.pipeline_group
         self._device = topology.device
+        # gloo's group knows how long, but its messages between two ranks have to be told; on CUDA
+        # the host would wait here as well.
+        options = getattr(self._group._get_backend(self._device), "options", None)
+        self._timeout: timedelta | None = None
+        if self._device.type == "cpu" and options is not None:
+            self._timeout = options._timeout
         self._shape = shape
         self._dtype = dtype
         self._received: dict[Action, tuple[_Batch, Tensor]] = {}
@@ -70,7 +79,7 @@ class StageMessages:
             else dist.P2POp(dist.irecv, received[action], group=self._group, group_peer=peer)
             for action in actions
         ]
-        batch = _Batch(dist.batch_isend_irecv(operations))
+        batch = _Batch(dist.batch_isend_irecv(operations), self._timeout)
         for action, tensor in received.items():
             self._received[action] = batch, tensor
         for action, tensor in sent.items():
