@@ -16,7 +16,12 @@ from megatron_bert.parallel.actions import Action, Kind
 
 @dataclass(frozen=True)
 class _Batch:
-    """Messages that were begun together."""
+    """Messages that were begun together.
+
+    Attributes:
+        works: PyTorch's handles of those that nobody has waited for.
+        timeout: the longest wait for each; None leaves PyTorch's.
+    """
 
     works: list[dist.Work]
     timeout: timedelta | None
@@ -26,7 +31,10 @@ class _Batch:
         # Once: gloo would wait for another message.
         while self.works:
             work = self.works.pop()
-            work.wait() if self.timeout is None else work.wait(self.timeout)
+            if self.timeout is None:
+                work.wait()
+            else:
+                work.wait(self.timeout)
 
 
 class StageMessages:
