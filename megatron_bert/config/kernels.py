@@ -136,10 +136,11 @@ def _fused_conflicts(config: Config, key: str) -> Iterator[str]:
             f"{key}: its kernels stand where compiled ones would and compile.enabled = true; use "
             "compile.enabled=false, or kernels=torch"
         )
-    if config.precision.fp8 != "none":
+    if config.precision.fp8 != "none" and config.parallel.tensor > 1:
         yield (
-            f"{key}: it computes the down projection in {config.precision.compute} and "
-            f"precision.fp8 = {config.precision.fp8}; use precision.fp8=none, or kernels=torch"
+            f"{key}: it scales FP8 numbers by what one rank knows, precision.fp8 = "
+            f"{config.precision.fp8} and parallel.tensor = {config.parallel.tensor}; use "
+            "parallel.tensor=1, or kernels=torch"
         )
 
 

@@ -328,9 +328,10 @@ class PrecisionConfig(Section):
     """Format in which gradients are added up over a step's micro-batches and reduced over the
     data-parallel ranks, where there are several; `bf16` halves what is sent and held."""
     fp8: Literal["none", "current"] = "none"
-    """Products of the blocks' linear layers in FP8, each operand scaled by its own largest number
-    (`current`; nothing is kept from step to step), by PyTorch or, with `kernels: te`, Transformer
-    Engine; on GPUs of compute capability 8.9 and up, and slowly on CPUs."""
+    """Products of the blocks' linear layers in FP8, scaled by what is known of their operands then
+    (`current`; nothing is kept from step to step): with `kernels: fused` those of the feed-forward
+    networks, else all, each operand by its own largest number, by PyTorch or, with `kernels: te`,
+    Transformer Engine. On GPUs of compute capability 8.9 and up, and slowly on CPUs."""
 
 
 class CheckpointConfig(Section):
@@ -446,8 +447,8 @@ class Config(Section):
     for what stands between a block's products (`fused`, in place of `compile.enabled`), Transformer
     Engine (`te`: the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a bias, and
     AdamW), each where installed. `auto`: what was measured fastest, `fused` where it can be (a GPU
-    of compute capability 8.0 or more, Triton, `precision.compute: bf16`, `precision.fp8: none`,
-    `compile.enabled: false`), else `torch`."""
+    of compute capability 8.0 or more, Triton, `precision.compute: bf16`, `compile.enabled: false`,
+    `precision.fp8: none` or `parallel.tensor: 1`), else `torch`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, how many stay, where a job starts from."""
     eval: EvalConfig = EvalConfig()

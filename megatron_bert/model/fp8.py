@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FORWARD = torch.float8_e4m3fn
-_BACKWARD = torch.float8_e5m2
+E4M3 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
@@ -42,13 +42,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-        x_scale, weight_scale = _scale(x_ND, _FORWARD), _scale(weight_FD, _FORWARD)
-        scaled_ND = _cast(x_ND, x_scale, _FORWARD)
-        scaled_FD = _cast(weight_FD, weight_scale, _FORWARD)
+        x_scale, weight_scale = _scale(x_ND, E4M3), _scale(weight_FD, E4M3)
+        scaled_ND = _cast(x_ND, x_scale, E4M3)
+        scaled_FD = _cast(weight_FD, weight_scale, E4M3)
         ctx.save_for_backward(scaled_ND, x_scale, weight_FD, weight_scale)
         ctx.has_bias = bias_F is not None
         # Hopper adds up in fewer bits within a tile when asked to: enough forward, not backward.
-        return _product(
+        return scaled_product(
             scaled_ND, scaled_FD.t(), x_scale, weight_scale, x_ND.dtype, bias_F, fast=True
         )
 
@@ -56,23 +56,28 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads_NF: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NF,) = grads_NF
         x_ND, x_scale, weight_FD, weight_scale = ctx.saved_tensors
-        grad_scale = _scale(grad_NF, _BACKWARD)
-        scaled_NF = _cast(grad_NF, grad_scale, _BACKWARD)
-        scaled_FD = _cast(weight_FD, weight_scale, _FORWARD)
-        x_grad_ND = _product(
+        grad_scale = _scale(grad_NF, E5M2)
+        scaled_NF = _cast(grad_NF, grad_scale, E5M2)
+        scaled_FD = _cast(weight_FD, weight_scale, E4M3)
+        x_grad_ND = scaled_product(
             scaled_NF, _column_major(scaled_FD), grad_scale, weight_scale, grad_NF.dtype
         )
-        weight_grad_FD = _product(
+        weight_grad_FD = scaled_product(
             scaled_NF.t().contiguous(), _column_major(x_ND), grad_scale, x_scale, grad_NF.dtype
         )
         return x_grad_ND, weight_grad_FD, grad_NF.sum(0) if ctx.has_bias else None
+
+
+def largest_of(dtype: torch.dtype) -> float:
+    """A format's largest number."""
+    return float(torch.finfo(dtype).max)
 
 
 def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What a number of `dtype` is multiplied by to mean one of x: fp32 []."""
     largest = x.abs().amax().float()
     # Not 0 where all of x is, nor where its largest number is next to nothing.
-    return (largest / torch.finfo(dtype).max).clamp(min=_SMALLEST_SCALE)
+    return (largest / largest_of(dtype)).clamp(min=_SMALLEST_SCALE)
 
 
 def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,7 +91,7 @@ def _column_major(x: Tensor) -> Tensor:
     return x.t().contiguous().t()
 
 
-def _product(
+def scaled_product(
     a: Tensor,
     b: Tensor,
     a_scale: Tensor,
@@ -96,5 +101,19 @@ def _product(
     *,
     fast: bool = False,
 ) -> Tensor:
+    """The product a b of FP8 numbers, added up in fp32.
+
+    Args:
+        a: [N, D], dense rows.
+        b: [D, F], dense columns.
+        a_scale: what a's numbers are multiplied by, fp32 of one element, or [N, 1].
+        b_scale: the same of b's, one element where a's has one, or [1, F].
+        dtype: of the product.
+        bias: [F], added before it is rounded.
+        fast: let Hopper add up in fewer bits within a tile.
+
+    Returns:
+        [N, F].
+    """
     # The public F.scaled_mm computes the same, but not every PyTorch from 2.11 on can trace it.
     return torch._scaled_mm(a, b, a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast)

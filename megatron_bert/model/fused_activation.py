@@ -24,7 +24,8 @@ Activation = Callable[[Tensor], Tensor]
 Biases = tuple[Tensor, Tensor] | None
 
 
-def _is_gelu(activation: Activation) -> bool:
+def is_gelu(activation: Activation) -> bool:
+    """Which of the two it is."""
     assert activation in (F.silu, F.gelu)
     return activation is F.gelu
 
@@ -46,7 +47,7 @@ def gated_activation(gate_up_NP: Tensor, biases: Biases, activation: Activation)
     active_NF = gate_up_NP.new_empty(N, size)
     fused_kernels.fused_gated_activation_kernel[(cdiv(N, tile.tokens) * cdiv(size, tile.columns),)](
         gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), active_NF, N, size,
-        BIASES=biases is not None, GELU=_is_gelu(activation), **tile.options(),
+        BIASES=biases is not None, GELU=is_gelu(activation), **tile.options(),
     )  # fmt: skip
     return active_NF
 
@@ -77,7 +78,7 @@ def gated_activation_gradients(
     sums = gate_up_NP.new_empty((programs if biases else 0, 2, size), dtype=torch.float32)
     fused_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](
         active_grad_NF, gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), grad_NP,
-        active_grad_NF, sums, N, size, BIASES=biases is not None, GELU=_is_gelu(activation),
+        active_grad_NF, sums, N, size, BIASES=biases is not None, GELU=is_gelu(activation),
         **tile.options(loops=True),
     )  # fmt: skip
     return grad_NP, column_sums(sums.flatten(1), dtype).view(2, size) if biases else None

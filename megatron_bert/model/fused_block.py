@@ -18,22 +18,19 @@ from torch.nn import functional as F
 
 from megatron_bert.model.attention import PackedLayout
 from megatron_bert.model.block import Block, BlockDropout
-from megatron_bert.model.fused_activation import gated_activation, gated_activation_gradients
-from megatron_bert.model.fused_norm import (
-    BranchMask,
-    add_branch,
-    branch_gradients,
-    norm_again,
-    norm_gradients,
+from megatron_bert.model.fused_feed_forward import (
+    Branch,
+    FeedForwardOutput,
+    FeedForwardParameters,
+    FeedForwardPasses,
+    Parameter,
+    left_or_computed,
+    remakes,
 )
+from megatron_bert.model.fused_norm import BranchMask, add_branch, norm_again, norm_gradients
 from megatron_bert.model.norm import LayerNorm
 from megatron_bert.parallel.column_sums import column_sums
-from megatron_bert.parallel.deferred import (
-    DeferringLayer,
-    WeightProducts,
-    gradient_dtype,
-    weight_gradient,
-)
+from megatron_bert.parallel.deferred import gradient_dtype
 from megatron_bert.parallel.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -43,12 +40,24 @@ from megatron_bert.parallel.linear import (
 )
 from megatron_bert.parallel.sharding import local_part
 
-# A weight or bias that a rank computes with, or its gradient; None where there is none.
-Parameter = Tensor | None
 
+def fused_block(
+    block: Block,
+    x_TD: Tensor,
+    layout: PackedLayout,
+    dropout: BlockDropout,
+    *,
+    passes: FeedForwardPasses,
+) -> Tensor:
+    """[T, D] -> [T, D], what the block computes without them.
 
-def fused_block(block: Block, x_TD: Tensor, layout: PackedLayout, dropout: BlockDropout) -> Tensor:
-    """[T, D] -> [T, D], what the block computes without them."""
+    Args:
+        block: as `BlockKernel` takes it, like the following.
+        x_TD: the same.
+        layout: the same.
+        dropout: the same.
+        passes: what computes the feed-forward network.
+    """
     attention, parameters = block.attention, _AttentionInputs.parameters(block)
     biases = [bias for bias in parameters[-3:] if bias is not None]
     joined = attention.mixes_joined(layout)
@@ -64,17 +73,9 @@ def fused_block(block: Block, x_TD: Tensor, layout: PackedLayout, dropout: Block
         q, k, v = torch.split(qkv_NF, [queries, keys, keys], 1)
         mixed_NF = attention.mix(q, k, v, layout, dropout.attention_weights_B)
     end_TD: Tensor = _AfterAttention.apply(  # type: ignore[no-untyped-call]
-        x_TD, mixed_NF, block, dropout, *_AfterAttention.parameters(block)
+        x_TD, mixed_NF, block, dropout, passes, *_AfterAttention.parameters(block)
     )
     return end_TD
-
-
-def _remakes(block: Block) -> bool:
-    """Whether norms' outputs are made again backward, and not kept.
-
-    Recomputation in full keeps nothing of a block but its input, and has them by then.
-    """
-    return not (block.recompute and block.training)
 
 
 def _weight(layer: ColumnParallelLinear | RowParallelLinear) -> Tensor:
@@ -124,7 +125,7 @@ class _AttentionInputs(torch.autograd.Function):
         if norm is not None:
             made_by = (norm_weight, norm_bias, norm.eps)
             _, normed, mean, rstd = add_branch(x, None, None, None, made_by)
-        kept = None if _remakes(block) else normed
+        kept = None if remakes(block) else normed
         ctx.block, ctx.parameters = block, parameters
         ctx.save_for_backward(x, mean, rstd, kept, norm_weight, norm_bias, *weights)
         bias = None if biases[0] is None else torch.cat(biases)
@@ -165,16 +166,14 @@ class _AfterAttention(torch.autograd.Function):
 
     @staticmethod
     def parameters(block: Block) -> list[Parameter]:
-        """The norm's weight and bias; weights and biases of output, gate, up and down."""
-        norm, wide = _norm(block.feed_forward_norm), block.feed_forward
+        """Weight and bias of attention's output, the network's, and the down projection's bias."""
+        norm, network = _norm(block.feed_forward_norm), block.feed_forward
         assert norm is not None
-        layers: tuple[ColumnParallelLinear | RowParallelLinear, ...] = (
-            block.attention.output,
-            wide.gate,
-            wide.up,
-            wide.down,
-        )
-        return [norm.weight, norm.bias, *map(_weight, layers), *map(_bias, layers)]
+        layers = (network.gate, network.up, network.down)
+        weights = [_weight(layer) for layer in layers]
+        biases = [_bias(layer) for layer in layers]
+        output = block.attention.output
+        return [_weight(output), _bias(output), norm.weight, norm.bias, *weights, *biases]
 
     @staticmethod
     def masks(block: Block, dropout: BlockDropout) -> tuple[BranchMask, BranchMask]:
@@ -190,86 +189,57 @@ class _AfterAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mixed: Tensor, block: Block, dropout: BlockDropout, *parameters: Any
+        ctx: Any,
+        x: Tensor,
+        mixed: Tensor,
+        block: Block,
+        dropout: BlockDropout,
+        passes: FeedForwardPasses,
+        *parameters: Any,
     ) -> Tensor:
-        norm_weight, norm_bias, output, gate, up, down, *biases = parameters
-        output_bias, gate_bias, up_bias, down_bias = biases
-        tp, activation = block.attention.tp, block.feed_forward.activation
+        output, output_bias, *network, down_bias = parameters
         masks = _AfterAttention.masks(block, dropout)
-
-        y = summed_over_ranks(F.linear(mixed, output), tp)
-        norm = _norm(block.feed_forward_norm)
-        assert norm is not None
-        made_by = (norm_weight, norm_bias, norm.eps)
-        x, normed, mean, rstd = add_branch(x, masks[0], y, output_bias, made_by)
-        kept = None if _remakes(block) else normed
-        gate_up = F.linear(gathered_tokens(normed, tp), torch.cat((gate, up)))
-        wide_biases = None if gate_bias is None else (gate_bias, up_bias)
-        active = gated_activation(gate_up, wide_biases, activation)
-        y = summed_over_ranks(F.linear(active, down), tp)
-        del active
-        end = add_branch(x, masks[1], y, down_bias, None)[0]
-
-        ctx.block, ctx.masks, ctx.parameters = block, masks, parameters
-        ctx.save_for_backward(mixed, x, mean, rstd, kept, gate_up, *parameters)
+        y = summed_over_ranks(F.linear(mixed, output), block.attention.tp)
+        found = passes.forward(
+            block, x, Branch(masks[0], y, output_bias), FeedForwardParameters(*network)
+        )
+        del y
+        end = add_branch(found.x, masks[1], found.y, down_bias, None)[0]
+        ctx.block, ctx.masks, ctx.passes, ctx.parameters = block, masks, passes, parameters
+        ctx.save_for_backward(mixed, found.x, found.mean, found.rstd, *parameters, *found.kept)
         return end
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Parameter, ...]:
-        mixed, x, mean, rstd, normed, gate_up, *parameters = ctx.saved_tensors
-        norm_weight, norm_bias, output, gate, up, down, *biases = parameters
-        block, dtype = ctx.block, gradient_dtype(ctx.parameters[0])
-        tp, wide = block.attention.tp, block.feed_forward
-        wide_biases = None if biases[1] is None else (biases[1], biases[2])
-
-        y_grad, down_bias_grad = branch_gradients(grads[0], ctx.masks[1], dtype)
-        y_grad = gathered_tokens(y_grad, tp)
-        # The activation itself, once its gradient is used up.
-        active = y_grad @ down
-        gate_up_grad, wide_bias_grads = gated_activation_gradients(
-            active, gate_up, wide_biases, wide.activation, dtype
-        )
-        down_grad = _weight_gradient(wide.down, y_grad, active, ctx.parameters[5])
-        # Wide ones go once they are used up: other layers' activations still stand.
-        del active, y_grad
-        if normed is None:
-            normed = norm_again(x, mean, rstd, norm_weight, norm_bias)
-        normed_grad, wide_grads = joined_gradients(
-            gate_up_grad, normed, (gate, up), (wide.gate, wide.up), tp, ctx.parameters[3]
-        )
-        del gate_up_grad, normed
+        mixed, x, mean, rstd, *others = ctx.saved_tensors
+        count = len(ctx.parameters)
+        output, _, *network, _ = others[:count]
+        parameters = FeedForwardParameters(*network)
+        known = FeedForwardParameters(*ctx.parameters[2:-1])
+        found = FeedForwardOutput(x, mean, rstd, x, tuple(others[count:]))
+        attention, mask = ctx.block.attention, ctx.masks[0]
+        gradients = ctx.passes.backward(ctx.block, grads[0], ctx.masks[1], found, parameters, known)
         x_grad, y_grad, norm_grads = norm_gradients(
-            normed_grad, grads[0], x, mean, rstd, norm_weight, ctx.masks[0],
-            has_bias=norm_bias is not None, dtype=dtype,
+            gradients.normed, grads[0], x, mean, rstd, parameters.norm_weight, mask,
+            has_bias=parameters.norm_bias is not None, dtype=gradient_dtype(known.norm_weight),
         )  # fmt: skip
-        y_grad = gathered_tokens(y_grad, tp)
-        output_grad = _weight_gradient(block.attention.output, y_grad, mixed, ctx.parameters[2])
-        output_bias_grad = norm_grads.pop() if ctx.masks[0].has_bias else None
+        y_grad = gathered_tokens(y_grad, attention.tp)
+        output_grad = left_or_computed(attention.output, y_grad, mixed, ctx.parameters[0])
+        output_bias = norm_grads.pop() if mask.has_bias else None
         return (
             x_grad,
             y_grad @ output,
             None,
             None,
-            *_pair(norm_grads),
+            None,
             output_grad,
-            *wide_grads,
-            down_grad,
-            output_bias_grad,
-            *((None, None) if wide_bias_grads is None else wide_bias_grads),
-            down_bias_grad,
+            output_bias,
+            *_pair(norm_grads),
+            *gradients.weights,
+            *gradients.biases,
         )
 
 
 def _pair(norm_grads: Sequence[Tensor]) -> tuple[Parameter, Parameter]:
     """Of a norm's weight and bias; the bias's may be missing."""
     return norm_grads[0], norm_grads[1] if len(norm_grads) > 1 else None
-
-
-def _weight_gradient(
-    layer: DeferringLayer, y_grad_ND: Tensor, x_NF: Tensor, parameter: Tensor
-) -> Parameter:
-    """`weight_gradient`; None where the product is left for later."""
-    if layer.deferred is None:
-        return weight_gradient(y_grad_ND, x_NF, parameter)
-    layer.deferred.append(WeightProducts([layer], x_NF, [y_grad_ND], unrounded=True))
-    return None

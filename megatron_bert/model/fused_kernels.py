@@ -57,20 +57,25 @@ def fused_residual_norm_kernel(
     NORMED,
     MEAN,
     RSTD,
+    SCALE,
     T,
     D,
     eps,
     threshold,
     keep_scale,
+    format_largest,
     HAS_BRANCH: tl.constexpr,
     HAS_BRANCH_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The sum x + dropout(branch + bias) and its LayerNorm; without a branch x's, or but the sum.
+
+    SCALED: the norm is scaled to a format's largest number, and its scale written, fp32 [1].
 
     Grid: tiles of tokens.
     """
@@ -99,6 +104,15 @@ def fused_residual_norm_kernel(
         centred = tl.where(mask, x - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
         normed = _normalized(x, mean, rstd, WEIGHT, BIAS, columns, D, HAS_BIAS)
+        if SCALED:
+            # Of D numbers whose squares' mean is 1 none passes the root of D.
+            largest = tl.sqrt(D * 1.0) * tl.max(tl.abs(_load_vector(WEIGHT, columns, D)), 0)
+            if HAS_BIAS:
+                largest += tl.max(tl.abs(_load_vector(BIAS, columns, D)), 0)
+            scale = tl.maximum(largest / format_largest, 1e-30)
+            normed = normed * (1.0 / scale)
+            if tl.program_id(0) == 0:
+                tl.store(SCALE, scale)
         tl.store(NORMED + first * D + offsets, normed.to(NORMED.dtype.element_ty), mask=mask)
         tl.store(MEAN + first + tokens, mean, mask=inside)
         tl.store(RSTD + first + tokens, rstd, mask=inside)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model import fused_kernels, fused_tiles
+from megatron_bert.model.fp8 import E4M3, largest_of
 from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
 from megatron_bert.parallel.random import keep_threshold
@@ -47,7 +48,7 @@ class BranchMask:
         return self.token_draws_T.contiguous(), self.channel_draws_D
 
 
-def _dropping(branch: BranchMask | None) -> tuple[int, float]:
+def dropping(branch: BranchMask | None) -> tuple[int, float]:
     """A kernel's threshold and scale."""
     dropout = 0.0 if branch is None else branch.dropout
     return keep_threshold(dropout), 1.0 / (1.0 - dropout)
@@ -59,6 +60,7 @@ def add_branch(
     y: Tensor | None,
     y_bias: Tensor | None,
     norm: tuple[Tensor, Tensor | None, float] | None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Add a branch to the residual stream, x + dropout(y + bias), and normalise the sum.
 
@@ -69,6 +71,8 @@ def add_branch(
         y_bias: [D]; None where there is none.
         norm: the following norm's weight and bias [D], which it may not have, and its epsilon; None
             where none follows.
+        scale: fp32 [1]; the norm comes in E4M3 then, and what its numbers are multiplied by to mean
+            its output is written here: it follows from the norm's weight and bias alone.
 
     Returns:
         The sum and its norm [T, D]; mean and reciprocal deviation, fp32 [T]. Those that there are
@@ -82,16 +86,18 @@ def add_branch(
         sum_TD = torch.empty_like(x)
     if norm is not None:
         weight, bias, eps = norm
-        normed = torch.empty_like(x)
+        normed = torch.empty_like(x, dtype=x.dtype if scale is None else E4M3)
         mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
     # Where there is no array the kernel reads none, whatever it is given.
     token_draws, channel_draws = draws or (x, x)
     tile = fused_tiles.TILING.rows(D)
     fused_kernels.fused_residual_norm_kernel[(cdiv(T, tile.tokens),)](
         x, x if y is None else y.contiguous(), x if y_bias is None else y_bias, token_draws,
-        channel_draws, weight, x if bias is None else bias, sum_TD, normed, mean, rstd, T, D, eps,
-        *_dropping(branch), HAS_BRANCH=branch is not None, HAS_BRANCH_BIAS=y_bias is not None,
-        DROPOUT=bool(draws), NORM=norm is not None, HAS_BIAS=bias is not None, **tile.options(),
+        channel_draws, weight, x if bias is None else bias, sum_TD, normed, mean, rstd,
+        x if scale is None else scale, T, D, eps, *dropping(branch), largest_of(E4M3),
+        HAS_BRANCH=branch is not None, HAS_BRANCH_BIAS=y_bias is not None, DROPOUT=bool(draws),
+        NORM=norm is not None, HAS_BIAS=bias is not None, SCALED=scale is not None,
+        **tile.options(),
     )  # fmt: skip
     return sum_TD, normed, mean, rstd
 
@@ -147,7 +153,7 @@ def norm_gradients(
     sums = mean.new_empty((programs, 1 + has_bias + has_branch_bias, D))
     fused_kernels.fused_residual_norm_gradient_kernel[(programs,)](
         normed_grad.contiguous(), sum_grad.contiguous(), sum_TD, mean, rstd, weight,
-        *(draws or (mean, mean)), x_grad, y_grad, sums, T, D, *_dropping(branch),
+        *(draws or (mean, mean)), x_grad, y_grad, sums, T, D, *dropping(branch),
         HAS_BIAS=has_bias, HAS_BRANCH_BIAS=has_branch_bias, DROPOUT=bool(draws),
         **tile.options(loops=True),
     )  # fmt: skip
@@ -168,7 +174,7 @@ def branch_gradients(
     programs = tile.programs(T, fused_tiles.TILING.row_programs)
     sums = sum_grad.new_empty((programs if has_bias else 0, D), dtype=torch.float32)
     fused_kernels.fused_branch_gradient_kernel[(programs,)](
-        sum_grad, *(draws or (sums, sums)), y_grad, sums, T, D, *_dropping(branch),
+        sum_grad, *(draws or (sums, sums)), y_grad, sums, T, D, *dropping(branch),
         HAS_BRANCH_BIAS=has_bias, DROPOUT=bool(draws), **tile.options(loops=True),
     )  # fmt: skip
     return y_grad, column_sums(sums, dtype) if has_bias else None

@@ -54,6 +54,9 @@ class Tiling:
         row_programs: that take all whole rows in turn; two run on each of an H100's 132
             multiprocessors at once.
         activation_programs: the same of the activation's gradient, of which three do.
+        fp8: of what is written as columns too: these are as long as a tile has tokens.
+        fp8_gradient: the same of the activation's gradient.
+        fp8_programs: that take all tiles of both in turn.
     """
 
     elements: int = 8192
@@ -61,10 +64,18 @@ class Tiling:
     activation: Tile = Tile(8, 256, 4)
     row_programs: int = 264
     activation_programs: int = 396
+    fp8: Tile = Tile(64, 64, 4)
+    fp8_gradient: Tile = Tile(32, 64, 4)
+    fp8_programs: int = 1056
 
     def rows(self, size: int) -> Tile:
         """A tile of rows of D elements."""
         return _of_rows(size, self.elements)
+
+    def whole_rows(self, size: int) -> Tile:
+        """A tile of one row of F elements, of the activation that is scaled by rows."""
+        columns = 1 << (size - 1).bit_length()
+        return Tile(1, columns, min(16, max(1, columns // 1024)))
 
     def gradient_rows(self, size: int) -> Tile:
         """The same of the norm's gradient."""

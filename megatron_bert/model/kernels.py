@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -51,7 +52,7 @@ def use_kernels(
     if kernels != "torch":
         _check_device(kernels, device)
     if kernels == "fused":
-        _use_fused(model)
+        _use_fused(model, fp8=fp8)
     if kernels == "apex":
         norm = _imported(kernels, "apex.normalization.fused_layer_norm").fused_layer_norm_affine
         for layer in _norms(model):
@@ -61,19 +62,22 @@ def use_kernels(
         autocast = _fp8_autocast(engine) if fp8 else nullcontext
         for linear in _linears(model):
             linear.product = _EngineLinear(engine, linear, dtype, autocast)
-    elif fp8:
+    elif fp8 and kernels != "fused":
         for linear in _linears(model):
             linear.product = fp8_linear
 
 
-def _use_fused(model: nn.Module) -> None:
+def _use_fused(model: nn.Module, *, fp8: bool) -> None:
     # Here: Triton comes with PyTorch for CUDA only.
     _imported("fused", "triton")
+    from megatron_bert.model.fp8_feed_forward import Fp8FeedForward
     from megatron_bert.model.fused_block import fused_block
+    from megatron_bert.model.fused_feed_forward import PlainFeedForward
 
+    passes = Fp8FeedForward() if fp8 else PlainFeedForward()
     for block in model.modules():
         if isinstance(block, Block):
-            block.kernel = fused_block
+            block.kernel = partial(fused_block, passes=passes)
 
 
 def _check_device(kernels: KernelsName, device: torch.device) -> None:

@@ -264,9 +264,11 @@ def test_fused_kernels_are_refused_where_they_cannot_be(
     message = refusal(build, "kernels=fused", "compile.enabled=true")
     assert "kernels = fused: its kernels stand where compiled ones would" in message
     assert "use compile.enabled=false, or kernels=torch" in message
-    message = refusal(build, "kernels=fused", "precision.fp8=current")
-    assert "kernels = fused: it computes the down projection in bf16 and" in message
-    assert "precision.fp8 = current; use precision.fp8=none, or kernels=torch" in message
+    check_config(build("kernels=fused", "precision.fp8=current"), world_size=1)
+    fp8 = ("precision.fp8=current", "parallel.tensor=2")
+    message = refusal(build, "kernels=fused", *fp8, world_size=2)
+    assert "kernels = fused: it scales FP8 numbers by what one rank knows" in message
+    assert "parallel.tensor = 2; use parallel.tensor=1, or kernels=torch" in message
     monkeypatch.setattr(config_kernels, "find_spec", lambda _: None)
     message = refusal(build, "kernels=fused")
     assert message.startswith("kernels = fused: the package triton is not installed; install")

@@ -40,7 +40,8 @@ CPU = ComputeDevice("cpu")
         (("run.device=cpu",), H100, "torch"),
         (("run.device=cpu",), PLANNED, "torch"),
         (("precision.compute=fp32",), H100, "torch"),
-        (("precision.fp8=current",), H100, "torch"),
+        (("precision.fp8=current",), H100, "fused"),
+        (("precision.fp8=current", "parallel.tensor=2"), H100, "torch"),
         (("compile.enabled=true",), H100, "torch"),
         # What is asked for by name is what is taken, or refused elsewhere.
         (("kernels=torch",), H100, "torch"),

@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import ModelConfig
-from megatron_bert.model import flash_attention, flash_kernels, fused_kernels, fused_tiles
+from megatron_bert.model import (
+    flash_attention,
+    flash_kernels,
+    fp8_kernels,
+    fused_kernels,
+    fused_tiles,
+)
 from megatron_bert.parallel import column_sums, softmax_kernels, softmax_rows
 
 # Of the arguments that are not arrays of the compute type, by their names.
@@ -44,10 +51,15 @@ _TYPES = {
     **dict.fromkeys(
         ("count", "T", "D", "F", "S", "N", "size", "heads", "first_head", "threshold"), "i32"
     ),
-    **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale"), "fp32"),
+    **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale", "format_largest"), "fp32"),
+    **dict.fromkeys(("SCALE", "GRAD_SCALE", "SCALES"), "*fp32"),
+    **dict.fromkeys(("COLUMNS_PACKED", "GRAD_COLUMNS_PACKED"), "*i32"),
+    "NUMBERS": "*fp8e4nv",
+    "GRAD_NUMBERS": "*fp8e5",
+    "step": "i32",
 }
 # Sizes are multiples of 16, as arrays' addresses are.
-_DIVISIBLE = ("T", "D", "F", "S", "N", "size", "q_step", "kv_step", "dq_step", "dkv_step")
+_DIVISIBLE = ("T", "D", "F", "S", "N", "size", "step", "q_step", "kv_step", "dq_step", "dkv_step")
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ class Case:
     def kernel(self) -> Any:
         modules = {
             "column": column_sums,
+            "fp8": fp8_kernels,
             "flash": flash_kernels,
             "fused": fused_kernels,
             "softmax": softmax_kernels,
@@ -93,7 +106,17 @@ def cases() -> Iterator[tuple[int, Case]]:
         kernels = {**_flash(model, True), **_fused(model, True), **_softmax()}
         for name, options in kernels.items():
             yield capability, Case(f"{name} retrievabert-1.3b", name.split("_")[0], options)
-    for name, options in {**_flash(modern, False), **_fused(modern, False)}.items():
+    # From Ada on GPUs have FP8.
+    for capability in (89, 90, 100):
+        for name, options in _fp8(model, True).items():
+            yield capability, Case(f"{name} retrievabert-1.3b", "fp8", options)
+    for name, options in _fp8(wide, True).items():
+        yield 89, Case(f"{name} wide", "fp8", options)
+    for name, options in {
+        **_flash(modern, False),
+        **_fused(modern, False),
+        **_fp8(modern, False),
+    }.items():
         yield 90, Case(f"{name} modernbert-base", name.split("_")[0], options)
     for name, options in _fused(model, True).items():
         yield 86, Case(f"{name} retrievabert-1.3b in fp32", "fused", options, "fp32")
@@ -138,7 +161,7 @@ def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
     gradient = tiling.gradient_rows(model.hidden_size).options(loops=True)
     norm, branch = {"HAS_BIAS": biases}, {"HAS_BRANCH_BIAS": biases, "DROPOUT": dropout}
     gated = {"BIASES": biases, "GELU": model.family.activation == "gelu"}
-    forward = norm | branch | {"HAS_BRANCH": True, "NORM": True} | rows.options()
+    forward = norm | branch | {"HAS_BRANCH": True, "NORM": True, "SCALED": False} | rows.options()
     return {
         "fused_residual_norm": forward,
         "fused_norm_again": norm | rows.options(),
@@ -146,6 +169,21 @@ def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
         "fused_branch_gradient": branch | rows.options(loops=True),
         "fused_gated_activation": gated | activation.options(),
         "fused_gated_activation_gradient": gated | activation.options(loops=True),
+    }
+
+
+def _fp8(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
+    tiling, biases = fused_tiles.TILING, model.family.biases
+    gated = {"BIASES": biases, "GELU": model.family.activation == "gelu"}
+    formats = {"FORMAT": tl.float8e4nv}
+    cast = {"DROPOUT": dropout, "SUMS": biases, "HAS_ROWS": True, "HAS_COLUMNS": True}
+    columns = formats | {"HAS_BIAS": biases} | tiling.fp8.options()
+    gradient = formats | {"GRAD_FORMAT": tl.float8e5} | gated
+    return {
+        "fp8_cast": formats | cast | tiling.fp8.options(loops=True),
+        "fp8_norm_columns": columns,
+        "fp8_gated_activation": gated | tiling.whole_rows(model.ffn_hidden_size).options(),
+        "fp8_gated_activation_gradient": gradient | tiling.fp8_gradient.options(loops=True),
     }
 
 

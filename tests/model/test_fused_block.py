@@ -212,7 +212,7 @@ def test_between_products_and_kernels_nothing_is_copied_or_added(biases: bool) -
 
 def _made_again(tensor: int, sequence: bool) -> list[int]:
     """How often a training step makes norms again."""
-    from megatron_bert.model import fused_block
+    from megatron_bert.model import fused_block, fused_feed_forward
 
     calls: list[int] = []
     again = fused_block.norm_again
@@ -222,7 +222,8 @@ def _made_again(tensor: int, sequence: bool) -> list[int]:
         return again(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_block, "norm_again", counted)
+        for module in (fused_block, fused_feed_forward):
+            patch.setattr(module, "norm_again", counted)
         _train("fused", {}, {"tensor": tensor, "sequence_parallel": sequence})
     return calls
 

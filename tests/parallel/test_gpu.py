@@ -89,3 +89,25 @@ def test_cuda_graphs_give_the_same_losses_as_launches(
     )
     losses = _losses(config, tmp_path / "launched-config")
     assert _losses(recorded, tmp_path / "recorded-config") == pytest.approx(losses, rel=1e-3)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="no FP8 products",
+)
+def test_fp8_beside_fused_kernels_trains_as_bf16_does(tiny_data: Path, tmp_path: Path) -> None:
+    losses = {
+        fp8: _losses(
+            run_config(
+                tiny_data,
+                tmp_path / fp8,
+                run={"device": "cuda"},
+                precision={"compute": "bf16", "fp8": fp8},
+                kernels="fused",
+            ),
+            tmp_path / f"{fp8}-config",
+        )
+        for fp8 in ("none", "current")
+    }
+    assert losses["current"] != losses["none"]
+    assert losses["current"] == pytest.approx(losses["none"], rel=2e-2)

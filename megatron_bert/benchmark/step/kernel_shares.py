@@ -22,7 +22,7 @@ _KINDS = (
     ("data", r"Memcpy HtoD"),
     (
         "norm and elementwise",
-        r"triton_|fused_|elementwise|layer_norm|reduce|softmax|column_sums|vectorized|cat|copy",
+        r"triton_|fused_|fp8_|elementwise|layer_norm|reduce|softmax|column_sums|vectorized|cat|copy",
     ),
 )
 # Enough to see where what is neither product nor attention goes.

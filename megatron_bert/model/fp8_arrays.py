@@ -1,0 +1,212 @@
+"""Arrays in FP8 as products read them, written by kernels of our own.
+
+A product reads its first factor row by row and its second column by column: what it sums over lies
+together in both. So an array is written as rows, as columns (transposed), or as both at once.
+
+Shape suffixes: N tokens, D hidden, F features, P = 2 F: gate's and then up's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from megatron_bert.model import fp8_kernels, fused_tiles
+from megatron_bert.model.fp8 import E4M3, E5M2, largest_of
+from megatron_bert.model.fused_activation import Activation, Biases, is_gelu
+from megatron_bert.model.fused_norm import BranchMask, dropping
+from megatron_bert.model.fused_tiles import cdiv
+from megatron_bert.parallel.column_sums import column_sums
+
+# Bounds of what is next to nothing are no scales that anything could be divided by.
+_SMALLEST_SCALE = 1e-30
+
+
+# As kernels name them.
+_FORMATS = {E4M3: tl.float8e4nv, E5M2: tl.float8e5}
+
+
+class Scaled(NamedTuple):
+    """FP8 numbers, dense, and what they are multiplied by to mean what they stand for.
+
+    Attributes:
+        numbers: rows, or an array's columns.
+        scale: fp32 [1], or [N, 1] of rows.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+
+
+def as_scale(bound: Tensor, dtype: torch.dtype) -> Tensor:
+    """By which numbers that do not pass the bound, fp32, fit in a format."""
+    # Rounding in what comes before may pass a bound by next to nothing.
+    return (bound * (1.001 / largest_of(dtype))).clamp(min=_SMALLEST_SCALE)
+
+
+def cast_weight(weights: Sequence[Tensor], scale: Tensor, *, columns: bool) -> Tensor:
+    """Weights [F, D], one below another, in E4M3.
+
+    Args:
+        weights: of one shape each.
+        scale: fp32 [1].
+        columns: as columns, [D, all F], in place of rows.
+    """
+    (F, D), count = weights[0].shape, len(weights)
+    shape = (D, count * F) if columns else (count * F, D)
+    numbers = weights[0].new_empty(shape, dtype=E4M3)
+    for index, weight in enumerate(weights):
+        begin = index * F * (1 if columns else D)
+        _cast(
+            weight,
+            scale,
+            None if columns else numbers.view(-1)[begin:],
+            numbers.view(-1)[begin:] if columns else None,
+            E4M3,
+            count * F,
+        )
+    return numbers
+
+
+def cast_gradient(
+    grad_ND: Tensor, scale: Tensor, mask: BranchMask, dtype: torch.dtype
+) -> tuple[Scaled, Scaled, Tensor | None]:
+    """The gradient of a branch's output, by that of what it was added to, in E5M2.
+
+    Args:
+        grad_ND: [N, D].
+        scale: fp32 [1].
+        mask: what the branch was dropped by.
+        dtype: of the bias's gradient.
+
+    Returns:
+        Rows; columns; the gradient of the branch's bias, [D], if it has one.
+    """
+    N, D = grad_ND.shape
+    rows, columns = (grad_ND.new_empty(shape, dtype=E5M2) for shape in ((N, D), (D, N)))
+    bias = _cast(grad_ND.contiguous(), scale, rows, columns, E5M2, N, mask, dtype)
+    return Scaled(rows, scale), Scaled(columns, scale), bias
+
+
+def _cast(
+    x: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    numbers: torch.dtype,
+    step: int,
+    mask: BranchMask | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    """Write x [T, D] as rows, columns that are `step` apart, or both; sum it for a bias."""
+    T, D = x.shape
+    draws, sums = ((), False) if mask is None else (mask.draws, mask.has_bias)
+    tile = fused_tiles.TILING.fp8
+    tiles = cdiv(D, tile.columns)
+    programs = tile.programs(T, max(1, fused_tiles.TILING.fp8_programs // tiles))
+    parts = x.new_empty((programs if sums else 0, D), dtype=torch.float32)
+    fp8_kernels.fp8_cast_kernel[(programs * tiles,)](
+        x, scale, *(draws or (x, x)), x if rows is None else rows,
+        x if columns is None else columns.view(torch.int32), parts, T, D, step, *dropping(mask),
+        FORMAT=_FORMATS[numbers], DROPOUT=bool(draws), SUMS=sums, HAS_ROWS=rows is not None,
+        HAS_COLUMNS=columns is not None, **tile.options(loops=True),
+    )  # fmt: skip
+    return column_sums(parts, dtype) if sums else None
+
+
+def norm_columns(
+    x_ND: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+) -> Scaled:
+    """A norm's output again, as columns [D, N] in E4M3.
+
+    Args:
+        x_ND: what it is the norm of.
+        mean: as `add_branch` gave it, like the next.
+        rstd: the same.
+        weight: [D], the norm's.
+        bias: [D] or None.
+        scale: that which `add_branch` wrote.
+    """
+    (N, D), tile = x_ND.shape, fused_tiles.TILING.fp8
+    columns = x_ND.new_empty((D, N), dtype=E4M3)
+    fp8_kernels.fp8_norm_columns_kernel[(cdiv(N, tile.tokens) * cdiv(D, tile.columns),)](
+        x_ND, mean, rstd, weight, x_ND if bias is None else bias, scale,
+        columns.view(torch.int32), N, D, FORMAT=_FORMATS[E4M3], HAS_BIAS=bias is not None,
+        **tile.options(),
+    )  # fmt: skip
+    return Scaled(columns, scale)
+
+
+def activation_rows(
+    gate_up_NP: Tensor, biases: Biases, activation: Activation
+) -> tuple[Scaled, Tensor]:
+    """activation(gate + bias) * (up + bias), [N, F] in E4M3, each row with a scale.
+
+    Args:
+        gate_up_NP: as `gated_activation` takes it, like the following.
+        biases: the same.
+        activation: the same.
+
+    Returns:
+        That, and the largest number, sign apart, of each row of gate and up with their biases:
+        fp32 [N].
+    """
+    N, size = len(gate_up_NP), gate_up_NP.shape[1] // 2
+    rows = gate_up_NP.new_empty((N, size), dtype=E4M3)
+    scales, largest = (gate_up_NP.new_empty(N, dtype=torch.float32) for _ in range(2))
+    tile = fused_tiles.TILING.whole_rows(size)
+    fp8_kernels.fp8_gated_activation_kernel[(cdiv(N, tile.tokens),)](
+        gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), rows, scales, largest, N, size,
+        largest_of(E4M3), BIASES=biases is not None, GELU=is_gelu(activation), **tile.options(),
+    )  # fmt: skip
+    return Scaled(rows, scales.view(-1, 1)), largest
+
+
+def gate_up_gradients(
+    active_grad_NF: Tensor,
+    gate_up_NP: Tensor,
+    biases: Biases,
+    activation: Activation,
+    grad_scale: Tensor,
+    active_scale: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Scaled, Scaled, Scaled, Tensor | None]:
+    """Gradients from that of the activation, and the activation again.
+
+    Args:
+        active_grad_NF: [N, F].
+        gate_up_NP: as `gated_activation` took them, like the following.
+        biases: the same.
+        activation: the same.
+        grad_scale: fp32 [1], of gate's and up's gradients.
+        active_scale: fp32 [1], of the activation.
+        dtype: of the biases' gradients.
+
+    Returns:
+        Those of gate and up in E5M2 as rows, [N, P], and as columns, [P, N]; the activation in E4M3
+        as columns, [F, N]; the gradients of the biases, [2, F], where there are any.
+    """
+    (N, size), tile = active_grad_NF.shape, fused_tiles.TILING.fp8_gradient
+    rows = torch.empty_like(gate_up_NP, dtype=E5M2)
+    columns = gate_up_NP.new_empty((2 * size, N), dtype=E5M2)
+    active = gate_up_NP.new_empty((size, N), dtype=E4M3)
+    tiles = cdiv(size, tile.columns)
+    programs = tile.programs(N, max(1, fused_tiles.TILING.fp8_programs // tiles))
+    parts = gate_up_NP.new_empty((programs if biases else 0, 2, size), dtype=torch.float32)
+    fp8_kernels.fp8_gated_activation_gradient_kernel[(programs * tiles,)](
+        active_grad_NF, gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), grad_scale,
+        active_scale, rows, columns.view(torch.int32), active.view(torch.int32), parts, N, size,
+        FORMAT=_FORMATS[E4M3], GRAD_FORMAT=_FORMATS[E5M2], BIASES=biases is not None,
+        GELU=is_gelu(activation), **tile.options(loops=True),
+    )  # fmt: skip
+    sums = column_sums(parts.flatten(1), dtype).view(2, size) if biases else None
+    return Scaled(rows, grad_scale), Scaled(columns, grad_scale), Scaled(active, active_scale), sums

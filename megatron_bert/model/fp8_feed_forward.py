@@ -1,0 +1,136 @@
+"""The feed-forward half of a fused block, its products in FP8.
+
+What products read is written in FP8 by the kernels that make it, so that nothing is read to be
+cast, and nothing to find its largest number first: of most arrays a bound on that is known before,
+which is enough. FP8 numbers are floating-point ones: a scale some powers of two too large costs
+range, of which gradients in E5M2 have 30 of them and what is read forward in E4M3 has 15, and no
+precision. The bounds, where |.| is a vector's length and max is over all of an array:
+
+    the norm's output       sqrt(D) max|weight| + max|bias|
+    the activation's        a row's own largest number, as it is made row by row
+    the output's gradient   max|row|, which is no smaller than any of its numbers
+    the activation's        sqrt(D) max|row| max|down|, by Cauchy and Schwarz
+    gate's and up's         1.13 times that and gate's or up's largest number, as neither
+                            activation's slope passes 1.13 nor its size its input's
+
+Weights are cast by their largest numbers. Nothing is kept from step to step.
+
+Shape suffixes: N tokens, D hidden, F features, P = 2 F: gate's and then up's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_bert.model.block import Block
+from megatron_bert.model.fp8 import E4M3, E5M2, largest_of, scaled_product
+from megatron_bert.model.fp8_arrays import (
+    Scaled,
+    activation_rows,
+    as_scale,
+    cast_gradient,
+    cast_weight,
+    gate_up_gradients,
+    norm_columns,
+)
+from megatron_bert.model.fused_feed_forward import (
+    Branch,
+    FeedForwardGradients,
+    FeedForwardOutput,
+    FeedForwardParameters,
+    made_by,
+)
+from megatron_bert.model.fused_norm import BranchMask, add_branch
+from megatron_bert.parallel.deferred import gradient_dtype
+
+# Of gelu, at the root of 2; silu's is 1.10.
+_STEEPEST = 1.13
+
+
+class Fp8FeedForward:
+    """See `FeedForwardPasses`; on one tensor-parallel rank."""
+
+    def forward(
+        self, block: Block, x: Tensor, branch: Branch, parameters: FeedForwardParameters
+    ) -> FeedForwardOutput:
+        """See `FeedForwardPasses`."""
+        network, dtype = block.feed_forward, x.dtype
+        scale = x.new_empty(1, dtype=torch.float32)
+        x, normed, mean, rstd = add_branch(x, *branch, made_by(block, parameters), scale)
+        wide, down = _weight_scales(parameters)
+        wide_ND = cast_weight((parameters.gate, parameters.up), wide, columns=False)
+        gate_up = scaled_product(normed, wide_ND.t(), scale, wide, dtype, fast=True)
+        active, largest = activation_rows(gate_up, parameters.wide_biases, network.activation)
+        down_DF = cast_weight((parameters.down,), down, columns=False)
+        # Where one factor has a scale for each row the other has one for each column.
+        down_scales = down.expand(1, len(down_DF)).contiguous()
+        y = scaled_product(active.numbers, down_DF.t(), active.scale, down_scales, dtype, fast=True)
+        kept = (gate_up, scale, wide, down, active.scale.amax().view(1), largest.amax().view(1))
+        return FeedForwardOutput(x, mean, rstd, y, kept)
+
+    def backward(
+        self,
+        block: Block,
+        end_grad: Tensor,
+        mask: BranchMask,
+        forward: FeedForwardOutput,
+        parameters: FeedForwardParameters,
+        known: FeedForwardParameters,
+    ) -> FeedForwardGradients:
+        """See `FeedForwardPasses`."""
+        network, dtype = block.feed_forward, end_grad.dtype
+        gate_up, scale, wide, down, active_scale, largest = forward.kept
+        sums = gradient_dtype(known.norm_weight)
+
+        longest = torch.linalg.vector_norm(end_grad, dim=1, dtype=torch.float32).amax()
+        longest = longest.view(1) / (1.0 - mask.dropout)
+        y_grad, y_grad_DN, down_bias = cast_gradient(end_grad, as_scale(longest, E5M2), mask, sums)
+        down_FD = cast_weight((parameters.down,), down, columns=True)
+        active_grad = scaled_product(y_grad.numbers, down_FD.t(), y_grad.scale, down, dtype)
+        # The scale of a weight is its largest number's 448th.
+        active_bound = math.sqrt(end_grad.shape[1]) * longest * (down * largest_of(E4M3))
+        gate_up_grad, gate_up_grad_PN, active_FN, wide_biases = gate_up_gradients(
+            active_grad,
+            gate_up,
+            parameters.wide_biases,
+            network.activation,
+            as_scale(_STEEPEST * active_bound * largest, E5M2),
+            active_scale,
+            sums,
+        )
+        del active_grad
+        down_grad = _weight_gradient(y_grad_DN, active_FN, known.down, dtype)
+        del active_FN, y_grad_DN, y_grad
+        wide_DP = cast_weight((parameters.gate, parameters.up), wide, columns=True)
+        normed_grad = scaled_product(
+            gate_up_grad.numbers, wide_DP.t(), gate_up_grad.scale, wide, dtype
+        )
+        norm_weight, norm_bias, _ = made_by(block, parameters)
+        normed_DN = norm_columns(
+            forward.x, forward.mean, forward.rstd, norm_weight, norm_bias, scale
+        )
+        wide_grad = _weight_gradient(gate_up_grad_PN, normed_DN, known.gate, dtype)
+        gate_grad, up_grad = wide_grad.chunk(2)
+        gate_bias, up_bias = (None, None) if wide_biases is None else wide_biases
+        return FeedForwardGradients(
+            normed_grad, (gate_grad, up_grad, down_grad), (gate_bias, up_bias, down_bias)
+        )
+
+
+def _weight_scales(parameters: FeedForwardParameters) -> tuple[Tensor, Tensor]:
+    """Of gate and up together, and of down, fp32 [1] each."""
+    gate, up, down = torch._foreach_norm(
+        [parameters.gate, parameters.up, parameters.down], float("inf"), dtype=torch.float32
+    )
+    wide = torch.maximum(gate, up)
+    return as_scale(wide.view(1), E4M3), as_scale(down.view(1), E4M3)
+
+
+def _weight_gradient(grad: Scaled, x: Scaled, known: Tensor, dtype: torch.dtype) -> Tensor:
+    """y_grad^T x, of both as columns; in fp32 where the weight's gradients are added up in it."""
+    sums = gradient_dtype(known)
+    made = sums if sums == torch.float32 else dtype
+    return scaled_product(grad.numbers, x.numbers.t(), grad.scale, x.scale, made)

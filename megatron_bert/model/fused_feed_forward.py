@@ -1,0 +1,204 @@
+"""The feed-forward half of a fused block: from attention's branch to the network's output.
+
+Forward and backward are written out. `precision.fp8` has another way through the same places
+(`fp8_feed_forward`).
+
+Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D hidden,
+F features of this rank, P = 2 F: gate's and then up's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_bert.model.block import Block
+from megatron_bert.model.fused_activation import (
+    Biases,
+    gated_activation,
+    gated_activation_gradients,
+)
+from megatron_bert.model.fused_norm import BranchMask, add_branch, branch_gradients, norm_again
+from megatron_bert.model.norm import LayerNorm
+from megatron_bert.parallel.deferred import (
+    DeferringLayer,
+    WeightProducts,
+    gradient_dtype,
+    weight_gradient,
+)
+from megatron_bert.parallel.linear import gathered_tokens, joined_gradients, summed_over_ranks
+
+# A weight or bias that a rank computes with, or its gradient; None where there is none.
+Parameter = Tensor | None
+
+
+class FeedForwardParameters(NamedTuple):
+    """Those of the norm and of the network that a rank computes with."""
+
+    norm_weight: Tensor
+    norm_bias: Parameter
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Parameter
+    up_bias: Parameter
+
+    @property
+    def wide_biases(self) -> Biases:
+        """Those of gate and up, which the activation adds."""
+        if self.gate_bias is None or self.up_bias is None:
+            return None
+        return self.gate_bias, self.up_bias
+
+
+class Branch(NamedTuple):
+    """What is added to the residual stream ahead of the norm: attention's output.
+
+    Attributes:
+        mask: what its elements are dropped by.
+        y: [T, D].
+        bias: [D], added to it before.
+    """
+
+    mask: BranchMask
+    y: Tensor
+    bias: Parameter
+
+
+class FeedForwardOutput(NamedTuple):
+    """What the forward pass gives.
+
+    Attributes:
+        x: the residual stream behind attention, [T, D].
+        mean: of its norm, fp32 [T].
+        rstd: the same.
+        y: the network's output, without its bias, [T, D].
+        kept: what else backward takes.
+    """
+
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    y: Tensor
+    kept: tuple[Any, ...]
+
+
+class FeedForwardGradients(NamedTuple):
+    """What the backward pass gives.
+
+    Attributes:
+        normed: of the norm's output, [T, D].
+        weights: of gate, up and down; None where products are left for later.
+        biases: the same.
+    """
+
+    normed: Tensor
+    weights: tuple[Parameter, Parameter, Parameter]
+    biases: tuple[Parameter, Parameter, Parameter]
+
+
+class FeedForwardPasses(Protocol):
+    """Computes the network, forward and backward."""
+
+    def forward(
+        self, block: Block, x: Tensor, branch: Branch, parameters: FeedForwardParameters
+    ) -> FeedForwardOutput:
+        """From the residual stream ahead of attention's branch."""
+        ...
+
+    def backward(
+        self,
+        block: Block,
+        end_grad: Tensor,
+        mask: BranchMask,
+        forward: FeedForwardOutput,
+        parameters: FeedForwardParameters,
+        known: FeedForwardParameters,
+    ) -> FeedForwardGradients:
+        """From the gradient of the block's output, [T, D].
+
+        Args:
+            block: as forward, like `parameters`.
+            end_grad: that gradient.
+            mask: what the network's output was dropped by.
+            forward: what the forward pass gave, but for `y`.
+            parameters: the same.
+            known: the same as autograd knows them, for the types of their gradients.
+        """
+        ...
+
+
+def made_by(block: Block, parameters: FeedForwardParameters) -> tuple[Tensor, Parameter, float]:
+    """The network's norm, as `add_branch` takes it."""
+    assert isinstance(block.feed_forward_norm, LayerNorm)
+    return parameters.norm_weight, parameters.norm_bias, block.feed_forward_norm.eps
+
+
+def remakes(block: Block) -> bool:
+    """Whether norms' outputs are made again backward, and not kept.
+
+    Recomputation in full keeps nothing of a block but its input, and has them by then.
+    """
+    return not (block.recompute and block.training)
+
+
+def left_or_computed(
+    layer: DeferringLayer, y_grad_ND: Tensor, x_NF: Tensor, known: Tensor
+) -> Parameter:
+    """A weight's gradient as `weight_gradient` gives it; None where its product is left."""
+    if layer.deferred is None:
+        return weight_gradient(y_grad_ND, x_NF, known)
+    layer.deferred.append(WeightProducts([layer], x_NF, [y_grad_ND], unrounded=True))
+    return None
+
+
+class PlainFeedForward:
+    """With products in the type of what they are made of."""
+
+    def forward(
+        self, block: Block, x: Tensor, branch: Branch, parameters: FeedForwardParameters
+    ) -> FeedForwardOutput:
+        """See `FeedForwardPasses`."""
+        network, tp = block.feed_forward, block.feed_forward.tp
+        x, normed, mean, rstd = add_branch(x, *branch, made_by(block, parameters))
+        kept = None if remakes(block) else normed
+        wide = torch.cat((parameters.gate, parameters.up))
+        gate_up = F.linear(gathered_tokens(normed, tp), wide)
+        active = gated_activation(gate_up, parameters.wide_biases, network.activation)
+        y = summed_over_ranks(F.linear(active, parameters.down), tp)
+        return FeedForwardOutput(x, mean, rstd, y, (kept, gate_up))
+
+    def backward(
+        self,
+        block: Block,
+        end_grad: Tensor,
+        mask: BranchMask,
+        forward: FeedForwardOutput,
+        parameters: FeedForwardParameters,
+        known: FeedForwardParameters,
+    ) -> FeedForwardGradients:
+        """See `FeedForwardPasses`."""
+        network, tp = block.feed_forward, block.feed_forward.tp
+        normed, gate_up = forward.kept
+        dtype = gradient_dtype(known.norm_weight)
+        y_grad, down_bias = branch_gradients(end_grad, mask, dtype)
+        y_grad = gathered_tokens(y_grad, tp)
+        # The activation itself, once its gradient is used up.
+        active = y_grad @ parameters.down
+        gate_up_grad, wide_biases = gated_activation_gradients(
+            active, gate_up, parameters.wide_biases, network.activation, dtype
+        )
+        down = left_or_computed(network.down, y_grad, active, known.down)
+        # Wide ones go once they are used up: other layers' activations still stand.
+        del active, y_grad
+        if normed is None:
+            norm_weight, norm_bias, _ = made_by(block, parameters)
+            normed = norm_again(forward.x, forward.mean, forward.rstd, norm_weight, norm_bias)
+        normed_grad, (gate, up) = joined_gradients(
+            gate_up_grad, normed, parameters[2:4], (network.gate, network.up), tp, known.gate
+        )
+        gate_bias, up_bias = (None, None) if wide_biases is None else wide_biases
+        return FeedForwardGradients(normed_grad, (gate, up, down), (gate_bias, up_bias, down_bias))
