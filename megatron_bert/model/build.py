@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.kernels import chosen_kernels
+from megatron_bert.config.kernels import chosen_kernels, records_passes
 from megatron_bert.config.pipeline_stages import num_stages, stage_layers
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.device_facts import facts_of
@@ -115,7 +115,7 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
 def _one_rank_runner(
     model: ShardedModel[BertForPretraining], config: Config, topology: Topology
 ) -> MicroBatchRunner:
-    if not config.compile.cuda_graphs:
+    if not records_passes(config, facts_of(topology.device)):
         return WholeModel(model)
     if topology.device.type != "cuda":
         raise ConfigError(

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from megatron_bert.config.errors import ConfigError
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
 
@@ -112,10 +113,14 @@ class RecordedModel(WholeModel):
         self._passes: _Passes | None = None
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
-        """See `MicroBatchRunner`."""
+        """See `MicroBatchRunner`.
+
+        Raises:
+            ConfigError: what such micro-batches take cannot be recorded here.
+        """
         self.model.module.train()
         loss = torch.zeros_like(count)
-        with self.model.step(len(micro_batches), keeps_sums=True):
+        with _memory_noted(), self.model.step(len(micro_batches), keeps_sums=True):
             if self._passes is None or not self._passes.take(micro_batches[0]):
                 # The memory of those for other shapes goes before new ones take theirs.
                 self._passes = None
@@ -136,6 +141,9 @@ class _Passes:
         micro_batch: one of the shape.
         count: what its summed loss is divided by.
         recording: see `RecordedModel`.
+
+    Raises:
+        ConfigError: see `RecordedModel.train`.
     """
 
     def __init__(
@@ -152,7 +160,8 @@ class _Passes:
             for _ in range(_WARM_UP_PASSES):
                 _Stretches(model, None).run(self._inputs, self._count)
             stretches = _Stretches(model, recorder)
-            self._loss = stretches.run(self._inputs, self._count)
+            with _failure_named():
+                self._loss = stretches.run(self._inputs, self._count)
         self._steps = stretches.steps
 
     def take(self, micro_batch: MicroBatch) -> bool:
@@ -169,6 +178,46 @@ class _Passes:
         for step in self._steps:
             step()
         return self._loss
+
+
+@contextmanager
+def _failure_named() -> Iterator[None]:
+    """Let who reads an error out of a recording know by which key there is none.
+
+    The passes before it, which were not recorded, have shown that the model computes.
+
+    Raises:
+        ConfigError: something cannot be recorded here. A want of memory stays what it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _lacks_memory(error):
+            raise
+        what = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            "compile.cuda_graphs: passes cannot be recorded here "
+            f"({type(error).__name__}: {what}); use compile.cuda_graphs=false"
+        ) from error
+
+
+@contextmanager
+def _memory_noted() -> Iterator[None]:
+    """Let who lacks memory know what recorded passes take of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _lacks_memory(error):
+            error.add_note(
+                "recorded passes, and the sums of their gradients, keep their memory from step to "
+                "step: compile.cuda_graphs=false takes less"
+            )
+        raise
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    # Of the driver's and of libraries' no class tells.
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 class _Stretches:
