@@ -21,7 +21,7 @@ from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatchRunner, WholeModel
 from megatron_bert.parallel.partial_gradients import sum_partial_gradients
 from megatron_bert.parallel.pipeline import Pipeline
-from megatron_bert.parallel.recorded_passes import RecordedModel
+from megatron_bert.parallel.recorded_passes import CudaGraphs, RecordedModel
 from megatron_bert.parallel.sharding import is_split_over, local_part
 from megatron_bert.parallel.tied import sum_tied_gradient
 
@@ -122,7 +122,8 @@ def _one_rank_runner(
             "compile.cuda_graphs = true: they are CUDA's, and this machine shows PyTorch no CUDA "
             "device; use compile.cuda_graphs=false"
         )
-    return RecordedModel(model)
+    timeout = config.distributed.timeout_seconds
+    return RecordedModel(model, CudaGraphs(topology.device, timeout))
 
 
 def lay_out_chunks(

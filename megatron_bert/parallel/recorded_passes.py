@@ -16,9 +16,11 @@ from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.distributed.device_work import wait_for_step, work_point
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
 
@@ -48,7 +50,8 @@ Recording: TypeAlias = Callable[[], AbstractContextManager[Recorder]]
 class _CudaGraphs:
     """A CUDA graph each; one's activations stand in the same memory that another's read."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        self._device, self._timeout = device, timeout_seconds
         self._pool: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -57,6 +60,8 @@ class _CudaGraphs:
             # They take memory of their own: what passes had before goes back, and graphs of other
             # shapes that wait for the collector.
             gc.collect()
+            # Giving it back waits for the device, which may wait for a rank that is gone.
+            wait_for_step(work_point(self._device), self._timeout)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             self._pool = torch.cuda.graph_pool_handle()
@@ -79,9 +84,15 @@ class _CudaGraphs:
 
 
 class CudaGraphs:
-    """Recordings on the current device, all on one stream, for which libraries keep memory."""
+    """Recordings on a device, all on one stream, for which libraries keep memory.
 
-    def __init__(self) -> None:
+    Args:
+        device: the current one.
+        timeout_seconds: how long it may take to come to the end of what it was given before.
+    """
+
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        self._device, self._timeout = device, timeout_seconds
         self._stream: torch.cuda.Stream | None = None
 
     @contextmanager
@@ -90,7 +101,7 @@ class CudaGraphs:
         stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._stream = stream
         stream.wait_stream(torch.cuda.current_stream())
-        recorder = _CudaGraphs()
+        recorder = _CudaGraphs(self._device, self._timeout)
         with torch.cuda.stream(stream):
             try:
                 yield recorder
@@ -104,12 +115,12 @@ class RecordedModel(WholeModel):
 
     Args:
         model: see `WholeModel`; its gathered weights stay where they are from step to step.
-        recording: how passes are recorded; default: as CUDA graphs.
+        recording: how passes are recorded.
     """
 
-    def __init__(self, model: ShardedModel[Any], recording: Recording | None = None) -> None:
+    def __init__(self, model: ShardedModel[Any], recording: Recording) -> None:
         super().__init__(model)
-        self._recording = recording or CudaGraphs()
+        self._recording = recording
         self._passes: _Passes | None = None
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
@@ -192,7 +203,8 @@ def _failure_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if _lacks_memory(error):
+        # A rank that is gone is named elsewhere.
+        if _lacks_memory(error) or isinstance(error, dist.DistError):
             raise
         what = str(error).strip().partition("\n")[0]
         raise ConfigError(

@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.kernels import ComputeDevice
+from megatron_bert.distributed.device_work import DeviceStalledError, HostPoint
 from megatron_bert.model import build
 from megatron_bert.model.build import RankModel
+from megatron_bert.parallel import recorded_passes
 from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
 from megatron_bert.parallel.recorded_passes import RecordedModel
 from megatron_bert.training.optimizer import build_optimizer
@@ -246,6 +249,28 @@ def test_memory_that_a_recording_lacks_is_told_as_that(kind: type[RuntimeError])
     ((told, notes),) = run_ranks(1, _check_refused, kind("CUDA out of memory. Tried to allocate"))
     assert told == f"{kind.__name__}: CUDA out of memory. Tried to allocate"
     assert ["compile.cuda_graphs=false" in note for note in notes] == [True]
+
+
+def test_a_rank_that_is_gone_is_told_as_that() -> None:
+    ((told, _),) = run_ranks(1, _check_refused, dist.DistError("a rank is gone"))
+    assert told == "DistError: a rank is gone"
+
+
+def test_a_recording_waits_no_longer_for_other_ranks_than_a_step_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited = []
+
+    class Never(HostPoint):
+        def wait(self, timeout_seconds: float = 0.0, given_up: object = None) -> bool:
+            waited.append(timeout_seconds)
+            return False
+
+    monkeypatch.setattr(recorded_passes, "work_point", lambda _: Never())
+    recorder = recorded_passes._CudaGraphs(torch.device("cuda", 0), 7.0)
+    with pytest.raises(DeviceStalledError, match="within 7 s"):
+        recorder.begin()
+    assert waited == [7.0]
 
 
 class _Order(TorchDispatchMode):
