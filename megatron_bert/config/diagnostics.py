@@ -117,9 +117,10 @@ def _given(path: KeyPath, value: Any, places: Mapping[KeyPath, str]) -> str:
 
 def _hint(expected: str, value: Any, default: Any) -> str:
     """The remedy for values that look right but are of another type in YAML, or an example."""
-    if expected.startswith("true or false") and isinstance(value, str):
+    if "true" in expected.replace(",", "").split() and isinstance(value, str):
         meant = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(value.lower())
-        return f"; write {meant}" if meant else ""
+        if meant:
+            return f"; write {meant}"
     if expected.startswith("an integer") and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     if expected.startswith(("an integer", "a number")) and isinstance(value, str):

@@ -60,6 +60,21 @@ def chosen_kernels(config: Config, device: ComputeDevice) -> KernelsName:
     return "fused" if fits and not any(_fused_conflicts(config, "auto")) else "torch"
 
 
+def records_passes(config: Config, device: ComputeDevice) -> bool:
+    """Whether passes are recorded and replayed: `compile.cuda_graphs`, of which `auto` is a wish.
+
+    Args:
+        config: the whole configuration, with the layout of the run; `run.device: cpu` holds
+            whatever the device.
+        device: what is known of it.
+    """
+    asked = config.compile.cuda_graphs
+    if asked != "auto":
+        return asked
+    runs = device.kind == "cuda" and config.run.device != "cpu"
+    return runs and not any(_recording_conflicts(config))
+
+
 def describe_kernels(config: Config, device: ComputeDevice) -> str:
     """What the run computes with, for its plan."""
     name = chosen_kernels(config, device)
@@ -75,14 +90,14 @@ def kernel_conflicts(config: Config) -> Iterator[str]:
         yield from _fused_conflicts(config, key)
     if config.kernels == "te":
         yield from _te_conflicts(config, key)
-    if config.compile.cuda_graphs:
+    if config.compile.cuda_graphs is True:
         yield from _recording_conflicts(config)
 
 
 def kernel_problems(config: Config) -> Iterator[str]:
     """What this machine lacks for `kernels`."""
     kernels = config.kernels
-    if config.compile.cuda_graphs and config.run.device == "cpu":
+    if config.compile.cuda_graphs is True and config.run.device == "cpu":
         yield (
             "compile.cuda_graphs = true: they are CUDA's and run.device = cpu; use "
             "compile.cuda_graphs=false"
@@ -145,7 +160,12 @@ def _fused_conflicts(config: Config, key: str) -> Iterator[str]:
 
 
 def _recording_conflicts(config: Config) -> Iterator[str]:
-    """A recording is one rank's whole pass, by kernels that are the same in every pass."""
+    """A recording is one rank's whole pass, by kernels that are the same in every pass.
+
+    Whatever else can be chosen is recorded: sizes on the device follow from shapes alone, nothing
+    is read back, and what is computed again draws from no generator. FP8's scales stay on the
+    device too.
+    """
     key, other = "compile.cuda_graphs = true", "or compile.cuda_graphs=false"
     parallel = config.parallel
     for name, ranks in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def _describe(node: JsonSchema) -> str:
     if "anyOf" in node:
         return " or ".join(_describe(option) for option in node["anyOf"])
     if "enum" in node:
-        return f"one of {', '.join(node['enum'])}"
+        # As YAML has them: true and false may stand beside names.
+        return f"one of {', '.join(_plain(value) for value in node['enum'])}"
     if "const" in node:
         return str(node["const"])
     if node["type"] == "array":
@@ -194,6 +196,10 @@ def _describe(node: JsonSchema) -> str:
         return "non-empty text" if node.get("minLength") else "text"
     words = {"integer": "an integer", "number": "a number", "boolean": "true or false"}
     return words.get(node["type"], "null") + _limits(node)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _limits(node: JsonSchema) -> str:

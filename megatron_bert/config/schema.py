@@ -20,6 +20,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     StringConstraints,
+    field_validator,
     model_validator,
 )
 
@@ -399,11 +400,21 @@ class CompileConfig(Section):
     enabled: bool = False
     """Compile each transformer block. On CUDA `kernels: auto` has faster ones without it, and with
     it stands for `torch`."""
-    cuda_graphs: bool = False
-    """Record a micro-batch's forward and backward pass at a stage's first step and replay it: for
-    micro-batches of so few tokens that the host is slower than the GPU. Without tensor parallelism,
-    pipelines and `parallel.reshard_after_forward`. The sums of gradients (4 bytes a parameter) stay
-    from step to step. Not run on a GPU yet."""
+    cuda_graphs: Literal["auto", True, False] = "auto"
+    """Record a micro-batch's forward and backward pass at a stage's first step and replay it: where
+    micro-batches have few tokens, launching their kernels one by one takes longer than computing.
+    `auto`: on CUDA wherever passes can be recorded, which is without tensor parallelism, pipelines,
+    `parallel.reshard_after_forward`, `compile.enabled` and other packages' kernels; `true` refuses
+    these. The sums of gradients (4 bytes a parameter) stay from step to step. Measured on one GPU,
+    not on several yet."""
+
+    @field_validator("cuda_graphs", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: object) -> object:
+        # To Python 1 is True, and so it were among the values.
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise ValueError("a number")
+        return value
 
 
 class DistributedConfig(Section):

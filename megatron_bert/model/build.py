@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.kernels import chosen_kernels
+from megatron_bert.config.kernels import chosen_kernels, records_passes
 from megatron_bert.config.pipeline_stages import num_stages, stage_layers
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.device_facts import facts_of
@@ -21,7 +21,7 @@ from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatchRunner, WholeModel
 from megatron_bert.parallel.partial_gradients import sum_partial_gradients
 from megatron_bert.parallel.pipeline import Pipeline
-from megatron_bert.parallel.recorded_passes import RecordedModel
+from megatron_bert.parallel.recorded_passes import CudaGraphs, RecordedModel
 from megatron_bert.parallel.sharding import is_split_over, local_part
 from megatron_bert.parallel.tied import sum_tied_gradient
 
@@ -115,14 +115,15 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> RankMode
 def _one_rank_runner(
     model: ShardedModel[BertForPretraining], config: Config, topology: Topology
 ) -> MicroBatchRunner:
-    if not config.compile.cuda_graphs:
+    if not records_passes(config, facts_of(topology.device)):
         return WholeModel(model)
     if topology.device.type != "cuda":
         raise ConfigError(
             "compile.cuda_graphs = true: they are CUDA's, and this machine shows PyTorch no CUDA "
             "device; use compile.cuda_graphs=false"
         )
-    return RecordedModel(model)
+    timeout = config.distributed.timeout_seconds
+    return RecordedModel(model, CudaGraphs(topology.device, timeout))
 
 
 def lay_out_chunks(

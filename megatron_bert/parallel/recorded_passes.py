@@ -16,8 +16,11 @@ from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_bert.config.errors import ConfigError
+from megatron_bert.distributed.device_work import wait_for_step, work_point
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
 
@@ -47,7 +50,8 @@ Recording: TypeAlias = Callable[[], AbstractContextManager[Recorder]]
 class _CudaGraphs:
     """A CUDA graph each; one's activations stand in the same memory that another's read."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        self._device, self._timeout = device, timeout_seconds
         self._pool: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -56,6 +60,8 @@ class _CudaGraphs:
             # They take memory of their own: what passes had before goes back, and graphs of other
             # shapes that wait for the collector.
             gc.collect()
+            # Giving it back waits for the device, which may wait for a rank that is gone.
+            wait_for_step(work_point(self._device), self._timeout)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             self._pool = torch.cuda.graph_pool_handle()
@@ -78,9 +84,15 @@ class _CudaGraphs:
 
 
 class CudaGraphs:
-    """Recordings on the current device, all on one stream, for which libraries keep memory."""
+    """Recordings on a device, all on one stream, for which libraries keep memory.
 
-    def __init__(self) -> None:
+    Args:
+        device: the current one.
+        timeout_seconds: how long it may take to come to the end of what it was given before.
+    """
+
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        self._device, self._timeout = device, timeout_seconds
         self._stream: torch.cuda.Stream | None = None
 
     @contextmanager
@@ -89,7 +101,7 @@ class CudaGraphs:
         stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._stream = stream
         stream.wait_stream(torch.cuda.current_stream())
-        recorder = _CudaGraphs()
+        recorder = _CudaGraphs(self._device, self._timeout)
         with torch.cuda.stream(stream):
             try:
                 yield recorder
@@ -103,19 +115,23 @@ class RecordedModel(WholeModel):
 
     Args:
         model: see `WholeModel`; its gathered weights stay where they are from step to step.
-        recording: how passes are recorded; default: as CUDA graphs.
+        recording: how passes are recorded.
     """
 
-    def __init__(self, model: ShardedModel[Any], recording: Recording | None = None) -> None:
+    def __init__(self, model: ShardedModel[Any], recording: Recording) -> None:
         super().__init__(model)
-        self._recording = recording or CudaGraphs()
+        self._recording = recording
         self._passes: _Passes | None = None
 
     def train(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> Tensor:
-        """See `MicroBatchRunner`."""
+        """See `MicroBatchRunner`.
+
+        Raises:
+            ConfigError: what such micro-batches take cannot be recorded here.
+        """
         self.model.module.train()
         loss = torch.zeros_like(count)
-        with self.model.step(len(micro_batches), keeps_sums=True):
+        with _memory_noted(), self.model.step(len(micro_batches), keeps_sums=True):
             if self._passes is None or not self._passes.take(micro_batches[0]):
                 # The memory of those for other shapes goes before new ones take theirs.
                 self._passes = None
@@ -136,6 +152,9 @@ class _Passes:
         micro_batch: one of the shape.
         count: what its summed loss is divided by.
         recording: see `RecordedModel`.
+
+    Raises:
+        ConfigError: see `RecordedModel.train`.
     """
 
     def __init__(
@@ -152,7 +171,8 @@ class _Passes:
             for _ in range(_WARM_UP_PASSES):
                 _Stretches(model, None).run(self._inputs, self._count)
             stretches = _Stretches(model, recorder)
-            self._loss = stretches.run(self._inputs, self._count)
+            with _failure_named():
+                self._loss = stretches.run(self._inputs, self._count)
         self._steps = stretches.steps
 
     def take(self, micro_batch: MicroBatch) -> bool:
@@ -169,6 +189,47 @@ class _Passes:
         for step in self._steps:
             step()
         return self._loss
+
+
+@contextmanager
+def _failure_named() -> Iterator[None]:
+    """Let who reads an error out of a recording know by which key there is none.
+
+    The passes before it, which were not recorded, have shown that the model computes.
+
+    Raises:
+        ConfigError: something cannot be recorded here. A want of memory stays what it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # A rank that is gone is named elsewhere.
+        if _lacks_memory(error) or isinstance(error, dist.DistError):
+            raise
+        what = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            "compile.cuda_graphs: passes cannot be recorded here "
+            f"({type(error).__name__}: {what}); use compile.cuda_graphs=false"
+        ) from error
+
+
+@contextmanager
+def _memory_noted() -> Iterator[None]:
+    """Let who lacks memory know what recorded passes take of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _lacks_memory(error):
+            error.add_note(
+                "recorded passes, and the sums of their gradients, keep their memory from step to "
+                "step: compile.cuda_graphs=false takes less"
+            )
+        raise
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    # Of the driver's and of libraries' no class tells.
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 class _Stretches:

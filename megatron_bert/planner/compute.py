@@ -124,16 +124,21 @@ def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> P
     elif work.recompute == "selective" and work.writes_scores:
         backward += Seconds(attention=attention_forward)
     busy = (forward + backward + weight).total
-    # The host runs beside the device; what it lacks is shared out as the work is.
-    launches = rates.host_compiled if work.job.config.compile.enabled else rates.host
-    launches *= 4 / 3 if work.recompute == "full" else 1.0
-    launches += rates.host_message * _messages_of(work)
-    waiting = max(rates.idle, launches - busy)
+    # What the device lacks is shared out as the work is.
+    waiting = rates.idle_recorded if work.is_recorded else max(rates.idle, _launches(work) - busy)
     return Passes(
         forward + Seconds(host=waiting / 3),
         backward + Seconds(host=waiting / 3),
         weight + Seconds(host=waiting / 3),
     )
+
+
+def _launches(work: Work) -> float:
+    """Seconds of the host, which runs beside the device, for what it launches one by one."""
+    rates = work.job.machine.rates
+    seconds = rates.host_compiled if work.job.config.compile.enabled else rates.host
+    seconds *= 4 / 3 if work.recompute == "full" else 1.0
+    return seconds + rates.host_message * _messages_of(work)
 
 
 def _messages_of(work: Work) -> int:

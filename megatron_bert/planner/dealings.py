@@ -25,6 +25,7 @@ class Dealings:
         replicate: copies of the weights.
         shards: ranks that share a copy out.
         reshard: whether weights are gathered for every pass.
+        recorded: whether passes are recorded.
         gather: seconds to gather a block's weights.
         reduce: to reduce a block's gradients, over shards and copies.
         root_gather: to gather what stands outside the blocks, over all pipeline ranks.
@@ -37,6 +38,7 @@ class Dealings:
     replicate: NDArray[np.int64]
     shards: NDArray[np.int64]
     reshard: NDArray[np.bool_]
+    recorded: NDArray[np.bool_]
     gather: Floats
     reduce: Floats
     root_gather: Floats
@@ -51,7 +53,8 @@ class Dealings:
         key = ("dealings", split.tensor, split.sequence, split.pipeline)
 
         def make() -> Dealings:
-            frees = (False,) if job.config.compile.cuda_graphs else (False, True)
+            # Training refuses it beside recorded passes that are asked for.
+            frees = (False,) if job.config.compile.cuda_graphs is True else (False, True)
             return cls._of(
                 job,
                 [
@@ -87,6 +90,7 @@ class Dealings:
             replicate=replicate,
             shards=layouts[0].split.data // replicate,
             reshard=np.array([layout.reshard for layout in layouts]),
+            recorded=np.array([job.records(layout) for layout in layouts]),
             **{
                 name: np.array([of_one[name] for of_one in seconds], np.float64)
                 for name in seconds[0]

@@ -8,7 +8,12 @@ from functools import cached_property
 from typing import Any
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
-from megatron_bert.config.kernels import KERNEL_HEAD_SIZES, ComputeDevice, chosen_kernels
+from megatron_bert.config.kernels import (
+    KERNEL_HEAD_SIZES,
+    ComputeDevice,
+    chosen_kernels,
+    records_passes,
+)
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.planner.layouts import Layout, Split
@@ -74,7 +79,25 @@ class Job:
     @cached_property
     def has_fused_kernels(self) -> bool:
         """Whether these are our own."""
-        return chosen_kernels(self.config, ComputeDevice(self.machine.gpu.kind)) == "fused"
+        return chosen_kernels(self.config, self._device) == "fused"
+
+    @cached_property
+    def _device(self) -> ComputeDevice:
+        return ComputeDevice(self.machine.gpu.kind)
+
+    def records(self, layout: Layout) -> bool:
+        """Whether passes are recorded under a layout."""
+        # All of a layout that `records_passes` looks at.
+        keys = {
+            "parallel.tensor": layout.split.tensor,
+            "parallel.pipeline": layout.split.pipeline,
+            "parallel.reshard_after_forward": layout.reshard,
+        }
+        is_recorded: bool = self.once(
+            ("records", *keys.values()),
+            lambda: records_passes(self.config.with_keys(keys), self._device),
+        )
+        return is_recorded
 
     def batch(self, layout: Layout, span: StageSpan) -> BatchLayout:
         """How a stage's rows are dealt out; what `BatchLayout.of` gives for the keys."""
@@ -98,6 +121,7 @@ class Work:
         recompute: what is computed again backward.
         rows: of the micro-batch.
         span: the stage of the curriculum.
+        is_recorded: whether passes are replayed, not launched kernel by kernel.
     """
 
     job: Job
@@ -105,6 +129,7 @@ class Work:
     recompute: str
     rows: int
     span: StageSpan
+    is_recorded: bool = False
 
     @property
     def tokens(self) -> int:

@@ -139,6 +139,7 @@ class Rates:
         link_latency: seconds of a message inside a node, and as much again a 16th for each rank.
         network_latency: the same across nodes.
         idle: seconds a block and micro-batch in which the device waits.
+        idle_recorded: the same where passes are recorded, which the host then does not bound.
         host: seconds that the host takes to launch a block, forward and backward: the least time
             of a block, however few its tokens; a third more where it is computed again.
         host_compiled: the same of compiled blocks.
@@ -166,8 +167,11 @@ class Rates:
     link_latency: float = 10e-6
     network_latency: float = 25e-6
     idle: float = 0.3e-3
-    # 27 November, 4,096 slots of length 128: steps of 0.696 and 0.529 s for 96 blocks.
-    host: float = 7.0e-3
+    # 27 November (commit 6d76a3a): 0.11 to 0.21 ms with micro-batches of 4,096 to 32,768 slots.
+    idle_recorded: float = 0.2e-3
+    # The same: 192 blocks of 4,096 and 8,192 slots in 0.85 to 0.94 s.
+    host: float = 4.5e-3
+    # 27 November (commit ec2cbf4), 4,096 slots of length 128: a step of 0.529 s for 96 blocks.
     host_compiled: float = 5.3e-3
     host_message: float = 40e-6
     step: float = 2e-3
@@ -232,8 +236,8 @@ def _default_rates(gpu: str) -> Rates:
     # Written-out attention is products of the usual kind; a rank is a process, without a context.
     return Rates(
         gemm=0.6, attention_forward=0.3, attention_backward=0.3, no_dropout=3.0, eager=2.0,
-        link_latency=100e-6, network_latency=200e-6, idle=0.0, host=1e-3, host_compiled=1e-3,
-        reserved_gib=0.5,
+        link_latency=100e-6, network_latency=200e-6, idle=0.0, idle_recorded=0.0,
+        host=1e-3, host_compiled=1e-3, reserved_gib=0.5,
     )  # fmt: skip
 
 

@@ -69,8 +69,7 @@ class RankNeeds(Generic[Number]):
         matrices: of the blocks' matrices.
         alike: of those of one shape.
         owners: ranks that hold parts of its blocks.
-        accumulates: 1 where it takes several micro-batches a step, or keeps the sums of their
-            gradients in any case, else 0.
+        accumulates: 1 where it takes several micro-batches a step, else 0.
         activations: of the micro-batches in flight, in bytes.
         of_block: of one block and micro-batch among them.
         forward: beside, while a block goes forward.
@@ -112,7 +111,10 @@ class Moments:
         # With one rank for all rows nothing is reduced, and sums stay in fp32.
         shares = dealings.shards * dealings.replicate > 1
         self._reduced = np.where(shares, float(job.reduce_bytes), 4.0)
-        self._once = 1.0 - self._needs.accumulates
+        # Recorded passes have sums of gradients, which they keep, of a single micro-batch too.
+        self._records = dealings.recorded.astype(np.float64)
+        self._accumulates = np.maximum(self._needs.accumulates, self._records)
+        self._once = 1.0 - self._accumulates
         parameters, block = self._needs.parameters, self._needs.block
         self._gathered = job.element_bytes * np.where(
             dealings.reshard, self._needs.root + 2 * block, parameters
@@ -120,17 +122,17 @@ class Moments:
         # They keep their memory from step to step, unless each block's is given back.
         self._kept = job.element_bytes * np.where(dealings.reshard, 0.0, parameters)
         # Whole gradients, where micro-batches are added up before ranks reduce them.
-        self._sums = self._needs.accumulates * self._reduced * parameters
+        self._sums = self._accumulates * self._reduced * parameters
         self._weights = 4.0 * parameters / self._shards
         saved = 4.0 * self._needs.matrices if muon.is_used(job) else 0.0
         self._optimizer = (8.0 * parameters - saved) / self._shards
-        self._buffers = job.element_bytes * block * self._several * self._needs.accumulates
+        self._buffers = job.element_bytes * block * self._several * self._accumulates
         # Graphs keep what activations and the rest of a pass took at the most.
         passes = self._needs.activations + np.maximum(
             np.maximum(self._needs.forward, self._needs.table + self._needs.backward),
             self._needs.head + self._needs.logits,
         )
-        self._recorded = float(job.config.compile.cuda_graphs) * passes
+        self._recorded = self._records * passes
 
     def peaks(self) -> Floats:
         """Bytes of each dealing's fullest rank."""
@@ -179,11 +181,10 @@ class Moments:
         e, root = self._job.element_bytes, self._needs.root
         shards = 4.0 * self._needs.parameters / self._shards
         packed = (e + self._several * self._reduced) * root
-        recorded = float(self._job.config.compile.cuda_graphs)
         return self._moment(
             # Of recorded passes the sums stay, beside what they are reduced to.
             np.maximum(self._sums, self._once * (shards + packed))
-            + recorded * self._several * (shards + packed),
+            + self._records * self._several * (shards + packed),
             0.0 * root,
             activations=self._recorded,
             gathered=np.maximum(self._kept, e * root),
@@ -199,7 +200,7 @@ class Moments:
             self._dealings.replicate.astype(np.float64),
             self._shards,
         )
-        kept = float(self._job.config.compile.cuda_graphs) * self._several * self._sums
+        kept = self._records * self._several * self._sums
         return self._moment(
             self._weights + kept, working, activations=self._recorded, gathered=self._kept
         )
@@ -249,7 +250,7 @@ def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds[floa
                 matrices=part.matrices,
                 alike=part.layers * muon.elements_alike(job),
                 owners=split.tensor * split.data,
-                accumulates=float(batch.num_micro_batches > 1 or job.config.compile.cuda_graphs),
+                accumulates=float(batch.num_micro_batches > 1),
                 # The final norm keeps its input.
                 activations=kept + entry * part.has_head,
                 of_block=block.kept,

@@ -107,6 +107,8 @@ def _stages(plan: Plan, best: LayoutPlan) -> Iterator[str]:
             f"{span.seq_length:>8} {rows:>9} {ms.show(stage.step.total):>10} "
             f"{significant(stage.tokens_per_second):>12} {100 * stage.mfu:>5.1f} %{parts}"
         )
+    if plan.job.records(best.layout):
+        yield "its passes are counted as recorded ones (compile.cuda_graphs)"
     if any(not stage.is_simulated for stage in best.stages):
         yield "the pipeline's bubble is had by a formula: its simulation would take too long"
     surplus = max(best.stages, key=lambda stage: stage.surplus_share).surplus_share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -192,16 +193,20 @@ class _Search:
         numbers: dict[Hashable, int] = {}
         terms: list[StepTerms[float]] = []
         needs: list[RankNeeds[float]] = []
-        case_of = []
+        # With weights kept, and with weights freed, under which passes may not be recorded.
+        cases_of = []
         for base in self._bases:
-            key = (base.split, base.recompute, job.batch(base, span))
-            if key not in numbers:
-                numbers[key] = len(terms)
-                terms.append(StepModel(job, base, span).terms)
-                # As many of each: of three ranks the fullest is that of two of them, too.
-                needs += (rank_needs(job, base, span) * _MOST_RANKS)[:_MOST_RANKS]
-            case_of.append(numbers[key])
-        cases = np.array(case_of)[self._base_of]
+            batch, cases_of_base = job.batch(base, span), []
+            for layout in (base, replace(base, reshard=True)):
+                key = (base.split, base.recompute, batch, job.records(layout))
+                if key not in numbers:
+                    numbers[key] = len(terms)
+                    terms.append(StepModel(job, layout, span).terms)
+                    # As many of each: of three ranks the fullest is that of two of them, too.
+                    needs += (rank_needs(job, base, span) * _MOST_RANKS)[:_MOST_RANKS]
+                cases_of_base.append(numbers[key])
+            cases_of.append(cases_of_base)
+        cases = np.array(cases_of)[self._base_of, self._reshard.astype(np.int64)]
         ranks = _MOST_RANKS * cases + np.arange(_MOST_RANKS)[:, None]
         seconds = total_seconds(StepTerms(**columns(terms, cases)), dealings)
         peaks = Moments(job, RankNeeds(**columns(needs, ranks)), dealings).peaks()

@@ -94,14 +94,17 @@ class StepModel:
 
     Args:
         job: the run and its ranks.
-        layout: its `replicate` and `reshard` count for nothing.
+        layout: its `replicate` counts for nothing, and its `reshard` as far as it says whether
+            passes are recorded.
         span: the stage.
     """
 
     def __init__(self, job: Job, layout: Layout, span: StageSpan) -> None:
         self._job, self._layout = job, layout
         self.batch = job.batch(layout, span)
-        self.work = Work(job, layout.split, layout.recompute, self.batch.micro_size, span)
+        self.work = Work(
+            job, layout.split, layout.recompute, self.batch.micro_size, span, job.records(layout)
+        )
         self._parts = rank_parts(job, layout.split)
         self._block = _block(self.work)
         self._embedding, self._head = _ends(self.work)
@@ -276,7 +279,10 @@ def _not_hidden(layers: Floats, message: Floats, beside: Floats) -> Floats:
 def _block(work: Work) -> Passes:
     split = work.split
     hides = split.schedule != "zero_bubble"
-    key = ("block", split.tensor, split.sequence, hides, work.recompute, work.rows, work.span.index)
+    key = (
+        "block", split.tensor, split.sequence, hides, work.recompute, work.rows, work.span.index,
+        work.is_recorded,
+    )  # fmt: skip
     block: Passes = work.job.once(key, lambda: block_passes(work, *_tensor_messages(work, hides)))
     return block
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
-from megatron_bert.config.kernels import ComputeDevice, describe_kernels
+from megatron_bert.config.kernels import ComputeDevice, describe_kernels, records_passes
 from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
@@ -175,7 +175,7 @@ def _describe_computation(config: Config, data_parallel: int, device: ComputeDev
     if config.precision.reduce != "fp32" and data_parallel > 1:
         line += f"; gradients reduced in {config.precision.reduce}"
     compiled = ", blocks compiled" if config.compile.enabled else ""
-    recorded = ", passes recorded (CUDA graphs)" if config.compile.cuda_graphs else ""
+    recorded = ", passes recorded (CUDA graphs)" if records_passes(config, device) else ""
     return f"{line}; kernels {describe_kernels(config, device)}{compiled}{recorded}"
 
 

@@ -104,9 +104,9 @@ MACHINE: tuple[Argument, ...] = (
         "--main-grads-dtype --main-params-dtype --exp-avg-*",
         "what was measured fastest is taken, see `kernels` and `compile.enabled`",
     ),
-    lacks(
+    holds(
         "--enable-cuda-graph --cuda-graph-* --external-cuda-graph",
-        "`compile.cuda_graphs` is like it, and is yours to set",
+        "passes are recorded wherever they can be, see `compile.cuda_graphs`",
     ),
     holds(
         "--manual-gc* --no-manual-gc-eval --empty-unused-memory-level --data-parallel-random-init "

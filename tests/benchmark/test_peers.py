@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bert.benchmark.peers.measure import _in_keys
+from megatron_bert.config.kernels import ComputeDevice
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
@@ -90,3 +92,14 @@ def test_a_comparison_takes_one_dropout(tmp_path: Path) -> None:
     done = _run(tmp_path, "--dropout", "0", "0.1")
     assert done.returncode == 2
     assert "error: --dropout 0.0 0.1: trainers are compared at one value; give one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "said"),
+    [("auto", "cuda", "true"), ("auto", "cpu", "false"), (False, "cuda", "false")],
+)
+def test_a_comparison_tells_whether_our_passes_are_recorded(
+    key: str | bool, kind: str, said: str
+) -> None:
+    config = Config.model_validate(TREE).with_keys({"compile.cuda_graphs": key})
+    assert f" compile.cuda_graphs={said} " in _in_keys(config, ComputeDevice(kind))

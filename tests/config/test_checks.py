@@ -295,6 +295,9 @@ def test_cuda_graphs_are_refused_where_passes_cannot_be_recorded(
     message = refusal(build, "compile.cuda_graphs=true", key, world_size=2)
     assert "compile.cuda_graphs = true: " in message
     assert remedy in message
+    if key != "kernels=apex":  # which is not installed
+        for allowed in ("auto", "false"):
+            check_config(build(f"compile.cuda_graphs={allowed}", key), world_size=2)
 
 
 def test_transformer_engine_takes_no_zero_bubbles(

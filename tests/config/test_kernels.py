@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_bert.config.kernels import ComputeDevice, chosen_kernels
+from megatron_bert.config.kernels import ComputeDevice, chosen_kernels, records_passes
 from megatron_bert.config.load import load_config
 from megatron_bert.distributed import device_facts
 from megatron_bert.distributed.device_facts import facts_at_hand, facts_of
@@ -54,6 +54,40 @@ def test_auto_stands_for_fused_kernels_where_nothing_speaks_against_them(
     keys: tuple[str, ...], device: ComputeDevice, kernels: str
 ) -> None:
     assert chosen_kernels(load_config(EXAMPLE, keys), device) == kernels
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "is_recorded"),
+    [
+        ((), H100, True),
+        ((), PLANNED, True),
+        ((), T4, True),
+        ((), WITHOUT_TRITON, True),
+        ((), CPU, False),
+        (("run.device=cpu",), H100, False),
+        (("kernels=torch",), H100, True),
+        (("precision.compute=fp32",), H100, True),
+        (("precision.fp8=current",), H100, True),
+        (("recompute=full",), H100, True),
+        (("recompute=selective",), H100, True),
+        (("optimizer.name=muon", "run.deterministic=true"), H100, True),
+        (("parallel.replicate=2", "precision.reduce=bf16"), H100, True),
+        (("parallel.tensor=2",), H100, False),
+        (("parallel.pipeline=2",), H100, False),
+        (("parallel.reshard_after_forward=true",), H100, False),
+        (("compile.enabled=true",), H100, False),
+        (("kernels=te",), H100, False),
+        (("kernels=apex",), H100, False),
+        # What is asked for is what is taken, or refused elsewhere.
+        (("compile.cuda_graphs=false",), H100, False),
+        (("compile.cuda_graphs=true",), H100, True),
+        (("compile.cuda_graphs=true",), CPU, True),
+    ],
+)
+def test_passes_are_recorded_on_cuda_wherever_nothing_speaks_against_it(
+    keys: tuple[str, ...], device: ComputeDevice, is_recorded: bool
+) -> None:
+    assert records_passes(load_config(EXAMPLE, keys), device) == is_recorded
 
 
 def test_a_device_tells_what_kernels_go_by(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,10 @@ def test_an_unknown_name_is_refused_with_the_nearest_right_one(
         ("parallel.sequence=yes", "expected true or false; write true"),
         ("data.tokenizer=2024", 'expected non-empty text; quote it: "2024"'),
         ("precision.compute=fp16", "expected one of bf16, fp32; did you mean bf16?"),
+        ("compile.cuda_graphs=atuo", "expected one of auto, true, false; did you mean auto?"),
+        ("compile.cuda_graphs=on", "expected one of auto, true, false; write true"),
+        ("compile.cuda_graphs=1", "compile.cuda_graphs = 1 (command line): expected one of auto"),
+        ("compile.cuda_graphs=0.0", "expected one of auto, true, false"),
         ("optimizer.beta1=1", "expected a number >= 0 and < 1"),
         ("optimizer.lr=.inf", "expected a number > 0"),
         (
@@ -154,6 +158,15 @@ def test_a_wrong_value_is_refused_with_what_is_expected(
     small_file: Path, override: str, message: str
 ) -> None:
     assert message in refusal(small_file, override)
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_true_and_false_may_stand_beside_a_name(
+    small_file: Path, text: str, value: str | bool
+) -> None:
+    config = load_config(small_file, [f"compile.cuda_graphs={text}"])
+    assert config.compile.cuda_graphs == value
+    assert f"cuda_graphs: {text}\n" in dump_config(config)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import CompileConfig, Config
+from megatron_bert.parallel import recorded_passes
+from megatron_bert.parallel.recorded_passes import Recorder
 from megatron_bert.run.metrics import read
 from megatron_bert.training.main import main
 from tests.training.runs import run_config, steps_of
@@ -69,32 +73,70 @@ def test_compiled_blocks_train_in_bf16_on_a_gpu(tiny_data: Path, tmp_path: Path)
     assert _losses(compiled, tmp_path / "compiled-config") == pytest.approx(plain, rel=5e-3)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "fused"])
-def test_cuda_graphs_give_the_same_losses_as_launches(
-    tiny_data: Path, tmp_path: Path, kernels: str
-) -> None:
-    # Two micro-batches a step, rows of two lengths, evaluations in between.
-    config = run_config(
-        tiny_data,
-        tmp_path / "launched",
-        run={"device": "cuda"},
-        precision={"compute": "bf16"},
-        kernels=kernels,
-    )
-    recorded = config.model_copy(
-        update={
-            "compile": CompileConfig(cuda_graphs=True),
-            "run": config.run.model_copy(update={"dir": str(tmp_path / "recorded")}),
-        }
-    )
-    losses = _losses(config, tmp_path / "launched-config")
-    assert _losses(recorded, tmp_path / "recorded-config") == pytest.approx(losses, rel=1e-3)
-
-
-@pytest.mark.skipif(
+_BF16 = {"compute": "bf16"}
+_HAS_FP8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
     reason="no FP8 products",
 )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {"kernels": kernels, "recompute": recompute, "precision": _BF16}
+            for kernels in ("torch", "fused")
+            for recompute in ("none", "full")
+        ),
+        # Heads of a size that attention's kernels take, and positions that are rotary.
+        {"model": {"num_attention_heads": 2}, "precision": _BF16},
+        {
+            "model": {
+                "architecture": "modernbert",
+                "num_attention_heads": 2,
+                "num_query_groups": 2,
+            },
+            "precision": _BF16,
+        },
+        # Scores are held, and computed again.
+        {"recompute": "selective"},
+        {"run": {"deterministic": True}, "optimizer": {"name": "muon"}, "precision": _BF16},
+        {"profile": {"steps": "2:3"}},
+        pytest.param({"precision": {"compute": "bf16", "fp8": "current"}}, marks=_HAS_FP8),
+    ],
+    ids=str,
+)
+def test_recorded_passes_give_the_same_losses_as_launched_ones(
+    tiny_data: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Three micro-batches a step, rows of two lengths, evaluations in between.
+    recordings = []
+    record = recorded_passes.CudaGraphs.__call__
+
+    def counted(graphs: recorded_passes.CudaGraphs) -> AbstractContextManager[Recorder]:
+        recordings.append(graphs)
+        return record(graphs)
+
+    monkeypatch.setattr(recorded_passes.CudaGraphs, "__call__", counted)
+    losses = {}
+    for cuda_graphs in (False, "auto"):
+        recordings.clear()
+        config = run_config(
+            tiny_data,
+            tmp_path / str(cuda_graphs),
+            **{**changes, "run": {"device": "cuda", **changes.get("run", {})}},
+            compile={"cuda_graphs": cuda_graphs},
+        )
+        losses[cuda_graphs] = _losses(config, tmp_path / f"{cuda_graphs}-config")
+        # One for each length.
+        assert len(recordings) == (0 if cuda_graphs is False else 2)
+    assert losses["auto"] == pytest.approx(losses[False], rel=1e-3)
+
+
+@_HAS_FP8
 def test_fp8_beside_fused_kernels_trains_as_bf16_does(tiny_data: Path, tmp_path: Path) -> None:
     losses = {
         fp8: _losses(

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.kernels import ComputeDevice
+from megatron_bert.distributed.device_work import DeviceStalledError, HostPoint
+from megatron_bert.model import build
 from megatron_bert.model.build import RankModel
+from megatron_bert.parallel import recorded_passes
 from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
 from megatron_bert.parallel.recorded_passes import RecordedModel
 from megatron_bert.training.optimizer import build_optimizer
@@ -33,6 +39,14 @@ from tests.small_model import (
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
+# Numbers that are read back, sizes that follow from contents, tensors made of the host's numbers,
+# and what draws from a generator.
+_UNRECORDABLE = re.compile(
+    r"::(_local_scalar_dense|nonzero|masked_select|_?unique|lift_fresh|is_nonzero|equal"
+    r"|rand|normal|bernoulli|native_dropout|repeat_interleave)"
+)
+
+
 class _Tape(TorchDispatchMode):
     """What a pass called, and where the results are."""
 
@@ -41,9 +55,14 @@ class _Tape(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert "_local_scalar_dense" not in func.name(), "a number that the host waits for"
-        assert func.namespace not in ("c10d", "_c10d_functional"), "a message"
         kwargs = kwargs or {}
+        assert func.namespace not in ("c10d", "_c10d_functional"), "a message"
+        assert not _UNRECORDABLE.search(func.name()), "the host waits, or nothing is drawn anew"
+        assert not any(
+            isinstance(x, Tensor) and x.dtype == torch.bool
+            for x in tree_leaves([args, kwargs])
+            if "::index" in func.name()
+        ), "a mask whose count the host waits for"
         result = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, result))
         return result
@@ -90,7 +109,7 @@ def _cut(micro_batch: MicroBatch, slots: int) -> MicroBatch:
 
 def _steps(make: Callable[[RankModel], None], changes: dict[str, Any]) -> list[list[Tensor]]:
     """Losses, evaluations and gradients of steps of several shapes and numbers of micro-batches."""
-    config = small_config(model=DROPOUT, **changes)
+    config = small_config(**{**changes, "model": DROPOUT | changes.get("model", {})})
     topology = cpu_topology()
     model = small_model(config, topology)
     optimizer = build_optimizer(config, model)
@@ -131,6 +150,9 @@ def _check_same(changes: dict[str, Any], tolerance: float) -> None:
         ({}, 1e-5),
         ({"precision": {"compute": "bf16"}}, 1e-5),
         ({"recompute": "full"}, 1e-5),
+        ({"recompute": "selective"}, 1e-5),
+        ({"model": {"architecture": "modernbert", "num_query_groups": 4}}, 1e-5),
+        ({"precision": {"compute": "bf16", "fp8": "current"}}, 1e-5),
         ({"optimizer": {"name": "muon"}}, 1e-5),
         ({"precision": {"compute": "bf16", "reduce": "bf16"}}, 2e-2),
     ],
@@ -183,6 +205,74 @@ def test_a_pass_is_recorded_once_for_each_shape_in_turn() -> None:
     assert run_ranks(1, _recordings) == [[5, 5, 5]]
 
 
+class _Refusing(_Tapes):
+    """A recorder whose first stretch ends in an error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def end(self) -> Callable[[], None]:
+        super().end()
+        raise self._error
+
+
+def _check_refused(error: Exception) -> tuple[str, list[str]]:
+    """What is told of an error out of a recording; the step that failed leaves nothing behind."""
+    model = small_model(small_config(), cpu_topology())
+    assert isinstance(model.runner, WholeModel)
+    refusing = RecordedModel(model.runner.model, lambda: nullcontext(_Refusing(error)))
+    batches = [packed_inputs(2), packed_inputs(2, 2)]
+    with pytest.raises((ConfigError, type(error))) as caught:
+        refusing.train(batches, torch.tensor(9.0))
+    told = caught.value
+    assert told is error or told.__cause__ is error
+    parameters = model.named_parameters().values()
+    assert all(parameter.grad is None for parameter in parameters)
+    launched = model.runner.train(batches, torch.tensor(9.0))
+    assert torch.isfinite(launched)
+    return f"{type(told).__name__}: {told}", list(getattr(told, "__notes__", ()))
+
+
+def test_what_cannot_be_recorded_is_told_by_the_key_that_leaves_it_out() -> None:
+    error = RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+    ((told, notes),) = run_ranks(1, _check_refused, error)
+    assert told == (
+        "ConfigError: compile.cuda_graphs: passes cannot be recorded here (RuntimeError: "
+        "operation not permitted when stream is capturing); use compile.cuda_graphs=false"
+    )
+    assert notes == []
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_memory_that_a_recording_lacks_is_told_as_that(kind: type[RuntimeError]) -> None:
+    ((told, notes),) = run_ranks(1, _check_refused, kind("CUDA out of memory. Tried to allocate"))
+    assert told == f"{kind.__name__}: CUDA out of memory. Tried to allocate"
+    assert ["compile.cuda_graphs=false" in note for note in notes] == [True]
+
+
+def test_a_rank_that_is_gone_is_told_as_that() -> None:
+    ((told, _),) = run_ranks(1, _check_refused, dist.DistError("a rank is gone"))
+    assert told == "DistError: a rank is gone"
+
+
+def test_a_recording_waits_no_longer_for_other_ranks_than_a_step_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited = []
+
+    class Never(HostPoint):
+        def wait(self, timeout_seconds: float = 0.0, given_up: object = None) -> bool:
+            waited.append(timeout_seconds)
+            return False
+
+    monkeypatch.setattr(recorded_passes, "work_point", lambda _: Never())
+    recorder = recorded_passes._CudaGraphs(torch.device("cuda", 0), 7.0)
+    with pytest.raises(DeviceStalledError, match="within 7 s"):
+        recorder.begin()
+    assert waited == [7.0]
+
+
 class _Order(TorchDispatchMode):
     """What is begun, in order: products, gatherings and reductions."""
 
@@ -223,3 +313,26 @@ def test_without_cuda_there_are_no_graphs() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is CUDA")
     assert "use compile.cuda_graphs=false" in run_ranks(1, _refusal)[0]
+
+
+def _runner_on_a_gpu(key: dict[str, Any]) -> str:
+    """What takes micro-batches where the device is CUDA as far as anyone can see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "facts_of", lambda _: ComputeDevice("cuda"))
+        config = small_config(kernels="torch", **key)
+        topology = replace(cpu_topology(), device=torch.device("cuda"))
+        runner = build._one_rank_runner(None, config, topology)  # type: ignore[arg-type]
+    return type(runner).__name__
+
+
+@pytest.mark.parametrize(
+    ("key", "runner"),
+    [
+        ({}, "RecordedModel"),
+        ({"compile": {"cuda_graphs": True}}, "RecordedModel"),
+        ({"compile": {"cuda_graphs": False}}, "WholeModel"),
+        ({"parallel": {"reshard_after_forward": True}}, "WholeModel"),
+    ],
+)
+def test_on_cuda_passes_are_recorded_wherever_they_can_be(key: dict[str, Any], runner: str) -> None:
+    assert run_ranks(1, _runner_on_a_gpu, key) == [runner]

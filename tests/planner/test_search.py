@@ -143,21 +143,63 @@ def test_recorded_passes_are_offered_the_layouts_in_which_they_can_be_recorded()
     layouts = [entry.layout for entry in plan.best]
     assert {(layout.split.tensor, layout.split.pipeline) for layout in layouts} == {(1, 1)}
     assert not any(layout.reshard for layout in layouts)
-    # The sums of gradients stay, however many micro-batches a step has.
-    alone, usual = (
-        memory(of, replace(layouts[0], micro_tokens=10**6), of.spans[-1]).gradients
-        for of in (plan.job, job(8))
+
+
+def test_where_passes_may_be_recorded_each_layout_is_counted_as_it_trains() -> None:
+    keys = ("model.num_layers=8", "curriculum=[{seq_length: 128, steps: 100}]")
+    plans = {
+        value: make_plan(
+            recipe(*keys, f"compile.cuda_graphs={value}"),
+            VOCABULARY,
+            find_machine("h100-80gb"),
+            4,
+            keep=50,
+        )
+        for value in ("auto", "true", "false")
+    }
+    auto, asked, launched = plans.values()
+    assert auto.legal == launched.legal > asked.legal
+    best = {
+        name: {entry.layout.split: entry for entry in plan.best} for name, plan in plans.items()
+    }
+    recorded = [split for split in best["auto"] if split.tensor == split.pipeline == 1]
+    others = [split for split in best["auto"] if split not in recorded]
+    assert recorded
+    assert others
+    for split in recorded:
+        assert best["auto"][split] == best["true"][split]
+        assert best["auto"][split].days < best["false"][split].days
+    for split in others:
+        assert best["auto"][split] == best["false"][split]
+    # Where weights are freed between passes these are launched, as they are in training.
+    freed = {value: dict(plan.alternatives) for value, plan in plans.items()}
+    name = "parallel.reshard_after_forward"
+    assert name not in freed["true"]
+    assert freed["auto"][name] == freed["false"][name]
+    assert freed["auto"][name].layout.reshard
+
+
+def test_recorded_passes_keep_sums_of_gradients_and_the_memory_of_a_pass() -> None:
+    layout = Layout(Split(1, False, 1, "1f1b", 1, 8), 10**6, "none")
+    # However many micro-batches a step has.
+    kept, usual = (
+        memory(of, layout, of.spans[-1]).gradients
+        for of in (job(8), job(8, "compile.cuda_graphs=false"))
     )
-    assert alone > usual
-    # So does the memory that a pass takes.
-    for_muon = (
-        memory(of, layouts[0], of.spans[-1]).total
+    assert kept > usual
+    freed = replace(layout, reshard=True)
+    same, usual = (
+        memory(of, freed, of.spans[-1]) for of in (job(8), job(8, "compile.cuda_graphs=false"))
+    )
+    assert same == usual
+    recorded, launched = (
+        memory(of, layout, of.spans[-1]).total
         for of in (
-            job(8, "optimizer.name=muon", *keys) for keys in ((), ("compile.cuda_graphs=true",))
+            job(8, "optimizer.name=muon", f"compile.cuda_graphs={value}")
+            for value in ("auto", "false")
         )
     )
-    without, recorded_too = for_muon
-    assert recorded_too > without
+    assert recorded > launched
 
 
 def test_days_and_gpu_hours_are_those_of_all_steps() -> None:

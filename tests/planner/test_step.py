@@ -65,7 +65,7 @@ def test_steps_are_predicted_within_five_percent_of_what_an_h100_measured(
     measured: _Measured,
 ) -> None:
     length = measured.seq_length
-    step, predicted = _step_on_one_gpu(length, 32_768 // length, 4)
+    step, predicted = _step_on_one_gpu(length, 32_768 // length, 4, "compile.cuda_graphs=false")
     assert predicted == pytest.approx(measured.tokens_per_second, rel=0.05)
     seconds = measured.profiled_seconds
     # The card was 4 % slower in plain products than those that the rates are fitted to as well.
@@ -126,22 +126,53 @@ def test_the_parts_of_a_compiled_step_are_those_that_an_h100_measured(
     assert step.elementwise == pytest.approx(elementwise * measured, rel=0.05)
 
 
+# Fused kernels on one H100, four micro-batches a step, dropout 0.1; 6d76a3a: seconds of a step
+# whose passes are launched kernel by kernel, and of one whose passes are recorded.
+@pytest.mark.parametrize(
+    ("seq_length", "slots", "launched", "recorded"),
+    [
+        (128, 4_096, 0.939, 0.328),
+        (128, 8_192, 0.851, 0.564),
+        (512, 4_096, 0.865, 0.359),
+        (512, 8_192, 0.903, 0.598),
+        (128, 32_768, 1.928, 1.929),
+        (512, 32_768, 2.086, 2.109),
+        (2048, 32_768, 2.807, 2.817),
+    ],
+)
+def test_the_host_bounds_what_it_launches_and_nothing_that_is_recorded(
+    seq_length: int, slots: int, launched: float, recorded: float
+) -> None:
+    shape = (seq_length, slots // seq_length, 4)
+    by_kernels, _ = _step_on_one_gpu(*shape, "compile.cuda_graphs=false")
+    assert by_kernels.total == pytest.approx(launched, rel=0.08)
+    assert (by_kernels.host > 0.25 * by_kernels.total) == (slots < 32_768)
+    replayed, _ = _step_on_one_gpu(*shape)
+    assert replayed.total == pytest.approx(recorded, rel=0.05)
+    # The device waited for 1.3 to 8.3 % of these steps, between one graph and the next.
+    assert 0.01 < replayed.host / replayed.total < 0.12
+
+
+def test_passes_wait_for_the_host_where_they_cannot_be_recorded() -> None:
+    for keys in (("compile.enabled=true",), ("kernels=te",)):
+        step, _ = _step_on_one_gpu(128, 32, 4, *keys)
+        assert step.host > 0.25 * step.total
+    # What both compute is the same.
+    planned = job(2)
+    split = Split(1, False, 1, "1f1b", 1, 2)
+    kept, freed = (
+        StepModel(planned, Layout(split, 4096, "none", reshard=reshard), planned.spans[0]).busy
+        for reshard in (False, True)
+    )
+    assert freed > 2 * kept
+
+
 # Commit ec2cbf4, two micro-batches a step. What the host takes is not to be had more closely: in
 # one call a block took 7.0 ms with 4,096 slots and 8.4 with 16,384, where the device still waited
 # for a third of the time; and the profiled step of the latter, which does more, was 10 % quicker.
-@pytest.mark.parametrize(
-    ("rows", "overrides", "tokens_per_second"),
-    [
-        (32, (), 11_778),
-        (128, (), 39_765),
-        (32, ("compile.enabled=true",), 15_481),
-    ],
-)
-def test_small_micro_batches_take_what_the_host_takes_within_twenty_percent(
-    rows: int, overrides: tuple[str, ...], tokens_per_second: int
-) -> None:
-    step, predicted = _step_on_one_gpu(128, rows, 2, *overrides)
-    assert predicted == pytest.approx(tokens_per_second, rel=0.2)
+def test_small_micro_batches_of_compiled_blocks_take_what_the_host_takes() -> None:
+    step, predicted = _step_on_one_gpu(128, 32, 2, "compile.enabled=true")
+    assert predicted == pytest.approx(15_481, rel=0.05)
     assert step.host > 0.25 * step.total
 
 

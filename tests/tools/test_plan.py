@@ -159,7 +159,8 @@ def test_a_small_run_is_shown_in_units_that_leave_its_numbers(
     small = str(CHECKOUT / "examples" / "small_cpu.yaml")
     main(["--config", small, "--gpus", "4", "--gpu", "h100-80gb"])
     out = capsys.readouterr().out
-    assert " minutes  GPU hours" in out
+    assert " seconds  GPU hours" in out
+    assert "its passes are counted as recorded ones" in out
     assert "e-05" not in out
     assert "why this one: the quickest that fits" in out
     first = next(line for line in out.splitlines() if line.startswith("  1 "))

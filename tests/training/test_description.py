@@ -46,12 +46,18 @@ def test_the_plan_says_what_computes() -> None:
     )
     assert line("compute", plan(1)) == (
         "bf16; weights and states fp32; kernels fused (auto): our own between the blocks' "
-        "products, the rest as with torch"
+        "products, the rest as with torch, passes recorded (CUDA graphs)"
     )
     assert line("compute", plan(1, device=CPU)) == pytorchs
     assert line("compute", plan(1, "compile.enabled=true")) == f"{pytorchs}, blocks compiled"
     recorded = line("compute", plan(1, "compile.cuda_graphs=true"))
-    assert recorded.endswith(", passes recorded (CUDA graphs)")
+    assert recorded == line("compute", plan(1))
+    for launched in (
+        plan(1, "compile.cuda_graphs=false"),
+        plan(2, "parallel.tensor=2"),
+        plan(2, "parallel.reshard_after_forward=true"),
+    ):
+        assert recorded == f"{line('compute', launched)}, passes recorded (CUDA graphs)"
     assert line("compute", plan(1, "kernels=te", "precision.fp8=current")) == (
         "bf16; weights and states fp32; kernels te: "
         "Transformer Engine's linear layers, the rest as with torch; products in FP8 (current)"

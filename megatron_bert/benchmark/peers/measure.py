@@ -25,7 +25,9 @@ from megatron_bert.benchmark.peers.trainer import time_trainer
 from megatron_bert.benchmark.rows import make_batches, text_tokens
 from megatron_bert.benchmark.step.measure import StepSubject, release_memory, wait_for_device
 from megatron_bert.benchmark.synthetic import Corpora
+from megatron_bert.config.kernels import ComputeDevice, records_passes
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.topology import Topology
 
 OURS, TRAINER, MEGATRON = "megatron_bert", "Trainer", "Megatron-core"
@@ -157,18 +159,18 @@ def measure_peers(
         device=device_name(device),
         versions=versions,
         quick=quick,
-        ours=_in_keys(work.config),
+        ours=_in_keys(work.config, facts_of(device)),
         trainers={name: _DESCRIPTIONS[name] for name in measured},
         cases=cases,
         failed=failed,
     )
 
 
-def _in_keys(config: Config) -> str:
+def _in_keys(config: Config, device: ComputeDevice) -> str:
     return (
         f"precision.compute={config.precision.compute} precision.fp8={config.precision.fp8} "
         f"kernels={config.kernels} compile.enabled={str(config.compile.enabled).lower()} "
-        f"compile.cuda_graphs={str(config.compile.cuda_graphs).lower()} "
+        f"compile.cuda_graphs={str(records_passes(config, device)).lower()} "
         f"optimizer.name={config.optimizer.name} recompute={config.recompute} "
         f"model.hidden_dropout={config.model.hidden_dropout:g} "
         f"model.attention_dropout={config.model.attention_dropout:g}"
