@@ -1,17 +1,18 @@
 """The feed-forward half of a fused block, its products in FP8.
 
-What products read is written in FP8 by the kernels that make it, so that nothing is read to be
-cast, and nothing to find its largest number first: of most arrays a bound on that is known before,
-which is enough. FP8 numbers are floating-point ones: a scale some powers of two too large costs
-range, of which gradients in E5M2 have 30 of them and what is read forward in E4M3 has 15, and no
-precision. The bounds, where |.| is a vector's length and max is over all of an array:
+What products read is written in FP8 by the kernels that make it, so that little is read to be cast
+or to find its largest number first: of most arrays a bound on that is known before, which is
+enough. FP8 numbers are floating-point ones: a scale some powers of two too large costs range, of
+which gradients in E5M2 have 30 and what is read forward in E4M3 has 15, and no precision. The
+bounds, of any number of an array:
 
-    the norm's output       sqrt(D) max|weight| + max|bias|
-    the activation's        a row's own largest number, as it is made row by row
-    the output's gradient   max|row|, which is no smaller than any of its numbers
-    the activation's        sqrt(D) max|row| max|down|, by Cauchy and Schwarz
-    gate's and up's         1.13 times that and gate's or up's largest number, as neither
-                            activation's slope passes 1.13 nor its size its input's
+    the norm's output        sqrt(D) x its largest weight + its largest bias
+    the activation           none: each row is scaled by its largest number, as it is made
+    the output's gradient    the length of its longest row
+    the activation's         sqrt(D) x that x the down projection's largest weight (Cauchy and
+                             Schwarz)
+    gate's and up's          1.13 x that x the largest number of gate and up: no activation here
+                             is steeper than 1.13, or larger than what goes in
 
 Weights are cast by their largest numbers. Nothing is kept from step to step.
 

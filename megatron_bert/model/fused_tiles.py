@@ -20,12 +20,14 @@ class Tile:
         columns: of a tile, all of them where rows are summed.
         warps: that share a tile.
         stages: of tiles that are loaded ahead, in a kernel that takes several.
+        registers: of a thread at most; None: as many as the compiler likes.
     """
 
     tokens: int
     columns: int
     warps: int
     stages: int = 2
+    registers: int | None = None
 
     def programs(self, tokens: int, most: int) -> int:
         """Programs of a kernel that takes several tiles each."""
@@ -39,6 +41,8 @@ class Tile:
             "num_warps": self.warps,
             "enable_fp_fusion": True,
         }
+        if self.registers is not None:
+            options["maxnreg"] = self.registers
         return options | ({"STAGES": self.stages} if loops else {})
 
 
@@ -65,7 +69,7 @@ class Tiling:
     row_programs: int = 264
     activation_programs: int = 396
     fp8: Tile = Tile(64, 64, 4)
-    fp8_gradient: Tile = Tile(32, 64, 4)
+    fp8_gradient: Tile = Tile(64, 64, 8, registers=128)
     fp8_programs: int = 1056
 
     def rows(self, size: int) -> Tile:

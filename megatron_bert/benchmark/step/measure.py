@@ -60,6 +60,8 @@ def measure_steps(
             try:
                 subject = subject or StepSubject.build(config, work.vocab_size, topology)
                 cases.append(_measure_case(work, subject, seq_length, rows))
+                # What was measured is not lost with a run that is cut off.
+                say(f"{name}: {cases[-1].tokens_per_second:,} tokens/s")
             except torch.OutOfMemoryError as error:
                 if dist.get_world_size() > 1:
                     raise
