@@ -16,7 +16,9 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+# Of numbers that are next to nothing no scale could be made.
+SMALLEST_SCALE = 1e-30
+_SMALLEST_OF_A_WHOLE = torch.finfo(torch.float32).tiny
 
 
 def fp8_linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
@@ -77,7 +79,7 @@ def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What a number of `dtype` is multiplied by to mean one of x: fp32 []."""
     largest = x.abs().amax().float()
     # Not 0 where all of x is, nor where its largest number is next to nothing.
-    return (largest / largest_of(dtype)).clamp(min=_SMALLEST_SCALE)
+    return (largest / largest_of(dtype)).clamp(min=_SMALLEST_OF_A_WHOLE)
 
 
 def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

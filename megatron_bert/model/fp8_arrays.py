@@ -16,15 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_bert.model import fp8_kernels, fused_tiles
-from megatron_bert.model.fp8 import E4M3, E5M2, largest_of
+from megatron_bert.model.fp8 import E4M3, E5M2, SMALLEST_SCALE, largest_of
 from megatron_bert.model.fused_activation import Activation, Biases, is_gelu
 from megatron_bert.model.fused_norm import BranchMask, dropping
 from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
-
-# Bounds of what is next to nothing are no scales that anything could be divided by.
-_SMALLEST_SCALE = 1e-30
-
 
 # As kernels name them.
 _FORMATS = {E4M3: tl.float8e4nv, E5M2: tl.float8e5}
@@ -43,9 +39,9 @@ class Scaled(NamedTuple):
 
 
 def as_scale(bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """By which numbers that do not pass the bound, fp32, fit in a format."""
+    """By which numbers that do not pass the bound, fp32 of one element, fit in a format: [1]."""
     # Rounding in what comes before may pass a bound by next to nothing.
-    return (bound * (1.001 / largest_of(dtype))).clamp(min=_SMALLEST_SCALE)
+    return (bound.view(1) * (1.001 / largest_of(dtype))).clamp(min=SMALLEST_SCALE)
 
 
 def cast_weight(weights: Sequence[Tensor], scale: Tensor, *, columns: bool) -> Tensor:
@@ -60,15 +56,10 @@ def cast_weight(weights: Sequence[Tensor], scale: Tensor, *, columns: bool) -> T
     shape = (D, count * F) if columns else (count * F, D)
     numbers = weights[0].new_empty(shape, dtype=E4M3)
     for index, weight in enumerate(weights):
-        begin = index * F * (1 if columns else D)
-        _cast(
-            weight,
-            scale,
-            None if columns else numbers.view(-1)[begin:],
-            numbers.view(-1)[begin:] if columns else None,
-            E4M3,
-            count * F,
-        )
+        # A weight's columns are stretches of all columns.
+        part = numbers.view(-1)[index * F * (1 if columns else D) :]
+        rows_part, columns_part = (None, part) if columns else (part, None)
+        _cast(weight, scale, E4M3, column_length=count * F, rows=rows_part, columns=columns_part)
     return numbers
 
 
@@ -88,22 +79,41 @@ def cast_gradient(
     """
     N, D = grad_ND.shape
     rows, columns = (grad_ND.new_empty(shape, dtype=E5M2) for shape in ((N, D), (D, N)))
-    bias = _cast(grad_ND.contiguous(), scale, rows, columns, E5M2, N, mask, dtype)
+    sums = _cast(
+        grad_ND.contiguous(), scale, E5M2, rows=rows, columns=columns, column_length=N, mask=mask
+    )
+    bias = None if sums is None else column_sums(sums, dtype)
     return Scaled(rows, scale), Scaled(columns, scale), bias
 
 
 def _cast(
     x: Tensor,
     scale: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    numbers: torch.dtype,
-    step: int,
+    made: torch.dtype,
+    *,
+    column_length: int,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
     mask: BranchMask | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor | None:
-    """Write x [T, D] as rows, columns that are `step` apart, or both; sum it for a bias."""
+    """Write x [T, D] as rows, as columns, or as both.
+
+    Args:
+        x: dense.
+        scale: fp32 [1].
+        made: E4M3 or E5M2.
+        column_length: numbers from one column to the next.
+        rows: where they are written.
+        columns: where they are written.
+        mask: what x is dropped by before.
+
+    Returns:
+        Parts of x's column sums, fp32, where the mask has a bias.
+    """
     T, D = x.shape
+    # Columns are written four numbers at a time.
+    assert T % 4 == 0
+    assert x.is_contiguous()
     draws, sums = ((), False) if mask is None else (mask.draws, mask.has_bias)
     tile = fused_tiles.TILING.fp8
     tiles = cdiv(D, tile.columns)
@@ -111,11 +121,11 @@ def _cast(
     parts = x.new_empty((programs if sums else 0, D), dtype=torch.float32)
     fp8_kernels.fp8_cast_kernel[(programs * tiles,)](
         x, scale, *(draws or (x, x)), x if rows is None else rows,
-        x if columns is None else columns.view(torch.int32), parts, T, D, step, *dropping(mask),
-        FORMAT=_FORMATS[numbers], DROPOUT=bool(draws), SUMS=sums, HAS_ROWS=rows is not None,
-        HAS_COLUMNS=columns is not None, **tile.options(loops=True),
+        x if columns is None else columns.view(torch.int32), parts, T, D, column_length,
+        *dropping(mask), FORMAT=_FORMATS[made], DROPOUT=bool(draws), SUMS=sums,
+        HAS_ROWS=rows is not None, HAS_COLUMNS=columns is not None, **tile.options(loops=True),
     )  # fmt: skip
-    return column_sums(parts, dtype) if sums else None
+    return parts if sums else None
 
 
 def norm_columns(
@@ -137,6 +147,8 @@ def norm_columns(
         scale: that which `add_branch` wrote.
     """
     (N, D), tile = x_ND.shape, fused_tiles.TILING.fp8
+    assert N % 4 == 0
+    assert x_ND.is_contiguous()
     columns = x_ND.new_empty((D, N), dtype=E4M3)
     fp8_kernels.fp8_norm_columns_kernel[(cdiv(N, tile.tokens) * cdiv(D, tile.columns),)](
         x_ND, mean, rstd, weight, x_ND if bias is None else bias, scale,
@@ -166,7 +178,8 @@ def activation_rows(
     tile = fused_tiles.TILING.whole_rows(size)
     fp8_kernels.fp8_gated_activation_kernel[(cdiv(N, tile.tokens),)](
         gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), rows, scales, largest, N, size,
-        largest_of(E4M3), BIASES=biases is not None, GELU=is_gelu(activation), **tile.options(),
+        largest_of(E4M3), SMALLEST_SCALE, BIASES=biases is not None, GELU=is_gelu(activation),
+        **tile.options(),
     )  # fmt: skip
     return Scaled(rows, scales.view(-1, 1)), largest
 
@@ -196,6 +209,9 @@ def gate_up_gradients(
         as columns, [F, N]; the gradients of the biases, [2, F], where there are any.
     """
     (N, size), tile = active_grad_NF.shape, fused_tiles.TILING.fp8_gradient
+    assert N % 4 == 0
+    assert active_grad_NF.is_contiguous()
+    assert gate_up_NP.is_contiguous()
     rows = torch.empty_like(gate_up_NP, dtype=E5M2)
     columns = gate_up_NP.new_empty((2 * size, N), dtype=E5M2)
     active = gate_up_NP.new_empty((size, N), dtype=E4M3)

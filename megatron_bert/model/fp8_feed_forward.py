@@ -9,10 +9,11 @@ bounds, of any number of an array:
     the norm's output        sqrt(D) x its largest weight + its largest bias
     the activation           none: each row is scaled by its largest number, as it is made
     the output's gradient    the length of its longest row
-    the activation's         sqrt(D) x that x the down projection's largest weight (Cauchy and
-                             Schwarz)
-    gate's and up's          1.13 x that x the largest number of gate and up: no activation here
-                             is steeper than 1.13, or larger than what goes in
+    the activation's         a row's length x that of the down projection's longest column (Cauchy
+                             and Schwarz)
+    gate's and up's          the largest of all rows' products of that, the row's largest number of
+                             gate and up, and 1.13: no activation here is steeper than that, or
+                             larger than what goes in
 
 Weights are cast by their largest numbers. Nothing is kept from step to step.
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model.block import Block
-from megatron_bert.model.fp8 import E4M3, E5M2, largest_of, scaled_product
+from megatron_bert.model.fp8 import E4M3, E5M2, scaled_product
 from megatron_bert.model.fp8_arrays import (
     Scaled,
     activation_rows,
@@ -50,6 +51,9 @@ from megatron_bert.parallel.deferred import gradient_dtype
 # Of gelu, at the root of 2; silu's is 1.10.
 _STEEPEST = 1.13
 
+# What rounding may add: to numbers in E5M2, to those in E4M3 and to their product in BF16.
+_ROUNDED = (1 + 1 / 8) * (1 + 1 / 16) * (1 + 1 / 256)
+
 
 class Fp8FeedForward:
     """See `FeedForwardPasses`; on one tensor-parallel rank."""
@@ -64,12 +68,12 @@ class Fp8FeedForward:
         wide, down = _weight_scales(parameters)
         wide_ND = cast_weight((parameters.gate, parameters.up), wide, columns=False)
         gate_up = scaled_product(normed, wide_ND.t(), scale, wide, dtype, fast=True)
-        active, largest = activation_rows(gate_up, parameters.wide_biases, network.activation)
+        active, largest_N = activation_rows(gate_up, parameters.wide_biases, network.activation)
         down_DF = cast_weight((parameters.down,), down, columns=False)
         # Where one factor has a scale for each row the other has one for each column.
         down_scales = down.expand(1, len(down_DF)).contiguous()
         y = scaled_product(active.numbers, down_DF.t(), active.scale, down_scales, dtype, fast=True)
-        kept = (gate_up, scale, wide, down, active.scale.amax().view(1), largest.amax().view(1))
+        kept = (gate_up, scale, wide, down, active.scale.amax().view(1), largest_N)
         return FeedForwardOutput(x, mean, rstd, y, kept)
 
     def backward(
@@ -83,22 +87,20 @@ class Fp8FeedForward:
     ) -> FeedForwardGradients:
         """See `FeedForwardPasses`."""
         network, dtype = block.feed_forward, end_grad.dtype
-        gate_up, scale, wide, down, active_scale, largest = forward.kept
+        gate_up, scale, wide, down, active_scale, largest_N = forward.kept
         sums = gradient_dtype(known.norm_weight)
 
-        longest = torch.linalg.vector_norm(end_grad, dim=1, dtype=torch.float32).amax()
-        longest = longest.view(1) / (1.0 - mask.dropout)
-        y_grad, y_grad_DN, down_bias = cast_gradient(end_grad, as_scale(longest, E5M2), mask, sums)
+        lengths_N = _lengths(end_grad, 1) / (1.0 - mask.dropout)
+        y_scale = as_scale(lengths_N.amax(), E5M2)
+        y_grad, y_grad_DN, down_bias = cast_gradient(end_grad, y_scale, mask, sums)
         down_FD = cast_weight((parameters.down,), down, columns=True)
         active_grad = scaled_product(y_grad.numbers, down_FD.t(), y_grad.scale, down, dtype)
-        # The scale of a weight is its largest number's 448th.
-        active_bound = math.sqrt(end_grad.shape[1]) * longest * (down * largest_of(E4M3))
         gate_up_grad, gate_up_grad_PN, active_FN, wide_biases = gate_up_gradients(
             active_grad,
             gate_up,
             parameters.wide_biases,
             network.activation,
-            as_scale(_STEEPEST * active_bound * largest, E5M2),
+            gate_up_scale(lengths_N, largest_N, parameters.down),
             active_scale,
             sums,
         )
@@ -121,13 +123,31 @@ class Fp8FeedForward:
         )
 
 
+def gate_up_scale(lengths_N: Tensor, largest_N: Tensor, down_DF: Tensor) -> Tensor:
+    """Of gate's and up's gradients, fp32 [1]: see the table at the top.
+
+    Args:
+        lengths_N: of the rows of the output's gradient, fp32.
+        largest_N: the rows' largest numbers of gate and up, fp32.
+        down_DF: the down projection.
+    """
+    row = (lengths_N * largest_N).amax()
+    return as_scale(_STEEPEST * _ROUNDED * row * _lengths(down_DF, 0).amax(), E5M2)
+
+
+def _lengths(x: Tensor, dim: int) -> Tensor:
+    """Of rows, or of columns, in fp32."""
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=dim, dtype=torch.float32)
+    return lengths
+
+
 def _weight_scales(parameters: FeedForwardParameters) -> tuple[Tensor, Tensor]:
     """Of gate and up together, and of down, fp32 [1] each."""
-    gate, up, down = torch._foreach_norm(
-        [parameters.gate, parameters.up, parameters.down], float("inf"), dtype=torch.float32
+    gate, up, down = (
+        torch.linalg.vector_norm(weight, math.inf, dtype=torch.float32)
+        for weight in (parameters.gate, parameters.up, parameters.down)
     )
-    wide = torch.maximum(gate, up)
-    return as_scale(wide.view(1), E4M3), as_scale(down.view(1), E4M3)
+    return as_scale(torch.maximum(gate, up), E4M3), as_scale(down, E4M3)
 
 
 def _weight_gradient(grad: Scaled, x: Scaled, known: Tensor, dtype: torch.dtype) -> Tensor:

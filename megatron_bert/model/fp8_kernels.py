@@ -24,8 +24,10 @@ from megatron_bert.model.fused_kernels import _activated, _dropped, _load_vector
 
 
 @triton.jit
-def _packed(a, b, c, d, FORMAT: tl.constexpr):
-    """Four numbers in FP8, the first one in the lowest bits; what passes the format is its largest.
+def _packed(a, b, c, d, inverse, FORMAT: tl.constexpr):
+    """FP8 of four numbers times `inverse`, the first one's in the lowest bits.
+
+    What passes the format is its largest number.
 
     In the machine's words: Triton (3.6) loses numbers of E5M2 that are put together as integers.
     """
@@ -38,7 +40,7 @@ def _packed(a, b, c, d, FORMAT: tl.constexpr):
                 mov.b32 $0, {low, high};
             }""",
             "=r,f,f,f,f",
-            [a, b, c, d],
+            [a * inverse, b * inverse, c * inverse, d * inverse],
             dtype=tl.int32,
             is_pure=True,
             pack=1,
@@ -52,7 +54,7 @@ def _packed(a, b, c, d, FORMAT: tl.constexpr):
                 mov.b32 $0, {low, high};
             }""",
             "=r,f,f,f,f",
-            [a, b, c, d],
+            [a * inverse, b * inverse, c * inverse, d * inverse],
             dtype=tl.int32,
             is_pure=True,
             pack=1,
@@ -60,9 +62,9 @@ def _packed(a, b, c, d, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(OUT, packed, first, fours, columns, step, mask):
-    """Write four tokens' numbers each, [fours, columns], to columns `step` numbers apart."""
-    offsets = columns.to(tl.int64)[None, :] * (step // 4) + first // 4 + fours[:, None]
+def _store_columns(OUT, packed, first, fours, columns, column_length, mask):
+    """Write four tokens' numbers each, [fours, columns], to columns as long as that in numbers."""
+    offsets = columns.to(tl.int64)[None, :] * (column_length // 4) + first // 4 + fours[:, None]
     tl.store(OUT + offsets, packed, mask=mask)
 
 
@@ -106,7 +108,7 @@ def fp8_cast_kernel(
     PARTS,
     T,
     D,
-    step,
+    column_length,
     threshold,
     keep_scale,
     FORMAT: tl.constexpr,
@@ -120,7 +122,7 @@ def fp8_cast_kernel(
 ):
     """FP8 of dropout(x), its columns as rows, or both; parts of column sums, fp32 [programs, D].
 
-    The columns may be part of a wider array, `step` numbers each.
+    The columns may be stretches of longer ones, of `column_length` numbers.
 
     Grid: programs * tiles of columns; each program takes every so many-th tile of tokens.
     """
@@ -155,8 +157,8 @@ def fp8_cast_kernel(
         if SUMS:
             total += (a + b) + (c + d)
         if HAS_COLUMNS:
-            packed = _packed(a * inverse, b * inverse, c * inverse, d * inverse, FORMAT)
-            _store_columns(COLUMNS_PACKED, packed, first, fours, columns, step, mask)
+            packed = _packed(a, b, c, d, inverse, FORMAT)
+            _store_columns(COLUMNS_PACKED, packed, first, fours, columns, column_length, mask)
     if SUMS:
         tl.store(PARTS + program * D + columns, tl.sum(total, 0), mask=columns < D)
 
@@ -209,7 +211,7 @@ def fp8_norm_columns_kernel(
     d = _normed_tokens(
         X, MEAN, RSTD, WEIGHT, BIAS, first, 4 * fours + 3, columns, mask, T, D, HAS_BIAS
     )
-    packed = _packed(a * inverse, b * inverse, c * inverse, d * inverse, FORMAT)
+    packed = _packed(a, b, c, d, inverse, FORMAT)
     _store_columns(COLUMNS_PACKED, packed, first, fours, columns, T, mask)
 
 
@@ -224,6 +226,7 @@ def fp8_gated_activation_kernel(
     T,
     F,
     format_largest,
+    smallest_scale,
     BIASES: tl.constexpr,
     GELU: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -248,7 +251,7 @@ def fp8_gated_activation_kernel(
         up += _load_vector(UP_BIAS, columns, F)[None, :]
     largest = tl.maximum(tl.max(tl.abs(gate), 1), tl.max(tl.abs(up), 1))
     out = _activated(gate, GELU)[0] * up
-    scale = tl.maximum(tl.max(tl.abs(out), 1) / format_largest, 1e-30)
+    scale = tl.maximum(tl.max(tl.abs(out), 1) / format_largest, smallest_scale)
     out = out * (1.0 / scale)[:, None]
     offsets = tokens[:, None] * F + columns[None, :]
     tl.store(NUMBERS + first * F + offsets, out.to(NUMBERS.dtype.element_ty), mask=mask)
@@ -283,9 +286,9 @@ def _activation_gradients(
         up += up_bias
     active, slope = _activated(gate, GELU)
     gate_grad, up_grad = grad * up * slope, grad * active
-    numbers = GRAD_NUMBERS.dtype.element_ty
-    tl.store(GRAD_NUMBERS + wide, (gate_grad * grad_inverse).to(numbers), mask=mask)
-    tl.store(GRAD_NUMBERS + F + wide, (up_grad * grad_inverse).to(numbers), mask=mask)
+    made = GRAD_NUMBERS.dtype.element_ty
+    tl.store(GRAD_NUMBERS + wide, (gate_grad * grad_inverse).to(made), mask=mask)
+    tl.store(GRAD_NUMBERS + F + wide, (up_grad * grad_inverse).to(made), mask=mask)
     return active * up, gate_grad, up_grad
 
 
@@ -321,7 +324,7 @@ def fp8_gated_activation_gradient_kernel(
     columns = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
     program, programs = tl.program_id(0) // tiles, tl.num_programs(0) // tiles
     fours = tl.arange(0, TOKENS // 4)
-    inverse, turned = 1.0 / tl.load(SCALE), 1.0 / tl.load(GRAD_SCALE)
+    inverse, grad_inverse = 1.0 / tl.load(SCALE), 1.0 / tl.load(GRAD_SCALE)
     gate_bias = 0.0
     up_bias = 0.0
     if BIASES:
@@ -334,30 +337,28 @@ def fp8_gated_activation_gradient_kernel(
         mask = (first // 4 + fours < T // 4)[:, None] & (columns < F)[None, :]
         a, gate_a, up_a = _activation_gradients(
             GRAD, GATE_UP, gate_bias, up_bias, GRAD_NUMBERS, first, 4 * fours, columns, mask, F,
-            turned, BIASES, GELU,
+            grad_inverse, BIASES, GELU,
         )  # fmt: skip
         b, gate_b, up_b = _activation_gradients(
             GRAD, GATE_UP, gate_bias, up_bias, GRAD_NUMBERS, first, 4 * fours + 1, columns, mask, F,
-            turned, BIASES, GELU,
+            grad_inverse, BIASES, GELU,
         )  # fmt: skip
         c, gate_c, up_c = _activation_gradients(
             GRAD, GATE_UP, gate_bias, up_bias, GRAD_NUMBERS, first, 4 * fours + 2, columns, mask, F,
-            turned, BIASES, GELU,
+            grad_inverse, BIASES, GELU,
         )  # fmt: skip
         d, gate_d, up_d = _activation_gradients(
             GRAD, GATE_UP, gate_bias, up_bias, GRAD_NUMBERS, first, 4 * fours + 3, columns, mask, F,
-            turned, BIASES, GELU,
+            grad_inverse, BIASES, GELU,
         )  # fmt: skip
         if BIASES:
             gate_sum += (gate_a + gate_b) + (gate_c + gate_d)
             up_sum += (up_a + up_b) + (up_c + up_d)
-        packed = _packed(a * inverse, b * inverse, c * inverse, d * inverse, FORMAT)
+        packed = _packed(a, b, c, d, inverse, FORMAT)
         _store_columns(COLUMNS_PACKED, packed, first, fours, columns, T, mask)
-        packed = _packed(
-            gate_a * turned, gate_b * turned, gate_c * turned, gate_d * turned, GRAD_FORMAT
-        )
+        packed = _packed(gate_a, gate_b, gate_c, gate_d, grad_inverse, GRAD_FORMAT)
         _store_columns(GRAD_COLUMNS_PACKED, packed, first, fours, columns, T, mask)
-        packed = _packed(up_a * turned, up_b * turned, up_c * turned, up_d * turned, GRAD_FORMAT)
+        packed = _packed(up_a, up_b, up_c, up_d, grad_inverse, GRAD_FORMAT)
         _store_columns(GRAD_COLUMNS_PACKED, packed, first, fours, columns + F, T, mask)
     if BIASES:
         PARTS += program * 2 * F

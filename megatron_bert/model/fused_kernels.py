@@ -64,6 +64,7 @@ def fused_residual_norm_kernel(
     threshold,
     keep_scale,
     format_largest,
+    smallest_scale,
     HAS_BRANCH: tl.constexpr,
     HAS_BRANCH_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -109,7 +110,7 @@ def fused_residual_norm_kernel(
             largest = tl.sqrt(D * 1.0) * tl.max(tl.abs(_load_vector(WEIGHT, columns, D)), 0)
             if HAS_BIAS:
                 largest += tl.max(tl.abs(_load_vector(BIAS, columns, D)), 0)
-            scale = tl.maximum(largest / format_largest, 1e-30)
+            scale = tl.maximum(largest / format_largest, smallest_scale)
             normed = normed * (1.0 / scale)
             if tl.program_id(0) == 0:
                 tl.store(SCALE, scale)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.model import fused_kernels, fused_tiles
-from megatron_bert.model.fp8 import E4M3, largest_of
+from megatron_bert.model.fp8 import E4M3, SMALLEST_SCALE, largest_of
 from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
 from megatron_bert.parallel.random import keep_threshold
@@ -95,6 +95,7 @@ def add_branch(
         x, x if y is None else y.contiguous(), x if y_bias is None else y_bias, token_draws,
         channel_draws, weight, x if bias is None else bias, sum_TD, normed, mean, rstd,
         x if scale is None else scale, T, D, eps, *dropping(branch), largest_of(E4M3),
+        SMALLEST_SCALE,
         HAS_BRANCH=branch is not None, HAS_BRANCH_BIAS=y_bias is not None, DROPOUT=bool(draws),
         NORM=norm is not None, HAS_BIAS=bias is not None, SCALED=scale is not None,
         **tile.options(),

@@ -77,7 +77,7 @@ class Tiling:
         return _of_rows(size, self.elements)
 
     def whole_rows(self, size: int) -> Tile:
-        """A tile of one row of F elements, of the activation that is scaled by rows."""
+        """A tile of one row of F elements: what scales rows holds all of gate, up and itself."""
         columns = 1 << (size - 1).bit_length()
         return Tile(1, columns, min(16, max(1, columns // 1024)))
 

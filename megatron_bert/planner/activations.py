@@ -78,7 +78,7 @@ class _Sublayer:
         model, e = work.job.config.model, work.job.element_bytes
         wide = e * work.tokens * model.ffn_hidden_size / work.split.tensor
         incoming = e * work.tokens * work.share * model.hidden_size
-        if work.job.is_fused:
+        if work.job.is_fused(work.split.tensor):
             # The activation and the product of both are made again.
             return cls(_norm_bytes(work) + 2 * wide, wide, 3 * wide + 2 * incoming)
         return cls(_norm_bytes(work) + 4 * wide, 0.0, 2 * wide + incoming)
@@ -91,7 +91,7 @@ def _norm_bytes(work: Work) -> float:
     """
     model, e = work.job.config.model, work.job.element_bytes
     tokens, hidden = work.tokens * work.share, model.hidden_size
-    if work.job.is_fused:
+    if work.job.is_fused(work.split.tensor):
         return tokens * (e * hidden + 8)
     return tokens * (2 * e * hidden + 8 + (hidden if model.hidden_dropout else 0))
 

@@ -105,7 +105,7 @@ def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> P
     forward_products, input_products, weight_products = _products(work)
     attention_forward, attention_backward = _attention(work)
     forward_moved, backward_moved = _elementwise(work)
-    share = rates.fused if work.job.has_fused_kernels else rates.elementwise
+    share = rates.fused if work.job.has_fused_kernels(work.split.tensor) else rates.elementwise
     forward = Seconds(
         gemm=forward_products,
         attention=attention_forward,
@@ -177,7 +177,7 @@ def _columns(work: Work) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Features out of the products of query, key and value, and of gate and up; fused, of one."""
     model, tensor = work.job.config.model, work.split.tensor
     local, wide = model.hidden_size / tensor, model.ffn_hidden_size / tensor
-    if work.job.has_fused_kernels:
+    if work.job.has_fused_kernels(work.split.tensor):
         return (local + 2 * work.kv_size,), (2 * wide,)
     return (local, work.kv_size, work.kv_size), (wide, wide)
 
@@ -221,10 +221,10 @@ def _elementwise(work: Work) -> tuple[float, float]:
     forward = 9 * work.tokens * work.share * work.job.config.model.hidden_size
     forward += 3 * work.tokens * work.job.config.model.ffn_hidden_size / work.split.tensor
     forward *= work.job.element_bytes
-    if work.job.has_fused_kernels:
+    if work.job.has_fused_kernels(work.split.tensor):
         joined = _joined_bytes(work)
         return forward + joined, _fused_backward(work) + joined
-    factor = 1.0 if work.job.is_fused else work.job.machine.rates.eager
+    factor = 1.0 if work.job.is_fused(work.split.tensor) else work.job.machine.rates.eager
     backward = factor * work.job.element_bytes * _compiled_backward(work)
     # Gradients of weights are added up in fp32.
     return factor * forward, backward + (8 + work.job.element_bytes) * _weights(work)

@@ -68,18 +68,26 @@ class Job:
         head_dim = self.config.model.head_dim
         return is_cuda and self.element_bytes == 2 and head_dim in KERNEL_HEAD_SIZES
 
-    @cached_property
-    def is_fused(self) -> bool:
+    def is_fused(self, tensor: int) -> bool:
         """Whether few kernels stand between a block's products, compiled ones or our own.
 
         Neither keep the outputs of norms and activations, nor which elements dropout keeps.
-        """
-        return self.config.compile.enabled or self.has_fused_kernels
 
-    @cached_property
-    def has_fused_kernels(self) -> bool:
+        Args:
+            tensor: tensor-parallel ranks.
+        """
+        return self.config.compile.enabled or self.has_fused_kernels(tensor)
+
+    def has_fused_kernels(self, tensor: int) -> bool:
         """Whether these are our own."""
-        return chosen_kernels(self.config, self._device) == "fused"
+        is_fused: bool = self.once(
+            ("fused", tensor),
+            lambda: (
+                chosen_kernels(self.config.with_keys({"parallel.tensor": tensor}), self._device)
+                == "fused"
+            ),
+        )
+        return is_fused
 
     @cached_property
     def _device(self) -> ComputeDevice:

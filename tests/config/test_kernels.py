@@ -112,13 +112,16 @@ def test_a_run_that_is_prepared_elsewhere_counts_on_the_gpus_that_it_asks_for(
 
 
 def test_plans_count_on_what_training_takes() -> None:
-    assert job(1).is_fused
-    assert job(1).has_fused_kernels
-    assert job(1, "compile.enabled=true").is_fused
-    assert not job(1, "compile.enabled=true").has_fused_kernels
-    assert not job(1, "kernels=torch").is_fused
-    assert not job(1, "run.device=cpu").is_fused
-    assert not job(1, gpu="cpu").is_fused
+    assert job(1).is_fused(1)
+    assert job(1).has_fused_kernels(1)
+    assert job(1, "compile.enabled=true").is_fused(1)
+    assert not job(1, "compile.enabled=true").has_fused_kernels(1)
+    assert not job(1, "kernels=torch").is_fused(1)
+    assert not job(1, "run.device=cpu").is_fused(1)
+    assert not job(1, gpu="cpu").is_fused(1)
+    fp8 = job(2, "precision.fp8=current")
+    assert fp8.has_fused_kernels(1)
+    assert not fp8.has_fused_kernels(2)
 
 
 def _train_without_triton() -> bool:

@@ -51,15 +51,27 @@ _TYPES = {
     **dict.fromkeys(
         ("count", "T", "D", "F", "S", "N", "size", "heads", "first_head", "threshold"), "i32"
     ),
-    **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale", "format_largest"), "fp32"),
+    **dict.fromkeys(("eps", "keep_scale", "scale", "gradient_scale"), "fp32"),
+    **dict.fromkeys(("format_largest", "smallest_scale"), "fp32"),
     **dict.fromkeys(("SCALE", "GRAD_SCALE", "SCALES"), "*fp32"),
     **dict.fromkeys(("COLUMNS_PACKED", "GRAD_COLUMNS_PACKED"), "*i32"),
-    "NUMBERS": "*fp8e4nv",
     "GRAD_NUMBERS": "*fp8e5",
-    "step": "i32",
+    "column_length": "i32",
 }
 # Sizes are multiples of 16, as arrays' addresses are.
-_DIVISIBLE = ("T", "D", "F", "S", "N", "size", "step", "q_step", "kv_step", "dq_step", "dkv_step")
+_DIVISIBLE = (
+    "T",
+    "D",
+    "F",
+    "S",
+    "N",
+    "size",
+    "column_length",
+    "q_step",
+    "kv_step",
+    "dq_step",
+    "dkv_step",
+)
 
 
 @dataclass(frozen=True)
@@ -109,9 +121,9 @@ def cases() -> Iterator[tuple[int, Case]]:
     # From Ada on GPUs have FP8.
     for capability in (89, 90, 100):
         for name, options in _fp8(model, True).items():
-            yield capability, Case(f"{name} retrievabert-1.3b", "fp8", options)
+            yield capability, Case(f"{name} retrievabert-1.3b", name.split("_")[0], options)
     for name, options in _fp8(wide, True).items():
-        yield 89, Case(f"{name} wide", "fp8", options)
+        yield 89, Case(f"{name} wide", name.split("_")[0], options)
     for name, options in {
         **_flash(modern, False),
         **_fused(modern, False),
@@ -175,12 +187,19 @@ def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
 def _fp8(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
     tiling, biases = fused_tiles.TILING, model.family.biases
     gated = {"BIASES": biases, "GELU": model.family.activation == "gelu"}
-    formats = {"FORMAT": tl.float8e4nv}
+    formats, norm = {"FORMAT": tl.float8e4nv}, {"HAS_BIAS": biases}
     cast = {"DROPOUT": dropout, "SUMS": biases, "HAS_ROWS": True, "HAS_COLUMNS": True}
-    columns = formats | {"HAS_BIAS": biases} | tiling.fp8.options()
+    columns = formats | norm | tiling.fp8.options()
+    scaled = {"HAS_BRANCH": True, "HAS_BRANCH_BIAS": biases, "DROPOUT": dropout, "NORM": True}
+    scaled |= norm | {"SCALED": True} | tiling.rows(model.hidden_size).options()
     gradient = formats | {"GRAD_FORMAT": tl.float8e5} | gated
+    loops = tiling.fp8.options(loops=True)
+    weight = formats | {"DROPOUT": False, "SUMS": False} | loops
     return {
-        "fp8_cast": formats | cast | tiling.fp8.options(loops=True),
+        "fp8_cast": {"FORMAT": tl.float8e5} | cast | loops,
+        "fp8_cast of a weight's rows": weight | {"HAS_ROWS": True, "HAS_COLUMNS": False},
+        "fp8_cast of a weight's columns": weight | {"HAS_ROWS": False, "HAS_COLUMNS": True},
+        "fused_residual_norm in fp8": scaled,
         "fp8_norm_columns": columns,
         "fp8_gated_activation": gated | tiling.whole_rows(model.ffn_hidden_size).options(),
         "fp8_gated_activation_gradient": gradient | tiling.fp8_gradient.options(loops=True),
@@ -202,7 +221,8 @@ def compiled(case: Case, capability: int) -> dict[str, int]:
     launch = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
     constants = {n: v for n, v in case.options.items() if n not in launch}
     names = case.kernel.arg_names
-    types = {n: "constexpr" if n in constants else _TYPES.get(n, f"*{case.compute}") for n in names}
+    found = _TYPES | _formats(case.options)
+    types = {n: "constexpr" if n in constants else found.get(n, f"*{case.compute}") for n in names}
     divisible = [n for n in names if types[n].startswith("*") or n in _DIVISIBLE]
     source = ASTSource(
         case.kernel,
@@ -222,6 +242,12 @@ def compiled(case: Case, capability: int) -> dict[str, int]:
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": made.metadata.shared,
     }
+
+
+def _formats(options: dict[str, Any]) -> dict[str, str]:
+    """Types of the arrays that a kernel writes in FP8."""
+    made = "*fp8e5" if options.get("FORMAT") == tl.float8e5 else "*fp8e4nv"
+    return {"NUMBERS": made} | ({"NORMED": made} if options.get("SCALED") else {})
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

@@ -23,12 +23,12 @@ _FORMATS = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _packed(a, b, c, d, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _packed(a, b, c, d, inverse, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """What the kernels' `_packed` makes."""
-    low = a.to(FORMAT).to(tl.uint8, bitcast=True).to(tl.uint32)
-    low |= b.to(FORMAT).to(tl.uint8, bitcast=True).to(tl.uint32) << 8
-    high = c.to(FORMAT).to(tl.uint8, bitcast=True).to(tl.uint32)
-    high |= d.to(FORMAT).to(tl.uint8, bitcast=True).to(tl.uint32) << 8
+    low = (a * inverse).to(FORMAT).to(tl.uint8, bitcast=True).to(tl.uint32)
+    low |= (b * inverse).to(FORMAT).to(tl.uint8, bitcast=True).to(tl.uint32) << 8
+    high = (c * inverse).to(FORMAT).to(tl.uint8, bitcast=True).to(tl.uint32)
+    high |= (d * inverse).to(FORMAT).to(tl.uint8, bitcast=True).to(tl.uint32) << 8
     return (low | (high << 16)).to(tl.int32, bitcast=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -21,7 +23,7 @@ from tests.small_model import cpu_topology, packed_inputs, small_config, small_m
 
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
 
-from megatron_bert.model import fp8_arrays
+from megatron_bert.model import fp8_arrays, fp8_feed_forward, fused_tiles
 from megatron_bert.model.fp8 import E4M3, E5M2, largest_of
 from megatron_bert.model.fused_norm import BranchMask, add_branch
 from tests.model.fp8_casts import casts_of_a_gpu
@@ -85,7 +87,7 @@ def test_a_norm_is_scaled_by_its_parameters_alone(has_bias: bool, factor: float)
 
 def test_weights_are_laid_one_below_another() -> None:
     weights = [_numbers(WIDE, HIDDEN), 3 * _numbers(WIDE, HIDDEN)]
-    scale = fp8_arrays.as_scale(weights[1].abs().max().view(1), E4M3)
+    scale = fp8_arrays.as_scale(weights[1].abs().max(), E4M3)
     rows = fp8_arrays.cast_weight(weights, scale, columns=False)
     _means(rows, scale, torch.cat(weights))
     columns = fp8_arrays.cast_weight(weights, scale, columns=True)
@@ -99,7 +101,7 @@ def test_a_branch_s_gradient_is_dropped_summed_and_cast_at_once(
 ) -> None:
     grad, mask = 1e-7 * _numbers(TOKENS, HIDDEN), _mask(dropout, has_bias)
     dropped = hash_dropout(grad, dropout, mask.token_draws_T, mask.channel_draws_D)
-    scale = fp8_arrays.as_scale(grad.norm(dim=1).max().view(1) / (1 - dropout), E5M2)
+    scale = fp8_arrays.as_scale(grad.norm(dim=1).max() / (1 - dropout), E5M2)
     rows, columns, bias_grad = fp8_arrays.cast_gradient(grad, scale, mask, torch.float32)
     _means(rows.numbers, scale, dropped)
     assert torch.equal(columns.numbers.T.float(), rows.numbers.float())
@@ -129,7 +131,7 @@ def test_the_activation_is_scaled_row_by_row_and_its_gradients_by_a_bound(
     _means(rows.numbers, rows.scale, expected.detach())
     torch.testing.assert_close(rows.scale * 448, expected.detach().abs().amax(1, keepdim=True))
 
-    grad_scale = fp8_arrays.as_scale((1.13 * grad.abs().max() * largest.max()).view(1), E5M2)
+    grad_scale = fp8_arrays.as_scale(1.13 * grad.abs().max() * largest.max(), E5M2)
     active_scale = rows.scale.amax().view(1)
     grads, columns, active, bias_grads = fp8_arrays.gate_up_gradients(
         grad, gate_up, biases, activation, grad_scale, active_scale, torch.float32
@@ -142,6 +144,76 @@ def test_the_activation_is_scaled_row_by_row_and_its_gradients_by_a_bound(
         torch.testing.assert_close(bias_grads.flatten(), leaf.grad.sum(0))
     else:
         assert bias_grads is None
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_program_that_takes_several_tiles_sums_and_writes_all_of_them(
+    has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiling = dataclasses.replace(fused_tiles.TILING, fp8_programs=1)
+    monkeypatch.setattr(fused_tiles, "TILING", tiling)
+    tokens = 4 * tiling.fp8.tokens - 16
+    grad, channels = _numbers(tokens, HIDDEN), element_draws(HIDDEN, DEVICE)
+    mask = BranchMask(0.3, torch.arange(tokens, device=DEVICE), channels, has_bias)
+    dropped = hash_dropout(grad, 0.3, mask.token_draws_T, mask.channel_draws_D)
+    scale = fp8_arrays.as_scale(dropped.abs().max(), E5M2)
+    rows, columns, bias_grad = fp8_arrays.cast_gradient(grad, scale, mask, torch.float32)
+    _means(rows.numbers, scale, dropped)
+    assert torch.equal(columns.numbers.T.float(), rows.numbers.float())
+    if has_bias:
+        torch.testing.assert_close(bias_grad, dropped.sum(0))
+
+    gate_up, active_grad = _numbers(tokens, 2 * WIDE), _numbers(tokens, WIDE)
+    biases = (_numbers(WIDE), -2 * _numbers(WIDE)) if has_bias else None
+    leaf = gate_up.clone().requires_grad_()
+    both = leaf + torch.cat(biases) if biases else leaf
+    expected = F.silu(both[:, :WIDE]) * both[:, WIDE:]
+    expected.backward(active_grad)
+    assert leaf.grad is not None
+    scales = [
+        fp8_arrays.as_scale(x.detach().abs().max(), made)
+        for x, made in ((leaf.grad, E5M2), (expected, E4M3))
+    ]
+    grads, columns, active, bias_grads = fp8_arrays.gate_up_gradients(
+        active_grad, gate_up, biases, F.silu, *scales, torch.float32
+    )
+    _means(grads.numbers, scales[0], leaf.grad)
+    assert torch.equal(columns.numbers.T.float(), grads.numbers.float())
+    _means(active.numbers.T, scales[1], expected.detach())
+    if has_bias:
+        torch.testing.assert_close(bias_grads.flatten(), leaf.grad.sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("activation", "steepest"), [(F.silu, 2.4), (F.gelu, math.sqrt(2))])
+def test_gate_s_and_up_s_gradients_fit_where_all_that_bounds_them_meets(
+    activation: Any, steepest: float
+) -> None:
+    # One row of the output's gradient lies along the longest column of down, and there is gate
+    # where the activation is steepest, beside the largest up.
+    down = _numbers(HIDDEN, WIDE)
+    down[:, 7] *= 5.0
+    y_grad = 1e-3 * _numbers(TOKENS, HIDDEN)
+    y_grad[3] = 40.0 * down[:, 7]
+    gate_up = _numbers(TOKENS, 2 * WIDE)
+    gate_up[3, 7], gate_up[3, WIDE + 7] = steepest, -50.0
+    leaf = gate_up.clone().requires_grad_()
+    (activation(leaf[:, :WIDE]) * leaf[:, WIDE:]).backward(y_grad @ down)
+    assert leaf.grad is not None
+    largest = gate_up.abs().amax(1)
+    scale = fp8_feed_forward.gate_up_scale(y_grad.norm(dim=1), largest, down)
+    reach = leaf.grad.abs().max() / (scale * largest_of(E5M2))
+    # No more than what rounding may add is left.
+    assert 0.8 < reach < 0.9
+
+
+def test_rows_that_are_far_smaller_than_the_largest_keep_their_gradients() -> None:
+    # Lengths and largest numbers of rows differ by powers of two, but not in the same rows.
+    lengths = 2.0 ** torch.arange(0, -16, -1, device=DEVICE).repeat(5)
+    largest = 2.0 ** torch.arange(-15, 1, device=DEVICE).repeat(5)
+    down = _numbers(HIDDEN, WIDE)
+    scale = fp8_feed_forward.gate_up_scale(lengths, largest, down)
+    widest = down.norm(dim=0).max()
+    assert scale * largest_of(E5M2) < 1.5 * widest * 2.0**-15
 
 
 def _train(name: str, fp8: str, changes: dict[str, Any]) -> dict[str, Tensor]:
@@ -196,12 +268,13 @@ def test_losses_and_gradients_are_near_those_without_fp8(
     run_ranks(ranks, _check_near, changes)
 
 
-def _block() -> tuple[Block, BlockDropout]:
-    config = small_config(kernels="fused", model=DROPOUT)
+def _block(dropout: float = 0.2, *, fp8: bool = True) -> tuple[Block, BlockDropout]:
+    model_keys = {"hidden_dropout": dropout, "attention_dropout": 0.2}
+    config = small_config(kernels="fused", model=model_keys)
     model = whole_model(config, cpu_topology()).train()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_check_device", lambda *_, **__: None)
-        kernels.use_kernels(model, "fused", torch.device("cpu"), torch.float32, fp8=True)
+        kernels.use_kernels(model, "fused", torch.device("cpu"), torch.float32, fp8=fp8)
     block = model.blocks["1"]
     assert isinstance(block, Block)
     draws, channels = torch.arange(64), element_draws(32, torch.device("cpu"))
@@ -227,10 +300,10 @@ def _held_by_a_block() -> int:
 
 
 @on_the_cpu
-def test_no_more_is_kept_than_without_fp8_but_five_scales() -> None:
+def test_no_more_is_kept_than_without_fp8_but_a_number_a_token_and_four_scales() -> None:
     tokens, hidden, wide = 64, 32, 48
     plain = 4 * tokens * (4 * hidden + 2 * 8 + 2 * wide + 2 * 2 + 4)
-    assert run_ranks(1, _held_bytes)[0] == plain + 5 * 4
+    assert run_ranks(1, _held_bytes)[0] == plain + 4 * tokens + 4 * 4
 
 
 def _not_finite(value: float) -> None:
@@ -282,3 +355,26 @@ def _check_nothing() -> None:
 @on_the_cpu
 def test_arrays_of_zeros_have_a_scale_too() -> None:
     run_ranks(1, _of_nothing)
+
+
+def _down_gradient(fp8: bool) -> Tensor:
+    """Of a gradient with one number a row, nine tenths of which are dropped."""
+    block, dropout = _block(0.9, fp8=fp8)
+    layout = PackedLayout.from_positions(packed_inputs(2).positions)
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    with casts_of_a_gpu():
+        y = block(x, layout, dropout)
+        y.backward(torch.eye(32).repeat(2, 1))
+    gradient = block.feed_forward.down.weight.grad
+    assert gradient is not None
+    return gradient
+
+
+def _check_dropout_s_scale() -> None:
+    exact = _down_gradient(False)
+    assert (_down_gradient(True) - exact).norm() < 0.1 * exact.norm()
+
+
+@on_the_cpu
+def test_what_dropout_makes_larger_still_fits() -> None:
+    run_ranks(1, _check_dropout_s_scale)
