@@ -109,7 +109,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     precision = f"{_key(config, 'precision', 'compute')}, weights and moments fp32"
     fp8 = _key(config, "precision", "fp8")
     if fp8 not in ("none", UNKNOWN):
-        precision += f", products of the blocks' linear layers in FP8 ({fp8} scaling)"
+        precision += f", products of blocks in FP8 ({fp8} scaling)"
     if _key(config, "precision", "reduce") == "bf16":
         precision += ", gradients reduced in bf16"
     yield "precision", precision

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from megatron_bert.config.arithmetic import fixed_eval_length
 from megatron_bert.config.schema import Config
@@ -21,6 +21,9 @@ KERNEL_HEAD_SIZES = (16, 32, 64, 128)
 
 # Rows and columns of FP8 products come in so many.
 _FP8_MULTIPLE = 16
+
+# Whose products in FP8 are their own.
+_FP8_KERNELS: dict[KernelsName, KernelsName] = {"fused": "fused", "te": "te"}
 
 _MEANING: dict[KernelsName, str] = {
     "torch": "PyTorch's, on CUDA attention (BF16) and the head's softmax our own",
@@ -80,7 +83,8 @@ def describe_kernels(config: Config, device: ComputeDevice) -> str:
     name = chosen_kernels(config, device)
     shown = f"{name} (auto)" if config.kernels == "auto" else name
     fp8 = config.precision.fp8
-    return f"{shown}: {_MEANING[name]}{'' if fp8 == 'none' else f'; products in FP8 ({fp8})'}"
+    products = "the feed-forward networks' products" if name == "fused" else "products"
+    return f"{shown}: {_MEANING[name]}{'' if fp8 == 'none' else f'; {products} in FP8 ({fp8})'}"
 
 
 def kernel_conflicts(config: Config) -> Iterator[str]:
@@ -199,6 +203,34 @@ def has_nvidias_apex() -> bool:
     package = find_spec("apex")
     places = [] if package is None else package.submodule_search_locations or []
     return any((Path(place) / "optimizers" / "fused_adam.py").is_file() for place in places)
+
+
+def fp8_changes(old: Mapping[str, Any], config: Config, device: ComputeDevice) -> Iterator[str]:
+    """What in the choice of kernels makes a run in FP8 compute other products in it than before.
+
+    Args:
+        old: the configuration that the run was trained with, as plain values.
+        config: the configuration that it goes on with; `precision.fp8` is the same.
+        device: what is known of the device that it goes on with.
+    """
+    if config.precision.fp8 == "none":
+        return
+    given = {
+        "kernels": old.get("kernels"),
+        "parallel.tensor": old.get("parallel", {}).get("tensor"),
+        "compile.enabled": old.get("compile", {}).get("enabled"),
+    }
+    keys = {name: value for name, value in given.items() if value is not None}
+    before, after = (
+        _FP8_KERNELS.get(chosen_kernels(one, device), "torch")
+        for one in (config.with_keys(keys), config)
+    )
+    if before != after:
+        yield (
+            f"precision.fp8 = {config.precision.fp8}: with kernels = {after} other products are in "
+            f"FP8 than with {before}, by which this run was trained (kernels, parallel.tensor and "
+            "compile.enabled decide it); restore these, or branch off into a new run.dir"
+        )
 
 
 def fp8_problems(config: Config) -> Iterator[str]:

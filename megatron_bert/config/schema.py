@@ -331,8 +331,9 @@ class PrecisionConfig(Section):
     fp8: Literal["none", "current"] = "none"
     """Products of the blocks' linear layers in FP8, scaled by what is known of their operands then
     (`current`; nothing is kept from step to step): with `kernels: fused` those of the feed-forward
-    networks, else all, each operand by its own largest number, by PyTorch or, with `kernels: te`,
-    Transformer Engine. On GPUs of compute capability 8.9 and up, and slowly on CPUs."""
+    networks, which a run keeps to, else all, each operand by its own largest number, by PyTorch or,
+    with `kernels: te`, Transformer Engine. On GPUs of compute capability 8.9 and up, and slowly on
+    CPUs."""
 
 
 class CheckpointConfig(Section):

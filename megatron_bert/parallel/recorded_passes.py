@@ -143,6 +143,11 @@ class RecordedModel(WholeModel):
                 loss += self._passes.run(micro_batch, count)
         return loss
 
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """See `MicroBatchRunner`; launched."""
+        with _memory_noted():
+            return super().evaluate(micro_batches)
+
 
 class _Passes:
     """A recording for micro-batches of one shape; making it leaves anything in sums of gradients.

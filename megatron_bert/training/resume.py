@@ -8,11 +8,14 @@ from pathlib import Path
 from megatron_bert.checkpoint.manifest import MANIFEST_NAME
 from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
+from megatron_bert.config.diagnostics import raise_problems
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.identity import check_resume
+from megatron_bert.config.kernels import fp8_changes
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.distributed.device_facts import facts_at_hand
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ def check_continuity(
     """
     with state.reading():
         check_resume(state.config, config, state.step, start.new_run, start.path)
+        if not start.new_run:
+            facts = facts_at_hand(config.run.device)
+            raise_problems(list(fp8_changes(state.config, config, facts)), "a resumed run")
     if state.tokenizer_hash != tokenizer.hash:
         raise CheckpointError(
             f"{start.path} was trained with a tokenizer of hash {state.tokenizer_hash}, "

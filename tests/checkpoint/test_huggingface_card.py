@@ -99,7 +99,7 @@ def test_the_card_names_muon_and_the_types_of_products_and_of_reduced_gradients(
         "Muon (momentum 0.9) for the blocks' matrices, AdamW for the rest, beta1 0.9"
     )
     assert rows["precision"] == (
-        "bf16, weights and moments fp32, products of the blocks' linear layers in FP8 (current "
+        "bf16, weights and moments fp32, products of blocks in FP8 (current "
         "scaling), gradients reduced in bf16"
     )
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_bert.config.kernels import ComputeDevice, chosen_kernels, records_passes
+from megatron_bert.config.kernels import (
+    ComputeDevice,
+    chosen_kernels,
+    fp8_changes,
+    records_passes,
+)
 from megatron_bert.config.load import load_config
 from megatron_bert.distributed import device_facts
 from megatron_bert.distributed.device_facts import facts_at_hand, facts_of
@@ -88,6 +94,29 @@ def test_passes_are_recorded_on_cuda_wherever_nothing_speaks_against_it(
     keys: tuple[str, ...], device: ComputeDevice, is_recorded: bool
 ) -> None:
     assert records_passes(load_config(EXAMPLE, keys), device) == is_recorded
+
+
+@pytest.mark.parametrize(
+    ("old", "keys", "before", "after"),
+    [
+        ({}, (), None, None),
+        ({"kernels": "auto"}, ("kernels=fused",), None, None),
+        ({"kernels": "torch"}, (), "torch", "fused"),
+        ({"kernels": "auto", "parallel": {"tensor": 1}}, ("parallel.tensor=2",), "fused", "torch"),
+        ({"compile": {"enabled": True}}, ("kernels=apex",), None, None),
+        ({"kernels": "te"}, ("kernels=torch",), "te", "torch"),
+    ],
+)
+def test_a_run_in_fp8_goes_on_with_the_same_products_in_it(
+    old: dict[str, Any], keys: tuple[str, ...], before: str | None, after: str | None
+) -> None:
+    config = load_config(EXAMPLE, ("precision.fp8=current", *keys))
+    problems = list(fp8_changes(old, config, H100))
+    assert len(problems) == (before is not None)
+    for problem in problems:
+        assert f"with kernels = {after} other products are in FP8 than with {before}" in problem
+        assert "restore these, or branch off" in problem
+    assert not list(fp8_changes(old, load_config(EXAMPLE, keys), H100))
 
 
 def test_a_device_tells_what_kernels_go_by(monkeypatch: pytest.MonkeyPatch) -> None:

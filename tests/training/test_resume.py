@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.errors import UserError
+from megatron_bert.config.errors import ConfigError, UserError
+from megatron_bert.config.kernels import ComputeDevice
+from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -20,11 +23,13 @@ from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.parallel.sharding import local_part
 from megatron_bert.run.metrics import read
+from megatron_bert.training import resume
 from megatron_bert.training.dry_run import dry_run
 from megatron_bert.training.optimizer import build_optimizer
+from megatron_bert.training.resume import StartingPoint
 from megatron_bert.training.state import load_state
 from tests.distributed_harness import run_ranks
-from tests.training.runs import steps_of, train
+from tests.training.runs import run_config, steps_of, train
 
 FP8 = {"precision": {"compute": "bf16", "fp8": "current"}}
 EXACT = ("loss", "grad_norm", "lr", "batch_hash", "consumed_rows", "stage", "tokens")
@@ -344,3 +349,18 @@ def test_other_weights_of_the_corpora_are_refused_in_the_same_run(
     )
     message = run_ranks(1, _refused, other.model_copy(update={"data": data}))[0]
     assert "data.train.0.weight" in message
+
+
+def test_a_run_in_fp8_is_not_gone_on_with_by_other_kernels(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "facts_at_hand", lambda _: ComputeDevice("cuda", (9, 0)))
+    precision = {"compute": "bf16", "fp8": "current"}
+    old, new = (
+        run_config(tiny_data, tmp_path, precision=precision, kernels=kernels)
+        for kernels in ("torch", "auto")
+    )
+    state = RunState(tmp_path, {"config": config_dict(old), "step": 3})
+    rest: tuple[Any, Any] = (None, None)
+    with pytest.raises(ConfigError, match="with kernels = fused other products are in FP8"):
+        resume.check_continuity(StartingPoint(tmp_path, new_run=False), state, new, *rest)
