@@ -41,8 +41,8 @@ from megatron_bert.model.fp8_arrays import (
 from megatron_bert.model.fused_feed_forward import (
     Branch,
     FeedForwardGradients,
-    FeedForwardOutput,
     FeedForwardParameters,
+    Kept,
     made_by,
 )
 from megatron_bert.model.fused_norm import BranchMask, add_branch
@@ -60,7 +60,7 @@ class Fp8FeedForward:
 
     def forward(
         self, block: Block, x: Tensor, branch: Branch, parameters: FeedForwardParameters
-    ) -> FeedForwardOutput:
+    ) -> tuple[Tensor, Kept]:
         """See `FeedForwardPasses`."""
         network, dtype = block.feed_forward, x.dtype
         scale = x.new_empty(1, dtype=torch.float32)
@@ -73,21 +73,21 @@ class Fp8FeedForward:
         # Where one factor has a scale for each row the other has one for each column.
         down_scales = down.expand(1, len(down_DF)).contiguous()
         y = scaled_product(active.numbers, down_DF.t(), active.scale, down_scales, dtype, fast=True)
-        kept = (gate_up, scale, wide, down, active.scale.amax().view(1), largest_N)
-        return FeedForwardOutput(x, mean, rstd, y, kept)
+        others = (gate_up, scale, wide, down, active.scale.amax().view(1), largest_N)
+        return y, Kept(x, mean, rstd, others)
 
     def backward(
         self,
         block: Block,
         end_grad: Tensor,
         mask: BranchMask,
-        forward: FeedForwardOutput,
+        kept: Kept,
         parameters: FeedForwardParameters,
         known: FeedForwardParameters,
     ) -> FeedForwardGradients:
         """See `FeedForwardPasses`."""
         network, dtype = block.feed_forward, end_grad.dtype
-        gate_up, scale, wide, down, active_scale, largest_N = forward.kept
+        gate_up, scale, wide, down, active_scale, largest_N = kept.others
         sums = gradient_dtype(known.norm_weight)
 
         lengths_N = _lengths(end_grad, 1) / (1.0 - mask.dropout)
@@ -112,9 +112,7 @@ class Fp8FeedForward:
             gate_up_grad.numbers, wide_DP.t(), gate_up_grad.scale, wide, dtype
         )
         norm_weight, norm_bias, _ = made_by(block, parameters)
-        normed_DN = norm_columns(
-            forward.x, forward.mean, forward.rstd, norm_weight, norm_bias, scale
-        )
+        normed_DN = norm_columns(kept.x, kept.mean, kept.rstd, norm_weight, norm_bias, scale)
         wide_grad = _weight_gradient(gate_up_grad_PN, normed_DN, known.gate, dtype)
         gate_grad, up_grad = wide_grad.chunk(2)
         gate_bias, up_bias = (None, None) if wide_biases is None else wide_biases

@@ -20,9 +20,9 @@ from megatron_bert.model.attention import PackedLayout
 from megatron_bert.model.block import Block, BlockDropout
 from megatron_bert.model.fused_feed_forward import (
     Branch,
-    FeedForwardOutput,
     FeedForwardParameters,
     FeedForwardPasses,
+    Kept,
     Parameter,
     left_or_computed,
     remakes,
@@ -200,13 +200,12 @@ class _AfterAttention(torch.autograd.Function):
         output, output_bias, *network, down_bias = parameters
         masks = _AfterAttention.masks(block, dropout)
         y = summed_over_ranks(F.linear(mixed, output), block.attention.tp)
-        found = passes.forward(
+        y, kept = passes.forward(
             block, x, Branch(masks[0], y, output_bias), FeedForwardParameters(*network)
         )
-        del y
-        end = add_branch(found.x, masks[1], found.y, down_bias, None)[0]
+        end = add_branch(kept.x, masks[1], y, down_bias, None)[0]
         ctx.block, ctx.masks, ctx.passes, ctx.parameters = block, masks, passes, parameters
-        ctx.save_for_backward(mixed, found.x, found.mean, found.rstd, *parameters, *found.kept)
+        ctx.save_for_backward(mixed, *kept[:3], *parameters, *kept.others)
         return end
 
     @staticmethod
@@ -216,9 +215,9 @@ class _AfterAttention(torch.autograd.Function):
         output, _, *network, _ = others[:count]
         parameters = FeedForwardParameters(*network)
         known = FeedForwardParameters(*ctx.parameters[2:-1])
-        found = FeedForwardOutput(x, mean, rstd, x, tuple(others[count:]))
+        kept = Kept(x, mean, rstd, tuple(others[count:]))
         attention, mask = ctx.block.attention, ctx.masks[0]
-        gradients = ctx.passes.backward(ctx.block, grads[0], ctx.masks[1], found, parameters, known)
+        gradients = ctx.passes.backward(ctx.block, grads[0], ctx.masks[1], kept, parameters, known)
         x_grad, y_grad, norm_grads = norm_gradients(
             gradients.normed, grads[0], x, mean, rstd, parameters.norm_weight, mask,
             has_bias=parameters.norm_bias is not None, dtype=gradient_dtype(known.norm_weight),

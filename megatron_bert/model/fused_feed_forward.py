@@ -68,22 +68,20 @@ class Branch(NamedTuple):
     bias: Parameter
 
 
-class FeedForwardOutput(NamedTuple):
-    """What the forward pass gives.
+class Kept(NamedTuple):
+    """What the forward pass leaves for backward.
 
     Attributes:
         x: the residual stream behind attention, [T, D].
         mean: of its norm, fp32 [T].
         rstd: the same.
-        y: the network's output, without its bias, [T, D].
-        kept: what else backward takes.
+        others: what else this way of computing takes.
     """
 
     x: Tensor
     mean: Tensor
     rstd: Tensor
-    y: Tensor
-    kept: tuple[Any, ...]
+    others: tuple[Any, ...]
 
 
 class FeedForwardGradients(NamedTuple):
@@ -105,8 +103,8 @@ class FeedForwardPasses(Protocol):
 
     def forward(
         self, block: Block, x: Tensor, branch: Branch, parameters: FeedForwardParameters
-    ) -> FeedForwardOutput:
-        """From the residual stream ahead of attention's branch."""
+    ) -> tuple[Tensor, Kept]:
+        """From the residual stream ahead of attention's branch to the output, without its bias."""
         ...
 
     def backward(
@@ -114,7 +112,7 @@ class FeedForwardPasses(Protocol):
         block: Block,
         end_grad: Tensor,
         mask: BranchMask,
-        forward: FeedForwardOutput,
+        kept: Kept,
         parameters: FeedForwardParameters,
         known: FeedForwardParameters,
     ) -> FeedForwardGradients:
@@ -124,7 +122,7 @@ class FeedForwardPasses(Protocol):
             block: as forward, like `parameters`.
             end_grad: that gradient.
             mask: what the network's output was dropped by.
-            forward: what the forward pass gave, but for `y`.
+            kept: what the forward pass left.
             parameters: the same.
             known: the same as autograd knows them, for the types of their gradients.
         """
@@ -160,29 +158,29 @@ class PlainFeedForward:
 
     def forward(
         self, block: Block, x: Tensor, branch: Branch, parameters: FeedForwardParameters
-    ) -> FeedForwardOutput:
+    ) -> tuple[Tensor, Kept]:
         """See `FeedForwardPasses`."""
         network, tp = block.feed_forward, block.feed_forward.tp
         x, normed, mean, rstd = add_branch(x, *branch, made_by(block, parameters))
-        kept = None if remakes(block) else normed
+        kept_normed = None if remakes(block) else normed
         wide = torch.cat((parameters.gate, parameters.up))
         gate_up = F.linear(gathered_tokens(normed, tp), wide)
         active = gated_activation(gate_up, parameters.wide_biases, network.activation)
         y = summed_over_ranks(F.linear(active, parameters.down), tp)
-        return FeedForwardOutput(x, mean, rstd, y, (kept, gate_up))
+        return y, Kept(x, mean, rstd, (kept_normed, gate_up))
 
     def backward(
         self,
         block: Block,
         end_grad: Tensor,
         mask: BranchMask,
-        forward: FeedForwardOutput,
+        kept: Kept,
         parameters: FeedForwardParameters,
         known: FeedForwardParameters,
     ) -> FeedForwardGradients:
         """See `FeedForwardPasses`."""
         network, tp = block.feed_forward, block.feed_forward.tp
-        normed, gate_up = forward.kept
+        normed, gate_up = kept.others
         dtype = gradient_dtype(known.norm_weight)
         y_grad, down_bias = branch_gradients(end_grad, mask, dtype)
         y_grad = gathered_tokens(y_grad, tp)
@@ -196,7 +194,7 @@ class PlainFeedForward:
         del active, y_grad
         if normed is None:
             norm_weight, norm_bias, _ = made_by(block, parameters)
-            normed = norm_again(forward.x, forward.mean, forward.rstd, norm_weight, norm_bias)
+            normed = norm_again(kept.x, kept.mean, kept.rstd, norm_weight, norm_bias)
         normed_grad, (gate, up) = joined_gradients(
             gate_up_grad, normed, parameters[2:4], (network.gate, network.up), tp, known.gate
         )
