@@ -22,9 +22,6 @@ KERNEL_HEAD_SIZES = (16, 32, 64, 128)
 # Rows and columns of FP8 products come in so many.
 _FP8_MULTIPLE = 16
 
-# Whose products in FP8 are their own.
-_FP8_KERNELS: dict[KernelsName, KernelsName] = {"fused": "fused", "te": "te"}
-
 _MEANING: dict[KernelsName, str] = {
     "torch": "PyTorch's, on CUDA attention (BF16) and the head's softmax our own",
     "fused": "our own between the blocks' products, the rest as with torch",
@@ -221,15 +218,14 @@ def fp8_changes(old: Mapping[str, Any], config: Config, device: ComputeDevice) -
         "compile.enabled": old.get("compile", {}).get("enabled"),
     }
     keys = {name: value for name, value in given.items() if value is not None}
-    before, after = (
-        _FP8_KERNELS.get(chosen_kernels(one, device), "torch")
-        for one in (config.with_keys(keys), config)
-    )
-    if before != after:
+    before, after = (chosen_kernels(one, device) for one in (config.with_keys(keys), config))
+    # Others multiply as `torch` does.
+    if before != after and {before, after} & {"fused", "te"}:
         yield (
             f"precision.fp8 = {config.precision.fp8}: with kernels = {after} other products are in "
             f"FP8 than with {before}, by which this run was trained (kernels, parallel.tensor and "
-            "compile.enabled decide it); restore these, or branch off into a new run.dir"
+            "compile.enabled decide it); restore these, or branch off: set checkpoint.resume to "
+            "the checkpoint and run.dir to a new directory"
         )
 
 

@@ -111,8 +111,7 @@ class Fp8FeedForward:
         normed_grad = scaled_product(
             gate_up_grad.numbers, wide_DP.t(), gate_up_grad.scale, wide, dtype
         )
-        norm_weight, norm_bias, _ = made_by(block, parameters)
-        normed_DN = norm_columns(kept.x, kept.mean, kept.rstd, norm_weight, norm_bias, scale)
+        normed_DN = norm_columns(kept.x, kept.mean, kept.rstd, *parameters[:2], scale)
         wide_grad = _weight_gradient(gate_up_grad_PN, normed_DN, known.gate, dtype)
         gate_grad, up_grad = wide_grad.chunk(2)
         gate_bias, up_bias = (None, None) if wide_biases is None else wide_biases

@@ -22,6 +22,15 @@ import triton.language as tl
 
 from megatron_bert.model.fused_kernels import _activated, _dropped, _load_vector, _normalized
 
+_WORDS = """{{
+    .reg .b16 low, high;
+    cvt.rn.satfinite.{made}x2.f32 low, $2, $1;
+    cvt.rn.satfinite.{made}x2.f32 high, $4, $3;
+    mov.b32 $0, {{low, high}};
+}}"""
+_TO_E4M3 = tl.constexpr(_WORDS.format(made="e4m3"))
+_TO_E5M2 = tl.constexpr(_WORDS.format(made="e5m2"))
+
 
 @triton.jit
 def _packed(a, b, c, d, inverse, FORMAT: tl.constexpr):
@@ -31,34 +40,14 @@ def _packed(a, b, c, d, inverse, FORMAT: tl.constexpr):
 
     In the machine's words: Triton (3.6) loses numbers of E5M2 that are put together as integers.
     """
-    if FORMAT == tl.float8e5:  # noqa: SIM300
-        return tl.inline_asm_elementwise(
-            """{
-                .reg .b16 low, high;
-                cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;
-                cvt.rn.satfinite.e5m2x2.f32 high, $4, $3;
-                mov.b32 $0, {low, high};
-            }""",
-            "=r,f,f,f,f",
-            [a * inverse, b * inverse, c * inverse, d * inverse],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-                .reg .b16 low, high;
-                cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-                cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-                mov.b32 $0, {low, high};
-            }""",
-            "=r,f,f,f,f",
-            [a * inverse, b * inverse, c * inverse, d * inverse],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+    return tl.inline_asm_elementwise(
+        _TO_E5M2 if FORMAT == tl.float8e5 else _TO_E4M3,  # noqa: SIM300
+        "=r,f,f,f,f",
+        [a * inverse, b * inverse, c * inverse, d * inverse],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -193,8 +193,7 @@ class PlainFeedForward:
         # Wide ones go once they are used up: other layers' activations still stand.
         del active, y_grad
         if normed is None:
-            norm_weight, norm_bias, _ = made_by(block, parameters)
-            normed = norm_again(kept.x, kept.mean, kept.rstd, norm_weight, norm_bias)
+            normed = norm_again(kept.x, kept.mean, kept.rstd, *parameters[:2])
         normed_grad, (gate, up) = joined_gradients(
             gate_up_grad, normed, parameters[2:4], (network.gate, network.up), tp, known.gate
         )

@@ -69,9 +69,7 @@ MACHINE: tuple[Argument, ...] = (
     ),
     holds("--accumulate-allreduce-grads-in-fp32", "`precision.reduce` is fp32 by default"),
     becomes("--grad-reduce-in-bf16", "precision.reduce", read=lambda _: "bf16"),
-    becomes(
-        "--fp8-format", "precision.fp8", "scaled by what is known of its operands"
-    ),
+    becomes("--fp8-format", "precision.fp8", "scaled by what is known of its operands"),
     lacks(
         "--fp8-* --fp4-* --te-precision-config-file --first-last-layers-bf16 --num-layers-at-*",
         "see `precision.fp8`",

@@ -14,12 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_bert.model import attention, kernels
-from megatron_bert.model.attention import PackedLayout
-from megatron_bert.model.block import Block, BlockDropout
 from megatron_bert.parallel.random import element_draws, hash_dropout
 from tests.distributed_harness import run_ranks
-from tests.held_storages import Storages
-from tests.small_model import cpu_topology, packed_inputs, small_config, small_model, whole_model
+from tests.small_model import cpu_topology, packed_inputs, small_config, small_model
 
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
 
@@ -27,6 +24,7 @@ from megatron_bert.model import fp8_arrays, fp8_feed_forward, fused_tiles
 from megatron_bert.model.fp8 import E4M3, E5M2, largest_of
 from megatron_bert.model.fused_norm import BranchMask, add_branch
 from tests.model.fp8_casts import casts_of_a_gpu
+from tests.model.lone_block import DROPOUT, held_bytes, lone_block, two_rows
 
 pytestmark = pytest.mark.peers
 on_the_cpu = pytest.mark.skipif(
@@ -35,7 +33,6 @@ on_the_cpu = pytest.mark.skipif(
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
 TOKENS, HIDDEN, WIDE = 80, 48, 96
 
 
@@ -268,35 +265,9 @@ def test_losses_and_gradients_are_near_those_without_fp8(
     run_ranks(ranks, _check_near, changes)
 
 
-def _block(dropout: float = 0.2, *, fp8: bool = True) -> tuple[Block, BlockDropout]:
-    model_keys = {"hidden_dropout": dropout, "attention_dropout": 0.2}
-    config = small_config(kernels="fused", model=model_keys)
-    model = whole_model(config, cpu_topology()).train()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_check_device", lambda *_, **__: None)
-        kernels.use_kernels(model, "fused", torch.device("cpu"), torch.float32, fp8=fp8)
-    block = model.blocks["1"]
-    assert isinstance(block, Block)
-    draws, channels = torch.arange(64), element_draws(32, torch.device("cpu"))
-    return block, BlockDropout(draws[:2], draws, draws, channels)
-
-
 def _held_bytes() -> int:
     with casts_of_a_gpu():
-        return _held_by_a_block()
-
-
-def _held_by_a_block() -> int:
-    block, dropout = _block()
-    layout = PackedLayout.from_positions(packed_inputs(2).positions)
-    x = torch.randn(64, 32, requires_grad=True)
-    there = [layout.begins_BS, layout.ends_BS, dropout.attention_T, dropout.channels_D, x]
-    storages = Storages([*block.parameters(), *there])
-    with storages:
-        y = block(x, layout, dropout)
-    held = storages.held()
-    del y
-    return held
+        return held_bytes(*lone_block("fused", fp8=True))
 
 
 @on_the_cpu
@@ -312,8 +283,8 @@ def _not_finite(value: float) -> None:
 
 
 def _check_not_finite(value: float) -> None:
-    block, dropout = _block()
-    layout = PackedLayout.from_positions(packed_inputs(2).positions)
+    block, dropout = lone_block("fused", fp8=True)
+    layout = two_rows()
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         hidden = x.clone()
@@ -340,8 +311,8 @@ def _of_nothing() -> None:
 
 
 def _check_nothing() -> None:
-    block, dropout = _block()
-    layout = PackedLayout.from_positions(packed_inputs(2).positions)
+    block, dropout = lone_block("fused", fp8=True)
+    layout = two_rows()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.zero_()
@@ -359,8 +330,8 @@ def test_arrays_of_zeros_have_a_scale_too() -> None:
 
 def _down_gradient(fp8: bool) -> Tensor:
     """Of a gradient with one number a row, nine tenths of which are dropped."""
-    block, dropout = _block(0.9, fp8=fp8)
-    layout = PackedLayout.from_positions(packed_inputs(2).positions)
+    block, dropout = lone_block("fused", fp8=fp8, hidden_dropout=0.9)
+    layout = two_rows()
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
     with casts_of_a_gpu():
         y = block(x, layout, dropout)

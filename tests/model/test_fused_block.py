@@ -11,19 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.model import attention, kernels
-from megatron_bert.model.attention import PackedLayout
-from megatron_bert.model.block import Block, BlockDropout
 from megatron_bert.model.build import build_model
-from megatron_bert.parallel.random import element_draws
 from tests.distributed_harness import run_ranks
-from tests.held_storages import Storages
+from tests.model.lone_block import DROPOUT, held_bytes, lone_block, two_rows
 from tests.small_model import (
     VOCABULARY,
     cpu_topology,
     packed_inputs,
     small_config,
     small_model,
-    whole_model,
 )
 
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
@@ -32,8 +28,6 @@ pytestmark = [
     pytest.mark.peers,
     pytest.mark.skipif(torch.cuda.is_available(), reason="blocks on the CPU need the interpreter"),
 ]
-
-DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
 
 
 def _train(
@@ -149,34 +143,13 @@ class _Operators(TorchDispatchMode):
         return result
 
 
-def _block(name: str, recompute: str, biases: bool) -> tuple[Block, BlockDropout]:
-    """A block of 64 tokens by itself, and its dropout."""
-    architecture = "retrievabert" if biases else "modernbert"
-    config = small_config(
-        model={**DROPOUT, "architecture": architecture}, recompute=recompute, kernels=name
-    )
-    model = whole_model(config, cpu_topology()).train()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_check_device", lambda *_, **__: None)
-        kernels.use_kernels(model, name, torch.device("cpu"), torch.float32, fp8=False)
-    block = model.blocks["1"]
-    assert isinstance(block, Block)
-    draws, channels = torch.arange(64), element_draws(32, torch.device("cpu"))
-    return block, BlockDropout(draws[:2], draws, draws, channels)
+def _architecture(biases: bool) -> str:
+    return "retrievabert" if biases else "modernbert"
 
 
 def _held_bytes(name: str, recompute: str, biases: bool) -> int:
-    """Bytes that are there after a block's forward pass and were not before."""
-    block, dropout = _block(name, recompute, biases)
-    layout = PackedLayout.from_positions(packed_inputs(2).positions)
-    x = torch.randn(64, 32, requires_grad=True)
-    there = [layout.begins_BS, layout.ends_BS, dropout.attention_T, dropout.channels_D, x]
-    storages = Storages([*block.parameters(), *there])
-    with storages:
-        y = block(x, layout, dropout)
-    held = storages.held()
-    del y
-    return held
+    architecture = _architecture(biases)
+    return held_bytes(*lone_block(name, recompute=recompute, architecture=architecture))
 
 
 @pytest.mark.parametrize("biases", [True, False])
@@ -195,8 +168,8 @@ def test_with_full_recomputation_nothing_is_kept_but_the_block_s_output(name: st
 
 
 def _operators(biases: bool) -> tuple[list[str], list[str]]:
-    block, dropout = _block("fused", "none", biases)
-    layout = PackedLayout.from_positions(packed_inputs(2).positions)
+    block, dropout = lone_block("fused", architecture=_architecture(biases))
+    layout = two_rows()
     x, y_grad = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32)
     with _Operators(64) as forward:
         y = block(x, layout, dropout)

@@ -336,3 +336,22 @@ def _runner_on_a_gpu(key: dict[str, Any]) -> str:
 )
 def test_on_cuda_passes_are_recorded_wherever_they_can_be(key: dict[str, Any], runner: str) -> None:
     assert run_ranks(1, _runner_on_a_gpu, key) == [runner]
+
+
+def _evaluated_without_memory() -> list[str]:
+    model = small_model(small_config(), cpu_topology())
+    assert isinstance(model.runner, WholeModel)
+    recorded = RecordedModel(model.runner.model, lambda: nullcontext(_Tapes()))
+
+    def lacks(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    model.runner.model.units[0].register_forward_pre_hook(lacks)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        recorded.evaluate([packed_inputs(2)])
+    return list(caught.value.__notes__)
+
+
+def test_memory_that_an_evaluation_lacks_beside_recordings_is_told_so() -> None:
+    ((note,),) = run_ranks(1, _evaluated_without_memory)
+    assert "compile.cuda_graphs=false takes less" in note
