@@ -46,7 +46,7 @@ from megatron_bert.model.fused_feed_forward import (
     made_by,
 )
 from megatron_bert.model.fused_norm import BranchMask, add_branch
-from megatron_bert.parallel.deferred import gradient_dtype
+from megatron_bert.parallel.gradient_sums import gradient_dtype
 
 # Of gelu, at the root of 2; silu's is 1.10.
 _STEEPEST = 1.13

@@ -9,11 +9,10 @@ F features of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_bert.model.attention import PackedLayout
@@ -23,14 +22,15 @@ from megatron_bert.model.fused_feed_forward import (
     FeedForwardParameters,
     FeedForwardPasses,
     Kept,
-    Parameter,
+    OptionalTensor,
     left_or_computed,
     remakes,
 )
 from megatron_bert.model.fused_norm import BranchMask, add_branch, norm_again, norm_gradients
 from megatron_bert.model.norm import LayerNorm
 from megatron_bert.parallel.column_sums import column_sums
-from megatron_bert.parallel.deferred import gradient_dtype
+from megatron_bert.parallel.gradient_sums import added_to_sums, gradient_dtype
+from megatron_bert.parallel.joined import joined_rows
 from megatron_bert.parallel.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -39,6 +39,8 @@ from megatron_bert.parallel.linear import (
     summed_over_ranks,
 )
 from megatron_bert.parallel.sharding import local_part
+
+Linear = ColumnParallelLinear | RowParallelLinear
 
 
 def fused_block(
@@ -49,21 +51,21 @@ def fused_block(
     *,
     passes: FeedForwardPasses,
 ) -> Tensor:
-    """[T, D] -> [T, D], what the block computes without them.
+    """[T, D] -> [T, D], what the block computes without fused kernels.
 
     Args:
-        block: as `BlockKernel` takes it, like the following.
-        x_TD: the same.
-        layout: the same.
-        dropout: the same.
+        block: whose parameters and sizes are taken, as `BlockKernel` has it.
+        x_TD: the residual stream.
+        layout: which slots see each other.
+        dropout: what is dropped in this block.
         passes: what computes the feed-forward network.
     """
-    attention, parameters = block.attention, _AttentionInputs.parameters(block)
-    biases = [bias for bias in parameters[-3:] if bias is not None]
+    attention, parameters = block.attention, InputParameters.of(block)
     joined = attention.mixes_joined(layout)
+    biases = [bias for bias in parameters.biases if bias is not None]
     if joined:
         # Their gradients come from attention.
-        parameters[-3:] = [None if bias is None else bias.detach() for bias in parameters[-3:]]
+        parameters = parameters.without_bias_gradients()
     x_TD, qkv_NF = _AttentionInputs.apply(x_TD, block, *parameters)  # type: ignore[no-untyped-call]
     if joined:
         mixed_NF = attention.mix_joined(qkv_NF, biases, layout, dropout.attention_weights_B)
@@ -73,12 +75,85 @@ def fused_block(
         q, k, v = torch.split(qkv_NF, [queries, keys, keys], 1)
         mixed_NF = attention.mix(q, k, v, layout, dropout.attention_weights_B)
     end_TD: Tensor = _AfterAttention.apply(  # type: ignore[no-untyped-call]
-        x_TD, mixed_NF, block, dropout, passes, *_AfterAttention.parameters(block)
+        x_TD, mixed_NF, block, dropout, passes, *OutputParameters.of(block)
     )
     return end_TD
 
 
-def _weight(layer: ColumnParallelLinear | RowParallelLinear) -> Tensor:
+class InputParameters(NamedTuple):
+    """Parameters ahead of attention that a rank computes with, or their gradients."""
+
+    norm_weight: OptionalTensor
+    norm_bias: OptionalTensor
+    query: OptionalTensor
+    key: OptionalTensor
+    value: OptionalTensor
+    query_bias: OptionalTensor
+    key_bias: OptionalTensor
+    value_bias: OptionalTensor
+
+    @classmethod
+    def of(cls, block: Block) -> InputParameters:
+        """A block's; those of its first norm are missing where the embeddings' norm serves."""
+        norm, layers = block.attention_norm, _input_layers(block)
+        pair = (norm.weight, norm.bias) if isinstance(norm, LayerNorm) else (None, None)
+        return cls(*pair, *map(_weight, layers), *map(_bias, layers))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Of queries, keys and values."""
+        return [x for x in (self.query, self.key, self.value) if x is not None]
+
+    @property
+    def biases(self) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
+        """Of queries, keys and values."""
+        return self.query_bias, self.key_bias, self.value_bias
+
+    def without_bias_gradients(self) -> InputParameters:
+        """The same numbers, of which autograd asks no gradient of a layer's bias."""
+        biases = (None if bias is None else bias.detach() for bias in self.biases)
+        return InputParameters(*self[:5], *biases)
+
+
+class OutputParameters(NamedTuple):
+    """Parameters behind attention that a rank computes with, or their gradients."""
+
+    output: OptionalTensor
+    output_bias: OptionalTensor
+    norm_weight: OptionalTensor
+    norm_bias: OptionalTensor
+    gate: OptionalTensor
+    up: OptionalTensor
+    down: OptionalTensor
+    gate_bias: OptionalTensor
+    up_bias: OptionalTensor
+    down_bias: OptionalTensor
+
+    @classmethod
+    def of(cls, block: Block) -> OutputParameters:
+        """A block's."""
+        norm, network, output = block.feed_forward_norm, block.feed_forward, block.attention.output
+        assert isinstance(norm, LayerNorm)
+        layers: tuple[Linear, ...] = (network.gate, network.up, network.down)
+        of_norm = (norm.weight, norm.bias)
+        return cls(
+            _weight(output), _bias(output), *of_norm, *map(_weight, layers), *map(_bias, layers)
+        )
+
+    @property
+    def network(self) -> FeedForwardParameters:
+        """Those that the feed-forward passes take."""
+        found = {name: getattr(self, name) for name in FeedForwardParameters._fields}
+        return FeedForwardParameters(**found)
+
+
+def _input_layers(block: Block) -> tuple[ColumnParallelLinear, ...]:
+    """Those that one product of the first norm's output computes."""
+    attention = block.attention
+    return attention.query, attention.key, attention.value
+
+
+def _weight(layer: Linear) -> Tensor:
     """A layer's weight; without a gradient where its product is left for later."""
     # `kernels: fused` is refused beside what computes products by itself.
     assert layer.product is None
@@ -86,13 +161,8 @@ def _weight(layer: ColumnParallelLinear | RowParallelLinear) -> Tensor:
     return weight if layer.deferred is None else weight.detach()
 
 
-def _bias(layer: ColumnParallelLinear | RowParallelLinear) -> Parameter:
+def _bias(layer: Linear) -> OptionalTensor:
     return None if layer.bias is None else local_part(layer.bias)
-
-
-def _norm(module: nn.Module) -> LayerNorm | None:
-    """A block's norm; None in place of the first one, where the embeddings' serves."""
-    return module if isinstance(module, LayerNorm) else None
 
 
 class _AttentionInputs(torch.autograd.Function):
@@ -102,78 +172,61 @@ class _AttentionInputs(torch.autograd.Function):
     """
 
     @staticmethod
-    def layers(block: Block) -> tuple[ColumnParallelLinear, ...]:
-        """Those of the product."""
-        attention = block.attention
-        return attention.query, attention.key, attention.value
-
-    @staticmethod
-    def parameters(block: Block) -> list[Parameter]:
-        """The norm's weight and bias, if it has them; weights and biases of the layers."""
-        norm, layers = _norm(block.attention_norm), _AttentionInputs.layers(block)
-        pair = (None, None) if norm is None else (norm.weight, norm.bias)
-        return [*pair, *map(_weight, layers), *map(_bias, layers)]
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, *parameters: Any) -> tuple[Tensor, Tensor]:
-        norm_weight, norm_bias, *others = parameters
-        weights, biases = others[:3], others[3:]
+    def forward(ctx: Any, x: Tensor, block: Block, *tensors: Any) -> tuple[Tensor, Tensor]:
+        parameters = InputParameters(*tensors)
         # Kernels take dense rows, backward too.
         x = x.contiguous()
         normed = mean = rstd = x
-        norm = _norm(block.attention_norm)
-        if norm is not None:
-            made_by = (norm_weight, norm_bias, norm.eps)
+        norm = block.attention_norm
+        if parameters.norm_weight is not None:
+            assert isinstance(norm, LayerNorm)
+            made_by = (parameters.norm_weight, parameters.norm_bias, norm.eps)
             _, normed, mean, rstd = add_branch(x, None, None, None, made_by)
         kept = None if remakes(block) else normed
-        ctx.block, ctx.parameters = block, parameters
-        ctx.save_for_backward(x, mean, rstd, kept, norm_weight, norm_bias, *weights)
-        bias = None if biases[0] is None else torch.cat(biases)
+        ctx.block, ctx.known = block, parameters
+        ctx.save_for_backward(x, mean, rstd, kept, *parameters)
+        biases = [bias for bias in parameters.biases if bias is not None]
         normed = gathered_tokens(normed, block.attention.tp)
-        return x.view_as(x), F.linear(normed, torch.cat(weights), bias)
+        weight = joined_rows(parameters.weights)
+        return x.view_as(x), F.linear(normed, weight, joined_rows(biases) if biases else None)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Parameter, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[OptionalTensor, ...]:
         x_grad, qkv_grad = grads
-        x, mean, rstd, normed, norm_weight, norm_bias, *weights = ctx.saved_tensors
-        has_norm = norm_weight is not None
+        x, mean, rstd, normed, *tensors = ctx.saved_tensors
+        parameters, known = InputParameters(*tensors), ctx.known
+        norm_weight, norm_bias = tensors[:2]
         if normed is None:
+            has_norm = norm_weight is not None
             normed = norm_again(x, mean, rstd, norm_weight, norm_bias) if has_norm else x
-        bias_grads: Sequence[Parameter] = (None, None, None)
-        if any(ctx.needs_input_grad[-len(weights) :]):
+        bias_grads: tuple[OptionalTensor, ...] = (None, None, None)
+        if known.query_bias is not None and known.query_bias.requires_grad:
             # Attention did not give them.
-            sums = column_sums(qkv_grad, gradient_dtype(ctx.parameters[-1]))
-            bias_grads = torch.split(sums, [len(weight) for weight in weights])
+            sums = column_sums(qkv_grad, gradient_dtype(known.query_bias))
+            bias_grads = torch.split(sums, [len(weight) for weight in parameters.weights])
         normed_grad, weight_grads = joined_gradients(
             qkv_grad,
             normed,
-            weights,
-            _AttentionInputs.layers(ctx.block),
+            parameters.weights,
+            _input_layers(ctx.block),
             ctx.block.attention.tp,
-            ctx.parameters[2],
+            known.weights,
         )
-        if not has_norm:
-            return x_grad + normed_grad, None, None, None, *weight_grads, *bias_grads
-        x_grad, _, norm_grads = norm_gradients(
-            normed_grad, x_grad, x, mean, rstd, norm_weight, None,
-            has_bias=norm_bias is not None, dtype=gradient_dtype(ctx.parameters[0]),
-        )  # fmt: skip
-        return x_grad, None, *_pair(norm_grads), *weight_grads, *bias_grads
+        norm_grads: tuple[OptionalTensor, OptionalTensor] = (None, None)
+        if norm_weight is None:
+            x_grad = x_grad + normed_grad
+        else:
+            x_grad, _, sums_of_norm = norm_gradients(
+                normed_grad, x_grad, x, mean, rstd, norm_weight, None,
+                has_bias=norm_bias is not None, dtype=gradient_dtype(known.norm_weight),
+            )  # fmt: skip
+            norm_grads = _pair(sums_of_norm)
+        gradients = InputParameters(*norm_grads, *weight_grads, *bias_grads)
+        return x_grad, None, *added_to_sums(known, gradients)
 
 
 class _AfterAttention(torch.autograd.Function):
     """From attention's output to the block's."""
-
-    @staticmethod
-    def parameters(block: Block) -> list[Parameter]:
-        """Weight and bias of attention's output, the network's, and the down projection's bias."""
-        norm, network = _norm(block.feed_forward_norm), block.feed_forward
-        assert norm is not None
-        layers = (network.gate, network.up, network.down)
-        weights = [_weight(layer) for layer in layers]
-        biases = [_bias(layer) for layer in layers]
-        output = block.attention.output
-        return [_weight(output), _bias(output), norm.weight, norm.bias, *weights, *biases]
 
     @staticmethod
     def masks(block: Block, dropout: BlockDropout) -> tuple[BranchMask, BranchMask]:
@@ -195,50 +248,48 @@ class _AfterAttention(torch.autograd.Function):
         block: Block,
         dropout: BlockDropout,
         passes: FeedForwardPasses,
-        *parameters: Any,
+        *tensors: Any,
     ) -> Tensor:
-        output, output_bias, *network, down_bias = parameters
+        parameters = OutputParameters(*tensors)
+        assert parameters.output is not None
         masks = _AfterAttention.masks(block, dropout)
-        y = summed_over_ranks(F.linear(mixed, output), block.attention.tp)
-        y, kept = passes.forward(
-            block, x, Branch(masks[0], y, output_bias), FeedForwardParameters(*network)
-        )
-        end = add_branch(kept.x, masks[1], y, down_bias, None)[0]
-        ctx.block, ctx.masks, ctx.passes, ctx.parameters = block, masks, passes, parameters
-        ctx.save_for_backward(mixed, *kept[:3], *parameters, *kept.others)
+        y = summed_over_ranks(F.linear(mixed, parameters.output), block.attention.tp)
+        branch = Branch(masks[0], y, parameters.output_bias)
+        y, kept = passes.forward(block, x, branch, parameters.network)
+        end = add_branch(kept.x, masks[1], y, parameters.down_bias, None)[0]
+        ctx.block, ctx.masks, ctx.passes, ctx.known = block, masks, passes, parameters
+        ctx.save_for_backward(mixed, kept.x, kept.mean, kept.rstd, *parameters, *kept.others)
         return end
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Parameter, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[OptionalTensor, ...]:
+        block, known = ctx.block, ctx.known
         mixed, x, mean, rstd, *others = ctx.saved_tensors
-        count = len(ctx.parameters)
-        output, _, *network, _ = others[:count]
-        parameters = FeedForwardParameters(*network)
-        known = FeedForwardParameters(*ctx.parameters[2:-1])
-        kept = Kept(x, mean, rstd, tuple(others[count:]))
-        attention, mask = ctx.block.attention, ctx.masks[0]
-        gradients = ctx.passes.backward(ctx.block, grads[0], ctx.masks[1], kept, parameters, known)
-        x_grad, y_grad, norm_grads = norm_gradients(
-            gradients.normed, grads[0], x, mean, rstd, parameters.norm_weight, mask,
-            has_bias=parameters.norm_bias is not None, dtype=gradient_dtype(known.norm_weight),
-        )  # fmt: skip
-        y_grad = gathered_tokens(y_grad, attention.tp)
-        output_grad = left_or_computed(attention.output, y_grad, mixed, ctx.parameters[0])
-        output_bias = norm_grads.pop() if mask.has_bias else None
-        return (
-            x_grad,
-            y_grad @ output,
-            None,
-            None,
-            None,
-            output_grad,
-            output_bias,
-            *_pair(norm_grads),
-            *gradients.weights,
-            *gradients.biases,
+        parameters, kept = OutputParameters(*others[: len(known)]), others[len(known) :]
+        network, mask = parameters.network, ctx.masks[0]
+        gradients = ctx.passes.backward(
+            block,
+            grads[0],
+            ctx.masks[1],
+            Kept(x, mean, rstd, tuple(kept)),
+            network,
+            known.network,
         )
+        x_grad, y_grad, sums_of_norm = norm_gradients(
+            gradients.normed, grads[0], x, mean, rstd, network.norm_weight, mask,
+            has_bias=network.norm_bias is not None, dtype=gradient_dtype(known.norm_weight),
+        )  # fmt: skip
+        output_bias = sums_of_norm.pop() if mask.has_bias else None
+        y_grad = gathered_tokens(y_grad, block.attention.tp)
+        output = left_or_computed(block.attention.output, y_grad, mixed, known.output)
+        given = OutputParameters(
+            output, output_bias, *_pair(sums_of_norm), *gradients.weights, *gradients.biases
+        )
+        assert parameters.output is not None
+        mixed_grad = y_grad @ parameters.output
+        return x_grad, mixed_grad, None, None, None, *added_to_sums(known, given)
 
 
-def _pair(norm_grads: Sequence[Tensor]) -> tuple[Parameter, Parameter]:
+def _pair(norm_grads: list[Tensor]) -> tuple[OptionalTensor, OptionalTensor]:
     """Of a norm's weight and bias; the bias's may be missing."""
     return norm_grads[0], norm_grads[1] if len(norm_grads) > 1 else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,28 +22,25 @@ from megatron_bert.model.fused_activation import (
 )
 from megatron_bert.model.fused_norm import BranchMask, add_branch, branch_gradients, norm_again
 from megatron_bert.model.norm import LayerNorm
-from megatron_bert.parallel.deferred import (
-    DeferringLayer,
-    WeightProducts,
-    gradient_dtype,
-    weight_gradient,
-)
+from megatron_bert.parallel.deferred import DeferringLayer, WeightProducts
+from megatron_bert.parallel.gradient_sums import gradient_dtype, weight_gradients
+from megatron_bert.parallel.joined import joined_rows
 from megatron_bert.parallel.linear import gathered_tokens, joined_gradients, summed_over_ranks
 
-# A weight or bias that a rank computes with, or its gradient; None where there is none.
-Parameter = Tensor | None
+# A weight or bias that a rank computes with, or a gradient; None where there is none.
+OptionalTensor = Tensor | None
 
 
 class FeedForwardParameters(NamedTuple):
     """Those of the norm and of the network that a rank computes with."""
 
     norm_weight: Tensor
-    norm_bias: Parameter
+    norm_bias: OptionalTensor
     gate: Tensor
     up: Tensor
     down: Tensor
-    gate_bias: Parameter
-    up_bias: Parameter
+    gate_bias: OptionalTensor
+    up_bias: OptionalTensor
 
     @property
     def wide_biases(self) -> Biases:
@@ -65,7 +61,7 @@ class Branch(NamedTuple):
 
     mask: BranchMask
     y: Tensor
-    bias: Parameter
+    bias: OptionalTensor
 
 
 class Kept(NamedTuple):
@@ -89,13 +85,14 @@ class FeedForwardGradients(NamedTuple):
 
     Attributes:
         normed: of the norm's output, [T, D].
-        weights: of gate, up and down; None where products are left for later.
-        biases: the same.
+        weights: of gate, up and down; None where products are left for later, or were added to
+            what there is of the gradients (`weight_gradients`).
+        biases: of the same layers; None where there is none.
     """
 
     normed: Tensor
-    weights: tuple[Parameter, Parameter, Parameter]
-    biases: tuple[Parameter, Parameter, Parameter]
+    weights: tuple[OptionalTensor, OptionalTensor, OptionalTensor]
+    biases: tuple[OptionalTensor, OptionalTensor, OptionalTensor]
 
 
 class FeedForwardPasses(Protocol):
@@ -129,7 +126,9 @@ class FeedForwardPasses(Protocol):
         ...
 
 
-def made_by(block: Block, parameters: FeedForwardParameters) -> tuple[Tensor, Parameter, float]:
+def made_by(
+    block: Block, parameters: FeedForwardParameters
+) -> tuple[Tensor, OptionalTensor, float]:
     """The network's norm, as `add_branch` takes it."""
     assert isinstance(block.feed_forward_norm, LayerNorm)
     return parameters.norm_weight, parameters.norm_bias, block.feed_forward_norm.eps
@@ -145,11 +144,11 @@ def remakes(block: Block) -> bool:
 
 def left_or_computed(
     layer: DeferringLayer, y_grad_ND: Tensor, x_NF: Tensor, known: Tensor
-) -> Parameter:
-    """A weight's gradient as `weight_gradient` gives it; None where its product is left."""
+) -> OptionalTensor:
+    """A weight's gradient as `weight_gradients` gives it; None where its product is left."""
     if layer.deferred is None:
-        return weight_gradient(y_grad_ND, x_NF, known)
-    layer.deferred.append(WeightProducts([layer], x_NF, [y_grad_ND], unrounded=True))
+        return weight_gradients(y_grad_ND, x_NF, [known])[0]
+    layer.deferred.append(WeightProducts([layer], x_NF, [y_grad_ND], joined=True))
     return None
 
 
@@ -163,7 +162,7 @@ class PlainFeedForward:
         network, tp = block.feed_forward, block.feed_forward.tp
         x, normed, mean, rstd = add_branch(x, *branch, made_by(block, parameters))
         kept_normed = None if remakes(block) else normed
-        wide = torch.cat((parameters.gate, parameters.up))
+        wide = joined_rows((parameters.gate, parameters.up))
         gate_up = F.linear(gathered_tokens(normed, tp), wide)
         active = gated_activation(gate_up, parameters.wide_biases, network.activation)
         y = summed_over_ranks(F.linear(active, parameters.down), tp)
@@ -195,7 +194,7 @@ class PlainFeedForward:
         if normed is None:
             normed = norm_again(kept.x, kept.mean, kept.rstd, *parameters[:2])
         normed_grad, (gate, up) = joined_gradients(
-            gate_up_grad, normed, parameters[2:4], (network.gate, network.up), tp, known.gate
+            gate_up_grad, normed, parameters[2:4], (network.gate, network.up), tp, known[2:4]
         )
         gate_bias, up_bias = (None, None) if wide_biases is None else wide_biases
         return FeedForwardGradients(normed_grad, (gate, up, down), (gate_bias, up_bias, down_bias))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_bert.model.flash_attention import PackedAttention
 from megatron_bert.parallel.column_sums import column_sums
-from megatron_bert.parallel.deferred import gradient_dtype
+from megatron_bert.parallel.gradient_sums import added_to_sums, gradient_dtype
 
 
 def joined_attention(
@@ -78,10 +78,11 @@ class _JoinedAttention(torch.autograd.Function):
             (q_grad, k_grad, v_grad),
             sums=len(ctx.biases) > 0,
         )
-        bias_grads: list[Tensor] = []
+        bias_grads: list[Tensor | None] = []
         if sums is not None:
             q_sums, kv_sums = sums
             dtypes = [gradient_dtype(bias) for bias in ctx.biases]
             parts = (q_sums.flatten(1), *kv_sums.flatten(2))
-            bias_grads = [column_sums(*pair) for pair in zip(parts, dtypes, strict=True)]
+            given = [column_sums(*pair) for pair in zip(parts, dtypes, strict=True)]
+            bias_grads = added_to_sums(ctx.biases, given)
         return grad, None, None, None, *bias_grads

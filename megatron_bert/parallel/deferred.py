@@ -24,52 +24,8 @@ from torch.nn import functional as F
 
 from megatron_bert.distributed.collectives import Pending, start_all_gather, wait
 from megatron_bert.parallel.data_parallel import ShardedModel
-
-
-def gradient_dtype(parameter: Tensor) -> torch.dtype:
-    """In which type a parameter's gradients are added up (`ShardedModel.step`)."""
-    # Parts of one that is split over ranks are no leaves, and have no such type.
-    dtype = parameter.grad_dtype if parameter.is_leaf else None
-    return dtype or parameter.dtype
-
-
-def weight_gradient(y_grad_NF: Tensor, x_ND: Tensor, weight: Tensor | None) -> Tensor:
-    """The gradient y_grad^T x of a weight, [F, D].
-
-    On a GPU, of BF16, in fp32 where the weight's gradients are added up in that, not rounded
-    before; else in the type of what it is made from, as no other product is to be had.
-
-    Args:
-        y_grad_NF: of what the layer gave.
-        x_ND: what it read.
-        weight: the weight, or one of several of which this is the joined gradient; None: the
-            gradient is wanted in the type of what it is made from.
-    """
-    sums_fp32 = weight is not None and gradient_dtype(weight) == torch.float32
-    if sums_fp32 and x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
-        return torch.mm(y_grad_NF.T, x_ND, out_dtype=torch.float32)
-    return y_grad_NF.T @ x_ND
-
-
-def weight_gradients(
-    x_ND: Tensor,
-    grads_NF: Sequence[Tensor],
-    sizes: Sequence[int],
-    weight: Tensor | None = None,
-) -> Sequence[Tensor]:
-    """Gradients y_grad^T x of the weights of layers that read one input.
-
-    Args:
-        x_ND: what they read.
-        grads_NF: of what they gave, one a layer, or one with the layers' features side by side.
-        sizes: features that each of them gave.
-        weight: one of theirs, as `weight_gradient` takes it.
-
-    Returns:
-        One [F, D] a layer: rows of one product where there is one gradient.
-    """
-    products = [weight_gradient(grad_NF, x_ND, weight) for grad_NF in grads_NF]
-    return products if len(products) == len(sizes) else torch.split(products[0], list(sizes))
+from megatron_bert.parallel.gradient_sums import gradient_dtype, weight_gradients
+from megatron_bert.parallel.sharding import local_part
 
 
 class WeightProducts:
@@ -78,10 +34,10 @@ class WeightProducts:
     Args:
         layers: whose weights they are.
         x_TD: what they read.
-        grads_NF: of what they gave, one a layer, or one with the layers' features side by side.
+        grads_NF: of what they gave, one a layer; or, for one product of their weights, one with the
+            layers' features side by side.
         group: the ranks whose tokens are to be gathered; None where x has all of them.
-        sizes: features that each layer gave; None: those of its gradient.
-        unrounded: give them as `weight_gradient` does for a weight.
+        joined: whether they come by one product, as `weight_gradients` gives them.
     """
 
     def __init__(
@@ -90,25 +46,29 @@ class WeightProducts:
         x_TD: Tensor,
         grads_NF: Sequence[Tensor],
         group: dist.ProcessGroup | None = None,
-        sizes: Sequence[int] | None = None,
         *,
-        unrounded: bool = False,
+        joined: bool = False,
     ) -> None:
         self.layers = layers
         self._x_TD = x_TD
         self._grads_NF = grads_NF
         self._group = group
-        self._sizes = sizes or [grad_NF.shape[1] for grad_NF in grads_NF]
-        self._weight = layers[0].weight if unrounded else None
+        self._joined = joined
 
     def gather(self) -> Pending | None:
         """Begin to gather the tokens; None where they are all there."""
         return None if self._group is None else start_all_gather(self._x_TD, self._group)
 
-    def compute(self, gathering: Pending | None) -> Sequence[Tensor]:
-        """The gradients of this rank's weights, from what `gather` returned."""
+    def compute(self, gathering: Pending | None) -> Sequence[Tensor | None]:
+        """The gradients of this rank's weights, from what `gather` returned.
+
+        Those that were added to their sums are None.
+        """
         x_ND = self._x_TD if gathering is None else wait(gathering)
-        return weight_gradients(x_ND, self._grads_NF, self._sizes, self._weight)
+        if self._joined:
+            weights = [local_part(layer.weight) for layer in self.layers]
+            return weight_gradients(self._grads_NF[0], x_ND, weights)
+        return [grad_NF.T @ x_ND for grad_NF in self._grads_NF]
 
 
 # What a layer has left, the micro-batches in the order of their backward passes.
@@ -205,7 +165,8 @@ def _accumulate(products: deque[WeightProducts]) -> None:
         group = products.popleft()
         ready, gathering = gathering, products[0].gather() if products else None
         for layer, gradient in zip(group.layers, group.compute(ready), strict=True):
-            _add_gradient(layer.weight, gradient)
+            if gradient is not None:
+                _add_gradient(layer.weight, gradient)
 
 
 def _add_gradient(weight: nn.Parameter, gradient: Tensor) -> None:

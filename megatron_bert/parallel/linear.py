@@ -39,8 +39,9 @@ from megatron_bert.parallel.deferred import (
     WeightProducts,
     WeightQueue,
     linear_with_deferred_weight,
-    weight_gradients,
 )
+from megatron_bert.parallel.gradient_sums import weight_gradients
+from megatron_bert.parallel.joined import joined_rows
 from megatron_bert.parallel.partial_gradients import mark_partial
 from megatron_bert.parallel.sharding import local_part, make_parameter
 
@@ -210,13 +211,11 @@ def joined_gradients(
     weights: Sequence[Tensor],
     layers: Sequence[ColumnParallelLinear],
     tp: TensorParallelGroup,
-    parameter: Tensor,
+    known: Sequence[Tensor],
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Gradients of column-parallel layers that were computed by one product of their weights.
 
-    The collectives run under products as `column_parallel`'s do. The weights are laid end to end
-    again: of one tensor that was kept so nobody could free the storage, as ZeRO-3 does with
-    gathered weights.
+    The collectives run under products as `column_parallel`'s do.
 
     Args:
         grad_NF: [N, F], of all layers' features side by side.
@@ -224,15 +223,16 @@ def joined_gradients(
         weights: [out / tp, in] each.
         layers: whose they are; where they leave their weights' products, these are left.
         tp: the ranks.
-        parameter: the first weight as autograd knows it, for `weight_gradient`.
+        known: the weights as autograd knows them.
 
     Returns:
-        The input's, [T, in], and the weights', of which there are none that were left.
+        The input's, [T, in], and the weights', for autograd: None in place of those that were left
+        or added to their sums.
     """
     group = tp.group if tp.size > 1 else None
     sharing = group if tp.shards_tokens else None
     deferring = None if layers[0].deferred is None else tuple(layers)
-    return _column_gradients([grad_NF], x_TD, weights, group, sharing, deferring, parameter)
+    return _column_gradients([grad_NF], x_TD, weights, group, sharing, deferring, known)
 
 
 def _column_gradients(
@@ -242,10 +242,12 @@ def _column_gradients(
     group: dist.ProcessGroup | None,
     sharing: dist.ProcessGroup | None,
     deferring: tuple[ColumnParallelLinear, ...] | None,
-    parameter: Tensor | None = None,
+    known: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Of the input and the weights; `sharing` are the ranks that share the tokens."""
-    sizes = [len(weight) for weight in weights]
+    """Of the input and the weights; `sharing` are the ranks that share the tokens.
+
+    `known` are the weights as autograd knows them, of layers that one product computed.
+    """
     gathers = sharing is not None and deferring is None
     gathering = start_all_gather(x, sharing) if sharing is not None and gathers else None
     x_grad_ND = _input_gradient(grads_NF, weights)
@@ -254,20 +256,21 @@ def _column_gradients(
         start = start_all_reduce if sharing is None else start_reduce_scatter
         reducing = start(x_grad_ND, group)
     weight_grads: Sequence[Tensor | None]
-    if deferring is None:
-        weight_grads = weight_gradients(x_ND, grads_NF, sizes, parameter)
-    else:
+    if deferring is not None:
         weight_grads = [None] * len(weights)
         assert deferring[0].deferred is not None
-        deferring[0].deferred.append(
-            WeightProducts(deferring, x, grads_NF, sharing, sizes, unrounded=parameter is not None)
-        )
+        left = WeightProducts(deferring, x, grads_NF, sharing, joined=known is not None)
+        deferring[0].deferred.append(left)
+    elif known is not None:
+        weight_grads = weight_gradients(grads_NF[0], x_ND, known)
+    else:
+        weight_grads = [grad_NF.T @ x_ND for grad_NF in grads_NF]
     return x_grad_ND if group is None else wait(reducing), weight_grads
 
 
 def _input_gradient(grads_NF: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     if len(grads_NF) < len(weights):
-        return grads_NF[0] @ torch.cat(tuple(weights))
+        return grads_NF[0] @ joined_rows(weights)
     x_grad_ND = grads_NF[0] @ weights[0]
     for grad_NF, weight in zip(grads_NF[1:], weights[1:], strict=True):
         x_grad_ND = x_grad_ND + grad_NF @ weight

@@ -90,6 +90,9 @@ class ShardedUnit:
             place = _Place(module, name, shape, size, ranks.shard_of(parameter))
             place.put(place.shard)
             self._places.append(place)
+        # Weights of layers that read one input stand end to end so (`joined_rows`), biases not
+        # between them; and so do their gradients.
+        self._places.sort(key=lambda place: len(place.shape) < 2)
         self._sizes = [place.size for place in self._places]
         self._memory: Tensor | None = None
         self._sums: tuple[Tensor, list[Tensor]] | None = None

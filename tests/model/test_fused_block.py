@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -181,6 +182,42 @@ def _operators(biases: bool) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("biases", [True, False])
 def test_between_products_and_kernels_nothing_is_copied_or_added(biases: bool) -> None:
     assert run_ranks(1, _operators, biases)[0] == ([], [])
+
+
+class _Sums(TorchDispatchMode):
+    """Counts operators that add gradients up, or lay weights end to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0]
+        if name in ("add_", "_foreach_add_", "cat"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _additions(layers: int) -> Counter[str]:
+    """Of a backward pass whose gradients have sums already."""
+    config = small_config(kernels="fused", model={**DROPOUT, "num_layers": layers})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_check_device", lambda *_, **__: None)
+        patch.setattr(attention, "has_kernel", lambda *_: True)
+        model = small_model(config, cpu_topology())
+        sharded = model.runner.model  # type: ignore[attr-defined]
+        with sharded.step(1, keeps_sums=True), _Sums() as sums:
+            sharded.module(*packed_inputs(2))[0, 0].backward()
+        assert all(p.grad.any() for p in sharded.units[0].parameters())
+    return sums.counts
+
+
+def test_gradients_are_added_to_their_sums_by_products_and_few_operators_else() -> None:
+    few, more = (run_ranks(1, _additions, layers)[0] for layers in (2, 3))
+    # A CPU adds the four products' gradients by themselves; biases' of attention, of norm and
+    # network, and the first norm's are added together; biases of queries, keys and values, which
+    # stand further apart than their sizes, are laid end to end.
+    assert more - few == {"add_": 4, "_foreach_add_": 3, "cat": 1}
 
 
 def _made_again(tensor: int, sequence: bool) -> list[int]:

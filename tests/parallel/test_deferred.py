@@ -18,8 +18,8 @@ from megatron_bert.parallel.deferred import (
     DeferringLayer,
     accumulate_deferred,
     dropping_deferred,
-    weight_gradient,
 )
+from megatron_bert.parallel.gradient_sums import weight_gradients
 from megatron_bert.parallel.pipeline import Pipeline
 from tests.distributed_harness import run_ranks
 from tests.small_model import packed_inputs, small_config, small_model
@@ -142,5 +142,6 @@ def test_on_a_gpu_a_weights_gradient_is_not_rounded_before_its_sum(
         x, y_grad = (torch.empty(4, size, device="cuda", dtype=compute) for size in (8, 6))
         weight = nn.Parameter(torch.empty(6, 8, device="cuda", dtype=compute))
         weight.grad_dtype = sums
-        gradient = weight_gradient(y_grad, x, weight)
+        (gradient,) = weight_gradients(y_grad, x, [weight])
+    assert gradient is not None
     assert (gradient.dtype, gradient.shape) == (given, weight.shape)
