@@ -5,7 +5,7 @@ parameter may add to it ahead of that and give none: a weight's product then add
 computes, which so is not written, read and added; and many small gradients are added by one launch.
 The first gradient of a step has no sum yet, unless sums are kept (`ShardedModel.step`).
 
-Shape suffixes: N tokens of the micro-batch, D features in, F features out.
+Shape suffixes: N tokens of the micro-batch, D features in, F features out, V rows of a table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_bert.parallel.joined import joined_view
 
@@ -56,9 +57,9 @@ def weight_gradients(
 ) -> Sequence[Tensor | None]:
     """Gradients y_grad^T x of weights, [F, D] each, of layers that read one input.
 
-    Added to the sums where there are any, by the product itself on a GPU, of BF16 to sums in fp32.
-    Else on a GPU, of BF16, in fp32 where they are added up in that, not rounded before; and in the
-    type of what they are made from where no other product is to be had.
+    Added to the sums where there are any. Else in fp32, not rounded before, where they are added up
+    in that and a GPU multiplies BF16, and in the type of what they are made from where no other
+    product is to be had.
 
     Args:
         y_grad_NF: of what the layers gave, their features side by side.
@@ -69,18 +70,83 @@ def weight_gradients(
         One a weight, for autograd; None in place of those that were added.
     """
     sums = _sums_as_one(weights)
-    unrounded = x_ND.is_cuda and x_ND.dtype == torch.bfloat16
     if sums is None:
-        if unrounded and gradient_dtype(weights[0]) == torch.float32:
-            product = torch.mm(y_grad_NF.T, x_ND, out_dtype=torch.float32)
-        else:
-            product = y_grad_NF.T @ x_ND
+        wanted = gradient_dtype(weights[0])
+        product = weight_product(y_grad_NF, x_ND, unrounded=wanted == torch.float32)
         return torch.split(product, [len(weight) for weight in weights])
-    if unrounded and sums.dtype == torch.float32:
-        torch.addmm(sums, y_grad_NF.T, x_ND, out_dtype=torch.float32, out=sums)
-    else:
-        sums.add_((y_grad_NF.T @ x_ND).to(sums.dtype))
+    add_weight_product(sums, y_grad_NF, x_ND)
     return [None] * len(weights)
+
+
+def weight_product(y_grad_NF: Tensor, x_ND: Tensor, *, unrounded: bool) -> Tensor:
+    """y_grad^T x, [F, D]; if so asked, of BF16 on a GPU in fp32."""
+    if unrounded and _sums_in_fp32(x_ND):
+        return torch.mm(y_grad_NF.T, x_ND, out_dtype=torch.float32)
+    return y_grad_NF.T @ x_ND
+
+
+def add_weight_product(sums_FD: Tensor, y_grad_NF: Tensor, x_ND: Tensor) -> None:
+    """Add y_grad^T x to a sum; the product does it where it can give the sum's type."""
+    if _sums_in_fp32(x_ND) and sums_FD.dtype == torch.float32:
+        torch.addmm(sums_FD, y_grad_NF.T, x_ND, out_dtype=torch.float32, out=sums_FD)
+    else:
+        sums_FD.add_((y_grad_NF.T @ x_ND).to(sums_FD.dtype))
+
+
+def _sums_in_fp32(x: Tensor) -> bool:
+    """Whether there are products of this type that give what they add up, in fp32."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def scaled_gradient(parameter: Tensor, gradient: Tensor, scale: Tensor) -> Tensor | None:
+    """A gradient times a scale, for autograd; None where it was added to the sum that there is.
+
+    Args:
+        parameter: as autograd knows it.
+        gradient: used up: it is scaled in place, or free.
+        scale: a scalar.
+    """
+    total = gradient_sum(parameter)
+    if total is None or total.dtype != gradient.dtype:
+        return gradient.mul_(scale)
+    total.addcmul_(gradient, scale)
+    return None
+
+
+def embedding_gradient(hidden_grad_ND: Tensor, ids_N: Tensor, table_VD: Tensor) -> Tensor | None:
+    """The gradient of a table of which rows were looked up, for autograd.
+
+    Where it has a sum, None: only rows that were looked up are added to it, and nothing as large
+    as the table is made. The order of additions follows from the ids alone.
+
+    Args:
+        hidden_grad_ND: of the rows that were looked up.
+        ids_N: which.
+        table_VD: as autograd knows it.
+    """
+    total, count, vocab = gradient_sum(table_VD), len(ids_N), len(table_VD)
+    if total is None or vocab <= count:
+        dense = _rows_gradient(hidden_grad_ND, ids_N, vocab)
+        return added_to_sums([table_VD], [dense])[0]
+    sorted_N, order_N = torch.sort(ids_N, stable=True)
+    # As the ids, but without those that do not occur.
+    is_another = F.pad(sorted_N[1:] != sorted_N[:-1], (1, 0))
+    sorted_numbers_N = is_another.cumsum(0)
+    numbers_N = torch.empty_like(sorted_numbers_N).scatter_(0, order_N, sorted_numbers_N)
+    rows_ND = _rows_gradient(hidden_grad_ND, numbers_N, count)
+    # Rows that no number has are 0 and may be added to any, best to one each.
+    places_N = torch.arange(count, device=ids_N.device)
+    places_N.scatter_(0, sorted_numbers_N, sorted_N.to(places_N.dtype))
+    total.index_add_(0, places_N, rows_ND.to(total.dtype))
+    return None
+
+
+def _rows_gradient(hidden_grad_ND: Tensor, ids_N: Tensor, rows: int) -> Tensor:
+    """Sums of the gradients of each row that was looked up, [rows, D]."""
+    gradient: Tensor = torch.ops.aten.embedding_dense_backward(
+        hidden_grad_ND, ids_N, rows, -1, False
+    )
+    return gradient
 
 
 def _sums_as_one(parameters: Sequence[Tensor]) -> Tensor | None:

@@ -20,6 +20,13 @@ from megatron_bert.distributed.collectives import (
     reduce_scatter_from_group,
 )
 from megatron_bert.distributed.topology import TensorParallelGroup
+from megatron_bert.parallel.gradient_sums import (
+    add_weight_product,
+    embedding_gradient,
+    gradient_dtype,
+    scaled_gradient,
+    weight_product,
+)
 from megatron_bert.parallel.sharding import local_part, make_parameter
 from megatron_bert.parallel.softmax_rows import Statistics, has_softmax_kernels, softmax_rows
 
@@ -38,13 +45,32 @@ class VocabParallelEmbedding(nn.Module):
         """[N] ids of the micro-batch's tokens -> [T, D], the tokens that this rank holds."""
         weight_VD = local_part(self.weight)
         if self.group.size() == 1:
-            return F.embedding(tokens_N, weight_VD)
+            return _looked_up(tokens_N, weight_VD)
         local_N = tokens_N - self.first_id
         absent_N = (local_N < 0) | (local_N >= weight_VD.shape[0])
-        hidden_ND = F.embedding(local_N.masked_fill(absent_N, 0), weight_VD)
+        hidden_ND = _looked_up(local_N.masked_fill(absent_N, 0), weight_VD)
         hidden_ND = hidden_ND.masked_fill(absent_N[:, None], 0.0)
         reduce = reduce_scatter_from_group if self.shards_tokens else reduce_from_group
         return reduce(hidden_ND, self.group)
+
+
+def _looked_up(ids_N: Tensor, table_VD: Tensor) -> Tensor:
+    """[N] ids -> [N, D], rows of the table."""
+    hidden_ND: Tensor = _Lookup.apply(table_VD, ids_N)  # type: ignore[no-untyped-call]
+    return hidden_ND
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table_VD: Tensor, ids_N: Tensor) -> Tensor:
+        ctx.known = table_VD
+        ctx.save_for_backward(ids_N)
+        return F.embedding(ids_N, table_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        (ids_N,) = ctx.saved_tensors
+        return embedding_gradient(grads[0].contiguous(), ids_N, ctx.known), None
 
 
 def vocab_parallel_cross_entropy(
@@ -114,6 +140,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             hidden_grad = gradients.hidden_ND
             if group.size() > 1:
                 hidden_grad = all_reduce(hidden_grad, group)
+            ctx.known = weight_VD
             ctx.save_for_backward(hidden_grad, gradients.weight_VD, gradients.bias_V)
         ctx.mark_non_differentiable(correct_N)
         return loss, correct_N
@@ -122,9 +149,10 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V = ctx.saved_tensors
         # The saved gradients are nobody else's: scaling them in place saves a pass and a copy.
-        for gradient in (hidden_ND, weight_VD, bias_V):
+        for gradient in (hidden_ND, bias_V):
             gradient.mul_(grads[0])
-        return hidden_ND, weight_VD, bias_V, None, None, None, None
+        table_grad = scaled_gradient(ctx.known, weight_VD, grads[0])
+        return hidden_ND, table_grad, bias_V, None, None, None, None
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -154,20 +182,14 @@ class _HeadGradients:
     def add(self, part: slice, logits_grad_nV: Tensor) -> None:
         """Add one chunk's share; of several in fp32, as in bf16 the small ones would be lost."""
         self.hidden_ND[part] = logits_grad_nV @ self._table_VD
-        grad_Vn, source_nD = logits_grad_nV.T, self._source_ND[part]
-        if len(source_nD) == len(self._source_ND):
-            self.weight_VD = grad_Vn @ source_nD
-        elif not (source_nD.is_cuda and source_nD.dtype == torch.bfloat16):
-            product_VD = grad_Vn @ source_nD
-            if self.weight_VD.numel() == 0:
-                self.weight_VD = product_VD
-            else:
-                self.weight_VD = self.weight_VD.float().add_(product_VD)
-        elif self.weight_VD.numel() == 0:
-            self.weight_VD = torch.mm(grad_Vn, source_nD, out_dtype=torch.float32)
-        else:
-            sum_VD = self.weight_VD
-            torch.addmm(sum_VD, grad_Vn, source_nD, out_dtype=torch.float32, out=sum_VD)
+        source_nD = self._source_ND[part]
+        if self.weight_VD.numel() > 0:
+            self.weight_VD = self.weight_VD.float()
+            add_weight_product(self.weight_VD, logits_grad_nV, source_nD)
+            return
+        is_all = len(source_nD) == len(self._source_ND)
+        unrounded = not is_all or gradient_dtype(self._table_VD) == torch.float32
+        self.weight_VD = weight_product(logits_grad_nV, source_nD, unrounded=unrounded)
 
 
 def _of_all_ranks(here: Statistics, group: dist.ProcessGroup) -> Statistics:

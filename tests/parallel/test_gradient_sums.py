@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bert.parallel.gradient_sums import added_to_sums, weight_gradients
+from megatron_bert.parallel.gradient_sums import (
+    added_to_sums,
+    embedding_gradient,
+    scaled_gradient,
+    weight_gradients,
+)
 from megatron_bert.parallel.joined import joined_rows, joined_view
 from tests.distributed_harness import run_ranks
 from tests.small_model import cpu_topology, small_config, small_model
@@ -104,6 +110,50 @@ def test_small_gradients_are_added_at_once_and_those_without_a_sum_are_given() -
     assert [x is None for x in given] == [True, True, True, False]
     assert torch.equal(summed.grad, torch.full((3,), 2.0))
     assert operators.counts["_foreach_add_.List"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [7, 500])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_rows_that_were_looked_up_are_added_to_a_table_s_sum_as_its_whole_gradient(
+    dtype: torch.dtype, vocab: int, ids_dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    table, other = (nn.Parameter(torch.zeros(vocab, 8, dtype=dtype)) for _ in range(2))
+    for one in (table, other):
+        one.grad_dtype = torch.float32
+        one.grad = torch.randn(vocab, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        # Of 40 tokens most occur more than once.
+        ids = torch.randint(min(vocab, 25), (40,), generator=random).to(ids_dtype) * (
+            vocab // 25 or 1
+        )
+        gradient = torch.randn(40, 8, generator=random).to(dtype)
+        functional.embedding(ids, other).backward(gradient)
+        with _Operators() as operators:
+            assert embedding_gradient(gradient, ids, table) is None
+        assert operators.counts["index_add_"] == (vocab > 40)
+    assert table.grad is not None
+    assert other.grad is not None
+    assert torch.equal(table.grad, other.grad)
+
+
+def test_a_table_without_a_sum_gets_its_gradient_from_autograd() -> None:
+    table, ids, gradient = nn.Parameter(torch.zeros(50, 8)), torch.tensor([3, 3]), torch.ones(2, 8)
+    given = embedding_gradient(gradient, ids, table)
+    assert given is not None
+    assert given[3].tolist() == [2.0] * 8
+    assert given.sum() == 16
+
+
+def test_a_scaled_gradient_is_added_where_there_is_a_sum_of_its_type() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    assert scaled_gradient(parameter, torch.ones(3), torch.tensor(2.0)).tolist() == [2.0] * 3  # type: ignore[union-attr]
+    parameter.grad = torch.ones(3)
+    assert scaled_gradient(parameter, torch.ones(3), torch.tensor(2.0)) is None
+    assert parameter.grad.tolist() == [3.0] * 3
+    rounded = torch.ones(3, dtype=torch.bfloat16)
+    assert scaled_gradient(parameter, rounded, torch.tensor(2.0)) is rounded
 
 
 def _check_weights_stand_end_to_end() -> None:
