@@ -135,8 +135,11 @@ def _add_peers(kinds: _Kinds) -> None:
         "the same documents (minutes; needs the extra `peers`)",
         description="Train for some steps at a configuration's shapes, here on packed rows, by the "
         "others on padded ones, and compare the tokens of text a second. One process.",
+        epilog="Who lacks memory for a micro-batch computes the step's rows in smaller ones, down "
+        "to an eighth: steps have the same number of rows.",
     )
     _add_model_options(parser)
+    parser.add_argument("--micro-batches", type=_positive, default=1, help="of a step")
     parser.add_argument("--steps", type=_positive, default=5, help="that are timed")
 
 

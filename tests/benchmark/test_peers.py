@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bert.benchmark.peers import measure
 from megatron_bert.benchmark.peers.measure import _in_keys
+from megatron_bert.benchmark.peers.step_rows import StepRows
 from megatron_bert.config.kernels import ComputeDevice
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.topology import Topology
@@ -68,7 +70,16 @@ def test_all_train_a_model_of_as_many_parameters() -> None:
 
 @pytest.mark.peers
 def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path) -> None:
-    options = ("--quick", "--json", "--lengths", "32", "--micro-tokens", "128")
+    options = (
+        "--quick",
+        "--json",
+        "--lengths",
+        "32",
+        "--micro-tokens",
+        "64",
+        "--micro-batches",
+        "2",
+    )
     done = _run(tmp_path, "precision.compute=bf16", *options)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
@@ -78,7 +89,7 @@ def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path) -> None:
     assert cases["Trainer"]["text_share"] == cases["Megatron-core"]["text_share"] < 30 / 32 + 1e-9
     ours = cases["megatron_bert"]["text_tokens_per_second"]
     for case in cases.values():
-        assert case["rows"] == 4
+        assert (case["rows"], case["micro_batches"]) == (4, 2)
         rate = case["text_share"] * 128 / case["step_seconds"]
         assert case["text_tokens_per_second"] == pytest.approx(rate, rel=0.01, abs=0.5)
         expected = ours / case["text_tokens_per_second"]
@@ -86,6 +97,25 @@ def test_every_trainer_is_timed_on_the_same_documents(tmp_path: Path) -> None:
     assert "precision.compute=bf16 " in figures["ours"]
     assert figures["trainers"].keys() == cases.keys()
     assert {"transformers", "accelerate", "megatron-core"} <= figures["versions"].keys()
+
+
+def test_who_lacks_memory_computes_the_same_rows_in_smaller_micro_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[StepRows] = []
+
+    def take_two_rows(_w: Any, _l: int, step: StepRows, _d: Any) -> tuple[float, float]:
+        asked.append(step)
+        if step.micro_rows > 2:
+            raise torch.OutOfMemoryError("4 GiB")
+        return 200.0, 2.0
+
+    monkeypatch.setitem(measure._MEASURES, "megatron_bert", take_two_rows)
+    work: Any = None
+    case = measure._first_that_fits(work, "megatron_bert", 64, StepRows(8, 3), torch.device("cpu"))
+    assert asked == [StepRows(8, 3), StepRows(4, 6), StepRows(2, 12)]
+    assert case is not None
+    assert (case.rows, case.micro_batches) == (24, 12)
 
 
 def test_a_comparison_takes_one_dropout(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def _backward_order(sequence: bool, joined: bool) -> list[str]:
     if joined:
         weights = [local_part(layer.weight).detach() for layer in layers]
         with _Order() as order:
-            joined_gradients(torch.ones(12 if sequence else 6, 16), x, weights, layers, tp, x)
+            joined_gradients(torch.ones(12 if sequence else 6, 16), x, weights, layers, tp, weights)
         return order.names
     outputs = column_parallel(x, layers, tp)
     with _Order() as order:

@@ -40,6 +40,7 @@ def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> Pe
             corpora=corpora,
             seq_lengths=subject.lengths,
             micro_tokens=subject.micro_tokens[0],
+            micro_batches=given.micro_batches,
             steps=1 if given.quick else given.steps,
             warm_up=1 if given.quick else 3,
         )

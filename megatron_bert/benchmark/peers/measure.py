@@ -21,6 +21,7 @@ from megatron_bert.benchmark.machine import (
 )
 from megatron_bert.benchmark.peers.megatron import time_megatron
 from megatron_bert.benchmark.peers.padded import document_pieces, pad_and_mask
+from megatron_bert.benchmark.peers.step_rows import StepRows
 from megatron_bert.benchmark.peers.trainer import time_trainer
 from megatron_bert.benchmark.rows import make_batches, text_tokens
 from megatron_bert.benchmark.step.measure import StepSubject, release_memory, wait_for_device
@@ -50,7 +51,8 @@ class PeersWork:
         vocab_size: padded vocabulary.
         corpora: where the documents come from.
         seq_lengths: of the rows; a case each.
-        micro_tokens: slots of a batch, at most; a step has one.
+        micro_tokens: slots of a micro-batch, at most.
+        micro_batches: of a step, where these fit.
         steps: timed.
         warm_up: steps before them.
     """
@@ -60,6 +62,7 @@ class PeersWork:
     corpora: Corpora
     seq_lengths: Sequence[int]
     micro_tokens: int
+    micro_batches: int
     steps: int
     warm_up: int
 
@@ -71,7 +74,8 @@ class PeerCase:
     Attributes:
         trainer: whose steps.
         seq_length: slots of a row.
-        rows: of a step; half as many as asked for, or a quarter, where memory did not suffice.
+        rows: of a step.
+        micro_batches: that it is computed in: more than asked for where memory did not suffice.
         text_share: of the slots that hold text: no padding, no CLS, no SEP.
         step_seconds: of a step.
         text_tokens_per_second: what counts.
@@ -81,6 +85,7 @@ class PeerCase:
     trainer: str
     seq_length: int
     rows: int
+    micro_batches: int
     text_share: float
     step_seconds: float
     text_tokens_per_second: int
@@ -134,12 +139,12 @@ def measure_peers(
     for name in measured[1:]:
         versions |= {package: version(package) for package in _PACKAGES[name]}
     for seq_length in work.seq_lengths:
-        rows = max(1, work.micro_tokens // seq_length)
+        asked = StepRows(max(1, work.micro_tokens // seq_length), work.micro_batches)
         ours: float | None = None
         for name in measured:
             say(f"{name}, length {seq_length}")
             try:
-                case = _first_that_fits(work, name, seq_length, rows, device)
+                case = _first_that_fits(work, name, seq_length, asked, device)
             # Others fail in as many ways as there are; what was measured stays.
             except Exception as error:
                 if name == OURS:
@@ -148,7 +153,7 @@ def measure_peers(
                 failed[f"{name}, length {seq_length}"] = f"{type(error).__name__}: {text}"
                 continue
             if case is None:
-                failed[f"{name}, length {seq_length}"] = "memory does not suffice for a quarter"
+                failed[f"{name}, length {seq_length}"] = "memory does not suffice for an eighth"
                 continue
             rate = case.text_tokens_per_second
             ours = rate if name == OURS else ours
@@ -188,20 +193,25 @@ def _obstacle(name: str, config: Config) -> str | None:
 
 
 def _first_that_fits(
-    work: PeersWork, name: str, seq_length: int, rows: int, device: torch.device
+    work: PeersWork, name: str, seq_length: int, asked: StepRows, device: torch.device
 ) -> PeerCase | None:
-    """Time a trainer at as many rows as fit: all, half or a quarter."""
-    for fewer in dict.fromkeys(max(1, rows // divisor) for divisor in (1, 2, 4)):
+    """Time a trainer at micro-batches as large as fit: all rows, half of them, down to an eighth.
+
+    The step has as many rows then, in more micro-batches.
+    """
+    for parts in (n for n in (1, 2, 4, 8) if asked.micro_rows % n == 0):
         release_memory(device)
+        step = StepRows(asked.micro_rows // parts, asked.micro_batches * parts)
         try:
-            text, seconds = _MEASURES[name](work, seq_length, fewer, device)
+            text, seconds = _MEASURES[name](work, seq_length, step, device)
         except torch.OutOfMemoryError:
             continue
         return PeerCase(
             trainer=name,
             seq_length=seq_length,
-            rows=fewer,
-            text_share=round(text / (fewer * seq_length), 4),
+            rows=step.rows,
+            micro_batches=step.micro_batches,
+            text_share=round(text / (step.rows * seq_length), 4),
             step_seconds=round(seconds, 5),
             text_tokens_per_second=round(text / seconds),
             ratio=None,
@@ -209,7 +219,9 @@ def _first_that_fits(
     return None
 
 
-def _ours(work: PeersWork, seq_length: int, rows: int, device: torch.device) -> tuple[float, float]:
+def _ours(
+    work: PeersWork, seq_length: int, step: StepRows, device: torch.device
+) -> tuple[float, float]:
     """Steps on rows of their own, assembled within them: training does it in other threads."""
     topology = Topology.of(work.config.parallel, device, work.config.distributed.timeout_seconds)
     subject = StepSubject.build(work.config, work.vocab_size, topology)
@@ -223,9 +235,9 @@ def _ours(work: PeersWork, seq_length: int, rows: int, device: torch.device) -> 
             work.corpora,
             work.config.mlm,
             seq_length,
-            rows,
-            range(number, number + 1),
-            steps,
+            step.micro_rows,
+            range(number * step.micro_batches, (number + 1) * step.micro_batches),
+            steps * step.micro_batches,
             pinned=device.type == "cuda",
         )
         subject.step(batches)
@@ -235,23 +247,31 @@ def _ours(work: PeersWork, seq_length: int, rows: int, device: torch.device) -> 
 
 
 def _trainer(
-    work: PeersWork, seq_length: int, rows: int, device: torch.device
+    work: PeersWork, seq_length: int, step: StepRows, device: torch.device
 ) -> tuple[float, float]:
-    pieces = _pieces(work, seq_length, rows)
-    seconds = time_trainer(work.config, work.vocab_size, pieces, rows, work.warm_up, device)
+    pieces = _pieces(work, seq_length, step.rows)
+    seconds = time_trainer(work.config, work.vocab_size, pieces, step, work.warm_up, device)
     return _text_of_a_step(work, pieces), seconds
 
 
 def _megatron(
-    work: PeersWork, seq_length: int, rows: int, device: torch.device
+    work: PeersWork, seq_length: int, step: StepRows, device: torch.device
 ) -> tuple[float, float]:
-    pieces, random = _pieces(work, seq_length, rows), np.random.default_rng(0)
+    pieces, random = _pieces(work, seq_length, step.rows), np.random.default_rng(0)
     probability = work.config.mlm.probability
     batches = [
-        pad_and_mask(pieces[first : first + rows], seq_length, probability, work.vocab_size, random)
-        for first in range(0, len(pieces), rows)
+        pad_and_mask(
+            pieces[first : first + step.micro_rows],
+            seq_length,
+            probability,
+            work.vocab_size,
+            random,
+        )
+        for first in range(0, len(pieces), step.micro_rows)
     ]
-    seconds = time_megatron(work.config, work.vocab_size, batches, work.warm_up, device)
+    seconds = time_megatron(
+        work.config, work.vocab_size, batches, step.micro_batches, work.warm_up, device
+    )
     return _text_of_a_step(work, pieces), seconds
 
 

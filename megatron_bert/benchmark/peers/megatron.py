@@ -20,7 +20,12 @@ _LEARNING_RATE = 1e-5
 
 
 def time_megatron(
-    config: Config, vocab_size: int, batches: list[PaddedRows], warm_up: int, device: torch.device
+    config: Config,
+    vocab_size: int,
+    batches: list[PaddedRows],
+    micro_batches: int,
+    warm_up: int,
+    device: torch.device,
 ) -> float:
     """Train on padded rows; the process group has been started, with one rank.
 
@@ -31,7 +36,8 @@ def time_megatron(
     Args:
         config: its model and precision are taken.
         vocab_size: padded vocabulary.
-        batches: one a step.
+        batches: micro-batches.
+        micro_batches: of a step.
         warm_up: steps that are not timed.
         device: where it trains.
 
@@ -49,21 +55,23 @@ def time_megatron(
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=_LEARNING_RATE, fused=True
         )
-        began = 0.0
+        began, steps = 0.0, len(inputs) // micro_batches
         for number, tensors in enumerate(inputs):
-            if number == warm_up:
+            if number == warm_up * micro_batches:
                 _wait(device)
                 began = time.perf_counter()
             tokens, mask, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
             chosen = labels != IGNORED
             losses, _ = model(tokens, mask, lm_labels=torch.where(chosen, labels, 0))
             loss = (losses.float() * chosen).sum() / chosen.sum()
-            loss.backward()
+            (loss / micro_batches).backward()
+            if (number + 1) % micro_batches:
+                continue
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
         _wait(device)
-    return (time.perf_counter() - began) / (len(inputs) - warm_up)
+    return (time.perf_counter() - began) / (steps - warm_up)
 
 
 def megatron_model(config: Config, vocab_size: int) -> Any:

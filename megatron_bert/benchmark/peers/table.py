@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_bert.benchmark.peers.measure import PeersFigures
 from megatron_bert.benchmark.table import Row, table_lines
+from megatron_bert.words import counted
 
 
 def peers_table(figures: PeersFigures) -> list[str]:
@@ -14,7 +15,8 @@ def peers_table(figures: PeersFigures) -> list[str]:
         (
             f"length {case.seq_length}, {case.trainer}",
             f"{case.text_tokens_per_second:,} tokens of text/s, ours over it {_told(case.ratio)}; "
-            f"{case.rows} rows {case.text_share:.1%} full, {case.step_seconds:.4f} s a step",
+            f"{case.rows} rows {case.text_share:.1%} full, {case.step_seconds:.4f} s a step of "
+            f"{counted(case.micro_batches, 'micro-batch', 'micro-batches')}",
         )
         for case in figures.cases
     )

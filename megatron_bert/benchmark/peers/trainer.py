@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_bert.benchmark.peers.step_rows import StepRows
 from megatron_bert.benchmark.synthetic import CLS, MASK, PAD, SEP
 from megatron_bert.checkpoint.huggingface_config import huggingface_config
 from megatron_bert.config.schema import Config
@@ -19,7 +20,7 @@ def time_trainer(
     config: Config,
     vocab_size: int,
     pieces: list[NDArray[np.int32]],
-    rows: int,
+    step: StepRows,
     warm_up: int,
     device: torch.device,
 ) -> float:
@@ -30,8 +31,8 @@ def time_trainer(
     Args:
         config: its model, masking and precision are taken.
         vocab_size: padded vocabulary.
-        pieces: tokens of the rows, as many as divide into batches.
-        rows: of a batch.
+        pieces: tokens of the rows, as many as divide into steps.
+        step: its rows.
         warm_up: steps that are not timed.
         device: where it trains; one GPU or the CPU.
 
@@ -54,7 +55,8 @@ def time_trainer(
         )
         arguments = TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=step.micro_rows,
+            gradient_accumulation_steps=step.micro_batches,
             num_train_epochs=1,
             bf16=config.precision.compute == "bf16",
             use_cpu=device.type == "cpu",
