@@ -19,6 +19,7 @@ from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.attention import PackedLayout
 from megatron_bert.model.block import Block, BlockDropout, Recompute
 from megatron_bert.model.norm import layer_norm
+from megatron_bert.parallel.micro_batches import HeadOutput
 from megatron_bert.parallel.partial_gradients import per_token
 from megatron_bert.parallel.random import (
     dropout_keys,
@@ -107,13 +108,8 @@ class MaskedHead(nn.Module):
 
     def forward(
         self, hidden_BMD: Tensor, table: Tensor, labels_BM: Tensor, weights_BM: Tensor
-    ) -> Tensor:
-        """Sum the loss of the masked positions' hidden states against their labels.
-
-        Returns:
-            fp32 [1, 1 + B x M]: summed cross-entropy in nats, and for each masked slot its weight
-            where its label has the largest logit, else 0.
-        """
+    ) -> HeadOutput:
+        """Sum the loss of the masked positions' hidden states against their labels."""
         loss, correct_N = vocab_parallel_cross_entropy(
             self.transform(hidden_BMD).flatten(0, 1),
             local_part(table),
@@ -122,7 +118,7 @@ class MaskedHead(nn.Module):
             weights_BM.flatten(),
             self.group,
         )
-        return torch.cat([loss[None, None], correct_N[None]], dim=1)
+        return HeadOutput(loss, correct_N)
 
 
 class BertForPretraining(nn.Module):
@@ -167,7 +163,7 @@ class BertForPretraining(nn.Module):
         labels_BM: Tensor,
         weights_BM: Tensor,
         rows_B: Tensor,
-    ) -> Tensor:
+    ) -> HeadOutput | Tensor:
         """Compute this part of the model on a micro-batch.
 
         Args:
@@ -180,7 +176,7 @@ class BertForPretraining(nn.Module):
             rows_B: int64 [B] global row numbers, which key dropout.
 
         Returns:
-            What `MaskedHead` returns, or without a head hidden states [T, D].
+            What the head says, or without a head hidden states [T, D].
         """
         x_TD = self.encode(inputs, positions_BS, rows_B)
         if self.head is None:
@@ -190,8 +186,10 @@ class BertForPretraining(nn.Module):
         hidden_BMD = share.gather_slots(x_TD, masked_BM.long())
         if self.tp.shards_tokens:
             hidden_BMD = reduce_from_group(hidden_BMD, self.tp.group)
-        sums: Tensor = self.head(hidden_BMD, self.embeddings.word.weight, labels_BM, weights_BM)
-        return sums
+        output: HeadOutput = self.head(
+            hidden_BMD, self.embeddings.word.weight, labels_BM, weights_BM
+        )
+        return output
 
     def encode(self, inputs: Tensor, positions_BS: Tensor, rows_B: Tensor) -> Tensor:
         """Return the part's last hidden states [T, D], the model's after the final norm."""

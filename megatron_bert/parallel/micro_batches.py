@@ -6,7 +6,7 @@ One rank's model computes them in turn; `parallel.pipeline` passes them through 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from megatron_bert.parallel.data_parallel import ShardedModel
 # A model's inputs in the order of its arguments. The first is what a pipeline's first stage takes;
 # the others go to every stage.
 MicroBatch = tuple[Tensor, ...]
+
+
+class HeadOutput(NamedTuple):
+    """What the model's head says of a micro-batch's masked slots.
+
+    Attributes:
+        loss: their summed cross-entropy in nats, weighted; fp32, a scalar.
+        correct_N: for each slot, row by row, its weight where its label has the largest logit, else
+            0; fp32 [N], without a gradient.
+    """
+
+    loss: Tensor
+    correct_N: Tensor
 
 
 class MicroBatchRunner(Protocol):
@@ -33,7 +46,7 @@ class MicroBatchRunner(Protocol):
         """
         ...
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[HeadOutput]:
         """Return the head's output for each micro-batch, in turn; none on a rank without it."""
         ...
 
@@ -42,7 +55,7 @@ class WholeModel:
     """The model on this rank, from embeddings to head.
 
     Attributes:
-        model: its output is [1, K], the first of which is the summed loss.
+        model: gives a `HeadOutput`.
     """
 
     def __init__(self, model: ShardedModel[Any]) -> None:
@@ -56,13 +69,13 @@ class WholeModel:
             for index, micro_batch in enumerate(micro_batches):
                 if index == len(micro_batches) - 1:
                     self.model.begin_last_pass()
-                share = self.model.module(*micro_batch)[0, 0] / count
+                share = self.model.module(*micro_batch).loss / count
                 share.backward()
                 loss += share.detach()
         return loss
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[HeadOutput]:
         """See `MicroBatchRunner`."""
         self.model.module.eval()
         with self.model.step():

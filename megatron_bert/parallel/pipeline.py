@@ -23,7 +23,7 @@ from megatron_bert.parallel.deferred import (
     defer_weight_gradients,
     dropping_deferred,
 )
-from megatron_bert.parallel.micro_batches import MicroBatch
+from megatron_bert.parallel.micro_batches import HeadOutput, MicroBatch
 from megatron_bert.parallel.schedule import (
     Schedule,
     ScheduleName,
@@ -74,18 +74,27 @@ class Pipeline:
         number, ranks, stages = self._sizes(micro_batches)
         if number not in self._training:
             self._training[number] = make_schedule(self._schedule, ranks, number, stages)
-        losses = self._run(self._training[number], micro_batches, lambda sums: sums[0, 0] / count)
-        return torch.stack(losses).sum() if losses else torch.zeros_like(count)
+        shares: list[Tensor] = []
+
+        def derived(output: HeadOutput) -> Tensor:
+            share = output.loss / count
+            shares.append(share.detach())
+            return share
+
+        self._run(self._training[number], micro_batches, derived)
+        return torch.stack(shares).sum() if shares else torch.zeros_like(count)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[HeadOutput]:
         """See `MicroBatchRunner`."""
         for chunk in self.chunks:
             chunk.module.eval()
         number, ranks, stages = self._sizes(micro_batches)
         if number not in self._evaluation:
             self._evaluation[number] = make_forward_schedule(ranks, number, stages)
-        return self._run(self._evaluation[number], micro_batches, lambda sums: sums)
+        outputs: list[HeadOutput] = []
+        self._run(self._evaluation[number], micro_batches, outputs.append)
+        return outputs
 
     def _sizes(self, micro_batches: Sequence[MicroBatch]) -> tuple[int, int, int]:
         return len(micro_batches), self._topology.pipeline_size, len(self.chunks)
@@ -94,8 +103,8 @@ class Pipeline:
         self,
         schedule: Schedule,
         micro_batches: Sequence[MicroBatch],
-        finish: Callable[[Tensor], Tensor],
-    ) -> list[Tensor]:
+        finish: Callable[[HeadOutput], Tensor | None],
+    ) -> None:
         tp = self._topology.tensor_parallel
         tokens = micro_batches[0][0].numel()
         tokens //= tp.size if tp.shards_tokens else 1
@@ -107,7 +116,7 @@ class Pipeline:
                 stack.enter_context(
                     chunk.step(len(micro_batches) if torch.is_grad_enabled() else 0)
                 )
-            return _Step(self.chunks, schedule, micro_batches, finish, messages).run(actions)
+            _Step(self.chunks, schedule, micro_batches, finish, messages).run(actions)
 
 
 class _Step:
@@ -117,7 +126,7 @@ class _Step:
         chunks: the stages.
         schedule: what the actions are of.
         micro_batches: all of the step.
-        finish: makes of the head's output what is returned, and in training derived.
+        finish: takes the head's output, and returns what is derived in training.
         messages: carries what passes between ranks.
     """
 
@@ -126,7 +135,7 @@ class _Step:
         chunks: Sequence[ShardedModel[Any]],
         schedule: Schedule,
         micro_batches: Sequence[MicroBatch],
-        finish: Callable[[Tensor], Tensor],
+        finish: Callable[[HeadOutput], Tensor | None],
         messages: StageMessages,
     ) -> None:
         self._chunks = chunks
@@ -139,15 +148,14 @@ class _Step:
         self._micro_batches = micro_batches
         self._finish = finish
         self._messages = messages
-        self._results: list[Tensor] = []
         # By stage and micro-batch, from the forward pass to the backward pass.
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
         # From the computation to the message.
         self._to_send: dict[Action, Tensor] = {}
 
-    def run(self, actions: Sequence[Action]) -> list[Tensor]:
-        """Take the actions; returns what was finished, of each micro-batch, without gradient."""
+    def run(self, actions: Sequence[Action]) -> None:
+        """Take the actions."""
         for peer, group in groupby(actions, self._peer):
             if peer is None:
                 for action in group:
@@ -156,7 +164,6 @@ class _Step:
                 # What stands side by side passes in both directions at once.
                 self._messages.exchange(peer, list(group), self._to_send)
         self._messages.close()
-        return self._results
 
     def _peer(self, action: Action) -> int | None:
         return action.peer(self._num_ranks) if action.is_message else None
@@ -182,7 +189,6 @@ class _Step:
         output = chunk.module(inputs, *others)
         if stage == self._last_stage:
             output = self._finish(output)
-            self._results.append(output.detach())
         else:
             self._to_send[Action(Kind.SEND_ACTIVATION, stage, micro_batch)] = output
         if with_backward:

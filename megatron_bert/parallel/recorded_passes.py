@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.distributed.device_work import wait_for_step, work_point
 from megatron_bert.parallel.data_parallel import ShardedModel
-from megatron_bert.parallel.micro_batches import MicroBatch, WholeModel
+from megatron_bert.parallel.micro_batches import HeadOutput, MicroBatch, WholeModel
 
 # Before a recording: kernels are compiled, and libraries take what memory they work in.
 _WARM_UP_PASSES = 2
@@ -47,8 +47,8 @@ Recording: TypeAlias = Callable[[], AbstractContextManager[Recorder]]
 """Gives a recorder; within it passes are run, first some that are not recorded."""
 
 
-class _CudaGraphs:
-    """A CUDA graph each; one's activations stand in the same memory that another's read."""
+class _GraphRecorder:
+    """A `Recorder` whose stretches are CUDA graphs, which share the memory of activations."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
         self._device, self._timeout = device, timeout_seconds
@@ -101,7 +101,7 @@ class CudaGraphs:
         stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._stream = stream
         stream.wait_stream(torch.cuda.current_stream())
-        recorder = _CudaGraphs(self._device, self._timeout)
+        recorder = _GraphRecorder(self._device, self._timeout)
         with torch.cuda.stream(stream):
             try:
                 yield recorder
@@ -143,7 +143,7 @@ class RecordedModel(WholeModel):
                 loss += self._passes.run(micro_batch, count)
         return loss
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[HeadOutput]:
         """See `MicroBatchRunner`; launched."""
         with _memory_noted():
             return super().evaluate(micro_batches)
@@ -260,7 +260,7 @@ class _Stretches:
         model = self._model
         self._begin(partial(model.gather_for, model.module))
         with model.cut_by(self._cut):
-            share: Tensor = model.module(*inputs)[0, 0] / count
+            share: Tensor = model.module(*inputs).loss / count
         share.backward()  # type: ignore[no-untyped-call]
         while self._cuts:
             unit, x, leaf = self._cuts.pop()

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_bert.data.batch import Replacement, RowArrays
 from megatron_bert.data.token_kinds import TOKEN_KINDS, token_kinds
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.parallel.micro_batches import HeadOutput
 
 REPLACEMENTS = tuple(kind.value for kind in Replacement if kind is not Replacement.NONE)
 """What the model sees in the place of a token that it is to predict, in the words of metrics."""
@@ -68,11 +69,11 @@ class Tally:
         self._sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=device)
         self._loss, self._right_and_all = self._sums[:1], self._sums[1:].view(2, count)
 
-    def add(self, rows: RowArrays, output: Tensor) -> None:
-        """Count a micro-batch, given what `model.bert.MaskedHead` returned for it."""
-        sums = output[0].double()
-        self._loss += sums[:1]
-        right_and_all = torch.stack([sums[1:], rows.weights_BM.flatten().double()])
+    def add(self, rows: RowArrays, output: HeadOutput) -> None:
+        """Count a micro-batch, given what the head said of it."""
+        self._loss += output.loss.double()
+        weights_N = rows.weights_BM.flatten()
+        right_and_all = torch.stack([output.correct_N, weights_N]).double()
         self._right_and_all.index_add_(1, self._kinds(rows).flatten(), right_and_all)
 
     def sum_over_ranks(self, *, counts_here: bool) -> None:

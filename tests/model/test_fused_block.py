@@ -207,7 +207,7 @@ def _additions(layers: int) -> Counter[str]:
         model = small_model(config, cpu_topology())
         sharded = model.runner.model  # type: ignore[attr-defined]
         with sharded.step(1, keeps_sums=True), _Sums() as sums:
-            sharded.module(*packed_inputs(2))[0, 0].backward()
+            sharded.module(*packed_inputs(2)).loss.backward()
         assert all(p.grad.any() for p in sharded.units[0].parameters())
     return sums.counts
 

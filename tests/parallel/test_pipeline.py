@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bert.parallel.data_parallel import ShardedModel
-from megatron_bert.parallel.micro_batches import MicroBatch
+from megatron_bert.parallel.micro_batches import HeadOutput, MicroBatch
 from megatron_bert.parallel.pipeline import Pipeline
 from megatron_bert.parallel.schedule import ScheduleName
 from megatron_bert.parallel.stage_messages import StageMessages
@@ -41,14 +41,13 @@ class _Stage(nn.Module):
         for parameter in self.parameters():
             parameter.data.normal_(std=0.5, generator=random)
 
-    def forward(self, inputs: Tensor, targets_BS: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, targets_BS: Tensor) -> Tensor | HeadOutput:
         x_TD = inputs if self.embedding is None else self.embedding(inputs.flatten())
         x_TD = x_TD + torch.tanh(self.layer(x_TD))
         if not self.is_last:
             return x_TD
         errors_T = x_TD.sum(1) - targets_BS.flatten()
-        loss, positive = errors_T.square().sum(), (errors_T > 0).sum().float()
-        return torch.stack([loss[None], positive[None]], dim=1)
+        return HeadOutput(errors_T.square().sum(), (errors_T > 0).float())
 
 
 def _micro_batches(count: int, slots: int) -> list[MicroBatch]:
@@ -73,21 +72,21 @@ def _pipeline(schedule: ScheduleName, ranks: int, virtual: int) -> tuple[Pipelin
 
 def _one_after_another(
     count: int, micro_batches: list[MicroBatch], divisor: Tensor
-) -> tuple[list[_Stage], Tensor, list[Tensor]]:
+) -> tuple[list[_Stage], Tensor, list[HeadOutput]]:
     """The stages with their gradients, the loss, and the head's output of each micro-batch."""
     stages = [_Stage(number, count) for number in range(count)]
-    outputs: list[Tensor] = []
+    outputs: list[HeadOutput] = []
     for tokens, targets in micro_batches:
         x = tokens
         for stage in stages:
             x = stage(x, targets)
-        (x[0, 0] / divisor).backward()
-        outputs.append(x.detach())
-    return stages, torch.cat(outputs)[:, 0].sum() / divisor, outputs
+        (x.loss / divisor).backward()
+        outputs.append(HeadOutput(x.loss.detach(), x.correct_N))
+    return stages, torch.stack([output.loss for output in outputs]).sum() / divisor, outputs
 
 
 def _check_evaluation(
-    runner: Pipeline, micro_batches: list[MicroBatch], outputs: list[Tensor]
+    runner: Pipeline, micro_batches: list[MicroBatch], outputs: list[HeadOutput]
 ) -> None:
     """The last rank has the outputs of all micro-batches in their order, the others none."""
     expected = outputs if dist.get_rank() == dist.get_world_size() - 1 else []
@@ -216,8 +215,10 @@ def _most_outputs(micro_batches: int) -> int:
         nonlocal alive
         alive -= 1
 
-    def begin(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def begin(_module: nn.Module, _inputs: Any, output: Tensor | HeadOutput) -> None:
         nonlocal alive, most
+        if not isinstance(output, Tensor):
+            return
         alive += 1
         most = max(most, alive)
         weakref.finalize(output.untyped_storage(), end)

@@ -123,7 +123,7 @@ def _steps(make: Callable[[RankModel], None], changes: dict[str, Any]) -> list[l
         gradients = [p.grad.to_local().clone() for p in parameters if p.grad is not None]
         assert len(gradients) == len(parameters)
         optimizer.step(1e-2)
-        found.append([loss, *model.runner.evaluate(batches[:1]), *gradients])
+        found.append([loss, *model.runner.evaluate(batches[:1])[0], *gradients])
     return found
 
 
