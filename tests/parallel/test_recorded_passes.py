@@ -267,7 +267,7 @@ def test_a_recording_waits_no_longer_for_other_ranks_than_a_step_may(
             return False
 
     monkeypatch.setattr(recorded_passes, "work_point", lambda _: Never())
-    recorder = recorded_passes._CudaGraphs(torch.device("cuda", 0), 7.0)
+    recorder = recorded_passes._GraphRecorder(torch.device("cuda", 0), 7.0)
     with pytest.raises(DeviceStalledError, match="within 7 s"):
         recorder.begin()
     assert waited == [7.0]
