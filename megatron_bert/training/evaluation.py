@@ -56,7 +56,7 @@ class Evaluator:
             accuracy by kind as the stage is trained.
         """
         held_out = self._held_out
-        own, fixed = Measure(span.seq_length, span.probability), held_out.fixed
+        own, fixed = Measure.of(span), held_out.fixed
         here = self._scores(model, own)
         there = here if own == fixed else self._scores(model, fixed)
         return {

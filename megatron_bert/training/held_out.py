@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from megatron_bert.config.arithmetic import fixed_eval_length
-from megatron_bert.config.curriculum import Curriculum
+from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.schema import Config
 from megatron_bert.data.corpora import open_evaluation_corpora, part_names
 from megatron_bert.data.source import RowSource, validation_source
@@ -20,6 +20,11 @@ class Measure:
 
     seq_length: int
     probability: float
+
+    @classmethod
+    def of(cls, span: StageSpan) -> Self:
+        """As a stage is trained."""
+        return cls(span.seq_length, span.probability)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class HeldOutRows:
         corpora, warnings = open_evaluation_corpora(config, tokenizer)
         fixed = Measure(fixed_eval_length(config), config.mlm.probability)
         spans = Curriculum(config).spans
-        measures = {fixed, *(Measure(span.seq_length, span.probability) for span in spans)}
+        measures = {fixed, *(Measure.of(span) for span in spans)}
         sources = {
             measure: [
                 validation_source(
@@ -60,3 +65,11 @@ class HeldOutRows:
             for measure in measures
         }
         return cls(part_names([corpus.part for corpus in corpora]), sources, fixed, warnings)
+
+    def slots(self, span: StageSpan) -> int:
+        """Token slots that an evaluation in a stage reads, of all texts and by both measures."""
+        return sum(
+            measure.seq_length * source.num_rows
+            for measure in {Measure.of(span), self.fixed}
+            for source in self.sources[measure]
+        )

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron_bert.config.curriculum import Curriculum
-from megatron_bert.config.schema import Config
+from megatron_bert.config.curriculum import Curriculum, StageSpan
+from megatron_bert.training.due import Due
 
 # The slowest of so many steps is what the next ones are taken to need.
 _RECENT_STEPS = 10
@@ -22,9 +22,9 @@ class Pace:
     """Measures a job's steps and evaluations, and tells how long its end would take.
 
     Args:
-        config: of the run.
         curriculum: tells how large steps are; times are taken in proportion to their slots.
-        evaluates: whether there is held-out text.
+        due: after which steps the run evaluates and saves.
+        evaluation_slots: token slots that an evaluation in a stage reads.
         bytes_to_save: what this rank writes in a save.
         clock: seconds that never go back.
 
@@ -34,21 +34,21 @@ class Pace:
 
     def __init__(
         self,
-        config: Config,
         curriculum: Curriculum,
+        due: Due,
         *,
-        evaluates: bool,
+        evaluation_slots: Callable[[StageSpan], int],
         bytes_to_save: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._curriculum = curriculum
-        self._evaluation_interval = config.eval.interval if evaluates else None
-        self._evaluation_steps = config.eval.batches
-        self._save_interval = config.checkpoint.interval
+        self._due = due
+        self._evaluation_slots = evaluation_slots
         self._unmeasured_save = bytes_to_save / _UNMEASURED_BYTES_PER_SECOND
         self._clock = clock
         self._seconds_per_slot: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.evaluation_seconds: float | None = None
+        self._evaluation_seconds_per_slot: float | None = None
         self._under_way: int | None = None
         self._began = 0.0
 
@@ -69,17 +69,20 @@ class Pace:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Measure the evaluation inside."""
+        """Measure the evaluation inside, which follows the step that was begun last."""
+        assert self._under_way is not None, "no step was begun"
         began = self._clock()
         yield
         self.evaluation_seconds = self._clock() - began
+        slots = self._evaluation_slots(self._curriculum.at(self._under_way))
+        self._evaluation_seconds_per_slot = self.evaluation_seconds / slots
 
     def seconds_to_end(self, save_seconds: float | None, *, saving: bool) -> float:
         """How long it takes from now to the end of the last save if one more step is begun.
 
         That is the step that begins now, the one after it, what is due after either, and the last
         save, half as long again as measured. In a job's first step no step is measured yet, and
-        only the save counts. An evaluation not measured yet counts as a step a batch.
+        only the save counts. An evaluation not measured yet counts as training on all it reads.
 
         Args:
             save_seconds: what the last save took, None before the first one.
@@ -88,16 +91,17 @@ class Pace:
         assert self._under_way is not None, "no step was begun"
         first = self._under_way
         steps = range(first, min(first + 1, self._curriculum.total_steps) + 1)
-        slots = max(self._curriculum.at(step).slots_per_step for step in steps)
-        step_seconds = slots * max(self._seconds_per_slot, default=0.0)
-        evaluation = self.evaluation_seconds
-        if evaluation is None:
-            evaluation = self._evaluation_steps * step_seconds
+        spans = {step: self._curriculum.at(step) for step in steps}
+        per_slot = max(self._seconds_per_slot, default=0.0)
+        step_seconds = per_slot * max(span.slots_per_step for span in spans.values())
+        if self._evaluation_seconds_per_slot is not None:
+            per_slot = self._evaluation_seconds_per_slot
+        evaluations = sum(
+            per_slot * self._evaluation_slots(span)
+            for step, span in spans.items()
+            if self._due.evaluation(step)
+        )
         save = self._unmeasured_save if save_seconds is None else save_seconds
-        evaluations = sum(_is_due(step, self._evaluation_interval) for step in steps)
-        saves = sum(_is_due(step, self._save_interval) for step in steps) + saving + 1
-        return _MARGIN * (len(steps) * step_seconds + evaluations * evaluation + saves * save)
-
-
-def _is_due(step: int, interval: int | None) -> bool:
-    return interval is not None and step % interval == 0
+        # What is due after the last of these steps is the last save itself.
+        saves = sum(self._due.save(step) for step in steps[:-1]) + saving + 1
+        return _MARGIN * (len(steps) * step_seconds + evaluations + saves * save)

@@ -37,6 +37,7 @@ from megatron_bert.run.directory import RunDirectory
 from megatron_bert.run.metrics import MetricsFile
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
 from megatron_bert.training.description import describe_data, describe_plan, tell_plan
+from megatron_bert.training.due import Due
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.optimizer import build_optimizer
@@ -107,10 +108,11 @@ class Trainer:
             max_failures=config.checkpoint.max_failures,
             on_result=None if directory is None else directory.journal.save,
         )
+        self._due = Due.of(config, self._curriculum, evaluates=self._evaluator.has_text)
         self._pace = Pace(
-            config,
             self._curriculum,
-            evaluates=self._evaluator.has_text,
+            self._due,
+            evaluation_slots=held_out.slots,
             bytes_to_save=local_bytes(self._model, self._optimizer),
         )
         self._store.remove_leftovers()
@@ -202,10 +204,9 @@ class Trainer:
 
     def _evaluate_and_save(self, *, is_last: bool) -> None:
         """Do what is due after the step just taken; a job's last step is always saved."""
-        config, step = self._config, self._step
-        finished = step == self._total_steps
-        evaluate = self._evaluator.has_text and (finished or step % config.eval.interval == 0)
-        save = finished or is_last or step % config.checkpoint.interval == 0
+        step = self._step
+        evaluate = self._due.evaluation(step)
+        save = is_last or self._due.save(step)
         if not (evaluate or save):
             return
         self._recorder.flush()
@@ -225,7 +226,7 @@ class Trainer:
                     self._model,
                     self._optimizer,
                     self._facts(),
-                    is_last=finished or is_last,
+                    is_last=is_last or step == self._total_steps,
                 )
 
     def _facts(self) -> dict[str, Any]:

@@ -81,6 +81,10 @@ def test_each_text_is_opened_once_and_planned_for_every_stage(
         assert [source.row_shape(0)[0] for source in sources] == [measure.seq_length] * 2
     # No whole epoch is counted where so many rows are enough.
     assert limits == [24] * 6
+    rows = {at: sum(source.num_rows for source in held_out.sources[at]) for at in held_out.sources}
+    both = 32 * rows[Measure(32, 0.15)] + 64 * rows[Measure(64, 0.15)]
+    slots = [held_out.slots(span) for span in Curriculum(config).spans]
+    assert slots[:2] == [both, 64 * rows[Measure(64, 0.15)]]
 
 
 def test_the_plan_tells_of_text_that_is_not_evaluated(

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.schema import Config
+from megatron_bert.training.due import Due
 from megatron_bert.training.pace import Pace
 from tests.distributed_harness import run_ranks
 from tests.small_model import small_config
@@ -22,15 +23,25 @@ class _Clock:
 
 
 def _pace(
-    clock: _Clock, *, evaluates: bool = False, bytes_to_save: int = 0, interval: int = 100
+    clock: _Clock,
+    *,
+    evaluates: bool = False,
+    bytes_to_save: int = 0,
+    interval: int = 100,
+    last_steps: int = 20,
 ) -> Pace:
     config = small_config(
-        curriculum=[{"seq_length": 32, "steps": 20}, {"seq_length": 64, "steps": 20}],
+        curriculum=[{"seq_length": 32, "steps": 20}, {"seq_length": 64, "steps": last_steps}],
         checkpoint={"interval": interval},
-        eval={"interval": 4, "batches": 6},
+        eval={"interval": 4},
     )
+    curriculum = Curriculum(config)
     return Pace(
-        config, Curriculum(config), evaluates=evaluates, bytes_to_save=bytes_to_save, clock=clock
+        curriculum,
+        Due.of(config, curriculum, evaluates=evaluates),
+        evaluation_slots=lambda span: 6 * span.slots_per_step,
+        bytes_to_save=bytes_to_save,
+        clock=clock,
     )
 
 
@@ -84,7 +95,7 @@ def test_evaluations_and_saves_that_fall_due_are_reckoned_in_and_are_no_part_of_
     pace = _pace(clock, evaluates=True, interval=7)
     pace.begin(2)
     _take(pace, clock, {2: 1.0})
-    # Step 4 ends in an evaluation that was never measured: its batches count as steps.
+    # Step 4 ends in an evaluation that was never measured: the 6 steps' slots it reads count.
     assert pace.seconds_to_end(10.0, saving=False) == pytest.approx(MARGIN * (2 + 6 + 10))
     with pace.paused(), pace.evaluation():
         clock.now += 30.0
@@ -94,6 +105,37 @@ def test_evaluations_and_saves_that_fall_due_are_reckoned_in_and_are_no_part_of_
     clock.now += 1.0
     pace.begin(9)
     assert pace.seconds_to_end(10.0, saving=True) == pytest.approx(MARGIN * (2 + 2 * 10))
+
+
+def test_the_evaluation_after_the_last_step_is_reckoned_in_whatever_its_number() -> None:
+    clock = _Clock()
+    pace = _pace(clock, evaluates=True, last_steps=18)
+    pace.begin(36)
+    with pace.paused(), pace.evaluation():
+        clock.now += 600.0
+    _take(pace, clock, {36: 1.0})
+    assert pace.seconds_to_end(10.0, saving=False) == pytest.approx(MARGIN * (2 + 600 + 10))
+    _take(pace, clock, {37: 1.0})
+    assert pace.seconds_to_end(10.0, saving=False) == pytest.approx(MARGIN * (1 + 600 + 10))
+
+
+def test_an_evaluation_of_the_next_stage_takes_as_much_longer_as_it_reads() -> None:
+    clock = _Clock()
+    pace = _pace(clock, evaluates=True)
+    pace.begin(20)
+    with pace.paused(), pace.evaluation():
+        clock.now += 30.0
+    _take(pace, clock, dict.fromkeys((20, 21, 22), 1.0))
+    assert pace.evaluation_seconds == 30.0
+    # Step 20 is measured, of half the slots, and step 24 is evaluated.
+    assert pace.seconds_to_end(0.0, saving=False) == pytest.approx(MARGIN * (2 * 2 + 60))
+
+
+def test_the_save_that_is_due_after_the_second_step_is_the_last_save_itself() -> None:
+    clock = _Clock()
+    pace = _pace(clock, interval=7)
+    pace.begin(6)
+    assert pace.seconds_to_end(10.0, saving=False) == pytest.approx(MARGIN * 10)
 
 
 class _Listening(Stops):
