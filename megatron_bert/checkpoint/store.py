@@ -22,6 +22,7 @@ from megatron_bert.checkpoint.manifest import (
 from megatron_bert.checkpoint.shards import LocalShards
 from megatron_bert.checkpoint.tensors import read_tensors, total_bytes, write_tensors
 from megatron_bert.config.errors import CheckpointError
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.distributed.agreement import Ranks, RanksFailedError
 from megatron_bert.files import temporary_path
 
@@ -272,8 +273,8 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none, or all are damaged.
     """
-    for root in (path / "checkpoints", path):
-        if root.name == "checkpoints" and root.is_dir():
+    for root in (RunPaths(path).checkpoints, path):
+        if root == RunPaths(root.parent).checkpoints and root.is_dir():
             newest = CheckpointStore(root, keep=1).newest()
             if newest is None:
                 raise CheckpointError(f"{root} holds no checkpoint yet; train first")

@@ -26,6 +26,7 @@ from pydantic import (
 
 from megatron_bert.config.architectures import ARCHITECTURES, Architecture, ArchitectureName
 from megatron_bert.config.presets import PRESETS, PresetName
+from megatron_bert.config.run_paths import RunPaths
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -76,6 +77,11 @@ class RunConfig(Section):
         """The run directory; `load_config` has always set it."""
         assert self.dir is not None, "run.dir is set by load_config"
         return Path(self.dir)
+
+    @property
+    def paths(self) -> RunPaths:
+        """What stands where in the run directory."""
+        return RunPaths(self.directory)
 
 
 def _model_json_schema(schema: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_bert.checkpoint.folders import CheckpointFolders
 from megatron_bert.config.errors import UserError
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.files import write_atomically
 from megatron_bert.run.directory import (
     FAILED,
@@ -119,14 +120,14 @@ def _lock(run_dir: Path) -> RunDirectory:
 
 def announce(run_dir: Path, job: str) -> None:
     """Note the number of the job that follows, or `ANY` before it is known."""
-    path = run_dir / "logs" / _ANNOUNCED
+    path = RunPaths(run_dir).logs / _ANNOUNCED
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{job}\n")
 
 
 def _announced(run_dir: Path) -> str | None:
     try:
-        return (run_dir / "logs" / _ANNOUNCED).read_text("utf-8", errors="replace").strip()
+        return (RunPaths(run_dir).logs / _ANNOUNCED).read_text("utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
 
@@ -184,14 +185,14 @@ def _count(run_dir: Path) -> _Tries:
 
 
 def _write(run_dir: Path, tries: _Tries) -> None:
-    path = run_dir / "logs" / _TRIES
+    path = RunPaths(run_dir).logs / _TRIES
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(vars(tries)) + "\n")
 
 
 def _read(run_dir: Path) -> _Tries:
     try:
-        content = json.loads((run_dir / "logs" / _TRIES).read_bytes())
+        content = json.loads((RunPaths(run_dir).logs / _TRIES).read_bytes())
         return _Tries(
             int(content["step"]), int(content["fruitless"]), content.get("open", False) is True
         )
@@ -200,5 +201,5 @@ def _read(run_dir: Path) -> _Tries:
 
 
 def _newest_step(run_dir: Path) -> int:
-    folders = CheckpointFolders(run_dir / "checkpoints", keep=1)
+    folders = CheckpointFolders(RunPaths(run_dir).checkpoints, keep=1)
     return max(map(folders.step_of, folders.newest_first()), default=0)

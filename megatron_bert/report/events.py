@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.report.records import Remark, RunRecords, job_in_words
 from megatron_bert.run.directory import FAILED, FINISHED
 from megatron_bert.run.journal import END, SAVE, SAVE_FAILED, START
@@ -213,7 +214,7 @@ def _first_and_last(items: Sequence[_T]) -> Sequence[_T]:
 
 def _kept(run: RunRecords) -> set[int]:
     """Steps of the checkpoints that are there; others were removed as `checkpoint.keep` says."""
-    names = (path.name for path in (run.directory / "checkpoints").glob("step_*"))
+    names = (path.name for path in RunPaths(run.directory).checkpoints.glob("step_*"))
     return {int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))}
 
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.errors import UserError
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.files import StrPath
 from megatron_bert.locks import holder_lives
 from megatron_bert.run import metrics
-from megatron_bert.run.directory import FAILED, JOBS, LOCK, Outcome, read_outcome
+from megatron_bert.run.directory import FAILED, Outcome, read_outcome
 from megatron_bert.run.journal import START, read_journal
 from megatron_bert.words import counted, format_duration
 
@@ -78,7 +79,8 @@ class RunRecords:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such run directory; give the run.dir of a run")
         table = _Table()
-        path = directory / "metrics.jsonl"
+        paths = RunPaths(directory)
+        path = paths.metrics
         if not path.exists():
             _check_failure(directory)
         for number, record in enumerate(metrics.stream(path), start=1):
@@ -90,12 +92,12 @@ class RunRecords:
             raise UserError(f"{directory}: no step was recorded yet; train first")
         columns = table.arrays()
         # Before the outcome, which a job leaves before it ends.
-        is_live = holder_lives(directory / LOCK)
+        is_live = holder_lives(paths.lock)
         return cls(
             directory,
             columns,
             table.evaluations,
-            read_journal(directory / JOBS),
+            read_journal(paths.journal),
             table.remarks,
             table.torn,
             read_outcome(directory),
@@ -141,7 +143,7 @@ class RunRecords:
     def config_text(self) -> str | None:
         """The resolved configuration, YAML; None where there is none."""
         try:
-            return (self.directory / "config.yaml").read_text("utf-8", errors="replace")
+            return RunPaths(self.directory).config.read_text("utf-8", errors="replace")
         except OSError:
             return None
 

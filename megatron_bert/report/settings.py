@@ -29,7 +29,7 @@ def differences(texts: Sequence[str | None]) -> dict[str, list[str]]:
 
 def _settings(text: str | None) -> dict[str, str]:
     try:
-        tree, _ = parse_document(text or "", "config.yaml")
+        tree, _ = parse_document(text or "", "a run's configuration")
     except ConfigError:
         return {}
     # What has no value is as good as not there.

@@ -108,7 +108,7 @@ def _box(action: Action, end: float, stage: StageTime, ranks: int, unit: float) 
 def _pipeline(config_text: str | None) -> tuple[int, ScheduleName, int] | None:
     """Ranks, schedule and stages a rank; None where there is no pipeline."""
     try:
-        tree, _ = parse_document(config_text or "", "config.yaml")
+        tree, _ = parse_document(config_text or "", "a run's configuration")
         parallel = tree["parallel"]
         ranks, name = parallel["pipeline"], parallel["pipeline_schedule"]
         virtual = 1 if name == "1f1b" else int(parallel["virtual_stages"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_bert.closeable import Closeable
 from megatron_bert.config.errors import RunError, UserError, details_of
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.files import sync_to_disk, write_atomically, write_if_absent
 from megatron_bert.locks import (
     FileInUseError,
@@ -25,10 +26,8 @@ from megatron_bert.run import metrics
 from megatron_bert.run.journal import END, Journal, read_journal
 
 FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
-JOBS = "jobs.jsonl"
 # What a line in there has beside the outcome's own facts.
 _OF_EVENTS = ("event", "time", "outcome")
-LOCK = "run.lock"
 # What `FAILED` holds beside the reason, and `jobs.jsonl` keeps.
 _FAILURE = ("error", "rank", "host")
 
@@ -49,21 +48,17 @@ class RunDirectory(Closeable):
             names that one's host and process).
 
     Attributes:
-        path: The folder.
-        metrics: `metrics.jsonl` in it.
-        journal: `jobs.jsonl` in it.
-        logs: The folder of logs in it, made.
+        paths: What stands where in it; the folder of logs was made.
+        journal: What its jobs did.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metrics = path / "metrics.jsonl"
-        self.journal = Journal(path / JOBS)
-        self.logs = path / "logs"
+        self.paths = RunPaths(path)
+        self.journal = Journal(self.paths.journal)
         try:
             self._is_new = not path.exists()
-            self.logs.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(path / LOCK)
+            self.paths.logs.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(self.paths.lock)
         except FileInUseError as error:
             raise _in_use(path, str(error)) from error
         except OSError as error:
@@ -81,16 +76,16 @@ class RunDirectory(Closeable):
         a job of one rank can do this: others may be writing there.
         """
         with suppress(OSError):
-            found = {entry.name for entry in self.path.iterdir()}
-            if self._is_new and found <= {self.logs.name, LOCK, FAILED}:
-                self.logs.rmdir()
-                (self.path / FAILED).unlink(missing_ok=True)
-                remove_lock(self.path / LOCK, self._lock)
-                self.path.rmdir()
+            paths, failed = self.paths, self.paths.root / FAILED
+            if self._is_new and set(paths.root.iterdir()) <= {paths.logs, paths.lock, failed}:
+                paths.logs.rmdir()
+                failed.unlink(missing_ok=True)
+                remove_lock(paths.lock, self._lock)
+                paths.root.rmdir()
 
     def start(self) -> None:
         """Remove what tells how an earlier job of the run ended (see `forget_outcome`)."""
-        forget_outcome(self.path)
+        forget_outcome(self.paths.root)
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration, YAML, to `config.yaml`.
@@ -98,7 +93,7 @@ class RunDirectory(Closeable):
         Raises:
             RunError: The host could not write.
         """
-        path = self.path / "config.yaml"
+        path = self.paths.config
         try:
             write_atomically(path, text)
         except OSError as error:
@@ -119,8 +114,8 @@ class RunDirectory(Closeable):
         text = _as_text(reason)
         self.journal.end(name, dict(reason))
         # Not `forget_outcome`: where that line could not be written, it would call this job killed.
-        _remove_outcome_files(self.path)
-        write_atomically(self.path / name, text)
+        _remove_outcome_files(self.paths.root)
+        write_atomically(self.paths.root / name, text)
 
 
 def check_usable(path: Path) -> None:
@@ -129,16 +124,17 @@ def check_usable(path: Path) -> None:
     Raises:
         UserError: the folder cannot be made or written to, or a live run of this host holds it.
     """
+    paths = RunPaths(path)
     try:
-        for folder in (path, path / "logs"):
+        for folder in (path, paths.logs):
             _check_folder(path, folder)
-        if (path / LOCK).exists() and not os.access(path / LOCK, os.W_OK):
-            raise _unusable(path, f"no permission to write {path / LOCK}")
+        if paths.lock.exists() and not os.access(paths.lock, os.W_OK):
+            raise _unusable(path, f"no permission to write {paths.lock}")
     except OSError as error:
         raise _unusable(path, str(error)) from error
     # A process may live longer than its run; a run that goes on has not told how it ended.
-    if holder_lives(path / LOCK) and read_outcome(path) is None:
-        raise _in_use(path, describe_holder(path / LOCK))
+    if holder_lives(paths.lock) and read_outcome(path) is None:
+        raise _in_use(path, describe_holder(paths.lock))
 
 
 def _check_folder(path: Path, folder: Path) -> None:
@@ -215,14 +211,14 @@ def forget_outcome(path: Path) -> None:
     It stays in `jobs.jsonl`, where a job that failed or was killed did not write it itself: any
     rank may have failed, and only who holds the run's lock, as the caller must, writes there.
     """
-    outcome = read_outcome(path)
-    journal = read_journal(path / JOBS)
+    outcome, paths = read_outcome(path), RunPaths(path)
+    journal = read_journal(paths.journal)
     trained = bool(journal) and journal[-1]["event"] != END
     if trained or (outcome is not None and outcome.kind == FAILED):
         outcome = outcome or KILLED
         reason = {"reason": outcome.reason} if outcome.reason else {}
-        step = metrics.last_step(path / "metrics.jsonl")
-        Journal(path / JOBS).end(outcome.kind, {"step": step, **reason, **outcome.failure})
+        step = metrics.last_step(paths.metrics)
+        Journal(paths.journal).end(outcome.kind, {"step": step, **reason, **outcome.failure})
     _remove_outcome_files(path)
 
 
@@ -237,7 +233,7 @@ def restore_finished(path: Path) -> None:
 
     The caller forgot the outcome before that job began, and holds the run's lock.
     """
-    journal = read_journal(path / JOBS)
+    journal = read_journal(RunPaths(path).journal)
     if journal and journal[-1]["event"] == END and journal[-1]["outcome"] == FINISHED:
         facts = {key: fact for key, fact in journal[-1].items() if key not in _OF_EVENTS}
         _remove_outcome_files(path)

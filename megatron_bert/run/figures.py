@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.checkpoint.huggingface_card_training import RunFigures
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.run import metrics
 
 _LAST_STEPS = 10
@@ -25,7 +26,7 @@ def run_figures(checkpoint: Path, step: int) -> RunFigures | None:
     Raises:
         UserError: the metrics are damaged.
     """
-    path = checkpoint.absolute().parent.parent / "metrics.jsonl"
+    path = RunPaths.around(checkpoint).metrics
     if not path.is_file():
         return None
     records = [record for record in metrics.read(path) if record.get("step", 0) <= step]

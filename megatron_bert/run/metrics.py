@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_bert.config.errors import RunError, UserError
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.files import write_atomically
 
 # Many times a line's, also of an evaluation of many texts.
@@ -124,7 +125,7 @@ class MetricsFile:
             "at step %s, and that file is kept as %s",
             self.path,
             f"{later:,}",
-            self.path.parent / "checkpoints",
+            RunPaths(self.path.parent).checkpoints,
             f"{step + 1:,}",
             place.name,
         )

@@ -184,7 +184,7 @@ def _describe_places(config: Config) -> str:
     often = "step" if interval == 1 else f"{interval:,} steps"
     kept = "newest is" if keep == 1 else f"newest {keep} are"
     line = (
-        f"writes to   {config.run.directory}: metrics.jsonl; "
+        f"writes to   {config.run.directory}: {config.run.paths.metrics.name}; "
         f"a checkpoint every {often}, the {kept} kept"
     )
     if log.wandb.mode != "disabled":

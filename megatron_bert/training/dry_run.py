@@ -89,10 +89,10 @@ def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
 
 def _describe_start(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Find the checkpoint that the job would go on from, and whether it may."""
-    store = CheckpointStore(config.run.directory / "checkpoints", config.checkpoint.keep)
+    store = CheckpointStore(config.run.paths.checkpoints, config.checkpoint.keep)
     start = starting_point(config, store)
     if start is None:
-        metrics = config.run.directory / "metrics.jsonl"
+        metrics = config.run.paths.metrics
         kept = f"; {metrics}, of an earlier start, is set aside" if _has_content(metrics) else ""
         return [f"begins      afresh{kept}"]
     state = RunState(start.path, store.read_state(start.path))

@@ -92,7 +92,7 @@ def _run(
         with _failure_told(config, stops, roll_call):
             if directory is not None:
                 directory.journal.start(trainer.step, dist.get_world_size())
-                mirrors.start(config.log, directory.path, anew=trainer.step == 0)
+                mirrors.start(config.log, directory.paths.root, anew=trainer.step == 0)
             began = trainer.step
             end = trainer.run(stops, max_steps)
             # A rank that is gone by now is still named, and the run is not called finished.
@@ -127,7 +127,7 @@ def _open_run_directory(config: Config) -> tuple[RunDirectory | None, bool]:
     def open_it() -> bool:
         directory = RunDirectory(config.run.directory)
         opened.append(directory)
-        outcome = read_outcome(directory.path)
+        outcome = read_outcome(directory.paths.root)
         if outcome is not None and outcome.kind == FINISHED:
             return True
         directory.start()

@@ -78,7 +78,7 @@ class StepRecorder:
         self._taken: _Taken | None = None
         self._spikes = SpikeWatch()
         self._divergence = DivergenceWatch(
-            config.optimizer.max_skipped, config.run.directory / "checkpoints"
+            config.optimizer.max_skipped, config.run.paths.checkpoints
         )
         self._take_peak_memory()
         self._began = work_point(device, timed=True)

@@ -12,6 +12,7 @@ from megatron_bert.config.diagnostics import raise_problems
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.identity import check_resume
 from megatron_bert.config.kernels import fp8_changes
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
 from megatron_bert.data.tokenizer import Tokenizer
@@ -53,13 +54,11 @@ def starting_point(config: Config, store: CheckpointStore) -> StartingPoint | No
             "checkpoint is the one to go on from; set checkpoint.resume=auto, or branch off "
             "into a new run.dir"
         )
-    if (Path(resume) / "checkpoints").is_dir():
+    checkpoints = RunPaths(Path(resume)).checkpoints
+    if checkpoints.is_dir():
         raise CheckpointError(
             f"checkpoint.resume={resume} is a run directory; name one of its checkpoints: "
-            + (
-                ", ".join(map(str, sorted(Path(resume).glob("checkpoints/step_*"))))
-                or "it has none"
-            )
+            + (", ".join(map(str, sorted(checkpoints.glob("step_*")))) or "it has none")
         )
     if newest is None and not (Path(resume) / MANIFEST_NAME).is_file():
         is_folder = Path(resume).is_dir()

@@ -98,7 +98,7 @@ class Trainer:
         self._model = build_model(config, vocab_size, self._topology)
         self._optimizer = build_optimizer(config, self._model)
         self._store = CheckpointStore(
-            config.run.directory / "checkpoints",
+            config.run.paths.checkpoints,
             config.checkpoint.keep,
             new_host_group(config.distributed.timeout_seconds),
         )
@@ -179,7 +179,7 @@ class Trainer:
         config = self._config
         return StepProfiler(
             profiled_steps(config),
-            config.run.directory / "profile",
+            config.run.paths.profile,
             self._topology.device,
             self._step,
             config.distributed.timeout_seconds if dist.get_world_size() > 1 else math.inf,
@@ -267,7 +267,7 @@ class Trainer:
         """Let the run directory hold this job's run, from the restored step on; log its plan."""
         config, world_size, metrics = self._config, dist.get_world_size(), None
         if self._directory is not None:
-            metrics = MetricsFile(self._directory.metrics)
+            metrics = MetricsFile(self._directory.paths.metrics)
             # Without a checkpoint here nothing leads to the steps in that file again.
             metrics.truncate_after(self._step, sets_aside=not self._store.folders())
             # Not before the checkpoint agreed to it: a refused job leaves the run as it was.

@@ -44,9 +44,9 @@ def test_a_failure_whose_text_is_no_utf8_is_recorded(tmp_path: Path) -> None:
 def test_it_makes_the_folder_and_knows_its_paths(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "small"
     with RunDirectory(path) as run:
-        assert run.logs == path / "logs"
-        assert run.logs.is_dir()
-        assert run.metrics == path / "metrics.jsonl"
+        assert run.paths.logs == path / "logs"
+        assert run.paths.logs.is_dir()
+        assert run.paths.metrics == path / "metrics.jsonl"
 
 
 def test_the_lock_names_host_process_and_start(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.report.curves import charts_of
 from megatron_bert.report.page import page_of
 from megatron_bert.report.records import RunRecords
-from megatron_bert.run.directory import JOBS
 from megatron_bert.run.journal import SAVE, read_journal
 from megatron_bert.training.held_out import HeldOutRows, Measure
 from tests.distributed_harness import run_ranks
@@ -98,7 +97,7 @@ def test_a_steps_parts_are_measured_and_are_no_more_than_the_step(
 def test_saves_and_evaluations_are_measured_where_they_occur(
     config: Config, lines: list[dict[str, Any]]
 ) -> None:
-    journal = read_journal(config.run.directory / JOBS)
+    journal = read_journal(config.run.paths.journal)
     saves = {line["step"]: line["blocked_seconds"] for line in journal if line["event"] == SAVE}
     assert min(saves.values()) > 0
     evaluated = {line["step"]: line["evaluation_seconds"] for line in lines if "valid" in line}

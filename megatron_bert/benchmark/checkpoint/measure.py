@@ -148,7 +148,7 @@ def measure_checkpoint(work: CheckpointWork, say: Callable[[str], None]) -> Chec
     say("saving and loading checkpoints")
     try:
         with tempfile.TemporaryDirectory(prefix="megatron_bert_benchmark_") as folder:
-            state = run_isolated(measure_state, work, Path(folder) / "checkpoints")
+            state = run_isolated(measure_state, work, Path(folder) / "saved")
     except (OSError, CheckpointError) as error:
         raise DataError(
             f"cannot write checkpoints ({error}); set TMPDIR to a folder on a larger disk"

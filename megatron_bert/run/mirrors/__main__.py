@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from megatron_bert.config.errors import Parser, UserError, run_cli
 from megatron_bert.config.load import load_config
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.run.directory import KILLED, Outcome, read_outcome
 from megatron_bert.run.mirrors.following import Bookmark, FollowedFile
@@ -54,13 +55,14 @@ def main() -> None:
         threading.Thread(target=_end_with_the_training, args=[ended], daemon=True).start()
     else:
         ended.set()
-    logs = args.run_dir / "logs"
+    paths = RunPaths(args.run_dir)
+    logs = paths.logs
     if not logs.is_dir():
         raise UserError(f"{args.run_dir}: is no run directory; give the run.dir of a training")
     with _only_one(logs / f"{args.to}.lock", ended):
         bookmark = Bookmark(logs / f"{args.to}.json", anew=args.anew)
         mirror = _open(args.to, args.run_dir, bookmark, args.follow)
-        _copy(args.run_dir / "metrics.jsonl", bookmark, mirror, ended)
+        _copy(paths.metrics, bookmark, mirror, ended)
         mirror.close(None if args.follow is None else end_of_job(args.run_dir))
 
 
@@ -137,7 +139,7 @@ def _open(to: str, run_dir: Path, bookmark: Bookmark, training: int | None) -> M
     if to == "wandb":
         from megatron_bert.run.mirrors.to_wandb import WandbMirror
 
-        return WandbMirror(load_config(run_dir / "config.yaml"), run_dir, bookmark, training)
+        return WandbMirror(load_config(RunPaths(run_dir).config), run_dir, bookmark, training)
     from megatron_bert.run.mirrors.to_tensorboard import TensorBoardMirror
 
     return TensorBoardMirror(run_dir, bookmark)

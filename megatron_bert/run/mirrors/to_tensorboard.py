@@ -13,6 +13,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.run.directory import Outcome
 from megatron_bert.run.mirrors.following import Bookmark, curves
 
@@ -28,7 +29,7 @@ class TensorBoardMirror:
     """
 
     def __init__(self, run_dir: Path, bookmark: Bookmark) -> None:
-        self._writer = EventFileWriter(str(run_dir / "tensorboard"))
+        self._writer = EventFileWriter(str(RunPaths(run_dir).tensorboard))
         self._bookmark = bookmark
 
     def write(self, record: dict[str, Any], *, begins_stage: bool) -> None:
