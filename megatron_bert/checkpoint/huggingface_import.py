@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from megatron_bert.checkpoint.huggingface_names import (
 from megatron_bert.checkpoint.huggingface_weights import HuggingFaceWeights
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
-from megatron_bert.checkpoint.run_state import MODEL_PREFIX
+from megatron_bert.checkpoint.run_state import MODEL_PREFIX, imported_state
 from megatron_bert.checkpoint.shard_files import Piece, write_shard
 from megatron_bert.checkpoint.store import MAX_FILE_BYTES
 from megatron_bert.config.errors import CheckpointError, DataError
@@ -94,7 +93,7 @@ def import_model(
     with new_directory(output) as staging:
         pieces = list(_pieces(weights, model, config))
         files = write_shard(staging, 1, pieces, max_file_bytes, lambda: None)
-        Manifest(0, files, _state(model, path, known)).write(staging)
+        Manifest(0, files, imported_state(model, path, known.hash)).write(staging)
     return model
 
 
@@ -170,22 +169,3 @@ def _check_same_pieces(first: Tokenizer, path: Path, second: Tokenizer, own: Pat
                 f"tokenizer {path} has {pieces[0]!r} at {number}, {own} has {pieces[1]!r}; name "
                 "the one that the model was trained with"
             )
-
-
-def _state(model: ModelConfig, tokenizer: Path, known: Tokenizer) -> dict[str, Any]:
-    """What a run that goes on from it compares with its own configuration, and no more."""
-    return {
-        "step": 0,
-        "consumed_rows": 0,
-        "optimizer_updates": 0,
-        "weights_only": True,
-        "tokenizer_hash": known.hash,
-        "data": [],
-        "config": {
-            "model": model.model_dump(mode="json"),
-            "data": {"tokenizer": str(tokenizer.absolute())},
-            # No steps were taken, of any size.
-            "curriculum": [],
-            "batch": {"global_size": None},
-        },
-    }

@@ -1,4 +1,4 @@
-"""What the manifest of a training checkpoint says of its run."""
+"""What the manifest of a training checkpoint says of its run: how it is written, and read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bert.checkpoint.manifest import MANIFEST_NAME
+from megatron_bert.checkpoint.manifest import JSON, MANIFEST_NAME
 from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.schema import ModelConfig
 
@@ -17,6 +17,55 @@ MODEL_PREFIX = "model."
 """What the names of weights begin with among a checkpoint's tensors."""
 OPTIMIZER_PREFIX = "optim."
 """The same of the optimizer's states."""
+
+
+def trained_state(
+    *,
+    step: int,
+    consumed_rows: int,
+    optimizer: str,
+    optimizer_updates: int,
+    config: Mapping[str, Any],
+    tokenizer_hash: str,
+    data: list[str],
+    topology: Mapping[str, Any],
+) -> dict[str, JSON]:
+    """The state in the manifest of a run's checkpoint; for its fields see `RunState`."""
+    return {
+        "step": step,
+        "consumed_rows": consumed_rows,
+        "optimizer": optimizer,
+        "optimizer_updates": optimizer_updates,
+        "config": config,
+        "tokenizer_hash": tokenizer_hash,
+        "data": [*data],
+        "topology": topology,
+    }
+
+
+def imported_state(model: ModelConfig, tokenizer: Path, tokenizer_hash: str) -> dict[str, JSON]:
+    """The same of weights that came from elsewhere: what a run compares with its own, and no more.
+
+    Args:
+        model: their shape.
+        tokenizer: the file that the run to come is to have.
+        tokenizer_hash: its SHA-256.
+    """
+    return {
+        "step": 0,
+        "consumed_rows": 0,
+        "optimizer_updates": 0,
+        "weights_only": True,
+        "tokenizer_hash": tokenizer_hash,
+        "data": [],
+        "config": {
+            "model": model.model_dump(mode="json"),
+            "data": {"tokenizer": str(tokenizer.absolute())},
+            # No steps were taken, of any size.
+            "curriculum": [],
+            "batch": {"global_size": None},
+        },
+    }
 
 
 class RunState:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_bert.checkpoint.manifest import JSON
 from megatron_bert.checkpoint.run_state import MODEL_PREFIX, OPTIMIZER_PREFIX, RunState
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
@@ -40,22 +41,16 @@ def save_state(
     step: int,
     model: RankModel,
     optimizer: ShardedOptimizer,
-    facts: dict[str, Any],
+    state: Mapping[str, JSON],
     *,
     is_last: bool,
 ) -> None:
-    """Save a checkpoint; `facts` join the manifest's state (step, rows, config, ...).
+    """Save a checkpoint of `step`, whose manifest says `state` (`run_state.trained_state`).
 
     Model and optimizer may be changed as soon as this returns. The last save of a job is waited
     for and must succeed (see `CheckpointSaver.save`, also for the errors raised).
     """
-    facts = {
-        **facts,
-        "step": step,
-        "optimizer": optimizer.name,
-        "optimizer_updates": optimizer.updates,
-    }
-    saver.save(step, state_tensors(model, optimizer), facts, is_last=is_last)
+    saver.save(step, state_tensors(model, optimizer), state, is_last=is_last)
 
 
 def load_state(

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_bert.checkpoint.run_state import RunState
+from megatron_bert.checkpoint.manifest import JSON
+from megatron_bert.checkpoint.run_state import RunState, trained_state
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
@@ -225,24 +225,28 @@ class Trainer:
                     step,
                     self._model,
                     self._optimizer,
-                    self._facts(),
+                    self._state(),
                     is_last=is_last or step == self._total_steps,
                 )
 
-    def _facts(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, JSON]:
         """What the checkpoint's manifest says beside the tensors."""
-        return {
-            "consumed_rows": self._curriculum.rows_until(self._step),
-            "config": config_dict(self._config),
-            "tokenizer_hash": self._tokenizer.hash,
-            "data": self._source.fingerprint(),
-            "topology": {
-                "pipeline": self._topology.pipeline_size,
-                "data": self._topology.data_parallel_size,
-                "tensor": self._topology.tensor_parallel.size,
+        topology = self._topology
+        return trained_state(
+            step=self._step,
+            consumed_rows=self._curriculum.rows_until(self._step),
+            optimizer=self._optimizer.name,
+            optimizer_updates=self._optimizer.updates,
+            config=config_dict(self._config),
+            tokenizer_hash=self._tokenizer.hash,
+            data=self._source.fingerprint(),
+            topology={
+                "pipeline": topology.pipeline_size,
+                "data": topology.data_parallel_size,
+                "tensor": topology.tensor_parallel.size,
                 "keys": self._config.parallel.model_dump(mode="json"),
             },
-        }
+        )
 
     def _restore(self) -> int:
         """Load the checkpoint that this job starts from; return its step, 0 for a fresh start."""

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bert.checkpoint.manifest import JSON
+from megatron_bert.checkpoint.run_state import trained_state
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
 from megatron_bert.config.schema import Config
+from megatron_bert.optim.sharded import ShardedOptimizer
 from megatron_bert.training.state import load_state, save_state
 from tests.distributed_harness import run_ranks
 from tests.parallel.parity import build, parity_config, take_steps
@@ -44,12 +47,25 @@ def _config(data: Path, layout: Layout, name: str = "adamw") -> Config:
     )
 
 
+def _state(optimizer: ShardedOptimizer) -> dict[str, JSON]:
+    return trained_state(
+        step=SAVED_AFTER,
+        consumed_rows=0,
+        optimizer=optimizer.name,
+        optimizer_updates=optimizer.updates,
+        config={},
+        tokenizer_hash="",
+        data=[],
+        topology={},
+    )
+
+
 def _save(data: Path, layout: Layout, folder: Path, name: str = "adamw") -> None:
     config = _config(data, layout, name)
     model, optimizer = build(config)
     take_steps(config, model, optimizer, range(1, SAVED_AFTER + 1))
     saver = CheckpointSaver(CheckpointStore(folder, keep=1), in_background=False, max_failures=1)
-    save_state(saver, SAVED_AFTER, model, optimizer, {}, is_last=True)
+    save_state(saver, SAVED_AFTER, model, optimizer, _state(optimizer), is_last=True)
 
 
 def _go_on(data: Path, layout: Layout, folders: Sequence[Path]) -> list[tuple[float, float, int]]:
@@ -99,7 +115,7 @@ def _load_and_save(data: Path, layout: Layout, source: Path, target: Path, name:
     assert path is not None
     load_state(store, path, model, optimizer)
     saver = CheckpointSaver(CheckpointStore(target, keep=1), in_background=False, max_failures=1)
-    save_state(saver, SAVED_AFTER, model, optimizer, {}, is_last=True)
+    save_state(saver, SAVED_AFTER, model, optimizer, _state(optimizer), is_last=True)
 
 
 def _content(folder: Path) -> list[tuple[str, torch.Tensor]]:
