@@ -124,8 +124,20 @@ class Topology:
 
     @property
     def speaks_for_its_rows(self) -> bool:
-        """Whether this rank is the one of those with the same rows whose counts are taken."""
+        """Whether this rank is the one of those with the same rows whose counts of them are taken.
+
+        In a sum over all ranks each row and each loss must count once. All ranks of a pipeline
+        and of a tensor-parallel group have the same rows, and the first of them all speaks for
+        these. Only the pipeline's last ranks hold the head, whose losses and scores are the same
+        on a tensor-parallel group: the first of that one speaks for these
+        (`speaks_for_its_loss`).
+        """
         return self.pipeline_rank == 0 and self.tensor_parallel.rank == 0
+
+    @property
+    def speaks_for_its_loss(self) -> bool:
+        """The same of losses and scores; see `speaks_for_its_rows`."""
+        return self.pipeline_rank == self.pipeline_size - 1 and self.tensor_parallel.rank == 0
 
     def _size(self, axis: str) -> int:
         # Not of `self.mesh[axis]`: cutting a mesh takes milliseconds where ranks are many.

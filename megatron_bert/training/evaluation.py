@@ -90,8 +90,7 @@ class Evaluator:
                 # Without any where the head is another rank's, which counts them.
                 for batch, output in zip(copies, outputs, strict=bool(outputs)):
                     tally.add(batch, output)
-        # Of a tensor-parallel group all have computed the same.
-        tally.sum_over_ranks(counts_here=topology.tensor_parallel.rank == 0)
+        tally.sum_over_ranks(counts_here=topology.speaks_for_its_loss)
         return tally.score()
 
     def _read(self, source: RowSource) -> ReadAhead:

@@ -127,8 +127,7 @@ def take_step(
     loss = model.runner.train([batch.to(device).model_inputs() for batch in batches], count)
     model.sum_shared_gradients()
     own_loss_is_finite = loss.isfinite()
-    if model.topology.tensor_parallel.rank > 0:
-        # The others of its group have computed the same, and one of them counts.
+    if not model.topology.speaks_for_its_loss:
         loss = torch.zeros_like(loss)
     dist.all_reduce(loss)
     parts.end("model")

@@ -62,6 +62,16 @@ def test_neighbouring_ranks_share_a_tensor_parallel_group_and_data_takes_the_res
     assert run_ranks(4, _place) == [(2, 0, 0), (2, 0, 1), (2, 1, 0), (2, 1, 1)]
 
 
+def _speaks() -> tuple[bool, bool]:
+    topology = Topology.build(torch.device("cpu"), pipeline=2, tensor=2)
+    return topology.speaks_for_its_rows, topology.speaks_for_its_loss
+
+
+def test_the_first_rank_speaks_for_rows_and_the_first_that_holds_the_head_for_losses() -> None:
+    others = (False, False)
+    assert run_ranks(4, _speaks) == [(True, False), others, (False, True), others]
+
+
 @pytest.mark.parametrize(("given", "ranks"), [("", None), ("4", 4)])
 def test_an_empty_number_of_ranks_is_none(
     monkeypatch: pytest.MonkeyPatch, given: str, ranks: int | None
