@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """A number of things: 1 layer, 1,024 rows, 2 micro-batches (whose plural has to be given)."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Things by their numbers, of which there is one at least: rank 3, ranks 3, 4."""
+    return f"{noun if len(numbers) == 1 else noun + 's'} {', '.join(map(str, numbers))}"
 
 
 def rounded(count: int) -> str:

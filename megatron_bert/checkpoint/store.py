@@ -66,8 +66,7 @@ class CheckpointStore:
         *,
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        if keep < 1:
-            raise CheckpointError(f"checkpoint.keep is {keep}; set it to at least 1")
+        assert keep >= 1, f"keep {keep} checkpoints"
         self.root = root
         self.ranks = Ranks(group)
         self._folders = CheckpointFolders(root, keep)

@@ -20,9 +20,9 @@ from megatron_bert.config.remedies import (
     in_words,
     near_divisors,
     near_multiples,
-    ranks,
 )
 from megatron_bert.config.schema import Config, ParallelConfig
+from megatron_bert.words import counted
 
 _LAYOUTS_NAMED = 3
 
@@ -204,8 +204,9 @@ def _world_size_problems(config: Config, world_size: int) -> Iterator[str]:
     if world_size % model_ranks:
         yield (
             f"parallel.tensor = {tensor} x parallel.pipeline = {pipeline}: does not divide the "
-            f"{ranks(world_size)} of this job; start {near_multiples(world_size, model_ranks)} "
-            f"ranks, or choose a product of {near_divisors(world_size, model_ranks)}"
+            f"{counted(world_size, 'rank')} of this job; start "
+            f"{near_multiples(world_size, model_ranks)} ranks, or choose a product of "
+            f"{near_divisors(world_size, model_ranks)}"
         )
         return
     data_parallel = world_size // model_ranks
@@ -238,7 +239,7 @@ def _layouts_that_work(config: Config, world_size: int, vocab_size: int | None) 
     if near:
         named = "; ".join(_as_keys(layout, config) for layout in near[:_LAYOUTS_NAMED])
         nearest = ", the nearest" if len(near) > _LAYOUTS_NAMED else ""
-        return f"layouts of {ranks(world_size)} that work{nearest}: {named}"
+        return f"layouts of {counted(world_size, 'rank')} that work{nearest}: {named}"
     others = [
         f"{size} ({_as_keys(nearest_layouts(config, size, vocab_size)[0], config)})"
         for size in _world_sizes_that_work(config, world_size, vocab_size)

@@ -31,8 +31,3 @@ def in_words(choices: Sequence[str]) -> str:
     """Choices as a sentence takes them: `a, b or c`."""
     *others, last = choices
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def ranks(count: int) -> str:
-    """A number of ranks in words."""
-    return "1 rank" if count == 1 else f"{count} ranks"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_bert.config.errors import RunError
 from megatron_bert.distributed.agreement import Ranks
+from megatron_bert.words import numbered
 
 _SOURCES = ("loss", "gradient")
 
@@ -65,7 +66,7 @@ class DivergenceWatch:
         first, last = self._steps.start, self._steps[-1]
         by_rank = Ranks().on_all(lambda: self._sources_here)
         where = [
-            f"the {source} on {_ranks(ranks)}"
+            f"the {source} on {numbered('rank', ranks)}"
             for source in _SOURCES
             if (ranks := [rank for rank, sources in enumerate(by_rank) if source in sources])
         ]
@@ -79,7 +80,3 @@ class DivergenceWatch:
             f"optimizer.lr=LOWER run.dir=NEW checkpoint.resume={self._checkpoints}/step_NUMBER; "
             "where there is none, begin anew with optimizer.lr=LOWER"
         )
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

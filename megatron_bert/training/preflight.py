@@ -21,6 +21,7 @@ from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.config.keys import dotted
 from megatron_bert.config.leaves import leaves
 from megatron_bert.distributed.agreement import Ranks
+from megatron_bert.words import numbered
 
 # A network file system may show a new file to another node only after a while.
 _VISIBLE_WITHIN_SECONDS = 10.0
@@ -207,5 +208,4 @@ def _difference(name: str, values: Sequence[Any], hosts: Sequence[str]) -> str |
 def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """Ranks by their numbers, with their hosts."""
     names = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks))
-    ranks_text = ", ".join(map(str, ranks))
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {ranks_text} (host {names})"
+    return f"{numbered('rank', ranks)} (host {names})"

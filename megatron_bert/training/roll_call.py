@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 import megatron_bert
 from megatron_bert.config.errors import EXIT_USER_ERROR, RunError, UserError
+from megatron_bert.words import numbered
 
 # How often a rank looks whether it was called, and how long all together have to answer.
 _LOOK_SECONDS = 0.5
@@ -252,7 +253,4 @@ def _by_place(places: Mapping[int, str]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, place in places.items():
         ranks.setdefault(place, []).append(rank)
-    return "; ".join(
-        f"{'rank' if len(its) == 1 else 'ranks'} {', '.join(map(str, its))} at {place}"
-        for place, its in ranks.items()
-    )
+    return "; ".join(f"{numbered('rank', its)} at {place}" for place, its in ranks.items())

@@ -64,11 +64,6 @@ def test_the_last_keep_checkpoints_stay(tmp_path: Path, keep: int) -> None:
     assert _names(tmp_path) == ["latest", *kept]
 
 
-def test_keeping_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"checkpoint\.keep is 0"):
-        CheckpointStore(tmp_path, keep=0)
-
-
 def test_a_later_damaged_step_never_pushes_out_the_one_just_saved(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     store.save(9, TENSORS, {})

@@ -26,6 +26,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.
             "parallel.tensor = 3: does not divide model.num_attention_heads",
         ),
         (["parallel.tensor=4"], 6, "does not divide the 6 ranks of this job; start 4 or 8 ranks"),
+        (["parallel.tensor=4"], 1026, "does not divide the 1,026 ranks of this job; start 1024 or"),
         (["parallel.tensor=2"], 1, "start 2 ranks, or choose a product of 1"),
         (
             ["parallel.replicate=3"],

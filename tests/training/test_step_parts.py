@@ -65,7 +65,7 @@ def test_a_steps_numbers_go_to_the_host_unawaited_before_the_moment_that_is_wait
     monkeypatch.setattr(torch, "stack", lambda _: Numbers())
     monkeypatch.setattr(step.dist, "all_reduce", lambda _: None)
     one = torch.ones(())
-    topology = SimpleNamespace(device=torch.device("cpu"), tensor_parallel=SimpleNamespace(rank=0))
+    topology = SimpleNamespace(device=torch.device("cpu"), speaks_for_its_loss=True)
     model = SimpleNamespace(
         topology=topology,
         runner=SimpleNamespace(train=lambda *_: one),
