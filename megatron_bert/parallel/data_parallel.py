@@ -67,16 +67,16 @@ class ShardedModel(Generic[Model]):
             # There is nothing to send, and rounding would be for nothing.
             reduce_dtype = torch.float32
         self._compute_dtype, self._reduce_dtype = compute_dtype, reduce_dtype
+        # In the order of the forward pass, but for what of the model stands behind the units.
+        self._parts: tuple[nn.Module, ...] = (module, *self.units)
         self._frees = reshard_after_forward
         ranks = DataRanks(topology)
         self._unit_of = {
             unit: ShardedUnit(parameters, ranks, compute_dtype, reduce_dtype)
             for unit, parameters in _shared_out((*units, module))
         }
-        parts: tuple[nn.Module, ...] = (module, *self.units)
-        self._following = dict(pairwise(parts))
+        self._following = dict(pairwise(self._parts))
         self._ahead = {following: unit for unit, following in pairwise(self.units)}
-        self._sums_in = compute_dtype
         self._cut: Callable[[nn.Module, Tensor], Tensor] | None = None
         self._reduces = False
         self._reductions: list[Iterator[None]] = []
@@ -111,18 +111,14 @@ class ShardedModel(Generic[Model]):
         # Those of a single one are rather reduced from the compute type: half the bytes.
         several = micro_batches > 1 or keeps_sums
         dtype = self._reduce_dtype if several else self._compute_dtype
-        if dtype != self._sums_in:
-            for unit in self._unit_of.values():
-                unit.sum_gradients_in(dtype)
-            self._sums_in = dtype
-        if keeps_sums:
-            for unit in self._unit_of.values():
+        for unit in self._unit_of.values():
+            unit.sum_gradients_in(dtype)
+            if keeps_sums:
                 unit.keep_sums()
 
     def gather(self) -> None:
         """Have all weights, before the model is called."""
-        parts: tuple[nn.Module, ...] = (self.module, *self.units)
-        for part in parts:
+        for part in self._parts:
             self.gather_for(part)
 
     def gather_for(self, part: nn.Module) -> None:
@@ -161,10 +157,9 @@ class ShardedModel(Generic[Model]):
             self._reductions.append(reduction)
 
     def _end(self) -> None:
-        backward: tuple[nn.Module, ...] = (*reversed(self.units), self.module)
-        for unit in backward:
-            if unit not in self._reduced:
-                self.reduce(unit)
+        for part in reversed(self._parts):
+            if part not in self._reduced:
+                self.reduce(part)
         while self._reductions:
             self._go_on()
         self._release()

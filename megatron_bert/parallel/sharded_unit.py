@@ -146,6 +146,8 @@ class ShardedUnit:
         number by number, at a quarter of a GPU's memory rate; and layers that know the type give
         their products in it, unrounded.
         """
+        if dtype == self._sum_dtype:
+            return
         self._sum_dtype = dtype
         for weight in self.weights():
             weight.grad_dtype = dtype
