@@ -11,6 +11,7 @@ from megatron_bert.words import times
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models".
 _MOST_USEFUL_EPOCHS = 4.0
 _TOLERANCE = 0.01
+_MUCH_TOO_SHORT = 2.0
 
 
 def blend_weights(corpora: Sequence[OpenCorpus]) -> list[float]:
@@ -52,9 +53,14 @@ def blend_warnings(corpora: Sequence[Corpus], epochs: Sequence[float]) -> list[s
             f"{corpora[i].prefix} {times(epochs[i])} (data.train.{i}.epochs = {asked[i]:g})"
             for i in missed
         )
-        remedy = _remedy([wanted / epochs[i] for i, wanted in asked.items()])
+        remedy = _remedy([(wanted, epochs[i]) for i, wanted in asked.items()])
         warnings.append(f"the curriculum reads {corpora_missed}; {remedy}")
     for index, (corpus, read) in enumerate(zip(corpora, epochs, strict=True)):
+        if read == 0.0 and index not in asked:
+            warnings.append(
+                f"{corpus.prefix} is never read: its share of the run's rows rounds to 0; raise "
+                f"data.train.{index}.weight, take more steps, or leave the corpus out"
+            )
         if read > _MOST_USEFUL_EPOCHS:
             key = f"data.train.{index}.{'weight' if corpus.epochs is None else 'epochs'}"
             remedy = f"lower {key}, add text to the corpus" if len(corpora) > 1 else "add text"
@@ -66,11 +72,21 @@ def blend_warnings(corpora: Sequence[Corpus], epochs: Sequence[float]) -> list[s
     return warnings
 
 
-def _remedy(factors: Sequence[float]) -> str:
-    """What to do about corpora that are to be read these times as often."""
+def _remedy(wanted_and_read: Sequence[tuple[float, float]]) -> str:
+    """What to do about corpora that are read more or less often than asked for."""
+    factors = [wanted / read for wanted, read in wanted_and_read if read]
+    if not factors:
+        return "the curriculum is too short for a row of any; take more steps"
     factor = sum(factors) / len(factors)
-    if all(abs(each / factor - 1.0) <= _TOLERANCE for each in factors):
+    is_read = len(factors) == len(wanted_and_read)
+    if is_read and all(abs(each / factor - 1.0) <= _TOLERANCE for each in factors):
         return f"to read as often as asked, multiply the stages' steps by {factor:.3g}"
+    if min(factors) > _MUCH_TOO_SHORT:
+        # Shares of the rows are rounded to whole ones, which matters less in a longer run.
+        return (
+            "the curriculum is much shorter than that: to read about as often as asked, multiply "
+            f"the stages' steps by {factor:.2g}, or take it as it is"
+        )
     # Steps move all corpora alike: what parts them is that each gets whole rows of every stage.
     return (
         "no number of steps mends it for all of them, as shares of few rows are rounded to whole "

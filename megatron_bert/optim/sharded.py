@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_bert.optim.adamw import AdamW
 from megatron_bert.optim.muon import Muon
+from megatron_bert.optim.square_sum import square_sum
 from megatron_bert.parallel.sharding import local_part
 
 
@@ -116,8 +117,7 @@ class ShardedOptimizer:
         device = local_part(next(iter(self._parameters.values()))).device
         total = torch.zeros((), dtype=torch.float64, device=device)
         if counted:
-            norms = torch.stack(torch._foreach_norm(counted, 2.0))
-            total = norms.double().square().sum()
+            total = square_sum(counted)
         is_finite_here = total.isfinite()
         dist.all_reduce(total)
         return total.sqrt().float(), is_finite_here

@@ -104,6 +104,28 @@ def test_epochs_within_one_percent_of_those_asked_for_are_as_asked() -> None:
     assert "wiki 2.9 times (data.train.1.epochs = 3)" in warning
 
 
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        ([0.02, 0.0], "much shorter than that: to read about as often as asked, multiply"),
+        ([0.02, 0.05], "multiply the stages' steps by 55"),
+        ([0.0, 0.0], "too short for a row of any; take more steps"),
+        ([0.9, 0.0], "take it as it is, or join small corpora"),
+    ],
+)
+def test_a_run_too_short_to_read_a_corpus_is_told_so(read: list[float], said: str) -> None:
+    blend = [Corpus(prefix="wiki", epochs=1.0), Corpus(prefix="books", epochs=3.0)]
+    (warning,) = blend_warnings(blend, read)
+    assert said in warning
+
+
+def test_a_corpus_of_too_little_weight_to_be_read_is_named() -> None:
+    blend = [Corpus(prefix="wiki", weight=1000.0), Corpus(prefix="notes", weight=1.0)]
+    (warning,) = blend_warnings(blend, [0.3, 0.0])
+    assert "notes is never read" in warning
+    assert "raise data.train.1.weight" in warning
+
+
 def test_a_factor_on_the_steps_is_advised_only_where_it_mends_all_corpora() -> None:
     blend = [Corpus(prefix="crawl", epochs=1.0), Corpus(prefix="wiki", epochs=3.0)]
     (warning,) = blend_warnings(blend, [0.5, 1.5])
