@@ -129,12 +129,17 @@ class CheckpointStore:
             files = write_tensors(staging, shards, ranks, self._max_file_bytes, check)
             ranks.on_first(lambda: publish(Manifest(step, files, state)))
         except RanksFailedError as error:
-            message = f"cannot save {final}: {error}; see that every rank can write there"
-            if any(failure.errno in _NO_SPACE for failure in error.failures):
-                # Before the temporaries go, so that the free bytes are those that did not suffice.
-                message += self._explain_full_disk(total_bytes(shards, ranks))
+            numbers = {failure.errno for failure in error.failures}
+            needed = total_bytes(shards, ranks) if numbers & _NO_SPACE else 0
             ranks.on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
-            raise _translated(error, message) from error
+            remedy = "see that every rank can write there"
+            if numbers & _NO_SPACE:
+                # What was half written no longer counts: so many bytes would have to be made free.
+                room = self._explain_full_disk(needed)
+                remedy = f"make room, lower checkpoint.keep, or use a larger disk. {room}"
+            elif errno.EFBIG in numbers:
+                remedy = "raise the largest size of a file that the host allows (ulimit -f)"
+            raise _translated(error, f"cannot save {final}: {error}; {remedy}") from error
         return SavedCheckpoint(final, sum(record.size for record in files.values()))
 
     def folders(self) -> list[Path]:
@@ -257,8 +262,8 @@ class CheckpointStore:
         free, has_older = self.ranks.on_first(look)
         older = "Older checkpoints are intact" if has_older else "There is no older checkpoint"
         return (
-            f". The checkpoint needs {needed} bytes, {free} are free: make room, lower "
-            f"checkpoint.keep, or use a run.dir on a larger disk. {older}"
+            f"The checkpoint needs a little more than {needed:,} bytes, {free:,} are free without "
+            f"it. {older}"
         )
 
 

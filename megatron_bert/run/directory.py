@@ -55,6 +55,7 @@ class RunDirectory(Closeable):
     def __init__(self, path: Path) -> None:
         self.paths = RunPaths(path)
         self.journal = Journal(self.paths.journal)
+        self._is_new = False
         try:
             self._is_new = not path.exists()
             self.paths.logs.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,15 @@ class RunDirectory(Closeable):
         except FileInUseError as error:
             raise _in_use(path, str(error)) from error
         except OSError as error:
+            self._remove_what_was_made()
             raise _unusable(path, str(error)) from error
+
+    def _remove_what_was_made(self) -> None:
+        """Leave no folder behind that could be made, but not locked (on a full disk, say)."""
+        if self._is_new:
+            with suppress(OSError):
+                self.paths.logs.rmdir()
+                self.paths.root.rmdir()
 
     def close(self) -> None:
         """Let another run have the folder; a save that was given up no longer writes there."""

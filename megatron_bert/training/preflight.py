@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,15 @@ def check_run_directory_is_shared(
 
     def write_token() -> str:
         name = f".seen-{secrets.token_hex(8)}"
-        (path / name).write_text(name)
+        try:
+            (path / name).write_text(name)
+        except OSError as error:
+            with suppress(OSError):
+                (path / name).unlink(missing_ok=True)
+            raise UserError(
+                f"run.dir {path}: nothing can be written there ({error.strerror}); free space on "
+                "its disk, or use another run.dir, and give the same command again"
+            ) from error
         return name
 
     name = ranks.on_first(write_token)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from megatron_bert.checkpoint.manifest import JSON, file_checksum
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.errors import CheckpointError
-from tests.checkpoint.host_calls import before_host_calls, disk_full_at
+from tests.checkpoint.host_calls import HostCall, before_host_calls, disk_full_at
 from tests.checkpoint.sharded_state import sharded, state_bytes, whole_state
 from tests.distributed_harness import run_ranks
 
@@ -131,6 +133,19 @@ def test_a_state_that_is_no_json_leaves_nothing_behind(tmp_path: Path) -> None:
     assert _names(tmp_path) == []
 
 
+def test_a_host_that_allows_no_larger_file_is_named_as_what_stops_a_save(tmp_path: Path) -> None:
+    def refuse(call: HostCall) -> None:
+        if call.name == "write" and call.path.match("shard-*"):
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    with before_host_calls(refuse), pytest.raises(CheckpointError) as caught:
+        CheckpointStore(tmp_path, keep=1).save(1, TENSORS, {})
+    assert "File too large; raise the largest size of a file that the host allows" in str(
+        caught.value
+    )
+    assert "can write there" not in str(caught.value)
+
+
 def _save_with_a_full_disk(root: Path, bad_rank: int, name: str, pattern: str) -> str:
     store = CheckpointStore(root, keep=1)
     store.save(1, sharded(whole_state(), 1), {})
@@ -162,8 +177,9 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_costs_no_checkpoint(
     assert messages[0] == messages[1]
     assert f"cannot save {tmp_path / 'step_00000002'}: rank {bad_rank}: " in messages[0]
     assert "No space left" in messages[0]
-    assert f"needs {state_bytes(whole_state())} bytes" in messages[0]
-    assert " are free: make room" in messages[0]
+    assert f"needs a little more than {state_bytes(whole_state()):,} bytes" in messages[0]
+    assert " are free without it. Older checkpoints are intact" in messages[0]
+    assert "; make room, lower checkpoint.keep" in messages[0]
     assert _names(tmp_path) == ["latest", "step_00000001"]
     assert CheckpointStore(tmp_path, keep=1).newest() == tmp_path / "step_00000001"
 

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_bert import files
 from megatron_bert.config.errors import UserError
+from megatron_bert.run import directory
 from megatron_bert.run.directory import RunDirectory, check_usable, read_outcome, record_failure
 from megatron_bert.run.journal import read_journal
 
@@ -47,6 +48,18 @@ def test_it_makes_the_folder_and_knows_its_paths(tmp_path: Path) -> None:
         assert run.paths.logs == path / "logs"
         assert run.paths.logs.is_dir()
         assert run.paths.metrics == path / "metrics.jsonl"
+
+
+def test_a_folder_in_which_no_lock_can_be_made_is_refused_and_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(directory, "lock_file", refuse)
+    with pytest.raises(UserError, match="No space left"):
+        RunDirectory(tmp_path / "run")
+    assert _names(tmp_path) == set()
 
 
 def test_the_lock_names_host_process_and_start(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import os
 import re
 import shutil
 import socket
@@ -47,6 +49,21 @@ def test_a_run_directory_that_all_ranks_see_is_left_as_it_was(tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").touch()
     assert run_ranks(3, _look_into, [tmp_path] * 3) == [None] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_under_a_run_directory_is_told_and_nothing_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, _text: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write)
+    message = _message(lambda: check_run_directory_is_shared(tmp_path))
+    assert message is not None
+    assert f"run.dir {tmp_path}: nothing can be written there (No space left" in message
+    assert "free space on its disk" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_that_see_another_run_directory_are_named_on_all_ranks(tmp_path: Path) -> None:
