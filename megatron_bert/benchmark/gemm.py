@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
+from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.schema import ModelConfig
 
 _CUDA_SIDE, _CPU_SIDE = 8192, 1024
@@ -44,13 +46,10 @@ def model_gemms(model: ModelConfig, vocab_size: int, tokens: int, masked: int) -
         tokens: slots of the micro-batch.
         masked: slots that reach the head.
     """
-    hidden, ffn, layers = model.hidden_size, model.ffn_hidden_size, model.num_layers
-    kv_size = model.num_query_groups * model.head_dim
+    hidden = model.hidden_size
+    shapes = Counter((matrix.inputs, matrix.outputs) for matrix in block_matrices(model))
     return [
-        Gemm(tokens, hidden, hidden, 2 * layers),
-        Gemm(tokens, hidden, kv_size, 2 * layers),
-        Gemm(tokens, hidden, ffn, 2 * layers),
-        Gemm(tokens, ffn, hidden, layers),
+        *(Gemm(tokens, *shape, count * model.num_layers) for shape, count in shapes.items()),
         Gemm(masked, hidden, hidden, 1),
         Gemm(masked, hidden, vocab_size, 1),
     ]

@@ -151,7 +151,7 @@ def model_parameters(model: ModelConfig, vocab_size: int) -> list[Parameter]:
         "V": vocab_size,
         "P": model.max_position_embeddings,
         "D": model.hidden_size,
-        "K": model.num_query_groups * model.head_dim,
+        "K": model.kv_size,
         "F": model.ffn_hidden_size,
     }
     parameters = []

@@ -7,6 +7,7 @@ where MFU is compared (Chowdhery et al. 2022, "PaLM", appendix B).
 
 from __future__ import annotations
 
+from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.schema import ModelConfig
 
 # Dense BF16 peak of a GPU in TFLOP/s, from NVIDIA's data sheets.
@@ -49,11 +50,9 @@ def row_flops(
 
 def block_flops(model: ModelConfig, seq_length: int, keys_per_query: float | None = None) -> float:
     """Forward and backward FLOPs of one block on one row; see `row_flops`."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    kv_size = model.num_query_groups * model.head_dim
-    projections = 2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * ffn
-    attention = 2 * (seq_length if keys_per_query is None else keys_per_query) * hidden
-    return 3 * 2 * seq_length * (projections + attention)
+    projections = sum(matrix.size for matrix in block_matrices(model))
+    keys = seq_length if keys_per_query is None else keys_per_query
+    return 3 * 2 * seq_length * (projections + 2 * keys * model.hidden_size)
 
 
 def head_flops(model: ModelConfig, vocab_size: int, masked_slots: int) -> int:

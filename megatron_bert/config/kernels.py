@@ -246,14 +246,10 @@ def fp8_problems(config: Config) -> Iterator[str]:
             "use precision.compute=bf16, or precision.fp8=none"
         )
     model, tensor = config.model, config.parallel.tensor
-    kv_size = model.num_query_groups * model.head_dim
     sizes = {
         "model.hidden_size": (model.hidden_size, tensor),
         "model.ffn_hidden_size": (model.ffn_hidden_size, tensor),
-        "model.num_query_groups x head size": (
-            kv_size,
-            1 if model.num_query_groups % tensor else tensor,
-        ),
+        "model.num_query_groups x head size": (model.kv_size, model.kv_ranks(tensor)),
     }
     for name, (size, parts) in sizes.items():
         if size % (parts * _FP8_MULTIPLE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.pipeline_stages import stage_layers
 from megatron_bert.config.schema import Config, ModelConfig
 
@@ -35,20 +36,15 @@ class PieceParameters:
             vocab_size: padded vocabulary.
             tensor: ranks of the tensor-parallel group.
         """
-        hidden, ffn = model.hidden_size // tensor, model.ffn_hidden_size // tensor
-        whole = model.hidden_size
-        # Key and value heads that do not divide among the ranks are held by all of them.
-        kv_ranks = tensor if model.num_query_groups % tensor == 0 else 1
-        kv_size = model.num_query_groups * model.head_dim // kv_ranks
+        layers, whole = block_matrices(model, tensor), model.hidden_size
+        matrices = sum(layer.size for layer in layers)
         bias = int(model.family.biases)
         # An embedding norm takes the place of the first block's attention norm.
         norm = (1 + bias) * whole
-        columns = hidden + 2 * kv_size + 2 * ffn
-        matrices = whole * (columns + hidden + ffn)
         return cls(
             word=vocab_size // tensor * whole,
             position=0 if model.family.rotary else model.max_position_embeddings * whole,
-            block=2 * norm + matrices + bias * (columns + 2 * whole),
+            block=2 * norm + matrices + bias * sum(layer.outputs for layer in layers),
             matrices=matrices,
             end=norm + (whole + bias) * whole + norm + vocab_size // tensor,
         )

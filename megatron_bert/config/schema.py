@@ -151,6 +151,18 @@ class ModelConfig(Section):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def kv_size(self) -> int:
+        """Channels of the keys of all heads; the values have as many."""
+        return self.num_query_groups * self.head_dim
+
+    def kv_ranks(self, tensor: int) -> int:
+        """Over how many of a group's tensor-parallel ranks keys and values are divided.
+
+        Heads that do not divide over the ranks are held whole by each of them: 1.
+        """
+        return tensor if self.num_query_groups % tensor == 0 else 1
+
+    @property
     def family(self) -> Architecture:
         """What distinguishes the architecture beside sizes."""
         return ARCHITECTURES[self.architecture]

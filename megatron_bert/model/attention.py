@@ -188,9 +188,8 @@ class SelfAttention(nn.Module):
         self, model: ModelConfig, tp: TensorParallelGroup, *, recompute: bool = False
     ) -> None:
         super().__init__()
-        groups = model.num_query_groups
-        replicated = groups % tp.size != 0
-        kv_size = groups * model.head_dim
+        groups, kv_size = model.num_query_groups, model.kv_size
+        replicated = model.kv_ranks(tp.size) < tp.size
         hidden, bias = model.hidden_size, model.family.biases
         self.query = ColumnParallelLinear(hidden, hidden, tp, bias=bias)
         self.key = ColumnParallelLinear(hidden, kv_size, tp, bias=bias, replicated=replicated)

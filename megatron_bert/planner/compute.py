@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from math import ceil
 
+from megatron_bert.config.block_matrices import BlockMatrix, block_matrices, joined_matrices
 from megatron_bert.config.logits import logits_per_chunk
 from megatron_bert.planner.job import Work
 
@@ -152,34 +154,36 @@ def _messages_of(work: Work) -> int:
 
 def _products(work: Work) -> tuple[float, float, float]:
     """Forward, to the inputs, to the weights."""
-    model, tensor = work.job.config.model, work.split.tensor
-    N, D, F = work.tokens, model.hidden_size, model.ffn_hidden_size / tensor
-    attention, wide = _columns(work)
-    # Of each layer, features in and out.
-    layers = [*((D, features) for features in attention + wide), (D / tensor, D), (F, D)]
-    forward = sum(product_seconds(work, N, a, b) for a, b in layers)
-    to_input = sum(product_seconds(work, N, b, a) for a, b in layers)
-    to_weight = sum(product_seconds(work, b, N, a) for a, b in layers)
-    return forward, to_input, to_weight
+    N, layers = work.tokens, _multiplied(work)
+    forward = sum(product_seconds(work, N, layer.inputs, layer.outputs) for layer in layers)
+    to_input = sum(product_seconds(work, N, layer.outputs, layer.inputs) for layer in layers)
+    return forward, to_input, sum(_weight_product(work, layer) for layer in layers)
 
 
-def weight_product_seconds(work: Work) -> tuple[float, float]:
-    """The weights' products of the layers that read one input: query, key, value; gate, up."""
-    D, N = work.job.config.model.hidden_size, work.tokens
-    attention, wide = (
-        sum(product_seconds(work, features, N, D) for features in layers)
-        for layers in _columns(work)
+def weight_product_seconds(work: Work) -> tuple[float, ...]:
+    """The weights' products that follow each of a norm's outputs: of attention, then of the gate.
+
+    Tensor-parallel ranks send messages about the gradients of these outputs meanwhile.
+    """
+    layers = (layer for layer in _multiplied(work) if layer.is_column_parallel)
+    return tuple(
+        sum(_weight_product(work, layer) for layer in group)
+        for _, group in groupby(layers, lambda layer: layer.reads)
     )
-    return attention, wide
 
 
-def _columns(work: Work) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Features out of the products of query, key and value, and of gate and up; fused, of one."""
-    model, tensor = work.job.config.model, work.split.tensor
-    local, wide = model.hidden_size / tensor, model.ffn_hidden_size / tensor
-    if work.job.has_fused_kernels(work.split.tensor):
-        return (local + 2 * work.kv_size,), (2 * wide,)
-    return (local, work.kv_size, work.kv_size), (wide, wide)
+def _weight_product(work: Work, layer: BlockMatrix) -> float:
+    return product_seconds(work, layer.outputs, work.tokens, layer.inputs)
+
+
+def _multiplied(work: Work) -> tuple[BlockMatrix, ...]:
+    """This rank's matrices as products take them: fused, one of all layers that read one input."""
+    matrices = _matrices(work)
+    return joined_matrices(matrices) if work.job.has_fused_kernels(work.split.tensor) else matrices
+
+
+def _matrices(work: Work) -> tuple[BlockMatrix, ...]:
+    return block_matrices(work.job.config.model, work.split.tensor)
 
 
 def _attention(work: Work) -> tuple[float, float]:
@@ -240,8 +244,8 @@ def _compiled_backward(work: Work) -> float:
     model, tensor = work.job.config.model, work.split.tensor
     N, T = work.tokens, work.tokens * work.share
     D, F = model.hidden_size, model.ffn_hidden_size / tensor
-    narrow, biases = D / tensor + 2 * work.kv_size, int(model.family.biases)
-    return N * (6 + 2 * biases) * F + N * biases * narrow + T * D * (18 + 2 * biases) + 9 * N * D
+    biases = sum(m.outputs * (N if m.is_column_parallel else T) for m in _matrices(work))
+    return 6 * N * F + biases * model.family.biases + 18 * T * D + 9 * N * D
 
 
 def _fused_backward(work: Work) -> float:
@@ -260,16 +264,13 @@ def _fused_backward(work: Work) -> float:
 
 def _joined_bytes(work: Work) -> float:
     """Weights that are laid end to end for products of several layers: read, and written."""
-    attention, wide = _columns(work)
-    weights = work.job.config.model.hidden_size * (sum(attention) + sum(wide))
+    weights = sum(matrix.size for matrix in _matrices(work) if matrix.is_column_parallel)
     return 2 * work.job.element_bytes * weights
 
 
 def _weights(work: Work) -> float:
     """Elements of a block's weights on this rank."""
-    model, tensor = work.job.config.model, work.split.tensor
-    D, F = model.hidden_size, model.ffn_hidden_size / tensor
-    return D * (2 * D / tensor + 2 * work.kv_size + 3 * F)
+    return sum(matrix.size for matrix in _matrices(work))
 
 
 def head_passes(work: Work) -> Passes:

@@ -129,10 +129,10 @@ def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParts]) -> f
     split, model = layout.split, job.config.model
     shards, hidden = split.data // layout.replicate, model.hidden_size
     seconds = 0.0
-    replicated = model.num_query_groups % split.tensor > 0
+    replicated = model.kv_ranks(split.tensor) < split.tensor
     if split.tensor > 1 and (replicated or split.sequence):
         layers = max(part.layers for part in parts)
-        vectors = 2 * model.num_query_groups * model.head_dim if replicated else 4
+        vectors = 2 * model.kv_size if replicated else 4
         size = 4 * layers * hidden * vectors / shards
         seconds += Group(split.tensor, 1).sum(job.machine, size)
     if split.pipeline > 1:

@@ -158,8 +158,7 @@ class Work:
     def kv_size(self) -> int:
         """Channels of the keys that this rank computes; of the values as many."""
         model, tensor = self.job.config.model, self.split.tensor
-        size = model.num_query_groups * model.head_dim
-        return size // tensor if model.num_query_groups % tensor == 0 else size
+        return model.kv_size // model.kv_ranks(tensor)
 
     @property
     def writes_scores(self) -> bool:

@@ -6,11 +6,13 @@ themselves (`parallel.whole_matrices`); each is orthogonalised by some iteration
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.muon import BATCH_ELEMENTS, ITERATIONS, iteration_flops
 from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.job import Job
@@ -123,10 +125,11 @@ def elements_alike(job: Job) -> float:
 
 
 def _matrices(job: Job) -> Iterator[_Matrix]:
-    """A block's: query and output, key and value, gate with up and down."""
-    model = job.config.model
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    keys = model.num_query_groups * model.head_dim
-    # The one down lies the other way.
-    for side, count in ((hidden, 2), (keys, 2), (ffn, 2), (ffn, 1)):
-        yield _Matrix(min(side, hidden), max(side, hidden), count)
+    """A block's, by their shapes."""
+    # Keys' and values' count apart, even where queries' have their shape (multi-head attention).
+    counts = Counter(
+        (matrix.outputs, matrix.inputs, matrix.name in ("key", "value"))
+        for matrix in block_matrices(job.config.model)
+    )
+    for (outputs, inputs, _), count in counts.items():
+        yield _Matrix(min(outputs, inputs), max(outputs, inputs), count)

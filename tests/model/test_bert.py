@@ -10,13 +10,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.flops import row_flops
 from megatron_bert.config.parameters import parameter_count
 from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.model.bert import BertForPretraining, ModelPart
-from megatron_bert.model.block import BlockDropout
+from megatron_bert.model.block import Block, BlockDropout
 from megatron_bert.parallel.random import dropout_keys, element_draws, vector_draws
+from megatron_bert.parallel.sharding import local_part
 from megatron_bert.parallel.token_share import TokenShare
 from tests.distributed_harness import run_ranks
 from tests.small_model import (
@@ -52,6 +54,26 @@ def _check_parameter_counts() -> None:
         assert counted == parameter_count(config, vocabulary)
     assert parameter_count(retrievabert, 99584) == 1_301_388_032
     assert parameter_count(modernbert, 50368) == 149_655_232
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_block_has_the_matrices_that_the_configuration_lists(ranks: int) -> None:
+    run_ranks(ranks, _check_block_matrices, ranks)
+
+
+def _check_block_matrices(ranks: int) -> None:
+    tp = cpu_topology(tensor=ranks).tensor_parallel
+    for groups in (1, 2):
+        config = small_config(model={"num_query_groups": groups}).model
+        with torch.device("meta"):
+            block = Block(config, tp, layer=0)
+        held = [
+            (name.split(".")[-2], *local_part(parameter).shape)
+            for name, parameter in block.named_parameters()
+            if parameter.dim() == 2
+        ]
+        listed = block_matrices(config, ranks)
+        assert held == [(matrix.name, matrix.outputs, matrix.inputs) for matrix in listed]
 
 
 def test_segments_of_a_packed_row_do_not_see_each_other() -> None:

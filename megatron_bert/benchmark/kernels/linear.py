@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_bert.benchmark.kernels.measure import Compute, Piece, made_at_first_call
+from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.model.fp8 import fp8_linear
 
@@ -34,21 +35,16 @@ def linear_pieces(
         device: theirs.
         compiled: whether FP8's scaling is measured compiled too.
     """
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    kv_size = model.num_query_groups * model.head_dim
-    layers = {
-        (hidden, hidden): "query, output",
-        (hidden, kv_size): "key, value",
-        (hidden, ffn): "gate, up",
-        (ffn, hidden): "down",
-    }
+    layers: dict[tuple[int, int], list[str]] = {}
+    for matrix in block_matrices(model):
+        layers.setdefault((matrix.inputs, matrix.outputs), []).append(matrix.name)
     for (inputs, outputs), names in layers.items():
         x_ND = torch.randn(tokens, inputs, dtype=dtype, device=device, requires_grad=True)
         weight_FD = nn.Parameter(torch.randn(outputs, inputs, dtype=dtype, device=device))
         bias_F = None
         if model.family.biases:
             bias_F = nn.Parameter(torch.randn(outputs, dtype=dtype, device=device))
-        yield _linear_piece(names, x_ND, weight_FD, bias_F, compiled=compiled)
+        yield _linear_piece(", ".join(names), x_ND, weight_FD, bias_F, compiled=compiled)
 
 
 def _linear_piece(

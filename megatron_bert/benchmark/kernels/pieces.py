@@ -27,6 +27,7 @@ from megatron_bert.benchmark.kernels.work import (
 )
 from megatron_bert.benchmark.rows import make_batches
 from megatron_bert.config.arithmetic import masked_slots
+from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.kernels import has_nvidias_apex
 from megatron_bert.config.schema import ModelConfig, OptimizerConfig
 from megatron_bert.model.feed_forward import ACTIVATIONS
@@ -226,14 +227,12 @@ def _optimizer_piece(work: KernelWork) -> Piece:
 
 
 def _block_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    kv_size = model.num_query_groups * model.head_dim
-    outputs = [hidden, kv_size, kv_size, hidden, ffn, ffn]
-    shapes: list[tuple[int, ...]] = [(hidden, ffn), *((size, hidden) for size in outputs)]
+    matrices = block_matrices(model)
+    shapes: list[tuple[int, ...]] = [(matrix.outputs, matrix.inputs) for matrix in matrices]
     if model.family.biases:
-        shapes += [(size,) for size in (*outputs, hidden)]
+        shapes += [(matrix.outputs,) for matrix in matrices]
     norms = 2 * (2 if model.family.biases else 1)
-    return shapes + [(hidden,)] * norms
+    return shapes + [(model.hidden_size,)] * norms
 
 
 def _updating(make: type[UpdateRule], shards: list[Tensor], config: OptimizerConfig) -> Compute:
