@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_bert.config.block_matrices import block_matrices
@@ -61,38 +62,75 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     return pieces.word + pieces.position + model.num_layers * pieces.block + pieces.end
 
 
-def rank_parameters(config: Config, vocab_size: int) -> list[int]:
-    """Parameters that a rank holds together with those it shares rows of them with.
+@dataclass(frozen=True)
+class RankParameters:
+    """What a pipeline rank holds, as one rank of its tensor-parallel group.
 
-    The data-parallel ranks of one copy (`parallel.replicate`) share them out evenly, but for the
-    last rows of small ones.
+    Its data-parallel ranks share it out evenly, but for the last rows of small parameters.
+
+    Attributes:
+        root: parameters outside the blocks.
+        layers: blocks, over its stages.
+        block: parameters of a block.
+        matrices: of all its parameters those of its blocks' matrices.
+        has_head: whether it ends the model.
+    """
+
+    root: int
+    layers: int
+    block: int
+    matrices: int
+    has_head: bool
+
+    @property
+    def total(self) -> int:
+        """All its parameters."""
+        return self.root + self.layers * self.block
+
+
+def rank_parameters(config: Config, vocab_size: int) -> tuple[RankParameters, ...]:
+    """Parameters of each pipeline rank under the configuration's layout.
 
     Args:
         config: the checked configuration.
         vocab_size: padded vocabulary.
-
-    Returns:
-        For each pipeline rank the parameters of one of its tensor-parallel ranks; the last rank
-        of a pipeline has a copy of the word embeddings' table.
     """
-    pieces = PieceParameters.of(config.model, vocab_size, config.parallel.tensor)
-    counts = [blocks * pieces.block for blocks in _rank_blocks(config, vocab_size)]
-    counts[0] += pieces.word + pieces.position
-    counts[-1] += pieces.end + (pieces.word if len(counts) > 1 else 0)
-    return counts
+    blocks = [len(layers) for layers in stage_layers(config, vocab_size)]
+    parallel = config.parallel
+    return divided_parameters(config.model, vocab_size, parallel.tensor, parallel.pipeline, blocks)
+
+
+def divided_parameters(
+    model: ModelConfig, vocab_size: int, tensor: int, pipeline: int, stage_blocks: Sequence[int]
+) -> tuple[RankParameters, ...]:
+    """Parameters of each pipeline rank.
+
+    Args:
+        model: the encoder's shape.
+        vocab_size: padded vocabulary.
+        tensor: ranks of a tensor-parallel group.
+        pipeline: ranks of the pipeline, which take the stages in turn.
+        stage_blocks: blocks of each stage.
+    """
+    pieces = PieceParameters.of(model, vocab_size, tensor)
+    ranks = []
+    for rank in range(pipeline):
+        layers, is_first, is_last = (
+            sum(stage_blocks[rank::pipeline]),
+            rank == 0,
+            rank == pipeline - 1,
+        )
+        # The last rank of a pipeline has a copy of the table, which its head decodes with.
+        root = pieces.word if is_first or is_last else 0
+        root += pieces.position * is_first + pieces.end * is_last
+        matrices = layers * pieces.matrices
+        ranks.append(RankParameters(root, layers, pieces.block, matrices, is_last))
+    return tuple(ranks)
 
 
 def rank_state_bytes(config: Config, vocab_size: int) -> list[int]:
-    """Bytes of weights, gradients and the optimizer's states, counted as `rank_parameters` does."""
-    pieces = PieceParameters.of(config.model, vocab_size, config.parallel.tensor)
+    """Bytes of each pipeline rank's weights, gradients and optimizer states, not shared out yet."""
     # AdamW has two moments, Muon one for the blocks' matrices.
-    saved = 4 * pieces.matrices if config.optimizer.name == "muon" else 0
-    counts, blocks = rank_parameters(config, vocab_size), _rank_blocks(config, vocab_size)
-    return [16 * count - saved * held for count, held in zip(counts, blocks, strict=True)]
-
-
-def _rank_blocks(config: Config, vocab_size: int) -> list[int]:
-    """Blocks of each pipeline rank."""
-    pipeline = config.parallel.pipeline
-    blocks = [len(layers) for layers in stage_layers(config, vocab_size)]
-    return [sum(blocks[rank::pipeline]) for rank in range(pipeline)]
+    saved = 4 if config.optimizer.name == "muon" else 0
+    ranks = rank_parameters(config, vocab_size)
+    return [16 * rank.total - saved * rank.matrices for rank in ranks]

@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_bert.config.parameters import RankParameters
 from megatron_bert.config.remedies import divisors
 from megatron_bert.planner import muon
 from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
-from megatron_bert.planner.rank_parts import RankParts, rank_parts
+from megatron_bert.planner.rank_parts import rank_parts
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _seconds(job: Job, layout: Layout) -> dict[str, float]:
     }
 
 
-def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParts]) -> float:
+def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParameters]) -> float:
     """Sums of gradients that several ranks hold parts of: keys and values, norms, the table."""
     split, model = layout.split, job.config.model
     shards, hidden = split.data // layout.replicate, model.hidden_size
@@ -142,15 +143,15 @@ def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParts]) -> f
     return seconds
 
 
-def _update(job: Job, layout: Layout, parts: Sequence[RankParts]) -> float:
-    machine, part = job.machine, max(parts, key=lambda part: part.parameters)
+def _update(job: Job, layout: Layout, parts: Sequence[RankParameters]) -> float:
+    machine, part = job.machine, max(parts, key=lambda part: part.total)
     shards, of_muon = layout.split.data // layout.replicate, muon.is_used(job)
     # AdamW reads weight, gradient and moments, and the gradient once more for its norm; 3 written.
-    moved = 32.0 * part.parameters / shards
+    moved = 32.0 * part.total / shards
     if of_muon:
         moved += (muon.MOVED_BYTES + 2 * job.element_bytes - 32.0) * part.matrices / shards
     # Into messages and out of them; one rank by itself makes these copies too.
-    moved += (2 * job.element_bytes + 2 * job.reduce_bytes) * part.parameters
+    moved += (2 * job.element_bytes + 2 * job.reduce_bytes) * part.total
     rate = 1e9 * machine.gpu.bandwidth * machine.rates.elementwise
     norm = Group(job.ranks, 1).sum(machine, 8)
     seconds = moved / rate + norm + machine.rates.step

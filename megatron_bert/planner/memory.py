@@ -244,7 +244,7 @@ def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds[floa
         head = head_bytes(work) if part.has_head else HeadBytes(0.0, 0.0, 0.0)
         needs.append(
             RankNeeds(
-                parameters=part.parameters,
+                parameters=part.total,
                 root=part.root,
                 block=part.block,
                 matrices=part.matrices,

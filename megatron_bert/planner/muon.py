@@ -14,11 +14,11 @@ import numpy as np
 
 from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.muon import BATCH_ELEMENTS, ITERATIONS, iteration_flops
+from megatron_bert.config.parameters import RankParameters
 from megatron_bert.planner.arrays import Floats
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Split
 from megatron_bert.planner.network import Group
-from megatron_bert.planner.rank_parts import RankParts
 
 # Momentum, weights and gradients pass through kernels of one operation each, in fp32.
 MOVED_BYTES = 104.0
@@ -54,7 +54,7 @@ def is_used(job: Job) -> bool:
     return job.config.optimizer.name == "muon"
 
 
-def update_seconds(job: Job, split: Split, replicate: int, part: RankParts) -> float:
+def update_seconds(job: Job, split: Split, replicate: int, part: RankParameters) -> float:
     """Seconds of a pipeline rank's iterations and messages; its kernels by bytes not counted.
 
     Args:
@@ -77,7 +77,7 @@ def _iterations(job: Job, split: Split, layers: int) -> float:
     return max(mean, most) / peak
 
 
-def _messages(job: Job, split: Split, replicate: int, part: RankParts) -> float:
+def _messages(job: Job, split: Split, replicate: int, part: RankParameters) -> float:
     """To the owners and back, axis by axis; copies need nothing on the way there."""
     shards, machine = split.data // replicate, job.machine
     of_rank = job.element_bytes * part.matrices / shards

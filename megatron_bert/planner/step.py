@@ -10,6 +10,7 @@ from typing import Generic
 import numpy as np
 
 from megatron_bert.config.curriculum import StageSpan
+from megatron_bert.config.parameters import RankParameters
 from megatron_bert.parallel.actions import StageTime
 from megatron_bert.parallel.schedule import make_schedule, simulate
 from megatron_bert.planner.arrays import Floats, Number, columns
@@ -25,7 +26,7 @@ from megatron_bert.planner.dealings import Dealings
 from megatron_bert.planner.job import Job, Work
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
-from megatron_bert.planner.rank_parts import RankParts, layers_of_stages, rank_parts
+from megatron_bert.planner.rank_parts import layers_of_stages, rank_parts
 
 # Rounds of a pipeline after which each further one takes as long as the one before.
 _SIMULATED_ROUNDS = 4
@@ -202,7 +203,7 @@ class StepModel:
             )
         return times
 
-    def _total_of(self, part: RankParts, rank: int) -> Seconds:
+    def _total_of(self, part: RankParameters, rank: int) -> Seconds:
         total = self._block.total * part.layers
         if rank == 0:
             total += self._embedding.total

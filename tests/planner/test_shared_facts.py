@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from megatron_bert.config.parameters import rank_parameters
+from megatron_bert.config.pipeline_stages import stage_layers
 from megatron_bert.model import attention
 from megatron_bert.parallel import vocabulary
 from megatron_bert.parallel.schedule import ScheduleName
 from megatron_bert.planner import activations
 from megatron_bert.planner.job import Work
-from megatron_bert.planner.layouts import Split
+from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.rank_parts import rank_parts
 from tests.planner.jobs import VOCABULARY, job
 
@@ -52,12 +53,13 @@ def test_plans_count_the_table_s_product_where_it_stands_beside_its_sum(
     ("tensor", "pipeline", "schedule"),
     [(1, 1, "1f1b"), (2, 1, "1f1b"), (4, 2, "1f1b"), (1, 4, "1f1b"), (2, 2, "interleaved")],
 )
-def test_plans_count_the_parameters_that_each_rank_holds(
+def test_plans_divide_the_blocks_over_ranks_as_training_does(
     shape: tuple[str, ...], tensor: int, pipeline: int, schedule: ScheduleName
 ) -> None:
     planned = job(tensor * pipeline, *shape)
-    keys = {"tensor": tensor, "pipeline": pipeline, "pipeline_schedule": schedule}
-    config = planned.config.with_keys({f"parallel.{key}": value for key, value in keys.items()})
     split = Split(tensor, False, pipeline, schedule, 2 if schedule == "interleaved" else 1, 1)
-    held = [part.parameters for part in rank_parts(planned, split)]
-    assert held == rank_parameters(config, VOCABULARY)
+    config = Layout(split, 4096, "none").put_into(planned.config)
+    layers = stage_layers(config, VOCABULARY)
+    held = [part.layers for part in rank_parts(planned, split)]
+    assert held == [sum(map(len, layers[rank::pipeline])) for rank in range(pipeline)]
+    assert rank_parts(planned, split) == rank_parameters(config, VOCABULARY)
