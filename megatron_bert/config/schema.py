@@ -267,6 +267,11 @@ class BatchConfig(Section):
         if self.micro_size is not None:
             return self.micro_size
         micro_tokens = DEFAULT_MICRO_TOKENS if self.micro_tokens is None else self.micro_tokens
+        return self.rows_in(micro_tokens, seq_length)
+
+    @staticmethod
+    def rows_in(micro_tokens: int, seq_length: int) -> int:
+        """Most rows of `seq_length` slots in `micro_tokens` slots, but at least one."""
         return max(1, micro_tokens // seq_length)
 
 

@@ -15,7 +15,7 @@ from megatron_bert.config.kernels import (
     records_passes,
 )
 from megatron_bert.config.layout import BatchLayout
-from megatron_bert.config.schema import Config
+from megatron_bert.config.schema import BatchConfig, Config
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.machines import Machine
 
@@ -113,7 +113,7 @@ class Job:
         return BatchLayout.divide(
             span.global_size,
             split.data,
-            max(1, layout.micro_tokens // span.seq_length),
+            BatchConfig.rows_in(layout.micro_tokens, span.seq_length),
             pipeline=split.pipeline,
             interleaved=split.virtual > 1,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_bert.config.checks import value_problems
+from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.layout_checks import legal_layouts
-from megatron_bert.config.schema import Config
+from megatron_bert.config.schema import BatchConfig, Config
 from megatron_bert.parallel.schedule import ScheduleName
 
 Recompute = Literal["none", "selective", "full"]
@@ -127,17 +128,27 @@ def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
                 yield Split(tensor, sequence, pipeline, schedule, virtual, data)
 
 
-def micro_token_choices(config: Config, split: Split) -> Iterator[int]:
-    """Sizes of a micro-batch that differ in what a rank computes at a time, each the smallest."""
+def micro_token_choices(spans: Sequence[StageSpan], split: Split) -> Iterator[int]:
+    """Sizes of a micro-batch that differ in how many rows a rank computes at a time.
+
+    Args:
+        spans: the curriculum's stages.
+        split: how ranks share the model, and how many share rows.
+
+    Yields:
+        Of the sizes that give equal rows in every stage the smallest, in token slots.
+    """
     seen: set[tuple[int, ...]] = set()
     for micro_tokens in _MICRO_TOKENS:
-        rows = []
-        for stage in config.curriculum:
-            size = stage.batch.global_size or config.batch.global_size
-            of_rank = -(-size // split.data)
-            rows.append(min(of_rank, max(1, micro_tokens // stage.seq_length)))
-        if tuple(rows) not in seen:
-            seen.add(tuple(rows))
+        rows = tuple(
+            min(
+                -(-span.global_size // split.data),
+                BatchConfig.rows_in(micro_tokens, span.seq_length),
+            )
+            for span in spans
+        )
+        if rows not in seen:
+            seen.add(rows)
             yield micro_tokens
 
 

@@ -181,7 +181,7 @@ class _Search:
             # It holds no scores that could be computed again.
             recomputations = ("none", "full")
         for split in all_splits(job.config, job.ranks, job.vocab_size):
-            for micro_tokens in micro_token_choices(job.config, split):
+            for micro_tokens in micro_token_choices(job.spans, split):
                 for recompute in recomputations:
                     if split.schedule != "zero_bubble" or recompute == "none":
                         yield Layout(split, micro_tokens, recompute)

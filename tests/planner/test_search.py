@@ -87,7 +87,7 @@ def test_what_kernels_and_fp8_refuse_is_not_offered(
 )
 def test_micro_batches_are_those_that_training_makes_of_the_keys(split: Split) -> None:
     planned = job(48)
-    for micro_tokens in micro_token_choices(planned.config, split):
+    for micro_tokens in micro_token_choices(planned.spans, split):
         layout = Layout(split, micro_tokens, "none")
         config = layout.put_into(planned.config)
         for span in planned.spans:

@@ -27,7 +27,7 @@ from megatron_bert.benchmark.rows import make_batches, text_tokens
 from megatron_bert.benchmark.step.measure import StepSubject, release_memory, wait_for_device
 from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.kernels import ComputeDevice, records_passes
-from megatron_bert.config.schema import Config
+from megatron_bert.config.schema import BatchConfig, Config
 from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.topology import Topology
 
@@ -139,7 +139,7 @@ def measure_peers(
     for name in measured[1:]:
         versions |= {package: version(package) for package in _PACKAGES[name]}
     for seq_length in work.seq_lengths:
-        asked = StepRows(max(1, work.micro_tokens // seq_length), work.micro_batches)
+        asked = StepRows(BatchConfig.rows_in(work.micro_tokens, seq_length), work.micro_batches)
         ours: float | None = None
         for name in measured:
             say(f"{name}, length {seq_length}")

@@ -21,7 +21,7 @@ from megatron_bert.benchmark.step.figures import StepCase, StepFigures, StepWork
 from megatron_bert.benchmark.step.kernel_shares import DeviceTime, time_kernels
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.flops import peak_tflops, row_flops
-from megatron_bert.config.schema import Config
+from megatron_bert.config.schema import BatchConfig, Config
 from megatron_bert.data.batch import Batch
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import DTYPES, RankModel, build_model
@@ -54,7 +54,7 @@ def measure_steps(
         config = with_dropout(work.config, dropout)
         subject: StepSubject | None = None
         for seq_length, micro_tokens in product(work.seq_lengths, work.micro_tokens):
-            rows = max(1, micro_tokens // seq_length)
+            rows = BatchConfig.rows_in(micro_tokens, seq_length)
             name = f"length {seq_length}, {rows} rows, dropout {config.model.hidden_dropout:g}"
             say(name)
             try:
