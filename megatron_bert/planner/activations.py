@@ -19,7 +19,7 @@ class BlockBytes:
     Attributes:
         kept: held from the block's forward pass to its backward pass.
         forward: by how much more it holds at the worst moment of its forward pass.
-        backward: the same of its backward pass.
+        backward: by how much more it holds at the worst moment of its backward pass.
     """
 
     kept: float
@@ -28,7 +28,7 @@ class BlockBytes:
 
 
 def block_bytes(work: Work) -> BlockBytes:
-    """What a block holds."""
+    """Bytes that a block keeps, and holds beside at its worst moments."""
     attention, feed_forward = _Sublayer.attention(work), _Sublayer.feed_forward(work)
     kept = attention.kept + feed_forward.kept
     # While attention computes, what the other sub-layer keeps is not there yet, or not any more.
@@ -125,7 +125,7 @@ class HeadBytes:
 
 
 def head_bytes(work: Work) -> HeadBytes:
-    """What the head holds, and at the worst moment beside."""
+    """Bytes of the head: kept, of the logits, and of the decoder's gradient."""
     model, e = work.job.config.model, work.job.element_bytes
     M, D, V = work.masked, model.hidden_size, work.job.vocab_size / work.split.tensor
     on_cpu = work.job.machine.gpu.kind == "cpu"

@@ -101,7 +101,7 @@ def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> P
     Args:
         work: the micro-batch.
         tensor_forward: seconds of tensor parallelism's messages forward.
-        tensor_backward: the same backward, as far as nothing hides them.
+        tensor_backward: seconds of the messages backward that nothing hides.
     """
     rates = work.job.machine.rates
     forward_products, input_products, weight_products = _products(work)
@@ -285,7 +285,7 @@ def head_passes(work: Work) -> Passes:
 
 
 def _head_bytes(work: Work, masked: float, vocabulary: float) -> float:
-    """What cross-entropy moves between products, with the table's gradient."""
+    """Bytes that cross-entropy moves between products, with the table's gradient."""
     e, table = work.job.element_bytes, vocabulary * work.job.config.model.hidden_size
     if work.job.machine.gpu.kind == "cpu":
         # Softmax in fp32, its gradient in place, a copy in the compute type.

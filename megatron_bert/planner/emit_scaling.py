@@ -15,7 +15,7 @@ from megatron_bert.config.errors import run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.files import write_atomically
-from megatron_bert.planner.dealings import Dealings
+from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.machines import GIB, Machine, find_machine
 from megatron_bert.planner.plan import Plan
 from megatron_bert.planner.plots import write_picture
@@ -111,10 +111,10 @@ def _one_day() -> Iterator[str]:
 def _all_messages(plan: Plan) -> float:
     """Seconds of a step's gatherings and reductions over data-parallel ranks, hidden or not."""
     layout = plan.best[0].layout
-    dealings = Dealings.one(plan.job, layout)
+    choices = DataParallelChoices.one(plan.job, layout)
     layers = max(part.layers for part in rank_parts(plan.job, layout.split))
-    blocks = layers * (dealings.gather.item() + dealings.reduce.item())
-    return blocks + dealings.root_gather.item() + dealings.root_reduce.item()
+    blocks = layers * (choices.gather.item() + choices.reduce.item())
+    return blocks + choices.root_gather.item() + choices.root_reduce.item()
 
 
 def _large() -> Iterator[str]:

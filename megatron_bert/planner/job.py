@@ -1,4 +1,4 @@
-"""What is planned: a run on a machine, and what a rank of a split computes at a time."""
+"""A run on a machine, which is planned, and the work of a rank on one micro-batch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Job:
         keys = {
             "parallel.tensor": layout.split.tensor,
             "parallel.pipeline": layout.split.pipeline,
-            "parallel.reshard_after_forward": layout.reshard,
+            "parallel.reshard_after_forward": layout.reshard_after_forward,
         }
         is_recorded: bool = self.once(
             ("records", *keys.values()),
@@ -108,7 +108,7 @@ class Job:
         return is_recorded
 
     def batch(self, layout: Layout, span: StageSpan) -> BatchLayout:
-        """How a stage's rows are dealt out; what `BatchLayout.of` gives for the keys."""
+        """How a stage's rows are divided, as `BatchLayout.of` divides them by the layout's keys."""
         split = layout.split
         return BatchLayout.divide(
             span.global_size,
@@ -121,7 +121,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """What one micro-batch is to one rank of a tensor-parallel group.
+    """One micro-batch as one rank of a tensor-parallel group computes it.
 
     Attributes:
         job: the run.
@@ -146,7 +146,7 @@ class Work:
 
     @property
     def share(self) -> float:
-        """The part of them that this rank's residual stream holds."""
+        """The part of the tokens that this rank's residual stream holds."""
         return 1.0 / self.split.tensor if self.split.sequence else 1.0
 
     @property
@@ -156,7 +156,7 @@ class Work:
 
     @property
     def kv_size(self) -> int:
-        """Channels of the keys that this rank computes; of the values as many."""
+        """Channels of the keys that this rank computes; the values have as many."""
         model, tensor = self.job.config.model, self.split.tensor
         return model.kv_size // model.kv_ranks(tensor)
 

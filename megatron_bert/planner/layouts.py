@@ -54,14 +54,14 @@ class Layout:
         micro_tokens: `batch.micro_tokens`.
         recompute: `recompute`.
         replicate: `parallel.replicate`.
-        reshard: `parallel.reshard_after_forward`.
+        reshard_after_forward: `parallel.reshard_after_forward`.
     """
 
     split: Split
     micro_tokens: int
     recompute: Recompute
     replicate: int = 1
-    reshard: bool = False
+    reshard_after_forward: bool = False
 
     def keys(self) -> dict[str, Any]:
         """The configuration's keys and their values."""
@@ -73,7 +73,7 @@ class Layout:
             "parallel.pipeline_schedule": split.schedule,
             "parallel.virtual_stages": max(2, split.virtual),
             "parallel.replicate": self.replicate,
-            "parallel.reshard_after_forward": self.reshard,
+            "parallel.reshard_after_forward": self.reshard_after_forward,
             "batch.micro_tokens": self.micro_tokens,
             "recompute": self.recompute,
         }

@@ -13,7 +13,7 @@ from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.planner import muon
 from megatron_bert.planner.activations import HeadBytes, block_bytes, head_bytes
 from megatron_bert.planner.arrays import Floats, Number, columns
-from megatron_bert.planner.dealings import Dealings
+from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Job, Work
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.rank_parts import rank_parts
@@ -30,7 +30,7 @@ class Memory(Generic[Number]):
         gathered: weights in the compute type.
         activations: of the micro-batches in flight.
         working: of what is being computed beside, a block or the head.
-        logits: where those stand at that moment: with their softmax.
+        logits: with their softmax, where logits stand at that moment.
         buffers: of messages.
     """
 
@@ -60,14 +60,14 @@ class Memory(Generic[Number]):
 
 @dataclass(frozen=True)
 class RankNeeds(Generic[Number]):
-    """What a pipeline rank needs in a stage of the curriculum, before its shards are dealt out.
+    """What a pipeline rank needs in a stage of the curriculum, all shards counted together.
 
     Attributes:
-        parameters: that it holds with those it shares them out with.
-        root: of them those outside the blocks.
-        block: of a block.
-        matrices: of the blocks' matrices.
-        alike: of those of one shape.
+        parameters: of the rank, with the shards of its data-parallel ranks.
+        root: parameters outside the blocks.
+        block: parameters of a block.
+        matrices: parameters of the blocks' matrices.
+        alike: parameters of the blocks' matrices of one shape.
         owners: ranks that hold parts of its blocks.
         accumulates: 1 where it takes several micro-batches a step, else 0.
         activations: of the micro-batches in flight, in bytes.
@@ -96,31 +96,31 @@ class RankNeeds(Generic[Number]):
 
 
 class Moments:
-    """The moments of a step of which one takes the most memory: [needs, dealings] of each part.
+    """The moments of a step of which one takes the most memory: each part [needs, choices].
 
     Args:
         job: the run.
-        needs: of those ranks among which the fullest is, [needs, dealings or 1].
-        dealings: how weights are dealt out.
+        needs: of the ranks among which the fullest is, [needs, choices or 1].
+        choices: copies and shards of each layout's weights.
     """
 
-    def __init__(self, job: Job, needs: RankNeeds[Floats], dealings: Dealings) -> None:
-        self._job, self._needs, self._dealings = job, needs, dealings
-        self._shards = dealings.shards.astype(np.float64)
-        self._several = dealings.shards > 1
+    def __init__(self, job: Job, needs: RankNeeds[Floats], choices: DataParallelChoices) -> None:
+        self._job, self._needs, self._choices = job, needs, choices
+        self._shards = choices.shards.astype(np.float64)
+        self._several = choices.shards > 1
         # With one rank for all rows nothing is reduced, and sums stay in fp32.
-        shares = dealings.shards * dealings.replicate > 1
+        shares = choices.shards * choices.replicate > 1
         self._reduced = np.where(shares, float(job.reduce_bytes), 4.0)
         # Recorded passes have sums of gradients, which they keep, of a single micro-batch too.
-        self._records = dealings.recorded.astype(np.float64)
+        self._records = choices.recorded.astype(np.float64)
         self._accumulates = np.maximum(self._needs.accumulates, self._records)
         self._once = 1.0 - self._accumulates
         parameters, block = self._needs.parameters, self._needs.block
         self._gathered = job.element_bytes * np.where(
-            dealings.reshard, self._needs.root + 2 * block, parameters
+            choices.reshard_after_forward, self._needs.root + 2 * block, parameters
         )
         # They keep their memory from step to step, unless each block's is given back.
-        self._kept = job.element_bytes * np.where(dealings.reshard, 0.0, parameters)
+        self._kept = job.element_bytes * np.where(choices.reshard_after_forward, 0.0, parameters)
         # Whole gradients, where micro-batches are added up before ranks reduce them.
         self._sums = self._accumulates * self._reduced * parameters
         self._weights = 4.0 * parameters / self._shards
@@ -135,12 +135,12 @@ class Moments:
         self._recorded = self._records * passes
 
     def peaks(self) -> Floats:
-        """Bytes of each dealing's fullest rank."""
+        """Bytes of the fullest rank under each choice."""
         totals = (moment.total.max(axis=0) for moment in self.all())
         return reduce(np.maximum, totals)
 
     def all(self) -> Iterator[Memory[Floats]]:
-        """All of them."""
+        """Every moment that may be the worst."""
         yield self._forward()
         yield self._head()
         yield self._backward()
@@ -167,7 +167,7 @@ class Moments:
     # first or the last unit is the worst.
 
     def _first_reduction(self) -> Memory[Floats]:
-        """Of a block, while the others' activations wait."""
+        """A block is reduced, while the other blocks' activations wait."""
         e, block = self._job.element_bytes, self._needs.block
         packed = e + self._several * self._reduced + 4.0 / self._shards
         return self._moment(
@@ -177,7 +177,7 @@ class Moments:
         )
 
     def _last_reduction(self) -> Memory[Floats]:
-        """Of what stands outside the blocks."""
+        """Parameters outside the blocks are reduced, the last of all."""
         e, root = self._job.element_bytes, self._needs.root
         shards = 4.0 * self._needs.parameters / self._shards
         packed = (e + self._several * self._reduced) * root
@@ -197,7 +197,7 @@ class Moments:
             self._needs.matrices,
             self._needs.alike,
             self._needs.owners,
-            self._dealings.replicate.astype(np.float64),
+            self._choices.replicate.astype(np.float64),
             self._shards,
         )
         kept = self._records * self._several * self._sums
@@ -228,7 +228,7 @@ class Moments:
 
 
 def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds[float]]:
-    """What the ranks need among which the fullest is: the first two, and the last.
+    """Needs of the pipeline ranks among which the fullest is: the first two, and the last.
 
     Earlier ranks have more micro-batches in flight, and the first may hold a block less.
     """
@@ -268,7 +268,7 @@ def memory(job: Job, layout: Layout, span: StageSpan) -> Memory[float]:
     """Memory of the fullest pipeline rank in a stage of the curriculum, at its worst moment."""
     of_ranks = rank_needs(job, layout, span)
     needs = RankNeeds(**columns(of_ranks, np.arange(len(of_ranks))[:, None]))
-    moments = list(Moments(job, needs, Dealings.one(job, layout)).all())
+    moments = list(Moments(job, needs, DataParallelChoices.one(job, layout)).all())
     worst = max(moments, key=lambda moment: moment.total.max())
     rank = int(worst.total[:, 0].argmax())
     return Memory(

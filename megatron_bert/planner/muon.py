@@ -67,7 +67,7 @@ def update_seconds(job: Job, split: Split, replicate: int, part: RankParameters)
 
 
 def _iterations(job: Job, split: Split, layers: int) -> float:
-    """Of the rank that has the most of them, as the costliest first are dealt to who has least."""
+    """Seconds on the busiest rank; the costliest matrices go first, to the rank with the least."""
     owners, machine = split.tensor * split.data, job.machine
     matrices = list(_matrices(job))
     mean = layers * sum(matrix.count * matrix.flops for matrix in matrices) / owners
@@ -94,8 +94,8 @@ def working_bytes(
 
     Args:
         job: the run.
-        held: elements of the matrices that a rank holds with those it shares them out with.
-        alike: of those of one shape.
+        held: elements of a rank's matrices, with the shards of its data-parallel ranks.
+        alike: elements of the matrices of one shape.
         owners: ranks that divide the matrices.
         replicate: copies of the weights.
         shards: ranks that share a copy out.

@@ -45,7 +45,7 @@ class LayoutPlan:
         layout: its keys.
         stages: of the curriculum, in order.
         days: of the run, without evaluation, checkpoints and time between jobs.
-        gpu_hours: the same, over all GPUs.
+        gpu_hours: of the run, over all GPUs.
     """
 
     layout: Layout
@@ -76,7 +76,7 @@ class Plan:
             all in it.
         of_stages: for each stage of the curriculum the layout that is the quickest in it.
         legal: layouts of the job.
-        too_large: of them those that do not fit.
+        too_large: legal layouts that do not fit.
         smallest: the legal layout that takes the least memory.
     """
 

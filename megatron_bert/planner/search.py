@@ -12,7 +12,7 @@ from megatron_bert.config.flops import row_flops
 from megatron_bert.config.layout_checks import layout_problems, without_layout
 from megatron_bert.config.schema import Config
 from megatron_bert.planner.arrays import Floats, columns
-from megatron_bert.planner.dealings import Dealings
+from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import (
     Layout,
@@ -82,8 +82,8 @@ def make_plan(
 class _Search:
     """All layouts of a job, and the quickest of them more closely.
 
-    Layouts are numbered: those of a base (split, micro-batches, recomputation) follow one another,
-    with their weights dealt out in every way. Arrays hold what is known of each.
+    Layouts are numbered: the layouts of a base (split, micro-batches, recomputation) follow one
+    another, one for each of its data-parallel choices. Arrays have an element for each layout.
     """
 
     def __init__(self, job: Job) -> None:
@@ -92,19 +92,20 @@ class _Search:
         self._simulated: dict[tuple[object, ...], float] = {}
         self._actions_left = _MOST_SIMULATED_ACTIONS
         self._bases = list(self._all_bases())
-        dealt = [Dealings.all(job, base) for base in self._bases]
-        counts = [len(dealings.shards) for dealings in dealt]
+        of_bases = [DataParallelChoices.all(job, base) for base in self._bases]
+        counts = [len(choices.shards) for choices in of_bases]
         self.legal = sum(counts)
         if not self.legal:
             return
         self._base_of = np.repeat(np.arange(len(counts)), counts)
-        dealings = Dealings.joined(dealt)
-        self._replicate, self._reshard = dealings.replicate, dealings.reshard
+        choices = DataParallelChoices.joined(of_bases)
+        self._replicate = choices.replicate
+        self._reshard_after_forward = choices.reshard_after_forward
         # [stages, layouts]: seconds of a step, bytes of the fullest rank.
         seconds, peaks = (
             np.array(values)
             for values in zip(
-                *(self._of_stage(index, dealings) for index in range(len(self._steps))), strict=True
+                *(self._of_stage(index, choices) for index in range(len(self._steps))), strict=True
             )
         )
         self._of_stages = seconds
@@ -113,7 +114,7 @@ class _Search:
         parts = np.array([parts_of(base) for base in self._bases])[self._base_of]
         scarce = is_scarce(self._peaks, job.machine)
         bands = band_of(self._seconds)
-        order = np.lexsort((self._seconds, parts + self._reshard, scarce, bands))
+        order = np.lexsort((self._seconds, parts + self._reshard_after_forward, scarce, bands))
         self.fitting = order[self._peaks[order] <= job.machine.usable_bytes]
 
     def best(self, keep: int) -> list[LayoutPlan]:
@@ -124,7 +125,7 @@ class _Search:
         def place(number: int) -> tuple[float, ...]:
             plan = plans[number]
             scarce = bool(is_scarce(np.array(plan.peak_bytes), self.job.machine))
-            parts = parts_of(plan.layout) + plan.layout.reshard
+            parts = parts_of(plan.layout) + plan.layout.reshard_after_forward
             return bands[number], scarce, parts, plan.days
 
         return [plans[number] for number in sorted(range(len(plans)), key=place)[:keep]]
@@ -136,14 +137,16 @@ class _Search:
             for name, choice in _CHOICES.items()
         }
         differs["parallel.replicate"] = self._replicate != best.replicate
-        differs["parallel.reshard_after_forward"] = self._reshard != best.reshard
+        differs["parallel.reshard_after_forward"] = (
+            self._reshard_after_forward != best.reshard_after_forward
+        )
         for name, different in differs.items():
             others = self._planned(self.fitting[different[self.fitting]], _SIMULATED_AT_LEAST)
             if others:
                 yield name, min(others, key=lambda plan: plan.days)
 
     def _planned(self, numbers: Iterable[int], most: int) -> list[LayoutPlan]:
-        """The first of these that share the model in so many different ways, planned in full."""
+        """The first of these layouts that have `most` different splits, planned in full."""
         near: dict[Split, int] = {}
         for number in numbers:
             near.setdefault(self._bases[self._base_of[number]].split, number)
@@ -161,9 +164,12 @@ class _Search:
         return self.plan(self._layout(int(self._peaks.argmin())))
 
     def _layout(self, number: int) -> Layout:
-        base = self._bases[self._base_of[number]]
-        dealt = int(self._replicate[number]), bool(self._reshard[number])
-        return Layout(base.split, base.micro_tokens, base.recompute, *dealt)
+        base: Layout = self._bases[self._base_of[number]]
+        return replace(
+            base,
+            replicate=int(self._replicate[number]),
+            reshard_after_forward=bool(self._reshard_after_forward[number]),
+        )
 
     def plan(self, layout: Layout) -> LayoutPlan:
         """All about one layout."""
@@ -186,7 +192,7 @@ class _Search:
                     if split.schedule != "zero_bubble" or recompute == "none":
                         yield Layout(split, micro_tokens, recompute)
 
-    def _of_stage(self, index: int, dealings: Dealings) -> tuple[Floats, Floats]:
+    def _of_stage(self, index: int, choices: DataParallelChoices) -> tuple[Floats, Floats]:
         """Seconds of a step, and bytes of the fullest rank, under each layout."""
         job, span = self.job, self.job.spans[index]
         # Limits of a micro-batch that give the same rows are one case.
@@ -197,7 +203,7 @@ class _Search:
         cases_of = []
         for base in self._bases:
             batch, cases_of_base = job.batch(base, span), []
-            for layout in (base, replace(base, reshard=True)):
+            for layout in (base, replace(base, reshard_after_forward=True)):
                 key = (base.split, base.recompute, batch, job.records(layout))
                 if key not in numbers:
                     numbers[key] = len(terms)
@@ -206,17 +212,17 @@ class _Search:
                     needs += (rank_needs(job, base, span) * _MOST_RANKS)[:_MOST_RANKS]
                 cases_of_base.append(numbers[key])
             cases_of.append(cases_of_base)
-        cases = np.array(cases_of)[self._base_of, self._reshard.astype(np.int64)]
+        cases = np.array(cases_of)[self._base_of, self._reshard_after_forward.astype(np.int64)]
         ranks = _MOST_RANKS * cases + np.arange(_MOST_RANKS)[:, None]
-        seconds = total_seconds(StepTerms(**columns(terms, cases)), dealings)
-        peaks = Moments(job, RankNeeds(**columns(needs, ranks)), dealings).peaks()
+        seconds = total_seconds(StepTerms(**columns(terms, cases)), choices)
+        peaks = Moments(job, RankNeeds(**columns(needs, ranks)), choices).peaks()
         return seconds, peaks
 
     def _stage_plan(self, layout: Layout, index: int) -> StagePlan:
         job, span = self.job, self.job.spans[index]
         model = StepModel(job, layout, span)
         bubble, is_simulated = self._bubble(layout, index, model)
-        step = model.step(Dealings.one(job, layout), bubble)
+        step = model.step(DataParallelChoices.one(job, layout), bubble)
         flops = span.global_size * row_flops(
             job.config.model, job.vocab_size, span.seq_length, span.masked_slots
         )

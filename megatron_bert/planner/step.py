@@ -22,7 +22,7 @@ from megatron_bert.planner.compute import (
     head_passes,
     weight_product_seconds,
 )
-from megatron_bert.planner.dealings import Dealings
+from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Job, Work
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
@@ -66,7 +66,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StepTerms(Generic[Number]):
-    """What `total_seconds` makes a step's time of, under any dealing.
+    """Terms of a step's time that hold under all `DataParallelChoices`, for `total_seconds`.
 
     Attributes:
         busy: seconds of the busiest rank, with the bubble by the formula.
@@ -74,7 +74,7 @@ class StepTerms(Generic[Number]):
         backward: of a block.
         repeated: micro-batches after the first.
         layers: blocks that a pipeline rank holds.
-        ranks: pipeline ranks that hold as many.
+        ranks: pipeline ranks that hold this number of blocks.
         other_layers: blocks of the other ranks; of three numbers of blocks the two that are met
             first count.
         other_ranks: how many these are, maybe none.
@@ -95,8 +95,8 @@ class StepModel:
 
     Args:
         job: the run and its ranks.
-        layout: its `replicate` counts for nothing, and its `reshard` as far as it says whether
-            passes are recorded.
+        layout: its `replicate` counts for nothing, and its `reshard_after_forward`
+            only as far as it decides whether passes are recorded.
         span: the stage.
     """
 
@@ -117,15 +117,15 @@ class StepModel:
         self._busiest = max(totals, key=lambda seconds: seconds.total)
         self.busy = self._busiest.total * self.batch.num_micro_batches
 
-    def step(self, dealings: Dealings, bubble: float) -> Step:
+    def step(self, choices: DataParallelChoices, bubble: float) -> Step:
         """A step.
 
         Args:
-            dealings: a single one.
+            choices: one alone, of the layout.
             bubble: what `estimated_bubble` or `simulated_bubble` says.
         """
         terms = StepTerms(**columns([self.terms], np.array([0])))
-        gather, reduce = data_messages(terms, dealings)
+        gather, reduce = data_messages(terms, choices)
         total = self._busiest * self.batch.num_micro_batches
         return Step(
             gemm=total.gemm,
@@ -136,12 +136,12 @@ class StepModel:
             bubble=bubble,
             gather=gather.item(),
             reduce=reduce.item(),
-            optimizer=dealings.update.item(),
+            optimizer=choices.update.item(),
         )
 
     @cached_property
     def estimated_bubble(self) -> float:
-        """By the formula: what a pipeline takes to fill and to empty."""
+        """Seconds that a pipeline takes to fill and to empty, by the formula."""
         split = self._layout.split
         if split.pipeline == 1:
             return 0.0
@@ -187,7 +187,7 @@ class StepModel:
         return simulate(schedule, self.stage_times(), self.message).duration
 
     def stage_times(self) -> list[StageTime]:
-        """What each stage takes for a micro-batch."""
+        """Seconds of each stage for a micro-batch."""
         blocks = layers_of_stages(self._job, self._layout.split.num_stages)
         times = []
         for stage, layers in enumerate(blocks):
@@ -219,7 +219,7 @@ class StepModel:
 
     @cached_property
     def terms(self) -> StepTerms[float]:
-        """What a step's time is made of, however weights are dealt out."""
+        """Terms of a step's time that hold under every data-parallel choice."""
         block = self._block
         counts = list(Counter(part.layers for part in self._parts).items())
         (layers, ranks), (other_layers, other_ranks) = (*counts, (counts[0][0], 0))[:2]
@@ -235,19 +235,19 @@ class StepModel:
         )
 
 
-def total_seconds(terms: StepTerms[Floats], dealings: Dealings) -> Floats:
-    """A step's seconds under each dealing, with the bubble by the formula.
+def total_seconds(terms: StepTerms[Floats], choices: DataParallelChoices) -> Floats:
+    """A step's seconds under each data-parallel choice, with the bubble by the formula.
 
     Args:
-        terms: of each dealing.
-        dealings: as many.
+        terms: of the layout of each choice.
+        choices: copies and shards of each layout's weights.
     """
-    gather, reduce = data_messages(terms, dealings)
-    total: Floats = terms.busy + gather + reduce + dealings.update
+    gather, reduce = data_messages(terms, choices)
+    total: Floats = terms.busy + gather + reduce + choices.update
     return total
 
 
-def data_messages(terms: StepTerms[Floats], dealings: Dealings) -> tuple[Floats, Floats]:
+def data_messages(terms: StepTerms[Floats], choices: DataParallelChoices) -> tuple[Floats, Floats]:
     """Gathering of weights and reduction of gradients, as far as computation does not hide it.
 
     Each block's gathering runs beside the block before it, each reduction beside the blocks
@@ -256,23 +256,23 @@ def data_messages(terms: StepTerms[Floats], dealings: Dealings) -> tuple[Floats,
     end side by side.
 
     Args:
-        terms: of each dealing, or of all.
-        dealings: each of them.
+        terms: of the layout of each choice, or one for all.
+        choices: copies and shards of each layout's weights.
     """
     forward, backward = terms.forward, terms.backward
-    again = dealings.gather * dealings.reshard
-    gather, reduce = dealings.root_gather, np.zeros_like(again)
+    again = choices.gather * choices.reshard_after_forward
+    gather, reduce = choices.root_gather, np.zeros_like(again)
     counts = ((terms.layers, terms.ranks), (terms.other_layers, terms.other_ranks))
     for layers, ranks in counts:
-        gather = gather + ranks * _not_hidden(layers, dealings.gather, forward)
-        reduce = np.maximum(reduce, _not_hidden(layers, dealings.reduce + again, backward))
+        gather = gather + ranks * _not_hidden(layers, choices.gather, forward)
+        reduce = np.maximum(reduce, _not_hidden(layers, choices.reduce + again, backward))
         gather = gather + terms.repeated * _not_hidden(layers, again, forward)
         gather = gather + terms.repeated * _not_hidden(layers, again, backward)
-    return gather, reduce + dealings.root_reduce
+    return gather, reduce + choices.root_reduce
 
 
 def _not_hidden(layers: Floats, message: Floats, beside: Floats) -> Floats:
-    """What the messages of so many blocks add to their computation, one beside the next."""
+    """Seconds that blocks' messages add to computation, each message beside the next block."""
     total: Floats = np.maximum(layers * message + beside, message + layers * beside)
     return total - layers * beside
 

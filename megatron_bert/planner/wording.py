@@ -31,7 +31,7 @@ def describe_layout(layout: Layout) -> str:
     copies = f" ({layout.replicate} copies)" if layout.replicate > 1 else ""
     words.append(f"data {split.data}{copies}")
     words.append(f"micro-batches of {layout.micro_tokens:,} slots")
-    if layout.reshard:
+    if layout.reshard_after_forward:
         words.append("reshard")
     if layout.recompute != "none":
         words.append(f"recompute {layout.recompute}")

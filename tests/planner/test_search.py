@@ -134,7 +134,7 @@ def test_where_the_host_limits_the_simplest_layout_is_the_best(ranks: int) -> No
     best = make_plan(tiny, VOCABULARY, find_machine("h100-80gb"), ranks).best[0].layout
     assert (best.split.tensor, best.split.pipeline, best.recompute) == (1, 1, "none")
     assert not best.split.sequence
-    assert not best.reshard
+    assert not best.reshard_after_forward
 
 
 def test_recorded_passes_are_offered_the_layouts_in_which_they_can_be_recorded() -> None:
@@ -142,7 +142,7 @@ def test_recorded_passes_are_offered_the_layouts_in_which_they_can_be_recorded()
     plan = make_plan(recorded, VOCABULARY, find_machine("h100-80gb"), 8)
     layouts = [entry.layout for entry in plan.best]
     assert {(layout.split.tensor, layout.split.pipeline) for layout in layouts} == {(1, 1)}
-    assert not any(layout.reshard for layout in layouts)
+    assert not any(layout.reshard_after_forward for layout in layouts)
 
 
 def test_where_passes_may_be_recorded_each_layout_is_counted_as_it_trains() -> None:
@@ -176,7 +176,7 @@ def test_where_passes_may_be_recorded_each_layout_is_counted_as_it_trains() -> N
     name = "parallel.reshard_after_forward"
     assert name not in freed["true"]
     assert freed["auto"][name] == freed["false"][name]
-    assert freed["auto"][name].layout.reshard
+    assert freed["auto"][name].layout.reshard_after_forward
 
 
 def test_recorded_passes_keep_sums_of_gradients_and_the_memory_of_a_pass() -> None:
@@ -187,7 +187,7 @@ def test_recorded_passes_keep_sums_of_gradients_and_the_memory_of_a_pass() -> No
         for of in (job(8), job(8, "compile.cuda_graphs=false"))
     )
     assert kept > usual
-    freed = replace(layout, reshard=True)
+    freed = replace(layout, reshard_after_forward=True)
     same, usual = (
         memory(of, freed, of.spans[-1]) for of in (job(8), job(8, "compile.cuda_graphs=false"))
     )

@@ -9,7 +9,7 @@ import pytest
 from megatron_bert.parallel.actions import StageTime
 from megatron_bert.parallel.schedule import ScheduleName, make_schedule, simulate
 from megatron_bert.planner.compute import head_passes, weight_product_seconds
-from megatron_bert.planner.dealings import Dealings
+from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Work
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.machines import find_machine
@@ -29,7 +29,7 @@ def _step_on_one_gpu(
     )
     layout = single(rows * seq_length)
     model = StepModel(planned, layout, planned.spans[0])
-    step = model.step(Dealings.one(planned, layout), model.simulated_bubble())
+    step = model.step(DataParallelChoices.one(planned, layout), model.simulated_bubble())
     return step, planned.spans[0].slots_per_step / step.total
 
 
@@ -161,8 +161,10 @@ def test_passes_wait_for_the_host_where_they_cannot_be_recorded() -> None:
     planned = job(2)
     split = Split(1, False, 1, "1f1b", 1, 2)
     kept, freed = (
-        StepModel(planned, Layout(split, 4096, "none", reshard=reshard), planned.spans[0]).busy
-        for reshard in (False, True)
+        StepModel(
+            planned, Layout(split, 4096, "none", reshard_after_forward=frees), planned.spans[0]
+        ).busy
+        for frees in (False, True)
     )
     assert freed > 2 * kept
 
@@ -249,7 +251,10 @@ def test_a_group_that_straddles_nodes_is_none_inside_a_node() -> None:
 def test_muon_takes_its_products_and_messages_beside() -> None:
     planned, by_muon = (job(32, f"optimizer.name={name}") for name in ("adamw", "muon"))
     layout = Layout(Split(1, False, 1, "1f1b", 1, 32), 16384, "none")
-    beside = Dealings.one(by_muon, layout).update - Dealings.one(planned, layout).update
+    beside = (
+        DataParallelChoices.one(by_muon, layout).update
+        - DataParallelChoices.one(planned, layout).update
+    )
     hidden, ffn = 1536, 4096
     flops = 5 * (2 * 6 * hidden**3 + 3 * (4 * hidden**2 * ffn + 2 * hidden**3))
     products = 48 * flops / 32 / (0.76 * 989e12)
@@ -265,9 +270,9 @@ def test_messages_that_computation_hides_cost_nothing_but_their_ends() -> None:
     span = planned.spans[2]
     layout = Layout(Split(1, False, 1, "1f1b", 1, 8), 16384, "none")
     model = StepModel(planned, layout, span)
-    dealings = Dealings.one(planned, layout)
-    step = model.step(dealings, 0.0)
-    whole = 48 * dealings.reduce.item()
+    choices = DataParallelChoices.one(planned, layout)
+    step = model.step(choices, 0.0)
+    whole = 48 * choices.reduce.item()
     assert step.reduce < 0.2 * whole
 
 
@@ -277,5 +282,7 @@ def test_reduction_in_half_the_bytes_takes_half_the_time() -> None:
     precision = planned.config.precision.model_copy(update={"reduce": "bf16"})
     config = planned.config.model_copy(update={"precision": precision})
     half = replace(planned, config=config)
-    full_reduce = Dealings.one(planned, layout).root_reduce.item()
-    assert Dealings.one(half, layout).root_reduce.item() == pytest.approx(full_reduce / 2, rel=0.1)
+    full_reduce = DataParallelChoices.one(planned, layout).root_reduce.item()
+    assert DataParallelChoices.one(half, layout).root_reduce.item() == pytest.approx(
+        full_reduce / 2, rel=0.1
+    )

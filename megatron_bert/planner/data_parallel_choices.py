@@ -1,4 +1,4 @@
-"""The ways to deal weights out over the ranks that share rows, and the messages of each."""
+"""Every `replicate` and `reshard_after_forward` of a split, and the seconds that each one takes."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from megatron_bert.planner.rank_parts import rank_parts
 
 
 @dataclass(frozen=True)
-class Dealings:
-    """Several of them side by side: each attribute is an array with an element a dealing.
+class DataParallelChoices:
+    """Ways to keep weights on data-parallel ranks: an array for each attribute, an element a way.
 
     Attributes:
         replicate: copies of the weights.
         shards: ranks that share a copy out.
-        reshard: whether weights are gathered for every pass.
+        reshard_after_forward: whether weights are gathered for every pass.
         recorded: whether passes are recorded.
         gather: seconds to gather a block's weights.
-        reduce: to reduce a block's gradients, over shards and copies.
-        root_gather: to gather what stands outside the blocks, over all pipeline ranks.
-        root_reduce: the same of the gradients, of the rank with the most; and of gradients that
-            several ranks hold parts of.
-        update: AdamW or Muon, the norm, copies into and out of messages, and what a step takes
-            beside.
+        reduce: seconds to reduce a block's gradients, over shards and copies.
+        root_gather: seconds to gather the weights outside the blocks, summed over pipeline ranks.
+        root_reduce: seconds to reduce the gradients outside the blocks on the rank with the most
+            of them, and gradients of which several ranks hold parts.
+        update: seconds of AdamW or Muon, of the gradients' norm, of copies into and out of
+            messages, and of the constant rest of a step.
     """
 
     replicate: NDArray[np.int64]
     shards: NDArray[np.int64]
-    reshard: NDArray[np.bool_]
+    reshard_after_forward: NDArray[np.bool_]
     recorded: NDArray[np.bool_]
     gather: Floats
     reduce: Floats
@@ -47,35 +47,35 @@ class Dealings:
     update: Floats
 
     @classmethod
-    def all(cls, job: Job, base: Layout) -> Dealings:
-        """Every number of copies, with and without weights freed."""
+    def all(cls, job: Job, base: Layout) -> DataParallelChoices:
+        """Every number of copies, with and without weights freed after forward."""
         split = base.split
         # How many stages a rank holds changes its blocks by one at the most, and no message.
-        key = ("dealings", split.tensor, split.sequence, split.pipeline)
+        key = ("data parallel", split.tensor, split.sequence, split.pipeline)
 
-        def make() -> Dealings:
-            # Training refuses it beside recorded passes that are asked for.
-            frees = (False,) if job.config.compile.cuda_graphs is True else (False, True)
+        def make() -> DataParallelChoices:
+            # Training does not free weights beside recorded passes that are asked for.
+            ways = (False,) if job.config.compile.cuda_graphs is True else (False, True)
             return cls._of(
                 job,
                 [
-                    replace(base, replicate=replicate, reshard=reshard)
+                    replace(base, replicate=replicate, reshard_after_forward=frees)
                     for replicate in divisors(split.data)
-                    for reshard in (frees if split.data > replicate else (False,))
+                    for frees in (ways if split.data > replicate else (False,))
                 ],
             )
 
-        found: Dealings = job.once(key, make)
+        found: DataParallelChoices = job.once(key, make)
         return found
 
     @classmethod
-    def one(cls, job: Job, layout: Layout) -> Dealings:
-        """A layout's own."""
+    def one(cls, job: Job, layout: Layout) -> DataParallelChoices:
+        """The one choice of a layout."""
         return cls._of(job, [layout])
 
     @classmethod
-    def joined(cls, several: Sequence[Dealings]) -> Dealings:
-        """All of several, one after the other."""
+    def joined(cls, several: Sequence[DataParallelChoices]) -> DataParallelChoices:
+        """The choices of several, one after the other."""
         return cls(
             **{
                 field.name: np.concatenate([getattr(one, field.name) for one in several])
@@ -84,13 +84,13 @@ class Dealings:
         )
 
     @classmethod
-    def _of(cls, job: Job, layouts: Sequence[Layout]) -> Dealings:
+    def _of(cls, job: Job, layouts: Sequence[Layout]) -> DataParallelChoices:
         seconds = [_seconds(job, layout) for layout in layouts]
         replicate = np.array([layout.replicate for layout in layouts])
         return cls(
             replicate=replicate,
             shards=layouts[0].split.data // replicate,
-            reshard=np.array([layout.reshard for layout in layouts]),
+            reshard_after_forward=np.array([layout.reshard_after_forward for layout in layouts]),
             recorded=np.array([job.records(layout) for layout in layouts]),
             **{
                 name: np.array([of_one[name] for of_one in seconds], np.float64)
@@ -100,7 +100,7 @@ class Dealings:
 
 
 def _seconds(job: Job, layout: Layout) -> dict[str, float]:
-    """Those of a dealing, by the names of the attributes."""
+    """Seconds under one layout, by the names of the attributes of `DataParallelChoices`."""
     split, machine = layout.split, job.machine
     shards = split.data // layout.replicate
     group = Group(shards, split.tensor)
