@@ -46,6 +46,22 @@ def fixed_eval_length(config: Config) -> int:
     return min(LONGEST_DEFAULT_EVAL, max(stage.seq_length for stage in config.curriculum))
 
 
+def computed_lengths(config: Config) -> dict[str, int]:
+    """Every length that is trained or evaluated, in slots, by its key.
+
+    A length of evaluation that is not given and that a stage has anyway is that stage's.
+    """
+    lengths = {
+        f"curriculum.{index}.seq_length": stage.seq_length
+        for index, stage in enumerate(config.curriculum)
+    }
+    if config.data.valid or config.data.held_out_fraction:
+        fixed = fixed_eval_length(config)
+        if config.eval.fixed_seq_length is not None or fixed not in lengths.values():
+            lengths["eval.fixed_seq_length"] = fixed
+    return lengths
+
+
 def resolve_vocab_size(model: ModelConfig, tokenizer_pieces: int, tensor_parallel: int) -> int:
     """Rows of the embedding table.
 

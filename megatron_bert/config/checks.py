@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_bert.config.arithmetic import warmup_steps
+from megatron_bert.config.arithmetic import computed_lengths, warmup_steps
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.diagnostics import format_value, raise_problems
 from megatron_bert.config.kernels import fp8_problems, kernel_conflicts, kernel_problems
@@ -121,13 +121,7 @@ def _model_problems(config: Config) -> Iterator[str]:
 
 def _length_problems(config: Config) -> Iterator[str]:
     longest = config.model.max_position_embeddings
-    lengths = {
-        f"curriculum.{index}.seq_length": stage.seq_length
-        for index, stage in enumerate(config.curriculum)
-    }
-    if config.eval.fixed_seq_length is not None:
-        lengths["eval.fixed_seq_length"] = config.eval.fixed_seq_length
-    for key, length in lengths.items():
+    for key, length in computed_lengths(config).items():
         if length > longest:
             yield (
                 f"{key} = {length}: longer than model.max_position_embeddings = {longest}; "

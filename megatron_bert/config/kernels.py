@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from megatron_bert.config.arithmetic import fixed_eval_length
+from megatron_bert.config.arithmetic import computed_lengths
 from megatron_bert.config.schema import Config
 
 KernelsName: TypeAlias = Literal["torch", "fused", "te", "apex"]
@@ -229,6 +229,22 @@ def fp8_changes(old: Mapping[str, Any], config: Config, device: ComputeDevice) -
         )
 
 
+def _fp8_sizes(config: Config) -> dict[str, tuple[int, int]]:
+    """Widths of the matrices whose products are in FP8, and over how many ranks each is dealt.
+
+    `kernels: auto` counts as what it is on a GPU: PyTorch's products on a CPU take any sizes.
+    """
+    model, tensor = config.model, config.parallel.tensor
+    sizes = {
+        "model.hidden_size": (model.hidden_size, tensor),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, tensor),
+    }
+    # Fused blocks leave the products around attention in BF16.
+    if chosen_kernels(config, ComputeDevice("cuda")) != "fused":
+        sizes["model.num_query_groups x head size"] = (model.kv_size, model.kv_ranks(tensor))
+    return sizes
+
+
 def fp8_problems(config: Config) -> Iterator[str]:
     """What speaks against `precision.fp8`."""
     if config.precision.fp8 == "none":
@@ -245,21 +261,14 @@ def fp8_problems(config: Config) -> Iterator[str]:
             f"{key}: the rest is then in BF16 and precision.compute = {config.precision.compute}; "
             "use precision.compute=bf16, or precision.fp8=none"
         )
-    model, tensor = config.model, config.parallel.tensor
-    sizes = {
-        "model.hidden_size": (model.hidden_size, tensor),
-        "model.ffn_hidden_size": (model.ffn_hidden_size, tensor),
-        "model.num_query_groups x head size": (model.kv_size, model.kv_ranks(tensor)),
-    }
-    for name, (size, parts) in sizes.items():
+    for name, (size, parts) in _fp8_sizes(config).items():
         if size % (parts * _FP8_MULTIPLE):
             over = f" over parallel.tensor = {parts} ranks" if parts > 1 else ""
             yield (
                 f"{key}: {name} = {size}{over} gives products whose sides are no multiple of "
                 f"{_FP8_MULTIPLE}; use a multiple of {parts * _FP8_MULTIPLE}, or precision.fp8=none"
             )
-    lengths = {f"curriculum.{n}.seq_length": s.seq_length for n, s in enumerate(config.curriculum)}
-    for name, length in {**lengths, "eval.fixed_seq_length": fixed_eval_length(config)}.items():
+    for name, length in computed_lengths(config).items():
         if length % _FP8_MULTIPLE:
             yield (
                 f"{key}: {name} = {length} is no multiple of {_FP8_MULTIPLE}; use "

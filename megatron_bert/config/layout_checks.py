@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from megatron_bert.config.arithmetic import fixed_eval_length
+from megatron_bert.config.arithmetic import computed_lengths
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.kernels import fp8_problems, kernel_conflicts
 from megatron_bert.config.pipeline_stages import num_stages, virtual_stages
@@ -158,25 +158,13 @@ def _sequence_parallel_problems(config: Config) -> Iterator[str]:
     tensor = config.parallel.tensor
     if not config.parallel.sequence:
         return
-    for key, length in _computed_lengths(config).items():
+    for key, length in computed_lengths(config).items():
         if length % tensor:
             yield (
                 f"{key} = {length}: not divisible by parallel.tensor = {tensor}, over which "
                 f"parallel.sequence shares the tokens; use {near_multiples(length, tensor)}, or "
                 "parallel.sequence=false"
             )
-
-
-def _computed_lengths(config: Config) -> dict[str, int]:
-    """Every length that is trained or evaluated, by its key."""
-    lengths = {
-        f"curriculum.{index}.seq_length": stage.seq_length
-        for index, stage in enumerate(config.curriculum)
-    }
-    fixed = fixed_eval_length(config)
-    if (config.data.valid or config.data.held_out_fraction) and fixed not in lengths.values():
-        lengths["eval.fixed_seq_length"] = fixed
-    return lengths
 
 
 def _stage_problems(config: Config) -> Iterator[str]:

@@ -33,7 +33,10 @@ from tests.stand_ins import install
             "curriculum.1.seq_length = 256: longer than model.max_position_embeddings = 128; "
             "use at most 128, or model.max_position_embeddings=256",
         ),
-        (["eval.fixed_seq_length=129"], "eval.fixed_seq_length = 129: longer than"),
+        (
+            ["eval.fixed_seq_length=129", "data.held_out_fraction=0.1"],
+            "eval.fixed_seq_length = 129: longer than",
+        ),
         (["mlm.random_ratio=0.5"], "mlm.random_ratio = 0.5: together with mlm.mask_ratio = 0.8"),
         (["optimizer.min_lr=1"], "optimizer.min_lr = 1: larger than optimizer.lr = 0.00015"),
         (["schedule.warmup_steps=351"], "longer than the run of 350 steps; use at most 350"),
@@ -329,6 +332,10 @@ def test_transformer_engine_takes_no_fp32(build: Build, monkeypatch: pytest.Monk
         (["model.ffn_hidden_size=136"], "model.ffn_hidden_size = 136 gives products whose sides"),
         (["curriculum.0.seq_length=24"], "curriculum.0.seq_length = 24 is no multiple of 16; use"),
         (
+            ["eval.fixed_seq_length=100", "data.held_out_fraction=0.1"],
+            "eval.fixed_seq_length = 100 is no multiple of 16; use 112",
+        ),
+        (
             ["parallel.tensor=2"],
             "model.num_query_groups x head size = 32 over parallel.tensor = 2 ranks",
         ),
@@ -347,6 +354,34 @@ def test_fp8_products_are_refused_where_they_cannot_be(
     refused = refusal(build, *fp8, *overrides, world_size=2)
     assert message in refused
     assert "precision.fp8 = current: " in refused
+
+
+def test_fp8_asks_nothing_of_a_length_of_evaluation_where_nothing_is_held_out(
+    build: Build,
+) -> None:
+    check_config(build("precision.fp8=current", "eval.fixed_seq_length=100"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "in_fp8"),
+    [
+        ((), False),
+        (("kernels=fused",), False),
+        (("kernels=torch",), True),
+        (("compile.enabled=true",), True),
+        (("run.device=cpu",), True),
+    ],
+)
+def test_fp8_asks_for_a_width_of_keys_and_values_where_their_products_are_in_it(
+    build: Build, keys: tuple[str, ...], in_fp8: bool
+) -> None:
+    # One group of 64 / 8 channels.
+    narrow = ("model.num_attention_heads=8", "model.num_query_groups=1", "precision.fp8=current")
+    message = "model.num_query_groups x head size = 8 gives products whose sides"
+    if in_fp8:
+        assert message in refusal(build, *narrow, *keys)
+    else:
+        build(*narrow, *keys)
 
 
 def test_the_vocabulary_follows_the_tokenizer_padded_to_a_multiple_of_128(build: Build) -> None:

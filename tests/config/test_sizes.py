@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_bert.config import schema
 from megatron_bert.config.arithmetic import (
     LARGEST_OVERRUN,
+    computed_lengths,
     fixed_eval_length,
     masked_slots,
     warmup_steps,
@@ -95,6 +96,18 @@ def test_the_fixed_evaluation_length_is_at_most_512_unless_it_is_set(
     assert fixed_eval_length(retrievabert) == 512
     assert fixed_eval_length(build()) == 128
     assert fixed_eval_length(build("eval.fixed_seq_length=64")) == 64
+
+
+def test_a_length_of_evaluation_is_computed_where_text_is_held_out(build: Build) -> None:
+    stages = {f"curriculum.{index}.seq_length": 32 * 2**index for index in range(3)}
+    given, valid, part = (
+        "eval.fixed_seq_length=48", "data.valid=[{prefix: v}]", "data.held_out_fraction=0.1"
+    )  # fmt: skip
+    assert computed_lengths(build(given)) == stages
+    assert computed_lengths(build(valid)) == stages
+    for held_out in (valid, part):
+        lengths = computed_lengths(build(given, held_out))
+        assert lengths == {**stages, "eval.fixed_seq_length": 48}
 
 
 def test_micro_batches_hold_micro_tokens_but_at_least_one_row() -> None:
