@@ -24,6 +24,10 @@ class Change(enum.Enum):
     NEVER = "never"
     CURRICULUM = "see above"
 
+    def is_refused(self, new_run: bool) -> bool:
+        """Whether a change is refused for its class alone; `new_run`: the job branches off."""
+        return self is Change.NEVER or (self is Change.NEW_RUN and not new_run)
+
 
 # A whole section's class, or that of single keys in it.
 _CLASSES: Mapping[str, Change | Mapping[str, Change]] = MappingProxyType(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.config.change_table import ABSENT, Change, Refusal, change_of
+from megatron_bert.config.change_table import ABSENT, Refusal, change_of
 from megatron_bert.config.diagnostics import raise_problems
 from megatron_bert.config.keys import all_keys, dotted, pattern
 from megatron_bert.config.leaves import leaves
@@ -56,7 +56,7 @@ def check_resume(
                 "convert it again for this one: tools/convert_checkpoint.py from-hf --tokenizer "
                 f"{after}"
             )
-        elif change is Change.NEVER or (change is Change.NEW_RUN and not new_run):
+        elif change.is_refused(new_run):
             problems.append(Refusal(dotted(path), before, after, change))
     problems += curriculum_problems(old, tree, consumed_steps, new_run)
     lines = [what if isinstance(what, str) else what.told(checkpoint) for what in problems]

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bert.config.change_table import ABSENT, Change, Refusal
+from megatron_bert.config.change_table import ABSENT, Change, Refusal, change_of
+from megatron_bert.config.keys import INDEX, all_keys
 
 Tree = Mapping[str, Any]
+
+_STAGE = f"curriculum.{INDEX}."
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,7 @@ def curriculum_problems(
         key = f"curriculum.{index}"
         if index < len(after):
             yield from _length_problems(key, before[index], after[index], place)
-            if not new_run:
-                yield from _learning_problems(old, new, index)
+            yield from _learning_problems(old, new, index, new_run)
         elif place.forbidden:
             yield Refusal(key, _shown(before[index]), ABSENT, place.forbidden)
     if not new_run:
@@ -107,16 +109,17 @@ def _length_problems(
         yield Refusal(f"{key}.steps", steps, new_steps, Change.NEW_RUN)
 
 
-def _learning_problems(old: Tree, new: Tree, index: int) -> Iterator[Refusal]:
-    """Compare what a stage sets itself of masking and learning rate."""
-    key = f"curriculum.{index}"
-    before, after = (_setting(tree, index, "mlm", "probability") for tree in (old, new))
-    # Where neither stage has its own, the run's is compared under its own name.
-    if before.value != after.value and (before.own or after.own):
-        yield Refusal(f"{key}.mlm.probability", before.value, after.value, Change.NEW_RUN)
-    first, second = (tree["curriculum"][index].get("lr_factor", 1.0) for tree in (old, new))
-    if first != second:
-        yield Refusal(f"{key}.lr_factor", first, second, Change.NEW_RUN)
+def _learning_problems(old: Tree, new: Tree, index: int, new_run: bool) -> Iterator[Refusal]:
+    """Compare what a stage sets itself of how it learns: keys whose class is in the table."""
+    for name, key in all_keys().items():
+        if not (key.is_leaf and name.startswith(_STAGE)):
+            continue
+        change, of_stage = change_of(name), name.removeprefix(_STAGE)
+        before, after = (_setting(tree, index, of_stage) for tree in (old, new))
+        # Where neither stage has its own, the run's is compared under its own name.
+        differ = before.value != after.value and (before.own or after.own)
+        if differ and change.is_refused(new_run):
+            yield Refusal(f"curriculum.{index}.{of_stage}", before.value, after.value, change)
 
 
 def _batch_size_problems(
@@ -126,7 +129,7 @@ def _batch_size_problems(
     problems: dict[str, Refusal] = {}
     first, second = (tree["batch"]["global_size"] for tree in (old, new))
     for index, place in enumerate(places[: len(new["curriculum"])]):
-        before, after = (_setting(tree, index, "batch", "global_size") for tree in (old, new))
+        before, after = (_setting(tree, index, "batch.global_size") for tree in (old, new))
         if before.value == after.value or not place.forbidden:
             continue
         stage_key = f"curriculum.{index}." if before.own or after.own else ""
@@ -142,16 +145,27 @@ def _batch_size_problems(
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value that holds in a stage, and whether it is the stage's own or the run's."""
+    """A value that holds in a stage, and whether it is the stage's own or a default."""
 
     value: Any
     own: bool
 
 
-def _setting(tree: Tree, index: int, section: str, key: str) -> _Setting:
-    # Configurations older than the key have no such section in their stages.
-    own = tree["curriculum"][index].get(section, {}).get(key)
-    return _Setting(tree[section][key] if own is None else own, own is not None)
+def _setting(tree: Tree, index: int, name: str) -> _Setting:
+    """The value of a stage's key; `name` is dotted, without what leads to the stage."""
+    own = _value(tree["curriculum"][index], name)
+    if own is not None:
+        return _Setting(own, own=True)
+    default = all_keys()[f"{_STAGE}{name}"].default
+    return _Setting(_value(tree, name) if default is None else default, own=False)
+
+
+def _value(tree: Tree, name: str) -> Any:
+    """A key's value; None where it is not given, as in a configuration older than the key."""
+    value: Any = tree
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _shown(stage: Tree) -> dict[str, int]:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.change_table import Change, change_of
+from megatron_bert.config import change_table, stage_changes
+from megatron_bert.config.change_table import Change, Refusal, change_of
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.identity import changed_keys, check_resume
 from megatron_bert.config.keys import all_keys
 from megatron_bert.config.load import config_dict
+from megatron_bert.config.stage_changes import curriculum_problems
 from tests.config.conftest import Build
 
 # The small run has stages of 100, 200 and 50 steps: this lies in the second one.
@@ -141,6 +144,51 @@ def test_other_keys_change_only_in_a_new_run(build: Build, override: str) -> Non
     message = refusal(build, override)
     assert "may change only in a new run: set checkpoint.resume=runs/a/step" in message
     resume(build, override, new_run=True)
+
+
+def keys_of_stages() -> list[str]:
+    """Those whose class the table has, without what leads to the stage."""
+    names = (name for name, key in all_keys().items() if key.is_leaf)
+    return [
+        name.removeprefix("curriculum.N.")
+        for name in names
+        if name.startswith("curriculum.N.") and change_of(name) is not Change.CURRICULUM
+    ]
+
+
+def check_key_of_a_stage(build: Build, name: str) -> None:
+    old, new = config_dict(build()), config_dict(build())
+    *sections, last = name.split(".")
+    place = new["curriculum"][2]
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[last] = 0.5
+    change = change_of(f"curriculum.N.{name}")
+    refused = curriculum_problems(old, new, IN_THE_SECOND_STAGE, new_run=False)
+    of_table = [] if change is Change.FREE else [(f"curriculum.2.{name}", 0.5, change)]
+    assert [(one.key, one.after, one.change) for one in refused if isinstance(one, Refusal)] == (
+        of_table
+    )
+    refused = curriculum_problems(old, new, IN_THE_SECOND_STAGE, new_run=True)
+    assert bool(list(refused)) == (change is Change.NEVER)
+
+
+@pytest.mark.parametrize("name", keys_of_stages())
+def test_a_key_of_a_stage_changes_when_the_table_says(build: Build, name: str) -> None:
+    check_key_of_a_stage(build, name)
+
+
+@pytest.mark.parametrize("change", [Change.FREE, Change.NEW_RUN, Change.NEVER])
+def test_a_key_that_is_new_to_stages_changes_when_the_table_says(
+    build: Build, monkeypatch: pytest.MonkeyPatch, change: Change
+) -> None:
+    name = "curriculum.N.made.up"
+    key = replace(all_keys()["curriculum.N.lr_factor"], name=name, default=0.25)
+    every_key = {**all_keys(), name: key}
+    monkeypatch.setattr(stage_changes, "all_keys", lambda: every_key, raising=False)
+    classes = {**change_table._CLASSES, "curriculum": {"N.made.up": change, "": Change.CURRICULUM}}
+    monkeypatch.setattr(change_table, "_CLASSES", classes)
+    check_key_of_a_stage(build, "made.up")
 
 
 @pytest.mark.parametrize(
