@@ -50,7 +50,7 @@ def value_problems(config: Config) -> list[str]:
         _corpus_problems,
         _schedule_problems,
         _batch_problems,
-        _zero_bubble_problems,
+        _split_backward_problems,
         profile_problems,
         kernel_conflicts,
         fp8_problems,
@@ -222,21 +222,18 @@ def _batch_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _zero_bubble_problems(config: Config) -> Iterator[str]:
-    """Its backward pass is two: inputs' gradients at once, weights' where the rank would wait."""
-    parallel = config.parallel
-    if parallel.pipeline == 1 or parallel.pipeline_schedule != "zero_bubble":
+def _split_backward_problems(config: Config) -> Iterator[str]:
+    if not config.parallel.schedule.splits_backward:
         return
+    schedule = f"parallel.pipeline_schedule = {config.parallel.pipeline_schedule}"
     other = "or parallel.pipeline_schedule=interleaved"
     if config.compile.enabled:
         yield (
-            "compile.enabled = true: compiled graphs give away buffers that "
-            "parallel.pipeline_schedule = zero_bubble needs again for the weights' gradients; "
-            f"use compile.enabled=false, {other}"
+            f"compile.enabled = true: compiled graphs give away buffers that {schedule} needs "
+            f"again for the weights' gradients; use compile.enabled=false, {other}"
         )
     if config.recompute != "none":
         yield (
-            f"recompute = {config.recompute}: parallel.pipeline_schedule = zero_bubble would "
-            "compute the activations again twice, for the inputs' gradients and for the "
-            f"weights'; use recompute=none, {other}"
+            f"recompute = {config.recompute}: {schedule} would compute the activations again "
+            f"twice, for the inputs' gradients and for the weights'; use recompute=none, {other}"
         )

@@ -138,11 +138,11 @@ def _te_conflicts(config: Config, key: str) -> Iterator[str]:
             f"precision.compute = {config.precision.compute}; use precision.compute=bf16, or "
             "kernels=torch"
         )
-    if _takes_gradients_apart(config):
+    if config.parallel.schedule.splits_backward:
         yield (
             f"{key}: Transformer Engine computes both gradients of a layer at once, and "
-            "parallel.pipeline_schedule = zero_bubble takes them apart; use kernels=torch, or "
-            "parallel.pipeline_schedule=interleaved"
+            f"parallel.pipeline_schedule = {config.parallel.pipeline_schedule} takes them apart; "
+            "use kernels=torch, or parallel.pipeline_schedule=interleaved"
         )
 
 
@@ -188,11 +188,6 @@ def _recording_conflicts(config: Config) -> Iterator[str]:
         )
     if config.kernels in ("te", "apex"):
         yield f"{key}: kernels = {config.kernels} cannot be recorded; use kernels=auto, {other}"
-
-
-def _takes_gradients_apart(config: Config) -> bool:
-    parallel = config.parallel
-    return parallel.pipeline > 1 and parallel.pipeline_schedule == "zero_bubble"
 
 
 def has_nvidias_apex() -> bool:
@@ -250,11 +245,11 @@ def fp8_problems(config: Config) -> Iterator[str]:
     if config.precision.fp8 == "none":
         return
     key = f"precision.fp8 = {config.precision.fp8}"
-    if _takes_gradients_apart(config):
+    if config.parallel.schedule.splits_backward:
         yield (
             f"{key}: it computes both gradients of a layer at once, and "
-            "parallel.pipeline_schedule = zero_bubble takes them apart; use "
-            "parallel.pipeline_schedule=interleaved, or precision.fp8=none"
+            f"parallel.pipeline_schedule = {config.parallel.pipeline_schedule} takes them apart; "
+            "use parallel.pipeline_schedule=interleaved, or precision.fp8=none"
         )
     if config.precision.compute != "bf16":
         yield (

@@ -77,7 +77,7 @@ class BatchLayout:
             data_parallel,
             config.batch.max_micro_rows(seq_length),
             pipeline=config.parallel.pipeline,
-            interleaved=config.parallel.pipeline_schedule != "1f1b",
+            interleaved=config.parallel.schedule.interleaves,
         )
 
     @property

@@ -18,10 +18,7 @@ EMBEDDING_BLOCKS = 0.03
 
 def virtual_stages(config: Config) -> int:
     """Parts of the model that each pipeline rank holds: more than one where they interleave."""
-    parallel = config.parallel
-    if parallel.pipeline == 1 or parallel.pipeline_schedule == "1f1b":
-        return 1
-    return parallel.virtual_stages
+    return config.parallel.virtual_stages if config.parallel.schedule.interleaves else 1
 
 
 def num_stages(config: Config) -> int:

@@ -25,6 +25,12 @@ from pydantic import (
 )
 
 from megatron_bert.config.architectures import ARCHITECTURES, Architecture, ArchitectureName
+from megatron_bert.config.pipeline_schedules import (
+    PLAIN_SCHEDULE,
+    SCHEDULES,
+    PipelineSchedule,
+    ScheduleName,
+)
 from megatron_bert.config.presets import PRESETS, PresetName
 from megatron_bert.config.run_paths import RunPaths
 
@@ -325,7 +331,7 @@ class ParallelConfig(Section):
     """Pipeline ranks: groups of ranks that hold consecutive blocks."""
     sequence: bool = False
     """Share norms, dropout and the residual stream by tokens inside a tensor-parallel group."""
-    pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    pipeline_schedule: ScheduleName = PLAIN_SCHEDULE
     """Order of the micro-batches in the pipeline. `zero_bubble` is interleaved too; it takes
     neither compilation nor recomputation."""
     virtual_stages: int = Field(2, ge=2)
@@ -341,6 +347,11 @@ class ParallelConfig(Section):
     network: Text | None = None
     """`layout: auto`: what connects nodes, an adapter and how many of them a node has, as
     `ndr200x4`. Default: the InfiniBand adapters that a node shows, else one `ndr200` a GPU."""
+
+    @property
+    def schedule(self) -> PipelineSchedule:
+        """What distinguishes the pipeline's schedule; a single rank has the plain one."""
+        return SCHEDULES[PLAIN_SCHEDULE if self.pipeline == 1 else self.pipeline_schedule]
 
 
 class PrecisionConfig(Section):

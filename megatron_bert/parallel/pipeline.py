@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.config.pipeline_schedules import SCHEDULES, ScheduleName
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.actions import Action, Kind
 from megatron_bert.parallel.data_parallel import ShardedModel
@@ -26,7 +27,6 @@ from megatron_bert.parallel.deferred import (
 from megatron_bert.parallel.micro_batches import HeadOutput, MicroBatch
 from megatron_bert.parallel.schedule import (
     Schedule,
-    ScheduleName,
     make_forward_schedule,
     make_schedule,
 )
@@ -63,7 +63,7 @@ class Pipeline:
         # By what they were made for: steps of a stage of the curriculum have one number.
         self._training: dict[int, Schedule] = {}
         self._evaluation: dict[int, Schedule] = {}
-        if schedule == "zero_bubble":
+        if SCHEDULES[schedule].splits_backward:
             for chunk in chunks:
                 defer_weight_gradients(chunk)
 

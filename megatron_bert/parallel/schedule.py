@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from megatron_bert.config.pipeline_schedules import SCHEDULES, ScheduleName
 from megatron_bert.parallel.actions import Action, Kind, StageTime, needs
-
-ScheduleName = Literal["1f1b", "interleaved", "zero_bubble"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,13 @@ def make_schedule(
         name: which schedule.
         num_ranks: p, ranks of the pipeline, at least 2.
         num_micro_batches: m, of the step; a multiple of p where stages interleave.
-        virtual_stages: stages that each rank holds; 1 for `1f1b`.
+        virtual_stages: stages that each rank holds; 1 where they do not interleave.
 
     Raises:
         ValueError: the numbers do not go together.
     """
-    if name == "1f1b" and virtual_stages > 1:
-        raise ValueError(f"1f1b has one stage a rank, not {virtual_stages}")
+    if virtual_stages > 1 and not SCHEDULES[name].interleaves:
+        raise ValueError(f"{name} has one stage a rank, not {virtual_stages}")
     if virtual_stages > 1 and num_micro_batches % num_ranks:
         raise ValueError(
             f"interleaved stages take rounds of {num_ranks} micro-batches, one a rank: "

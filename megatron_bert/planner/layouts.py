@@ -9,8 +9,8 @@ from typing import Any, Literal
 from megatron_bert.config.checks import value_problems
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.layout_checks import legal_layouts
+from megatron_bert.config.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES, ScheduleName
 from megatron_bert.config.schema import BatchConfig, Config
-from megatron_bert.parallel.schedule import ScheduleName
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -43,6 +43,11 @@ class Split:
     def num_stages(self) -> int:
         """Parts that the model is cut into."""
         return self.pipeline * self.virtual
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether weights' gradients are computed apart from inputs'."""
+        return SCHEDULES[self.schedule].splits_backward
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
     """Every legal way to share the model.
 
     The configuration's own layout counts for nothing, but what forbids a layout holds: rows a step,
-    `compile.enabled` under zero bubble, sides of FP8 products.
+    `compile.enabled` under a split backward pass, sides of FP8 products.
     """
     for schedule, virtual in _schedules(config):
         for sequence in (False, True):
@@ -120,7 +125,8 @@ def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
             for layout in legal_layouts(asked, ranks, vocab_size):
                 tensor, pipeline = layout.tensor, layout.pipeline
                 # One rank has no pipeline and no shared tokens, whatever the keys say.
-                pointless = (pipeline == 1 and schedule != "1f1b") or (sequence and tensor == 1)
+                pointless = pipeline == 1 and schedule != PLAIN_SCHEDULE
+                pointless |= tensor == 1 and sequence
                 if pointless or (tensor, pipeline) in seen:
                     continue
                 seen.add((tensor, pipeline))
@@ -153,22 +159,24 @@ def micro_token_choices(spans: Sequence[StageSpan], split: Split) -> Iterator[in
 
 
 def _schedules(config: Config) -> Iterator[tuple[ScheduleName, int]]:
-    yield "1f1b", 1
-    for virtual in _VIRTUAL_STAGES:
-        if 2 * virtual <= config.model.num_layers:
-            yield "interleaved", virtual
-            yield "zero_bubble", virtual
+    """Those of one stage a rank first."""
+    for virtual in (1, *_VIRTUAL_STAGES):
+        if virtual > 1 and 2 * virtual > config.model.num_layers:
+            continue
+        for name, schedule in SCHEDULES.items():
+            if schedule.interleaves == (virtual > 1):
+                yield name, virtual
 
 
 def _with(config: Config, schedule: ScheduleName, virtual: int, sequence: bool) -> Config:
     return config.with_keys(
         {
             # More than 1, so that what a pipeline's schedule refuses is seen.
-            "parallel.pipeline": 1 if schedule == "1f1b" else 2,
+            "parallel.pipeline": 1 if schedule == PLAIN_SCHEDULE else 2,
             "parallel.pipeline_schedule": schedule,
             "parallel.virtual_stages": max(2, virtual),
             "parallel.sequence": sequence,
-            # Zero bubble refuses recomputation: such layouts are offered without it.
+            # A split backward pass refuses recomputation: such layouts are offered without it.
             "recompute": "none",
             "batch.micro_size": None,
         }

@@ -285,6 +285,6 @@ def in_flight_layers(split: Split, rank: int, layers: int, micro_batches: int) -
         return float(layers)
     if split.virtual == 1:
         return float(layers * min(micro_batches, split.pipeline - rank))
-    first = 0 if split.schedule == "zero_bubble" else rank
+    first = 0 if split.splits_backward else rank
     ahead = 2 * (split.pipeline - 1 - first) + (split.virtual - 1) * split.pipeline + 1
     return layers / split.virtual * min(micro_batches * split.virtual, ahead)

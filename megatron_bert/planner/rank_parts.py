@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_bert.config.parameters import RankParameters, divided_parameters
+from megatron_bert.config.pipeline_schedules import PLAIN_SCHEDULE
 from megatron_bert.config.pipeline_stages import stage_layers
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Split
@@ -25,7 +26,7 @@ def layers_of_stages(job: Job, num_stages: int) -> tuple[int, ...]:
     """Blocks of each stage; only the number of stages counts, not how ranks hold them."""
 
     def divide() -> tuple[int, ...]:
-        keys = {"parallel.pipeline": num_stages, "parallel.pipeline_schedule": "1f1b"}
+        keys = {"parallel.pipeline": num_stages, "parallel.pipeline_schedule": PLAIN_SCHEDULE}
         config = job.config.with_keys(keys)
         return tuple(len(layers) for layers in stage_layers(config, job.vocab_size))
 

@@ -189,7 +189,7 @@ class _Search:
         for split in all_splits(job.config, job.ranks, job.vocab_size):
             for micro_tokens in micro_token_choices(job.spans, split):
                 for recompute in recomputations:
-                    if split.schedule != "zero_bubble" or recompute == "none":
+                    if not split.splits_backward or recompute == "none":
                         yield Layout(split, micro_tokens, recompute)
 
     def _of_stage(self, index: int, choices: DataParallelChoices) -> tuple[Floats, Floats]:

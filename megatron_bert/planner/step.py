@@ -148,7 +148,7 @@ class StepModel:
         block, layers = self._block, self._job.config.model.num_layers / split.num_stages
         idle = block.forward.total + block.backward_input.total
         weight = block.backward_weight.total
-        idle = max(0.0, idle - 2 * weight) if split.schedule == "zero_bubble" else idle + weight
+        idle = max(0.0, idle - 2 * weight) if split.splits_backward else idle + weight
         return (split.pipeline - 1) * (layers * idle + 2 * self.message)
 
     @property
@@ -279,7 +279,7 @@ def _not_hidden(layers: Floats, message: Floats, beside: Floats) -> Floats:
 
 def _block(work: Work) -> Passes:
     split = work.split
-    hides = split.schedule != "zero_bubble"
+    hides = not split.splits_backward
     key = (
         "block", split.tensor, split.sequence, hides, work.recompute, work.rows, work.span.index,
         work.is_recorded,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.pipeline_schedules import SCHEDULES, ScheduleName
 from megatron_bert.config.yaml_text import parse_document
 from megatron_bert.parallel.actions import Action, Kind, StageTime
-from megatron_bert.parallel.schedule import ScheduleName, end_times, make_schedule, simulate
+from megatron_bert.parallel.schedule import end_times, make_schedule, simulate
 
 # Of a step's micro-batches as many as can be told apart, in rounds of one a rank.
 _ROUNDS = 2
@@ -71,7 +71,7 @@ def _drawn_ranks(pipeline: tuple[int, ScheduleName, int]) -> int:
     """As many ranks, of those of a pipeline, as have room in a drawing."""
     ranks, name, virtual = pipeline
     # Each micro-batch passes each stage forward and backward, in two parts in a zero bubble.
-    boxes_a_round = virtual * (3 if name == "zero_bubble" else 2)
+    boxes_a_round = virtual * (3 if SCHEDULES[name].splits_backward else 2)
     return min(ranks, max(2, math.isqrt(_MOST_BOXES // (_ROUNDS * boxes_a_round))))
 
 
@@ -111,8 +111,7 @@ def _pipeline(config_text: str | None) -> tuple[int, ScheduleName, int] | None:
         tree, _ = parse_document(config_text or "", "a run's configuration")
         parallel = tree["parallel"]
         ranks, name = parallel["pipeline"], parallel["pipeline_schedule"]
-        virtual = 1 if name == "1f1b" else int(parallel["virtual_stages"])
-        known = name in get_args(ScheduleName)
-        return (int(ranks), name, virtual) if known and ranks > 1 else None
+        virtual = int(parallel["virtual_stages"]) if SCHEDULES[name].interleaves else 1
+        return (int(ranks), name, virtual) if ranks > 1 else None
     except (ConfigError, LookupError, TypeError, ValueError):
         return None

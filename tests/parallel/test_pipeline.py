@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_bert.config.pipeline_schedules import ScheduleName
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import HeadOutput, MicroBatch
 from megatron_bert.parallel.pipeline import Pipeline
-from megatron_bert.parallel.schedule import ScheduleName
 from megatron_bert.parallel.stage_messages import StageMessages
 from tests.distributed_harness import run_ranks
 from tests.small_model import cpu_topology

@@ -6,16 +6,16 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bert.config.pipeline_schedules import SCHEDULES, ScheduleName
 from megatron_bert.parallel.actions import Action, Kind, StageTime
 from megatron_bert.parallel.schedule import (
     Schedule,
-    ScheduleName,
     make_forward_schedule,
     make_schedule,
     simulate,
@@ -42,11 +42,24 @@ class _Case(NamedTuple):
         return make_schedule(self.name, self.ranks, self.micro_batches, self.virtual)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_table_says_what_a_schedule_does(name: ScheduleName) -> None:
+    assert tuple(SCHEDULES) == get_args(ScheduleName)
+    (schedule, virtual) = (SCHEDULES[name], 2 if SCHEDULES[name].interleaves else 1)
+    made = make_schedule(name, 2, 4, virtual)
+    kinds = {action.kind for actions in made.actions for action in actions}
+    assert (Kind.BACKWARD_WEIGHT in kinds) == schedule.splits_backward
+    assert (Kind.BACKWARD in kinds) != schedule.splits_backward
+    if not schedule.interleaves:
+        with pytest.raises(ValueError, match=f"{name} has one stage a rank, not 2"):
+            make_schedule(name, 2, 4, 2)
+
+
 @st.composite
 def _cases(draw: st.DrawFn) -> _Case:
-    name: ScheduleName = draw(st.sampled_from(["1f1b", "interleaved", "zero_bubble"]))
+    name: ScheduleName = draw(st.sampled_from(tuple(SCHEDULES)))
     ranks = draw(st.integers(2, 6))
-    virtual = 1 if name == "1f1b" else draw(st.integers(1, 4))
+    virtual = draw(st.integers(1, 4)) if SCHEDULES[name].interleaves else 1
     rounds = draw(st.integers(1, 4))
     return _Case(name, ranks, rounds * ranks if virtual > 1 else draw(st.integers(1, 20)), virtual)
 

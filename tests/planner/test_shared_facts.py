@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_bert.config.parameters import rank_parameters
+from megatron_bert.config.pipeline_schedules import ScheduleName
 from megatron_bert.config.pipeline_stages import stage_layers
 from megatron_bert.model import attention
 from megatron_bert.parallel import vocabulary
-from megatron_bert.parallel.schedule import ScheduleName
 from megatron_bert.planner import activations
 from megatron_bert.planner.job import Work
 from megatron_bert.planner.layouts import Layout, Split

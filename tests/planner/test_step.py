@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from megatron_bert.config.pipeline_schedules import ScheduleName
 from megatron_bert.parallel.actions import StageTime
-from megatron_bert.parallel.schedule import ScheduleName, make_schedule, simulate
+from megatron_bert.parallel.schedule import make_schedule, simulate
 from megatron_bert.planner.compute import head_passes, weight_product_seconds
 from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Work

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.benchmark.machine import Hardware, describe_hardware, describe_versions
+from megatron_bert.config.pipeline_schedules import SCHEDULES, ScheduleName
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.actions import StageTime
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.deferred import WeightProducts, WeightQueue
 from megatron_bert.parallel.pipeline import Pipeline
-from megatron_bert.parallel.schedule import ScheduleName, make_schedule, simulate
+from megatron_bert.parallel.schedule import make_schedule, simulate
 
 _HIDDEN = 8
 _TIMEOUT = timedelta(seconds=300)
@@ -99,9 +100,8 @@ def measure_pipeline(work: PipelineWork, say: Callable[[str], None]) -> Pipeline
         say: is told what is being measured.
     """
     hardware, versions = describe_hardware(), describe_versions()
-    names: tuple[ScheduleName, ...] = ("1f1b", "interleaved", "zero_bubble")
     schedules = []
-    for name in names:
+    for name in SCHEDULES:
         say(f"pipeline of {work.ranks} ranks, {name}")
         schedules.append(_measure_schedule(name, work))
     return PipelineFigures(hardware, versions, work is QUICK, work, schedules)
@@ -129,13 +129,13 @@ def _measure_schedule(name: ScheduleName, work: PipelineWork) -> ScheduleFigures
         simulated_idle_share=round(
             simulate(schedule, [StageTime()] * schedule.num_stages).idle_share, 4
         ),
-        formula_idle_share=None if name == "zero_bubble" else round(formula, 4),
+        formula_idle_share=None if SCHEDULES[name].splits_backward else round(formula, 4),
         step_seconds=round(seconds, 4),
     )
 
 
 def _virtual_stages(name: ScheduleName, work: PipelineWork) -> int:
-    return 1 if name == "1f1b" else work.virtual_stages
+    return work.virtual_stages if SCHEDULES[name].interleaves else 1
 
 
 def _time_steps(rank: int, name: ScheduleName, work: PipelineWork, rendezvous: Path) -> float:
