@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, get_args
 
 from megatron_bert.config.arithmetic import computed_lengths
-from megatron_bert.config.schema import Config
-
-KernelsName: TypeAlias = Literal["torch", "fused", "te", "apex"]
+from megatron_bert.config.schema import Config, KernelsChoice, KernelsName
 
 # From here on GPUs compute in BF16, which our kernels are made for.
 KERNEL_CAPABILITY = (8, 0)
@@ -106,8 +104,7 @@ def kernel_problems(config: Config) -> Iterator[str]:
     if kernels in ("auto", "torch"):
         return
     key = f"kernels = {kernels}"
-    names = ("auto", "torch", "fused", "te", "apex")
-    others = ", ".join(name for name in names if name != kernels)
+    others = ", ".join(name for name in get_args(KernelsChoice) if name != kernels)
     if config.run.device == "cpu":
         yield f"{key}: it computes on CUDA only and run.device = cpu; use torch or auto"
         return

@@ -38,7 +38,11 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 BetweenZeroAndOne = Annotated[float, Field(gt=0.0, lt=1.0)]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 MaskUnit = Literal["token", "whole_word", "ngram"]
+Recompute = Literal["none", "selective", "full"]
+KernelsName = Literal["torch", "fused", "te", "apex"]
+KernelsChoice = Literal["auto", KernelsName]
 
 MIN_SEQ_LENGTH = 8
 DEFAULT_MICRO_TOKENS = 16384
@@ -75,7 +79,7 @@ class RunConfig(Section):
     is when ranks are started again within the job. Default: no limit."""
     deterministic: bool | None = None
     """Same bits for the same topology, resumed or not. Default: true on CPU, false on CUDA."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to compute; `auto` takes CUDA where there is a device, else the CPU."""
 
     @property
@@ -485,10 +489,10 @@ class Config(Section):
     """How ranks divide the model and the batch."""
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """Activations computed again in backward instead of kept: none, attention's scores and softmax
     (`selective`), or all but each block's input (`full`)."""
-    kernels: Literal["auto", "torch", "fused", "te", "apex"] = "auto"
+    kernels: KernelsChoice = "auto"
     """What computes linear layers, norms and the update: PyTorch (`torch`), with kernels of our own
     for what stands between a block's products (`fused`, in place of `compile.enabled`), Transformer
     Engine (`te`: the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a bias, and

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 
 from megatron_bert.config.kernels import ComputeDevice
+from megatron_bert.config.schema import DeviceChoice
 
 
 def facts_of(device: torch.device) -> ComputeDevice:
@@ -18,7 +18,7 @@ def facts_of(device: torch.device) -> ComputeDevice:
     return ComputeDevice("cuda", capability, has_triton=find_spec("triton") is not None)
 
 
-def facts_at_hand(requested: Literal["auto", "cpu", "cuda"]) -> ComputeDevice:
+def facts_at_hand(requested: DeviceChoice) -> ComputeDevice:
     """What this machine knows of the devices of a run with this `run.device`.
 
     Of GPUs that it lacks and the run asks for it knows nothing: a run may be prepared anywhere.

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.schema import DeviceChoice
 
 # NCCL's watchdog ends the process without a word. The hosts' messages (gloo) are to fail before it,
 # and then to ask which ranks are gone, which takes up to 16 s.
@@ -23,7 +23,7 @@ _NCCL_MARGIN_SECONDS = 30.0
 _LEAST_START_SECONDS = 300.0
 
 
-def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def choose_device(requested: DeviceChoice) -> torch.device:
     """Return this rank's device: its own GPU (by LOCAL_RANK) or the CPU.
 
     Raises:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.config.schema import ModelConfig
+from megatron_bert.config.schema import ModelConfig, Recompute
 from megatron_bert.distributed.collectives import reduce_from_group
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.attention import PackedLayout
-from megatron_bert.model.block import Block, BlockDropout, Recompute
+from megatron_bert.model.block import Block, BlockDropout
 from megatron_bert.model.norm import layer_norm
 from megatron_bert.parallel.micro_batches import HeadOutput
 from megatron_bert.parallel.partial_gradients import per_token

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_bert.config.schema import ModelConfig
+from megatron_bert.config.schema import ModelConfig, Recompute
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.attention import PackedLayout, SelfAttention
 from megatron_bert.model.feed_forward import FeedForward
 from megatron_bert.model.norm import layer_norm
 from megatron_bert.parallel.partial_gradients import per_token
 from megatron_bert.parallel.random import hash_dropout
-
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.config.kernels import KernelsName
-from megatron_bert.config.schema import OptimizerConfig
+from megatron_bert.config.schema import KernelsName, OptimizerConfig
 from megatron_bert.optim.update_rules import ApexRule, TorchRule, UpdateRule
 from megatron_bert.parallel.sharding import local_part, placed_like
 

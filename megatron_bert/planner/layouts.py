@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from megatron_bert.config.checks import value_problems
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.layout_checks import legal_layouts
 from megatron_bert.config.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES, ScheduleName
-from megatron_bert.config.schema import BatchConfig, Config
-
-Recompute = Literal["none", "selective", "full"]
+from megatron_bert.config.schema import BatchConfig, Config, Recompute
 
 # Token slots of a micro-batch. Below, products no longer fill a GPU; above, nothing is gained.
 _MICRO_TOKENS = tuple(2**power for power in range(9, 18))

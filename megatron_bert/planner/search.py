@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.flops import row_flops
 from megatron_bert.config.layout_checks import layout_problems, without_layout
-from megatron_bert.config.schema import Config
+from megatron_bert.config.schema import Config, Recompute
 from megatron_bert.planner.arrays import Floats, columns
 from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import (
     Layout,
-    Recompute,
     Split,
     all_splits,
     micro_token_choices,
@@ -182,7 +182,7 @@ class _Search:
     def _all_bases(self) -> Iterator[Layout]:
         """Every layout of one copy that frees no weights."""
         job = self.job
-        recomputations: tuple[Recompute, ...] = ("none", "selective", "full")
+        recomputations: tuple[Recompute, ...] = get_args(Recompute)
         if job.has_kernel:
             # It holds no scores that could be computed again.
             recomputations = ("none", "full")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_bert.config.kernels import KernelsName
+from megatron_bert.config.schema import KernelsName
 from megatron_bert.model.bert import BertForPretraining
 from megatron_bert.optim.sharded import ShardedOptimizer
 from megatron_bert.training.optimizer import build_optimizer
