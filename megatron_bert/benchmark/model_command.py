@@ -78,7 +78,7 @@ def subject_of(given: argparse.Namespace) -> Subject:
             f"model.vocab_size = {num_ids}: made-up rows need {2 * NUM_SPECIAL} ids or more; "
             "give a larger one, or null for the LLM-jp tokenizer's"
         )
-    vocab_size = resolve_vocab_size(config.model, num_ids, config.parallel.tensor)
+    vocab_size = resolve_vocab_size(config.model, num_ids)
     check_config(config, world_size=requested_world_size(), vocab_size=vocab_size)
     return Subject(
         config,

@@ -62,37 +62,32 @@ def computed_lengths(config: Config) -> dict[str, int]:
     return lengths
 
 
-def resolve_vocab_size(model: ModelConfig, tokenizer_pieces: int, tensor_parallel: int) -> int:
+def resolve_vocab_size(model: ModelConfig, tokenizer_pieces: int) -> int:
     """Rows of the embedding table.
+
+    They are never padded for the sake of ranks that share the table: the model would then depend on
+    the layout.
 
     Args:
         model: Its `vocab_size` is taken where it is set.
         tokenizer_pieces: Pieces of the tokenizer.
-        tensor_parallel: Ranks that share the table; the rows must be divisible by it. They are
-            never padded for its sake: the model would then depend on the layout.
 
     Returns:
         The rows: `model.vocab_size`, or the pieces padded to a multiple of 128.
 
     Raises:
-        ConfigError: The set size is smaller than the tokenizer, or not divisible.
+        ConfigError: The set size is smaller than the tokenizer.
     """
-    padded = _next_multiple(tokenizer_pieces, VOCABULARY_MULTIPLE)
+    padded = next_multiple(tokenizer_pieces, VOCABULARY_MULTIPLE)
     size = padded if model.vocab_size is None else model.vocab_size
     if size < tokenizer_pieces:
         raise ConfigError(
             f"model.vocab_size = {size}: the tokenizer has {tokenizer_pieces} pieces; "
             f"use {padded}, or null to follow the tokenizer"
         )
-    if size % tensor_parallel:
-        divisible = _next_multiple(size, math.lcm(VOCABULARY_MULTIPLE, tensor_parallel))
-        raise ConfigError(
-            f"model.vocab_size = {size}: not divisible by parallel.tensor = {tensor_parallel}; "
-            f"use a parallel.tensor that divides it, or start the run with "
-            f"model.vocab_size={divisible}"
-        )
     return size
 
 
-def _next_multiple(value: int, factor: int) -> int:
+def next_multiple(value: int, factor: int) -> int:
+    """The smallest multiple of `factor` that is no smaller than `value`."""
     return -(-value // factor) * factor

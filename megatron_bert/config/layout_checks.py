@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from megatron_bert.config.arithmetic import computed_lengths
+from megatron_bert.config.arithmetic import VOCABULARY_MULTIPLE, computed_lengths, next_multiple
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.kernels import fp8_problems, kernel_conflicts
 from megatron_bert.config.pipeline_stages import num_stages, virtual_stages
@@ -140,16 +140,18 @@ def _contradictions(config: Config, world_size: int, vocab_size: int | None) -> 
 def _tensor_parallel_problems(config: Config, vocab_size: int | None) -> Iterator[str]:
     tensor, model = config.parallel.tensor, config.model
     shared = {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.num_attention_heads": (model.num_attention_heads, ""),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, ""),
     }
     if vocab_size is not None:
-        shared["model.vocab_size"] = vocab_size
-    for key, size in shared.items():
+        divisible = next_multiple(vocab_size, math.lcm(VOCABULARY_MULTIPLE, tensor))
+        other = f", or start the run with model.vocab_size={divisible}"
+        shared["model.vocab_size"] = (vocab_size, other)
+    for key, (size, other) in shared.items():
         if size % tensor:
             yield (
                 f"parallel.tensor = {tensor}: does not divide {key} = {size}; "
-                f"use {near_divisors(size, tensor)}"
+                f"use {near_divisors(size, tensor)}{other}"
             )
 
 

@@ -18,4 +18,4 @@ def padded_vocab_size(config: Config) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     pieces = Tokenizer.load(Path(config.data.tokenizer)).vocab_size
-    return resolve_vocab_size(config.model, pieces, 1)
+    return resolve_vocab_size(config.model, pieces)

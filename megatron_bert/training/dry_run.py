@@ -55,8 +55,7 @@ def dry_run(config: Config, world_size: int | None) -> None:
     vocab_size = config.model.vocab_size
     data_lines: list[str] = []
     if tokenizer is not None:
-        resolve = partial(resolve_vocab_size, config.model, tokenizer.vocab_size)
-        vocab_size = _attempt(lambda: resolve(config.parallel.tensor), problems)
+        vocab_size = _attempt(partial(_resolve_vocab_size, config, world_size, tokenizer), problems)
         if not problems:
             data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
             data_lines += _attempt(partial(_describe_start, config, tokenizer), problems) or []
@@ -65,6 +64,13 @@ def dry_run(config: Config, world_size: int | None) -> None:
     tell_plan([*plan, *data_lines, *precision_warnings(config)])
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _resolve_vocab_size(config: Config, world_size: int, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding table; the layout is checked with them."""
+    vocab_size = resolve_vocab_size(config.model, tokenizer.vocab_size)
+    check_config(config, world_size=world_size, vocab_size=vocab_size)
+    return vocab_size
 
 
 def _fewest_ranks(config: Config) -> int:

@@ -88,9 +88,7 @@ class Trainer:
         self._directory = directory
         self._topology = Topology.of(config.parallel, device, config.distributed.timeout_seconds)
         self._tokenizer = Tokenizer.load(Path(config.data.tokenizer))
-        vocab_size = resolve_vocab_size(
-            config.model, self._tokenizer.vocab_size, config.parallel.tensor
-        )
+        vocab_size = resolve_vocab_size(config.model, self._tokenizer.vocab_size)
         check_config(config, world_size=dist.get_world_size(), vocab_size=vocab_size)
         self._curriculum = Curriculum(config)
         self._source, held_out = _open_data(config, self._tokenizer)

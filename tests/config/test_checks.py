@@ -385,17 +385,26 @@ def test_fp8_asks_for_a_width_of_keys_and_values_where_their_products_are_in_it(
 
 
 def test_the_vocabulary_follows_the_tokenizer_padded_to_a_multiple_of_128(build: Build) -> None:
-    assert resolve_vocab_size(build().model, 99574, 1) == 99584
-    assert resolve_vocab_size(build().model, 128, 8) == 128
+    assert resolve_vocab_size(build().model, 99574) == 99584
+    assert resolve_vocab_size(build().model, 128) == 128
 
 
-def test_a_set_vocabulary_holds_the_tokenizer_and_divides_among_ranks(build: Build) -> None:
+def test_a_set_vocabulary_holds_the_tokenizer(build: Build) -> None:
     model = build("model.vocab_size=1000").model
-    assert resolve_vocab_size(model, 1000, 8) == 1000
+    assert resolve_vocab_size(model, 1000) == 1000
     with pytest.raises(ConfigError, match="the tokenizer has 1001 pieces; use 1024"):
-        resolve_vocab_size(model, 1001, 1)
-    with pytest.raises(ConfigError, match=r"not divisible by parallel\.tensor = 3.*=1152"):
-        resolve_vocab_size(model, 1000, 3)
+        resolve_vocab_size(model, 1001)
+
+
+def test_a_vocabulary_is_refused_among_ranks_that_do_not_divide_it(build: Build) -> None:
+    config = build("parallel.tensor=3")
+    check_config(build("parallel.tensor=4"), world_size=4, vocab_size=1000)
+    with pytest.raises(ConfigError) as refused:
+        check_config(config, world_size=3, vocab_size=1000)
+    assert (
+        "parallel.tensor = 3: does not divide model.vocab_size = 1000; use 1, 2, 4, 5 or 8, "
+        "or start the run with model.vocab_size=1152"
+    ) in str(refused.value)
 
 
 def test_layouts_that_are_named_as_working_pass_the_checks_of_fp8(build: Build) -> None:

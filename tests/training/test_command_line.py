@@ -171,6 +171,24 @@ def test_what_cannot_be_used_is_refused_by_the_dry_run(
         assert word in str(caught.value)
 
 
+def test_ranks_that_do_not_divide_the_tokenizers_vocabulary_are_refused_by_the_dry_run(
+    config_file: Path,
+) -> None:
+    keys = (
+        "model.vocab_size=null", "model.num_attention_heads=3", "model.num_query_groups=3",
+        "model.hidden_size=48", "model.ffn_hidden_size=96", "parallel.tensor=3",
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        main(["--config", str(config_file), "--dry-run", *keys])
+    assert (
+        "parallel.tensor = 3: does not divide model.vocab_size = 512; use 1, 2, 4, 8 or 16, or "
+        "start the run with model.vocab_size=768"
+    ) in str(caught.value)
+    assert "layouts of 3 ranks that work: parallel.tensor=1 parallel.pipeline=1" in str(
+        caught.value
+    )
+
+
 def test_a_misspelt_key_ends_the_command_with_code_two_and_one_line(config_file: Path) -> None:
     code, output = _run(_command(config_file, "optimizer.lrr=1"))
     assert code == 2
