@@ -8,76 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 
 from megatron_bert.config.arithmetic import VOCABULARY_MULTIPLE, computed_lengths, next_multiple
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.kernels import fp8_problems, kernel_conflicts
 from megatron_bert.config.pipeline_stages import num_stages, virtual_stages
+from megatron_bert.config.rank_layout import RankLayout
 from megatron_bert.config.remedies import (
     divisors,
     in_words,
     near_divisors,
     near_multiples,
 )
-from megatron_bert.config.schema import Config, ParallelConfig
+from megatron_bert.config.schema import Config
 from megatron_bert.words import counted
 
 _LAYOUTS_NAMED = 3
-
-
-@dataclass(frozen=True)
-class RankLayout:
-    """How many ranks each kind of parallelism takes; data parallelism has those left over.
-
-    Attributes:
-        tensor: `parallel.tensor`.
-        pipeline: `parallel.pipeline`.
-        replicate: `parallel.replicate`.
-    """
-
-    tensor: int
-    pipeline: int
-    replicate: int
-
-    @property
-    def fewest_ranks(self) -> int:
-        """The smallest job that this layout is one of."""
-        return self.tensor * self.pipeline * self.replicate
-
-    @classmethod
-    def of(cls, config: Config) -> RankLayout:
-        """The layout that a configuration asks for."""
-        parallel = config.parallel
-        return cls(parallel.tensor, parallel.pipeline, parallel.replicate)
-
-    def put_into(self, config: Config) -> Config:
-        """Return the configuration with this layout in place of its own."""
-        return config.with_keys(
-            {
-                "parallel.tensor": self.tensor,
-                "parallel.pipeline": self.pipeline,
-                "parallel.replicate": self.replicate,
-            }
-        )
-
-
-def without_layout(config: Config) -> Config:
-    """The configuration with the layout of one rank, in place of its own."""
-    parallel = config.parallel
-    return config.with_keys(
-        {
-            "parallel": ParallelConfig(layout=parallel.layout, network=parallel.network),
-            "recompute": "none",
-            "batch.micro_size": None,
-        }
-    )
-
-
-def without_chosen_layout(config: Config) -> Config:
-    """The same where `parallel.layout: auto` chooses one: what the keys say counts for nothing."""
-    return config if config.parallel.layout == "manual" else without_layout(config)
 
 
 def layout_problems(config: Config, world_size: int, vocab_size: int | None) -> list[str]:

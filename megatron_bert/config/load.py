@@ -14,8 +14,8 @@ from megatron_bert.config.checks import shell_problems, value_problems
 from megatron_bert.config.diagnostics import explain, format_value, raise_problems
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import key_at
-from megatron_bert.config.layout_checks import without_chosen_layout
 from megatron_bert.config.overrides import apply_override
+from megatron_bert.config.rank_layout import without_chosen_layout
 from megatron_bert.config.schema import Config
 from megatron_bert.config.yaml_text import KeyPath, format_document, parse_document
 from megatron_bert.files import StrPath

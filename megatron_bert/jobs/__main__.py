@@ -22,8 +22,8 @@ from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_error
 
 with told_errors():
     from megatron_bert.config.checks import check_config
-    from megatron_bert.config.layout_checks import without_chosen_layout
     from megatron_bert.config.load import load_config
+    from megatron_bert.config.rank_layout import without_chosen_layout
     from megatron_bert.jobs.going_on import announce, judge, take_up
     from megatron_bert.jobs.layout import fitting_layout, layout_keys
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.layout_checks import (
-    RankLayout,
-    layout_problems,
-    nearest_layouts,
-    without_chosen_layout,
-)
+from megatron_bert.config.layout_checks import layout_problems, nearest_layouts
+from megatron_bert.config.rank_layout import RankLayout, without_chosen_layout
 from megatron_bert.config.schema import Config
 
 

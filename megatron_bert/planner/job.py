@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.kernels import (
     KERNEL_HEAD_SIZES,
@@ -14,7 +15,6 @@ from megatron_bert.config.kernels import (
     chosen_kernels,
     records_passes,
 )
-from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import BatchConfig, Config
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.machines import Machine

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_bert.config.layout import BatchLayout
+from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.source import RowSource
 from megatron_bert.training.staging import HostMemory, StagingBuffer

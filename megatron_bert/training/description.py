@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
+from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.kernels import ComputeDevice, describe_kernels, records_passes
-from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
 from megatron_bert.config.schema import Config, ModelConfig

@@ -13,7 +13,7 @@ from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.errors import UserError
-from megatron_bert.config.layout_checks import RankLayout
+from megatron_bert.config.rank_layout import RankLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import training_source

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import cached_property
 
+from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.curriculum import StageSpan
-from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
 from megatron_bert.data.tokenizer import Tokenizer

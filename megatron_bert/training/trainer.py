@@ -17,10 +17,10 @@ from megatron_bert.checkpoint.run_state import RunState, trained_state
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
+from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.identity import changed_keys
-from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import config_dict, dump_config
 from megatron_bert.config.profiled_steps import profiled_steps
 from megatron_bert.config.schema import Config

@@ -15,10 +15,10 @@ from megatron_bert.config.arithmetic import (
     masked_slots,
     warmup_steps,
 )
+from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import ConfigError
-from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.load import load_config
 from megatron_bert.config.parameters import parameter_count
 from megatron_bert.config.schema import BatchConfig, Config, ModelConfig

@@ -14,8 +14,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.errors import DataError
-from megatron_bert.config.layout import BatchLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.source import RowSource, training_source

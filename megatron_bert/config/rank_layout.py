@@ -1,0 +1,60 @@
+"""How a job's ranks are divided among the kinds of parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bert.config.schema import Config, ParallelConfig
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """How many ranks each kind of parallelism takes; data parallelism has those left over.
+
+    Attributes:
+        tensor: `parallel.tensor`.
+        pipeline: `parallel.pipeline`.
+        replicate: `parallel.replicate`.
+    """
+
+    tensor: int
+    pipeline: int
+    replicate: int
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest job that this layout is one of."""
+        return self.tensor * self.pipeline * self.replicate
+
+    @classmethod
+    def of(cls, config: Config) -> RankLayout:
+        """The layout that a configuration asks for."""
+        parallel = config.parallel
+        return cls(parallel.tensor, parallel.pipeline, parallel.replicate)
+
+    def put_into(self, config: Config) -> Config:
+        """Return the configuration with this layout in place of its own."""
+        return config.with_keys(
+            {
+                "parallel.tensor": self.tensor,
+                "parallel.pipeline": self.pipeline,
+                "parallel.replicate": self.replicate,
+            }
+        )
+
+
+def without_layout(config: Config) -> Config:
+    """The configuration with the layout of one rank, in place of its own."""
+    parallel = config.parallel
+    return config.with_keys(
+        {
+            "parallel": ParallelConfig(layout=parallel.layout, network=parallel.network),
+            "recompute": "none",
+            "batch.micro_size": None,
+        }
+    )
+
+
+def without_chosen_layout(config: Config) -> Config:
+    """The same where `parallel.layout: auto` chooses one: what the keys say counts for nothing."""
+    return config if config.parallel.layout == "manual" else without_layout(config)
