@@ -21,6 +21,7 @@ with told_errors():
     from megatron_bert.data.preprocess_options import PreprocessOptions
     from megatron_bert.data.shards import Shard
     from megatron_bert.data.text_arguments import add_text_arguments
+    from megatron_bert.words import counted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,9 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = "" if given.word_boundaries is None else ", .words"
     sys.stdout.write(
         f"wrote {options.dataset_prefix}.bin, .idx{words} and .json: {counts.documents:,} "
-        f"documents, {counts.tokens:,} tokens; left out {counts.skipped_lines:,} lines that "
-        f"cannot be used, {counts.empty_documents:,} empty documents and "
-        f"{counts.duplicate_documents:,} duplicates\n"
+        f"documents, {counts.tokens:,} tokens; left out {counted(counts.skipped_lines, 'line')} "
+        f"that cannot be used, {counted(counts.empty_documents, 'empty document')} and "
+        f"{counted(counts.duplicate_documents, 'duplicate')}\n"
     )
 
 

@@ -124,9 +124,10 @@ def _learning_problems(old: Tree, new: Tree, index: int, new_run: bool) -> Itera
 
 def _batch_size_problems(
     old: Tree, new: Tree, places: Sequence[_Progress], new_run: bool
-) -> Iterator[Refusal]:
+) -> Iterator[Refusal | str]:
     """Compare the sizes that hold in the stages, wherever they are set."""
     problems: dict[str, Refusal] = {}
+    begun: list[str] = []
     first, second = (tree["batch"]["global_size"] for tree in (old, new))
     for index, place in enumerate(places[: len(new["curriculum"])]):
         before, after = (_setting(tree, index, "batch.global_size") for tree in (old, new))
@@ -134,6 +135,9 @@ def _batch_size_problems(
             continue
         stage_key = f"curriculum.{index}." if before.own or after.own else ""
         key = f"{stage_key}batch.global_size"
+        if new_run and not stage_key:
+            begun.append(f"curriculum.{index}.batch.global_size={before.value}")
+            continue
         # The first stage's: what was begun is refused more strictly than what is to come.
         problems.setdefault(key, Refusal(key, before.value, after.value, place.forbidden))
     if first != second and not new_run:
@@ -141,6 +145,11 @@ def _batch_size_problems(
         key = "batch.global_size"
         problems.setdefault(key, Refusal(key, first, second, Change.NEW_RUN))
     yield from problems.values()
+    if begun:
+        yield (
+            f"batch.global_size: was {first}, is {second}, and stages that have begun keep their "
+            f"size; set {' '.join(begun)} beside it, or restore the old value"
+        )
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,8 @@ def _named(output_prefix: Path) -> Iterator[None]:
         yield
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"cannot make dataset {output_prefix}: {error}; see to it and merge again"
+            f"cannot make dataset {output_prefix}: {error}; free space, or mend what else this "
+            "says of the host or the datasets, and merge again"
         ) from error
 
 

@@ -99,7 +99,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
             return state.counts
     except OSError as error:
         raise DataError(
-            f"cannot make dataset {prefix}: {error}; see to it and try again"
+            f"cannot make dataset {prefix}: {error}; free space, or mend what else this says of "
+            "the host, and give the same command again: it goes on where it ended"
         ) from error
 
 

@@ -28,6 +28,7 @@ from megatron_bert.data.raw_documents import (
     read_blocks,
     read_lines,
 )
+from megatron_bert.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def iterate_parsed(
         else:
             yield document, text
     if skipped:
-        logger.warning("left out %d lines that cannot be used", skipped)
+        logger.warning("left out %s that cannot be used", counted(skipped, "line"))
 
 
 def report_skipped(error: LineError, skipped_before: int) -> None:

@@ -193,9 +193,9 @@ def test_a_key_that_is_new_to_stages_changes_when_the_table_says(
 
 @pytest.mark.parametrize(
     "override",
-    ["model.num_layers=3", "model.norm_eps=1e-6", "batch.global_size=16", "data.tokenizer=other"],
+    ["model.num_layers=3", "model.norm_eps=1e-6", "data.tokenizer=other"],
 )
-def test_shape_tokenizer_and_batch_never_change(build: Build, override: str) -> None:
+def test_shape_and_tokenizer_never_change(build: Build, override: str) -> None:
     assert "cannot change once training has begun" in refusal(build, override, new_run=True)
 
 
@@ -221,6 +221,15 @@ def test_what_a_stages_batch_size_is_counts_and_not_where_it_is_set(build: Build
     assert "curriculum" not in refusal(build, *begun)
     assert "batch.global_size: was 8, is 32; may change only in a new run" in refusal(build, *begun)
     resume(build, *begun, new_run=True)
+
+
+def test_a_new_run_of_another_batch_size_is_told_how_stages_that_have_begun_keep_theirs(
+    build: Build,
+) -> None:
+    message = refusal(build, "batch.global_size=32", new_run=True)
+    kept = message.split("; set ")[1].split(" beside it")[0].split()
+    assert kept == [f"curriculum.{stage}.batch.global_size=8" for stage in range(2)]
+    resume(build, "batch.global_size=32", *kept, new_run=True)
 
 
 def test_the_size_of_evaluated_batches_changes_only_in_a_new_run(build: Build) -> None:

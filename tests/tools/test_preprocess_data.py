@@ -323,7 +323,7 @@ def test_the_tool_reports_what_it_wrote_and_left_out(
     done = subprocess.run(run, capture_output=True, text=True, cwd=workshop.folder)
     assert done.returncode == 0, done.stderr
     assert "1 documents" in done.stdout
-    assert "left out 1 lines that cannot be used, 1 empty documents and 0 duplicates" in done.stdout
+    assert "left out 1 line that cannot be used, 1 empty document and 0 duplicates" in done.stdout
     assert "a.jsonl, line 3: broken JSON" in done.stderr
 
 
