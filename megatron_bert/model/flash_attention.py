@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.model import flash_kernels
+from megatron_bert.model import flash_gradient_kernels, flash_kernels
 from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.random import keep_threshold
 
@@ -200,7 +200,7 @@ class PackedAttention:
         tile = TILING.query_gradient.of_heads(K)
         tiles = B * cdiv(S, tile.queries)
         q_sums = delta.new_empty((tiles if sums else 0, H, K))
-        flash_kernels.flash_query_gradient_kernel[(tiles * H,)](
+        flash_gradient_kernels.flash_query_gradient_kernel[(tiles * H,)](
             q, k, v, out_BSHK, log_sum_BHS, do, delta, draws, dq, q_sums,
             self.begins_BS, self.ends_BS, self.keys_B, q.stride(1), k.stride(1), dq.stride(1),
             S, H, self.first_head, *scales, *self._dropping(), SUMS=sums,
@@ -213,14 +213,14 @@ class PackedAttention:
         if parts > 1:
             written = tuple(delta.new_empty((2, B, S, G * parts, K)))
         kv_sums = delta.new_empty((2, tiles if sums else 0, G * parts, K))
-        flash_kernels.flash_key_gradient_kernel[(tiles * G * parts,)](
+        flash_gradient_kernels.flash_key_gradient_kernel[(tiles * G * parts,)](
             q, k, v, log_sum_BHS, do, delta, draws, *written, kv_sums,
             self.begins_BS, self.ends_BS, q.stride(1), k.stride(1), written[0].stride(1),
             S, H, *scales, *self._dropping(), HEADS=H // G // parts, SUMS=sums,
             **self._meta(q, k, tile), **tile.options(),
         )  # fmt: skip
         if parts > 1:
-            flash_kernels.flash_key_sum_kernel[(cdiv(B * S, _SUMMED_SLOTS) * G,)](
+            flash_gradient_kernels.flash_key_sum_kernel[(cdiv(B * S, _SUMMED_SLOTS) * G,)](
                 *written, dk, dv, B * S, dk.stride(1),
                 GROUPS=G, PARTS=parts, SIZE=K, SLOTS=_SUMMED_SLOTS, enable_fp_fusion=True,
             )  # fmt: skip

@@ -20,7 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_bert.model.fused_kernels import _activated, _dropped, _load_vector, _normalized
+from megatron_bert.model.fused_activation_kernels import activated
+from megatron_bert.model.fused_norm_kernels import dropped, load_vector, normalized
 
 _WORDS = """{{
     .reg .b16 low, high;
@@ -80,7 +81,7 @@ def _cast_tokens(
     x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
         token_draws = tl.load(TOKEN_DRAWS + first + tokens, mask=first + tokens < T, other=0)
-        x = _dropped(x, token_draws, channel_draws, threshold, keep_scale)
+        x = dropped(x, token_draws, channel_draws, threshold, keep_scale)
     if HAS_ROWS:
         tl.store(NUMBERS + offsets, (x * inverse).to(NUMBERS.dtype.element_ty), mask=mask)
     return x
@@ -161,7 +162,7 @@ def _normed_tokens(
     x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
     mean = tl.load(MEAN + first + tokens, mask=first + tokens < T, other=0.0)
     rstd = tl.load(RSTD + first + tokens, mask=first + tokens < T, other=0.0)
-    return _normalized(x, mean, rstd, WEIGHT, BIAS, columns, D, HAS_BIAS)
+    return normalized(x, mean, rstd, WEIGHT, BIAS, columns, D, HAS_BIAS)
 
 
 @triton.jit
@@ -236,10 +237,10 @@ def fp8_gated_activation_kernel(
     gate = tl.load(GATE_UP + first * 2 * F + wide, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(GATE_UP + first * 2 * F + F + wide, mask=mask, other=0.0).to(tl.float32)
     if BIASES:
-        gate += _load_vector(GATE_BIAS, columns, F)[None, :]
-        up += _load_vector(UP_BIAS, columns, F)[None, :]
+        gate += load_vector(GATE_BIAS, columns, F)[None, :]
+        up += load_vector(UP_BIAS, columns, F)[None, :]
     largest = tl.maximum(tl.max(tl.abs(gate), 1), tl.max(tl.abs(up), 1))
-    out = _activated(gate, GELU)[0] * up
+    out = activated(gate, GELU)[0] * up
     scale = tl.maximum(tl.max(tl.abs(out), 1) / format_largest, smallest_scale)
     out = out * (1.0 / scale)[:, None]
     offsets = tokens[:, None] * F + columns[None, :]
@@ -273,7 +274,7 @@ def _activation_gradients(
     if BIASES:
         gate += gate_bias
         up += up_bias
-    active, slope = _activated(gate, GELU)
+    active, slope = activated(gate, GELU)
     gate_grad, up_grad = grad * up * slope, grad * active
     made = GRAD_NUMBERS.dtype.element_ty
     tl.store(GRAD_NUMBERS + wide, (gate_grad * grad_inverse).to(made), mask=mask)
@@ -317,8 +318,8 @@ def fp8_gated_activation_gradient_kernel(
     gate_bias = 0.0
     up_bias = 0.0
     if BIASES:
-        gate_bias = _load_vector(GATE_BIAS, columns, F)[None, :]
-        up_bias = _load_vector(UP_BIAS, columns, F)[None, :]
+        gate_bias = load_vector(GATE_BIAS, columns, F)[None, :]
+        up_bias = load_vector(UP_BIAS, columns, F)[None, :]
     gate_sum = tl.zeros([TOKENS // 4, COLUMNS], tl.float32)
     up_sum = tl.zeros([TOKENS // 4, COLUMNS], tl.float32)
     for tile in tl.range(program, tl.cdiv(T, TOKENS), programs, num_stages=STAGES):

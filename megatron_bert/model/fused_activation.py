@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_bert.model import fused_kernels, fused_tiles
+from megatron_bert.model import fused_activation_kernels, fused_tiles
 from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
 
@@ -45,7 +45,8 @@ def gated_activation(gate_up_NP: Tensor, biases: Biases, activation: Activation)
     assert gate_up_NP.is_contiguous()
     N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.TILING.activation
     active_NF = gate_up_NP.new_empty(N, size)
-    fused_kernels.fused_gated_activation_kernel[(cdiv(N, tile.tokens) * cdiv(size, tile.columns),)](
+    programs = cdiv(N, tile.tokens) * cdiv(size, tile.columns)
+    fused_activation_kernels.fused_gated_activation_kernel[(programs,)](
         gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), active_NF, N, size,
         BIASES=biases is not None, GELU=is_gelu(activation), **tile.options(),
     )  # fmt: skip
@@ -76,7 +77,7 @@ def gated_activation_gradients(
     column_tiles = cdiv(size, tile.columns)
     programs = tile.programs(N, max(1, fused_tiles.TILING.activation_programs // column_tiles))
     sums = gate_up_NP.new_empty((programs if biases else 0, 2, size), dtype=torch.float32)
-    fused_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](
+    fused_activation_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](
         active_grad_NF, gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), grad_NP,
         active_grad_NF, sums, N, size, BIASES=biases is not None, GELU=is_gelu(activation),
         **tile.options(loops=True),

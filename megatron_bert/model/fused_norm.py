@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_bert.model import fused_kernels, fused_tiles
+from megatron_bert.model import fused_norm_kernels, fused_tiles
 from megatron_bert.model.fp8 import E4M3, SMALLEST_SCALE, largest_of
 from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
@@ -91,7 +91,7 @@ def add_branch(
     # Where there is no array the kernel reads none, whatever it is given.
     token_draws, channel_draws = draws or (x, x)
     tile = fused_tiles.TILING.rows(D)
-    fused_kernels.fused_residual_norm_kernel[(cdiv(T, tile.tokens),)](
+    fused_norm_kernels.fused_residual_norm_kernel[(cdiv(T, tile.tokens),)](
         x, x if y is None else y.contiguous(), x if y_bias is None else y_bias, token_draws,
         channel_draws, weight, x if bias is None else bias, sum_TD, normed, mean, rstd,
         x if scale is None else scale, T, D, eps, *dropping(branch), largest_of(E4M3),
@@ -109,7 +109,7 @@ def norm_again(
     """A norm's output again, [T, D], from its input and what `add_branch` gave."""
     T, D = x.shape
     normed, tile = torch.empty_like(x), fused_tiles.TILING.rows(D)
-    fused_kernels.fused_norm_again_kernel[(cdiv(T, tile.tokens),)](
+    fused_norm_kernels.fused_norm_again_kernel[(cdiv(T, tile.tokens),)](
         x, mean, rstd, weight, x if bias is None else bias, normed, T, D,
         HAS_BIAS=bias is not None, **tile.options(),
     )  # fmt: skip
@@ -152,7 +152,7 @@ def norm_gradients(
     tile = fused_tiles.TILING.gradient_rows(D)
     programs = tile.programs(T, fused_tiles.TILING.row_programs)
     sums = mean.new_empty((programs, 1 + has_bias + has_branch_bias, D))
-    fused_kernels.fused_residual_norm_gradient_kernel[(programs,)](
+    fused_norm_kernels.fused_residual_norm_gradient_kernel[(programs,)](
         normed_grad.contiguous(), sum_grad.contiguous(), sum_TD, mean, rstd, weight,
         *(draws or (mean, mean)), x_grad, y_grad, sums, T, D, *dropping(branch),
         HAS_BIAS=has_bias, HAS_BRANCH_BIAS=has_branch_bias, DROPOUT=bool(draws),
@@ -174,7 +174,7 @@ def branch_gradients(
     tile = fused_tiles.TILING.rows(D)
     programs = tile.programs(T, fused_tiles.TILING.row_programs)
     sums = sum_grad.new_empty((programs if has_bias else 0, D), dtype=torch.float32)
-    fused_kernels.fused_branch_gradient_kernel[(programs,)](
+    fused_norm_kernels.fused_branch_gradient_kernel[(programs,)](
         sum_grad, *(draws or (sums, sums)), y_grad, sums, T, D, *dropping(branch),
         HAS_BRANCH_BIAS=has_bias, DROPOUT=bool(draws), **tile.options(loops=True),
     )  # fmt: skip

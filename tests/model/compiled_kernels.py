@@ -27,9 +27,11 @@ from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.model import (
     flash_attention,
+    flash_gradient_kernels,
     flash_kernels,
     fp8_kernels,
-    fused_kernels,
+    fused_activation_kernels,
+    fused_norm_kernels,
     fused_tiles,
 )
 from megatron_bert.parallel import column_sums, softmax_kernels, softmax_rows
@@ -74,33 +76,35 @@ _DIVISIBLE = (
 )
 
 
+_MODULES = (
+    column_sums,
+    flash_gradient_kernels,
+    flash_kernels,
+    fp8_kernels,
+    fused_activation_kernels,
+    fused_norm_kernels,
+    softmax_kernels,
+)
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel as it is launched for a model.
 
     Attributes:
         name: of the kernel and of what is computed.
-        module: that it is in.
         options: its constants and how it is cut up.
         compute: the type of what it reads and writes.
     """
 
     name: str
-    module: str
     options: dict[str, Any]
     compute: str = "bf16"
 
     @property
     def kernel(self) -> Any:
-        modules = {
-            "column": column_sums,
-            "fp8": fp8_kernels,
-            "flash": flash_kernels,
-            "fused": fused_kernels,
-            "softmax": softmax_kernels,
-        }
-        module = modules[self.module]
-        return getattr(module, f"{self.name.split()[0]}_kernel")
+        name = f"{self.name.split()[0]}_kernel"
+        return next(getattr(module, name) for module in _MODULES if hasattr(module, name))
 
 
 def cases() -> Iterator[tuple[int, Case]]:
@@ -117,25 +121,25 @@ def cases() -> Iterator[tuple[int, Case]]:
     for capability in (80, 86, 89, 90, 100):
         kernels = {**_flash(model, True), **_fused(model, True), **_softmax()}
         for name, options in kernels.items():
-            yield capability, Case(f"{name} retrievabert-1.3b", name.split("_")[0], options)
+            yield capability, Case(f"{name} retrievabert-1.3b", options)
     # From Ada on GPUs have FP8.
     for capability in (89, 90, 100):
         for name, options in _fp8(model, True).items():
-            yield capability, Case(f"{name} retrievabert-1.3b", name.split("_")[0], options)
+            yield capability, Case(f"{name} retrievabert-1.3b", options)
     for name, options in _fp8(wide, True).items():
-        yield 89, Case(f"{name} wide", name.split("_")[0], options)
+        yield 89, Case(f"{name} wide", options)
     for name, options in {
         **_flash(modern, False),
         **_fused(modern, False),
         **_fp8(modern, False),
     }.items():
-        yield 90, Case(f"{name} modernbert-base", name.split("_")[0], options)
+        yield 90, Case(f"{name} modernbert-base", options)
     for name, options in _fused(model, True).items():
-        yield 86, Case(f"{name} retrievabert-1.3b in fp32", "fused", options, "fp32")
+        yield 86, Case(f"{name} retrievabert-1.3b in fp32", options, "fp32")
     for name, options in _fused(wide, True).items():
-        yield 86, Case(f"{name} wide", "fused", options)
+        yield 86, Case(f"{name} wide", options)
     for name, options in _flash(wide_heads, True).items():
-        yield 86, Case(f"{name} heads of 128", "flash", options)
+        yield 86, Case(f"{name} heads of 128", options)
 
 
 def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:

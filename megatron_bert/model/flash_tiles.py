@@ -1,0 +1,84 @@
+"""What the kernels of `flash_attention` have in common: tiles that see each other, and their draws.
+
+Shape suffixes: S slots, K head size.
+"""
+
+# Types are Triton's own, of values that stand on the GPU.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_bert.parallel.random_kernels import GROUP, group_draws, member_draws
+
+
+@triton.jit
+def pair_draws(draws, members, first, KEYS: tl.constexpr):
+    """Sums of queries' and keys' draws, of a tile of keys; `members` are those of the first one.
+
+    A tile that is a group has the members of every other one, and queries are added its group's.
+    """
+    if KEYS == GROUP:
+        return (draws + group_draws(first))[:, None] + members[None, :]
+    keys = first + tl.arange(0, KEYS)
+    return draws[:, None] + (group_draws(keys) + member_draws(keys))[None, :]
+
+
+@triton.jit
+def sees(slots, begins, ends, others, REACH: tl.constexpr):
+    """Which of the other slots share segment and window with slots; both broadcast."""
+    visible = (others >= begins) & (others < ends)
+    if REACH >= 0:
+        distance = slots - others
+        visible = visible & (distance <= REACH) & (distance >= -REACH)
+    return visible
+
+
+@triton.jit
+def ranges(
+    BEGINS, ENDS, row, first, S, SIZE: tl.constexpr, OTHER: tl.constexpr, REACH: tl.constexpr
+):
+    """Which tiles of others a tile of slots sees: from, whole from, whole until, until.
+
+    Those before and behind the whole ones are masked.
+
+    Begins and ends of segments never decrease along a row, so the first and the last slot tell.
+    """
+    last = tl.minimum(first + SIZE, S) - 1
+    low = tl.load(BEGINS + row * S + first)
+    high = tl.load(ENDS + row * S + last)
+    whole_low = tl.load(BEGINS + row * S + last)
+    whole_high = tl.load(ENDS + row * S + first)
+    if REACH >= 0:
+        low = tl.maximum(low, first - REACH)
+        high = tl.minimum(high, last + 1 + REACH)
+        whole_low = tl.maximum(whole_low, last - REACH)
+        whole_high = tl.minimum(whole_high, first + 1 + REACH)
+    low = low // OTHER * OTHER
+    whole_low = tl.cdiv(whole_low, OTHER) * OTHER
+    whole_high = whole_high // OTHER * OTHER
+    return low, whole_low, whole_high, high
+
+
+@triton.jit
+def load(ARRAY, offsets, inside, MASKED: tl.constexpr):
+    """Load vectors [slots, K]; zeros past the row's end."""
+    if MASKED:
+        return tl.load(ARRAY + offsets, mask=inside[:, None], other=0.0)
+    return tl.load(ARRAY + offsets)
+
+
+@triton.jit
+def load_number(ARRAY, slots, inside, MASKED: tl.constexpr):
+    """Load a number of each slot; zeros past the row's end."""
+    if MASKED:
+        return tl.load(ARRAY + slots, mask=inside, other=0)
+    return tl.load(ARRAY + slots)
+
+
+@triton.jit
+def unknown_zero(number):
+    """Zero, which the compiler does not know: else it selects among halves of BF16 pairs."""
+    return number * 0.0
