@@ -14,8 +14,8 @@ from megatron_bert.config.schema import Config, KernelsChoice, KernelsName
 # From here on GPUs compute in BF16, which our kernels are made for.
 KERNEL_CAPABILITY = (8, 0)
 
-# Of heads that an attention kernel which holds no scores takes.
-KERNEL_HEAD_SIZES = (16, 32, 64, 128)
+# Of heads that our attention kernels, which hold no scores, take.
+_HEAD_SIZES = (16, 32, 64, 128)
 
 # Rows and columns of FP8 products come in so many.
 _FP8_MULTIPLE = 16
@@ -43,6 +43,15 @@ class ComputeDevice:
     capability: tuple[int, int] = KERNEL_CAPABILITY
     has_triton: bool = True
 
+    @property
+    def runs_our_kernels(self) -> bool:
+        """Whether it can; they are made for CUDA by Triton."""
+        return self.kind == "cuda" and self.has_triton and self.capability >= KERNEL_CAPABILITY
+
+    def runs_our_attention(self, compute: str, head_dim: int) -> bool:
+        """Whether attention of a compute type and a head size is our kernels' there."""
+        return self.runs_our_kernels and compute == "bf16" and head_dim in _HEAD_SIZES
+
 
 def chosen_kernels(config: Config, device: ComputeDevice) -> KernelsName:
     """What `kernels` stands for on a device: `auto` for what was measured fastest of what it takes.
@@ -53,8 +62,8 @@ def chosen_kernels(config: Config, device: ComputeDevice) -> KernelsName:
     """
     if config.kernels != "auto":
         return config.kernels
-    runs = device.kind == "cuda" and config.run.device != "cpu" and device.has_triton
-    fits = runs and device.capability >= KERNEL_CAPABILITY and config.precision.compute == "bf16"
+    runs = device.runs_our_kernels and config.run.device != "cpu"
+    fits = runs and config.precision.compute == "bf16"
     return "fused" if fits and not any(_fused_conflicts(config, "auto")) else "torch"
 
 

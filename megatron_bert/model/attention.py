@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_bert.config.kernels import KERNEL_CAPABILITY, KERNEL_HEAD_SIZES
 from megatron_bert.config.schema import ModelConfig
+from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.model.rotary import Rotation
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
@@ -90,10 +89,8 @@ class PackedLayout:
 
 def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether `flash_attention` takes heads of this size and type on this device."""
-    if device.type != "cuda" or dtype != torch.bfloat16 or head_dim not in KERNEL_HEAD_SIZES:
-        return False
-    capability = torch.cuda.get_device_capability(device)
-    return capability >= KERNEL_CAPABILITY and find_spec("triton") is not None
+    compute = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return facts_of(device).runs_our_attention(compute, head_dim)
 
 
 def attend(

@@ -88,10 +88,11 @@ def _check_device(kernels: KernelsName, device: torch.device) -> None:
             "CUDA device; use torch or auto"
         )
     capability = torch.cuda.get_device_capability(device)
+    needed = ".".join(map(str, KERNEL_CAPABILITY))
     if kernels == "fused" and capability < KERNEL_CAPABILITY:
         raise ConfigError(
             f"kernels = fused: {torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]}, and 8.0 is needed; use torch or auto"
+            f"{capability[0]}.{capability[1]}, and {needed} is needed; use torch or auto"
         )
 
 

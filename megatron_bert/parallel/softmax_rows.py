@@ -6,13 +6,12 @@ Shape suffixes: n tokens, V this rank's part of the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_bert.config.kernels import KERNEL_CAPABILITY
+from megatron_bert.distributed.device_facts import facts_of
 
 _COLUMNS, _WARPS = 4096, 8
 
@@ -55,10 +54,7 @@ class SoftmaxRows(Protocol):
 
 def has_softmax_kernels(logits_nV: Tensor) -> bool:
     """Whether our kernels take them."""
-    if not logits_nV.is_cuda or find_spec("triton") is None:
-        return False
-    # What Triton is tested for; older GPUs train without it.
-    return torch.cuda.get_device_capability(logits_nV.device) >= KERNEL_CAPABILITY
+    return logits_nV.is_cuda and facts_of(logits_nV.device).runs_our_kernels
 
 
 def softmax_rows(logits_nV: Tensor, labels_n: Tensor) -> SoftmaxRows:

@@ -10,7 +10,6 @@ from typing import Any
 from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.kernels import (
-    KERNEL_HEAD_SIZES,
     ComputeDevice,
     chosen_kernels,
     records_passes,
@@ -64,9 +63,8 @@ class Job:
     @cached_property
     def has_kernel(self) -> bool:
         """Whether attention is computed by a kernel that holds no scores."""
-        is_cuda = self.machine.gpu.kind == "cuda"
-        head_dim = self.config.model.head_dim
-        return is_cuda and self.element_bytes == 2 and head_dim in KERNEL_HEAD_SIZES
+        compute, head_dim = self.config.precision.compute, self.config.model.head_dim
+        return self._device.runs_our_attention(compute, head_dim)
 
     def is_fused(self, tensor: int) -> bool:
         """Whether few kernels stand between a block's products, compiled ones or our own.

@@ -8,6 +8,7 @@ import torch
 from megatron_bert.config.parameters import rank_parameters
 from megatron_bert.config.pipeline_schedules import ScheduleName
 from megatron_bert.config.pipeline_stages import stage_layers
+from megatron_bert.distributed import device_facts
 from megatron_bert.model import attention
 from megatron_bert.parallel import vocabulary
 from megatron_bert.planner import activations
@@ -22,7 +23,7 @@ def test_plans_count_on_an_attention_kernel_where_training_has_one(
     head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(attention, "find_spec", lambda _: object())
+    monkeypatch.setattr(device_facts, "find_spec", lambda _: object())
     size = f"model.hidden_size={16 * head_dim}"
     heads = ("model.num_attention_heads=16", "model.num_query_groups=16")
     planned = job(1, size, *heads).has_kernel
