@@ -126,10 +126,6 @@ def elements_alike(job: Job) -> float:
 
 def _matrices(job: Job) -> Iterator[_Matrix]:
     """A block's, by their shapes."""
-    # Keys' and values' count apart, even where queries' have their shape (multi-head attention).
-    counts = Counter(
-        (matrix.outputs, matrix.inputs, matrix.name in ("key", "value"))
-        for matrix in block_matrices(job.config.model)
-    )
-    for (outputs, inputs, _), count in counts.items():
+    counts = Counter((matrix.outputs, matrix.inputs) for matrix in block_matrices(job.config.model))
+    for (outputs, inputs), count in counts.items():
         yield _Matrix(min(outputs, inputs), max(outputs, inputs), count)

@@ -14,6 +14,7 @@ from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Work
 from megatron_bert.planner.layouts import Layout, Split
 from megatron_bert.planner.machines import find_machine
+from megatron_bert.planner.muon import elements_alike
 from megatron_bert.planner.network import Group
 from megatron_bert.planner.step import Step, StepModel
 from tests.planner.jobs import job, single
@@ -247,6 +248,15 @@ def test_a_group_that_straddles_nodes_is_none_inside_a_node() -> None:
     across = Group(3, 2).message(machine, 1e9)
     assert across == pytest.approx(1e9 / 21.25e9, rel=0.01)
     assert Group(2, 2).message(machine, 1e9) < across / 10
+
+
+def test_muon_takes_all_matrices_of_a_shape_together() -> None:
+    keys = ("optimizer.name=muon", "model.ffn_hidden_size=1536", "model.num_query_groups=24")
+    # All seven of a block are [1536, 1536], and each other's fellows.
+    assert elements_alike(job(8, *keys)) == 7 * 1536**2
+    grouped = job(8, *keys[:2], "model.num_query_groups=1")
+    assert elements_alike(grouped) == 5 * 1536**2
+    assert elements_alike(job(8)) == 0.0
 
 
 def test_muon_takes_its_products_and_messages_beside() -> None:
