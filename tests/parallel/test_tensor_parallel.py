@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from megatron_bert.distributed import device_facts
 from megatron_bert.distributed.topology import TensorParallelGroup
 from megatron_bert.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
 from megatron_bert.parallel.partial_gradients import sum_partial_gradients
@@ -149,12 +150,13 @@ def test_so_it_is_by_the_kernels(tensor: int, chunk: int) -> None:
 def test_where_softmax_has_no_kernels_it_is_taken_of_few_logits(
     capability: tuple[int, int], triton: bool, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_bert.parallel import softmax_rows, vocabulary
+    from megatron_bert.parallel import vocabulary
 
-    monkeypatch.setattr(softmax_rows, "find_spec", lambda _: object() if triton else None)
+    monkeypatch.setattr(device_facts, "find_spec", lambda _: object() if triton else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     # Here without a GPU: neither real nor fake tensors of one can be sliced.
     logits = MagicMock(spec=torch.Tensor, is_cuda=True, shape=(2**12, 2**16))
+    logits.device = torch.device("cuda", 0)
     parts = [rows for rows, _ in vocabulary._softmax_slices(slice(5, 5 + 2**12), logits)]
     assert len(parts) == slices
     assert (parts[0].start, parts[-1].stop) == (5, 5 + 2**12)
