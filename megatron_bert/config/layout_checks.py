@@ -197,11 +197,10 @@ def _distance_to(asked: RankLayout) -> Callable[[RankLayout], tuple[float, int, 
     """How many doublings and halvings lead to a layout; of equals the one with less to send."""
 
     def distance(layout: RankLayout) -> tuple[float, int, int]:
-        steps = (
-            abs(math.log2(layout.tensor / asked.tensor)),
-            abs(math.log2(layout.pipeline / asked.pipeline)),
-            abs(math.log2(layout.replicate / asked.replicate)),
-        )
+        steps = [
+            abs(math.log2(getattr(layout, name) / getattr(asked, name)))
+            for name in RankLayout.names()
+        ]
         # Rounded: 3 to 2 and one doubling are as far as 3 to 1.
         return round(sum(steps), 6), layout.tensor, layout.pipeline
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from megatron_bert.config.schema import Config, ParallelConfig
 
@@ -29,18 +29,16 @@ class RankLayout:
     @classmethod
     def of(cls, config: Config) -> RankLayout:
         """The layout that a configuration asks for."""
-        parallel = config.parallel
-        return cls(parallel.tensor, parallel.pipeline, parallel.replicate)
+        return cls(**{name: getattr(config.parallel, name) for name in cls.names()})
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The kinds of parallelism, by their keys in `parallel`."""
+        return tuple(field.name for field in fields(cls))
 
     def put_into(self, config: Config) -> Config:
         """Return the configuration with this layout in place of its own."""
-        return config.with_keys(
-            {
-                "parallel.tensor": self.tensor,
-                "parallel.pipeline": self.pipeline,
-                "parallel.replicate": self.replicate,
-            }
-        )
+        return config.with_keys({f"parallel.{name}": size for name, size in asdict(self).items()})
 
 
 def without_layout(config: Config) -> Config:

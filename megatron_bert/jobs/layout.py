@@ -38,6 +38,6 @@ def layout_keys(config: Config, layout: RankLayout) -> list[str]:
     asked = RankLayout.of(config)
     return [
         f"parallel.{name}={getattr(layout, name)}"
-        for name in ("tensor", "pipeline", "replicate")
+        for name in RankLayout.names()
         if getattr(layout, name) != getattr(asked, name)
     ]
