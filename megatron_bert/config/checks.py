@@ -15,6 +15,7 @@ from megatron_bert.config.layout_checks import layout_problems
 from megatron_bert.config.places import place_problem, shell_problem
 from megatron_bert.config.profiled_steps import profile_problems
 from megatron_bert.config.remedies import near_divisors, near_multiples
+from megatron_bert.config.row_memory import row_problems
 from megatron_bert.config.schema import Config, Corpus
 
 
@@ -36,6 +37,7 @@ def check_config(config: Config, *, world_size: int, vocab_size: int | None = No
         *_logger_problems(config),
         *kernel_problems(config),
         *layout_problems(config, world_size, rows),
+        *row_problems(config, world_size),
     ]
     raise_problems(problems, "the configuration")
 

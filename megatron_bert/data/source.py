@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
+from megatron_bert.config.row_memory import gigabytes, host_memory, long_run, plan_bytes
 from megatron_bert.config.schema import Config, MlmConfig
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.blending import blend_warnings, blend_weights
@@ -19,6 +21,11 @@ from megatron_bert.data.corpora import CorpusPart, OpenCorpus, open_corpus, trai
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.word_boundaries import WordTables, word_tables
 from megatron_bert.words import counted, times
+
+logger = logging.getLogger(__name__)
+
+# Planned at some ten million a second: what takes longer than a breath is told of.
+_MANY_ROWS = 10**8
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,8 @@ def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
     """Rows of the whole curriculum.
 
     Raises:
-        DataError: a corpus is missing, damaged or empty, or another tokenizer made it.
+        DataError: a corpus is missing, damaged or empty, another tokenizer made it, or the run has
+            more rows than memory has room to plan.
     """
     with_words = config.mlm.unit == "whole_word"
     corpora = [
@@ -162,14 +170,43 @@ def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
         RowStage(span.seq_length, span.num_rows, span.probability)
         for span in Curriculum(config).spans
     ]
-    return RowSource(config, tokenizer, corpora, stages, config.run.seed)
+    needed = _plan_bytes(corpora, stages)
+    if needed > host_memory():
+        raise _too_long(config, f"needs {gigabytes(needed)}")
+    rows = sum(stage.num_rows for stage in stages)
+    if rows >= _MANY_ROWS:
+        logger.info("planning %s rows, which takes minutes for every billion", f"{rows:,}")
+    try:
+        return RowSource(config, tokenizer, corpora, stages, config.run.seed)
+    except MemoryError as error:
+        raise _too_long(config, f"finds no {gigabytes(needed)}") from error
+
+
+def _plan_bytes(corpora: Sequence[OpenCorpus], stages: Sequence[RowStage]) -> float:
+    """Memory for the rows' plan; of a small corpus most goes to the epochs' beginnings."""
+    weights = blend_weights(corpora)
+    # As `blend_weights` has it: a row takes 2 slots for the document that it breaks off.
+    slots = sum(stage.num_rows * (stage.seq_length - 2) for stage in stages)
+    epochs = sum(
+        slots * weight / sum(weights) / (corpus.num_tokens + 2 * corpus.num_documents)
+        for weight, corpus in zip(weights, corpora, strict=True)
+    )
+    return plan_bytes(sum(stage.num_rows for stage in stages), len(corpora), epochs)
+
+
+def _too_long(config: Config, plan: str) -> DataError:
+    return DataError(
+        f"{long_run(config)}, whose plan {plan} of memory in each process (this machine has "
+        f"{gigabytes(host_memory())}); use fewer steps, or more text, which is then read less often"
+    )
 
 
 def validation_source(
     config: Config, tokenizer: Tokenizer, corpus: OpenCorpus, seq_length: int, probability: float
 ) -> RowSource:
     """Rows that evaluation reads of held-out text: `eval.batches` batches, at most one epoch."""
-    wanted = config.eval.batches * config.batch.global_size
+    # No corpus has more rows; the data core counts them in 64 bits.
+    wanted = min(config.eval.batches * config.batch.global_size, 2**62)
     rows = epoch_rows(corpus.lengths, seq_length, config.run.seed, limit=wanted)
     stage = RowStage(seq_length, rows, probability)
     return RowSource(config, tokenizer, [corpus], [stage], config.run.seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_bert.config.errors import ConfigError
+from megatron_bert.config.row_memory import host_memory
 from megatron_bert.config.schema import Config
 from megatron_bert.data.vocabulary import padded_vocab_size
 from megatron_bert.distributed.agreement import Ranks
@@ -115,8 +116,7 @@ def _computing_on(device: torch.device) -> Machine:
     """What this rank computes on, with the memory it has and the usual network; as calibrated."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return find_machine("cpu", per_node).with_memory(pages / per_node / GIB)
+        return find_machine("cpu", per_node).with_memory(host_memory() / per_node / GIB)
     facts = torch.cuda.get_device_properties(device)
     memory = facts.total_memory / GIB
     calibration = calibration_of_device(facts.name, machines_folder())

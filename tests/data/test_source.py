@@ -12,6 +12,7 @@ from _megatron_bert_core import IndexedDataset, epoch_rows
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, MaskUnit
+from megatron_bert.data import source as source_module
 from megatron_bert.data.corpora import evaluation_parts, open_corpus
 from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset, write_dataset_info
 from megatron_bert.data.source import training_source, validation_source
@@ -258,3 +259,34 @@ def test_an_empty_corpus_is_refused(
 def test_a_missing_corpus_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"absent\.idx"):
         training_source(make_config(tmp_path / "absent"), tiny_tokenizer)
+
+
+def test_a_run_that_reads_a_small_corpus_more_often_than_memory_has_room_for_is_refused(
+    corpus: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "host_memory", lambda: 10**9)
+    # Places of rows alone would fit: a gigabyte has those of 4 billion rows.
+    steps = 500_000_000
+    config = make_config(corpus, curriculum=[{"seq_length": 64, "steps": steps}])
+    with pytest.raises(DataError, match=f"steps = {steps}: with steps of 4 rows .* more text"):
+        training_source(config, tiny_tokenizer)
+
+
+def test_memory_that_cannot_be_had_for_the_plan_is_told_as_the_run_s_length(
+    corpus: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_memory(*_: object) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(source_module, "RowPlan", without_memory)
+    with pytest.raises(DataError, match=r"curriculum\.0\.steps = 3: .* use fewer steps"):
+        training_source(make_config(corpus), tiny_tokenizer)
+
+
+def test_evaluation_that_asks_for_more_batches_than_can_be_counted_reads_one_epoch(
+    corpus: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    config = make_config(corpus, eval={"batches": 10**25})
+    opened = open_corpus(evaluation_parts(config)[0], tiny_tokenizer)
+    source = validation_source(config, tiny_tokenizer, opened, 32, 0.15)
+    assert source.num_rows == epoch_rows(opened.lengths, 32, config.run.seed)

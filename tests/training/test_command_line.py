@@ -109,6 +109,18 @@ def test_a_dry_run_with_all_data_describes_it_and_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("look", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    "key", ["batch.global_size=99999999999", "curriculum.0.steps=999999999999"]
+)
+def test_a_size_with_some_zeros_too_many_is_refused_and_leaves_no_run_directory(
+    config_file: Path, tmp_path: Path, key: str, look: list[str]
+) -> None:
+    with pytest.raises(UserError, match=f"{key.replace('=', ' = ')}: .* use at most"):
+        main(["--config", str(config_file), key, *look])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_refuses_a_run_directory_as_training_would_and_writes_nothing(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,104 @@
+"""What rows take of a machine's memory: those of a step, and the plan of a whole run's.
+
+A size with some zeros too many is refused by this before anything is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from megatron_bert.config.curriculum import Curriculum, StageSpan
+from megatron_bert.config.schema import Config
+from megatron_bert.words import counted
+
+# The training loop assembles a step's rows while it reads those of the one before.
+_STEPS_HELD = 2
+# Of the data core's plan (csrc/row_plan.h, csrc/blend.h): a place of 16 bytes for every 64 rows;
+# where corpora are blended a count of 8 bytes for every 256 rows and one of 1 for every 32, each
+# of every corpus; and each epoch's beginning, with what arrays hold beside while they grow.
+_PLACE_BYTES_A_ROW = 16 / 64
+_BLEND_BYTES_A_ROW = 8 / 256 + 1 / 32
+_EPOCH_BYTES = 300
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_bytes(rows: int, corpora: int, epochs: float = 0.0) -> float:
+    """Memory that the plan of a run's rows takes in each process.
+
+    Args:
+        rows: of the whole run.
+        corpora: that are blended.
+        epochs: of all corpora together.
+    """
+    blend = _BLEND_BYTES_A_ROW * corpora if corpora > 1 else 0.0
+    return rows * (_PLACE_BYTES_A_ROW + blend) + epochs * _EPOCH_BYTES
+
+
+def long_run(config: Config) -> str:
+    """The key that makes a run long, with what follows from it, for messages."""
+    spans = Curriculum(config).spans
+    longest = max(spans, key=lambda span: span.num_rows)
+    return (
+        f"curriculum.{longest.index}.steps = {longest.num_steps}: with steps of "
+        f"{counted(longest.global_size, 'row')} the run has "
+        f"{counted(sum(span.num_rows for span in spans), 'row')}"
+    )
+
+
+def row_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Steps and runs of more rows than this machine could hold, whatever the data."""
+    step_problems = list(_step_problems(config, world_size))
+    yield from step_problems
+    if not step_problems:
+        yield from _plan_problems(config)
+
+
+def _step_problems(config: Config, world_size: int) -> Iterator[str]:
+    memory = host_memory()
+    data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
+    # Of the stages that share a key the one with the largest rows.
+    largest: dict[str, StageSpan] = {}
+    for span, stage in zip(Curriculum(config).spans, config.curriculum, strict=True):
+        own = stage.batch.global_size is not None
+        key = f"curriculum.{span.index}.batch.global_size" if own else "batch.global_size"
+        largest[key] = max(largest.get(key, span), span, key=_row_bytes)
+    for key, span in largest.items():
+        rows, row_bytes = -(-span.global_size // data_parallel), _STEPS_HELD * _row_bytes(span)
+        if rows * row_bytes > memory:
+            yield (
+                f"{key} = {span.global_size}: a rank's {counted(rows, 'row')} of "
+                f"{span.seq_length} slots need {gigabytes(rows * row_bytes)} of memory, those of "
+                f"{_STEPS_HELD} steps at a time, and this machine has {gigabytes(memory)}; use "
+                f"at most {memory // row_bytes * data_parallel}"
+            )
+
+
+def _row_bytes(span: StageSpan) -> int:
+    """A row's tokens and positions, its masked slots, labels and weights, and its number."""
+    return 2 * 4 * span.seq_length + 3 * 4 * span.masked_slots + 8
+
+
+def _plan_problems(config: Config) -> Iterator[str]:
+    memory, corpora = host_memory(), len(config.data.train)
+    spans = Curriculum(config).spans
+    rows = sum(span.num_rows for span in spans)
+    if plan_bytes(rows, corpora) <= memory:
+        return
+    longest = max(spans, key=lambda span: span.num_rows)
+    other_rows = rows - longest.num_rows
+    most_rows = int(memory / plan_bytes(1, corpora)) - other_rows
+    yield (
+        f"{long_run(config)}, whose plan needs {gigabytes(plan_bytes(rows, corpora))} of memory in "
+        f"each process, and this machine has {gigabytes(memory)}; use at most "
+        f"{max(1, most_rows // longest.global_size)}"
+    )
+
+
+def gigabytes(amount: float) -> str:
+    """Bytes as messages have them."""
+    return f"{amount / 1e9:,.1f} GB"
