@@ -26,8 +26,14 @@
 #SBATCH --signal=B:USR1@120
 
 usage="sbatch [OPTIONS] launch/slurm.sh CONFIG [key=value ...]"
+case ${1:-} in
+    -h | --help)
+        sed -n '/^#SBATCH/q; 2,$s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+esac
 # Slurm runs a copy of this script from elsewhere.
-if ! cd -- "${SLURM_SUBMIT_DIR:-/}" || [ ! -r launch/common.sh ]; then
+if [ -z "${SLURM_JOB_ID:-}" ] || ! cd -- "${SLURM_SUBMIT_DIR:-/}" || [ ! -r launch/common.sh ]; then
     echo "error: submit this script, in the checkout's root: $usage" >&2
     exit 2
 fi

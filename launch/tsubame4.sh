@@ -23,8 +23,14 @@
 #$ -j y
 
 usage="qsub -g GROUP -l node_f=N [OPTIONS] launch/tsubame4.sh CONFIG [key=value ...]"
+case ${1:-} in
+    -h | --help)
+        sed -n '/^#\$ /q; 2,$s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+esac
 # Grid Engine runs a copy of this script from elsewhere.
-if ! cd -- "${SGE_O_WORKDIR:-/}" || [ ! -r launch/common.sh ]; then
+if [ -z "${JOB_ID:-}" ] || ! cd -- "${SGE_O_WORKDIR:-/}" || [ ! -r launch/common.sh ]; then
     echo "error: submit this script, in the checkout's root: $usage" >&2
     exit 2
 fi

@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             use, or was tried too often.
     """
     options = _parser().parse_args(arguments)
+    if options.command != "begin" and not options.run_dir.is_dir():
+        raise ConfigError(f"run directory {options.run_dir}: there is none; give that of a job")
     if options.command == "announce":
         announce(options.run_dir, options.job)
         return

@@ -315,3 +315,12 @@ def test_judge_prints_one_word(tmp_path: Path, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr()
     assert told.out == "again\n"
     assert "killed, or never began to train; no checkpoint" in told.err
+
+
+@pytest.mark.parametrize("command", [["judge", "--tries", "3"], ["announce", "--job", "7"]])
+def test_a_run_directory_that_is_not_there_is_refused_and_not_made(
+    tmp_path: Path, command: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"run directory .*none: there is none; give that of"):
+        main([*command, str(tmp_path / "none")])
+    assert list(tmp_path.iterdir()) == []

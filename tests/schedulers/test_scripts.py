@@ -135,6 +135,33 @@ def at(seconds: float) -> str:
 esac"""
 
 
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+@pytest.mark.parametrize(("script", "command"), [("slurm.sh", "sbatch"), ("tsubame4.sh", "qsub")])
+def test_a_script_that_is_asked_for_help_prints_how_it_is_called(
+    scripts: Scripts, script: str, command: str, asked: str
+) -> None:
+    job = scripts.start(script, asked)
+    told = output(job)
+    assert job.returncode == 0
+    assert f"\n  {command} " in told
+    assert "docs/clusters.md" in told
+    assert "#" not in told
+
+
+@pytest.mark.parametrize(
+    ("script", "folder", "asked"),
+    [("slurm.sh", "SLURM_SUBMIT_DIR", "scontrol"), ("tsubame4.sh", "SGE_O_WORKDIR", "qstat")],
+)
+def test_a_script_that_was_not_submitted_says_so_and_asks_no_scheduler(
+    scripts: Scripts, script: str, folder: str, asked: str
+) -> None:
+    scripts.stub(asked)
+    job = scripts.start(script, "c.yaml", **{folder: str(CHECKOUT)})
+    assert output(job).startswith("error: submit this script")
+    assert job.returncode == 2
+    assert not scripts.calls(asked, "python")
+
+
 def test_a_slurm_job_leaves_the_margin_before_its_end(scripts: Scripts) -> None:
     scripts.stub("scontrol", at(3600))
     scripts.stub("srun", 'cat "${@: -1}"')
