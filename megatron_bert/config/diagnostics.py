@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,8 +124,12 @@ def _hint(expected: str, value: Any, default: Any) -> str:
             return f"; write {meant}"
     if expected.startswith("an integer") and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
-    if expected.startswith(("an integer", "a number")) and isinstance(value, str):
-        return "; write it without quotes" if _is_number(value) else _example(default)
+    if expected.startswith(("an integer", "a number")) and isinstance(value, str | float):
+        number = _number(value)
+        if number is not None and not math.isfinite(number):
+            return f"; give a finite one{_example(default)}"
+        if isinstance(value, str):
+            return _example(default) if number is None else "; write it without quotes"
     if expected.startswith("non-empty text") and isinstance(value, bool | int | float):
         return f'; quote it: "{format_value(value)}"'
     if expected.startswith("one of") and isinstance(value, str):
@@ -142,9 +147,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
-def _is_number(text: str) -> bool:
+def _number(value: str | float) -> float | None:
     try:
-        float(text)
+        return float(value)
     except ValueError:
-        return False
-    return True
+        return None

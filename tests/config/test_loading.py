@@ -139,7 +139,15 @@ def test_an_unknown_name_is_refused_with_the_nearest_right_one(
         ("compile.cuda_graphs=1", "compile.cuda_graphs = 1 (command line): expected one of auto"),
         ("compile.cuda_graphs=0.0", "expected one of auto, true, false"),
         ("optimizer.beta1=1", "expected a number >= 0 and < 1"),
-        ("optimizer.lr=.inf", "expected a number > 0"),
+        ("optimizer.lr=.inf", "expected a number > 0; give a finite one, e.g. 0.00015"),
+        (
+            "optimizer.lr=nan",
+            'optimizer.lr = "nan" (command line): expected a number > 0; give a finite one, e.g. '
+            "0.00015",
+        ),
+        ("optimizer.lr=-inf", "expected a number > 0; give a finite one, e.g. 0.00015"),
+        ("run.max_minutes=inf", "expected a number > 0 or null; give a finite one"),
+        ("optimizer.lr='1e-4'", "expected a number > 0; write it without quotes"),
         (
             "optimizer.lr=fast",
             'optimizer.lr = "fast" (command line): expected a number > 0, e.g. 0.00015',
