@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import Parser, run_cli, told_errors
+from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
 
 with told_errors():
     from megatron_bert.figures import check_name
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if options.picture is not None:
         check_name(options.picture)
+    if options.output is not None and options.output.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--output {options.output}: give a name that ends in .html")
     runs = [RunRecords.read(directory) for directory in options.runs]
     output = options.output or options.runs[0] / "report.html"
     if options.picture is not None:

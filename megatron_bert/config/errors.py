@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_bert.config.arguments import as_options
 from megatron_bert.config.checkout import warn_of_other_code
@@ -43,8 +43,12 @@ class Parser(argparse.ArgumentParser):
     """A command line whose refusals are told as all others are; `run_cli` is around its `main`.
 
     Of its own it would write `usage: ... PROGRAM: error: ...`, in which nobody finds `error:` at
-    the beginning of a line.
+    the beginning of a line. Options are written out: what an abbreviation means would change
+    with every option that comes, and `--overwrit` would replace a dataset.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Show the usage, and refuse what was given.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import DataError, Parser, RunError, run_cli
+from megatron_bert.config.errors import ConfigError, DataError, Parser, RunError, run_cli
 from tests.deadlines import DEADLINE_SECONDS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -51,6 +51,15 @@ def test_a_command_line_that_cannot_be_read_is_told_as_any_other_refusal(
     assert line.startswith("error: ")
     assert arguments[-1].split("=")[0] in line
     assert line.endswith("--help")
+
+
+def test_an_option_is_not_taken_by_a_part_of_its_name() -> None:
+    parser = Parser(prog="tool.py")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_subparsers().add_parser("go").add_argument("--restart", action="store_true")
+    for arguments in (["--overwrit"], ["go", "--rest"]):
+        with pytest.raises(ConfigError, match=f"unrecognized arguments: {arguments[-1]}; see"):
+            parser.parse_args(arguments)
 
 
 def test_every_command_line_is_read_by_the_parser_that_tells_so() -> None:

@@ -208,10 +208,21 @@ def test_a_picture_of_another_kind_is_refused_and_nothing_is_written(
 
 def test_a_page_or_picture_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     run = RunRecords.read(write_run(tmp_path / "run"))
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*page\.html: .*name another file"):
-        write_page([run], tmp_path / "missing" / "page.html")
+        write_page([run], tmp_path / "file" / "page.html")
     with pytest.raises(UserError, match=r"cannot write .*a\.png: .*name another file"):
-        write_picture([run], tmp_path / "missing" / "a.png")
+        write_picture([run], tmp_path / "file" / "a.png")
+
+
+@pytest.mark.parametrize("name", ["page.pdf", "page", "run"])
+def test_a_page_of_another_kind_is_refused_and_nothing_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match=f"--output .*{name}: give a name that ends in .html"):
+        tool.main([str(folder), "--output", str(tmp_path / name)])
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "metrics.jsonl"]
 
 
 def test_the_tool_writes_the_page_into_the_run_directory_and_prints_the_facts(
