@@ -16,6 +16,7 @@ with told_errors():
     from megatron_bert.config.load import load_config
     from megatron_bert.config.places import write_output
     from megatron_bert.config.schema import Config
+    from megatron_bert.data.indexed_dataset import prefix_of
     from megatron_bert.data.inspection import describe_dataset, samples
     from megatron_bert.data.overlap import describe_overlap
     from megatron_bert.data.row_inspection import show_rows
@@ -36,7 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration"
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prefix", metavar="P", help="dataset P.bin and P.idx: counts, lengths")
+    what.add_argument(
+        "--prefix",
+        type=Path,
+        metavar="P",
+        help="dataset P.bin and P.idx (either file's name is understood too): counts, lengths",
+    )
     what.add_argument("--config", type=Path, metavar="FILE", help="configuration of a run")
     parser.add_argument(
         "--tokenizer",
@@ -105,9 +111,10 @@ def _lines(given: argparse.Namespace) -> Iterator[str]:
             yield from describe_steps(config, *_steps(given.steps), with_text=given.text)
         return
     tokenizer = None if given.tokenizer is None else Tokenizer.load(given.tokenizer)
-    yield from describe_dataset(given.prefix, tokenizer)
+    prefix = str(prefix_of(given.prefix, "--prefix"))
+    yield from describe_dataset(prefix, tokenizer)
     if tokenizer is not None:
-        yield from samples(given.prefix, tokenizer, num_samples)
+        yield from samples(prefix, tokenizer, num_samples)
 
 
 def _check(given: argparse.Namespace) -> None:

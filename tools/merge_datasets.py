@@ -30,14 +30,14 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="PREFIX",
-        help="dataset PREFIX.bin and PREFIX.idx; PREFIX.idx is understood too",
+        help="dataset PREFIX.bin and PREFIX.idx; either file's name is understood too",
     )
-    parser.add_argument("--output-prefix", required=True, type=Path, metavar="P")
+    parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     return parser
 
 
-def _tell_of_absent(output_prefix: Path, suffix: str, without: Sequence[Path]) -> None:
+def _tell_of_absent(output_prefix: str, suffix: str, without: Sequence[Path]) -> None:
     if without:
         names = ", ".join(f"{prefix}{suffix}" for prefix in without[:_MOST_NAMES])
         more = f" and {len(without) - _MOST_NAMES:,} more" if len(without) > _MOST_NAMES else ""

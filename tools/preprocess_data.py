@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", required=True, type=Path, metavar="MODEL", help=".model or tokenizer.json"
     )
-    parser.add_argument("--output-prefix", required=True, type=Path, metavar="P")
+    parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument(
         "--field-key",
         nargs="+",

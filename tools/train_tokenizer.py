@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
 
 with told_errors():
+    from megatron_bert.config.places import make_folder
     from megatron_bert.data.text import DocumentReader, iterate_documents
     from megatron_bert.data.text_arguments import add_text_arguments, open_texts
     from megatron_bert.data.tokenizer import Tokenizer
     from megatron_bert.data.tokenizer_training import (
         DEFAULT_MAX_SENTENCES,
-        check_writable,
         train_tokenizer,
         write_model,
     )
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "another, or replace it with --overwrite"
         )
     reader = open_texts(options)
-    check_writable(options.output)
+    make_folder(options.output)
     model = train_tokenizer(
         _documents(reader, options),
         options.vocab_size,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_bert.config.errors import UserError
@@ -59,15 +62,56 @@ def check_place(path: Path) -> None:
         raise UserError(f"cannot write {path}: it {problem}")
 
 
+def check_no_folder(path: Path) -> None:
+    """Refuse to write a file where a folder is, or by a path that climbs out.
+
+    Raises:
+        UserError: there is one, or see `check_place`.
+    """
+    check_place(path)
+    # Of a name that is too long this says False, and not what an error would.
+    if os.path.isdir(path):  # noqa: PTH112
+        raise UserError(f"cannot write {path}: it is a folder; name a file in it")
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a file that is to be written, and try it, before the work.
+
+    Raises:
+        UserError: the file could not be written there.
+    """
+    check_no_folder(path)
+    with _told(path):
+        _make(path.parent)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
 def write_output(path: Path, content: str | bytes) -> None:
-    """Write a file that a user named: whole, or not at all; text as UTF-8.
+    """Write a file that a user named: whole, or not at all; text as UTF-8; in a folder made for it.
 
     Raises:
         UserError: the path climbs out of a folder that it names, or cannot be written.
     """
-    check_place(path)
+    check_no_folder(path)
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    try:
+    with _told(path):
+        _make(path.parent)
         write_atomically(path, data)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        # What is in the way may be one of the folders around it.
+        raise OSError(error.errno, f"cannot make {error.filename}: {error.strerror}") from error
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Tell of what fails inside by the name that the user gave, not by a temporary one."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; name another file") from error

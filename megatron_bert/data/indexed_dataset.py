@@ -79,6 +79,22 @@ def dataset_file(prefix: str | Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
 
 
+def prefix_of(path: Path, option: str) -> Path:
+    """Take `P.idx` and `P.bin` for P, so that a shell can complete or list a folder's datasets.
+
+    Args:
+        path: as the user gave it.
+        option: and behind what, for the error.
+
+    Raises:
+        DataError: there is no name.
+    """
+    name = path.stem if path.suffix in (".idx", ".bin") else path.name
+    if name in ("", "..", ".idx", ".bin"):
+        raise DataError(f"{option} {path}: names no dataset; give a prefix, as data/train")
+    return path.with_name(name)
+
+
 def open_dataset(prefix: str | Path) -> IndexedDataset:
     """Open PREFIX.bin and PREFIX.idx for reading.
 

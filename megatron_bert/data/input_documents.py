@@ -15,7 +15,7 @@ from megatron_bert.closeable import Closeable
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.raw_documents import RawBatch
-from megatron_bert.data.shards import Shard
+from megatron_bert.data.shards import Shard, check_given_once
 from megatron_bert.data.text import DocumentReader, TextDocuments
 
 _HASHED_BYTES = 1 << 20
@@ -63,6 +63,7 @@ class InputDocuments:
     ) -> None:
         """Check the files of the job; raises as `DocumentReader`."""
         all_inputs = inputs
+        check_given_once(all_inputs)
         self.part: str | None = None
         self._number, self._count = 0, 1
         if shard is not None and len(inputs) >= shard.count:

@@ -17,12 +17,14 @@ from megatron_bert.data.indexed_dataset import (
     DatasetInfo,
     SourceFile,
     check_tokenizer,
+    prefix_of,
     write_dataset_info,
 )
-from megatron_bert.data.merge_parts import MergePart, check_shard_sets, open_part, prefix_of
-from megatron_bert.data.placing import StagedDataset
+from megatron_bert.data.merge_parts import MergePart, check_shard_sets, open_part
+from megatron_bert.data.placing import StagedDataset, check_name
 from megatron_bert.data.shards import in_shard_order
 from megatron_bert.data.word_starts import write_joined_word_starts
+from megatron_bert.files import StrPath
 from megatron_bert.progress_bar import ProgressBar
 
 _BLOCK_BYTES = 1 << 26
@@ -53,15 +55,15 @@ class MergeSummary:
 
 
 def merge_datasets(
-    inputs: Sequence[Path], output_prefix: Path, *, overwrite: bool = False
+    inputs: Sequence[Path], output_prefix: StrPath, *, overwrite: bool = False
 ) -> MergeSummary:
     """Join datasets; the files are those of preprocessing all their texts, in this order, at once.
 
     Sequences and documents keep their order and boundaries. Memory is bounded, whatever the sizes.
 
     Args:
-        inputs: prefixes (or `.idx` files), in order, but for shards: `S-00000-of-00004` and so on
-            are taken by number where the first of them stands.
+        inputs: prefixes (or `.idx` or `.bin` files), in order, but for shards: `S-00000-of-00004`
+            and so on are taken by number where the first of them stands.
         output_prefix: P of `P.bin`, `P.idx` and, where all inputs have them, `P.json`, `P.words`.
         overwrite: whether an existing dataset is replaced.
 
@@ -69,8 +71,10 @@ def merge_datasets(
         DataError: an input cannot be used or does not go with the others, shards are missing, or
             the result cannot be written. Nothing is left behind then.
     """
-    prefixes = in_shard_order([prefix_of(path) for path in inputs])
-    _check_places(prefixes, output_prefix)
+    prefixes = in_shard_order([prefix_of(path, "--input") for path in inputs])
+    _check_places(prefixes, Path(output_prefix))
+    check_name(output_prefix)
+    output_prefix = Path(output_prefix)
     parts = [open_part(prefix) for prefix in prefixes]
     check_shard_sets(parts)
     _check_token_types(parts)

@@ -59,18 +59,6 @@ class MergePart:
             raise RuntimeError(f"{self.file('.json')}: was modified while in use")
 
 
-def prefix_of(path: Path) -> Path:
-    """Take `P.idx` for P, so that a shell can list a folder's datasets.
-
-    Raises:
-        DataError: there is no name.
-    """
-    name = path.name.removesuffix(".idx")
-    if name in ("", ".."):
-        raise DataError(f"--input {path}: names no dataset; give a prefix, as data/train")
-    return path.with_name(name)
-
-
 def open_part(prefix: Path) -> MergePart:
     """Open a dataset that is to be joined to others.
 

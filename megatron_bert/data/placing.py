@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_place
 from megatron_bert.data.indexed_dataset import dataset_file
-from megatron_bert.files import sync_to_disk, temporary_path
+from megatron_bert.files import StrPath, sync_to_disk, temporary_path
 
 # The index is last to appear and first to go: without it there is no dataset.
 _SUFFIXES = (".bin", ".words", ".json", ".idx")
@@ -81,15 +82,26 @@ def dataset_files(prefix: Path) -> dict[str, Path]:
     return {suffix: dataset_file(prefix, suffix) for suffix in _SUFFIXES}
 
 
-def check_name(final_prefix: Path) -> None:
+def check_name(final_prefix: StrPath) -> None:
     """Refuse a prefix without a name, to which no suffix can be added, or that climbs out.
 
+    Args:
+        final_prefix: as the user gave it: a `Path` has lost the slash at the end that tells of a
+            folder.
+
     Raises:
-        UserError: there is no name, or a `..` behind one.
+        UserError: there is no name or that of a folder, or a `..` behind one.
     """
-    if final_prefix.name in ("", ".."):
-        raise DataError(f"{argument('output_prefix')} {final_prefix}: give a name, as data/train")
-    check_place(final_prefix)
+    path = Path(final_prefix)
+    # Of a name that is too long this says False, and not what an error would.
+    is_folder = os.path.isdir(path)  # noqa: PTH112
+    if path.name in ("", "..") or is_folder or os.fspath(final_prefix).endswith(os.sep):
+        given = final_prefix if os.fspath(final_prefix) else path
+        raise DataError(
+            f"{argument('output_prefix')} {given}: is a folder; give a name in it, as "
+            f"{path / 'train'}"
+        )
+    check_place(path)
 
 
 def make_place(final_prefix: Path) -> None:

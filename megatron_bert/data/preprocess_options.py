@@ -77,7 +77,7 @@ class PreprocessOptions:
         """
         # A command line has read its options; from Python anything may come.
         check_fields(self)
-        check_name(Path(self.output_prefix))
+        check_name(self.output_prefix)
         twice = sorted(key for key, times in Counter(self.field_keys).items() if times > 1)
         if twice:
             raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -14,6 +15,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from megatron_bert.config.argument_checks import check_fields
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
+from megatron_bert.words import counted, numbered
 
 # More digits count no files.
 _NUMBER = "[0-9]{1,18}"
@@ -61,6 +63,21 @@ class Shard:
         return slice(begin, end)
 
 
+def check_given_once(inputs: Sequence[Path]) -> None:
+    """Refuse an input that stands there twice, also by another spelling of its path.
+
+    Raises:
+        DataError: one does; its documents would count twice.
+    """
+    places = [os.path.realpath(path) for path in inputs]
+    times = Counter(places)
+    twice = {str(path) for path, place in zip(inputs, places, strict=True) if times[place] > 1}
+    if twice:
+        raise DataError(
+            f"{argument('inputs')} {', '.join(sorted(twice))}: given twice; give each once"
+        )
+
+
 _SHARD = re.compile(rf"(?P<set>.*)-(?P<number>{_NUMBER})-of-(?P<count>{_NUMBER})")
 _MOST_NUMBERS = 8
 
@@ -72,9 +89,7 @@ def in_shard_order(prefixes: Sequence[Path]) -> list[Path]:
         DataError: a shard is missing or has a number that its set does not, or something is given
             twice.
     """
-    twice = sorted(str(prefix) for prefix, times in Counter(prefixes).items() if times > 1)
-    if twice:
-        raise DataError(f"--input {', '.join(twice)}: given twice; give each dataset once")
+    check_given_once(prefixes)
     sets: dict[tuple[str, str], dict[int, Path]] = {}
     for prefix in prefixes:
         shard = _SHARD.fullmatch(str(prefix))
@@ -109,10 +124,12 @@ def _check_complete(name: str, count: int, numbers: Collection[int]) -> None:
     num_missing = count - len(numbers)
     if num_missing:
         # The count is only what a name says, so nothing is done that many times.
-        missing = (str(number) for number in range(count) if number not in numbers)
-        some = ", ".join(itertools.islice(missing, _MOST_NUMBERS))
+        missing = (number for number in range(count) if number not in numbers)
+        some = numbered("shard", list(itertools.islice(missing, _MOST_NUMBERS)))
         more = f" and {num_missing - _MOST_NUMBERS:,} more" if num_missing > _MOST_NUMBERS else ""
         raise DataError(
-            f"--input {name}: shards {some}{more} (counted from 0) are missing; give them too, or "
-            f"rename what is to be merged without them"
+            f"--input {name}: {some}{more} of its {counted(count, 'shard')} "
+            f"{'is' if num_missing == 1 else 'are'} not given (the first is shard 0); give "
+            f"{'it' if num_missing == 1 else 'them'} too, or rename what is to be merged without "
+            f"{'it' if num_missing == 1 else 'them'}"
         )

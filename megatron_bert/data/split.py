@@ -17,7 +17,7 @@ from typing import BinaryIO
 import xxhash
 
 from megatron_bert.config.errors import DataError
-from megatron_bert.config.places import check_place
+from megatron_bert.config.places import check_no_folder, make_folder
 from megatron_bert.data.parsing import OnError
 from megatron_bert.data.text import DocumentReader, iterate_documents, iterate_parsed
 from megatron_bert.files import sync_to_disk, temporary_path
@@ -73,7 +73,7 @@ def split_documents(
         partial_train.replace(train)
     except OSError as error:
         raise DataError(
-            f"cannot write {train} and {held_out}: {error.strerror}; name others"
+            f"cannot write {train} and {held_out}: {error.strerror}; free space, or name others"
         ) from error
     finally:
         for path in (partial_train, partial_held_out):
@@ -89,19 +89,26 @@ def _check_places(reader: DocumentReader, train: Path, held_out: Path, overwrite
             f"{train} and {held_out} must be two files, and none of the input; name others"
         )
     for place in (train, held_out):
-        check_place(place)
-        if place.is_dir():
-            raise DataError(f"cannot write {place}: it is a folder; name a file in it")
+        check_no_folder(place)
         if place.suffix != ".jsonl":
             raise DataError(
                 f"{place}: lines of JSON are written, and other names are read as other kinds of "
-                f"files; give a name that ends in .jsonl, e.g. {place.with_suffix('.jsonl')}"
+                f"files; give a name that ends in .jsonl, e.g. {_as_jsonl(place)}"
             )
         if place.exists() and not overwrite:
             raise DataError(
                 f"{place} exists already, and a model may have been trained on what it leaves out; "
                 "choose another name, or replace it with --overwrite"
             )
+    for place in (train, held_out):
+        make_folder(place)
+
+
+def _as_jsonl(place: Path) -> Path:
+    """The name without endings of packed and other texts, as one of lines of JSON."""
+    if place.suffix in (".gz", ".zst"):
+        place = place.with_suffix("")
+    return place.with_suffix(".jsonl")
 
 
 def _smallest_hashes(reader: DocumentReader, fraction: float, on_error: OnError) -> set[int]:

@@ -28,6 +28,7 @@ from megatron_bert.data.raw_documents import (
     read_blocks,
     read_lines,
 )
+from megatron_bert.data.shards import check_given_once
 from megatron_bert.words import counted
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,10 @@ class DocumentReader:
         """Check that every file can be opened, has a known kind and, as `.parquet`, the columns.
 
         Raises:
-            DataError: one cannot be used, or pyarrow is missing.
+            DataError: one cannot be used or is there twice, or pyarrow is missing.
         """
         self.paths = list(paths)
+        check_given_once(self.paths)
         self.json_key = json_key
         self.field_keys = tuple(field_keys)
         self._txt_documents = txt_documents

@@ -6,7 +6,6 @@ import io
 import logging
 import random
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -17,9 +16,9 @@ from pydantic import PositiveInt
 from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
-from megatron_bert.config.places import check_place
+from megatron_bert.config.places import write_output
 from megatron_bert.data.tokenizer import SPECIAL_PIECES
-from megatron_bert.files import StrPath, write_atomically
+from megatron_bert.files import StrPath
 from megatron_bert.words import counted
 
 DEFAULT_MAX_SENTENCES = 10_000_000
@@ -121,45 +120,14 @@ def train_tokenizer(
     return model.getvalue()
 
 
-def check_writable(path: Path) -> None:
-    """Make a model's folder and try it, before the hours that training may take.
-
-    Raises:
-        UserError: the folder cannot be written to, or the path climbs out by `..`.
-    """
-    check_place(path)
-    _check_no_folder(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
 @checked
 def write_model(model: bytes, path: StrPath) -> None:
     """Write a model so that it appears under its name whole or not at all.
 
     Raises:
-        DataError: the folder cannot be written to.
+        UserError: it cannot be written there.
     """
-    path = Path(path)
-    _check_no_folder(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, model)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _check_no_folder(path: Path) -> None:
-    if path.is_dir():
-        raise DataError(f"cannot write {path}: it is a folder; choose another path")
-
-
-def _cannot_write(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot write {path}: {error.strerror}; choose another path")
+    write_output(Path(path), model)
 
 
 def _check_vocab_size(vocab_size: int) -> None:

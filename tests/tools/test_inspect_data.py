@@ -83,6 +83,16 @@ def test_counts_and_histogram_add_up_to_the_dataset(
     assert found == 300
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_dataset_may_be_named_by_one_of_its_files(
+    prefix: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    shown = run(capsys, "--prefix", prefix)
+    assert run(capsys, "--prefix", f"{prefix}{suffix}") == shown
+    with pytest.raises(DataError, match=r"--prefix \.: names no dataset; give a prefix"):
+        tool.main(["--prefix", "."])
+
+
 def test_samples_are_the_beginnings_of_documents(
     prefix: Path,
     tiny_texts: list[str],

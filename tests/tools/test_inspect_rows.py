@@ -161,8 +161,12 @@ def test_a_page_holds_the_rows_and_the_shares_and_needs_no_other_file(
             assert any(line in other for other in lines)
     marked = " ".join(line for line in shown if line.startswith("  <CLS>"))
     assert page.count('class="masked"') == marked.count("[<MASK>|") + 1  # the legend
-    with pytest.raises(UserError, match=r"cannot write .*none/x\.html.*name another"):
-        tool.main([*map(str, command), "--html", str(tmp_path / "none" / "x.html")])
+    tool.main([*map(str, command), "--html", str(tmp_path / "new" / "folder" / "x.html")])
+    assert (tmp_path / "new" / "folder" / "x.html").read_text() == page
+    with pytest.raises(
+        UserError, match=r"cannot write .*x\.html: cannot make .*rows\.html: .*name"
+    ):
+        tool.main([*map(str, command), "--html", str(tmp_path / "rows.html" / "x.html")])
 
 
 def test_control_characters_of_a_piece_do_not_reach_the_terminal(

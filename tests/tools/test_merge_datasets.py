@@ -185,7 +185,15 @@ def test_the_tool_says_which_sidecars_are_absent_and_writes_none(
     assert names(tmp_path / "out") == ["merged.bin", "merged.idx"]
 
 
-@pytest.mark.parametrize("given", [".", "", "/", "..", "dir/.idx", "dir/.."])
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_a_dataset_may_be_named_by_one_of_its_files(tmp_path: Path, suffix: str) -> None:
+    write_documents(tmp_path / "a.b", [[1, 2]])
+    output = str(tmp_path / "merged")
+    tool.main(["--input", f"{tmp_path}/a.b{suffix}", "--output-prefix", output])
+    assert contents(tmp_path / "merged") == [[1, 2]]
+
+
+@pytest.mark.parametrize("given", [".", "", "/", "..", "dir/.idx", "dir/.bin", "dir/.."])
 def test_an_input_without_a_name_is_refused(tmp_path: Path, given: str) -> None:
     with pytest.raises(DataError, match=r"--input .*: names no dataset; give a prefix, as data/tr"):
         tool.main(["--input", given, "--output-prefix", str(tmp_path / "merged")])
@@ -284,14 +292,19 @@ def test_an_input_is_not_written_over(tmp_path: Path) -> None:
         ("merged.bin", r"leave off \.bin"),
         ("", "give a name"),
         ("..", "give a name"),
+        ("new/", "new/: is a folder; give a name in it, as .*new/train"),
+        ("folder", "folder: is a folder; give a name in it, as .*folder/train"),
         ("a.idx/m", "cannot make .*choose"),
     ],
 )
 def test_an_unusable_output_prefix_is_refused(tmp_path: Path, prefix: str, message: str) -> None:
     write_documents(tmp_path / "a", [[1]])
-    output = tmp_path / prefix if prefix else Path()
+    (tmp_path / "folder").mkdir()
+    before = names(tmp_path)
+    output = f"{tmp_path}/{prefix}" if prefix else ""
     with pytest.raises(DataError, match=message):
-        merge_datasets([tmp_path / "a"], output)
+        tool.main(["--input", str(tmp_path / "a"), "--output-prefix", output])
+    assert names(tmp_path) == before
 
 
 def test_a_disk_without_room_is_named_before_anything_is_written(

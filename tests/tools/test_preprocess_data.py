@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -281,10 +282,10 @@ def test_a_large_vocabulary_is_written_in_four_bytes(workshop: Workshop, shared_
         ({"field_keys": ["a", "b", "a"]}, "--field-key a: given twice"),
         *[
             (
-                {"output_prefix": Path(name), "shard": shard},
-                "--output-prefix .*: give a name, as",
+                {"output_prefix": name, "shard": shard},
+                f"--output-prefix .*: is a folder; give a name in it, as {Path(name, 'train')}",
             )
-            for name in (".", "", "/", "..")
+            for name in (".", "", "/", "..", "new/", tempfile.gettempdir())
             for shard in (None, Shard(0, 2))
         ],
         ({"tokenizer": Path("none.model")}, r"cannot read tokenizer none\.model"),
@@ -337,7 +338,30 @@ def test_the_tool_ends_with_two_and_one_line_at_a_prefix_without_a_name(
     run = command(workshop, tiny_tokenizer_path, corpus, *more)
     done = subprocess.run(run, capture_output=True, text=True, cwd=workshop.folder)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --output-prefix .: give a name, as data/train\n"
+    assert done.stderr == "error: --output-prefix .: is a folder; give a name in it, as train\n"
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard", "0/2"]])
+def test_a_file_given_twice_is_refused_as_its_documents_would_count_twice(
+    workshop: Workshop, tiny_tokenizer_path: Path, shard: list[str]
+) -> None:
+    corpus = workshop.write("a.jsonl", jsonl(["猫", "犬"]))
+    again = corpus.parent / ".." / corpus.parent.name / corpus.name
+    run = ["--input", str(corpus), str(again), "--tokenizer", str(tiny_tokenizer_path), *shard]
+    with pytest.raises(DataError, match=r"--input .*a\.jsonl, .*a\.jsonl: given twice; give each"):
+        tool.main([*run, "--output-prefix", str(workshop.prefix)])
+    assert [path.name for path in workshop.folder.iterdir()] == ["a.jsonl"]
+
+
+def test_a_prefix_that_names_a_folder_is_refused_and_nothing_is_written(
+    workshop: Workshop, tiny_tokenizer_path: Path
+) -> None:
+    corpus = workshop.write("a.jsonl", jsonl(["猫"]))
+    run = ["--input", str(corpus), "--tokenizer", str(tiny_tokenizer_path), "--output-prefix"]
+    for prefix in (f"{workshop.folder}/new/", str(workshop.folder)):
+        with pytest.raises(DataError, match=f"{prefix}: is a folder; give a name in it, as "):
+            tool.main([*run, prefix])
+    assert [path.name for path in workshop.folder.iterdir()] == ["a.jsonl"]
 
 
 def test_the_tool_ends_with_two_and_one_line_at_bad_input(

@@ -122,10 +122,10 @@ def test_an_output_that_no_model_can_have_is_refused_before_training(tmp_path: P
 def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "t.model"
-    with pytest.raises(DataError, match=r"cannot write .*choose another path"):
+    with pytest.raises(UserError, match=r"cannot write .*name another file"):
         write_model(b"model", output)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", ["too little text to train on"])
-    with pytest.raises(DataError, match=r"cannot write .*choose another path"):
+    with pytest.raises(UserError, match=r"cannot write .*name another file"):
         tool.main(["--input", str(corpus), "--vocab-size", "500", "--output", str(output)])
 
 
@@ -134,7 +134,7 @@ def test_a_folder_in_a_models_place_is_an_error_before_training(tmp_path: Path) 
     output.mkdir()
     corpus = write_jsonl(tmp_path / "corpus.jsonl", ["too little text to train on"])
     command = ["--input", str(corpus), "--vocab-size", "9", "--output", str(output)]
-    with pytest.raises(DataError, match="it is a folder; choose another path"):
+    with pytest.raises(UserError, match="it is a folder; name a file in it"):
         tool.main([*command, "--overwrite"])
 
 

@@ -170,7 +170,7 @@ def test_whole_numbers_of_numpy_and_torch_are_taken(tiny_run: Callable[..., Conf
         ('{"body": "a"}', {}, "name the text's with json_key; mend the line, or leave such lines "
         "out with on_error='skip'"),
         ("", {"inputs": "none.jsonl"}, "no such file; check inputs"),
-        ("", {"output_prefix": "."}, "output_prefix .: give a name"),
+        ("", {"output_prefix": "."}, "output_prefix .: is a folder; give a name in it"),
         ("", {"workers": 0}, "workers = 0: give at least 1"),
         ("", {"workers": "2"}, "workers = '2': give a whole number"),
         ("", {"inputs": 5}, "inputs = 5: give text or a pathlib.Path or a list of paths"),
