@@ -15,7 +15,8 @@ from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_error
 
 with told_errors():
     from megatron_bert.config.load import load_config
-    from megatron_bert.config.places import check_place, write_output
+    from megatron_bert.config.places import check_no_folder, write_output
+    from megatron_bert.config.remedies import near_divisors, near_multiples
     from megatron_bert.config.schema import Config
     from megatron_bert.figures import check_name
     from megatron_bert.planner.calibrated import (
@@ -23,11 +24,12 @@ with told_errors():
         machine_by_name,
         machines_folder,
     )
-    from megatron_bert.planner.machines import GPUS, find_network
+    from megatron_bert.planner.machines import GPUS, Machine, find_network
     from megatron_bert.planner.plan_files import configuration, document, is_written_plan
     from megatron_bert.planner.plots import write_picture
     from megatron_bert.planner.report import describe
     from megatron_bert.planner.search import make_plan
+    from megatron_bert.words import counted
 
 # Of the LLM-jp tokenizer that RetrievaBERT has, padded: where no tokenizer is at hand.
 _USUAL_VOCABULARY = 99_584
@@ -99,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.picture is not None:
         check_name(given.picture)
     machine = machine_by_name(given.gpu, folder, given.nodes_of, given.network)
+    _check_nodes(given.gpus, machine)
     config = load_config(given.config, given.overrides)
     vocab_size, assumed = _vocabulary(config)
     if given.output is not None:
@@ -115,6 +118,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = list(describe(plan, assumed))
         lines += [f"wrote {path}" for path in (given.output, given.picture) if path is not None]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _check_nodes(gpus: int, machine: Machine) -> None:
+    """Nodes of a job are alike, as the job scripts need them; one alone may have GPUs to spare.
+
+    Raises:
+        ConfigError: not all nodes of the job would have as many GPUs.
+    """
+    per_node = machine.gpus_per_node
+    if gpus > per_node and gpus % per_node:
+        raise ConfigError(
+            f"--gpus {gpus}: {counted(gpus // per_node, 'node')} of {per_node} and "
+            f"{counted(gpus % per_node, 'GPU')} more, and all nodes of a job need as many; give "
+            f"--gpus {near_multiples(gpus, per_node)}, or "
+            f"--nodes-of {near_divisors(gpus, per_node)}"
+        )
 
 
 def _vocabulary(config: Config) -> tuple[int, list[str]]:
@@ -170,7 +189,7 @@ def _check_output(path: Path, config: Path) -> None:
     Raises:
         UserError: the file is something else, or the path climbs out of a folder that it names.
     """
-    check_place(path)
+    check_no_folder(path)
     if not path.exists():
         return
     if path.samefile(config):

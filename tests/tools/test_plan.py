@@ -71,7 +71,15 @@ def test_a_plan_loads_no_torch() -> None:
         (["--gpu", "h1000"], ["--gpu h1000: not known", "h100-80gb", "a100-40gb"]),
         (["--gpus", "0"], ["--gpus 0", "1 or more"]),
         (["--network", "wet"], ["network wet of --network", "ndr200x4"]),
-        (["--output", "/nowhere/at/all.yaml"], ["cannot write /nowhere/at/all.yaml"]),
+        (
+            ["--output", "/dev/null/at/all.yaml"],
+            ["cannot write /dev/null/at/all.yaml: cannot make"],
+        ),
+        (["--gpus", "32", "--nodes-of", "3"], ["10 nodes of 3 and 2 GPUs more", "--gpus 30 or 33"]),
+        (
+            ["--gpu", "h100-94gb", "--gpus", "7"],
+            ["--gpus 7: 1 node of 4 and 3 GPUs more", "--gpus 4 or 8, or --nodes-of 1 or 7"],
+        ),
     ],
 )
 def test_what_cannot_be_used_ends_with_code_two_and_says_why(
