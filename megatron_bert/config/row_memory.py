@@ -27,6 +27,11 @@ def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def room_for_rows() -> int:
+    """Bytes of it that rows may take, for each of the two: the rest is the model's and others'."""
+    return host_memory() // 2
+
+
 def plan_bytes(rows: int, corpora: int, epochs: float = 0.0) -> float:
     """Memory that the plan of a run's rows takes in each process.
 
@@ -59,7 +64,7 @@ def row_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _step_problems(config: Config, world_size: int) -> Iterator[str]:
-    memory = host_memory()
+    room = room_for_rows()
     data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
     # Of the stages that share a key the one with the largest rows.
     largest: dict[str, StageSpan] = {}
@@ -69,12 +74,12 @@ def _step_problems(config: Config, world_size: int) -> Iterator[str]:
         largest[key] = max(largest.get(key, span), span, key=_row_bytes)
     for key, span in largest.items():
         rows, row_bytes = -(-span.global_size // data_parallel), _STEPS_HELD * _row_bytes(span)
-        if rows * row_bytes > memory:
+        if rows * row_bytes > room:
             yield (
                 f"{key} = {span.global_size}: a rank's {counted(rows, 'row')} of "
                 f"{span.seq_length} slots need {gigabytes(rows * row_bytes)} of memory, those of "
-                f"{_STEPS_HELD} steps at a time, and this machine has {gigabytes(memory)}; use "
-                f"at most {memory // row_bytes * data_parallel}"
+                f"{_STEPS_HELD} steps at a time, and half of this machine's is {gigabytes(room)}; "
+                f"use at most {room // row_bytes * data_parallel}"
             )
 
 
@@ -84,17 +89,17 @@ def _row_bytes(span: StageSpan) -> int:
 
 
 def _plan_problems(config: Config) -> Iterator[str]:
-    memory, corpora = host_memory(), len(config.data.train)
+    room, corpora = room_for_rows(), len(config.data.train)
     spans = Curriculum(config).spans
     rows = sum(span.num_rows for span in spans)
-    if plan_bytes(rows, corpora) <= memory:
+    if plan_bytes(rows, corpora) <= room:
         return
     longest = max(spans, key=lambda span: span.num_rows)
     other_rows = rows - longest.num_rows
-    most_rows = int(memory / plan_bytes(1, corpora)) - other_rows
+    most_rows = int(room / plan_bytes(1, corpora)) - other_rows
     yield (
         f"{long_run(config)}, whose plan needs {gigabytes(plan_bytes(rows, corpora))} of memory in "
-        f"each process, and this machine has {gigabytes(memory)}; use at most "
+        f"each process, and half of this machine's is {gigabytes(room)}; use at most "
         f"{max(1, most_rows // longest.global_size)}"
     )
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.errors import DataError
-from megatron_bert.config.row_memory import gigabytes, host_memory, long_run, plan_bytes
+from megatron_bert.config.row_memory import gigabytes, long_run, plan_bytes, room_for_rows
 from megatron_bert.config.schema import Config, MlmConfig
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.blending import blend_warnings, blend_weights
@@ -171,7 +171,7 @@ def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
         for span in Curriculum(config).spans
     ]
     needed = _plan_bytes(corpora, stages)
-    if needed > host_memory():
+    if needed > room_for_rows():
         raise _too_long(config, f"needs {gigabytes(needed)}")
     rows = sum(stage.num_rows for stage in stages)
     if rows >= _MANY_ROWS:
@@ -196,8 +196,9 @@ def _plan_bytes(corpora: Sequence[OpenCorpus], stages: Sequence[RowStage]) -> fl
 
 def _too_long(config: Config, plan: str) -> DataError:
     return DataError(
-        f"{long_run(config)}, whose plan {plan} of memory in each process (this machine has "
-        f"{gigabytes(host_memory())}); use fewer steps, or more text, which is then read less often"
+        f"{long_run(config)}, whose plan {plan} of memory in each process (half of this machine's "
+        f"is {gigabytes(room_for_rows())}); use fewer steps, or more text, which is then read less "
+        "often"
     )
 
 

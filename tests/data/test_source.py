@@ -264,7 +264,7 @@ def test_a_missing_corpus_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) 
 def test_a_run_that_reads_a_small_corpus_more_often_than_memory_has_room_for_is_refused(
     corpus: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_module, "host_memory", lambda: 10**9)
+    monkeypatch.setattr(source_module, "room_for_rows", lambda: 10**9)
     # Places of rows alone would fit: a gigabyte has those of 4 billion rows.
     steps = 500_000_000
     config = make_config(corpus, curriculum=[{"seq_length": 64, "steps": steps}])
