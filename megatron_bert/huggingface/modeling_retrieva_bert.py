@@ -65,8 +65,21 @@ class RetrievaBertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, words_BSD: Tensor, position_ids: Tensor) -> Tensor:
-        """Add positions to word embeddings: [B, S, D] and [1 or B, S] -> [B, S, D]."""
-        y_BSD: Tensor = self.dropout(words_BSD + self.position_embeddings(position_ids))
+        """Add positions to word embeddings: [B, S, D] and [1 or B, S] -> [B, S, D].
+
+        Raises:
+            ValueError: a position outside the table, on a CPU and not compiled.
+        """
+        try:
+            positions_BSD = self.position_embeddings(position_ids)
+        except IndexError as error:  # looking first would make a GPU wait
+            table = self.position_embeddings.num_embeddings
+            raise ValueError(
+                f"position_ids go from {int(position_ids.min())} to {int(position_ids.max())}, and "
+                f"the position table from 0 to {table - 1}; count each text from 0 and truncate "
+                f"texts to {table} tokens"
+            ) from error
+        y_BSD: Tensor = self.dropout(words_BSD + positions_BSD)
         return y_BSD
 
 
@@ -368,7 +381,9 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
                 is attended to, padding too.
             position_ids: [1 or B, S]; where they restart at 0 a new text begins, and texts packed
                 into one row do not see each other. Default: 0, 1, 2, ... from the first slot that
-                `attention_mask` does not hide, so that padding on the left changes no text.
+                `attention_mask` does not hide, so that padding on the left changes no text. All lie
+                within the position table; what lies outside is named on a CPU, where nothing is
+                compiled, while a GPU ends with an assertion of its own.
             inputs_embeds: [B, S, D] in place of `input_ids`.
             output_attentions: return the attention weights; SDPA then gives way to eager attention.
             output_hidden_states: return the hidden states before each block and after the last.
@@ -379,8 +394,8 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, a row longer than the
-                position table, an attention mask of another shape, or attention weights asked of an
-                attention function that has none.
+                position table, on a CPU a position outside it, an attention mask of another shape,
+                or attention weights asked of an attention function that has none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -547,23 +562,28 @@ class RetrievaBertForMaskedLM(RetrievaBertPreTrainedModel):
         )
 
 
-class RetrievaBertPooler(nn.Module):
-    """A row's first token (`<CLS>`) through a dense layer and tanh."""
+class RetrievaBertClassificationHead(nn.Module):
+    """A row's first token (`<CLS>`) through a dense layer, tanh and a projection.
 
-    def __init__(self, config: RetrievaBertConfig) -> None:
+    All that is new stands under one name: PEFT trains and saves what is called `classifier`
+    beside its adapters, and freezes the rest.
+    """
+
+    def __init__(self, config: RetrievaBertConfig, num_labels: int) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
+        self.out_proj = nn.Linear(config.hidden_size, num_labels)
 
     def forward(self, x_BSD: Tensor, padding_BS: Tensor | None) -> Tensor:
-        """[B, S, D] and the padding mask, if any -> [B, D]."""
+        """[B, S, D] and the padding mask, if any -> [B, number of labels]."""
         if padding_BS is None:
             first_BD = x_BSD[:, 0]
         else:
             rows = torch.arange(x_BSD.shape[0], device=x_BSD.device)
             first_BD = x_BSD[rows, first_seen(padding_BS)]
-        y_BD: Tensor = self.dropout(torch.tanh(self.dense(first_BD)))
-        return y_BD
+        logits: Tensor = self.out_proj(self.dropout(torch.tanh(self.dense(first_BD))))
+        return logits
 
 
 class RetrievaBertForSequenceClassification(RetrievaBertPreTrainedModel):
@@ -577,8 +597,7 @@ class RetrievaBertForSequenceClassification(RetrievaBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = RetrievaBertModel(config)
-        self.pooler = RetrievaBertPooler(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = RetrievaBertClassificationHead(config, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -603,7 +622,7 @@ class RetrievaBertForSequenceClassification(RetrievaBertPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        logits = self.classifier(self.pooler(outputs.last_hidden_state, attention_mask))
+        logits = self.classifier(outputs.last_hidden_state, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -718,8 +737,7 @@ class RetrievaBertForMultipleChoice(RetrievaBertPreTrainedModel):
     def __init__(self, config: RetrievaBertConfig) -> None:
         super().__init__(config)
         self.bert = RetrievaBertModel(config)
-        self.pooler = RetrievaBertPooler(config)
-        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.classifier = RetrievaBertClassificationHead(config, 1)
         self.post_init()
 
     @can_return_tuple
@@ -750,7 +768,7 @@ class RetrievaBertForMultipleChoice(RetrievaBertPreTrainedModel):
         )
         given = input_ids if inputs_embeds is None else inputs_embeds
         assert given is not None  # the encoder has seen to that
-        scores = self.classifier(self.pooler(outputs.last_hidden_state, mask))
+        scores = self.classifier(outputs.last_hidden_state, mask)
         logits_BC = scores.view(given.shape[:2])
         return MultipleChoiceModelOutput(
             loss=None if labels is None else F.cross_entropy(logits_BC, labels),

@@ -207,6 +207,27 @@ def test_a_row_longer_than_the_position_table_is_refused(monkeypatch: pytest.Mon
         _model("sdpa", monkeypatch)(torch.zeros(1, 65).long())
 
 
+@pytest.mark.parametrize("position", [-1, 64])
+def test_a_position_outside_the_table_is_refused_on_a_cpu(
+    position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = _texts()[0][None]
+    positions = torch.zeros_like(text)
+    positions[0, 1] = position
+    with pytest.raises(ValueError, match=f"{position}.* position table from 0 to 63"):
+        _model("sdpa", monkeypatch)(text, position_ids=positions)
+
+
+def test_a_model_is_one_graph_with_positions_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = _model("sdpa", monkeypatch), _texts()[0][None]
+    inputs = {"input_ids": text, "position_ids": torch.arange(text.shape[1])[None]}
+    exported = torch.export.export(model, (), inputs)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = model(**inputs).last_hidden_state
+    for graph in (exported.module(), compiled):
+        _assert_same([graph(**inputs).last_hidden_state], [expected])
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_weights_leave_out_padding_and_other_texts(
     backend: str, monkeypatch: pytest.MonkeyPatch

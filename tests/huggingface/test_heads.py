@@ -18,6 +18,11 @@ from tests.huggingface.tiny_models import (
 )
 
 ROWS, SLOTS, CHOICES = 3, 6, 4
+# As CHANGELOG.md gives it.
+OLDER_HEAD = {
+    r"^pooler\.dense": "classifier.dense",
+    r"^classifier\.(weight|bias)": r"classifier.out_proj.\1",
+}
 
 
 def _model(head: str, **changes: Any) -> Any:
@@ -240,10 +245,29 @@ def test_a_new_head_on_pretrained_weights_is_all_that_is_new(head: str, tmp_path
     pretrained = _model("MaskedLM")
     pretrained.save_pretrained(tmp_path)
     model, report = HEADS[head].from_pretrained(tmp_path, output_loading_info=True)
-    assert all(name.startswith(("pooler", "classifier", "qa_")) for name in report["missing_keys"])
+    # The names that PEFT trains and saves beside its adapters.
+    assert all(name.startswith(("classifier.", "qa_outputs.")) for name in report["missing_keys"])
     assert not report["unexpected_keys"]
     for name, parameter in pretrained.bert.named_parameters():
         assert torch.equal(model.bert.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "MultipleChoice"])
+def test_a_head_that_was_saved_under_its_older_names_loads(head: str, tmp_path: Path) -> None:
+    model = _model(head)
+    model.save_pretrained(tmp_path)
+    older = {
+        name.replace("classifier.dense", "pooler.dense").replace("out_proj.", ""): tensor
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    save_file(older, tmp_path / "model.safetensors", {"format": "pt"})
+    again, report = HEADS[head].from_pretrained(
+        tmp_path, key_mapping=OLDER_HEAD, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    ids = _batch(head)["input_ids"]
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
 
 
 def test_the_encoder_alone_loads_from_a_masked_language_model(tmp_path: Path) -> None:
