@@ -85,7 +85,7 @@ def model_card(
         f"{_SUMMARIES[model.architecture]}\n",
         "## Usage\n",
         f"```python\n{_usage(model, mask_token)}```\n",
-        "\n".join(f"- {note}" for note in _notes(model, dtype)) + "\n",
+        "\n".join(f"- {note}" for note in _notes(model, dtype, state)) + "\n",
         "## Architecture\n",
         table(_architecture(model, vocab_size, num_pieces, dtype, num_parameters)),
         "## Training\n",
@@ -113,7 +113,7 @@ def _usage(model: ModelConfig, mask_token: str) -> str:
     return _USAGE.format(mask=mask_token, hidden=model.hidden_size, trust=trust)
 
 
-def _notes(model: ModelConfig, dtype: ExportDtype) -> Iterator[str]:
+def _notes(model: ModelConfig, dtype: ExportDtype, state: RunState) -> Iterator[str]:
     yield f"Tested with transformers {' and '.join(TESTED_RELEASES)}."
     if model.architecture == "retrievabert":
         yield (
@@ -124,6 +124,9 @@ def _notes(model: ModelConfig, dtype: ExportDtype) -> Iterator[str]:
         "Give `attention_mask` with padded batches. Either side may be padded; without "
         "`position_ids`,\n  padding changes no vector but for rounding."
     )
+    trained, positions = state.longest_row, model.max_position_embeddings
+    if trained is not None and trained < positions:
+        yield _warning_of_length(model, trained, state.origin)
     if dtype == "bf16":
         yield (
             "The weights are bfloat16, rounded from the float32 that was trained. transformers 5 "
@@ -135,6 +138,26 @@ def _notes(model: ModelConfig, dtype: ExportDtype) -> Iterator[str]:
             "The weights are float32, as they were trained; `dtype=torch.bfloat16` halves their "
             "memory and\n  computes to two or three digits."
         )
+
+
+def _warning_of_length(model: ModelConfig, trained: int, origin: str | None) -> str:
+    positions = model.max_position_embeddings
+    rows = f"**Rows of training had at most {trained:,} tokens**, of {positions:,}"
+    if model.family.rotary:
+        return (
+            f"{rows} that the configuration allows.\n  Longer texts are untried; cut them "
+            f"(`truncation=True, max_length={trained}`), or fine-tune at their length."
+        )
+    if origin is not None:
+        return (
+            f"{rows} positions. Positions from {trained:,} on are random\n  unless those who "
+            f"trained `{origin}` reached them; if not, cut texts (`truncation=True, "
+            f"max_length={trained}`)."
+        )
+    return (
+        f"{rows} positions. Those from {trained:,} on are random\n  until fine-tuning reaches "
+        f"them. The tokenizer's `model_max_length` is {trained:,}: `truncation=True` cuts there."
+    )
 
 
 def _architecture(

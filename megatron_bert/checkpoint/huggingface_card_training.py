@@ -58,10 +58,9 @@ def training_sections(state: RunState, figures: RunFigures | None) -> Iterator[s
         )
         return
     config = state.config
-    resumed = str(_key(config, "checkpoint", "resume"))
-    if resumed not in ("auto", "none", UNKNOWN):
+    if state.origin is not None:
         yield (
-            f"The run went on from a checkpoint of another, `{Path(resumed).name}`, whose steps "
+            f"The run went on from a checkpoint of another, `{state.origin}`, whose steps "
             "are counted with its own.\n"
         )
     yield table([*_progress(state, figures), *_settings(config), *_layout(state)])

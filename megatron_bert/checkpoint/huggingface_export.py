@@ -77,7 +77,7 @@ def export_checkpoint(
     model, shapes = state.model, _model_shapes(checkpoint)
     vocab_size = shapes[_WORD][0]
     parameters = _checked_parameters(checkpoint, model, vocab_size, shapes)
-    exported = export_tokenizer(tokenizer, model.max_position_embeddings)
+    exported = export_tokenizer(tokenizer, _longest_text(model, state))
     config = huggingface_config(model, vocab_size, dtype, exported.token_ids)
     with state.reading():
         card = model_card(
@@ -113,6 +113,18 @@ def _checked_tokenizer(path: Path, state: RunState) -> Tokenizer:
             f"of {state.tokenizer_hash}; name that one with {argument('tokenizer')}"
         )
     return found
+
+
+def _longest_text(model: ModelConfig, state: RunState) -> int:
+    """Tokens at which the tokenizer cuts texts.
+
+    A learned position that no row has reached is random. A rotary one is computed like any other,
+    and what another run has taught is not known here: there only the table is the limit.
+    """
+    trained = state.longest_row
+    if model.family.rotary or trained is None or state.origin is not None:
+        return model.max_position_embeddings
+    return min(trained, model.max_position_embeddings)
 
 
 def _model_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:

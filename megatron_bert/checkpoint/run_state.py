@@ -133,6 +133,25 @@ class RunState:
         return bool(self._state.get("weights_only", False))
 
     @property
+    def origin(self) -> str | None:
+        """Name of the checkpoint that `checkpoint.resume` named; None for a run of its own."""
+        with self.reading():
+            resume = self.config.get("checkpoint", {}).get("resume", "auto")
+        return None if resume in ("auto", "none") else Path(str(resume)).name
+
+    @property
+    def longest_row(self) -> int | None:
+        """Slots of the longest rows of the steps taken, as far as the curriculum tells."""
+        stages = self._field("config", "curriculum", kind=list)
+        with self.reading():
+            lengths, before = [], 0
+            for stage in stages:
+                if before < self.step:
+                    lengths.append(int(stage["seq_length"]))
+                before += int(stage["steps"])
+        return max(lengths, default=None)
+
+    @property
     def model(self) -> ModelConfig:
         """The model's shape."""
         try:

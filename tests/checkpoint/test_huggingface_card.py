@@ -168,6 +168,45 @@ def test_the_card_tells_spare_rows_and_bf16(pieces: int, told: str) -> None:
     assert "language:" not in card
 
 
+_WARNING = "**Rows of training had at most "
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ("32 tokens**, of 64 positions", "`model_max_length` is 32")),
+        ({"checkpoint": {"resume": "/runs/other/step_7"}}, ("32 tokens**, of 64", "`step_7`")),
+        (
+            {"model": {"architecture": "modernbert", "num_query_groups": 4}},
+            ("32 tokens**, of 64 that", "max_length=32"),
+        ),
+        ({"model": {"max_position_embeddings": 32}}, ()),
+        # The second stage's first step; the stages before it are over.
+        ({"curriculum": [{"seq_length": n, "steps": 9} for n in (32, 64)]}, ()),
+        ({"curriculum": [{"seq_length": n, "steps": 10} for n in (32, 64)]}, ("32 tokens**",)),
+    ],
+)
+def test_the_card_warns_of_positions_that_no_row_has_reached(
+    changes: dict[str, Any], told: tuple[str, ...]
+) -> None:
+    config = small_config(**changes)
+    state = {"step": 10, "consumed_rows": 1, "topology": {}, "config": config_dict(config)}
+    card = model_card(
+        config.model,
+        512,
+        "fp32",
+        num_pieces=512,
+        num_parameters=1,
+        mask_token="<MASK>",
+        state=RunState(Path("step_10"), state),
+        figures=None,
+        license_id="other",
+    )
+    assert (_WARNING in card) == bool(told)
+    for words in told:
+        assert words in card
+
+
 def test_no_file_of_an_export_names_a_place_on_this_machine(exported: Path) -> None:
     for path in exported.iterdir():
         content = path.read_bytes()

@@ -69,7 +69,7 @@ base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert base(inputs["tokens"].long()).last_hidden_state.shape == (3, inputs["tokens"].shape[1], 32)
 model.save_pretrained(sys.argv[3])
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-assert tokenizer.model_max_length == 64, tokenizer.model_max_length
+assert tokenizer.model_max_length == 32, tokenizer.model_max_length
 assert tokenizer.mask_token == "<MASK>" and tokenizer.mask_token_id == 3, tokenizer.mask_token
 fill = pipeline("fill-mask", folder, tokenizer=tokenizer, trust_remote_code=True)
 guesses = fill("吾輩は<MASK>である")

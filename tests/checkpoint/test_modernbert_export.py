@@ -136,6 +136,8 @@ def test_an_export_holds_no_code_and_fills_masks(run_folder: Path) -> None:
     assert "auto_map" not in config
     assert "trust_remote_code" not in (exported / "README.md").read_text()
     tokenizer = AutoTokenizer.from_pretrained(exported)
+    # No row was longer than 32; rotary positions beyond are no random numbers.
+    assert tokenizer.model_max_length == 64
     fill = pipeline("fill-mask", str(exported), tokenizer=tokenizer)
     assert len(fill(f"吾輩は{tokenizer.mask_token}である")) == 5
 
