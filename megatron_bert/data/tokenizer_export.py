@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import tokenizers
@@ -18,6 +19,7 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.sentencepiece_model import (
     BYTE,
     CONTROL,
+    NORMAL,
     UNKNOWN,
     USER_DEFINED,
     Piece,
@@ -222,7 +224,7 @@ def _rules(charsmap: bytes) -> list[normalizers.Normalizer]:
 
 
 def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
-    """The dummy prefix, and user-defined pieces alone, as SentencePiece has them."""
+    """The dummy prefix, and user-defined pieces alone, as SentencePiece has them; bytes apart."""
     steps: list[pre_tokenizers.PreTokenizer] = []
     if model.add_dummy_prefix:
         # A Metaspace leaves out its prefix before a text that begins with the like. The first one
@@ -236,4 +238,25 @@ def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
         # Longest first: of two that begin alike SentencePiece takes the longer.
         either = "|".join(re.escape(text) for text in sorted(defined, key=len, reverse=True))
         steps.append(pre_tokenizers.Split(tokenizers.Regex(either), "isolated"))
+    if model.byte_fallback:
+        # The library gives a byte the offsets of all unknown characters that stand together. None
+        # of them is part of a piece, so that splitting there changes no segmentation.
+        unknown = tokenizers.Regex(f"[^{_as_ranges(_known_characters(model))}]")
+        steps.append(pre_tokenizers.Split(unknown, "isolated"))
     return pre_tokenizers.Sequence(steps)
+
+
+def _known_characters(model: SentencePieceModel) -> set[str]:
+    """What the pieces that text can match are made of."""
+    matched = (p.text for p in model.pieces if p.kind in (NORMAL, USER_DEFINED))
+    return {_SPACE, *chain.from_iterable(matched)}
+
+
+def _as_ranges(characters: set[str]) -> str:
+    """The inside of a regular expression's bracket that stands for these characters."""
+    points = sorted(map(ord, characters))
+    begins = [point for before, point in pairwise([-2, *points]) if point != before + 1]
+    ends = [point for point, after in pairwise([*points, -2]) if after != point + 1]
+    return "".join(
+        rf"\x{{{begin:x}}}-\x{{{end:x}}}" for begin, end in zip(begins, ends, strict=True)
+    )
