@@ -119,7 +119,8 @@ class ModelConfig(Section):
     num_attention_heads: PositiveInt
     """Query heads."""
     num_query_groups: PositiveInt
-    """Key/value heads: 1 is multi-query, `num_attention_heads` is multi-head attention."""
+    """Key/value heads: 1 is multi-query, `num_attention_heads` is multi-head attention, which
+    `architecture: modernbert` asks for."""
     max_position_embeddings: PositiveInt
     """The longest segment, in tokens; rows of the position table where it is learned."""
     vocab_size: PositiveInt | None = None

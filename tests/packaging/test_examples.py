@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from megatron_bert.checkpoint.huggingface_config import huggingface_config
 from megatron_bert.checkpoint.huggingface_import import import_model
 from megatron_bert.checkpoint.huggingface_names import model_parameters
+from megatron_bert.config.checks import check_config
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.data.tokenizer import Tokenizer
@@ -39,6 +41,14 @@ def test_there_is_an_example_for_every_beginning() -> None:
 def test_an_example_says_in_its_first_lines_what_it_is_for(name: str) -> None:
     comments = [line for line in EXAMPLES[name].read_text().splitlines()[:6] if line[:2] == "# "]
     assert any("language-server" not in line for line in comments)
+
+
+def test_the_tutorials_overrides_make_a_modernbert_of_the_small_example() -> None:
+    tutorial = (CHECKOUT / "docs" / "tutorial.md").read_text("utf-8")
+    (given,) = re.findall(r"over `examples/small_cpu.yaml`\s+`([^`]+)`", tutorial)
+    config = load_config(EXAMPLES["small_cpu.yaml"], given.split())
+    assert config.model.architecture == "modernbert"
+    check_config(config, world_size=1)
 
 
 def test_the_examples_agree_on_where_tokenizer_and_datasets_lie() -> None:
