@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def square_sum(gradients: Sequence[Tensor]) -> Tensor:
-    """Sum the squares of all elements, to some 1e-7 of it; fp64, a scalar.
+    """Sum the squares of all elements, to some 1e-7 of it if rows have thousands; fp64, a scalar.
 
     Args:
         gradients: fp32, one or more, on one device.

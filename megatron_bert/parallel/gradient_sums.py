@@ -104,13 +104,22 @@ def scaled_gradient(parameter: Tensor, gradient: Tensor, scale: Tensor) -> Tenso
     Args:
         parameter: as autograd knows it.
         gradient: used up: it is scaled in place, or free.
-        scale: a scalar.
+        scale: fp32 [1].
     """
     total = gradient_sum(parameter)
-    if total is None or total.dtype != gradient.dtype:
-        return gradient.mul_(scale)
+    if total is None or not total.dtype == gradient.dtype == torch.float32:
+        return scaled(gradient, scale)
     total.addcmul_(gradient, scale)
     return None
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """Multiply in place by a scale, fp32 [1], in fp32.
+
+    By a scalar tensor a GPU would multiply in the type of x, and round the scale to that before.
+    """
+    assert scale.shape == (1,)
+    return x.mul_(scale)
 
 
 def embedding_gradient(hidden_grad_ND: Tensor, ids_N: Tensor, table_VD: Tensor) -> Tensor | None:
@@ -125,6 +134,7 @@ def embedding_gradient(hidden_grad_ND: Tensor, ids_N: Tensor, table_VD: Tensor) 
         table_VD: as autograd knows it.
     """
     total, count, vocab = gradient_sum(table_VD), len(ids_N), len(table_VD)
+    assert count
     if total is None or vocab <= count:
         dense = _rows_gradient(hidden_grad_ND, ids_N, vocab)
         return added_to_sums([table_VD], [dense])[0]

@@ -91,7 +91,8 @@ class ShardedUnit:
             place.put(place.shard)
             self._places.append(place)
         # Weights of layers that read one input stand end to end so (`joined_rows`), biases not
-        # between them; and so do their gradients.
+        # between them, and so do their gradients' sums: where ranks divide their rows, and sizes
+        # are multiples of the alignment. Else they are copied.
         self._places.sort(key=lambda place: len(place.shape) < 2)
         self._sizes = [place.size for place in self._places]
         self._memory: Tensor | None = None

@@ -24,6 +24,7 @@ from megatron_bert.parallel.gradient_sums import (
     add_weight_product,
     embedding_gradient,
     gradient_dtype,
+    scaled,
     scaled_gradient,
     weight_product,
 )
@@ -149,10 +150,10 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V = ctx.saved_tensors
         # The saved gradients are nobody else's: scaling them in place saves a pass and a copy.
-        for gradient in (hidden_ND, bias_V):
-            gradient.mul_(grads[0])
-        table_grad = scaled_gradient(ctx.known, weight_VD, grads[0])
-        return hidden_ND, table_grad, bias_V, None, None, None, None
+        scale = grads[0].float().view(1)
+        table_grad = scaled_gradient(ctx.known, weight_VD, scale)
+        hidden_grad, bias_grad = scaled(hidden_ND, scale), scaled(bias_V, scale)
+        return hidden_grad, table_grad, bias_grad, None, None, None, None
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

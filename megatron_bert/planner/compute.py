@@ -219,6 +219,9 @@ def _keys_per_query(work: Work) -> float:
 def _elementwise(work: Work) -> tuple[float, float]:
     """Bytes that a block's kernels between products read and write, forward and backward.
 
+    As they were measured, before gradients were added up within products and weights that one
+    product reads stood end to end.
+
     Forward, in the order of the block: norm (read, write), residual sum with dropout and the next
     norm (2 read, 2 written), activation (2 read, 1 written), residual sum (2 read, 1 written).
     """

@@ -103,6 +103,9 @@ def test_who_lacks_memory_computes_the_same_rows_in_smaller_micro_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[StepRows] = []
+    assert StepRows.of(32_768, 384, 1) == StepRows(80, 1)
+    assert StepRows.of(384 * 6, 384, 2) == StepRows(4, 2)
+    assert StepRows.of(100, 384, 2) == StepRows(1, 2)
 
     def take_two_rows(_w: Any, _l: int, step: StepRows, _d: Any) -> tuple[float, float]:
         asked.append(step)

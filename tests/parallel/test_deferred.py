@@ -16,6 +16,7 @@ from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import RankModel
 from megatron_bert.parallel.deferred import (
     DeferringLayer,
+    WeightProducts,
     accumulate_deferred,
     dropping_deferred,
 )
@@ -123,6 +124,18 @@ def _check_deferral() -> None:
 
 def test_backward_leaves_the_products_and_they_are_computed_one_micro_batch_at_a_time() -> None:
     run_ranks(2, _check_deferral)
+
+
+def test_products_of_several_layers_are_added_to_sums_that_stand_end_to_end() -> None:
+    layers = [nn.Linear(8, rows, bias=False) for rows in (4, 2)]
+    x, y_grad, sums = torch.randn(5, 8), torch.randn(5, 6), torch.ones(6, 8)
+    left = WeightProducts(layers, x, [y_grad], joined=True)  # type: ignore[arg-type]
+    first = left.compute(None)
+    assert [gradient is None for gradient in first] == [False, False]
+    for layer, part in zip(layers, sums.split([4, 2]), strict=True):
+        layer.weight.grad = part
+    assert left.compute(None) == [None, None]
+    torch.testing.assert_close(sums, 1 + torch.cat(first))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

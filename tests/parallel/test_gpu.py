@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import CompileConfig, Config
 from megatron_bert.parallel import recorded_passes
+from megatron_bert.parallel.gradient_sums import embedding_gradient, weight_gradients
 from megatron_bert.parallel.recorded_passes import Recorder
 from megatron_bert.run.metrics import read
 from megatron_bert.training.main import main
@@ -153,3 +155,29 @@ def test_fp8_beside_fused_kernels_trains_as_bf16_does(tiny_data: Path, tmp_path:
     }
     assert losses["current"] != losses["none"]
     assert losses["current"] == pytest.approx(losses["none"], rel=2e-2)
+
+
+def test_products_and_looked_up_rows_add_to_sums_what_they_should() -> None:
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        x = torch.randn(size, generator=random, device="cuda")
+        return x.to(torch.bfloat16)
+
+    memory = torch.zeros(448, 256, device="cuda")
+    weights = [nn.Parameter(drawn(rows, 256)) for rows in (320, 64, 64)]
+    table = nn.Parameter(drawn(5000, 256))
+    for weight, part in zip(weights, memory.split([320, 64, 64]), strict=True):
+        weight.grad_dtype, weight.grad = torch.float32, part
+    table.grad_dtype, table.grad = torch.float32, torch.zeros(5000, 256, device="cuda")
+    products, rows = memory.double(), table.grad.double()
+    for _ in range(3):
+        x, y_grad = drawn(1024, 256), drawn(1024, 448)
+        assert weight_gradients(y_grad, x, weights) == [None] * 3
+        products += y_grad.double().T @ x.double()
+        ids = torch.randint(3000, (1024,), generator=random, device="cuda")
+        assert embedding_gradient(x, ids, table) is None
+        rows.index_add_(0, ids, x.double())
+    assert (memory.double() - products).norm() < 1e-5 * products.norm()
+    # Rows that occur more than once are rounded to BF16 before they are added.
+    assert (table.grad.double() - rows).norm() < 3e-3 * rows.norm()

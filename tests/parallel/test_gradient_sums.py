@@ -20,7 +20,7 @@ from megatron_bert.parallel.gradient_sums import (
 )
 from megatron_bert.parallel.joined import joined_rows, joined_view
 from tests.distributed_harness import run_ranks
-from tests.small_model import cpu_topology, small_config, small_model
+from tests.small_model import cpu_topology, packed_inputs, small_config, small_model
 
 
 class _Operators(TorchDispatchMode):
@@ -148,15 +148,60 @@ def test_a_table_without_a_sum_gets_its_gradient_from_autograd() -> None:
 
 def test_a_scaled_gradient_is_added_where_there_is_a_sum_of_its_type() -> None:
     parameter = nn.Parameter(torch.zeros(3))
-    assert scaled_gradient(parameter, torch.ones(3), torch.tensor(2.0)).tolist() == [2.0] * 3  # type: ignore[union-attr]
+    two = torch.tensor([2.0])
+    assert scaled_gradient(parameter, torch.ones(3), two).tolist() == [2.0] * 3  # type: ignore[union-attr]
     parameter.grad = torch.ones(3)
-    assert scaled_gradient(parameter, torch.ones(3), torch.tensor(2.0)) is None
+    assert scaled_gradient(parameter, torch.ones(3), two) is None
     assert parameter.grad.tolist() == [3.0] * 3
     rounded = torch.ones(3, dtype=torch.bfloat16)
-    assert scaled_gradient(parameter, rounded, torch.tensor(2.0)) is rounded
+    assert scaled_gradient(parameter, rounded, two) is rounded
 
 
-def _check_weights_stand_end_to_end() -> None:
+@pytest.mark.parametrize("has_sum", [True, False])
+def test_a_scale_is_not_rounded_to_the_type_of_gradients(has_sum: bool) -> None:
+    gradient = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    expected, scale = gradient.double() / 9, torch.tensor([1 / 9])
+    parameter = nn.Parameter(torch.zeros_like(gradient))
+    if has_sum:
+        parameter.grad = torch.zeros_like(gradient)
+    given = scaled_gradient(parameter, gradient.clone(), scale)
+    assert given is not None
+    # As a number of BF16, 1 / 9 is 0.2 % larger.
+    assert abs((given.double() * expected).sum() / expected.square().sum() - 1) < 5e-4
+
+
+class _Results(TorchDispatchMode):
+    """Notes operators whose result is as large as the table."""
+
+    def __init__(self, table: torch.Size) -> None:
+        super().__init__()
+        self._table = table
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self._table:
+            self.names.append(func.name().split("::")[1])
+        return result
+
+
+def _operators_on_the_table() -> list[str]:
+    sharded = small_model(small_config(), cpu_topology()).runner.model  # type: ignore[attr-defined]
+    with sharded.step(1, keeps_sums=True):
+        loss = sharded.module(*packed_inputs(2)).loss
+        with _Results(sharded.module.embeddings.word.weight.shape) as results:
+            loss.backward()
+        table = sharded.module.embeddings.word.weight
+        assert table.grad.any()
+    return [name for name in results.names if "view" not in name and "detach" not in name]
+
+
+def test_backward_the_table_s_sum_alone_is_written() -> None:
+    # Once the head's gradient is added to all of it, once rows that were looked up are.
+    assert run_ranks(1, _operators_on_the_table) == [["addcmul_", "index_add_"]]
+
+
+def _check_weights_stand_end_to_end(ranks: int) -> None:
     model = small_model(small_config(), cpu_topology())
     sharded = model.runner.model  # type: ignore[attr-defined]
     with sharded.step():
@@ -164,10 +209,14 @@ def _check_weights_stand_end_to_end() -> None:
         for block in sharded.units:
             attention, network = block.attention, block.feed_forward
             wide = (attention.query, attention.key, attention.value)
-            assert joined_view([layer.weight for layer in wide]) is not None
-            assert joined_view([network.gate.weight, network.up.weight]) is not None
+            weights = [layer.weight for layer in wide]
+            # 32 rows of 3 ranks are 33 in messages.
+            assert (joined_view(weights) is None) == (ranks == 3)
+            assert torch.equal(joined_rows(weights), torch.cat(weights))
+            gate_up = joined_view([network.gate.weight, network.up.weight])
+            assert gate_up is not None
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_gathered_weights_of_layers_that_read_one_input_stand_end_to_end(ranks: int) -> None:
-    run_ranks(ranks, _check_weights_stand_end_to_end)
+    run_ranks(ranks, _check_weights_stand_end_to_end, ranks)

@@ -176,7 +176,9 @@ def test_progress_goes_from_batch_to_batch_to_the_size_of_all_files(tmp_path: Pa
     first = write(tmp_path / "a.parquet", {"text": ["猫"] * 100}, row_group_size=30)
     second = tmp_path / "b.txt"
     second.write_text("a\n" * 10)
-    reader = DocumentReader([first, second, first])
+    third = tmp_path / "c.parquet"
+    third.write_bytes(first.read_bytes())
+    reader = DocumentReader([first, second, third])
     seen = [
         reader.bytes_read
         for number in range(3)

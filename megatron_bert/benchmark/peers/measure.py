@@ -27,7 +27,7 @@ from megatron_bert.benchmark.rows import make_batches, text_tokens
 from megatron_bert.benchmark.step.measure import StepSubject, release_memory, wait_for_device
 from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.kernels import ComputeDevice, records_passes
-from megatron_bert.config.schema import BatchConfig, Config
+from megatron_bert.config.schema import Config
 from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.topology import Topology
 
@@ -139,7 +139,7 @@ def measure_peers(
     for name in measured[1:]:
         versions |= {package: version(package) for package in _PACKAGES[name]}
     for seq_length in work.seq_lengths:
-        asked = StepRows(BatchConfig.rows_in(work.micro_tokens, seq_length), work.micro_batches)
+        asked = StepRows.of(work.micro_tokens, seq_length, work.micro_batches)
         ours: float | None = None
         for name in measured:
             say(f"{name}, length {seq_length}")
@@ -195,13 +195,9 @@ def _obstacle(name: str, config: Config) -> str | None:
 def _first_that_fits(
     work: PeersWork, name: str, seq_length: int, asked: StepRows, device: torch.device
 ) -> PeerCase | None:
-    """Time a trainer at micro-batches as large as fit: all rows, half of them, down to an eighth.
-
-    The step has as many rows then, in more micro-batches.
-    """
-    for parts in (n for n in (1, 2, 4, 8) if asked.micro_rows % n == 0):
+    """Time a trainer at micro-batches as large as fit; the step has as many rows in any."""
+    for step in asked.smaller():
         release_memory(device)
-        step = StepRows(asked.micro_rows // parts, asked.micro_batches * parts)
         try:
             text, seconds = _MEASURES[name](work, seq_length, step, device)
         except torch.OutOfMemoryError:

@@ -31,7 +31,8 @@ def time_megatron(
 
     Its layer specification without Transformer Engine, its vocabulary-parallel cross-entropy, and
     PyTorch's fused AdamW on the weights as they are: in BF16 these are BF16 weights and moments,
-    less work than Megatron's optimizer has with its fp32 copies.
+    and gradients of several micro-batches are added up in it, less work than Megatron's optimizer
+    has with its fp32 copies and sums.
 
     Args:
         config: its model and precision are taken.
