@@ -52,9 +52,14 @@ def test_who_listens_for_sigterm_goes_on_to(tmp_path: Path) -> None:
 
 
 def test_sigterm_is_the_default_again_behind_it(tmp_path: Path) -> None:
-    with new_directory(tmp_path / "model"):
-        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    # A test that trained in this process has left its own.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with new_directory(tmp_path / "model"):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_thread_makes_one_too(tmp_path: Path) -> None:

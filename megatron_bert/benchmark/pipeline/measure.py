@@ -27,11 +27,12 @@ from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.actions import StageTime
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.deferred import WeightProducts, WeightQueue
+from megatron_bert.parallel.micro_batches import HeadOutput
 from megatron_bert.parallel.pipeline import Pipeline
 from megatron_bert.parallel.schedule import make_schedule, simulate
 
 _HIDDEN = 8
-_TIMEOUT = timedelta(seconds=300)
+_TIMEOUT = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,11 @@ class _SleepingStage(nn.Module):
         self.is_first = number == 0
         self.is_last = number == work.ranks * virtual_stages - 1
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[1, 1] or hidden states [1, D] -> [1, D], of the last stage [1, 2]."""
+    def forward(self, inputs: Tensor) -> Tensor | HeadOutput:
+        """[1, 1] or hidden states [1, D] -> [1, D], or what a head gives."""
         x_1D = inputs.expand(1, _HIDDEN) if self.is_first else inputs
         y_1D: Tensor = self.layers[0](x_1D * self.scale)
-        return y_1D[:, :2].clone() if self.is_last else y_1D
+        return HeadOutput(y_1D[0, 0], y_1D[0, 1:].detach()) if self.is_last else y_1D
 
 
 class _SleepingLayer(nn.Module):
