@@ -24,7 +24,11 @@ from torch.nn import functional as F
 
 from megatron_bert.distributed.collectives import Pending, start_all_gather, wait
 from megatron_bert.parallel.data_parallel import ShardedModel
-from megatron_bert.parallel.gradient_sums import gradient_dtype, weight_gradients
+from megatron_bert.parallel.gradient_sums import (
+    added_to_sums,
+    gradient_dtype,
+    weight_gradients,
+)
 from megatron_bert.parallel.sharding import local_part
 
 
@@ -164,15 +168,9 @@ def _accumulate(products: deque[WeightProducts]) -> None:
         # What was left goes as soon as it is used up.
         group = products.popleft()
         ready, gathering = gathering, products[0].gather() if products else None
-        for layer, gradient in zip(group.layers, group.compute(ready), strict=True):
+        weights = [layer.weight for layer in group.layers]
+        first = added_to_sums(weights, group.compute(ready))
+        for weight, gradient in zip(weights, first, strict=True):
+            # As autograd does with a gradient that has no sum yet.
             if gradient is not None:
-                _add_gradient(layer.weight, gradient)
-
-
-def _add_gradient(weight: nn.Parameter, gradient: Tensor) -> None:
-    """As autograd does at the end of a backward pass."""
-    gradient = gradient.to(gradient_dtype(weight))
-    if weight.grad is None:
-        weight.grad = gradient
-    else:
-        weight.grad.add_(gradient)
+                weight.grad = gradient.to(gradient_dtype(weight))
