@@ -30,6 +30,7 @@ from megatron_bert.config.kernels import ComputeDevice, records_passes
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.topology import Topology
+from megatron_bert.words import counted
 
 OURS, TRAINER, MEGATRON = "megatron_bert", "Trainer", "Megatron-core"
 _DESCRIPTIONS = {
@@ -153,7 +154,9 @@ def measure_peers(
                 failed[f"{name}, length {seq_length}"] = f"{type(error).__name__}: {text}"
                 continue
             if case is None:
-                failed[f"{name}, length {seq_length}"] = "memory does not suffice for an eighth"
+                *_, least = asked.smaller()
+                rows = counted(least.micro_rows, "row")
+                failed[f"{name}, length {seq_length}"] = f"memory does not suffice for {rows}"
                 continue
             rate = case.text_tokens_per_second
             ours = rate if name == OURS else ours
