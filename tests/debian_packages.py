@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 
+# Where Debian puts daemons; not every PATH names it.
+_DAEMONS = "/usr/sbin"
 _INSTALL_SECONDS = 300.0
 _UPDATE_SECONDS = 90.0
 # Another test file's installation at the same time is waited for; a server that is silent is not.
@@ -20,8 +22,9 @@ def need_programs(programs: Sequence[str], packages: Sequence[str]) -> None:
 
     The reason says what is missing and what failed.
     """
-    path = f"{os.environ['PATH']}:/usr/sbin"
-    missing = [program for program in programs if shutil.which(program, path=path) is None]
+    if _DAEMONS not in os.environ["PATH"].split(":"):
+        os.environ["PATH"] += f":{_DAEMONS}"
+    missing = [program for program in programs if shutil.which(program) is None]
     if not missing:
         return
     if os.geteuid() != 0:

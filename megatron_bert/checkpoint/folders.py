@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.checkpoint.manifest import DamagedCheckpointError, Manifest
 from megatron_bert.files import TEMPORARY_INFIX, sync_to_disk, temporary_path, write_atomically
 
 LATEST_NAME = "latest"
@@ -56,22 +56,39 @@ class CheckpointFolders:
             final.rename(replaced)
         staging.rename(final)
         sync_to_disk(self.root)
-        write_atomically(self.root / LATEST_NAME, final.name + "\n")
+        # The checkpoint is complete: nothing that fails from here on may be told as a failed save.
+        try:
+            write_atomically(self.root / LATEST_NAME, final.name + "\n")
+        except OSError as error:
+            logger.warning("%s is saved, but %s still names another: %s", final, LATEST_NAME, error)
         shutil.rmtree(replaced, ignore_errors=True)
         self._remove_surplus(final)
 
     def remove_leftovers(self) -> None:
-        """Remove what killed saves left under temporary names."""
+        """Remove what killed saves left under temporary names.
+
+        A complete checkpoint whose own name is free gets that back: a save that replaced it was
+        killed between two renames. What cannot be removed is warned of, and is in nobody's way.
+        """
         if not self.root.is_dir():
             return
-        for path in self.root.iterdir():
-            if not _LEFTOVER.fullmatch(path.name):
-                continue
-            logger.info("removing %s, left behind by an interrupted save", path)
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        found = [path for path in self.root.iterdir() if _LEFTOVER.fullmatch(path.name)]
+        # Of the two complete ones that such a save leaves the newer one is taken.
+        for path in sorted(found, key=lambda path: path.lstat().st_mtime, reverse=True):
+            final = path.with_name(path.name.partition(TEMPORARY_INFIX)[0])
+            is_free = final.name != LATEST_NAME and not final.exists()
+            try:
+                if is_free and _is_complete(path, self.step_of(final)):
+                    path.rename(final)
+                    logger.warning("%s was complete under the name %s: renamed", final, path)
+                    continue
+                logger.info("removing %s, left behind by an interrupted save", path)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as error:
+                logger.warning("cannot remove %s, which is of no use: %s", path, error)
 
     def _remove_surplus(self, newest: Path) -> None:
         # Later steps than the one just saved were damaged or belong to an abandoned course of the
@@ -85,3 +102,13 @@ class CheckpointFolders:
                 shutil.rmtree(doomed)
             except OSError as error:
                 logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
+
+
+def _is_complete(folder: Path, step: int) -> bool:
+    """Whether the manifest of that step and the files that it names are there."""
+    try:
+        manifest = Manifest.read(folder)
+        manifest.verify_names(folder)
+    except DamagedCheckpointError:
+        return False
+    return manifest.step == step

@@ -104,6 +104,56 @@ def test_saving_removes_leftovers_too(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["latest", "step_00000008"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_stops_no_later_save_and_no_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As on NFS, where another process has one of its files open.
+    def refuse(call: HostCall) -> None:
+        if call.name == "rmdir" and call.path.name.startswith("step_00000001"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    store = CheckpointStore(tmp_path, keep=1)
+    with before_host_calls(refuse):
+        for step in (1, 2, 3):
+            store.save(step, TENSORS, {})
+        store.remove_leftovers()
+    assert store.newest() == tmp_path / "step_00000003"
+    assert "Directory not empty" in caplog.text
+    store.save(4, TENSORS, {})
+    assert _names(tmp_path) == ["latest", "step_00000004"]
+
+
+def test_a_complete_checkpoint_counts_though_latest_could_not_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(call: HostCall) -> None:
+        if call.path.name.startswith("latest") and call.name == "open":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, TENSORS, {})
+    with before_host_calls(refuse):
+        path = store.save(2, TENSORS, {})
+    assert store.newest() == path
+    assert _names(tmp_path) == ["latest", "step_00000002"]
+    assert f"{path} is saved" in caplog.text
+
+
+def test_of_a_save_killed_while_it_replaced_a_checkpoint_the_newer_one_is_kept(
+    tmp_path: Path,
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    for run, name in enumerate(("step_00000005.tmp-0000000f", "step_00000005.tmp-0000000a")):
+        folder = store.save(5, TENSORS, {"run": run})
+        os.utime(folder, (run, run))
+        folder.rename(tmp_path / name)
+    store.remove_leftovers()
+    newest = store.newest()
+    assert newest == tmp_path / "step_00000005"
+    assert store.read_state(newest) == {"run": 1}
+    assert _names(tmp_path) == ["latest", "step_00000005"]
+
+
 def test_the_manifest_tells_version_step_state_and_files(tmp_path: Path) -> None:
     state: dict[str, JSON] = {
         "consumed_rows": 64,
