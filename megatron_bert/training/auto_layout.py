@@ -40,18 +40,18 @@ _ADAPTERS = Path("/sys/class/infiniband")
 
 
 def with_layout(config: Config, world_size: int) -> Config:
-    """The configuration with a layout in it; unchanged where `parallel.layout` is `manual`.
+    """Return the configuration with a layout filled in; unchanged if `parallel.layout` is `manual`.
 
-    Collective: all ranks get the same one, for the smallest memory of them. What is chosen may
-    differ from job to job of a run, as every key of a layout may.
+    Collective: all ranks get the same layout, chosen for the smallest memory among them. Like every
+    key of a layout, the choice may differ from job to job of a run.
 
     Args:
         config: of the run; `parallel.layout` stays `auto`.
         world_size: ranks of the job.
 
     Raises:
-        ConfigError: the device is missing or none that the planner knows, or no layout fits.
-        UserError: the tokenizer, which tells the vocabulary, cannot be read.
+        ConfigError: the device is missing or unknown to the planner, or no layout fits.
+        UserError: the tokenizer, which gives the vocabulary size, cannot be read.
     """
     if config.parallel.layout == "manual":
         return config
@@ -83,7 +83,7 @@ def with_layout(config: Config, world_size: int) -> Config:
 
 
 def _machine_of(device: torch.device, network: str | None) -> Machine:
-    """This rank's machine, with the network that is named or that the node shows."""
+    """This rank's machine, with the network that is named or else detected on the node."""
     machine = _computing_on(device)
     if network is None:
         found = _network_of_node(_ADAPTERS)
@@ -93,10 +93,11 @@ def _machine_of(device: torch.device, network: str | None) -> Machine:
 
 
 def _network_of_node(folder: Path) -> Network | None:
-    """What the adapters of a node send together; None where it has none that work.
+    """The combined bandwidth of a node's network adapters; None if none of them works.
 
     Args:
-        folder: the kernel's, `DEVICE/ports/N/rate` in it, which says "200 Gb/sec (4X HDR)".
+        folder: the kernel's folder of adapters; `DEVICE/ports/N/rate` reads, e.g., "200 Gb/sec (4X
+            HDR)".
     """
     rates = []
     for path in sorted(folder.glob("*/ports/*/rate")):
@@ -113,7 +114,7 @@ def _network_of_node(folder: Path) -> Network | None:
 
 
 def _computing_on(device: torch.device) -> Machine:
-    """What this rank computes on, with the memory it has and the usual network; as calibrated."""
+    """This rank's machine: its actual memory and the usual network, calibrated if possible."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         return find_machine("cpu", per_node).with_memory(host_memory() / per_node / GIB)

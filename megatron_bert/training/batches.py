@@ -33,7 +33,7 @@ class GlobalBatch:
     Attributes:
         rows: their numbers within the run.
         stage: the stage of the row source that they belong to.
-        layout: how they are dealt to ranks and micro-batches.
+        layout: how they are divided among ranks and micro-batches.
     """
 
     rows: range
@@ -41,7 +41,7 @@ class GlobalBatch:
     layout: BatchLayout
 
     def share(self, rank: int, micro_batch: int) -> NDArray[np.int64]:
-        """Rows of one data-parallel rank's micro-batch, [B]; surplus rows at its end."""
+        """Row numbers of one data-parallel rank's micro-batch, [B], padded with `SURPLUS_ROW`."""
         offsets = self.layout.row_offsets(rank, micro_batch)
         rows_B = np.arange(offsets.start, offsets.stop, offsets.step, dtype=np.int64)
         rows_B += self.rows.start
@@ -52,17 +52,17 @@ class GlobalBatch:
 class ReadAhead(Iterator[list[Batch]]):
     """Assembles a rank's micro-batches of the next step while the current one is computed.
 
-    The C++ core holds no GIL, so that threads are enough. Two steps' memory is used in turn: what
-    a step read is gone once the next step is asked for.
+    The C++ core releases the GIL, so threads suffice. Two buffers alternate between steps: a step's
+    micro-batches are no longer valid once the next step is asked for.
 
     Args:
         source: where the rows come from.
         rank: within data parallelism.
-        batches: of the steps, in turn.
+        batches: the steps' global batches, in order.
         memory: where the rows are assembled.
         threads: how many share each step's rows; the result is the same for any number.
-        clock: seconds that never go back; tells when to look again whether the data's files are
-            as they were.
+        clock: monotonic time in seconds; decides when to check again that the data files are
+            unchanged.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class ReadAhead(Iterator[list[Batch]]):
         self._ahead = self._start()
 
     def __next__(self) -> list[Batch]:
-        """Return the micro-batches of the next step, and read those of the following one ahead.
+        """Return the next step's micro-batches, and start reading those of the step after it.
 
-        The caller has asked for all copies that it makes of the batches before.
+        The caller must already have issued every copy that it makes of the previous batches.
 
         Raises:
             DataError: a row cannot be assembled, or a file of the data has changed.
@@ -104,12 +104,12 @@ class ReadAhead(Iterator[list[Batch]]):
         return ahead.result()
 
     def close(self) -> None:
-        """End the threads, also where the device never reads what they wait for: a rank is gone."""
+        """End the threads, even if a rank is gone and the device never reads what they wait for."""
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> _Step | None:
-        """Have the threads assemble the next step; None after the last one."""
+        """Start assembling the next step on the threads; None after the last one."""
         batch = next(self._batches, None)
         if batch is None:
             return None
@@ -119,7 +119,7 @@ class ReadAhead(Iterator[list[Batch]]):
             arrays.part(first, first + layout.micro_size)
             for first in range(0, layout.rows_per_rank, layout.micro_size)
         ]
-        # Before the rows, so that damage is told by what happened to the file.
+        # Submitted before the rows, so that the error for damage says what happened to the file.
         checks = [self._pool.submit(self._source.check_unchanged)] if self._check_is_due() else []
         hashes = [
             self._pool.submit(self._assemble, batch, micro_batches, buffer, thread)
@@ -144,8 +144,7 @@ class ReadAhead(Iterator[list[Batch]]):
         """Assemble one thread's part of the step's rows.
 
         Returns:
-            Of each micro-batch that the part reaches into, by its number: the hash of the rows
-            assembled there.
+            The hash of the rows assembled here, by number of the micro-batch that they belong to.
         """
         if not buffer.wait_until_read(self._closed):
             return {}
@@ -166,10 +165,11 @@ class _Step:
     """A step that is being assembled.
 
     Attributes:
-        buffer: what it is assembled into.
+        buffer: the memory it is assembled in.
         micro_batches: parts of the buffer.
-        checks: whether the data's files are as they were, where that was asked.
-        hashes: of each thread, once it is done: what it adds to those of the micro-batches.
+        checks: the pending check that the data files are unchanged, if one was due.
+        hashes: for each thread, once it is done, the hashes that it adds to those of the
+            micro-batches.
     """
 
     buffer: StagingBuffer

@@ -19,11 +19,11 @@ from megatron_bert.data.source import RowSource
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.words import counted, rounded
 
-# From where on work done for nothing is a reason to choose another layout.
+# Above this share of surplus rows, which are computed for nothing, another layout is advised.
 _MUCH_SURPLUS_PERCENT = 10.0
-# Of stages or corpora in a line.
+# Stages or corpora listed per line, at most.
 _MOST_ITEMS = 3
-# Of what stands before a line's text, with the blanks behind it.
+# Width of the label before a line's text, trailing blanks included.
 _LABEL_WIDTH = 12
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 def tell_plan(lines: Iterable[str]) -> None:
     """Log a plan, a line at a time.
 
-    On a terminal a line that is wider than it goes on under its own text; in a file it stays one.
+    On a terminal, a line that is too wide is wrapped and indented to its own text; in a file it
+    stays one line.
     """
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in lines:
@@ -62,11 +63,11 @@ def describe_plan(
 
     Args:
         config: the checked configuration.
-        vocab_size: padded vocabulary, None where only an absent tokenizer knows it.
+        vocab_size: padded vocabulary size; None if it depends on a tokenizer that is missing.
         world_size: number of ranks.
-        device: what is known of theirs.
-        whole: a line for each stage, however many there are; default: all of it, with
-            `describe_data`, is ten lines at most.
+        device: what is known of the ranks' devices.
+        whole: list every stage on its own line, however many; by default the plan and
+            `describe_data` together take ten lines at most.
     """
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
     yield _describe_model(config.model, vocab_size)
@@ -90,7 +91,7 @@ def describe_plan(
 
 
 def _listed(label: str, items: Sequence[str], most_lines: int | None) -> Iterator[str]:
-    """A line an item, or, where that were more than so many lines, a few items a line."""
+    """Yield one line per item, or a few items per line if that would exceed `most_lines`."""
     lines = len(items) if most_lines is None else min(most_lines, len(items))
     shown = items if most_lines is None else items[: lines * _MOST_ITEMS]
     for number in range(lines):
@@ -199,8 +200,8 @@ def describe_data(
 
     Args:
         training: rows of the run.
-        held_out: those that are evaluated.
-        whole: a line for each corpus; default: as `describe_plan`.
+        held_out: the rows that are evaluated.
+        whole: list every corpus on its own line; default: as for `describe_plan`.
     """
     yield from _listed("train", training.describe(), None if whole else 2)
     texts = [line for source in held_out.sources[held_out.fixed] for line in source.describe()]
@@ -210,7 +211,7 @@ def describe_data(
 
 
 def _own_values(span: StageSpan, curriculum: Curriculum) -> str:
-    """Of rows a step, masking rate and learning-rate factor those in which stages differ."""
+    """A stage's rows per step, masking rate and learning-rate factor, where stages differ."""
     spans = curriculum.spans
     own = ""
     if len({other.global_size for other in spans}) > 1:

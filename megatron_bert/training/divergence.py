@@ -20,29 +20,29 @@ class DivergedError(RunError):
 
 
 class DivergenceWatch:
-    """Counts skipped updates in a row. Every rank has one and is told of every step.
+    """Counts consecutive skipped updates; every rank has a watch and adds every step to it.
 
     Args:
         max_skipped: how many may be skipped in a row.
-        checkpoints: the folder of the run's checkpoints, to name a way out.
+        checkpoints: the folder of the run's checkpoints, named in the error's remedy.
     """
 
     def __init__(self, max_skipped: int, checkpoints: Path) -> None:
         self._max_skipped = max_skipped
         self._checkpoints = checkpoints
-        self._steps = range(0)  # skipped, in a row
-        self._rows = range(0)  # of these steps
-        self._sources_here: set[str] = set()  # in these steps
+        self._steps = range(0)  # consecutive skipped steps
+        self._rows = range(0)  # the rows that these steps read
+        self._sources_here: set[str] = set()  # what was not finite on this rank in these steps
 
     def add(self, step: int, rows: range, finite_here: Sequence[bool], *, skipped: bool) -> None:
-        """Take note of a step. Collective where it is one too many.
+        """Record a step. Collective if it is one skipped step too many.
 
         Args:
             step: its number.
-            rows: of its global batch.
+            rows: the rows of its global batch.
             finite_here: whether what this rank saw was finite: the loss of its own rows, and its
                 share of the summed gradient.
-            skipped: whether its update was; the same on all ranks.
+            skipped: whether its update was skipped; the same on all ranks.
 
         Raises:
             DivergedError: more than `max_skipped` updates in a row were skipped, on all ranks.

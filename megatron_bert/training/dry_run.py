@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 def dry_run(config: Config, world_size: int | None) -> None:
-    """Print the plan, also where data is missing; then say what is missing.
+    """Print the plan, even if data is missing; then report what is missing.
 
     Args:
         config: what `load_config` returned.
-        world_size: ranks of the job; None: as few as the layout takes, which is then said.
+        world_size: ranks of the job; None plans for the fewest that the layout takes, and says so.
 
     Raises:
         ConfigError: the configuration cannot be trained on so many ranks.
@@ -67,7 +67,7 @@ def dry_run(config: Config, world_size: int | None) -> None:
 
 
 def _resolve_vocab_size(config: Config, world_size: int, tokenizer: Tokenizer) -> int:
-    """Rows of the embedding table; the layout is checked with them."""
+    """Return the number of rows of the embedding table, and check the layout against it."""
     vocab_size = resolve_vocab_size(config.model, tokenizer.vocab_size)
     check_config(config, world_size=world_size, vocab_size=vocab_size)
     return vocab_size
@@ -88,13 +88,13 @@ def _fewest_ranks(config: Config) -> int:
 
 
 def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Open and plan all data; return a line a corpus, and warnings."""
+    """Open and plan all data; return a line per corpus, and warnings."""
     training = training_source(config, tokenizer)
     return list(describe_data(training, HeldOutRows.plan(config, tokenizer), whole=True))
 
 
 def _describe_start(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Find the checkpoint that the job would go on from, and whether it may."""
+    """Find the checkpoint that the job would resume from, and check that it may."""
     store = CheckpointStore(config.run.paths.checkpoints, config.checkpoint.keep)
     start = starting_point(config, store)
     if start is None:
@@ -111,7 +111,7 @@ def _has_content(path: Path) -> bool:
 
 
 def _attempt(work: Callable[[], T], problems: list[str]) -> T | None:
-    """Return what `work` does, or None and its error among the problems."""
+    """Return the result of `work`; on a user error, add it to `problems` and return None."""
     try:
         return work()
     except UserError as error:

@@ -11,11 +11,11 @@ from megatron_bert.config.schema import Config
 
 @dataclass(frozen=True)
 class Due:
-    """After which steps a run evaluates and saves, wherever its jobs begin and end.
+    """The steps after which a run evaluates and saves, regardless of where its jobs begin and end.
 
     Attributes:
-        total_steps: of the run, whose last step is followed by both.
-        evaluation_interval: `eval.interval`, None where there is no held-out text.
+        total_steps: the run's number of steps; the last one is followed by both.
+        evaluation_interval: `eval.interval`, or None if there is no held-out text.
         save_interval: `checkpoint.interval`.
     """
 
@@ -35,7 +35,7 @@ class Due:
         return interval is not None and self._is_due(step, interval)
 
     def save(self, step: int) -> bool:
-        """Whether the run saves after this step, be it a job's last one or not."""
+        """Whether the run saves after this step, whether or not it is a job's last."""
         return self._is_due(step, self.save_interval)
 
     def _is_due(self, step: int, interval: int) -> bool:

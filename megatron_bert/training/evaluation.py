@@ -25,7 +25,7 @@ class Evaluator:
     Args:
         config: of the run.
         held_out: the text's rows.
-        tokenizer: that made the text; tells tokens' kinds.
+        tokenizer: the tokenizer that made the text; it tells the kinds of tokens.
         topology: the ranks.
     """
 
@@ -39,7 +39,7 @@ class Evaluator:
 
     @cached_property
     def _kinds(self) -> SlotKinds:
-        """A second's work for a large vocabulary, which a run without held-out text is spared."""
+        """Made on first use: a large vocabulary takes a second, and only evaluation needs it."""
         return SlotKinds(self._tokenizer, self._topology.device)
 
     @property
@@ -48,12 +48,12 @@ class Evaluator:
         return bool(self._held_out.names)
 
     def evaluate(self, model: RankModel, span: StageSpan) -> dict[str, object]:
-        """Score every corpus as the stage is trained, and at the fixed length and masking rate.
+        """Score every corpus at the stage's length and masking rate, and at the fixed ones.
 
         Returns:
             The fields of a metrics line: `valid_loss` and `valid_accuracy` (means over the corpora
-            as the stage is trained), and under `valid` each corpus' scores both ways, with the
-            accuracy by kind as the stage is trained.
+            at the stage's measure), and under `valid` each corpus' scores by both measures, with
+            the accuracy by kind at the stage's measure.
         """
         held_out = self._held_out
         own, fixed = Measure.of(span), held_out.fixed
@@ -87,7 +87,7 @@ class Evaluator:
             for micro_batches in steps:
                 copies = [batch.to(device) for batch in micro_batches]
                 outputs = model.runner.evaluate([batch.model_inputs() for batch in copies])
-                # Without any where the head is another rank's, which counts them.
+                # There are no outputs if another rank has the head; that rank counts them.
                 for batch, output in zip(copies, outputs, strict=bool(outputs)):
                     tally.add(batch, output)
         tally.sum_over_ranks(counts_here=topology.speaks_for_its_loss)

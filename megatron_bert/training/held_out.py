@@ -16,24 +16,24 @@ from megatron_bert.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Measure:
-    """How held-out rows are made: their slots and the share of their tokens that is masked."""
+    """How held-out rows are made: their length in slots and the share of their tokens masked."""
 
     seq_length: int
     probability: float
 
     @classmethod
     def of(cls, span: StageSpan) -> Self:
-        """As a stage is trained."""
+        """Return the measure that a stage is trained by."""
         return cls(span.seq_length, span.probability)
 
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """The rows of each held-out text, as every stage is trained and by one fixed measure.
+    """The rows of each held-out text, by every stage's measure and by one fixed measure.
 
     Attributes:
-        names: of the texts in metrics.
-        sources: for each measure a source a text.
+        names: the texts' names in the metrics.
+        sources: for each measure, one row source per text.
         fixed: the measure that is the same in every stage, so that stages can be compared.
         warnings: what the user should know about text that is not evaluated.
     """
@@ -67,7 +67,7 @@ class HeldOutRows:
         return cls(part_names([corpus.part for corpus in corpora]), sources, fixed, warnings)
 
     def slots(self, span: StageSpan) -> int:
-        """Token slots that an evaluation in a stage reads, of all texts and by both measures."""
+        """Token slots that one evaluation in a stage reads, over all texts and both measures."""
         return sum(
             measure.seq_length * source.num_rows
             for measure in {Measure.of(span), self.fixed}

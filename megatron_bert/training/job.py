@@ -1,4 +1,4 @@
-"""A job of a run, from the ranks' meeting to what the run directory says of its end."""
+"""A job of a run, from the rendezvous of its ranks to the outcome left in the run directory."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def train(config: Config, stops: StopRequests, *, max_steps: int | None = None) 
 
     Args:
         config: What `load_config` returned.
-        stops: Ends the job before its time, after a step, with a checkpoint.
-        max_steps: So many steps are taken, and no more; default: to the curriculum's end.
+        stops: Requests to end the job early, after a step and with a checkpoint.
+        max_steps: The most steps to take; default: all until the curriculum's end.
 
     Raises:
         UserError: configuration, data or checkpoint cannot be used.
@@ -56,7 +56,7 @@ def train(config: Config, stops: StopRequests, *, max_steps: int | None = None) 
     set_determinism(config, device)
     if device.type == "cpu":
         keep_freed_memory()
-    # Around all else: no rank waits while the last metrics are sent.
+    # Outermost, so that no rank waits while the last metrics are sent.
     with Mirrors() as mirrors:
         try:
             timeout = config.distributed.timeout_seconds
@@ -83,7 +83,7 @@ def _run(
             with _failure_told(config, stops, roll_call, is_recorded=not was_finished):
                 trainer = _prepare(config, device, directory)
                 if was_finished:
-                    # No rank may fail in training, and tell of it, before FINISHED is gone.
+                    # FINISHED must be gone before any rank can fail in training and record that.
                     Ranks().on_first(lambda: None if directory is None else directory.start())
         except UserError:
             if directory is not None and dist.get_world_size() == 1:
@@ -95,7 +95,7 @@ def _run(
                 mirrors.start(config.log, directory.paths.root, anew=trainer.step == 0)
             began = trainer.step
             end = trainer.run(stops, max_steps)
-            # A rank that is gone by now is still named, and the run is not called finished.
+            # A rank lost by now is still named, and the run is not marked finished.
             dist.barrier()
         if directory is not None:
             outcome: dict[str, object] = {"step": end.step}
@@ -116,8 +116,9 @@ def _run(
 def _open_run_directory(config: Config) -> tuple[RunDirectory | None, bool]:
     """Lock the run directory on the first rank, and say whether its run is finished. Collective.
 
-    A finished run stays one until a job of it is about to train: a command that is refused has
-    undone nothing. How any other job ended is forgotten here, and told anew.
+    A finished run stays finished until one of its jobs is about to train, so that a refused command
+    changes nothing. Any other outcome of an earlier job is removed here, and this job records its
+    own.
 
     Raises:
         UserError: The directory is taken, or cannot be used.
@@ -141,7 +142,7 @@ def _prepare(config: Config, device: torch.device, directory: RunDirectory | Non
     """Check all that can be checked before the first step, and load what it needs. Collective."""
     check_run_directory_is_shared(config.run.directory)
     check_ranks_agree({**code_facts(), **config_dict(config)})
-    # Here, not before: a refusal must replace what an earlier job left in the run directory.
+    # Not earlier: a refusal must replace the outcome that an earlier job left in the run directory.
     config = with_layout(config, requested_world_size())
     check_config(config, world_size=requested_world_size())
     speed = measure_all_reduce(device)
@@ -156,13 +157,13 @@ def _failure_told(
 ) -> Iterator[None]:
     """Tell the other ranks of a failure, and leave FAILED in the run directory.
 
-    Whichever rank it is that fails: torchrun may end the first one.
+    Any rank that fails writes it, since torchrun may end the first rank.
     """
     try:
         yield
     except BaseException as error:
         rank = dist.get_rank()
-        # First of all: calling the roll takes seconds, in which this rank may be ended.
+        # Recorded first: calling the roll takes seconds, during which this rank may be ended.
         if is_recorded:
             record_failure(config.run.directory, rank, stops.interrupt or error)
         reason = stops.interrupt or roll_call.explain(error)

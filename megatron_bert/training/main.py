@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
     """Train, or look at what would be trained; returns the exit code.
 
     Args:
-        arguments: Of the command line; default: the process'.
-        began: When the process did, on the monotonic clock; default: now.
+        arguments: Command-line arguments; default: those of the process.
+        began: When the process began, on the monotonic clock; default: now.
 
     Raises:
         UserError: configuration, data or checkpoint cannot be used (exit code 2).
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
     if args.print_config:
         sys.stdout.write(dump_config(config))
         return 0
-    # Here, because they load torch, which takes seconds: help and refusals need not wait for it.
+    # Imported here because they load torch, which takes seconds: help and refusals need not wait.
     if args.dry_run:
         from megatron_bert.distributed.launch import announced_world_size
         from megatron_bert.training.dry_run import dry_run

@@ -1,4 +1,4 @@
-"""From configuration and model to the optimizer of this rank."""
+"""Builds this rank's optimizer from the configuration and the model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_bert.parallel.whole_matrices import MatrixOwners
 
 
 def build_optimizer(config: Config, model: RankModel) -> ShardedOptimizer:
-    """Make the optimizer of what this rank holds; its state is zero.
+    """Make the optimizer of the parameters that this rank holds, with zero state.
 
     Args:
         config: the whole configuration.
-        model: of the same configuration.
+        model: the model of the same configuration.
     """
     parameters = model.named_parameters()
     muon = None

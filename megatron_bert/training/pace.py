@@ -1,4 +1,4 @@
-"""How long a job needs to come to an end with a checkpoint, from what its steps and saves took."""
+"""Estimates how long a job needs to end with a checkpoint, from its measured steps and saves."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.training.due import Due
 
-# The slowest of so many steps is what the next ones are taken to need.
+# The next steps are assumed to take as long as the slowest of this many recent ones.
 _RECENT_STEPS = 10
-# On top of what was measured, for steps and saves that take longer than those before.
+# Factor on measured times, for steps and saves that take longer than those before.
 _MARGIN = 1.5
-# What a rank is taken to write until a save was measured: a slow shared file system.
+# Write speed assumed per rank until a save was measured: that of a slow shared file system.
 _UNMEASURED_BYTES_PER_SECOND = 50e6
 
 
@@ -22,11 +22,11 @@ class Pace:
     """Measures a job's steps and evaluations, and tells how long its end would take.
 
     Args:
-        curriculum: tells how large steps are; times are taken in proportion to their slots.
+        curriculum: gives the sizes of steps; times are assumed proportional to token slots.
         due: after which steps the run evaluates and saves.
         evaluation_slots: token slots that an evaluation in a stage reads.
         bytes_to_save: what this rank writes in a save.
-        clock: seconds that never go back.
+        clock: monotonic time in seconds.
 
     Attributes:
         evaluation_seconds: what the last evaluation took, None before the first one.
@@ -53,7 +53,7 @@ class Pace:
         self._began = 0.0
 
     def begin(self, step: int) -> None:
-        """Tell that a step begins, and the one before it, if any, has ended."""
+        """Note that a step begins and that the one before it, if any, has ended."""
         now = self._clock()
         if self._under_way is not None:
             slots = self._curriculum.at(self._under_way).slots_per_step
@@ -62,14 +62,14 @@ class Pace:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the steps' time."""
+        """Exclude the block's time from the steps' times."""
         began = self._clock()
         yield
         self._began += self._clock() - began
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Measure the evaluation inside, which follows the step that was begun last."""
+        """Time the evaluation in the block, which follows the step that was begun last."""
         assert self._under_way is not None, "no step was begun"
         began = self._clock()
         yield
@@ -78,14 +78,15 @@ class Pace:
         self._evaluation_seconds_per_slot = self.evaluation_seconds / slots
 
     def seconds_to_end(self, save_seconds: float | None, *, saving: bool) -> float:
-        """How long it takes from now to the end of the last save if one more step is begun.
+        """Estimate the seconds from now to the end of the last save if one more step is begun.
 
-        That is the step that begins now, the one after it, what is due after either, and the last
-        save, half as long again as measured. In a job's first step no step is measured yet, and
-        only the save counts. An evaluation not measured yet counts as training on all it reads.
+        This counts the step that begins now, the one after it, what is due after either, and the
+        last save, each at half as long again as measured. In a job's first step no step is measured
+        yet, so only saves count. An evaluation not measured yet is assumed to take as long as
+        training on all that it reads.
 
         Args:
-            save_seconds: what the last save took, None before the first one.
+            save_seconds: how long the last save took, None before the first one.
             saving: whether one is in flight, which the last one will have to wait for.
         """
         assert self._under_way is not None, "no step was begun"
@@ -102,6 +103,6 @@ class Pace:
             if self._due.evaluation(step)
         )
         save = self._unmeasured_save if save_seconds is None else save_seconds
-        # What is due after the last of these steps is the last save itself.
+        # A save after the last of these steps is the last save itself.
         saves = sum(self._due.save(step) for step in steps[:-1]) + saving + 1
         return _MARGIN * (len(steps) * step_seconds + evaluations + saves * save)

@@ -1,4 +1,4 @@
-"""What is found out before the first step: whether the ranks see, hold and say the same."""
+"""Checks before the first step: all ranks see one run directory, agree, and exchange messages."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from megatron_bert.words import numbered
 # A network file system may show a new file to another node only after a while.
 _VISIBLE_WITHIN_SECONDS = 10.0
 _LOOK_AGAIN_SECONDS = 0.1
-# Large enough that the network's speed counts and not its delay.
+# Large enough that the network's bandwidth counts and not its latency.
 _ALL_REDUCE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-# Ranks give so many different numbers, so that one who is left out or counted twice shows, and yet
-# half a million of them have a sum that fp32 holds exactly, in whatever order they are added.
+# Ranks contribute this many different numbers, so that one left out or counted twice changes the
+# sum, and yet fp32 holds the sum over half a million ranks exactly, in whatever order they are
+# added.
 _DIFFERENT_NUMBERS = 64
-# What a fact of which a rank has nothing is compared as.
+# Stands in for a fact that a rank lacks when facts are compared.
 _ABSENT = "absent"
 
 
@@ -86,13 +87,13 @@ def check_run_directory_is_shared(
 def check_ranks_agree(facts: Mapping[str, object]) -> None:
     """Check that all ranks hold the same facts. Collective.
 
-    Only a digest travels unless it differs.
+    Only a digest is exchanged unless the digests differ.
 
     Args:
-        facts: JSON values by what they are called; what nests is compared key by key.
+        facts: JSON values by name; nested values are compared key by key.
 
     Raises:
-        UserError: some ranks hold others than most do; the message names them, their hosts and
+        UserError: some ranks hold other facts than most; the message names them, their hosts and
             the facts.
     """
     ranks = Ranks()
@@ -119,7 +120,7 @@ def check_ranks_agree(facts: Mapping[str, object]) -> None:
 
 
 def code_facts() -> dict[str, str]:
-    """What this rank runs: versions, and hashes of the sources in Python and of the data core's."""
+    """This rank's versions, and hashes of its Python sources and of the data core's sources."""
     root = Path(megatron_bert.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -128,7 +129,7 @@ def code_facts() -> dict[str, str]:
     return {
         "version of megatron_bert": megatron_bert.__version__,
         "hash of megatron_bert's code": digest.hexdigest()[:16],
-        # One that was built before it told this would else fail here, and name no host.
+        # A core built before it had this attribute would otherwise fail here without naming a host.
         "hash of the data core's sources": getattr(core, "SOURCE_HASH", "an older build")[:16],
         "version of torch": torch.__version__,
     }
@@ -137,8 +138,8 @@ def code_facts() -> dict[str, str]:
 def measure_all_reduce(device: torch.device) -> str | None:
     """Try an all-reduce over all ranks, and say how fast it was; None with a single rank.
 
-    The bandwidth is the one that each rank's link carries in a ring, 2 (n - 1) / n of the bytes
-    over the time, so that numbers of ranks can be compared.
+    The bandwidth is what each rank's link carries in a ring, 2 (n - 1) / n of the bytes divided by
+    the time, so that it can be compared across numbers of ranks.
 
     Raises:
         CommunicationError: the sum is wrong.
@@ -149,7 +150,7 @@ def measure_all_reduce(device: torch.device) -> str | None:
     size = _ALL_REDUCE_BYTES[device.type]
     numbers = torch.empty(size // 4, device=device)
     seconds = 0.0
-    # The first one also connects the ranks.
+    # The first all-reduce also connects the ranks; the second is the one that is timed.
     for _ in range(2):
         numbers.fill_(_number_of(dist.get_rank()))
         _wait_for(device)
@@ -173,7 +174,7 @@ def measure_all_reduce(device: torch.device) -> str | None:
 
 
 def _number_of(rank: int) -> float:
-    """What a rank adds to the sum that is tried."""
+    """The number that a rank contributes to the trial sum."""
     return 1.0 + rank % _DIFFERENT_NUMBERS
 
 
@@ -196,13 +197,13 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _difference(name: str, values: Sequence[Any], hosts: Sequence[str]) -> str | None:
-    """A line on a fact that is not the same everywhere; None if it is."""
+    """Describe in a line how a fact differs between ranks; None if it does not."""
     ranks_by_value: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         ranks_by_value.setdefault(json.dumps(value), []).append(rank)
     if len(ranks_by_value) == 1:
         return None
-    # Of equally many the ranks that come first.
+    # On a tie, the group with the lowest rank.
     usual = max(ranks_by_value.values(), key=len)
     others = [
         f"{format_value(values[ranks[0]])} on {_who(ranks, hosts)}"

@@ -18,28 +18,29 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_bert.distributed.device_work import wait_for_step, work_point
 from megatron_bert.files import appearing_whole, temporary_path
 
-# Of allocations and frees, the latest; a step of 48 layers makes some 100,000.
+# The most recent allocations and frees to keep; a step of 48 layers makes some 100,000.
 _MEMORY_EVENTS = 1_000_000
-# A device that has not ended its work by then waits for a rank that is gone.
+# A device that is still busy after this long is waiting for a rank that is gone.
 _IDLE_WITHIN_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Records the steps it is told of that are to be profiled, on this rank.
+    """Profiles the requested steps on this rank.
 
     Files are `steps_A_B.rank_R.trace.json.gz`, for chrome://tracing or ui.perfetto.dev, and on
     CUDA `steps_A_B.rank_R.memory.pickle`, for pytorch.org/memory_viz. A to B are the steps that
-    were taken: a job that begins or ends among those asked for records the ones that it took. A
-    profile that cannot be written is no reason to end a run: that is logged.
+    were recorded: a job that begins or ends within the requested range records the ones that it
+    took. A profile that cannot be written is logged and does not end the run.
 
     Args:
-        steps: to be profiled, counted from 1.
-        folder: where the files go, made when they do.
-        device: this rank's.
+        steps: the steps to profile, counted from 1.
+        folder: where the files go; made when they are written.
+        device: this rank's device.
         taken: steps that were taken before this job.
-        timeout_seconds: the longest that a step takes on the device, where others may be lost.
+        timeout_seconds: the longest that a step may take on the device, in case other ranks are
+            lost.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class StepProfiler:
         self._recording: _Recording | None = None
 
     def begin(self, step: int) -> None:
-        """Tell that a step begins, its rows being there.
+        """Note that a step begins, once its rows are ready.
 
         Raises:
-            DeviceStalledError: the device does not come to the end of the steps before.
+            DeviceStalledError: the device does not finish the steps before.
         """
         if step not in self._steps:
             return
@@ -75,19 +76,19 @@ class StepProfiler:
         self._recording.begin(step)
 
     def is_complete(self, step: int) -> bool:
-        """Whether this step, now taken, is the last one of what is being recorded."""
+        """Whether this step, just taken, is the last one to be recorded."""
         return self._recording is not None and step + 1 not in self._steps
 
     def write(self) -> None:
         """Write what was recorded, if anything was; waits for the device.
 
         Raises:
-            DeviceStalledError: it does not come to the end of the last step.
+            DeviceStalledError: it does not finish the last step.
         """
         recording = self._recording
         if recording is None:
             return
-        # A device that failed is a reason to end the run, and the profiler's own troubles are not.
+        # A device failure ends the run; a failure of the profiler itself does not.
         recording.wait()
         self._recording = None
         name = f"steps_{recording.first}_{recording.last}.rank_{dist.get_rank()}"
@@ -103,20 +104,20 @@ class StepProfiler:
             recording.forget()
 
     def close(self) -> None:
-        """Leave off; what was recorded of steps that failed is not written."""
+        """Stop recording; what was recorded of failed steps is not written."""
         recording, self._recording = self._recording, None
         if recording is not None and recording.is_done_soon():
-            # A device that failed does so here too, and what ended the run is told already.
+            # A failed device fails here too, and the error that ended the run is already reported.
             with suppress(RuntimeError):
                 recording.stop()
                 recording.forget()
 
 
 class OneCycleProfile(profile):
-    """PyTorch's profiler of one cycle, without its warning that it forgets those before.
+    """PyTorch's profiler for a single cycle, without its warning that it clears earlier ones.
 
-    Asked to keep them (`acc_events`) it does not warn either, and makes every event an object of
-    Python's before a run goes on.
+    Asking it to keep them (`acc_events`) would avoid the warning too, but it would then turn every
+    event into a Python object before the run goes on.
     """
 
     def start(self) -> None:
@@ -127,7 +128,7 @@ class OneCycleProfile(profile):
 
 
 class _Recording:
-    """What is being recorded, from the making to `stop`."""
+    """A recording in progress, from construction to `stop`."""
 
     def __init__(self, first: int, device: torch.device, timeout_seconds: float) -> None:
         self.first = self.last = first
@@ -176,19 +177,19 @@ class _Recording:
             self._step = None
 
     def is_done_soon(self) -> bool:
-        """Whether the device ends its work: the profiler would wait for it without end."""
+        """Whether the device finishes its work soon; the profiler would wait for it forever."""
         try:
             return work_point(self._device).wait(_IDLE_WITHIN_SECONDS)
         except RuntimeError:
             return False
 
     def wait(self) -> None:
-        """Keep kernels of the steps before out of the trace, and have the last ones in it."""
+        """Wait for the device: earlier kernels stay out of the trace, and the last ones get in."""
         wait_for_step(work_point(self._device), self._timeout)
 
 
 def _compress(plain: Path, packed: Path) -> None:
-    """Raises OSError where the trace is cut off: its writer does not tell of a full disk."""
+    """Compress a trace; raise OSError if it is cut off: its writer does not report a full disk."""
     with plain.open("rb") as source:
         with gzip.open(packed, "wb", compresslevel=5) as target:
             shutil.copyfileobj(source, target, 2**20)

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.words import format_duration
 
-# Between two drawings of the view: often enough to be alive, seldom enough to be read.
+# Seconds between redraws of the view: often enough to look alive, seldom enough to be read.
 _DRAW_SECONDS = 0.5
 
 logger = logging.getLogger(__name__)
@@ -26,21 +26,21 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Tells how far a run is, how it goes and when it will end.
 
-    Where a person watches (standard output and standard error are a terminal), a few lines at its
-    bottom are kept up to date, and what is logged is printed above them. Elsewhere a line is logged
-    every so many steps. In both cases a line is logged for the first step of a job and of each
-    stage, after which it is known whether the rest can work, and for the last step.
+    If a person watches (standard output and standard error are a terminal), a few lines at its
+    bottom are kept up to date, and log lines are printed above them. Otherwise a line is logged
+    every `interval` steps. In both cases a line is logged for the first step of a job and of each
+    stage, which shows whether the rest can work, and for the last step.
 
-    Loss and speed are means over the stage's last steps, as many as lie between two lines. Time
-    left is reckoned from that speed, for other stages in proportion to what their steps compute
-    (longer rows attend to more), and counts steps alone: no evaluation, no save.
+    Loss and speed are means over the stage's last `interval` steps. The time left is estimated from
+    that speed, for later stages in proportion to the FLOPs of their steps (longer rows attend to
+    more), and counts steps only: no evaluation, no save.
 
     Args:
         curriculum: of the run.
-        step_flops: what a step of each stage computes.
+        step_flops: FLOPs of a step of each stage.
         interval: steps between two lines.
-        last_saved: returns the step of the newest checkpoint, 0 where there is none.
-        clock: seconds that never go back.
+        last_saved: returns the step of the newest checkpoint, 0 if there is none.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Progress:
         self._undrawn: tuple[Mapping[str, Any], StageSpan] | None = None
 
     def after_step(self, record: Mapping[str, Any], span: StageSpan) -> None:
-        """Tell of a step, if it is time to.
+        """Report a step, if it is time to.
 
         Args:
             record: the step's line of `metrics.jsonl`.
@@ -81,7 +81,7 @@ class Progress:
             self.refresh()
 
     def refresh(self) -> None:
-        """Bring the view up to date now: the next step may be long in coming, or never come."""
+        """Redraw the view now: the next step may take long, or never come."""
         if self._watched and self._undrawn is not None:
             self._drawn = self._clock()
             self._view = self._view or _View(self._curriculum.total_steps)
@@ -131,7 +131,7 @@ class Progress:
         return f"last checkpoint {saved:,}" if saved else "no checkpoint yet"
 
     def _seconds_left(self, step: int, span: StageSpan) -> tuple[float, float]:
-        """Of the run and of its stage."""
+        """Seconds left of the run and of its current stage."""
         stage_left = (span.last_step - step) * self._recent.seconds
         seconds_per_flop = self._recent.seconds / self._step_flops[span.index]
         later_flops = sum(
@@ -157,19 +157,19 @@ class _RecentSteps:
 
     @property
     def loss(self) -> float:
-        """Mean in nats, of those that are finite, if any."""
+        """Mean in nats over the finite losses; the last loss if none is finite."""
         losses = [loss for loss, _ in self._steps]
         finite = [loss for loss in losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else losses[-1]
 
     @property
     def seconds(self) -> float:
-        """Mean of a step."""
+        """Mean seconds per step."""
         return sum(seconds for _, seconds in self._steps) / len(self._steps)
 
 
 class _View:
-    """Lines at the bottom of a terminal; what is logged is printed above, not through them."""
+    """Lines at the bottom of a terminal; log lines are printed above them, not through them."""
 
     def __init__(self, total_steps: int) -> None:
         self._redirection = logging_redirect_tqdm()
@@ -186,11 +186,11 @@ class _View:
         stage: tuple[int, int, str, float],
         texts: list[str],
     ) -> None:
-        """Bring the lines up to date.
+        """Redraw the lines.
 
         Args:
-            run: steps taken, where that is, seconds left.
-            stage: steps taken of it, its steps, where that is, seconds left.
+            run: steps taken, the position as text, seconds left.
+            stage: steps taken in it, its number of steps, the position as text, seconds left.
             texts: the lines below.
         """
         self._run.n, place, left = run
@@ -198,7 +198,7 @@ class _View:
         self._stage.n, self._stage.total, place, left = stage
         self._stage.set_description_str(f"{place} · {format_duration(left)} left", refresh=True)
         for line, text in zip(self._texts, texts, strict=True):
-            # Unlike bars, plain text is not cut by tqdm, and would run into the next line.
+            # tqdm cuts bars but not plain text, which would run into the next line.
             line.set_description_str(text[: line.format_dict["ncols"]], refresh=True)
 
     def close(self) -> None:
@@ -217,6 +217,6 @@ def _at_bottom(position: int, bar_format: str) -> tqdm[NoReturn]:
 
 
 def _a_person_watches() -> bool:
-    """Whether lines can stay in place: behind a pipe (`| tee`) others would get in between."""
+    """Whether lines can stay in place; behind a pipe (`| tee`) others would get in between."""
     streams = (sys.stdout, sys.stderr)
     return os.environ.get("TERM") != "dumb" and all(stream.isatty() for stream in streams)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step whose results may still be under way on the device."""
+    """A step whose results the device may still be computing."""
 
     step: int
     span: StageSpan
@@ -38,10 +38,10 @@ class _Taken:
 
 
 class StepRecorder:
-    """Records each step when the next one is on its way.
+    """Records each step once the next one is under way.
 
-    A step's results are read only after the following step was handed to the device, so that
-    reading them never leaves the device without work.
+    A step's results are read only after the following step was submitted to the device, so that
+    reading them never leaves the device idle.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class StepRecorder:
             curriculum: of the run.
             vocab_size: padded vocabulary.
             world_size: number of ranks.
-            device: which computes the steps.
-            metrics: where lines go, None on every rank but the first.
-            last_saved: returns the step of the newest checkpoint, 0 where there is none.
+            device: the device that computes the steps.
+            metrics: where lines go; None on every rank but the first.
+            last_saved: returns the step of the newest checkpoint, 0 if there is none.
         """
         self._curriculum = curriculum
         self._metrics = metrics
@@ -82,7 +82,7 @@ class StepRecorder:
         )
         self._take_peak_memory()
         self._began = work_point(device, timed=True)
-        # Alone a rank waits for nobody, however long a step takes.
+        # A single rank waits for no other, however long a step takes.
         self._timeout = config.distributed.timeout_seconds if world_size > 1 else math.inf
 
     def add(
@@ -94,20 +94,20 @@ class StepRecorder:
         result: StepResult,
         data_seconds: float,
     ) -> None:
-        """Take note of a step that was just handed to the device; record the one before it.
+        """Take note of a step that was just submitted to the device; record the one before it.
 
         Args:
             step: its number.
             span: the stage that it belongs to.
-            agreement: what the ranks knew of it beforehand.
-            learning_rate: of its update.
-            result: what it leaves behind.
-            data_seconds: how long its rows were waited for.
+            agreement: what the ranks agreed on before taking it.
+            learning_rate: the learning rate of its update.
+            result: its results, on their way to the host.
+            data_seconds: how long this rank waited for its rows.
 
         Raises:
             DivergedError: more than `optimizer.max_skipped` updates in a row were skipped.
             RunError: the metrics could not be written.
-            DeviceStalledError: the device does not come to the end of the step before.
+            DeviceStalledError: the device does not finish the step before.
         """
         taken = _Taken(
             step,
@@ -125,7 +125,7 @@ class StepRecorder:
             self._record(previous)
 
     def flush(self) -> None:
-        """Record the last step now, waiting for the device; what follows is no step, or the end."""
+        """Record the last step now, waiting for the device; for when no step follows at once."""
         if self._taken is not None:
             self._record(self._taken)
             self._taken = None
@@ -144,7 +144,7 @@ class StepRecorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside, which is no step, out of the steps' time."""
+        """Exclude the block, which is not a step, from the steps' times."""
         yield
         self._take_peak_memory()
         self._began = work_point(self._device, timed=True)
@@ -172,7 +172,7 @@ class StepRecorder:
         self._divergence.add(taken.step, rows, numbers.finite_here, skipped=numbers.skipped)
 
     def _remarks(self, taken: _Taken, numbers: StepNumbers, rows: range) -> dict[str, object]:
-        """What a line has beside the others', with a warning: its rows, of numbers gone wrong."""
+        """Warn if the step's numbers went wrong; return what its line then has in addition."""
         remarks: dict[str, object] = {"rows": [rows.start, rows[-1]]}
         where = (
             f"rows {rows.start:,} to {rows[-1]:,} (tools/inspect_data.py --config FILE --steps "
@@ -225,9 +225,9 @@ class StepRecorder:
         return line
 
     def _take_peak_memory(self) -> float | None:
-        """Most memory of the device that was in use since this was last asked, GB.
+        """Peak device memory in use since the last call, GB.
 
-        What a step takes is reserved when it is handed to the device.
+        A step's memory is allocated when the step is submitted to the device.
         """
         if self._device.type != "cuda":
             return None

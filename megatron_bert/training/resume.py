@@ -25,7 +25,7 @@ class StartingPoint:
 
     Attributes:
         path: its folder.
-        new_run: it belongs to another run, from which this one branches off.
+        new_run: whether it belongs to another run, from which this one branches off.
     """
 
     path: Path

@@ -1,9 +1,9 @@
 """Finds out which ranks are gone when messages between them fail.
 
-A rank that waits in vain for a message only knows that it did not come. The ranks still have the
-store through which they found each other (under torchrun it is the launcher's): whoever fails calls
-there, and all that live answer from a thread of their own, whatever else they wait for. A stopped
-process has no thread that runs.
+A rank that waits in vain for a message only knows that it did not arrive. But the ranks still share
+the store through which they found each other (under torchrun, the launcher's): a rank that fails
+calls the roll there, and every live rank answers from a thread of its own, whatever else it is
+waiting for. A stopped process has no running thread to answer.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import megatron_bert
 from megatron_bert.config.errors import EXIT_USER_ERROR, RunError, UserError
 from megatron_bert.words import numbered
 
-# How often a rank looks whether it was called, and how long all together have to answer.
+# How often a rank checks whether it was called, and how long all ranks together have to answer.
 _LOOK_SECONDS = 0.5
 ANSWER_WITHIN_SECONDS = 5.0
 _CALLED = "called"
-# The rank that failed by itself, and before that its error's text.
+# Keys for the rank that failed by itself and, set before it, for its error's text.
 _FAILED, _FAILURE = "failed", "failure"
 
 _PACKAGE = Path(megatron_bert.__file__).parent
@@ -43,12 +43,12 @@ _PACKAGE = Path(megatron_bert.__file__).parent
 class PeersLostError(RunError):
     """Messages between ranks failed; the text names the ranks that are gone.
 
-    Its notes are what the messages' own errors say.
+    Its notes hold what the messages' own errors say.
     """
 
 
 class RollCall:
-    """This rank's voice among all ranks of the default process group, and its ear.
+    """Reports this rank's failure to the default process group, and answers when a rank asks.
 
     Args:
         answer_within_seconds: how long ranks have to answer.
@@ -62,7 +62,7 @@ class RollCall:
         if self._size == 1:
             return
         self._main_thread = threading.get_ident()
-        # A connection of its own, so that the thread never waits for what the main one waits for.
+        # A separate connection, so that the thread never blocks on what the main thread waits for.
         store = _get_default_store().clone()  # type: ignore[attr-defined]
         self._store = dist.PrefixStore(_unused_prefix(), store)  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=answer_within_seconds))
@@ -80,9 +80,9 @@ class RollCall:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-        # A thread that waits for a store which answers nothing: should that come back, or end,
-        # while the interpreter takes itself down, the thread would abort it, with another exit
-        # code. And a CUDA device may wait for a rank that is gone: the interpreter would, too.
+        # A thread may still be blocked on a store that does not answer: if the store came back or
+        # ended while the interpreter shuts down, the thread would abort it, with another exit code.
+        # And a CUDA device may be waiting for a rank that is gone: the interpreter would wait too.
         could_not_end = any(thread.is_alive() for thread in self._threads) or (
             isinstance(error, PeersLostError) and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         )
@@ -90,22 +90,23 @@ class RollCall:
             atexit.register(_leave, EXIT_USER_ERROR if isinstance(error, UserError) else 1)
 
     def close(self) -> None:
-        """Answer no more: this rank ends."""
+        """Stop answering, because this rank ends."""
         self._ended.set()
         for thread in self._threads:
             thread.join(self._answer_within)
 
     def explain(self, error: BaseException) -> BaseException:
-        """Return what this rank's error should be told as.
+        """Return the error to report for this rank's error.
 
-        An error of this rank's own stays, and the others are told of it. Of a message that did
-        not pass, the ranks that are gone are the reason; finding them takes at most a second more
-        than `answer_within_seconds`. Whatever fails meanwhile, nothing is raised.
+        An error of this rank's own is returned unchanged, and the other ranks are told of it. If a
+        message between ranks failed, the result names the ranks that are gone; finding them takes
+        at most a second more than `answer_within_seconds`. Nothing is raised, whatever fails
+        meanwhile.
         """
         if self._size == 1:
             return error
         explained: list[BaseException] = []
-        # The store of a process that is stopped answers nothing, without end, whatever its timeout.
+        # The store of a stopped process never answers, whatever its timeout.
         try:
             asking = self._start("asking", lambda: explained.append(self._explain(error)))
         except RuntimeError as problem:
@@ -123,24 +124,24 @@ class RollCall:
         try:
             if not _is_of_messages(error):
                 text = f"{type(error).__name__}: {error}"
-                # A file's name may hold what no UTF-8 has.
+                # A file name may contain characters that UTF-8 cannot encode.
                 self._store.set(_FAILURE, text.encode("utf-8", "backslashreplace").decode())
                 self._store.set(_FAILED, str(self._rank))
                 return error
             return _peers_lost(self._find_reason(), error)
         except Exception as problem:
-            # Of the store: whoever holds it is gone.
+            # From the store: the process that holds it is gone.
             return _store_lost(error, _first_line(problem))
 
     def _listen(self) -> None:
         while not self._ended.wait(_LOOK_SECONDS):
-            with suppress(RuntimeError):  # of the store: nobody is there to be answered
+            with suppress(RuntimeError):  # from the store: nobody is left to answer
                 if self._store.check([_CALLED]):
                     self._store.set(_answer(self._rank), _place_of(self._main_thread))
                     return
 
     def _find_reason(self) -> str:
-        """Ask all ranks; each look is two questions to the store, however many ranks there are."""
+        """Ask all ranks; each look takes two requests to the store, for any number of ranks."""
         self._store.set(_CALLED, "")
         deadline = time.monotonic() + self._answer_within
         answers = [_answer(rank) for rank in range(self._size)]
@@ -166,7 +167,7 @@ class RollCall:
         )
 
     def _places(self) -> dict[int, str]:
-        """What ranks are at, all of which have answered."""
+        """Where in the code each rank is; all of them must have answered."""
         return {rank: self._store.get(_answer(rank)).decode() for rank in range(self._size)}
 
     def _describe(self, rank: int) -> str:
@@ -177,10 +178,10 @@ class RollCall:
 
 
 def _unused_prefix() -> str:
-    """Agree on a part of the store of its own.
+    """Agree on a prefix of the store that nobody has used yet.
 
-    Under torchrun the store outlives the ranks: where they are started again (`--max-restarts`),
-    what those before them said is still there.
+    Under torchrun the store outlives the ranks: after a restart (`--max-restarts`), it still holds
+    what the earlier ranks said.
     """
     token = torch.tensor(secrets.randbits(62))
     dist.broadcast(token, src=0)
@@ -188,7 +189,7 @@ def _unused_prefix() -> str:
 
 
 def _leave(code: int) -> None:
-    """End the process without taking the interpreter down."""
+    """End the process without shutting down the interpreter."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # its reader is gone, or it is closed
             stream.flush()
@@ -222,7 +223,7 @@ def _answer(rank: int) -> str:
 
 
 def _is_of_messages(error: BaseException) -> bool:
-    """Whether it, or what it came from, is a message that did not pass."""
+    """Whether the error, or one of its causes, is a message between ranks that failed."""
     cause: BaseException | None = error
     while cause is not None:
         # Gloo's errors have no type of their own; they begin with the source file.
@@ -239,7 +240,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _place_of(thread: int) -> str:
-    """The innermost line of this package that a thread is at."""
+    """The innermost line of this package that a thread is executing."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

@@ -20,9 +20,9 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def set_determinism(config: Config, device: torch.device) -> None:
-    """Ask for the same bits every time where `run.deterministic` holds (default: on the CPU).
+    """Request bitwise reproducibility if `run.deterministic` holds (default: on the CPU).
 
-    To be called before the first CUDA kernel: cuBLAS reads its environment then.
+    Call it before the first CUDA kernel, when cuBLAS reads its environment variables.
     """
     deterministic = config.run.deterministic
     if deterministic is None:
@@ -36,7 +36,7 @@ def set_determinism(config: Config, device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep what it frees, where the C library is glibc.
+    """Let the process keep the memory that it frees, if the C library is glibc.
 
     By default blocks above 32 MiB go back to the kernel at once and come back as zeroed pages:
     on the CPU a training step then spends up to half of its time in page faults.
@@ -50,14 +50,14 @@ def keep_freed_memory() -> None:
 
 
 def precision_warnings(config: Config, cpu_info: Path = _CPU_INFO) -> Iterator[str]:
-    """Say where this machine's CPU would compute in BF16 and has no instructions for it.
+    """Warn if this machine's CPU would compute in BF16 without having instructions for it.
 
-    PyTorch then converts to FP32 and back around every product. Only x86 tells; a processor that
-    does not say what it has is not warned of.
+    PyTorch then converts to FP32 and back around every product. Only x86 lists its instructions; a
+    processor that does not gets no warning.
 
     Args:
         config: the configuration.
-        cpu_info: what Linux tells of the processor.
+        cpu_info: the file in which Linux describes the processor.
     """
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     if config.precision.compute != "bf16" or config.run.device == "cuda" or not on_cpu:

@@ -1,4 +1,4 @@
-"""How well masked tokens are predicted: counts on the device, and what they come to.
+"""How well masked tokens are predicted: counts on the device, and the scores made from them.
 
 Shape suffixes: B rows, M masked slots a row, K kinds of tokens, V pieces of the vocabulary.
 """
@@ -20,18 +20,18 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.parallel.micro_batches import HeadOutput
 
 REPLACEMENTS = tuple(kind.value for kind in Replacement if kind is not Replacement.NONE)
-"""What the model sees in the place of a token that it is to predict, in the words of metrics."""
+"""What the model sees in place of a token that it must predict, as named in the metrics."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a text's masked tokens come to.
+    """Scores over a text's masked tokens.
 
     Attributes:
         loss: mean cross-entropy, nats.
-        accuracy: share predicted right.
-        by_replacement: the same share of the tokens of each of the `REPLACEMENTS` that occurs.
-        by_characters: and of those of each of the `TOKEN_KINDS` that occurs.
+        accuracy: share predicted correctly.
+        by_replacement: accuracy on the tokens of each of the `REPLACEMENTS` that occurs.
+        by_characters: accuracy on the tokens of each of the `TOKEN_KINDS` that occurs.
     """
 
     loss: float
@@ -41,10 +41,10 @@ class Score:
 
 
 class SlotKinds:
-    """Tells the kind of a masked slot: what stands there, and what is to be predicted.
+    """Classifies masked slots by what the model sees there and by the token to predict.
 
     Args:
-        tokenizer: that made the text.
+        tokenizer: the tokenizer that made the text.
         device: where the rows are.
     """
 
@@ -53,15 +53,15 @@ class SlotKinds:
         self._of_token_V = torch.from_numpy(token_kinds(tokenizer)).to(device)
 
     def __call__(self, rows: RowArrays) -> Tensor:
-        """int64 [B, M]: numbers of replacement and kind, the first times K plus the second."""
-        # By their place in REPLACEMENTS, which lacks the first.
+        """Return int64 [B, M]: the number of the replacement times K plus that of the kind."""
+        # Indices into REPLACEMENTS, which leaves out the first one, NONE.
         replacement_BM = rows.replacements(self._mask_id) - 1
         kind_BM = self._of_token_V[rows.labels_BM.long()]
         return replacement_BM * len(TOKEN_KINDS) + kind_BM
 
 
 class Tally:
-    """Sums of a text's masked tokens, fp64 in one tensor on the device."""
+    """Sums over a text's masked tokens, fp64 in one tensor on the device."""
 
     def __init__(self, kinds: SlotKinds, device: torch.device) -> None:
         self._kinds = kinds
@@ -70,20 +70,20 @@ class Tally:
         self._loss, self._right_and_all = self._sums[:1], self._sums[1:].view(2, count)
 
     def add(self, rows: RowArrays, output: HeadOutput) -> None:
-        """Count a micro-batch, given what the head said of it."""
+        """Count a micro-batch, given the head's output for it."""
         self._loss += output.loss.double()
         weights_N = rows.weights_BM.flatten()
         right_and_all = torch.stack([output.correct_N, weights_N]).double()
         self._right_and_all.index_add_(1, self._kinds(rows).flatten(), right_and_all)
 
     def sum_over_ranks(self, *, counts_here: bool) -> None:
-        """Add up what all ranks counted, but for those that counted what another one did too."""
+        """Sum the counts over all ranks but those that counted the same tokens as another."""
         if not counts_here:
             self._sums.zero_()
         dist.all_reduce(self._sums)
 
     def score(self) -> Score:
-        """What the sums come to; waits for the device. Without any token, 0."""
+        """Return the scores, waiting for the device; without any token they are 0."""
         loss, *counts = self._sums.tolist()
         table = np.array(counts).reshape(2, len(REPLACEMENTS), len(TOKEN_KINDS))
         right, all_tokens = table.sum((1, 2)).tolist()
@@ -96,6 +96,6 @@ class Tally:
 
 
 def _shares(names: Sequence[str], right_and_all: NDArray[np.float64]) -> dict[str, float]:
-    """Share of each kind's tokens that is right; kinds without any are left out."""
+    """Accuracy on each kind's tokens; kinds without any token are left out."""
     counts = zip(names, *right_and_all.tolist(), strict=True)
     return {name: right / count for name, right, count in counts if count}

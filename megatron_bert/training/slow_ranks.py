@@ -1,9 +1,9 @@
 """Which ranks keep the others waiting: slow devices, and ranks whose rows come late.
 
-A step lasts as long on every rank as on the slowest, since they wait for each other in it. So each
-rank measures what it does alone: a small computation, the same everywhere, a few times a second,
-and how long it waits for its own rows. The figures travel with the ranks' message of a step, every
-so many steps.
+A step takes as long on every rank as on the slowest, since the ranks wait for each other in it. So
+each rank measures what it does alone: a small computation, the same everywhere, a few times a
+second, and its wait for its own rows. Every so many steps the figures travel with the message that
+the ranks exchange for a step.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from megatron_bert.distributed.agreement import Ranks
 
 T = TypeVar("T")
 
-# The computation is a square matrix times itself, so many times, of a size that takes well below
-# a millisecond on either device.
+# The computation multiplies a square matrix by itself, this many times, at a size that takes well
+# below a millisecond on either device.
 _SIZE = {"cpu": 192, "cuda": 2048}
 _PRODUCTS = {"cpu": 1, "cuda": 4}
 _SECONDS_BETWEEN_PROBES = 0.1
-# A mean of fewer says more about what else ran in that moment than about the rank.
+# A mean over fewer probes says more about what else ran at that moment than about the rank.
 _LEAST_PROBES, _MOST_PROBES = 10, 50
-# A rank is slow from so many times the median's time on.
+# A rank is slow if it takes more than this many times the median.
 _SLOW_DEVICE = 2.0
-# Of two ranks the other one is all there is to compare with, and on a machine that others use too
-# one of them often is behind.
+# With two ranks there is only the other one to compare with, and on a shared machine one of them is
+# often behind.
 _SLOW_DEVICE_OF_TWO = 4.0
-# Its rows come late if it waits for them longer than the median does by this share of a step.
+# A rank's rows are late if its wait exceeds the median by this share of a step.
 _LATE_ROWS = 0.2
 
 logger = logging.getLogger(__name__)
 
 
 class DeviceProbe:
-    """A small computation on this rank's device, and how long it takes there.
+    """Times a small computation on this rank's device.
 
-    On CUDA the device takes the time itself, in its own order; nothing waits for it.
+    On CUDA the device records the times itself, in stream order; the host does not wait for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -74,7 +74,7 @@ class DeviceProbe:
         self._under_way.append((begin, end))
 
     def mean_seconds(self) -> float | None:
-        """Mean of the last computations; None as long as they are few."""
+        """Mean over the last computations; None while there are too few."""
         while self._under_way:
             begin, end = self._under_way[0]
             if not end.query():  # type: ignore[no-untyped-call]
@@ -89,15 +89,15 @@ class DeviceProbe:
 
 
 class SlowRankWatch:
-    """Measures this rank and, on the first one, names those that are slow. Made collectively.
+    """Measures this rank; the first rank names the slow ones. Construction is collective.
 
     Args:
         interval: steps between the ranks' figures.
         device: this rank's device.
-        clock: seconds that never go back.
+        clock: monotonic time in seconds.
 
     Attributes:
-        last_wait: how long the last step's rows were waited for, seconds.
+        last_wait: seconds that this rank waited for the last step's rows.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SlowRankWatch:
         self._named: frozenset[tuple[int, str]] = frozenset()
 
     def timing(self, rows: Iterator[T]) -> Iterator[T]:
-        """Pass on the steps' rows, and measure how long they are waited for."""
+        """Yield the steps' rows, and measure the wait for them."""
         while True:
             began = self._clock()
             try:
@@ -127,11 +127,11 @@ class SlowRankWatch:
             yield batch
 
     def figures(self, step: int) -> list[int] | None:
-        """Measure, and every so many steps return this rank's figures.
+        """Measure this rank, and return its figures every `interval` steps, otherwise None.
 
         Returns:
-            Microseconds, means over the steps since the figures before: of the computation (0: not
-            known yet), of the wait for rows, and of a step as a whole.
+            Means in microseconds: of the last computations (0: not known yet) and, over the steps
+            since the previous figures, of the wait for rows and of a whole step.
         """
         now = self._clock()
         if dist.get_world_size() > 1 and now >= self._next_probe:
@@ -146,7 +146,7 @@ class SlowRankWatch:
         return [round(1e6 * seconds) for seconds in means]
 
     def judge(self, step: int, figures: Sequence[Sequence[int]] | None) -> None:
-        """Name the ranks that are slow now and were not before, given the figures of all."""
+        """Name the ranks that are slow now and were not before, given all ranks' figures."""
         if figures is None or dist.get_rank() != 0:
             return
         slow = {
@@ -169,7 +169,7 @@ def _slow_devices(figures: Sequence[Sequence[int]]) -> Iterator[tuple[int, str]]
     known = {rank: probe for rank, (probe, _, _) in enumerate(figures) if probe}
     if not known:
         return
-    # The lower one: of two ranks the faster.
+    # The lower median: with two ranks, the faster one.
     usual = statistics.median_low(known.values())
     slow = _SLOW_DEVICE if len(figures) > 2 else _SLOW_DEVICE_OF_TWO
     for rank, probe in known.items():

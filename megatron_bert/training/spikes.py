@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-# Steps that a loss is compared with, and how few are too few to compare with.
+# How many earlier steps a loss is compared with, and how many it takes to compare at all.
 _WINDOW = 100
 _LEAST_STEPS = 20
 # How far above the median a spike is: in standard deviations, and in nats where losses hardly vary.
@@ -18,9 +18,9 @@ _DEVIATION_OF_MEDIAN = 1.4826
 class SpikeWatch:
     """Compares each loss with those of the last 100 steps of its stage.
 
-    The limit is their median and six standard deviations, at least 0.1 nats. The deviation is
-    taken from the median absolute deviation, so that earlier spikes do not raise the limit. A
-    stage's first 20 steps are never spikes: rows of another length have another loss.
+    The limit is their median plus six standard deviations, or plus 0.1 nats if that is more. The
+    deviation is estimated from the median absolute deviation, so that earlier spikes do not raise
+    the limit. A stage's first 20 steps are never spikes: rows of another length have another loss.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class SpikeWatch:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def limit_exceeded(self, loss: float, stage: int) -> float | None:
-        """Take note of a finite loss; return the limit if it lies above it."""
+        """Add a finite loss; return the limit if the loss exceeds it, else None."""
         if stage != self._stage:
             self._stage = stage
             self._losses.clear()

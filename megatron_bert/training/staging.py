@@ -15,11 +15,11 @@ from megatron_bert.distributed.device_work import HostPoint, WorkPoint, work_poi
 
 @dataclass(frozen=True)
 class HostMemory:
-    """How host memory is had, and how to tell that the device has read it.
+    """How to allocate host memory, and how to tell that the device has read it.
 
     Attributes:
         allocate: makes arrays of so many rows, slots and masked slots.
-        fence: stands behind all copies to the device that were asked for so far.
+        fence: returns a point after all copies to the device issued so far.
     """
 
     allocate: Callable[[int, int, int], RowArrays]
@@ -27,15 +27,15 @@ class HostMemory:
 
     @classmethod
     def for_device(cls, device: torch.device) -> HostMemory:
-        """Pinned memory for CUDA, which copies from it while the host goes on; else any."""
+        """Pinned memory for CUDA, which copies from it while the host goes on; else ordinary."""
         pinned = device.type == "cuda"
         return cls(partial(RowArrays.empty, pin_memory=pinned), partial(work_point, device))
 
 
 class StagingBuffer:
-    """Memory for one step's rows, written again and again; allocated anew for another shape.
+    """Reusable memory for one step's rows, reallocated when their shape changes.
 
-    One thread claims and releases it, others may write between the two.
+    One thread claims and releases it; others may write in between.
     """
 
     def __init__(self, memory: HostMemory) -> None:
@@ -57,13 +57,13 @@ class StagingBuffer:
         """Wait until the device has copied what the memory held when it was released.
 
         Args:
-            given_up: set where nobody writes there any more.
+            given_up: set once nobody will write there any more, which ends the wait.
 
         Returns:
-            Whether it has.
+            Whether the device has copied it.
         """
         return self._fence.wait(given_up=given_up)
 
     def release(self) -> None:
-        """Give the memory back; the copies from it are asked for, though not done yet."""
+        """Give the memory back; its copies must have been issued, but need not be done yet."""
         self._fence = self._memory.fence()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how a run takes it up again."""
+"""What a checkpoint holds, and how a run restores it."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ def load_state(
 ) -> None:
     """Load a checkpoint into model and optimizer in place.
 
-    One that was converted from a Hugging Face directory has no moments, and another optimizer's
-    are of no use: ours stay as they are then, of a new optimizer zero, and no update is counted.
+    A checkpoint converted from a Hugging Face directory has no moments, and those of another
+    optimizer are of no use: the optimizer then keeps its own (zero if it is new), and no update is
+    counted.
     """
     state = RunState(path, store.read_state(path))
     tensors = state_tensors(model, optimizer)

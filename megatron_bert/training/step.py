@@ -25,7 +25,7 @@ class Agreement:
         masked_tokens: number of masked tokens in the global batch.
         batch_hash: order-free hash of the global batch's rows, modulo 2^64.
         stop: some rank was asked to stop after this step.
-        figures: what every rank gave of its own, [ranks, figures]; None where it gave nothing.
+        figures: each rank's own figures, [ranks, figures]; None if none were given.
     """
 
     masked_tokens: int
@@ -36,7 +36,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What a step came to.
+    """A step's results as numbers.
 
     Attributes:
         loss: mean cross-entropy over the global batch's masked tokens, nats.
@@ -54,11 +54,11 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind, on its way to the host.
+    """A step's results, on their way to the host.
 
     Attributes:
-        numbers: fp32 [5] on the host, `StepNumbers` in their order, there once the device has come
-            to the step's end.
+        numbers: fp32 [5] on the host, the fields of `StepNumbers` in order; valid once the device
+            has finished the step.
         parts: how long `model` (forward and backward, the sums over ranks that complete loss and
             gradients) and `optimizer` (norm, clipping, update) take.
     """
@@ -73,7 +73,7 @@ class StepResult:
             timeout_seconds: the longest wait.
 
         Raises:
-            DeviceStalledError: the device has not come to the end of the step by then.
+            DeviceStalledError: the device has not finished the step by then.
         """
         wait_for_step(self.parts.ended, timeout_seconds)
         loss, grad_norm, skipped, finite_loss, finite_gradient = self.numbers.tolist()
@@ -90,9 +90,9 @@ def agree(
 ) -> Agreement:
     """Sum counts and hashes over the ranks that see different rows, and stop requests over all.
 
-    One message of three integers on the CPU (over gloo, also beside CUDA): the GPU's queue is
-    never waited for. Where ranks give figures of their own, as many on all of them, these travel
-    in the same message.
+    It is one all-reduce of three integers on the CPU (over gloo, even with CUDA), so it never waits
+    for the GPU's queue. Figures of the ranks' own, if given (as many on every rank), travel in the
+    same message.
     """
     counts_here = topology.speaks_for_its_rows
     masked = sum(int(batch.weights_BM.sum()) for batch in batches) if counts_here else 0
@@ -133,8 +133,8 @@ def take_step(
     parts.end("model")
     update = optimizer.step(learning_rate, loss)
     numbers = [loss, update.grad_norm, update.skipped, own_loss_is_finite, update.is_finite_here]
-    # To pinned memory, from CUDA, which the host does not wait for. `item` would wait for all that
-    # the device was given, the next step as well, and leave it without work after that.
+    # From CUDA, this copies to pinned memory without blocking the host. `item` would wait for all
+    # work submitted to the device, the next step's included, and then leave the device idle.
     on_host = torch.stack([number.float() for number in numbers]).to("cpu", non_blocking=True)
     parts.end("optimizer")
     return StepResult(on_host, parts)

@@ -12,7 +12,7 @@ from megatron_bert.distributed.device_work import WorkPoint, work_point
 class StepParts:
     """Measures parts of a step, each of which begins where the one before it ended.
 
-    On CUDA the device notes the time when its work comes to that point; nothing waits for it.
+    On CUDA the device records the time when its work reaches that point; the host does not wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,6 +31,6 @@ class StepParts:
         return self._points[-1]
 
     def seconds(self) -> dict[str, float]:
-        """What each part took, as `NAME_seconds`; the device must have come to the last one."""
+        """What each part took, as `NAME_seconds`; the device must have finished the last one."""
         pairs = zip(self._names, pairwise(self._points), strict=True)
         return {f"{name}_seconds": begin.seconds_until(end) for name, (begin, end) in pairs}

@@ -15,14 +15,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class StopRequests:
     """Remembers that this rank was asked to stop; all ranks then agree on the step.
 
-    Signals are noted, and the first one answered: the step in hand is finished and a checkpoint
-    written. A second SIGINT, from someone who does not want to wait, interrupts at once.
+    Signals are noted, and the first one is acknowledged: the current step is finished and a
+    checkpoint written. A second SIGINT, from someone who does not want to wait, interrupts at once.
 
     Attributes:
         seconds_to_end: how long the job needs from now to the end of its last save, if it does not
-            stop after the step in hand; the deadline counts as reached that much earlier.
-        interrupt: what that second SIGINT raised. Layers between may have turned it into an error
-            of their own.
+            stop after the current step; the deadline counts as reached that much earlier.
+        interrupt: the exception that the second SIGINT raised. Layers in between may have turned it
+            into an error of their own.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class StopRequests:
         Args:
             max_minutes: `run.max_minutes`, from `began` on.
             deadline: `run.deadline`, in seconds since 1970.
-            began: when the job did, on the monotonic clock; default: now.
+            began: when the job began, on the monotonic clock; default: now.
             signals: which to listen for.
         """
         self._limits: dict[str, float] = {}
-        """When the job must have ended, on the monotonic clock, by the key that says so."""
+        """When the job must have ended, on the monotonic clock, by the key that sets it."""
         if max_minutes is not None:
             start = time.monotonic() if began is None else began
             self._limits["run.max_minutes"] = start + 60.0 * max_minutes
@@ -72,7 +72,7 @@ class StopRequests:
             raise self.interrupt
 
     def settle(self) -> None:
-        """Disregard signals from here on: the last step is saved, nothing is left to cut short."""
+        """Ignore signals from here on: the last step is saved, and nothing is left to cut short."""
         self._settled = True
 
     @property
@@ -85,12 +85,11 @@ class StopRequests:
 
 
 def _answer(text: str) -> None:
-    """Tell a terminal or log from a signal handler; the first rank speaks for all.
+    """Write to the terminal or log from a signal handler; the first rank speaks for all.
 
-    Not through `sys.stderr`: the signal may have come in the middle of a write to it, which cannot
-    be entered again.
+    It bypasses `sys.stderr`: the signal may have interrupted a write to it, which is not reentrant.
     """
     if os.environ.get("RANK", "0") == "0":
-        # Ctrl-C ends a `| tee` as well: that nobody hears must not keep the run from saving.
+        # Ctrl-C ends a `| tee` too: that nobody reads this must not keep the run from saving.
         with suppress(OSError):
             os.write(2, f"\n{text}\n".encode())

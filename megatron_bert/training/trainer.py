@@ -62,7 +62,7 @@ class RunEnd:
 
     Attributes:
         step: the last step taken.
-        stop_reason: why it stopped early, or None where it is finished.
+        stop_reason: why it stopped early, or None if it is finished.
     """
 
     step: int
@@ -121,7 +121,7 @@ class Trainer:
         """Train until the curriculum's end, `max_steps` are taken or a rank is asked to stop."""
         steps = range(self._step + 1, self._total_steps + 1)[:max_steps]
         stop_reason: str | None = None
-        # Closed from the last to the first, each of them whatever another one raises.
+        # Closed in reverse order, each of them even if another one raises.
         with (
             closing(self._profiler()) as profiler,
             closing(self._recorder),
@@ -135,7 +135,7 @@ class Trainer:
                 stop_reason = self._take(step, batches, stops, slow_ranks)
                 is_last = stop_reason is not None
                 if profiler.is_complete(step) or is_last:
-                    # Recorded before: that waits for the device with a limit.
+                    # Record the step first: that waits for the device with a timeout.
                     self._recorder.flush()
                     with self._recorder.paused(), self._pace.paused():
                         profiler.write()
@@ -185,7 +185,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps taken so far, those before the checkpoint included."""
+        """Steps taken so far, including those before the checkpoint."""
         return self._step
 
     @property
@@ -228,7 +228,7 @@ class Trainer:
                 )
 
     def _state(self) -> dict[str, JSON]:
-        """What the checkpoint's manifest says beside the tensors."""
+        """The training state that the checkpoint's manifest holds in addition to the tensors."""
         topology = self._topology
         return trained_state(
             step=self._step,
@@ -257,7 +257,7 @@ class Trainer:
         if self._directory is not None:
             logger.info("resumed from %s", start.path)
             changed = changed_keys(state.config, config_dict(self._config))
-            # A job's own end is another each time.
+            # Each job has its own deadline.
             changed = [key for key in changed if key != "run.deadline"]
             if changed:
                 logger.info("changed since then: %s", ", ".join(changed))
@@ -266,13 +266,14 @@ class Trainer:
         return state.step
 
     def _begin_recording(self, vocab_size: int, held_out: HeldOutRows) -> StepRecorder:
-        """Let the run directory hold this job's run, from the restored step on; log its plan."""
+        """Make the run directory describe this job, from the restored step on, and log the plan."""
         config, world_size, metrics = self._config, dist.get_world_size(), None
         if self._directory is not None:
             metrics = MetricsFile(self._directory.paths.metrics)
-            # Without a checkpoint here nothing leads to the steps in that file again.
+            # Without a checkpoint here, no later job can get back to the steps in that file.
             metrics.truncate_after(self._step, sets_aside=not self._store.folders())
-            # Not before the checkpoint agreed to it: a refused job leaves the run as it was.
+            # Only once the checkpoint has been found to fit: a refused job leaves the run as it
+            # was.
             self._directory.write_config(dump_config(config))
             facts = facts_of(self._topology.device)
             plan = describe_plan(config, vocab_size, world_size, facts)
@@ -307,7 +308,7 @@ def _open_data(config: Config, tokenizer: Tokenizer) -> tuple[RowSource, HeldOut
 
 
 def _why_stopped(own_reason: str | None) -> str:
-    """The first rank's reason to stop, else another's, with that rank. Collective."""
+    """Return the first rank's reason to stop, else another rank's with its number. Collective."""
     reasons = Ranks().on_all(lambda: own_reason)
     rank, reason = next((rank, why) for rank, why in enumerate(reasons) if why is not None)
     return reason if rank == 0 else f"{reason} on rank {rank}"
