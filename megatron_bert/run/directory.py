@@ -26,9 +26,9 @@ from megatron_bert.run import metrics
 from megatron_bert.run.journal import END, Journal, read_journal
 
 FINISHED, STOPPED, FAILED = "FINISHED", "STOPPED", "FAILED"
-# What a line in there has beside the outcome's own facts.
+# Fields of a line in the journal that are not facts of the outcome.
 _OF_EVENTS = ("event", "time", "outcome")
-# What `FAILED` holds beside the reason, and `jobs.jsonl` keeps.
+# Fields that `FAILED` holds besides the reason, and that `jobs.jsonl` keeps.
 _FAILURE = ("error", "rank", "host")
 
 logger = logging.getLogger(__name__)
@@ -37,19 +37,19 @@ logger = logging.getLogger(__name__)
 class RunDirectory(Closeable):
     """A run's folder, made if need be and locked against a second live run.
 
-    Only the first rank makes one. The lock belongs to the process: it ends with `close` or with
-    the process, however that dies, so a stale `run.lock` needs no care.
+    Only the first rank creates an instance. The lock belongs to the process: it ends with `close`
+    or with the process, however that dies, so a stale `run.lock` does no harm.
 
     Args:
         path: The folder (`run.dir`).
 
     Raises:
         UserError: The folder cannot be made or locked, or another live run holds it (the message
-            names that one's host and process).
+            names its host and process).
 
     Attributes:
-        paths: What stands where in it; the folder of logs was made.
-        journal: What its jobs did.
+        paths: The paths in it; the folder of logs exists.
+        journal: The record of what its jobs did.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,15 +74,15 @@ class RunDirectory(Closeable):
                 self.paths.root.rmdir()
 
     def close(self) -> None:
-        """Let another run have the folder; a save that was given up no longer writes there."""
+        """Release the folder for another run; an abandoned save no longer writes to the journal."""
         self.journal.close()
         self._lock.close()
 
     def remove_if_new(self) -> None:
-        """Undo the making of the folder, where there is nothing in it but how its job was refused.
+        """Remove the folder if it was made here and holds nothing but how its job was refused.
 
-        A command with a mistake in it leaves nothing behind, and the mended one begins anew. Only
-        a job of one rank can do this: others may be writing there.
+        So a command with a mistake leaves nothing behind, and the corrected one begins anew. Only a
+        job of one rank can do this, since other ranks may be writing there.
         """
         with suppress(OSError):
             paths, failed = self.paths, self.paths.root / FAILED
@@ -93,7 +93,7 @@ class RunDirectory(Closeable):
                 paths.root.rmdir()
 
     def start(self) -> None:
-        """Remove what tells how an earlier job of the run ended (see `forget_outcome`)."""
+        """Remove the outcome of an earlier job of the run (see `forget_outcome`)."""
         forget_outcome(self.paths.root)
 
     def write_config(self, text: str) -> None:
@@ -122,13 +122,13 @@ class RunDirectory(Closeable):
     def _end(self, name: str, reason: Mapping[str, object]) -> None:
         text = _as_text(reason)
         self.journal.end(name, dict(reason))
-        # Not `forget_outcome`: where that line could not be written, it would call this job killed.
+        # Not `forget_outcome`: if that line was not written, it would record this job as killed.
         _remove_outcome_files(self.paths.root)
         write_atomically(self.paths.root / name, text)
 
 
 def check_usable(path: Path) -> None:
-    """Refuse what `RunDirectory` would, and make nothing.
+    """Refuse what `RunDirectory` would refuse, without making anything.
 
     Raises:
         UserError: the folder cannot be made or written to, or a live run of this host holds it.
@@ -141,7 +141,7 @@ def check_usable(path: Path) -> None:
             raise _unusable(path, f"no permission to write {paths.lock}")
     except OSError as error:
         raise _unusable(path, str(error)) from error
-    # A process may live longer than its run; a run that goes on has not told how it ended.
+    # A process may outlive its run; a run that is still going on has no outcome.
     if holder_lives(paths.lock) and read_outcome(path) is None:
         raise _in_use(path, describe_holder(paths.lock))
 
@@ -174,8 +174,8 @@ class Outcome:
     Attributes:
         kind: `FINISHED`, `STOPPED`, `FAILED` or `KILLED`.
         reason: in words; empty where there is none to tell.
-        needs_person: whether it fails again until a person has mended configuration, data or place.
-        failure: of a failure, what else is known: the `error`'s class, its `rank` and `host`.
+        needs_person: whether it fails again until a person has fixed configuration, data or place.
+        failure: for a failure, what else is known: the `error`'s class, its `rank` and `host`.
     """
 
     kind: str
@@ -185,7 +185,7 @@ class Outcome:
 
 
 KILLED = Outcome("KILLED", "the job ended without a word")
-"""What can be said of a job that has ended and left nothing."""
+"""The outcome of a job that has ended without leaving one."""
 
 
 def read_outcome(path: Path) -> Outcome | None:
@@ -215,10 +215,11 @@ def _parse_outcome(kind: str, text: str) -> Outcome:
 
 
 def forget_outcome(path: Path) -> None:
-    """Remove from the run directory `path` what tells how its last job ended.
+    """Remove the outcome of the last job from the run directory `path`.
 
-    It stays in `jobs.jsonl`, where a job that failed or was killed did not write it itself: any
-    rank may have failed, and only who holds the run's lock, as the caller must, writes there.
+    It stays in `jobs.jsonl`. A job that failed or was killed has not written it there itself, so
+    this does: any rank may have failed, but only the holder of the run's lock, which the caller
+    must be, writes there.
     """
     outcome, paths = read_outcome(path), RunPaths(path)
     journal = read_journal(paths.journal)
@@ -238,9 +239,10 @@ def _remove_outcome_files(path: Path) -> None:
 
 
 def restore_finished(path: Path) -> None:
-    """Leave a finished run as it was where its job was refused before it trained.
+    """Restore the outcome of a finished run whose job was refused before it trained.
 
-    The caller forgot the outcome before that job began, and holds the run's lock.
+    The caller removed that outcome (`forget_outcome`) before the job began, and holds the run's
+    lock.
     """
     journal = read_journal(RunPaths(path).journal)
     if journal and journal[-1]["event"] == END and journal[-1]["outcome"] == FINISHED:
@@ -252,9 +254,9 @@ def restore_finished(path: Path) -> None:
 def record_failure(path: Path, rank: int, error: BaseException) -> None:
     """Leave `FAILED` in the run directory `path` from any rank, whoever holds its lock.
 
-    The first rank's failure stays: those of the others mostly follow from it. Only that rank can
-    replace it, once it knows more. What keeps the file from being written is logged only, so that
-    `error` stays the one that is reported.
+    The failure recorded first stays, since those of other ranks mostly follow from it. Only the
+    rank that recorded it can replace it, once it knows more. A problem in writing the file is only
+    logged, so that `error` stays the error that is reported.
     """
     reason: dict[str, object] = {
         "rank": rank,
@@ -266,7 +268,7 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
     if details := details_of(error):
         reason["details"] = details
     try:
-        # A file's name in a message may hold what no UTF-8 has.
+        # A file name in a message may contain characters that UTF-8 cannot encode.
         text = _as_text(reason).encode("utf-8", "backslashreplace").decode()
         is_taken = (path / FAILED).exists() or not write_if_absent(path / FAILED, text)
         if is_taken and _failed_rank(path) in (None, rank):
@@ -276,7 +278,7 @@ def record_failure(path: Path, rank: int, error: BaseException) -> None:
 
 
 def _failed_rank(path: Path) -> object:
-    """The rank that left `FAILED`, or None where none has, or what lies there is none of ours."""
+    """The rank that left `FAILED`; None if there is none, or the file is not one of ours."""
     try:
         return json.loads((path / FAILED).read_bytes())["rank"]
     except (FileNotFoundError, ValueError, LookupError, TypeError):

@@ -35,10 +35,11 @@ def export_model(
     Args:
         source: a checkpoint's folder, or a run directory, whose newest intact checkpoint is taken.
         output: the directory to make; it must not exist yet, or be empty.
-        dtype: type of the written weights.
+        dtype: dtype of the written weights.
         tokenizer: the tokenizer's file; default: where the run found it.
-        license_id: of the weights, for the model card, as the Hub names it.
-        languages: of the training text, for the model card, as ISO 639 codes (`["ja", "en"]`).
+        license_id: the licence of the weights, for the model card, by its name on the Hub.
+        languages: languages of the training text, for the model card, as ISO 639 codes (`["ja",
+            "en"]`).
 
     Returns:
         The checkpoint's folder.

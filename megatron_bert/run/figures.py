@@ -1,4 +1,4 @@
-"""What a run measured until one of its checkpoints, from the `metrics.jsonl` beside them."""
+"""What a run measured up to one of its checkpoints, from the `metrics.jsonl` beside them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def run_figures(checkpoint: Path, step: int) -> RunFigures | None:
         step: its step; what was recorded later is left out.
 
     Returns:
-        The figures; None where no metrics lie beside the checkpoint, they lack its step and so
-        are not those of its run, or they lack a figure.
+        The figures; None if there are no metrics beside the checkpoint, if they lack its step and
+        so are not those of its run, or if they lack a figure.
 
     Raises:
         UserError: the metrics are damaged.
@@ -36,7 +36,7 @@ def run_figures(checkpoint: Path, step: int) -> RunFigures | None:
     try:
         return _figures(steps, records)
     except KeyError:
-        # Another version's: nothing is better than a part.
+        # Written by another version: no figures are better than some.
         return None
 
 

@@ -1,7 +1,7 @@
 """`jobs.jsonl`: what the jobs of a run did, one JSON object a line: began, saved, ended.
 
 Whole lines are only ever appended, by the one process that holds the run's lock: what a later job
-prunes, goes back over or removes still stands here.
+prunes, repeats or removes is still recorded here.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 class Journal:
     """Appends a job's lines to `jobs.jsonl`.
 
-    A line that cannot be written is told in a warning and is missing then: no training ends for
-    it, as the checkpoints and metrics do not depend on it.
+    A line that cannot be written is left out with a warning. It does not end the training, because
+    checkpoints and metrics do not depend on it.
 
-    Two threads write: the main one, and the one that saves in the background. A save that was given
-    up may outlive its job and tell of itself while the next job of the same process writes with a
-    journal of its own. So `end` and `close` close this one: what comes later is not written.
+    Two threads write: the main one, and the one that saves in the background. An abandoned save may
+    outlive its job and report its result while the next job of the same process writes with a
+    journal of its own. So `end` and `close` close this one, and later lines are not written.
 
     Args:
         path: The file; made by the first line.
@@ -46,16 +46,16 @@ class Journal:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Write no line from now on; one that is being written is waited for."""
+        """Write no more lines from now on; wait for one that is being written."""
         with self._lock:
             self._is_closed = True
 
     def start(self, step: int, ranks: int) -> None:
-        """Add that this job begins to train.
+        """Record that this job begins to train.
 
         Args:
             step: The steps taken before it.
-            ranks: Those of the job.
+            ranks: The job's number of ranks.
         """
         self._append(
             START,
@@ -67,7 +67,7 @@ class Journal:
         )
 
     def save(self, result: SaveResult) -> None:
-        """Add what became of a save."""
+        """Record the result of a save."""
         if result.error is not None:
             self._append(SAVE_FAILED, step=result.step, reason=result.error)
         else:
@@ -80,11 +80,11 @@ class Journal:
             )
 
     def end(self, outcome: str, facts: dict[str, object]) -> None:
-        """Add how a job ended, and close.
+        """Record how a job ended, and close.
 
         Args:
-            outcome: The name of the file that tells it, or `KILLED`.
-            facts: What there is to tell of it: `step`, `reason`.
+            outcome: The name of the outcome's file, or `KILLED`.
+            facts: What is known of it: `step`, `reason`.
         """
         self._append(END, is_last=True, outcome=outcome, **facts)
 
@@ -96,11 +96,13 @@ class Journal:
                 self._write({"event": event, "time": time, **facts})
 
     def _write(self, record: dict[str, object]) -> None:
-        # Escaped to ASCII: a file's name in a message may hold what no UTF-8 has.
+        # Escaped to ASCII: a file name in a message may contain characters that UTF-8 cannot
+        # encode.
         line = json.dumps(record) + "\n"
         try:
             if not self._ends_whole:
-                # A killed job or a full disk left half a line, which this one would be glued to.
+                # A killed job or a full disk may have left half a line; this one must not continue
+                # it.
                 metrics.cut_torn_line(self._path)
             self._ends_whole = False
             with self._path.open("a", encoding="utf-8") as stream:
@@ -113,9 +115,10 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a `jobs.jsonl`, if it can be read, in the form in which they are written.
+    """Return the lines of a `jobs.jsonl` in the form in which they are written today, if readable.
 
-    Left out is what is none of ours: another event, or one that lacks what its kind tells.
+    Lines that are not ours are left out: those of another event, and those that lack a field of
+    their event.
     """
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
@@ -127,7 +130,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def _in_todays_form(record: dict[str, Any]) -> dict[str, Any]:
-    """A line without `event` is of an earlier version, which recorded when jobs `began` only."""
+    """Convert a line without `event`: an earlier version only recorded when jobs `began`."""
     if "event" in record:
         return record
     time = {"time": record["began"]} if "began" in record else {}
@@ -145,7 +148,7 @@ def _is_ours(line: dict[str, Any]) -> bool:
 
 
 def _is_amount(value: object) -> bool:
-    # Larger ones no format of ours could show; NaN is none.
+    # None of our formats could show larger ones; NaN is not an amount.
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < 2**63
 
 
@@ -157,7 +160,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-# What a line must have to be told in the report.
+# The fields that a line of each event must have to appear in the report.
 _FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
     START: {
         "job": lambda value: value is None or _is_text(value),

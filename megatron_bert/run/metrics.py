@@ -1,7 +1,8 @@
 """`metrics.jsonl`: what a run measured, one JSON object a line.
 
-Floats are written by `repr`, so they read back to the same bits. JSON has no numbers for what is
-not finite: these are the strings "NaN", "Infinity" and "-Infinity", which `float` understands.
+Floats are written by `repr`, so they read back to the same bits. JSON has no numbers for non-finite
+values: these are written as the strings "NaN", "Infinity" and "-Infinity", which `float`
+understands.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.files import write_atomically
 
-# Many times a line's, also of an evaluation of many texts.
+# Many times the size of a line, even of an evaluation of many texts.
 _END_BYTES = 1 << 16
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 class MetricsFile:
     """Appends records to a metrics file.
 
-    Call `truncate_after` before the first `write` of a job: it also removes the line that a killed
-    job left half-written, which the next record would otherwise be glued to.
+    Call `truncate_after` before the first `write` of a job: it also removes a line that a killed
+    job left half-written, which the next record would otherwise continue.
 
     Args:
         path: The file; made by the first `write`.
@@ -42,12 +43,12 @@ class MetricsFile:
         self._stream: TextIO | None = None
 
     def truncate_after(self, step: int, *, sets_aside: bool = False) -> None:
-        """Keep only the lines whose `step` is at most `step`, as they are, and no torn line.
+        """Keep only the whole lines whose `step` is at most `step`, unchanged.
 
         Args:
             step: The step that the job goes on from.
-            sets_aside: Whether the file stays as it was under another name, which is told, where
-                lines of later steps would be lost: no checkpoint leads to them again.
+            sets_aside: Whether to keep the old file under another name, with a warning, if lines of
+                later steps would be lost, because no checkpoint leads to them again.
 
         Raises:
             RunError: The file could not be rewritten; it is as it was.
@@ -81,7 +82,7 @@ class MetricsFile:
             record: JSON values by name; `step` says after which optimizer step.
 
         Raises:
-            RunError: The host could not write; a part of the line may stand there.
+            RunError: The host could not write; part of the line may have been written.
         """
         line = json.dumps(_encode(record), ensure_ascii=False, allow_nan=False)
         try:
@@ -107,7 +108,7 @@ class MetricsFile:
     def _unwritable(self, error: OSError) -> RunError:
         stream, self._stream = self._stream, None
         if stream is not None:
-            # It would try once more to write what is left in its buffer.
+            # Closing tries once more to write what is left in the buffer.
             with suppress(OSError):
                 stream.close()
         return RunError(
@@ -170,12 +171,12 @@ def stream(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def last_step(path: Path) -> int:
-    """Return the step of a metrics file's last whole line, looked for in its end alone; else 0."""
+    """Return the step of a metrics file's last whole line, reading only its end; 0 if none."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - _END_BYTES))
-            # Without what is torn at its end; at its beginning that is no record.
+            # A torn line at the end is dropped; one at the beginning does not parse as a record.
             lines = stream.read().decode("utf-8", "replace").split("\n")[:-1]
     except OSError:
         return 0
@@ -195,7 +196,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """Return a line's object as it stands there, or None where it is torn or none of ours."""
+    """Return a line's object, not decoded, or None if the line is torn or not one of ours."""
     if not line.endswith("\n"):
         return None
     try:
@@ -206,7 +207,7 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut off what stands behind a file's last line break; all before it is as it was.
+    """Cut off what follows a file's last line break; everything before it is unchanged.
 
     Raises:
         OSError: The file could not be opened, read or cut.

@@ -21,8 +21,8 @@ from megatron_bert.run.directory import KILLED, Outcome, read_outcome
 from megatron_bert.run.mirrors.following import Bookmark, FollowedFile
 
 _LOOK_SECONDS = 1.0
-# After the training's end: a service that does not answer must not hold a job. Less than torchrun's
-# 30 s between the signal that it sends and the kill.
+# How long copying may go on after training has ended: a service that does not answer must not hold
+# up a job. Less than torchrun's 30 s between the signal that it sends and the kill.
 END_WITHIN_SECONDS = 20.0
 
 logger = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ class Mirror(Protocol):
     """Where metrics are copied to."""
 
     def write(self, record: dict[str, Any], *, begins_stage: bool) -> None:
-        """Copy a line of the metrics file; `begins_stage` where none of its stage came before."""
+        """Copy a line of the metrics file; `begins_stage` if it is the first line of its stage."""
 
     def caught_up(self) -> None:
-        """Take note that all lines there are were written."""
+        """Note that all lines so far were written."""
 
     def close(self, end: Outcome | None) -> None:
-        """Finish copying, and tell how the job ended that wrote the lines, where that is known."""
+        """Finish copying, and record how the job that wrote the lines ended, if that is known."""
 
 
 def main() -> None:
@@ -95,20 +95,20 @@ def _copy(path: Path, bookmark: Bookmark, mirror: Mirror, ended: threading.Event
 
 
 def end_of_job(run_dir: Path) -> Outcome:
-    """How the training ended that this process followed."""
+    """How the training that this process followed has ended."""
     return read_outcome(run_dir) or KILLED
 
 
 def _leave_signals_to_the_training() -> None:
-    """Go on when a scheduler or a terminal signals the whole job; the training closes the input."""
+    """Ignore a scheduler's or terminal's signals to the whole job; training closes the input."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        # No SIG_IGN, which wandb's own processes would inherit.
+        # Not SIG_IGN, which wandb's own processes would inherit.
         signal.signal(number, lambda *_: None)
 
 
 def _end_with_the_training(ended: threading.Event) -> None:
-    """Let the copy end when the training does, and soon after the process, whatever it does."""
-    # The training writes nothing there: its end, however it comes, ends the input.
+    """End the copy when training ends, and the process soon after, whatever it is doing."""
+    # The training writes nothing there, so the input ends when the training does, in whatever way.
     sys.stdin.buffer.read()
     ended.set()
     time.sleep(END_WITHIN_SECONDS)
@@ -116,7 +116,7 @@ def _end_with_the_training(ended: threading.Event) -> None:
 
 
 def _only_one(path: Path, ended: threading.Event) -> TextIO:
-    """Lock out other copies; one of the run's last job may be at its end, and is waited for."""
+    """Lock out other copies; wait for that of the run's previous job, which may be ending."""
     while True:
         try:
             return lock_file(path)
@@ -128,14 +128,14 @@ def _only_one(path: Path, ended: threading.Event) -> TextIO:
 
 
 def _looks(ended: threading.Event) -> Iterator[None]:
-    """Yield whenever it is time to look at the metrics, the last time when training has ended."""
+    """Yield whenever it is time to look at the metrics, a last time after training has ended."""
     while not ended.wait(_LOOK_SECONDS):
         yield
     yield
 
 
 def _open(to: str, run_dir: Path, bookmark: Bookmark, training: int | None) -> Mirror:
-    # Imported here: neither need be installed for the other.
+    # Imported here, so that neither library need be installed for the other's copy.
     if to == "wandb":
         from megatron_bert.run.mirrors.to_wandb import WandbMirror
 

@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class Bookmark:
-    """How far a metrics file was read, kept in a file over the jobs of a run.
+    """How far a metrics file was read, kept in a file across the jobs of a run.
 
     It counts in steps, not bytes: the next job of the run removes the lines after its checkpoint
-    and writes them again, alike.
+    and writes the same lines again.
 
     Args:
-        path: the file; need not exist. What is none of ours is replaced.
-        anew: whether the run began anew, and what was read before is another run's.
+        path: the file; it need not exist. A file that is not one of ours is replaced.
+        anew: whether the run began anew, so that what was read before belongs to another run.
 
     Attributes:
         step: the last step of which lines were read.
@@ -45,9 +45,10 @@ class Bookmark:
 
     @property
     def run_id(self) -> str:
-        """What the run is called where the copy is; drawn, and kept at once, where it has no name.
+        """The run's id where the copy is; if it has none yet, one is drawn and stored at once.
 
-        Kept before anything is sent, it stays the same however soon the process is killed.
+        Because it is stored before anything is sent, it stays the same however soon the process is
+        killed.
         """
         if not self._run_id:
             self._run_id = uuid.uuid4().hex[:8]
@@ -76,7 +77,7 @@ class Bookmark:
 
 
 class FollowedFile(Closeable):
-    """The whole lines of a metrics file, in the order in which they come.
+    """The whole lines of a metrics file, in the order in which they are written.
 
     Args:
         path: the file; need not exist yet.
@@ -93,7 +94,7 @@ class FollowedFile(Closeable):
             self._stream.close()
 
     def new_records(self) -> Iterator[dict[str, Any]]:
-        """Yield what was added since the last call; a line that is still written waits for it."""
+        """Yield what was added since the last call; a line still being written has to wait."""
         if self._stream is None:
             if not self._path.exists():
                 return
@@ -109,7 +110,7 @@ class FollowedFile(Closeable):
 
 
 def curves(record: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line of metrics but its step, named `train/...` and `valid/...`.
+    """Return a metrics line's numbers except its step, named `train/...` and `valid/...`.
 
     Those of inner objects are `outer/inner`; `valid_loss` is `valid/loss`.
     """

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class Mirrors:
     """The processes that copy `metrics.jsonl` elsewhere, one for each place.
 
-    They say themselves, on standard error, where the copy is and what went wrong; one that ends
-    early is told of. They end when their input is closed: when a `with` block ends, or with this
+    They report on standard error where the copy is and what went wrong; a process that ends early
+    is reported here. They end when their input is closed: when a `with` block ends, or with this
     process, however it dies. A block that ends without an error waits for what is left to be sent,
     at most `CLOSE_WITHIN_SECONDS` for all together.
     """
@@ -36,7 +36,7 @@ class Mirrors:
         self._watchers: list[threading.Thread] = []
 
     def start(self, config: LogConfig, run_dir: Path, *, anew: bool) -> None:
-        """Follow the metrics of a run; what cannot be started is told of, and that is all.
+        """Follow the metrics of a run; a process that cannot be started is reported, nothing more.
 
         Args:
             config: what is copied where.
@@ -67,12 +67,13 @@ class Mirrors:
             self._wait()
 
     def _launch(self, to: str, *, anew: bool) -> subprocess.Popen[bytes]:
-        # Without -P modules of the folder in which the training was started would come first.
+        # Without -P, modules in the folder in which training was started would come first.
         command = [sys.executable, "-P", "-m", "megatron_bert.run.mirrors"]
-        # Also in a checkout that was not installed.
+        # So that it also works in a checkout that was not installed.
         root = str(Path(megatron_bert.__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        # Told, not asked for by the copy: once this process has died, its parent is another.
+        # Passed on, not looked up by the copy: once this process has died, the copy's parent is
+        # another.
         follow = ["--follow", str(os.getpid())]
         return subprocess.Popen(
             [*command, str(self._run_dir), to, *follow, *(["--anew"] if anew else [])],

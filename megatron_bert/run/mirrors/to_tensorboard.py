@@ -21,7 +21,7 @@ from megatron_bert.run.mirrors.following import Bookmark, curves
 class TensorBoardMirror:
     """Event files in `run.dir/tensorboard`, a new one for each job.
 
-    TensorBoard's own writer, without PyTorch's around it, which would load all of PyTorch.
+    Uses TensorBoard's own writer; PyTorch's wrapper would load all of PyTorch.
 
     Args:
         run_dir: the run's directory.

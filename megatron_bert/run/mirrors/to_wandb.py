@@ -15,9 +15,9 @@ from megatron_bert.run.mirrors.following import Bookmark, curves
 
 logger = logging.getLogger(__name__)
 
-# For the service to answer; after that the run is kept offline.
+# How long the service may take to answer; after that the run is kept offline.
 _START_SECONDS = 30.0
-# Drawn against tokens as well, under names of their own: a curve there has one horizontal axis.
+# Also drawn against tokens, under separate names: a curve in wandb has one horizontal axis.
 _BY_TOKENS = ("train/loss", "valid/loss", "valid/accuracy")
 
 
@@ -25,15 +25,15 @@ class WandbMirror:
     """One run in Weights & Biases, the same over the jobs of a run.
 
     Online, the service says which steps it has, and the lines after them are sent, whichever job
-    wrote them. Offline, every job's copy is of the whole run: wandb cannot go on with a copy, and
-    of several of one run it would keep the one that is synchronised last.
+    wrote them. Offline, every job copies the whole run: wandb cannot continue an earlier copy, and
+    of several copies of one run it would keep the one that is synchronised last.
 
     Args:
         config: of the run.
         run_dir: where wandb keeps its files.
-        bookmark: has the run's id, and no more: what was handed over is not yet sent.
-        training: the process that the lines come from, and whose use of the machine is recorded;
-            None where it is none that runs.
+        bookmark: holds only the run's id: what was handed over is not yet sent.
+        training: the process that writes the lines and whose use of the machine is recorded; None
+            if it is not running.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class WandbMirror:
             project=self._config.log.wandb.project,
             name=self._name,
             id=self._id,
-            # Offline there is nothing to resume, of which wandb warns.
+            # Offline there is nothing to resume, and wandb would warn about it.
             resume="allow" if mode == "online" else None,
             mode=mode,
             dir=self._run_dir,
