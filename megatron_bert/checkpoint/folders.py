@@ -1,4 +1,4 @@
-"""The folders of a store on the disk, as the one process sees them that looks after them."""
+"""The folders of a checkpoint store on the disk, as the one process that manages them sees them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CheckpointFolders:
         return self.root / f"step_{step:08d}"
 
     def step_of(self, folder: Path) -> int:
-        """Return the step of a checkpoint's folder, of those that `newest_first` returns."""
+        """Return the step of a checkpoint's folder that `newest_first` returned."""
         match = _FOLDER.fullmatch(folder.name)
         assert match is not None, folder
         return int(match[1])
@@ -48,7 +48,7 @@ class CheckpointFolders:
         staging.mkdir(parents=True)
 
     def publish(self, staging: Path, final: Path, manifest: Manifest) -> None:
-        """Complete the folder `staging`, give it its name, and remove what is surplus then."""
+        """Complete the folder `staging`, give it its name, and then remove surplus checkpoints."""
         manifest.write(staging)
         sync_to_disk(staging)
         replaced = temporary_path(final)
@@ -91,8 +91,8 @@ class CheckpointFolders:
                 logger.warning("cannot remove %s, which is of no use: %s", path, error)
 
     def _remove_surplus(self, newest: Path) -> None:
-        # Later steps than the one just saved were damaged or belong to an abandoned course of the
-        # run: they must not push the good ones out.
+        # Checkpoints of later steps than the one just saved were damaged or belong to an abandoned
+        # course of the run: they must not push out good ones.
         ours = [path for path in self.newest_first() if self.step_of(path) <= self.step_of(newest)]
         for folder in ours[self.keep :]:
             # Renamed first: a removal cut short must not leave half a folder under a good name.

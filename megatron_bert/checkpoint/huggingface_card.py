@@ -75,9 +75,10 @@ def model_card(
         num_parameters: parameters of the model, the tied decoder counted once.
         mask_token: how a mask is written in text.
         state: what the checkpoint says of its run.
-        figures: what the run measured; None where its metrics are not at hand.
+        figures: what the run measured; None if its metrics are not at hand.
         license_id: the licence of the weights, in the Hub's words.
-        languages: ISO 639 codes of the text that it was trained on; none where that is not said.
+        languages: ISO 639 codes of the languages that it was trained on; empty if they are not
+            given.
     """
     sections = (
         _front_matter(license_id, languages, mask_token),
@@ -95,7 +96,7 @@ def model_card(
 
 
 def _front_matter(license_id: str, languages: Sequence[str], mask_token: str) -> str:
-    # Quoted: without quotes Norwegian's code is a truth value in YAML.
+    # Quoted: without quotes, Norwegian's code is a boolean in YAML.
     language = f"language: {json.dumps(list(languages))}\n" if languages else ""
     return (
         "---\n"

@@ -15,7 +15,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What a run measured until a checkpoint; None where it was not.
+    """What a run measured up to a checkpoint; None where it was not measured.
 
     Attributes:
         first_step: the first step that was recorded; those before it belong to another run.
@@ -49,7 +49,7 @@ def training_sections(state: RunState, figures: RunFigures | None) -> Iterator[s
 
     Args:
         state: what the checkpoint says of its run.
-        figures: what the run measured; None where its metrics are not at hand.
+        figures: what the run measured; None if its metrics are not at hand.
     """
     if state.is_imported:
         yield (
@@ -119,7 +119,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     corpora = _key(config, "data", "train")
     if isinstance(corpora, list):
-        # A prefix is a path of the machine that trained.
+        # A prefix is a path on the machine that trained.
         names = [f"`{Path(str(corpus['prefix'])).name}`" for corpus in corpora]
         yield "training corpora", ", ".join(names)
     yield "seed", f"{_key(config, 'run', 'seed')}"
@@ -167,7 +167,7 @@ def _curriculum(config: Mapping[str, Any]) -> str:
 
 
 def _key(tree: Mapping[str, Any], *names: str) -> Any:
-    """A key of a configuration, `UNKNOWN` where an earlier version wrote it without."""
+    """A value of a configuration; `UNKNOWN` if an earlier version wrote none for the key."""
     value: Any = tree
     for name in names:
         if not isinstance(value, Mapping) or name not in value:

@@ -28,17 +28,17 @@ _TORCH_NAMES: Mapping[ExportDtype, str] = MappingProxyType({"fp32": "float32", "
 
 @dataclass(frozen=True)
 class _Dialect:
-    """How a `config.json` says one architecture.
+    """How a `config.json` expresses one architecture.
 
     Attributes:
         model_type: transformers' name of it.
         head: class of the masked-language model.
-        sizes: their keys, in their order, and ours; none may be missing.
-        rates: the same of keys that may.
-        defaults: ours, where theirs is another for a key of `rates`.
-        fixed: what the architecture leaves no choice in; a configuration may leave it out.
-        heads: what heads take that are put upon the model, which say nothing of the model itself.
-        tokens: special tokens whose ids it tells.
+        sizes: transformers' keys of sizes, in their order, with ours; none may be missing.
+        rates: likewise for keys that may be missing.
+        defaults: transformers' defaults of `rates` where they differ from ours, by our keys.
+        fixed: keys for which the architecture leaves no choice; a configuration may leave them out.
+        heads: keys for heads put on the model, which say nothing of the model itself.
+        tokens: special tokens whose ids it contains.
     """
 
     model_type: str
@@ -116,7 +116,7 @@ _DIALECTS: Mapping[ArchitectureName, _Dialect] = MappingProxyType(
                 "decoder_bias": True,
                 "tie_word_embeddings": True,
             },
-            # Nothing has taught CLS to stand for the text: the library's default takes it alone.
+            # CLS was not trained to stand for the text, but the library's default uses it alone.
             {"classifier_pooling": "mean"},
             ("pad", "bos", "eos", "cls", "sep"),
         ),
@@ -146,7 +146,7 @@ class ReadConfig:
 
 
 def modeling_code(model: ModelConfig) -> dict[str, bytes]:
-    """The files of modeling code that an export carries; none where transformers has it."""
+    """The files of modeling code that an export carries; none if transformers has the model."""
     if model.architecture != "retrievabert":
         return {}
     files = resources.files(_PACKAGE).iterdir()

@@ -62,9 +62,9 @@ def export_checkpoint(
         output: the directory to make; it must not exist yet, or be empty.
         dtype: type of the written weights.
         tokenizer: the tokenizer's file; default: the path in the checkpoint's configuration.
-        figures: what the run measured until then, for the card; None where that is not known.
-        license_id: for the card.
-        languages: for the card, ISO 639 codes.
+        figures: what the run measured until then, for the card; None if that is not known.
+        license_id: the licence of the weights, for the card.
+        languages: ISO 639 codes, for the card.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or `output` cannot be made.
@@ -118,8 +118,9 @@ def _checked_tokenizer(path: Path, state: RunState) -> Tokenizer:
 def _longest_text(model: ModelConfig, state: RunState) -> int:
     """Tokens at which the tokenizer cuts texts.
 
-    A learned position that no row has reached is random. A rotary one is computed like any other,
-    and what another run has taught is not known here: there only the table is the limit.
+    A learned position that no training row reached is random. A rotary one is computed like any
+    other, and what another run has trained is not known here: in these cases only the table is the
+    limit.
     """
     trained = state.longest_row
     if model.family.rotary or trained is None or state.origin is not None:
@@ -164,7 +165,7 @@ def _checked_parameters(
 def _pieces(checkpoint: Path, parameters: list[Parameter], dtype: torch.dtype) -> Iterator[Piece]:
     """The file's tensors, each read when its turn to be written comes."""
     shapes = {MODEL_PREFIX + parameter.name: parameter.shape for parameter in parameters}
-    # Of one type, they are written in the order in which they are read.
+    # All have one dtype, so they are written in the order in which they are read.
     wholes = read_whole_tensors(checkpoint, shapes)
 
     def resolve(tensor: TheirTensor) -> Iterator[Tensor]:

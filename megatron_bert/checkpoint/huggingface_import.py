@@ -32,10 +32,10 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_export import plain_piece
 
 TOKENIZER_NAME = "tokenizer.json"
-# The logit of a row that was added: no softmax gives it any weight, so that what the model
-# predicts, and every gradient, is as it was without the row.
+# The logit bias of an added row: softmax gives the row no weight, so that predictions and gradients
+# are the same as without it.
 _ADDED_BIAS = -1e4
-# What predicts masked words; a model for another task has been saved without it.
+# The head that predicts masked words; a model for another task is saved without it.
 _HEAD = "head."
 
 
@@ -57,8 +57,8 @@ def import_model(
             empty.
         tokenizer: the tokenizer that the run's data are made with; default: the directory's
             `tokenizer.json`. Both must have the same pieces.
-        vocab_size: rows of the embedding table to have, at least the directory's; default: those.
-            Added rows change nothing of what the model computes.
+        vocab_size: rows that the embedding table is to have, at least as many as the directory's;
+            default: the directory's. Added rows do not change what the model computes.
         max_file_bytes: files are split at about this size.
 
     Returns:

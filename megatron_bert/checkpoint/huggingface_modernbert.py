@@ -1,8 +1,8 @@
 """ModernBERT's configuration in the keys of transformers 4 and of transformers 5.
 
-Release 4 says how many layers see all (`global_attn_every_n_layers`) and two bases of rotary
-positions; release 5 lists every layer's kind (`layer_types`) and has an object for each kind
-(`rope_parameters`). A file that says both is read alike by either.
+Release 4 gives the interval of layers with global attention (`global_attn_every_n_layers`) and two
+bases of rotary positions; release 5 lists every layer's kind (`layer_types`) and has an object for
+each kind (`rope_parameters`). Both read a file that has both in the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _THETAS = {_FULL: "global_rope_theta", _LOCAL: "local_rope_theta"}
 
 
 def newer_keys(model: ModelConfig) -> dict[str, Any]:
-    """Return release 5's keys of what release 4 has other keys for."""
+    """Return release 5's keys for what release 4 expresses by other keys."""
     thetas = {_FULL: model.rope_theta, _LOCAL: model.local_rope_theta}
     return {
         "layer_types": [_LOCAL if model.is_local(n) else _FULL for n in range(model.num_layers)],
@@ -28,7 +28,7 @@ def newer_keys(model: ModelConfig) -> dict[str, Any]:
 
 
 def in_older_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a configuration under release 4's keys, and what cannot be said under them."""
+    """Return a configuration under release 4's keys, and what these cannot express."""
     found = dict(content)
     problems: list[str] = []
     if content.get("layer_types") is not None:
@@ -44,7 +44,7 @@ def in_older_keys(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         else:
             found["global_attn_every_n_layers"] = every
     if content.get("local_rope_theta", ...) is None:
-        # Release 4: as in the layers that see all.
+        # In release 4 this means: the same as in layers with global attention.
         found["local_rope_theta"] = content.get("global_rope_theta", _default("rope_theta"))
     if content.get("rope_scaling") is not None:
         # Release 5 still obeys this key.
@@ -77,7 +77,7 @@ def _default(key: str) -> Any:
 
 
 def _every(kinds: Any) -> int | None:
-    """Of how many layers one sees all; None where the others are not local, or it is irregular."""
+    """The interval of full-attention layers; None if it is irregular or others are not local."""
     if not isinstance(kinds, list):
         return None
     full = [number for number, kind in enumerate(kinds) if kind == _FULL]

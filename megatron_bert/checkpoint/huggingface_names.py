@@ -97,9 +97,9 @@ class Parameter:
     """A parameter of the whole model.
 
     Attributes:
-        name: in `BertForPretraining`.
-        theirs: of the tensor that it is, or is a part of, in a Hugging Face directory.
-        shape: here; there others may be stacked below it.
+        name: its name in `BertForPretraining`.
+        theirs: name of the tensor that it is, or is a part of, in a Hugging Face directory.
+        shape: its shape here; there, others may be stacked below it.
         has_vocabulary: whether the first dimension counts rows of the vocabulary.
     """
 
@@ -119,8 +119,8 @@ class TheirTensor:
     """A tensor of a Hugging Face directory.
 
     Attributes:
-        name: there.
-        parts: the parameters that are stacked in it along the first dimension; mostly one.
+        name: its name there.
+        parts: the parameters that are stacked in it along the first dimension; usually one.
     """
 
     name: str
@@ -128,12 +128,12 @@ class TheirTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
 
 def their_tensors(parameters: Iterable[Parameter]) -> list[TheirTensor]:
-    """The tensors that `parameters`, as `model_parameters` returns them, are there, in order."""
+    """The Hugging Face tensors for `parameters` (as `model_parameters` returns them), in order."""
     return [
         TheirTensor(name, tuple(parts))
         for name, parts in groupby(parameters, key=lambda parameter: parameter.theirs)
@@ -160,7 +160,7 @@ def model_parameters(model: ModelConfig, vocab_size: int) -> list[Parameter]:
         for number in range(model.num_layers if in_layers else 1):
             for ours, theirs, letters in rows_of_part:
                 if model.family.embedding_norm and ours == _ATTENTION_NORM and number == 0:
-                    # The embeddings' own stands in its place.
+                    # The norm of the embeddings takes its place.
                     continue
                 parameters.append(
                     Parameter(

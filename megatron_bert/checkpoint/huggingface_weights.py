@@ -30,7 +30,7 @@ _TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies, and what it is in safetensors' words."""
+    """Where a tensor is stored, and its shape and dtype in safetensors' terms."""
 
     file: Path
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class _Stored:
 
 
 class HuggingFaceWeights:
-    """The tensors of a directory under their names there; files are opened, not yet read.
+    """The tensors of a directory by their names there; files are opened, but not yet read.
 
     Args:
         directory: where `model.safetensors` or its shards lie.
@@ -67,7 +67,7 @@ class HuggingFaceWeights:
 
     @property
     def dtypes(self) -> list[str]:
-        """The types that weights are stored in, in safetensors' words."""
+        """The dtypes that weights are stored in, in safetensors' terms."""
         return sorted({stored.dtype for stored in self._stored.values()})
 
     @property
@@ -103,7 +103,7 @@ class HuggingFaceWeights:
             yield f"not of floating point: {listed(odd)}"
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor, fp32 on the CPU; where it is stored in fp32, it is the mapped file.
+        """Read a tensor as fp32 on the CPU; if it is stored in fp32, it is the mapped file itself.
 
         Raises:
             CheckpointError: the file cannot be read, or the tensor is stored under a second name
@@ -122,7 +122,7 @@ class HuggingFaceWeights:
 
     def _read(self, name: str) -> Tensor:
         file = self._stored[name].file
-        # Opened for each tensor: what is mapped of a file counts as this process' memory.
+        # Opened for each tensor, because the mapped part of a file counts as this process' memory.
         with _opened(file) as tensors:
             tensor: Tensor = tensors.get_tensor(name)
             return tensor
@@ -158,7 +158,7 @@ def _indexed(index: Path) -> dict[Path, frozenset[str]]:
         )
     names: dict[Path, set[str]] = {}
     for name, file in places.items():
-        # Of the directory itself: an index must not lead elsewhere.
+        # Only files in the directory itself: an index must not lead elsewhere.
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(
                 f"{index}: weight_map.{name} is {file!r}, not a file's name; {remedy}"

@@ -33,14 +33,14 @@ def check_is_new(output: Path) -> None:
 
 @contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """Give a folder to fill with files, durably written; it gets its name when the block ends.
+    """Yield a folder to fill with durably written files; it gets its name when the block ends.
 
     Args:
         output: the directory to make; it must not exist yet, or be empty.
 
     Raises:
-        CheckpointError: it exists, or the host cannot write there. Nothing is left behind then,
-            nor where the block raises anything else, nor after a SIGTERM.
+        CheckpointError: it exists, or the host cannot write there. Nothing is left behind then, nor
+            if the block raises anything else, nor after a SIGTERM.
     """
     check_is_new(output)
     with _unwound_by_sigterm():
@@ -64,7 +64,7 @@ def _filled(output: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in new_parents:
-            # Not empty any more, where all went well.
+            # Fails if all went well, because the folder is no longer empty then.
             with suppress(OSError):
                 folder.rmdir()
 
@@ -75,9 +75,10 @@ class _TerminatedError(BaseException):
 
 @contextmanager
 def _unwound_by_sigterm() -> Iterator[None]:
-    """Let a SIGTERM end the block as an exception does, and then the process as it would have.
+    """Let a SIGTERM unwind the block like an exception, and then end the process as it would have.
 
-    A handler that somebody has set is left alone; so is a thread, which may not set one.
+    A handler that somebody has set is left alone. Nothing is done in a thread, which may not set
+    one.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -94,6 +95,6 @@ def _unwound_by_sigterm() -> Iterator[None]:
 
 
 def _raise_terminated(*_: object) -> NoReturn:
-    # Another one must not end the removal half way.
+    # A second SIGTERM must not cut the removal short.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _TerminatedError

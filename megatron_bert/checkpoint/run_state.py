@@ -1,4 +1,4 @@
-"""What the manifest of a training checkpoint says of its run: how it is written, and read."""
+"""What the manifest of a training checkpoint says of its run: writing and reading it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.schema import ModelConfig
 
 MODEL_PREFIX = "model."
-"""What the names of weights begin with among a checkpoint's tensors."""
+"""The prefix of the names of weights among a checkpoint's tensors."""
 OPTIMIZER_PREFIX = "optim."
-"""The same of the optimizer's states."""
+"""The prefix of the names of the optimizer's states."""
 
 
 def trained_state(
@@ -44,11 +44,11 @@ def trained_state(
 
 
 def imported_state(model: ModelConfig, tokenizer: Path, tokenizer_hash: str) -> dict[str, JSON]:
-    """The same of weights that came from elsewhere: what a run compares with its own, and no more.
+    """The state for imported weights: only what a run compares with its own.
 
     Args:
-        model: their shape.
-        tokenizer: the file that the run to come is to have.
+        model: the shape of the weights.
+        tokenizer: the tokenizer's file that the run to come must use.
         tokenizer_hash: its SHA-256.
     """
     return {
@@ -71,8 +71,9 @@ def imported_state(model: ModelConfig, tokenizer: Path, tokenizer_hash: str) -> 
 class RunState:
     """The state in a manifest, read field by field.
 
-    Its checksum proves that it was not damaged, not that a training run wrote it: every property
-    raises `CheckpointError`, naming file and field, where that is missing or of another kind.
+    The manifest's checksum proves that it is undamaged, not that a training run wrote it: every
+    property raises `CheckpointError`, naming file and field, if the field is missing or of another
+    kind.
 
     Args:
         folder: The checkpoint's folder.
@@ -88,10 +89,10 @@ class RunState:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Blame the manifest for what goes wrong while the values of a field are read.
+        """Blame the manifest for errors in the block, which reads the values of a field.
 
         Raises:
-            CheckpointError: They lack something, or have another kind of value there.
+            CheckpointError: The field lacks a value, or has one of another kind.
         """
         try:
             yield
@@ -108,12 +109,12 @@ class RunState:
 
     @property
     def consumed_rows(self) -> int:
-        """Rows that the steps took."""
+        """Rows that these steps read."""
         return int(self._field("consumed_rows", kind=int))
 
     @property
     def optimizer(self) -> str:
-        """Whose moments it holds, as `optimizer.name` says; once there was but AdamW."""
+        """Whose moments it holds, by `optimizer.name`; AdamW if absent, once the only one."""
         return str(self._state.get("optimizer", "adamw"))
 
     @property
@@ -123,18 +124,18 @@ class RunState:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The run's configuration as plain values; an import's has but what concerns the model."""
+        """The run's configuration as plain values; an import's has only what concerns the model."""
         config: Mapping[str, Any] = self._field("config", kind=Mapping)
         return config
 
     @property
     def is_imported(self) -> bool:
-        """Whether it holds weights alone, which came from elsewhere: no run has saved it."""
+        """Whether it holds only imported weights, and was not saved by a run."""
         return bool(self._state.get("weights_only", False))
 
     @property
     def origin(self) -> str | None:
-        """Name of the checkpoint that `checkpoint.resume` named; None for a run of its own."""
+        """Name of the checkpoint that `checkpoint.resume` named; None if it named none."""
         with self.reading():
             resume = self.config.get("checkpoint", {}).get("resume", "auto")
         return None if resume in ("auto", "none") else Path(str(resume)).name
@@ -174,7 +175,7 @@ class RunState:
 
     @property
     def data(self) -> list[str]:
-        """A line on every training corpus."""
+        """One line per training corpus."""
         return [str(line) for line in self._field("data", kind=list)]
 
     @property

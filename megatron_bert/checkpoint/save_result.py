@@ -1,4 +1,4 @@
-"""What a save tells of itself; read without torch."""
+"""The result of a save; importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SaveResult:
-    """What became of a save.
+    """The result of a save.
 
     Attributes:
-        step: Of the checkpoint.
-        seconds: What writing it took.
-        blocked_seconds: How long training stood still for it: a wait for the save before it, and
-            the writing, or on its way to the background the copy into the host's memory.
+        step: The checkpoint's step.
+        seconds: How long writing it took.
+        blocked_seconds: How long training stood still for it: waiting for the save before it, plus
+            the writing or, for a save in the background, the copy into the host's memory.
         size: Bytes of its tensors' files.
-        error: Why it failed, and the numbers above are 0; None where it did not.
+        error: Why it failed; `seconds`, `blocked_seconds` and `size` are 0 then. None if it did
+            not.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""A run's saves, one after another: beside training or in its way, and what becomes of failures."""
+"""A run's saves, one after another, in the background or not, and the handling of failures."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Saves in turn, at most one at a time, and bears with failures up to a number in a row.
+    """Saves checkpoints one at a time, and tolerates a number of failures in a row.
 
-    All methods must be called by all ranks together. A save in the background works with a copy
-    of the state in the host's memory, and with the store's process group alone: give the store a
-    group of its own, so that its messages never meet those of the training loop.
+    All methods must be called by all ranks together. A save in the background works on a copy of
+    the state in the host's memory, and uses the store's process group only: give the store a group
+    of its own, so that its messages never mix with those of the training loop.
 
     Args:
         store: Where checkpoints go.
-        in_background: Write in a thread, while the caller goes on.
+        in_background: Whether to write in a thread, while the caller goes on.
         max_failures: Failed saves in a row that end the run.
-        on_result: Told of every save, by the thread that writes it, but of a failed last one, which
-            raises.
+        on_result: Called with the result of every save, by the thread that writes it, except for a
+            failed last one, which raises.
 
     Attributes:
-        seconds: What the last save that succeeded took to write, None before the first one.
+        seconds: How long the last successful save took to write; None before the first one.
         saved_step: Its step.
     """
 
@@ -77,26 +77,25 @@ class CheckpointSaver:
     ) -> None:
         """Save a checkpoint, or begin to; the one before is finished first. Collective.
 
-        Whatever becomes of it is logged by the first rank. `tensors` may be changed as soon as
-        this returns.
+        The first rank logs the result. `tensors` may be changed as soon as this returns.
 
         Args:
             step: See `CheckpointStore.save`.
             tensors: See there.
             state: See there; it must not be changed afterwards.
-            is_last: Nothing comes after it: it is waited for, and must succeed.
+            is_last: Whether nothing comes after it: it is then waited for, and must succeed.
 
         Raises:
-            CheckpointError: `max_failures` saves in a row failed, or the last one did. A failure
-                in the background is noticed by the next call.
-            CheckpointDefectError: The same, for a reason that no user can mend.
+            CheckpointError: `max_failures` saves in a row failed, or the last one did. A failure in
+                the background is only noticed by the next call.
+            CheckpointDefectError: The same, for a reason that no user can fix.
         """
         stall = _Stall()
         self._wait()
-        # No save is in flight that could still ask for its own.
+        # Only now, because a save in flight would still have needed its own.
         self._stall = stall
         if is_last:
-            # Also after failures: it may be the one that succeeds.
+            # Even after failures: this one may succeed.
             self._write(step, LocalShards.of(tensors), state)
             return
         self._raise_if_too_many()
@@ -157,7 +156,8 @@ class CheckpointSaver:
             try:
                 host_copy.wait(self._abandoned)
                 self._check()
-                # A CUDA device copies in its own order: no step begins there before that.
+                # A CUDA device works in stream order: no later step begins there before the copy is
+                # done.
                 self._stall.end()
                 self._attempt(step, copied, state)
             except BaseException as error:
@@ -165,16 +165,17 @@ class CheckpointSaver:
             else:
                 done.set_result(None)
 
-        # A daemon: one that waits for a dead rank must not keep the process from ending.
+        # A daemon, because a thread that waits for a dead rank must not keep the process from
+        # ending.
         threading.Thread(target=work, name=f"save of step {step}", daemon=True).start()
         return done
 
     def _attempt(self, step: int, shards: LocalShards, state: Mapping[str, JSON]) -> None:
-        """Save and keep count of failures; what is not alike on all ranks is raised."""
+        """Save and count failures; an error that is not the same on all ranks is raised."""
         try:
             self._write(step, shards, state)
         except (CheckpointError, CheckpointDefectError) as error:
-            # Its traceback would keep the shards.
+            # Its traceback would keep the shards alive.
             self._note_failure(step, error.with_traceback(None))
         else:
             self._failures = []

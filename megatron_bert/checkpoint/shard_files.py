@@ -23,8 +23,8 @@ from torch.futures import Future
 from megatron_bert.checkpoint.manifest import TENSOR_SUFFIX, FileRecord
 from megatron_bert.files import new_file
 
-# Hashed and written while it is in the cache. Short, because a thread may hold Python's lock while
-# it hashes (xxhash before 3.5).
+# A chunk is hashed and written while it is in the CPU's cache. It is small because a thread may
+# hold the GIL while it hashes (xxhash before 3.5).
 _CHUNK_BYTES = 1 << 22
 _HEADER_ALIGNMENT = 8
 _TYPE_NAMES = {
@@ -46,9 +46,9 @@ class Piece:
     """A part of a whole tensor, on its way to a file.
 
     Attributes:
-        name: Of the whole tensor.
-        dtype: Of its elements.
-        shape: Of the piece.
+        name: Name of the whole tensor.
+        dtype: Dtype of its elements.
+        shape: Shape of the piece.
         offsets: Where the piece begins in the whole tensor, in each dimension.
         resolve: Returns the piece, on any device, as one tensor or as several that are stacked
             along the first dimension; called when its turn to be written comes. Several are never
@@ -63,7 +63,7 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -88,7 +88,7 @@ class ShardWriter(HuggingFaceStorageWriter):
         self._check = check
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the items of `plan`; DCP asks for a future, but all is done when it gets one."""
+        """Write the items of `plan`; DCP asks for a future, which is already done when returned."""
         pieces = [_piece(item, planner) for item in plan.items]
         shard = plan.storage_data["shard_index"]
         self.records |= write_shard(self._folder, shard, pieces, self._max_file_bytes, self._check)
@@ -183,7 +183,7 @@ def _chunks(pieces: Sequence[Piece], with_places: bool) -> Iterator[bytes | memo
             for begin in range(0, len(data), _CHUNK_BYTES):
                 yield data[begin : begin + _CHUNK_BYTES]
             written += len(data)
-            # Before the next one is made: the two would stand in memory together.
+            # Freed before the next one is made, or both would be in memory together.
             del data, part
         assert written == piece.size, piece.name
 

@@ -36,7 +36,7 @@ class LocalShards:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> LocalShards:
-        """Take DTensors apart, of which a rank has its shard; a plain tensor is one piece."""
+        """Take this rank's shard of each DTensor; a plain tensor is one piece."""
         plan = create_default_local_save_plan(dict(tensors), is_coordinator=False)
         names = [item.index.fqn for item in plan.items]
         return cls(plan, {name: local_part(tensors[name]).detach() for name in names})
@@ -52,10 +52,10 @@ class LocalShards:
 
 
 class HostCopy:
-    """Memory of the host that holds one copy of a rank's shards, taken again and again.
+    """Reusable host memory for one copy of a rank's shards.
 
-    It is allocated by the first copy and kept: fresh memory would cost more time than the copy
-    itself. For CUDA it is pinned, and the host goes on while the device copies.
+    It is allocated for the first copy and kept: fresh memory would cost more time than the copy
+    itself. For CUDA it is pinned, so that the host goes on while the device copies.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class HostCopy:
         self._copied: DevicePoint | None = None
 
     def reserve(self, shards: LocalShards) -> None:
-        """Have memory for a copy of `shards`; what the copy before held is lost.
+        """Ensure that there is memory for a copy of `shards`; the previous copy is lost.
 
         Raises:
             CheckpointError: The memory cannot be pinned.
@@ -71,7 +71,7 @@ class HostCopy:
         pieces = shards.pieces.values()
         size = sum(map(_room, pieces))
         if self._memory is None or len(self._memory) != size:
-            self._memory = None  # before the new one, so that the two never stand together
+            self._memory = None  # freed first, so that the two never exist together
             memory = torch.empty(size, dtype=torch.uint8)
             if any(piece.is_cuda for piece in pieces):
                 _pin(memory)
@@ -92,7 +92,7 @@ class HostCopy:
             begin = end - _room(piece)
             room = self._memory[begin : begin + piece.numel() * piece.itemsize]
             copies[name] = room.view(piece.dtype).view(piece.shape)
-            # On the stream that also updates the weights: they change after the copy.
+            # On the stream that also updates the weights, so they change only after the copy.
             copies[name].copy_(piece, non_blocking=True)
         self._copied = DevicePoint(devices[0]) if devices else None
         return LocalShards(shards.plan, copies)
@@ -114,7 +114,7 @@ def _pin(memory: torch.Tensor) -> None:
     try:
         torch.cuda.check_error(int(cudart.cudaHostRegister(address, len(memory), _PORTABLE)))
     except RuntimeError as error:
-        # CUDA remembers a call's error for the next launch, whosever that is, to stumble over.
+        # CUDA would report this call's error again at the next launch, whoever makes it.
         with suppress(RuntimeError):
             torch.zeros((), device="cuda").add_(1.0)
         raise CheckpointError(

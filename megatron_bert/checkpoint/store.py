@@ -101,9 +101,9 @@ class CheckpointStore:
         state: Mapping[str, JSON],
         check: Callable[[], None] = lambda: None,
     ) -> SavedCheckpoint:
-        """Do as `save` does with shards that were taken apart, and may be copied, before.
+        """Do as `save` does, with shards that were already taken apart, and possibly copied.
 
-        It may run in a thread of its own, beside work of the same ranks in other groups.
+        It may run in a thread of its own while the same ranks work in other groups.
 
         Args:
             step: See `save`.
@@ -134,7 +134,8 @@ class CheckpointStore:
             ranks.on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
             remedy = "see that every rank can write there"
             if numbers & _NO_SPACE:
-                # What was half written no longer counts: so many bytes would have to be made free.
+                # Looked up only now that what was half written is removed: `needed` bytes must be
+                # free.
                 room = self._explain_full_disk(needed)
                 remedy = f"make room, lower checkpoint.keep, or use a larger disk. {room}"
             elif errno.EFBIG in numbers:
@@ -185,7 +186,7 @@ class CheckpointStore:
         Args:
             path: The checkpoint's folder.
             tensors: All tensors of the checkpoint by the names of `save`, sharded in any way.
-            left_out: Beginning of the names of those that are not wanted; default: none.
+            left_out: Prefix of the names of tensors that are not wanted; default: none.
 
         Raises:
             CheckpointError: The checkpoint is missing or damaged, or does not have exactly these
@@ -243,7 +244,8 @@ class CheckpointStore:
             ranks.on_all(lambda: manifest.verify_content(folder, names))
         except RanksFailedError as error:
             if not all(failure.is_user_error for failure in error.failures):
-                # Of the host: taking an older one would train what this one may hold anew.
+                # An error of the host: taking an older one would repeat training that this one may
+                # hold.
                 raise _translated(
                     error,
                     f"{folder} cannot be read, though it may be intact ({error}); mend the host, "

@@ -21,7 +21,7 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def describe_checkpoint(folder: Path, *, verify: bool = True) -> Iterator[str]:
-    """Yield the lines on a training checkpoint.
+    """Yield the lines that describe a training checkpoint.
 
     Args:
         folder: the checkpoint's folder.
@@ -52,7 +52,7 @@ def describe_checkpoint(folder: Path, *, verify: bool = True) -> Iterator[str]:
 
 
 def describe_huggingface(directory: Path) -> Iterator[str]:
-    """Yield the lines on a directory of transformers.
+    """Yield the lines that describe a directory of transformers.
 
     Raises:
         CheckpointError: it is of another architecture, damaged, or has pickled weights.
@@ -82,7 +82,7 @@ def _shape(model: ModelConfig) -> str:
 
 
 def _layout(state: RunState) -> str:
-    """Numbers of ranks along each axis, and what the configuration says of them beside."""
+    """Numbers of ranks along each axis, and what else the configuration says of these axes."""
     ranks = {axis: n for axis, n in state.topology.items() if axis != "keys"}
     keys = state.topology.get("keys", {})
     text = ", ".join(f"{axis} {n}" for axis, n in ranks.items())

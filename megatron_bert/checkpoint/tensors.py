@@ -104,7 +104,7 @@ def read_tensors(
 ) -> None:
     """Fill `tensors` in place from the shards in `folder`. Collective.
 
-    Others may be there too if their names begin with `left_out`.
+    Other tensors may be there too if their names begin with `left_out`.
 
     Raises:
         RanksFailedError: A rank could not read, or the saved tensors are not those asked for, by
@@ -150,8 +150,8 @@ def read_whole_tensors(
 ) -> Iterator[torch.Tensor]:
     """Read tensors whole, one after another, fp32 on the CPU, in this process alone.
 
-    Some are read together, as many as take no more memory than the largest: that much, and once
-    more for what is mapped of a file under way, is held at a time.
+    They are read in groups that take no more memory than the largest tensor. At any time that much
+    memory is held, and as much again for the mapped part of the file being read.
 
     Args:
         folder: The shards' folder.
@@ -179,12 +179,13 @@ def read_whole_tensors(
 
 
 def _fill(wholes: Mapping[str, torch.Tensor], file: Path, places: Mapping[str, _Place]) -> None:
-    """Copy what a file holds of some tensors to its place in them."""
+    """Copy a file's pieces of some tensors to their places in them."""
     names = [name for name in wholes if name in places]
     if not names:
         return
     try:
-        # Opened anew for every group: what is mapped of a file counts as this process' memory.
+        # Reopened for every group, because the mapped part of a file counts as this process'
+        # memory.
         with safe_open(file, framework="pt") as pieces:
             for name in names:
                 wholes[name][places[name]].copy_(pieces.get_tensor(name))
@@ -226,7 +227,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 def _places(saved: Metadata) -> dict[Path, dict[str, _Place]]:
-    """Where in the whole tensors lies what each file holds."""
+    """For each file, where in the whole tensors its pieces lie."""
     files: dict[Path, dict[str, _Place]] = {}
     for index, stored in saved.storage_data.items():
         place = tuple(
@@ -238,7 +239,7 @@ def _places(saved: Metadata) -> dict[Path, dict[str, _Place]]:
 
 
 def _headers(saved: Metadata) -> dict[str, TensorStorageMetadata]:
-    """Of what pieces the shards make up each tensor."""
+    """For each tensor, the pieces of it that the shards hold."""
     headers: dict[str, TensorStorageMetadata] = {}
     for name, entry in saved.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
@@ -263,7 +264,7 @@ def _read_metadata(folder: Path) -> Metadata:
 def _check_fit(folder: Path, wanted: Mapping[str, _Kind], left_out: str | None) -> None:
     """Check that the saved tensors are exactly `wanted`, by name, shape and type.
 
-    But for those whose names begin with `left_out`: nobody asked for them.
+    Those whose names begin with `left_out` are passed over: nobody asked for them.
 
     DCP itself would skip an unexpected tensor, convert another type silently, and leave untouched
     what no shard covers.
@@ -325,10 +326,10 @@ def _dcp_errors() -> Iterator[None]:
 
 @contextmanager
 def _no_single_process_warning() -> Iterator[None]:
-    """DCP warns when there is no process group although `no_dist` asked for just that.
+    """Hide DCP's warning that there is no process group, although `no_dist` asked for just that.
 
-    With one it does not, and the filters of warnings, which are the whole process's, stay as they
-    are: saves run in a thread of their own.
+    With a process group it does not warn, and the warning filters are left alone: they belong to
+    the whole process, and saves run in a thread of their own.
     """
     if dist.is_initialized():
         yield

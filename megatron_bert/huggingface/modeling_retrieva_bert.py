@@ -38,7 +38,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, which also returns its weights; in transformers' calling convention.
+    """Attention written out, which also returns its weights, in transformers' calling convention.
 
     `attention_mask` is boolean, true where a slot is seen, and broadcasts to [B, H, S, S].
 
@@ -72,7 +72,7 @@ class RetrievaBertEmbeddings(nn.Module):
         """
         try:
             positions_BSD = self.position_embeddings(position_ids)
-        except IndexError as error:  # looking first would make a GPU wait
+        except IndexError as error:  # checking first would make a GPU wait
             table = self.position_embeddings.num_embeddings
             raise ValueError(
                 f"position_ids go from {int(position_ids.min())} to {int(position_ids.max())}, and "
@@ -209,7 +209,8 @@ class RetrievaBertLayer(GradientCheckpointingLayer):
             x_BSD, attention_mask, output_attentions=output_attentions, **kwargs
         )
         x_BSD = x_BSD + y_BSD
-        # What a layer returns outlives it, gradient checkpointing or not: H x S x S for each row.
+        # What a layer returns stays in memory, gradient checkpointing or not: H x S x S for each
+        # row.
         return x_BSD + self.mlp(self.ln(x_BSD)), weights if output_attentions else None
 
 
@@ -231,7 +232,7 @@ class RetrievaBertEncoder(nn.Module):
         output_hidden_states: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """[B, S, D] -> the last hidden states, and what else is asked for; the rest is let go."""
+        """[B, S, D] -> the last hidden states, and what else is asked for; the rest is dropped."""
         hidden_states, attentions = [], []
         for layer in self.layer:
             if output_hidden_states:
@@ -259,7 +260,7 @@ def text_numbers(position_ids: Tensor) -> Tensor:
 
 
 def visibility_mask(padding_BS: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-    """What eager and SDPA attention take as mask: true where a slot is seen, or None for all.
+    """The mask for eager and SDPA attention: true where a slot is seen, or None if all are.
 
     Returns:
         [B, 1, S or 1, S]: no padding is seen, and no other text of the row.
@@ -271,16 +272,16 @@ def visibility_mask(padding_BS: Tensor | None, position_ids: Tensor | None) -> T
         visible = same_text if visible is None else visible & same_text
     if visible is None:
         return None
-    # Softmax over nothing is not a number, which would spread from the padding's values to all.
+    # Softmax over no slot is NaN, which would spread from the padding's values to all.
     return visible | ~visible.any(-1, keepdim=True)
 
 
 def flash_arguments(
     padding_BS: Tensor | None, position_ids: Tensor | None, rows: int
 ) -> dict[str, Any]:
-    """What flash attention functions take instead of a mask, for a batch of so many `rows`.
+    """Arguments that flash attention functions take instead of a mask, for a batch of `rows` rows.
 
-    Without `position_ids` the padding mask is all they need. Texts that share a row are told by
+    Without `position_ids` the padding mask is all they need. Texts that share a row are given by
     where they begin among all slots of the batch, and padding forms texts of its own.
 
     Raises:
@@ -322,11 +323,11 @@ class RetrievaBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # A pretrained model brings its head for masked words, which no other model of these has a use
-    # for; without this transformers would report its weights as unexpected.
+    # A pretrained checkpoint contains the head for masked words, which the other models here do not
+    # use; without this, transformers would report its weights as unexpected.
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"^cls\."]
     # Trainer divides a loss that is a mean over the batch at hand by its accumulation steps; the
-    # heads that take `num_items_in_batch` say so.
+    # heads that take `num_items_in_batch` set this to True.
     accepts_loss_kwargs = False
 
     @classmethod
@@ -381,9 +382,9 @@ class RetrievaBertModel(RetrievaBertPreTrainedModel):
                 is attended to, padding too.
             position_ids: [1 or B, S]; where they restart at 0 a new text begins, and texts packed
                 into one row do not see each other. Default: 0, 1, 2, ... from the first slot that
-                `attention_mask` does not hide, so that padding on the left changes no text. All lie
-                within the position table; what lies outside is named on a CPU, where nothing is
-                compiled, while a GPU ends with an assertion of its own.
+                `attention_mask` does not hide, so that padding on the left changes no text. All
+                must lie within the position table. On a CPU, if nothing is compiled, the error
+                names those outside; a GPU fails with an assertion of its own.
             inputs_embeds: [B, S, D] in place of `input_ids`.
             output_attentions: return the attention weights; SDPA then gives way to eager attention.
             output_hidden_states: return the hidden states before each block and after the last.
@@ -767,7 +768,7 @@ class RetrievaBertForMultipleChoice(RetrievaBertPreTrainedModel):
             **kwargs,
         )
         given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None  # the encoder has seen to that
+        assert given is not None  # the encoder has checked that
         scores = self.classifier(outputs.last_hidden_state, mask)
         logits_BC = scores.view(given.shape[:2])
         return MultipleChoiceModelOutput(

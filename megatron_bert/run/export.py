@@ -38,8 +38,7 @@ def export_model(
         dtype: dtype of the written weights.
         tokenizer: the tokenizer's file; default: where the run found it.
         license_id: the licence of the weights, for the model card, by its name on the Hub.
-        languages: languages of the training text, for the model card, as ISO 639 codes (`["ja",
-            "en"]`).
+        languages: of the training text, for the model card, as ISO 639 codes (`["ja", "en"]`).
 
     Returns:
         The checkpoint's folder.
