@@ -1,1 +1,1 @@
-"""Runs that were recorded, told to people: one page with curves, events and settings."""
+"""Reports on recorded runs: one page with curves, events and settings."""

@@ -1,4 +1,4 @@
-"""Which curves there are to draw of some runs, thinned to as many points as can be told apart."""
+"""The curves to draw of some runs, thinned to as many points as can be told apart."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_bert.report.records import Floats, RunRecords
 from megatron_bert.run.journal import SAVE
 
 AXES = ("step", "tokens", "seconds")
-# Points of a curve; more would only be drawn over one another.
+# Points per curve; more would only be drawn over one another.
 POINTS = 300
-# Of one for each kind of a text's tokens, of which there are many: they would be most of the page.
+# Points per curve of one kind of a text's tokens: there are many, which would fill the page.
 POINTS_OF_KINDS = 60
-# Of a training line: what counts on, or is no measurement, has no curve.
+# Fields of a training line that have no curve: counters, and what is not a measurement.
 _UNDRAWN = {
     "step", "stage", "seq_length", "tokens", "masked_tokens", "consumed_rows", "spike_limit",
 }  # fmt: skip
@@ -32,8 +32,8 @@ class Curve:
 
     Attributes:
         run: which of the runs, from 0.
-        name: what it is, among others of the chart; empty where there is only one.
-        x: by axis (`AXES`), where each point lies.
+        name: what it is, among others of the chart; empty if there is only one.
+        x: the position of each point, by axis (`AXES`).
         y: the points; NaN: a gap.
         low, high: the least and greatest value that went into each point.
         dots: whether each point was measured by itself, and has a dot.
@@ -54,8 +54,8 @@ class Chart:
 
     Attributes:
         title: what they show.
-        unit: of the values.
-        logarithmic: whether the values' axis is.
+        unit: unit of the values.
+        logarithmic: whether the values' axis is logarithmic.
         curves: at least one.
     """
 
@@ -97,7 +97,7 @@ def charts_of(runs: Sequence[RunRecords]) -> list[Chart]:
 
 
 def _unforeseen(key: str) -> Chart:
-    """The chart of a measurement that has none of its own, by name, or of one text's kinds."""
+    """A chart titled by name, for a measurement without one of its own or for one text's kinds."""
     measure, colon, text = key.removeprefix(_HELD_OUT).partition(": ")
     if not measure.startswith("accuracy"):
         return Chart(_words(measure) + colon + text)
@@ -105,7 +105,7 @@ def _unforeseen(key: str) -> Chart:
 
 
 def _training(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
-    """A curve for each measurement of the training lines, and the chart that it belongs to."""
+    """Yield each measurement of the training lines: the key of its chart, and its curve."""
     x = {axis: thinned(at) for axis, at in positions(run).items()}
     for name, values in run.columns.items():
         if name in _UNDRAWN or not np.isfinite(values).any():
@@ -115,7 +115,7 @@ def _training(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
 
 
 def _saves(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
-    """How long training stood still for each save; of steps gone over again, the last time."""
+    """How long training stood still for each save; for steps that were repeated, the last save."""
     stood = {
         line["step"]: line["blocked_seconds"]
         for line in run.journal
@@ -129,7 +129,7 @@ def _saves(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
 
 
 def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
-    """A curve for each measurement of the evaluation lines, and the chart that it belongs to."""
+    """Yield each measurement of the evaluation lines: the key of its chart, and its curve."""
     texts = {text for line in run.evaluations for text in line.get("valid", {})}
     # The mean over one text is that text's.
     mean = texts.pop() if len(texts) == 1 else "all texts"
@@ -144,7 +144,7 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
         x = {axis: thinned(values[lines], most) for axis, values in places.items()}
         points = _buckets(np.array(list(by_line.values())), most)
         if is_kind:
-            points = (points[0],) * 3  # a band each would hide the other curves
+            points = (points[0],) * 3  # bands would hide the other curves
         dots = len(lines) <= most
         key, kind = _shared(group) or (f"{_HELD_OUT}{group}", name)
         yield key, Curve(number, kind, x, *points, dots=dots)
@@ -153,14 +153,14 @@ def _held_out(number: int, run: RunRecords) -> Iterator[tuple[str, Curve]]:
 
 
 def _positions_at(run: RunRecords, steps: Sequence[int]) -> dict[str, Floats]:
-    """Where on each axis something stands that was done behind these steps."""
-    # What was written of it may come before its step's own line.
+    """Where on each axis something that was done after these steps lies."""
+    # Its record may have been written before the step's own line.
     rows = np.minimum(np.searchsorted(run.columns["step"], steps), len(run.columns["step"]) - 1)
     return {axis: values[rows] for axis, values in positions(run).items()}
 
 
 def _shared(name: str) -> tuple[str, str] | None:
-    """The chart that measurements of one unit share, and what this one is called there."""
+    """The chart that measurements of one unit share, and this one's name in it; None if none."""
     for ending, chart in (("_memory_gb", "memory"), ("_seconds", "seconds")):
         if name.endswith(ending):
             return chart, _words(name.removesuffix(ending))
@@ -177,7 +177,7 @@ def _measurements(line: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], fl
 
 
 def _place(path: tuple[str, ...], mean: str) -> tuple[str, str, bool]:
-    """What is measured, of which text, or of which kind of a text's tokens, and which of both."""
+    """Return what is measured, the text or kind of a text's tokens, and whether it is a kind."""
     if path[0] == "valid" and len(path) > 2:
         text, (measure, *kind) = path[1], path[2:]
     else:
@@ -203,7 +203,7 @@ def thinned(values: Floats, most: int = POINTS) -> Floats:
 def _buckets(values: Floats, most: int = POINTS) -> tuple[Floats, Floats, Floats]:
     """Mean, least and greatest over runs of neighbouring values, at most `most` of them.
 
-    What is not finite counts for nothing; a bucket without any other value is NaN.
+    Values that are not finite are ignored; a bucket without any other value is NaN.
     """
     size = -(-len(values) // most)
     firsts = np.arange(0, len(values), size)
@@ -217,7 +217,7 @@ def _buckets(values: Floats, most: int = POINTS) -> tuple[Floats, Floats, Floats
 
 
 def _repeats(chart: Chart, other: Chart) -> bool:
-    """Whether each curve stands in another chart too."""
+    """Whether each curve of a chart is in another chart too."""
     others = {(curve.run, curve.name): curve.y for curve in other.curves}
     return all(
         np.array_equal(curve.y, others.get((curve.run, curve.name), np.empty(0)))

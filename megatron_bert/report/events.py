@@ -15,7 +15,8 @@ from megatron_bert.report.records import Remark, RunRecords, job_in_words
 from megatron_bert.run.directory import FAILED, FINISHED
 from megatron_bert.run.journal import END, SAVE, SAVE_FAILED, START
 
-# Of a kind, half of them the first: a run that goes wrong for hours would fill the page.
+# Events shown per kind, half of them the first: a run that goes wrong for hours would otherwise
+# fill the page.
 _MOST = 100
 _T = TypeVar("_T")
 _CHECKPOINT = re.compile(r"step_(\d+)")
@@ -43,8 +44,9 @@ class Moment:
     """What is marked in the charts.
 
     Attributes:
-        kind: `stage` or `job`, which begins (the first job is not marked); `skipped` or `spike`.
-        row: the training line, from 0, at which it is.
+        kind: `stage` or `job`, marked where it begins (the first job is not marked); `skipped` or
+            `spike`.
+        row: number of its training line, from 0.
         label: a stage's length; empty for all others.
     """
 
@@ -71,15 +73,15 @@ def moments(run: RunRecords) -> list[Moment]:
 def events_of(run: RunRecords) -> list[Event]:
     """All events of a run, in the order in which they happened.
 
-    What the metrics tell stands within the last job that began before it: of steps that were gone
-    over again they have the last course only, while jobs and saves are told of all courses.
+    An event from the metrics is listed in the last job that began before its step: of repeated
+    steps the metrics have only the last pass, while jobs and saves are listed for all passes.
     """
     parts = _parts(run)
     for event in _measured(run):
         next(part for part in reversed(parts) if part.after < event.step).events.append(event)
     told = []
     for part in parts:
-        # Of one step: what was measured, what was saved, how it ended.
+        # Order within a step: what was measured, what was saved, how it ended.
         told += sorted([*part.begin, *part.events, *part.rest], key=lambda event: event.step)
     return list(_bounded([*_set_aside(run), *told, *_end(run)]))
 
@@ -104,7 +106,7 @@ class _Part:
 def _parts(run: RunRecords) -> list[_Part]:
     parts = [_Part(-1)]
     kept = _kept(run)
-    # Of several saves of a step the last one is there.
+    # If a step was saved several times, the last save is the one that is there.
     saves = {line["step"]: at for at, line in enumerate(run.journal) if line["event"] == SAVE}
     there = {saves[step] for step in kept & saves.keys()}
     for at, line in enumerate(run.journal):
@@ -119,13 +121,13 @@ def _parts(run: RunRecords) -> list[_Part]:
 
 
 def _ended(step: int, kind: str, reason: str) -> Event:
-    """How a job or a save ended; only of one that took all steps the kind alone says why."""
+    """How a job or a save ended; only for a job that took all steps is the kind reason enough."""
     unsaid = "all steps taken" if kind == FINISHED else "no reason was given"
     return Event(step, kind.lower(), reason or unsaid)
 
 
 def _measured(run: RunRecords) -> Iterator[Event]:
-    """What is not told in `jobs.jsonl`; checkpoints are where an earlier version made them."""
+    """Events that `jobs.jsonl` does not tell; checkpoints, if an earlier version made them."""
     yield from (
         Event(step, "stage", f"rows of {length} tokens") for step, length in run.stage_starts()
     )
@@ -186,13 +188,13 @@ def _rows(rows: tuple[int, int] | None) -> str:
 
 
 def _bounded(events: Sequence[Event]) -> Iterator[Event]:
-    """Of each kind the first and last ones and what is still there; all between are one event."""
+    """Keep each kind's first and last events and what is still there; fold the others into one."""
     of_kind: dict[str, list[int]] = {}
     for place, event in enumerate(events):
         of_kind.setdefault(event.kind, []).append(place)
     folds: dict[int, Event | None] = {}
     for kind, places in of_kind.items():
-        # Where nothing is ever removed, that is bounded too.
+        # Bounded too, since some runs never remove a checkpoint.
         there = [place for place in places if events[place].is_there][-_MOST:]
         hidden = sorted(set(places) - set(_first_and_last(places)) - set(there))
         if hidden:
@@ -207,13 +209,13 @@ def _bounded(events: Sequence[Event]) -> Iterator[Event]:
 
 
 def _first_and_last(items: Sequence[_T]) -> Sequence[_T]:
-    """At most `_MOST` of them."""
+    """At most `_MOST` items, half of them the first, half the last."""
     half = _MOST // 2
     return items if len(items) <= _MOST else [*items[:half], *items[-half:]]
 
 
 def _kept(run: RunRecords) -> set[int]:
-    """Steps of the checkpoints that are there; others were removed as `checkpoint.keep` says."""
+    """Steps of the checkpoints that are still there; `checkpoint.keep` removes others."""
     names = (path.name for path in RunPaths(run.directory).checkpoints.glob("step_*"))
     return {int(found[1]) for name in names if (found := _CHECKPOINT.fullmatch(name))}
 

@@ -1,4 +1,4 @@
-"""The page: everything about some runs in one HTML file that needs nothing beside it."""
+"""The page: everything about some runs in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _columns(
         yield f"<thead><tr><th></th>{_cells('th', names)}</tr></thead>"
     yield "<tbody>"
     for label, texts in rows.items():
-        # Where there is little room a key may break between its words.
+        # If there is little room, a key may break between its words.
         name = re.sub(r"([._])", r"\1<wbr>", html.escape(label))
         yield f"<tr><th>{name}</th>{_cells('td', texts)}</tr>"
     yield "</tbody></table></div>"

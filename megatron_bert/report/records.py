@@ -22,7 +22,7 @@ from megatron_bert.run.journal import START, read_journal
 from megatron_bert.words import counted, format_duration
 
 Floats: TypeAlias = NDArray[np.float64]
-# That the facts name.
+# The most jobs that the facts name.
 _MOST_JOBS = 10
 
 
@@ -47,14 +47,14 @@ class RunRecords:
 
     Attributes:
         directory: the run directory.
-        columns: the numbers of the training lines by name, each with one entry a line; NaN where a
-            line lacks it. Always there: `step`, `stage`, `seq_length`, `loss`.
+        columns: the numbers of the training lines by name, each with one entry per line; NaN where
+            a line lacks it. Always there: `step`, `stage`, `seq_length`, `loss`.
         evaluations: the evaluation lines.
         journal: the lines of `jobs.jsonl`, in the order in which it happened.
         remarks: steps that were skipped, and spikes.
         torn: whether the metrics end in a line that a killed job left half-written.
         outcome: how the last job ended; None: it runs, or was killed.
-        is_live: whether the process of that job lives; None: that cannot be seen from here.
+        is_live: whether the process of that job lives; None if that cannot be told from here.
     """
 
     directory: Path
@@ -91,7 +91,7 @@ class RunRecords:
             _check_failure(directory)
             raise UserError(f"{directory}: no step was recorded yet; train first")
         columns = table.arrays()
-        # Before the outcome, which a job leaves before it ends.
+        # Read before the outcome, which a job leaves before its process ends.
         is_live = holder_lives(paths.lock)
         return cls(
             directory,
@@ -113,8 +113,8 @@ class RunRecords:
     def jobs(self) -> list[Mapping[str, Any]]:
         """The starts of the jobs whose steps are in the curves.
 
-        Left out are those that took no step, and those whose steps a later job, which began no
-        later, took anew.
+        Jobs that took no step are left out, and so are those whose steps were taken again by a
+        later job that began at the same step or before.
         """
         jobs: list[Mapping[str, Any]] = []
         for job in self.journal:
@@ -141,7 +141,7 @@ class RunRecords:
         return sorted(path.name for path in self.directory.glob("metrics.before-*.jsonl"))
 
     def config_text(self) -> str | None:
-        """The resolved configuration, YAML; None where there is none."""
+        """The resolved configuration, YAML; None if there is none."""
         try:
             return RunPaths(self.directory).config.read_text("utf-8", errors="replace")
         except OSError:
@@ -187,7 +187,7 @@ class RunRecords:
 
 
 def _check_failure(directory: Path) -> None:
-    """Tell, of a run without a step, that it failed."""
+    """Raise `UserError` if a run without a step has failed, saying why."""
     failed = read_outcome(directory)
     if failed is not None and failed.kind == FAILED:
         raise UserError(
@@ -197,7 +197,7 @@ def _check_failure(directory: Path) -> None:
 
 
 def _jobs_in_words(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """The first and the last ones; of a run in hundreds of jobs all of them would fill the page."""
+    """Describe the first and the last jobs; a run's hundreds of jobs would fill the page."""
     words = [job_in_words(job) for job in jobs]
     if len(words) > _MOST_JOBS:
         half = _MOST_JOBS // 2
@@ -206,7 +206,7 @@ def _jobs_in_words(jobs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def job_in_words(job: Mapping[str, Any]) -> str:
-    """Tell a job of `jobs.jsonl` with its number, size and first step."""
+    """Describe a job of `jobs.jsonl` by its number, size and first step."""
     number = f"job {job['job']}, " if job["job"] else ""
     nodes = f" on {counted(job['nodes'], 'node')}" if job["nodes"] > 1 else ""
     return f"{number}{counted(job['ranks'], 'rank')}{nodes} from step {job['step'] + 1:,}"
@@ -234,7 +234,7 @@ def _short_name(path: Path, paths: Sequence[Path]) -> str:
 
 
 def _lacking(record: Mapping[str, Any]) -> list[str]:
-    """Numbers that a line of the metrics must have and has not."""
+    """Required numbers that a line of the metrics lacks."""
     needed = ["step"]
     if "loss" in record:
         needed += ["stage", "seq_length", "loss"]
@@ -254,7 +254,7 @@ class _Table:
     torn: bool = False
 
     def add(self, record: Mapping[str, Any] | None) -> None:
-        """Take up a line; None: a torn one."""
+        """Add a line; None stands for a torn one."""
         if record is None:
             self.torn = True
         elif "loss" in record:
@@ -278,7 +278,7 @@ class _Table:
                 self.remarks.append(Remark(record["step"], kind, rows and (rows[0], rows[-1])))
 
     def _fill(self, column: array[float]) -> None:
-        """Make a column as long as the others: the lines before this one lacked it."""
+        """Pad a column to the others' length: the lines before this one lacked it."""
         if missing := self.length - len(column):
             column.extend([np.nan] * missing)
 

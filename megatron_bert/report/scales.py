@@ -1,4 +1,4 @@
-"""From values to places in a picture, and the round numbers that stand at its edges."""
+"""Maps values to places in a picture, and finds the round numbers for its edges."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from megatron_bert.report.records import Floats
 
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-# Shorter written out.
+# Numbers below this are shorter written out.
 _WRITTEN_OUT = 1e4
-# Of a logarithmic scale; a round number lies in any such range.
+# Least ratio of a logarithmic scale's ends: a round number lies in any such range.
 _LEAST_RATIO = 3.0
-# Between a curve and the edges of its picture.
+# Share of the range left free between a curve and the edges of its picture.
 _MARGIN = 0.04
 _TIME_UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-# A unit of time is taken where at least two of it are to be shown.
+# A unit of time is used if at least this many of it are to be shown.
 _LEAST_UNITS = 2.0
 
 
@@ -49,7 +49,7 @@ class Scale:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round values within the ends, some five of them."""
+        """Round values within the ends, about five of them."""
         if self.logarithmic:
             return _powers(self.low, self.high)
         rough = (self.high - self.low) / 5
@@ -62,13 +62,14 @@ class Scale:
 def scale_over(
     values: Sequence[Floats], start: float, end: float, *, logarithmic: bool = False
 ) -> Scale:
-    """A scale with room for all finite values and a margin; for any, where there are none.
+    """A scale with room for all finite values and a margin; an arbitrary one if there are none.
 
     Args:
-        values: arrays of what is to be placed.
+        values: arrays of the values to place.
         start: where the least lies.
         end: where the greatest lies.
-        logarithmic: is given up where values are not positive, or hardly differ.
+        logarithmic: whether to use a logarithmic scale; ignored if values are not positive, or
+            hardly differ.
     """
     finite = [array[np.isfinite(array)] for array in values]
     every = np.concatenate(finite) if finite else np.empty(0)
@@ -86,14 +87,14 @@ def scale_over(
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """The unit in which a time is best told: its length in seconds, and its name."""
+    """The unit in which a time is best expressed: its length in seconds, and its name."""
     return next(
         (unit for unit in _TIME_UNITS if seconds >= _LEAST_UNITS * unit[0]), _TIME_UNITS[-1]
     )
 
 
 def short(value: float) -> str:
-    """A number in few letters: 12.5k, 3M, 2e-5."""
+    """A number in few characters: 12.5k, 3M, 2e-5."""
     for size, suffix in _SUFFIXES:
         if abs(value) >= max(size, _WRITTEN_OUT):
             return f"{value / size:.4g}{suffix}"
@@ -101,7 +102,7 @@ def short(value: float) -> str:
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten, with 2 and 5 times them where there are few; not more than seven."""
+    """Powers of ten, with their multiples by 2 and 5 if there are few; not more than seven."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if high / low < 1e3 else (1,)
     every = max(1, round((last - first) / 6)) if len(factors) == 1 else 1

@@ -10,7 +10,7 @@ from megatron_bert.config.keys import dotted
 from megatron_bert.config.leaves import leaves
 from megatron_bert.config.yaml_text import parse_document
 
-# Of every run another, and told already.
+# Differs between all runs, and is shown already.
 _NAMES_THE_RUN = "run.dir"
 ABSENT = "—"
 
@@ -32,7 +32,7 @@ def _settings(text: str | None) -> dict[str, str]:
         tree, _ = parse_document(text or "", "a run's configuration")
     except ConfigError:
         return {}
-    # What has no value is as good as not there.
+    # A key without a value is treated as absent.
     return {dotted(path): _as_text(value) for path, value in leaves(tree) if value is not None}
 
 

@@ -31,7 +31,7 @@ class Mark:
         run: which of the runs, from 0.
         kind: a class of the style sheet; stages and jobs are lines, all else short strokes.
         at: where it lies on the axis.
-        label: what stands at it; may be empty.
+        label: text beside it; may be empty.
     """
 
     run: int
@@ -84,7 +84,7 @@ def look(chart: Chart, curve: Curve, num_runs: int) -> str:
     kind = chart.names().index(curve.name)
     if num_runs > 1:
         return f"r{curve.run} c{curve.run % COLOURS} d{kind % DASHES}"
-    # Of more kinds than colours the rest is dashed.
+    # If there are more kinds than colours, the rest is dashed.
     return f"r0 c{kind % COLOURS} d{kind // COLOURS % DASHES}"
 
 
@@ -105,7 +105,7 @@ def _placed(scale: Scale) -> Iterable[tuple[float, float]]:
 
 
 def _marks(marks: Sequence[Mark], x: Scale) -> Iterator[str]:
-    """Draw each mark; those of several runs in one place are one, and of no run's colour."""
+    """Draw each mark; those of several runs in one place are merged, without a run's colour."""
     places = x.place(np.array([mark.at for mark in marks]))
     by_place: dict[tuple[str, str], list[Mark]] = {}
     for mark, place in zip(marks, places, strict=True):
@@ -122,7 +122,7 @@ def _marks(marks: Sequence[Mark], x: Scale) -> Iterator[str]:
         text = here[0].label
         if text and float(at) - last_label >= _LEAST_DISTANCE:
             last_label = float(at)
-            # At the right edge a label stands before its line, or it would be cut.
+            # At the right edge a label is put before its line, or it would be cut off.
             anchor, place = ("start", 3) if float(at) < _RIGHT - _LEAST_DISTANCE else ("end", -3)
             yield (
                 f'<text class="mark" text-anchor="{anchor}" x="{float(at) + place:.1f}" '
@@ -147,9 +147,9 @@ def _line(curve: Curve, x: Scale, y: Scale, axis: str, classes: str) -> str:
 
 
 def _band(curve: Curve, x: Scale, y: Scale, axis: str, classes: str) -> str:
-    """The range of what went into each point, where that is more than the point.
+    """Draw the range of the values that went into each point, unless no point has one.
 
-    It breaks where the line does.
+    The band breaks where the line does.
     """
     if not (curve.high > curve.low).any():
         return ""

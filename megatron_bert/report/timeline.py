@@ -11,9 +11,9 @@ from megatron_bert.config.yaml_text import parse_document
 from megatron_bert.parallel.actions import Action, Kind, StageTime
 from megatron_bert.parallel.schedule import end_times, make_schedule, simulate
 
-# Of a step's micro-batches as many as can be told apart, in rounds of one a rank.
+# Rounds of micro-batches to draw, of one per rank: as many as can be told apart.
 _ROUNDS = 2
-# In a drawing; each is some 70 bytes of the page, and more are too narrow to be seen.
+# Boxes per drawing; each takes some 70 bytes of the page, and more are too narrow to be seen.
 _MOST_BOXES = 1200
 _WIDTH, _ROW, _LEFT = 480.0, 18, 24
 _CLASSES = {
@@ -47,8 +47,7 @@ def timeline_of(config_text: str | None) -> Timeline | None:
     really took is not recorded.
 
     Returns:
-        The timeline, of HTML; None where the run has no pipeline, or its settings are not
-        readable.
+        The timeline, as HTML; None if the run has no pipeline, or its settings are not readable.
     """
     pipeline = _pipeline(config_text)
     if pipeline is None:
@@ -68,7 +67,7 @@ def timeline_of(config_text: str | None) -> Timeline | None:
 
 
 def _drawn_ranks(pipeline: tuple[int, ScheduleName, int]) -> int:
-    """As many ranks, of those of a pipeline, as have room in a drawing."""
+    """The number of a pipeline's ranks that fit into a drawing."""
     ranks, name, virtual = pipeline
     # Each micro-batch passes each stage forward and backward, in two parts in a zero bubble.
     boxes_a_round = virtual * (3 if SCHEDULES[name].splits_backward else 2)
@@ -97,7 +96,7 @@ def _draw(name: ScheduleName, ranks: int, virtual: int) -> tuple[str, list[str]]
 
 def _box(action: Action, end: float, stage: StageTime, ranks: int, unit: float) -> str:
     length = stage.of(action.kind)
-    # Stages that a rank holds beside its first are lighter.
+    # A rank's stages after its first are drawn lighter.
     later = " later" if action.stage >= ranks else ""
     return (
         f'<rect class="{_CLASSES[action.kind]}{later}" x="{_LEFT + (end - length) * unit:.1f}" '
@@ -106,7 +105,7 @@ def _box(action: Action, end: float, stage: StageTime, ranks: int, unit: float) 
 
 
 def _pipeline(config_text: str | None) -> tuple[int, ScheduleName, int] | None:
-    """Ranks, schedule and stages a rank; None where there is no pipeline."""
+    """Ranks, schedule and stages per rank; None if there is no pipeline."""
     try:
         tree, _ = parse_document(config_text or "", "a run's configuration")
         parallel = tree["parallel"]
