@@ -1,1 +1,1 @@
-"""What a scheduler's job scripts ask: how to start on the ranks they got, and whether to go on."""
+"""Answers a scheduler's job scripts: how to start on the ranks they got, and whether to go on."""

@@ -1,6 +1,6 @@
-"""Whether another job is to follow on one that has ended, by what it left in the run directory.
+"""Whether another job follows one that has ended, judged by what it left in the run directory.
 
-Exit codes do not tell: torchrun ends with 1 after a signal also where every rank stopped cleanly.
+Exit codes do not tell: after a signal, torchrun ends with 1 even if every rank stopped cleanly.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from megatron_bert.run.directory import (
 HOLD = "HOLD"
 """A file that a user puts into the run directory: no job follows."""
 LOCK_SECONDS = 20.0
-"""How long a job that begins waits for the last ranks of the one before it to be gone."""
+"""How long a new job waits for the last ranks of the job before it to be gone."""
 LEAST_STEPS = 10
-"""Steps between two checkpoints that count as progress: fewer take less time than to start."""
+"""Steps between two checkpoints that count as progress: fewer take less time than starting does."""
 _TRIES = "tries.json"
 ANY = "any"
-"""Announced in place of a number while that is not known yet."""
+"""Announced in place of a job's number while that is not known yet."""
 _ANNOUNCED = "next_job"
 
 
@@ -60,7 +60,7 @@ class Verdict:
 class _Tries:
     """How many jobs in a row ended without progress from the checkpoint of `step`.
 
-    `open`: a job has begun since, and was not judged yet.
+    `open`: a job has begun since and has not been judged yet.
     """
 
     step: int
@@ -69,14 +69,14 @@ class _Tries:
 
 
 def take_up(run_dir: Path, job: str, most_tries: int) -> None:
-    """Note that a job begins; one that was not `announced` forgets the jobs counted so far.
+    """Note that a job begins; if it was not announced, forget the jobs counted so far.
 
-    Then a person has submitted it, and mended what ended the others. A job that is queued again
-    under its own number is announced. Where the scheduler did that, because a node failed, nobody
-    has judged the job; it is counted here.
+    A job that was not announced was submitted by a person, who has fixed what ended the others. A
+    job that is queued again under its own number counts as announced. If the scheduler queued it
+    again, because a node failed, nobody has judged it; it is counted here.
 
-    What tells how the last job ended is removed: this one may die before its ranks do that, and
-    must not be taken for finished because the run was, before it was lengthened.
+    The outcome of the last job is removed: this job may die before its ranks do that, and must not
+    be taken for finished because the run was finished before it was lengthened.
 
     Args:
         run_dir: the run directory, made if need be.
@@ -84,8 +84,8 @@ def take_up(run_dir: Path, job: str, most_tries: int) -> None:
         most_tries: as `judge` takes it.
 
     Raises:
-        UserError: `HOLD` is there, or another job holds the run, and nothing is changed; or this
-            one was started so often without progress.
+        UserError: `HOLD` is there, or another job holds the run (nothing is changed in either
+            case); or this job was started `most_tries` times without progress.
     """
     if (run_dir / HOLD).exists():
         raise UserError(f"{run_dir / HOLD}: this file holds the run; remove it to go on")
@@ -133,10 +133,10 @@ def _announced(run_dir: Path) -> str | None:
 
 
 def judge(run_dir: Path, most_tries: int) -> Verdict:
-    """Say what follows on the job that has just ended, and count it. Call it once a job.
+    """Say what follows the job that has just ended, and count it. Call it once per job.
 
-    A job has made progress if the newest checkpoint is by `LEAST_STEPS` newer than after the one
-    before it. What a person has to mend is not tried again.
+    A job has made progress if the newest checkpoint is at least `LEAST_STEPS` newer than after the
+    job before it. A failure that a person has to fix is not tried again.
 
     Args:
         run_dir: the run directory.
@@ -178,7 +178,7 @@ def _count(run_dir: Path) -> _Tries:
     if newest >= before.step + LEAST_STEPS:
         tries = _Tries(newest, 0)
     else:
-        # Few steps a job add up to progress no more than none do.
+        # Too few steps per job do not add up to progress, any more than none do.
         tries = _Tries(newest, before.fruitless + 1)
     _write(run_dir, tries)
     return tries

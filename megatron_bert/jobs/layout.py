@@ -13,10 +13,11 @@ def fitting_layout(config: Config, ranks: int) -> RankLayout:
 
     That is the one with the fewest doublings and halvings from the one asked for; data parallelism
     takes the ranks left over. What the batch needs follows from that: its rows are the same ones on
-    every layout. Under `parallel.layout: auto` it tells only that there is one.
+    every layout. Under `parallel.layout: auto` it only shows that a layout exists.
 
     Raises:
-        ConfigError: no layout of so many ranks works; the message tells numbers that have one.
+        ConfigError: no layout of so many ranks works; the message names numbers of ranks that have
+            one.
     """
     asked, vocab_size = without_chosen_layout(config), config.model.vocab_size
     problems = layout_problems(asked, ranks, vocab_size)
@@ -31,7 +32,7 @@ def fitting_layout(config: Config, ranks: int) -> RankLayout:
 def layout_keys(config: Config, layout: RankLayout) -> list[str]:
     """Return the keys of `parallel` that a job has to change for a layout, `key=value` each.
 
-    None under `parallel.layout: auto`: the job chooses for itself.
+    There are none under `parallel.layout: auto`: the job chooses for itself.
     """
     if config.parallel.layout == "auto":
         return []

@@ -1,4 +1,4 @@
-"""torchrun, which leaves by one line where a signal or a rank ended it, not by a traceback.
+"""torchrun, ending with one line instead of a traceback if a signal or a rank ended it.
 
 python -P -m megatron_bert.jobs.torchrun [OPTION ...] SCRIPT [ARGUMENT ...]
 """
@@ -16,9 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 def main(arguments: Sequence[str] | None = None) -> None:
     """Start this node's ranks and wait for their end.
 
-    After a signal this returns as if nothing had failed, whatever the ranks did: an exit code that
-    tells of a failure would have the scheduler end those of other nodes, which may still be
-    saving. What became of the run stands in its directory.
+    After a signal this returns as if nothing had failed, whatever the ranks did: a failing exit
+    code would make the scheduler end the ranks of other nodes, which may still be saving. The run's
+    outcome is in its directory.
 
     Args:
         arguments: torchrun's; those of the process by default.
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run.main(arguments)
     except ChildFailedError:
-        # Its text is a traceback of this process and a table, under which the rank's own is lost.
+        # Its text is a traceback of this process and a table, in which the rank's own error is
+        # lost.
         sys.stderr.write("torchrun: a rank of this node has failed; what it said stands above\n")
         sys.exit(1)
     except SignalException as stop:
