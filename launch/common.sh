@@ -1,21 +1,21 @@
 # shellcheck shell=bash
-# What the scripts of this folder share. A script sets checkout before it sources this: whose scripts
-# run, and where an environment may be. It knows its scheduler, and before it calls prepare_job it tells
-# in variables
+# What the scripts of this folder share. Before a script sources this, it sets checkout: the
+# checkout whose scripts run, and where an environment may be. The script knows its scheduler;
+# before it calls prepare_job, it sets these variables:
 #
 #   job           the scheduler's number of the job
 #   nodes         how many nodes it has
 #   first         the node whose torchrun the others meet
-#   end           when the scheduler ends the job, in seconds since 1970; empty where it never does, or
+#   end           when the scheduler ends the job, in seconds since 1970; empty if it never does, or
 #                 does not tell
-#   term_signal   what the ranks of a cancelled job are sent; 0 for nothing, where the scheduler has
-#                 told them itself: told twice, torchrun waits no longer for its ranks
-#   notices       signals with which the scheduler tells that the job's limit is near; other signals
+#   term_signal   the signal for the ranks of a cancelled job; 0 for none, if the scheduler signals
+#                 them itself: signalled twice, torchrun no longer waits for its ranks
+#   notices       signals by which the scheduler tells that the job's limit is near; other signals
 #                 that end a job come from a person
-#   notice_signal what the ranks are sent on a notice
+#   notice_signal the signal for the ranks on a notice
 #   usage         how the script is called
 #
-# and, where it calls `follow`, in a function submit_again how another job is submitted.
+# and, if it calls `follow`, it defines a function submit_again that submits another job.
 
 # Settings, from the environment:
 #   RANKS_PER_NODE   ranks on each node                    (default: one for every GPU, else one)
@@ -33,7 +33,7 @@
 
 tell() { printf '%s  %s\n' "$(date '+%F %T')" "$*" >&2; }
 
-# ask COMMAND ...: prints what a scheduler's command answers; one that is busy is asked again.
+# ask COMMAND ...: prints what a scheduler's command answers; a busy scheduler is asked again.
 ask() {
     local try answer
     for try in 1 2 3; do
@@ -52,7 +52,7 @@ refuse() {
     exit 2
 }
 
-# A setting that is no number would end a function half-way, and not the script.
+# A setting that is not a number would end a function half-way, but not the script.
 check_settings() {
     local name value
     for name in TRIES RESTARTS MARGIN_SECONDS LEAST_SECONDS SAVE_SECONDS RANKS_PER_NODE PORT; do
@@ -67,7 +67,7 @@ check_settings() {
 
 load_modules() {
     local name file
-    # A job's shell is no login shell, which would have this function.
+    # A job's shell is not a login shell, which would have this function.
     for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do
         # shellcheck source=/dev/null
         command -v module >/dev/null || . "$file" 2>/dev/null
@@ -81,11 +81,11 @@ load_modules() {
     done
 }
 
-# Python with the project: an active environment that has it, else .venv in the checkout. Sets $gpus,
-# those of this node.
+# Finds a Python that has the project: that of an active environment, else .venv in the checkout.
+# Sets $gpus, the number of this node's GPUs.
 find_environment() {
     local answer package
-    # A module's Python would come first.
+    # Otherwise a module's Python would come first.
     [ -z "${VIRTUAL_ENV:-}" ] || PATH=$VIRTUAL_ENV/bin:$PATH
     if ! answer=$(ask_python 2>/dev/null) && [ -r "$checkout/.venv/bin/activate" ]; then
         # shellcheck source=/dev/null
@@ -103,7 +103,8 @@ ask_python() {
     python -P -c 'import megatron_bert, torch; print(torch.cuda.device_count(), megatron_bert.__path__[0])'
 }
 
-# A job that must leave as soon as it has begun would take one step, and have another like it follow.
+# A job that must leave as soon as it has begun would take one step, and another like it would
+# follow.
 check_time() {
     local left
     [ -n "$end" ] || return 0
@@ -136,15 +137,15 @@ prepare_job() {
     [ -z "$end" ] || tell "the job's limit is $(date -d "@$end" '+%F %T'); the run leaves $MARGIN_SECONDS s earlier"
 }
 
-# What every node runs, with this job's values: a file, as some starters lose a command's quotes.
-# It can be read afterwards.
+# Writes what every node runs, with this job's values, into a file, because some launchers lose a
+# command's quotes. The file can be read afterwards.
 write_node_script() {
     local name port=${PORT:-$((20000 + 10#0${job//[!0-9]/} % 10000))}
     logs=$PWD/$run_dir/logs/$job
     [[ $run_dir != /* ]] || logs=$run_dir/logs/$job
     mkdir -p -- "$logs" || refuse "the folder $logs cannot be made"
     node_script=$logs/node.sh
-    # A job that was queued again has its number and its folder.
+    # A job that was queued again keeps its number and its folder.
     rm -f -- "$logs/REFUSED"
     {
         printf '# Job %s, as each of its nodes ran it.\n' "$job"
@@ -154,7 +155,7 @@ write_node_script() {
         done
         printf 'job=%q nodes=%q ranks_per_node=%q restarts=%q save_seconds=%q\n' \
             "$job" "$nodes" "$ranks_per_node" "$RESTARTS" "$SAVE_SECONDS"
-        # Whoever sets the number of ranks knows the nodes.
+        # A user who sets the number of ranks knows the nodes.
         printf 'gpus=%q meeting_point=%q logs=%q\n' \
             "$([ -n "${RANKS_PER_NODE:-}" ] || echo "$gpus")" "$first:$port" "$logs"
         printf 'arguments=('
@@ -173,7 +174,7 @@ run_job() {
     stop_reason=
     ranks=
     asked=()
-    # Before the ranks are started: a signal between the two would leave them alone.
+    # Set before the ranks are started: a signal in between would not reach them.
     trap 'pass_on cancelled "$term_signal"' TERM INT HUP USR1 USR2
     # shellcheck disable=SC2086 # one signal a word
     [ -z "$notices" ] || trap 'pass_on notice "$notice_signal"' $notices
@@ -187,7 +188,7 @@ run_job() {
     trap '' USR1 USR2
 }
 
-# wait_for PROCESS: a signal that is answered ends a plain wait, and the process is still there.
+# wait_for PROCESS: a handled signal ends a plain wait while the process is still there.
 wait_for() {
     while kill -0 "$1" 2>/dev/null; do
         wait "$1"
@@ -212,7 +213,7 @@ pass_on() {
     kill -s "$2" "$ranks" 2>/dev/null
 }
 
-# next_step: sets what is to follow by what the run directory says, never by an exit code:
+# next_step: sets $following by what the run directory says, never by an exit code:
 # finished, again, give-up, refused, held, or cancelled.
 next_step() {
     [ ! -e "$logs/REFUSED" ] || refuse "$(<"$logs/REFUSED")"
@@ -221,12 +222,12 @@ next_step() {
         tell "cancelled: no other job follows"
         return
     fi
-    # Where even this fails nothing follows.
+    # If even this fails, nothing follows.
     following=$(python -P -m megatron_bert.jobs judge --tries "$TRIES" "$run_dir") || following=give-up
     tell "what follows: $following"
 }
 
-# follow: ends this job, and has another one follow where one must.
+# follow: ends this job, and submits another one if one must follow.
 follow() {
     next_step
     case $following in
@@ -240,5 +241,5 @@ follow() {
     exit 1
 }
 
-# announce NUMBER: of the job that follows, where it is another one.
+# announce NUMBER: notes the number of the job that follows, if it is another one.
 announce() { python -P -m megatron_bert.jobs announce --job "$1" "$run_dir"; }

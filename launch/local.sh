@@ -19,7 +19,7 @@ case ${1:-} in
         exit 0
         ;;
 esac
-# Not the folder to run in: relative paths, of CONFIG and in it, are the caller's.
+# Not the folder to run in: relative paths, of CONFIG and in it, are relative to the caller's.
 checkout=$(unset CDPATH && cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 # shellcheck source=launch/common.sh
 . "$checkout/launch/common.sh" || exit 2
@@ -36,7 +36,7 @@ second_signal_ends=yes
 
 while true; do
     prepare_job "$@"
-    # In a session of its own, so that a Ctrl-C comes once, from here.
+    # In a session of its own, so that a Ctrl-C reaches the ranks once, from here.
     run_job setsid bash "$node_script"
     next_step
     case $following in

@@ -4,8 +4,8 @@
 # shellcheck disable=SC2154
 : "$job $nodes $ranks_per_node $restarts $save_seconds ${gpus?} $meeting_point $logs ${arguments[*]} $checkout"
 
-# There are as many ranks as the first node has GPUs. Where it has none they are on the CPU, and a node
-# with GPUs would use them.
+# There are as many ranks as the first node has GPUs. If it has none, ranks run on the CPU, but
+# those of a node with GPUs would use these.
 count=$(python -P -c 'import torch; print(torch.cuda.device_count())') || exit
 if [ -n "$gpus" ] && ((gpus ? count < gpus : count)); then
     printf 'node %s has %d GPU(s), the first node %d; ask for nodes that are alike, leave this one out, or set RANKS_PER_NODE\n' \
@@ -13,28 +13,28 @@ if [ -n "$gpus" ] && ((gpus ? count < gpus : count)); then
     exit 2
 fi
 
-# A rank that is aborted would leave its memory as a file in the checkout.
+# An aborted rank would leave a core dump in the checkout.
 ulimit -c 0
 
 # NCCL says why it fails and is silent otherwise; its own default says nothing at all.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# An error of one rank ends the others' collectives, which would wait for it for ever.
+# An error of one rank ends the others' collectives, which would otherwise wait for it forever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# Stages have rows of other lengths: blocks of GPU memory that can grow are not left in pieces.
+# Rows differ in length between stages: GPU memory does not fragment if its segments can grow.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# Cores are shared out between the ranks of a node; torchrun would give each of them one thread.
+# Cores are divided among the ranks of a node; torchrun would give each of them one thread.
 cores=$(nproc)
 [ "$cores" -ge "$ranks_per_node" ] || printf 'node %s gives %d core(s) to %d ranks: ask for more of them\n' \
     "$(hostname)" "$cores" "$ranks_per_node" >&2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks_per_node ? cores / ranks_per_node : 1))}
-# What a rank said last is in its log, also if it is killed.
+# What a rank said last is in its log, even if it is killed.
 export PYTHONUNBUFFERED=1
-# How long torchrun waits for its ranks after a signal: they save.
+# How long torchrun waits for its ranks, which are saving, after a signal.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$save_seconds
 
-# The first rank keeps the ranks' store, and not torchrun, which would give ranks that are started
-# again the addresses of those that have died. Without restarts it outlives the first rank, for the
-# others to find out who is gone.
+# With restarts, the first rank hosts the ranks' store instead of torchrun, which would give
+# restarted ranks the addresses of those that have died. Without restarts, torchrun's store outlives
+# the first rank, so that the others can find out who is gone.
 [ "$restarts" -eq 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # The ranks' output goes to files of their own, in a folder of this node's, and to the job's log.

@@ -8,8 +8,8 @@
 # with the same options, until the run directory says FINISHED. docs/clusters.md tells the rest.
 #
 #SBATCH --job-name=megatron_bert
-# Also a range, as 2-8. (With --ntasks-per-node Slurm gives the least of a range, and a waiting job
-# whose number is changed never starts.)
+# A range such as 2-8 works too. (With --ntasks-per-node Slurm gives the least of a range, and a
+# waiting job whose number is changed never starts.)
 #SBATCH --nodes=1
 #SBATCH --time=24:00:00
 ##SBATCH --gpus-per-node=4
@@ -19,10 +19,10 @@
 ##SBATCH --account=NAME
 # A requeued job goes on in the same log.
 #SBATCH --open-mode=append
-# Also where a node fails.
+# Requeue the job if a node fails, too.
 #SBATCH --requeue
-# To this script, two to three minutes before the limit, when the run should have left (MARGIN_SECONDS):
-# the second line, if the deadline fails.
+# Sent to this script two to three minutes before the limit, when the run should already have left
+# (MARGIN_SECONDS): the second line of defence, if the deadline fails.
 #SBATCH --signal=B:USR1@120
 
 usage="sbatch [OPTIONS] launch/slurm.sh CONFIG [key=value ...]"
@@ -39,7 +39,8 @@ if [ -z "${SLURM_JOB_ID:-}" ] || ! cd -- "${SLURM_SUBMIT_DIR:-/}" || [ ! -r laun
 fi
 checkout=$PWD
 . launch/common.sh
-# Their tasks would be so many jobs of one run; and of a heterogeneous job srun takes one part only.
+# The tasks of an array would be as many jobs of one run; and srun takes only one part of a
+# heterogeneous job.
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || refuse "a job array cannot train one run; submit without --array"
 [ "${SLURM_HET_SIZE:-1}" -le 1 ] || refuse \
     "a heterogeneous job cannot train a run; submit with one set of options, without ':'"
@@ -47,20 +48,20 @@ checkout=$PWD
 job=$SLURM_JOB_ID
 nodes=$SLURM_JOB_NUM_NODES
 first=${RENDEZVOUS_HOST:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-# A user may have chosen another form for times.
+# A user may have chosen another format for times.
 end=$(SLURM_TIME_FORMAT=standard ask scontrol show job --oneliner "$job" |
     sed -n 's/.* EndTime=\([0-9-]*T[0-9:]*\).*/\1/p')
-# Of an empty date, `date` would make the midnight that has passed.
+# From an empty date, `date` would make the midnight that has passed.
 [ -z "$end" ] || end=$(date -d "$end" +%s) || end=
-# Slurm tells all processes of a cancelled job itself.
+# Slurm itself signals all processes of a cancelled job.
 term_signal=0
 notices="USR1 USR2"
 notice_signal=USR1
 [ -n "$end" ] || tell "Slurm tells no end of this job; the run stops by the signal alone"
 
-# Into the queue under the same number.
+# Puts the job into the queue again, under the same number.
 submit_again() {
-    # Slurm ends by a TERM what runs of the job.
+    # Slurm ends with a TERM what still runs of the job.
     trap '' TERM
     scontrol requeue "$job"
 }

@@ -9,15 +9,15 @@
 #
 #$ -N megatron_bert
 #$ -cwd
-# Grid Engine may pass over the first line.
+# Grid Engine may ignore the first line.
 #$ -S /bin/bash
-# Whole nodes with 4 GPUs each; at most 64. Not asked for here, as another type of node on the command
-# line would be asked for beside it.
+# Whole nodes with 4 GPUs each; at most 64. Not requested here, because another type of node on the
+# command line would be requested in addition.
 ##$ -l node_f=1
 #$ -l h_rt=24:00:00
-# Scheduled again where it asks for that, or a node fails.
+# The job is scheduled again if it asks for that, or a node fails.
 #$ -r y
-# USR2 ahead of the limit: the second line, if the deadline fails.
+# USR2 ahead of the limit: the second line of defence, if the deadline fails.
 #$ -notify
 # One log.
 #$ -j y
@@ -37,11 +37,11 @@ fi
 : "${MODULES:=cuda nccl}"
 checkout=$PWD
 . launch/common.sh
-# Its tasks would be so many jobs of one run.
+# The tasks of an array would be as many jobs of one run.
 [ "${SGE_TASK_ID:-undefined}" = undefined ] || refuse "an array job cannot train one run; submit without -t"
 
 job=$JOB_ID
-# Its first column has the hosts; without a parallel environment there is this one only.
+# The file's first column has the hosts; without a parallel environment there is only this host.
 if [ -n "${PE_HOSTFILE:-}" ]; then
     mapfile -t hosts < <(cut -d ' ' -f 1 "$PE_HOSTFILE" | awk '!seen[$0]++')
 else
@@ -50,14 +50,14 @@ fi
 nodes=${#hosts[@]}
 first=$(hostname)
 # Counted from now: the job has just begun.
-# Some print hard_resource_list, and some give it a number of its own.
+# Some versions print hard_resource_list, and some append a number to it.
 limit=$(ask qstat -j "$job" | sed -n 's/^hard[ _]resource_list[ 0-9]*:.*[ ,]h_rt=\([0-9:]*\).*/\1/p' |
     awk -F : '{ for (i = 1; i <= NF; i++) seconds = 60 * seconds + $i; print seconds }')
 end=${limit:+$(($(date +%s) + limit))}
 term_signal=TERM
 notice_signal=TERM
-# USR2 comes ahead of the limit, and ahead of a qdel too: the time tells which. Where that is not known
-# another job must be able to follow. USR1 comes ahead of a suspension, and at a soft limit.
+# USR2 comes ahead of the limit, and ahead of a qdel too: the time tells which. If the time is not
+# known, another job must be able to follow. USR1 comes ahead of a suspension, and at a soft limit.
 notices=USR1
 [ -n "$end" ] || {
     notices="USR1 USR2"
@@ -68,8 +68,8 @@ notices=USR1
 # wait for ever: its hosts do not count as free.)
 submit_again() {
     local answer copy
-    # A copy that nobody could announce would count its tries anew, for ever. It is held until all is
-    # told.
+    # A copy that could not be announced would count its tries anew, forever. It is held until
+    # everything has been announced.
     announce any || return 1
     answer=$(qresub -h u "$job")
     copy=$(sed -n 's/^Your job \([0-9]*\) .*/\1/p' <<<"$answer")
@@ -78,7 +78,7 @@ submit_again() {
         return 1
     fi
     announce "$copy" || tell "the number of job $copy could not be noted; its tries are counted on all the same"
-    # Where it asks for a range of slots it would begin on the first that are free.
+    # If it asks for a range of slots, it would begin on the first that are free.
     qalter -hold_jid "$job" "$copy" >&2 || tell "job $copy does not wait for the end of this one"
     if qalter -h U "$copy" >&2; then
         tell "job $copy follows"
@@ -93,9 +93,10 @@ on_every_node() {
     local host here told="" last all=$BASHPID others=()
     bash "$node_script" &
     here=$!
-    # The ranks of one node pass it on to all others. Told twice, torchrun waits no longer for them.
+    # The ranks of one node pass it on to all others. Signalled twice, torchrun no longer waits for
+    # its ranks.
     trap '[ -n "$told" ] || kill -s TERM "$here"; told=yes' TERM
-    # Answered by the script, but it may reach all processes.
+    # The script handles these, but they may reach all processes.
     trap : USR1 USR2
     for host in "${hosts[@]}"; do
         # Compared without their domains, which one of the two may have.
