@@ -144,7 +144,7 @@ def _add_peers(kinds: _Kinds) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of what measures a configuration's model."""
+    """Add the options of the benchmarks that measure a configuration's model."""
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -221,7 +221,8 @@ def _measure_data(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]
 
 
 def _measure_checkpoint(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    # Here, because each process that measures the data side reads this file, and needs no torch.
+    # Imported here, because each process that measures the data side loads this file and needs no
+    # torch.
     from megatron_bert.benchmark.checkpoint import measure as checkpoint
     from megatron_bert.benchmark.checkpoint.table import checkpoint_table
 

@@ -52,7 +52,7 @@ find_python() {
     bootstrap_fail "${incomplete:-Python 3.11 or newer is needed: ${old:-none was found}; install one, for example: apt-get install python3.11 python3.11-venv python3.11-dev}"
 }
 
-# make_environment DIR: whatever stands there goes.
+# make_environment DIR: whatever is there is removed.
 make_environment() {
     local base log
     base=$(find_python) || return
@@ -87,7 +87,7 @@ bootstrap_check_compiler() {
     fi
 }
 
-# bootstrap_check_space DIR MEGABYTES: without it pip fails in the middle, minutes later.
+# bootstrap_check_space DIR MEGABYTES: without that space pip would fail half-way, minutes later.
 bootstrap_check_space() {
     local free
     free=$(df -Pm -- "$1" 2>/dev/null | sed -n '2s/^[^ ]* *[0-9]* *[0-9]* *\([0-9]*\).*/\1/p')
@@ -95,7 +95,7 @@ bootstrap_check_space() {
         bootstrap_fail "the environment $1 needs about $2 MB (several GB where PyTorch brings CUDA along), and its disk has $free MB free: make room, or activate an environment on another disk"
 }
 
-# The build's tools that the machine lacks; a distribution's own are as good.
+# The build tools that the machine lacks; a distribution's own are good enough.
 bootstrap_build_tools() {
     local version
     version=$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p')
@@ -103,7 +103,7 @@ bootstrap_build_tools() {
     command -v ninja >/dev/null || echo ninja
 }
 
-# The tested set, less torch where the user's own environment has a usable one: a CUDA build of
+# The tested set, without torch if the user's own environment has a usable one: a CUDA build of
 # another version is kept.
 bootstrap_constraints() {
     local environment=$1
@@ -127,7 +127,7 @@ bootstrap_fingerprint() {
     } | sha256sum | cut -d ' ' -f 1
 }
 
-# Keeps pip's account, which it reads, on its output, and tells what takes long, a line each.
+# Copies pip's output from input to output, and announces each phase that takes long in a line.
 bootstrap_phases() {
     local line phase told=""
     while IFS= read -r line; do
@@ -145,8 +145,8 @@ bootstrap_phases() {
 
 # bootstrap_pip ENVIRONMENT EXTRAS LOG: the build runs in the environment itself, so that pinned tools
 # build, a changed source is rebuilt without a network, and CMake's cache holds from build to build.
-# Python compiles what it imports, unless it must not write that down; compiling all of every package
-# takes longer than installing it.
+# Python compiles what it imports, unless it may not write bytecode; compiling every package
+# completely takes longer than installing it.
 bootstrap_pip() {
     local environment=$1 extras=$2 log=$3 constraints=$1/megatron-bert-constraints.txt
     local -a tools pip compiling=()

@@ -24,7 +24,7 @@ with told_errors():
     from megatron_bert.run.export import export_model
 
 
-# Keys without a meaning for a model of learned positions that sees all.
+# Keys without a meaning for a model with learned positions and global attention.
 _OF_MODERNBERT = ("rope_theta", "local_rope_theta", "local_attention", "global_attention_every")
 
 

@@ -152,7 +152,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _prepare_process() -> None:
-    """Settle what the libraries read as they are loaded.
+    """Set what the libraries read from the environment when they are loaded.
 
     Raises:
         UserError: one of them is missing, or a launcher has started several ranks.
@@ -168,9 +168,9 @@ def _prepare_process() -> None:
             f"WORLD_SIZE = {ranks}: start this tool with python, not with torchrun; one process "
             "and one GPU train a cell, and others may run beside it with an --output of their own"
         )
-    # The model lies on the disk: nothing is looked up in a hub.
+    # The model is on the disk: nothing is looked up in a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # With several the trainer would make the batch as many times larger.
+    # With several GPUs, the trainer would make the batch as many times larger.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     _check(options)
     _prepare_process()
-    # Only now: they take seconds to load, and may be missing.
+    # Imported only now: they take seconds to load, and may be missing.
     from transformers.utils import logging as transformers_logging
 
     from megatron_bert.jglue.cell import Batches

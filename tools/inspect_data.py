@@ -133,7 +133,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _purposes(given: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """Of each option that not every call has a use for: whether this one has, and what gives it."""
+    """Yield each option without a use in every call, whether it has one here, and what gives it."""
     of_a_run = given.config is not None
     of_steps = of_a_run and not given.duplicates
     yield "--tokenizer", not of_a_run, "a run's is its data.tokenizer: set that"
@@ -169,7 +169,7 @@ def _rows(config: Config, given: argparse.Namespace) -> Iterator[str]:
 
 
 def _terminal_has_colours() -> bool:
-    """As https://no-color.org asks for it."""
+    """Whether to use colours, following https://no-color.org."""
     return (
         sys.stdout.isatty()
         and not os.environ.get("NO_COLOR")

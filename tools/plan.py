@@ -31,7 +31,7 @@ with told_errors():
     from megatron_bert.planner.search import make_plan
     from megatron_bert.words import counted
 
-# Of the LLM-jp tokenizer that RetrievaBERT has, padded: where no tokenizer is at hand.
+# The padded size of RetrievaBERT's LLM-jp tokenizer, assumed if no tokenizer is at hand.
 _USUAL_VOCABULARY = 99_584
 
 
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_nodes(gpus: int, machine: Machine) -> None:
-    """Nodes of a job are alike, as the job scripts need them; one alone may have GPUs to spare.
+    """Check that a job's nodes are alike, as job scripts need; a single one may have spare GPUs.
 
     Raises:
         ConfigError: not all nodes of the job would have as many GPUs.
@@ -141,7 +141,7 @@ def _vocabulary(config: Config) -> tuple[int, list[str]]:
     if config.model.vocab_size is not None:
         return config.model.vocab_size, []
     if Path(config.data.tokenizer).exists():
-        # Here: a plan with a known vocabulary needs no tokenizer's library.
+        # Imported here: a plan with a known vocabulary needs no tokenizer library.
         from megatron_bert.data.vocabulary import padded_vocab_size
 
         return padded_vocab_size(config), []
@@ -161,7 +161,7 @@ def _calibrate(name: str, folder: Path, network: str | None) -> None:
         find_network(network)
     if os.environ.get("RANK", "0") == "0":
         check_calibration(name, folder)
-    # Here: planning needs no torch.
+    # Imported here: planning needs no torch.
     import torch.distributed as dist
 
     from megatron_bert.benchmark.calibration import calibrate
@@ -184,7 +184,7 @@ def _hush(_: str) -> None:
 
 
 def _check_output(path: Path, config: Path) -> None:
-    """Only a plan may be replaced.
+    """Refuse a path whose file is not a plan: only a plan may be replaced.
 
     Raises:
         UserError: the file is something else, or the path climbs out of a folder that it names.
