@@ -1,4 +1,4 @@
-"""What a pipeline's ranks do for a micro-batch, and what that takes up and takes."""
+"""The actions of a pipeline's ranks: what each of them needs, and how long it takes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Action:
 
 
 def needs(action: Action, num_stages: int) -> Iterator[Action]:
-    """The computations whose results a computation takes up, on this rank or another."""
+    """Yield the computations, on this rank or another, whose results a computation needs."""
     stage, micro_batch = action.stage, action.micro_batch
     if action.kind is Kind.FORWARD:
         if stage > 0:

@@ -1,6 +1,6 @@
-"""Sums over rows, by a kernel of our own."""
+"""Column sums, computed by a kernel of our own."""
 
-# Types of a kernel's arguments are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _TILE, _COLUMNS, _WARPS = 64, 32, 4
 
 
 def column_sums(rows_PX: Tensor, dtype: torch.dtype) -> Tensor:
-    """Column sums, added up in fp32 in an order that follows from shapes alone, rounded once.
+    """Sum each column in fp32, in an order that depends on the shapes alone, and round once.
 
-    PyTorch's own kernel takes several times as long for some hundred rows.
+    With a few hundred rows, PyTorch's own kernel takes several times as long.
 
     Args:
         rows_PX: [P, X].
-        dtype: of what is returned.
+        dtype: dtype of the result.
 
     Returns:
         [X].

@@ -4,10 +4,11 @@ Weights and optimizer states are sharded in fp32 over the data-parallel ranks, c
 `compute_dtype`, gradients are reduced in fp32 (or bf16, on request) and summed, never averaged: the
 loss is already divided by the number of masked tokens in the global batch.
 
-A step gathers weights once and reduces gradients once, however many micro-batches it has: each
-unit's weights are asked for before the unit ahead of it computes, and its gradients are reduced
-beside the backward pass of the units ahead. In passes between the first and the last nothing stands
-between the units, so that what a small micro-batch costs the host is the model's own.
+A step gathers the weights once and reduces the gradients once, however many micro-batches it has:
+the all-gather of a unit's weights starts before the preceding unit computes, and the reduction of
+its gradients overlaps the backward pass of the preceding units. In the passes between the first and
+the last, nothing runs between the units, so that a small micro-batch costs the host no more than
+the model itself does.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _ENDED = object()
 
 
 class ShardedModel(Generic[Model]):
-    """A model, or a pipeline stage's part of it, whose parameters are sharded; changed in place.
+    """A model, or a pipeline stage's part of it, whose parameters are sharded in place.
 
-    Each of its units, which the forward pass calls one after another, is gathered and reduced by
-    itself, and what remains of the model before and after all of them.
+    The forward pass calls the units one after another. Each is gathered and reduced on its own, and
+    so is the rest of the model, before and after the units.
 
     Attributes:
         module: the model.
@@ -44,11 +45,11 @@ class ShardedModel(Generic[Model]):
         module: the model.
         units: its blocks, in the order of the forward pass.
         topology: the ranks.
-        compute_dtype: type of weights and activations in forward and backward.
-        reduce_dtype: type in which a step's gradients are added up, over micro-batches and over
-            the ranks; where one rank has all rows, it stays fp32.
+        compute_dtype: dtype of weights and activations in forward and backward.
+        reduce_dtype: dtype in which a step's gradients accumulate over micro-batches and are
+            reduced over the ranks; always fp32 if one rank has all rows.
         reshard_after_forward: free a unit's gathered weights after its forward pass and after its
-            backward pass (ZeRO-3); by default they stay to the end of a step.
+            backward pass (ZeRO-3); by default they stay until the end of a step.
     """
 
     def __init__(
@@ -64,10 +65,10 @@ class ShardedModel(Generic[Model]):
         self.module = module
         self.units = tuple(units)
         if topology.data_parallel_size == 1:
-            # There is nothing to send, and rounding would be for nothing.
+            # Nothing is sent, so rounding would gain nothing.
             reduce_dtype = torch.float32
         self._compute_dtype, self._reduce_dtype = compute_dtype, reduce_dtype
-        # In the order of the forward pass, but for what of the model stands behind the units.
+        # In forward order, except that `module` also holds what runs after the units.
         self._parts: tuple[nn.Module, ...] = (module, *self.units)
         self._frees = reshard_after_forward
         ranks = DataRanks(topology)
@@ -88,15 +89,15 @@ class ShardedModel(Generic[Model]):
 
     @contextmanager
     def step(self, micro_batches: int = 0, *, keeps_sums: bool = False) -> Iterator[None]:
-        """A step of so many micro-batches, or forward passes that no backward pass follows.
+        """Run a step of so many micro-batches or, with 0, forward passes without a backward pass.
 
-        Within it the model's parameters are the gathered weights in the compute type: whoever read
-        them, to save them say, would get rounded ones. After it they are the shards, with what
-        gradients there were, and after an exception without those of this step.
+        Inside the block the model's parameters are the gathered weights in the compute dtype: code
+        that reads them, to save them for example, gets rounded values. After the block they are the
+        shards again, with their gradients; after an exception, without the gradients of this step.
 
         Args:
-            micro_batches: whose gradients are added up.
-            keeps_sums: add them up at the same addresses in every step, from 0 on.
+            micro_batches: number of micro-batches whose gradients accumulate.
+            keeps_sums: accumulate them at the same addresses in every step, starting from 0.
         """
         if micro_batches:
             self._begin(micro_batches, keeps_sums)
@@ -108,7 +109,7 @@ class ShardedModel(Generic[Model]):
             raise
 
     def _begin(self, micro_batches: int, keeps_sums: bool) -> None:
-        # Those of a single one are rather reduced from the compute type: half the bytes.
+        # The gradients of a single one stay in the compute dtype until reduced: half the bytes.
         several = micro_batches > 1 or keeps_sums
         dtype = self._reduce_dtype if several else self._compute_dtype
         for unit in self._unit_of.values():
@@ -117,31 +118,31 @@ class ShardedModel(Generic[Model]):
                 unit.keep_sums()
 
     def gather(self) -> None:
-        """Have all weights, before the model is called."""
+        """Gather all weights before the model is called."""
         for part in self._parts:
             self.gather_for(part)
 
     def gather_for(self, part: nn.Module) -> None:
-        """Have a unit's weights, or those of what stands around the units, as it is to compute."""
+        """Gather the weights of a unit, or of the model around the units, before it computes."""
         self._gather(part, self._following.get(part))
 
     def clear_sums(self) -> None:
-        """Begin once more to add up gradients, of a step that keeps its sums."""
+        """Restart gradient accumulation from 0, in a step that keeps its sums."""
         for unit in self._unit_of.values():
             unit.clear_sums()
 
     def begin_last_pass(self) -> None:
-        """The coming forward pass is the step's last: its backward pass reduces gradients."""
+        """Announce the step's last forward pass: its backward pass reduces gradients."""
         self._reduces = True
 
     def end_backward(self, unit: nn.Module) -> None:
-        """Reduce a unit's gradients, if those of the step's last pass were added to them."""
+        """Reduce a unit's gradients if they now include those of the step's last pass."""
         if self._reduces:
             self.reduce(unit)
 
     @contextmanager
     def cut_by(self, cut: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
-        """Let `cut` change what goes into each unit, and nothing else happen between units."""
+        """Let `cut` replace each unit's input, and have nothing else run between the units."""
         self._cut = cut
         try:
             yield
@@ -149,7 +150,7 @@ class ShardedModel(Generic[Model]):
             self._cut = None
 
     def reduce(self, unit: nn.Module) -> None:
-        """Begin to reduce a unit's gradients, which are complete."""
+        """Start reducing a unit's gradients, which are complete."""
         self._go_on()
         self._reduced.add(unit)
         reduction = self._unit_of[unit].reduction()
@@ -179,7 +180,7 @@ class ShardedModel(Generic[Model]):
         self._reduced.clear()
 
     def _go_on(self) -> None:
-        """Wait for the messages that are under way, and begin those behind them."""
+        """Wait for the messages in flight, and start the ones that follow them."""
         self._reductions = [one for one in self._reductions if next(one, _ENDED) is not _ENDED]
 
     def _before_model(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -199,16 +200,17 @@ class ShardedModel(Generic[Model]):
             return
         self._unit_of[unit].free()
         if torch.is_grad_enabled():
-            # Not by another function, whose output would be a view: a pipeline frees what it sent.
+            # A hook, not an autograd function, whose output would be a view: a pipeline frees the
+            # data that it has sent.
             output.register_hook(  # type: ignore[no-untyped-call]
                 lambda _: self._gather(unit, self._ahead.get(unit))
             )
 
     def _gather(self, unit: nn.Module, next_one: nn.Module | None) -> None:
-        """Have a unit's weights, and ask for those of the one whose turn is next."""
+        """Gather a unit's weights, and start gathering those of the next one."""
         self._unit_of[unit].start_gathering()
         if next_one is not None:
-            # Before the unit computes: the host need not run ahead of the device for it.
+            # Started before the unit computes, so that the host need not run ahead of the device.
             self._unit_of[next_one].start_gathering()
         self._unit_of[unit].gather()
 
@@ -222,7 +224,7 @@ class ShardedModel(Generic[Model]):
 def _shared_out(
     modules: Sequence[nn.Module],
 ) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str]]]]:
-    """The parameters of each module, but for those of the modules ahead of it."""
+    """Yield each module with its parameters, except those of the modules before it."""
     taken: set[nn.Module] = set()
     parameters: set[nn.Parameter] = set()
     for module in modules:
@@ -238,7 +240,7 @@ def _shared_out(
 
 
 def _run_backward(x: Tensor, action: Callable[[], None]) -> Tensor:
-    """The same tensor, whose gradient runs `action` as it passes."""
+    """Return the same tensor; in backward, `action` runs when its gradient passes."""
     y: Tensor = _RunBackward.apply(x, action)  # type: ignore[no-untyped-call]
     return y
 
@@ -251,6 +253,6 @@ class _RunBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # PyTorch adds gradients up on parameters before it goes on to other functions.
+        # PyTorch accumulates gradients into parameters before it goes on to other functions.
         ctx.action()
         return grads[0], None

@@ -1,4 +1,4 @@
-"""How parameters are shared out over the data-parallel ranks."""
+"""How parameters are sharded over the data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-# A dimension that tensor parallelism has split already.
+# `_StridedShard` splits a dimension that tensor parallelism has already split.
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from megatron_bert.distributed.topology import Topology
@@ -16,12 +16,12 @@ from megatron_bert.parallel.sharding import local_part
 
 
 class DataRanks:
-    """The ranks that share a model's parameters out, and those that hold copies of the shards.
+    """The ranks over which a model's parameters are sharded, and those that hold the same shards.
 
-    Of a parameter of R rows each of W ranks has ceil(R / W), the last ones fewer or none.
+    Of a parameter's R rows, each of W ranks has ceil(R / W); the last ranks have fewer or none.
 
     Attributes:
-        group: ranks that share parameters out.
+        group: ranks over which parameters are sharded.
         size: number of them.
         copies: ranks that hold the same shards; None where there is one copy.
     """
@@ -33,11 +33,11 @@ class DataRanks:
         self.copies = copies if copies.size() > 1 else None
         self._axes = ("dp_shard",) if self.copies is None else ("dp_replicate", "dp_shard")
         self._mesh = topology.mesh
-        # Cutting a mesh takes milliseconds where ranks are many.
+        # Slicing a mesh takes milliseconds when there are many ranks.
         self._meshes: dict[tuple[str, ...], DeviceMesh] = {}
 
     def rows_of_each(self, rows: int) -> int:
-        """How many of a parameter's rows a rank has, those missing at the end counted."""
+        """How many of a parameter's rows a rank has, counting those that the last ranks lack."""
         return math.ceil(rows / self.size)
 
     def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -50,7 +50,7 @@ class DataRanks:
         if isinstance(parameter, DTensor):
             (split,) = parameter.placements
             if split.is_shard(0):
-                # The rows are those of a tensor-parallel rank's part of the whole.
+                # The rows are cut from a tensor-parallel rank's part, not from the whole.
                 parts = parameter.device_mesh.size()
                 placements = self._placements(_StridedShard(0, split_factor=parts))
             axes, placements = (*axes, "tp"), (*placements, split)

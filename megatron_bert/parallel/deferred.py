@@ -1,10 +1,11 @@
-"""Weights' gradients that are computed apart from the gradient of the input.
+"""Deferred weight gradients, computed separately from the gradient of the input.
 
-Zero bubble (Qi et al. 2024, section 2) lets the stage before go on with the input's gradient and
-computes the weights' while it would wait. Layers that have large products leave them here in their
-backward pass, one `WeightProducts` each a micro-batch; small gradients (biases, norms) are had at
-once. `accumulate_deferred` computes what a micro-batch left, so that every product is computed and
-every collective of a layer is called once, as in one pass.
+Zero bubble (Qi et al. 2024, section 2) lets the previous stage continue with the input's gradient,
+and computes the weight gradients when the rank would otherwise wait. Layers with large products
+defer them here in their backward pass, one `WeightProducts` each per micro-batch; small gradients
+(biases, norms) are computed at once. `accumulate_deferred` computes what a micro-batch has
+deferred. Every product is computed once, and every collective of a layer is called once, as in an
+undivided backward pass.
 
 Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D
 features in, F features out.
@@ -33,15 +34,15 @@ from megatron_bert.parallel.sharding import local_part
 
 
 class WeightProducts:
-    """Gradients y_grad^T x of the weights that one micro-batch's x went through, not yet computed.
+    """Weight gradients y_grad^T x of one micro-batch that are not yet computed.
 
     Args:
-        layers: whose weights they are.
-        x_TD: what they read.
-        grads_NF: of what they gave, one a layer; or, for one product of their weights, one with the
-            layers' features side by side.
-        group: the ranks whose tokens are to be gathered; None where x has all of them.
-        joined: whether they come by one product, as `weight_gradients` gives them.
+        layers: the layers whose weights they are for.
+        x_TD: the layers' input.
+        grads_NF: gradients of the layers' outputs, one per layer; or, for one product of their
+            weights, a single one with the layers' features side by side.
+        group: the ranks whose tokens must be gathered; None if x has all of them.
+        joined: whether one product gives them all, as in `weight_gradients`.
     """
 
     def __init__(
@@ -60,13 +61,13 @@ class WeightProducts:
         self._joined = joined
 
     def gather(self) -> Pending | None:
-        """Begin to gather the tokens; None where they are all there."""
+        """Start gathering the tokens; None if x already has all of them."""
         return None if self._group is None else start_all_gather(self._x_TD, self._group)
 
     def compute(self, gathering: Pending | None) -> Sequence[Tensor | None]:
-        """The gradients of this rank's weights, from what `gather` returned.
+        """Compute the gradients of this rank's weights, given what `gather` returned.
 
-        Those that were added to their sums are None.
+        A gradient that was added to its sum is returned as None.
         """
         x_ND = self._x_TD if gathering is None else wait(gathering)
         if self._joined:
@@ -75,14 +76,14 @@ class WeightProducts:
         return [grad_NF.T @ x_ND for grad_NF in self._grads_NF]
 
 
-# What a layer has left, the micro-batches in the order of their backward passes.
+# A layer's deferred products, with the micro-batches in the order of their backward passes.
 WeightQueue = deque[WeightProducts]
 
 
 class DeferringLayer(Protocol):
-    """A layer that leaves its products, in a queue where it has one.
+    """A layer that defers its weight products if it has a queue for them.
 
-    Of several layers that read one input the first's queue takes the products of all.
+    If several layers read one input, the first layer's queue takes the products of all of them.
     """
 
     weight: nn.Parameter
@@ -90,7 +91,7 @@ class DeferringLayer(Protocol):
 
 
 def defer_weight_gradients(model: ShardedModel[Any]) -> None:
-    """Have the layers in the model's units leave their products from now on."""
+    """Make the layers in the model's units defer their weight products from now on."""
     for unit in model.units:
         for layer in _deferring_layers(unit):
             layer.deferred = WeightQueue()
@@ -98,7 +99,7 @@ def defer_weight_gradients(model: ShardedModel[Any]) -> None:
 
 @contextmanager
 def dropping_deferred(model: ShardedModel[Any]) -> Iterator[None]:
-    """Around a step: what its layers have left goes with an exception."""
+    """Wrap a step: discard what its layers have deferred if an exception ends it."""
     try:
         yield
     except BaseException:
@@ -118,7 +119,7 @@ def _deferring_layers(unit: nn.Module) -> Iterator[DeferringLayer]:
 def linear_with_deferred_weight(
     layer: DeferringLayer, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None
 ) -> Tensor:
-    """`F.linear` whose backward pass leaves the weight's product in the layer's queue."""
+    """`F.linear` whose backward pass puts the weight's product into the layer's queue."""
     y: Tensor = _Linear.apply(x_ND, weight_FD.detach(), bias_F, layer)  # type: ignore[no-untyped-call]
     return y
 
@@ -145,11 +146,12 @@ class _Linear(torch.autograd.Function):
 
 
 def accumulate_deferred(model: ShardedModel[Any], *, reduces: bool) -> None:
-    """Compute what the longest waiting micro-batch has left, and add it to the gradients.
+    """Compute what the longest-waiting micro-batch has deferred, and add it to the gradients.
 
     Args:
-        model: what left it.
-        reduces: reduce each unit's gradients, once they are there, beside the next one's products.
+        model: the model whose layers deferred it.
+        reduces: reduce each unit's gradients once they are complete, overlapping the next unit's
+            products.
     """
     for unit in reversed(model.units):
         products = deque(
@@ -162,10 +164,10 @@ def accumulate_deferred(model: ShardedModel[Any], *, reduces: bool) -> None:
 
 @torch.no_grad()
 def _accumulate(products: deque[WeightProducts]) -> None:
-    """Gather the tokens of one while another's products are computed."""
+    """Compute the products in turn, gathering tokens for the next while one is computed."""
     gathering = products[0].gather() if products else None
     while products:
-        # What was left goes as soon as it is used up.
+        # Taken off the queue, so that its memory is freed once it is used up.
         group = products.popleft()
         ready, gathering = gathering, products[0].gather() if products else None
         weights = [layer.weight for layer in group.layers]

@@ -15,7 +15,7 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
         parts: alike but for the number of rows.
 
     Returns:
-        None where they do not stand end to end.
+        The view; None if the parts are not end to end in memory.
     """
     first = parts[0]
     if len(parts) == 1:

@@ -9,8 +9,8 @@ A weight is stored as in `nn.Linear`, [out, in]. Over two ranks
 so that column-parallel, a pointwise function or attention, then row-parallel needs one
 all-reduce forward (in the row-parallel layer) and one backward (in the column-parallel one).
 Where the ranks share the tokens between such pairs (sequence parallelism, Korthikanti et al. 2022,
-section 4.2.2), the first gathers them and the second sums and scatters: as many bytes travel, and
-what stands between the pairs is held once and not on every rank.
+section 4.2.2), the first gathers them and the second sums and scatters: the same number of bytes
+travel, and what lies between the pairs is held once instead of on every rank.
 
 Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D
 features in, F features out.
@@ -46,14 +46,14 @@ from megatron_bert.parallel.partial_gradients import mark_partial
 from megatron_bert.parallel.sharding import local_part, make_parameter
 
 LinearProduct: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Computes x W^T + b in place of PyTorch, backward too: of x [N, D], W [F, D], b [F] or None."""
+"""Computes x W^T + b, backward too, in place of PyTorch; x is [N, D], W [F, D], b [F] or None."""
 
 
 class ColumnParallelLinear(nn.Module):
     """Weight and bias of y = x W^T + b whose output features are split over the ranks.
 
-    With `replicated=True` every rank holds all of it (the key and value heads that do not divide
-    over the ranks); each rank's heads then give a part of its gradient.
+    With `replicated=True` every rank holds all of it (for key and value heads that do not divide
+    over the ranks); each rank's heads then contribute a part of its gradient.
 
     Layers that read the same input are computed together by `column_parallel`, or by a fused block.
     """
@@ -114,9 +114,9 @@ def column_parallel(
 ) -> tuple[Tensor, ...]:
     """Apply several column-parallel layers to one input.
 
-    Backward, the collective of the input's gradient runs under the weights' gradient GEMMs, which
-    two separate functions around one linear layer could not do; so does the gathering of shared
-    tokens under the input's gradient GEMMs.
+    In backward, the collective on the input's gradient overlaps the weight-gradient GEMMs, which
+    two separate functions around one linear layer could not do; and the gathering of shared tokens
+    overlaps the input-gradient GEMMs.
 
     Args:
         x_TD: [T, in], the tokens that this rank holds.
@@ -124,7 +124,7 @@ def column_parallel(
         tp: the ranks.
 
     Returns:
-        One tensor [N, out / tp] a layer.
+        One tensor [N, out / tp] per layer.
     """
     pairs = [layer.local_parameters() for layer in layers]
     if tp.size == 1:
@@ -135,7 +135,7 @@ def column_parallel(
     weights, biases = zip(*pairs, strict=True)
     deferring = None
     if layers[0].deferred is not None:
-        # Their gradients do not come by way of this function.
+        # The weights' gradients do not pass through this function.
         deferring, weights = layers, tuple(weight.detach() for weight in weights)
     return _ColumnParallel.apply(  # type: ignore[no-any-return,no-untyped-call]
         x_TD, tp.group, tp.shards_tokens, deferring, *weights, *biases
@@ -156,9 +156,9 @@ def _linear(
 
 
 class _GivenToProducts(torch.autograd.Function):
-    """What column-parallel products that have a backward pass of their own read: all tokens.
+    """All tokens, as input to column-parallel products with a backward pass of their own.
 
-    Backward the gradient, a part from each rank, is summed, and nothing runs beside that.
+    In backward the ranks' parts of the gradient are summed, and nothing overlaps that collective.
     """
 
     @staticmethod
@@ -186,7 +186,7 @@ class _ColumnParallel(torch.autograd.Function):
         weights, biases = cast(tuple[Tensor, ...], parameters[:count]), parameters[count:]
         ctx.group, ctx.shards_tokens, ctx.deferring = group, shards_tokens, deferring
         ctx.has_biases = [bias is not None for bias in biases]
-        # Of shared tokens each rank keeps its own; they are gathered again backward.
+        # If the ranks share the tokens, each keeps its own; they are gathered again in backward.
         ctx.save_for_backward(x_TD, *weights)
         x_ND = wait(start_all_gather(x_TD, group)) if shards_tokens else x_TD
         return tuple(F.linear(x_ND, w, b) for w, b in zip(weights, biases, strict=True))
@@ -215,19 +215,19 @@ def joined_gradients(
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Gradients of column-parallel layers that were computed by one product of their weights.
 
-    The collectives run under products as `column_parallel`'s do.
+    The collectives overlap products as in `column_parallel`.
 
     Args:
-        grad_NF: [N, F], of all layers' features side by side.
-        x_TD: [T, in], what they read, of the tokens that this rank holds.
+        grad_NF: [N, F], gradient of all layers' features side by side.
+        x_TD: [T, in], the layers' input, for the tokens that this rank holds.
         weights: [out / tp, in] each.
-        layers: whose they are; where they leave their weights' products, these are left.
+        layers: the layers; if they defer their weight products, these are deferred.
         tp: the ranks.
         known: the weights as autograd knows them.
 
     Returns:
-        The input's, [T, in], and the weights', for autograd: None in place of those that were left
-        or added to their sums.
+        The input's gradient, [T, in], and the weights' gradients, for autograd: None in place of
+        those that were deferred or added to their sums.
     """
     group = tp.group if tp.size > 1 else None
     sharing = group if tp.shards_tokens else None
@@ -244,9 +244,9 @@ def _column_gradients(
     deferring: tuple[ColumnParallelLinear, ...] | None,
     known: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Of the input and the weights; `sharing` are the ranks that share the tokens.
+    """Gradients of the input and the weights; `sharing` are the ranks that share the tokens.
 
-    `known` are the weights as autograd knows them, of layers that one product computed.
+    `known` are the weights as autograd knows them, given if one product computed all layers.
     """
     gathers = sharing is not None and deferring is None
     gathering = start_all_gather(x, sharing) if sharing is not None and gathers else None

@@ -1,4 +1,4 @@
-"""A step's micro-batches through the model: forward and backward, gradients accumulated.
+"""Run a step's micro-batches through the model, forward and backward, accumulating gradients.
 
 One rank's model computes them in turn; `parallel.pipeline` passes them through several ranks.
 """
@@ -19,7 +19,7 @@ MicroBatch = tuple[Tensor, ...]
 
 
 class HeadOutput(NamedTuple):
-    """What the model's head says of a micro-batch's masked slots.
+    """The output of the model's head for a micro-batch's masked slots.
 
     Attributes:
         loss: their summed cross-entropy in nats, weighted; fp32, a scalar.
@@ -55,7 +55,7 @@ class WholeModel:
     """The model on this rank, from embeddings to head.
 
     Attributes:
-        model: gives a `HeadOutput`.
+        model: returns a `HeadOutput`.
     """
 
     def __init__(self, model: ShardedModel[Any]) -> None:

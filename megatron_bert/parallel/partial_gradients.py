@@ -1,8 +1,8 @@
-"""Parameters that all tensor-parallel ranks hold whole, but use for a part of the work each.
+"""Parameters that every tensor-parallel rank holds whole but uses for only a part of the work.
 
-Their gradient on a rank is that part's; the sum over the ranks is the whole. Summing once a step,
-after the last micro-batch and on the shards that data parallelism leaves, is one small message,
-where a collective at each use would be one for every parameter of every micro-batch.
+A rank's gradient comes from its part of the work; the sum over the ranks is the whole gradient.
+Summing once a step, after the last micro-batch and on the shards that data parallelism leaves,
+takes one small message; a collective at each use would take one per parameter and micro-batch.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _MARK = "partial_gradients"
 
 
 def mark_partial(module: nn.Module, *names: str) -> None:
-    """Remember that these of the module's own parameters get a part of their gradient a rank.
+    """Mark these of the module's own parameters: each rank computes a part of their gradient.
 
-    The module remembers, since sharding replaces parameters by others.
+    The mark is on the module because sharding replaces the parameters.
     """
     setattr(module, _MARK, names)
 
 
 def per_token(module: nn.Module, tp: TensorParallelGroup) -> nn.Module:
-    """Say that a module is applied to each token by itself; returns the module.
+    """Declare that a module is applied to each token independently, and return the module.
 
-    Where the ranks share the tokens, each has a part of the gradient of its parameters.
+    If the ranks share the tokens, each computes a part of the gradient of the module's parameters.
     """
     if tp.shards_tokens:
         mark_partial(module, *(name for name, _ in module.named_parameters(recurse=False)))

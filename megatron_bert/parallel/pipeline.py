@@ -1,8 +1,8 @@
 """Pipeline parallelism: a step through the stages that this rank holds.
 
-`parallel.schedule` says in what order. Every rank makes the same rows itself, so that only hidden
-states travel between stages and only their gradients back, all of one shape, [T, D] of the compute
-type: the T tokens of a micro-batch that a rank holds, D features.
+`parallel.schedule` gives the order. Every rank makes the same rows itself, so that only hidden
+states travel to the next stage and only their gradients travel back. All have one shape, [T, D],
+and the compute dtype: the T tokens of a micro-batch that a rank holds, D features.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Pipeline:
         chunks: the same.
         schedule: the order of the micro-batches.
         topology: the ranks.
-        hidden_size: width of what travels between stages.
-        compute_dtype: its type.
+        hidden_size: width of the hidden states that travel between stages.
+        compute_dtype: their dtype.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Pipeline:
         self._topology = topology
         self._hidden_size = hidden_size
         self._compute_dtype = compute_dtype
-        # By what they were made for: steps of a stage of the curriculum have one number.
+        # Keyed by the number of micro-batches, which is the same throughout a curriculum stage.
         self._training: dict[int, Schedule] = {}
         self._evaluation: dict[int, Schedule] = {}
         if SCHEDULES[schedule].splits_backward:
@@ -124,10 +124,10 @@ class _Step:
 
     Args:
         chunks: the stages.
-        schedule: what the actions are of.
+        schedule: the schedule that the actions belong to.
         micro_batches: all of the step.
-        finish: takes the head's output, and returns what is derived in training.
-        messages: carries what passes between ranks.
+        finish: takes the head's output and, in training, returns what is differentiated.
+        messages: carries tensors between ranks.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class _Step:
     ) -> None:
         self._chunks = chunks
         self._num_ranks = schedule.num_ranks
-        # Then gradients are complete behind the weights' part.
+        # If so, gradients are complete only after the weights' part of a backward pass.
         self._splits_backward = any(
             action.kind is Kind.BACKWARD_WEIGHT for action in schedule.actions[0]
         )
@@ -148,20 +148,20 @@ class _Step:
         self._micro_batches = micro_batches
         self._finish = finish
         self._messages = messages
-        # By stage and micro-batch, from the forward pass to the backward pass.
+        # Keyed by stage and micro-batch, kept from the forward pass to the backward pass.
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
-        # From the computation to the message.
+        # Kept from the computation to the message that sends it.
         self._to_send: dict[Action, Tensor] = {}
 
     def run(self, actions: Sequence[Action]) -> None:
-        """Take the actions."""
+        """Perform the actions in order."""
         for peer, group in groupby(actions, self._peer):
             if peer is None:
                 for action in group:
                     self._compute(action)
             else:
-                # What stands side by side passes in both directions at once.
+                # Consecutive messages with one peer travel in both directions at once.
                 self._messages.exchange(peer, list(group), self._to_send)
         self._messages.close()
 

@@ -27,8 +27,8 @@ ROW_OFFSET = 0x5BD1E995
 GROUP_OFFSET = 0x85EBCA6B
 ELEMENT_OFFSET = 0x9E3779B9
 
-# Elements of a vector that are hashed by their place among as many neighbours, and by where these
-# stand: what a kernel that takes so many at once has to hash is then alike for all of them.
+# Elements per group. An element is hashed by its place within its group and by the group's number,
+# so that a kernel that takes one group at a time has the same hashes of places for every group.
 GROUP = 64
 
 
@@ -72,7 +72,7 @@ def vector_draws(keys: Tensor, numbers: Tensor) -> Tensor:
     """Hash each vector that elements are to be dropped from: the first half of a dropout mask.
 
     Args:
-        keys: int64, from `dropout_keys`, that of the vector's row; broadcast against `numbers`.
+        keys: int64, from `dropout_keys`, the key of the vector's row; broadcast against `numbers`.
         numbers: int64, below 2^32, the vector's number within its row.
 
     Returns:
@@ -87,9 +87,9 @@ def vector_draws(keys: Tensor, numbers: Tensor) -> Tensor:
 def element_draws(count: int, device: torch.device) -> Tensor:
     """Hash the numbers of a vector's elements, [count]: the other half, alike for all vectors.
 
-    Of four elements, two places in two groups, three settle the fourth by a rule that is the same
-    for all vectors: any two or three are dropped independently, such fours but on average over
-    them. (So are two elements of two vectors.)
+    Among four elements at two places in two groups, three determine the fourth by a rule that is
+    the same for all vectors: any two or three elements are dropped independently, such sets of four
+    only on average over all of them. (The same holds for two elements of each of two vectors.)
     """
     numbers = torch.arange(count, device=device, dtype=torch.int64)
     members = mix32((numbers % GROUP) ^ ELEMENT_OFFSET)
@@ -105,8 +105,8 @@ def hash_dropout(
     The mask is a function of the row's key, of the vector's number within the row and of the
     element's within the vector, so it is the same whatever batch, rank or order the vector is
     computed in. The two hashes are made once; for each element they are added and the sum is
-    squared, modulo 2^32: elements whose hashes lie a fixed distance apart, as those of two vectors
-    do, are unrelated after it, as they would not be after a multiplication by a constant.
+    squared, modulo 2^32. Squaring makes elements unrelated whose hashes lie a fixed distance apart,
+    as those of two vectors do; multiplying by a constant would not.
 
     Args:
         x: [..., C], vectors along the last dimension.
@@ -129,7 +129,7 @@ def hash_dropout(
 
 
 def keep_threshold(probability: float) -> int:
-    """What a draw, as a signed number of 32 bits, reaches where its element is kept."""
+    """The smallest draw, as a signed 32-bit number, for which an element is kept."""
     return min(round(probability * 2**32), _MASK_32) - _SIGN_BIT
 
 

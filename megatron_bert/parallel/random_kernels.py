@@ -1,6 +1,6 @@
 """The hashes of `parallel.random` in Triton, for kernels that draw by themselves."""
 
-# Types are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def group_draws(numbers):
 
 @triton.jit
 def member_draws(numbers):
-    """What it adds for their places within the group, as int32."""
+    """What `element_draws` adds for their places within the group, as int32."""
     return mix((numbers % GROUP).to(tl.uint32) ^ _ELEMENT_OFFSET).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def is_kept(draws, threshold):
-    """Which elements `hash_dropout` keeps, of sums of draws."""
+    """Which elements `hash_dropout` keeps, given the sums of their draws."""
     return draws * draws >= threshold

@@ -1,10 +1,10 @@
 """Passes through the model that are recorded once and replayed for every micro-batch.
 
-What a micro-batch of few tokens costs the host, some hundred launches a layer, is more than what it
-costs a GPU. CUDA graphs of the pass, forward and backward, are launched one a unit and direction;
-they compute the same operators on the same addresses, so that inputs are copied to where they were,
-weights are gathered to where they were, and gradients are added up where they were. Between the
-graphs the host gathers weights and reduces gradients as without them.
+A micro-batch of few tokens costs the host, with some hundred launches per layer, more time than it
+costs a GPU. The pass is therefore recorded as CUDA graphs, one per unit and direction (forward and
+backward). They run the same operators on the same addresses, so that inputs are copied, weights
+gathered and gradients accumulated where they were in the recording. Between the graphs the host
+gathers weights and reduces gradients as it does without them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megatron_bert.distributed.device_work import wait_for_step, work_point
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import HeadOutput, MicroBatch, WholeModel
 
-# Before a recording: kernels are compiled, and libraries take what memory they work in.
+# Run before a recording, so that kernels are compiled and libraries allocate their workspaces.
 _WARM_UP_PASSES = 2
 
 
 class Recorder(Protocol):
-    """Records the operators of a pass, stretch by stretch.
+    """Records the operators of a pass, one stretch at a time.
 
-    What these write to memory that was there before may hold anything after that.
+    Memory allocated before a stretch that its operators write to may hold anything afterwards.
     """
 
     def begin(self) -> None:
@@ -39,12 +39,12 @@ class Recorder(Protocol):
         ...
 
     def end(self) -> Callable[[], None]:
-        """End it; returns what runs its operators again, on the same tensors."""
+        """End the stretch; return a function that runs its operators again on the same tensors."""
         ...
 
 
 Recording: TypeAlias = Callable[[], AbstractContextManager[Recorder]]
-"""Gives a recorder; within it passes are run, first some that are not recorded."""
+"""Yields a recorder; passes run inside the block, the first few of them unrecorded."""
 
 
 class _GraphRecorder:
@@ -57,10 +57,10 @@ class _GraphRecorder:
 
     def begin(self) -> None:
         if self._pool is None:
-            # They take memory of their own: what passes had before goes back, and graphs of other
-            # shapes that wait for the collector.
+            # Graphs take memory of their own: free what earlier passes had, and graphs of other
+            # shapes that wait for the garbage collector.
             gc.collect()
-            # Giving it back waits for the device, which may wait for a rank that is gone.
+            # Freeing it waits for the device, which may wait for a rank that is gone.
             wait_for_step(work_point(self._device), self._timeout)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -84,11 +84,11 @@ class _GraphRecorder:
 
 
 class CudaGraphs:
-    """Recordings on a device, all on one stream, for which libraries keep memory.
+    """Recordings on a device, all on one stream, as libraries keep memory for each stream.
 
     Args:
-        device: the current one.
-        timeout_seconds: how long it may take to come to the end of what it was given before.
+        device: the current device.
+        timeout_seconds: how long the device may take to finish the work it was given before.
     """
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
@@ -127,13 +127,13 @@ class RecordedModel(WholeModel):
         """See `MicroBatchRunner`.
 
         Raises:
-            ConfigError: what such micro-batches take cannot be recorded here.
+            ConfigError: the passes of such micro-batches cannot be recorded here.
         """
         self.model.module.train()
         loss = torch.zeros_like(count)
         with _memory_noted(), self.model.step(len(micro_batches), keeps_sums=True):
             if self._passes is None or not self._passes.take(micro_batches[0]):
-                # The memory of those for other shapes goes before new ones take theirs.
+                # Free the passes for other shapes before new ones take their memory.
                 self._passes = None
                 self._passes = _Passes(self.model, micro_batches[0], count, self._recording)
                 self.model.clear_sums()
@@ -144,17 +144,17 @@ class RecordedModel(WholeModel):
         return loss
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[HeadOutput]:
-        """See `MicroBatchRunner`; launched."""
+        """See `MicroBatchRunner`; launched, not replayed."""
         with _memory_noted():
             return super().evaluate(micro_batches)
 
 
 class _Passes:
-    """A recording for micro-batches of one shape; making it leaves anything in sums of gradients.
+    """A recording for micro-batches of one shape; making it leaves garbage in the gradient sums.
 
     Args:
-        model: what they go through.
-        micro_batch: one of the shape.
+        model: the model that they go through.
+        micro_batch: one of that shape.
         count: what its summed loss is divided by.
         recording: see `RecordedModel`.
 
@@ -181,14 +181,14 @@ class _Passes:
         self._steps = stretches.steps
 
     def take(self, micro_batch: MicroBatch) -> bool:
-        """Whether they serve for a micro-batch."""
+        """Whether these passes can serve a micro-batch."""
         return all(
             (x.shape, x.dtype) == (own.shape, own.dtype)
             for x, own in zip(micro_batch, self._inputs, strict=True)
         )
 
     def run(self, micro_batch: MicroBatch, count: Tensor) -> Tensor:
-        """Add the micro-batch's gradients to the sums; the loss stands until the next run."""
+        """Add the micro-batch's gradients to the sums; the loss is valid until the next run."""
         for own, x in zip((*self._inputs, self._count), (*micro_batch, count), strict=True):
             own.copy_(x)
         for step in self._steps:
@@ -198,17 +198,17 @@ class _Passes:
 
 @contextmanager
 def _failure_named() -> Iterator[None]:
-    """Let who reads an error out of a recording know by which key there is none.
+    """Turn an error during a recording into one that names the key that turns recording off.
 
-    The passes before it, which were not recorded, have shown that the model computes.
+    The unrecorded passes before it have shown that the model itself works.
 
     Raises:
-        ConfigError: something cannot be recorded here. A want of memory stays what it is.
+        ConfigError: something cannot be recorded here. A lack of memory is raised unchanged.
     """
     try:
         yield
     except RuntimeError as error:
-        # A rank that is gone is named elsewhere.
+        # A rank that is gone is reported elsewhere.
         if _lacks_memory(error) or isinstance(error, dist.DistError):
             raise
         what = str(error).strip().partition("\n")[0]
@@ -220,7 +220,7 @@ def _failure_named() -> Iterator[None]:
 
 @contextmanager
 def _memory_noted() -> Iterator[None]:
-    """Let who lacks memory know what recorded passes take of it."""
+    """Add to an out-of-memory error a note about the memory that recorded passes take."""
     try:
         yield
     except RuntimeError as error:
@@ -233,30 +233,30 @@ def _memory_noted() -> Iterator[None]:
 
 
 def _lacks_memory(error: RuntimeError) -> bool:
-    # Of the driver's and of libraries' no class tells.
+    # Out-of-memory errors of the driver and of libraries have no class of their own.
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 class _Stretches:
-    """A pass that is cut ahead of each unit forward and behind each unit backward.
+    """A pass that is cut before each unit in forward and after each unit in backward.
 
     Attributes:
         steps: what replays the pass: its stretches, and what the host does between them.
 
     Args:
-        model: through which it goes.
-        recorder: records the stretches; None: they are run and that is all.
+        model: the model that it goes through.
+        recorder: records the stretches; None to run them without recording.
     """
 
     def __init__(self, model: ShardedModel[Any], recorder: Recorder | None) -> None:
         self.steps: list[Callable[[], None]] = []
         self._model = model
         self._recorder = recorder
-        # A unit, what was to go into it, and what went into it in its place.
+        # A unit, its original input, and the leaf that replaced that input.
         self._cuts: list[tuple[nn.Module, Tensor, Tensor]] = []
 
     def run(self, inputs: MicroBatch, count: Tensor) -> Tensor:
-        """Returns the pass's loss / count; its gradients are added to the sums."""
+        """Return the pass's loss / count; its gradients are added to the sums."""
         model = self._model
         self._begin(partial(model.gather_for, model.module))
         with model.cut_by(self._cut):
@@ -267,7 +267,7 @@ class _Stretches:
             self._end()
             self._begin(partial(model.end_backward, unit))
             x.backward(leaf.grad)  # type: ignore[no-untyped-call]
-            # Their memory is the next stretch's.
+            # Free their memory for the next stretch.
             del x, leaf
         self._end()
         return share.detach()

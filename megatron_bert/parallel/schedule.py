@@ -6,9 +6,9 @@ bubble splits a backward pass (Qi et al. 2024, "Zero Bubble Pipeline Parallelism
 gradient of a stage's input, which the stage before waits for, comes first; the gradients of its
 weights, which nobody waits for, fill the gaps.
 
-All messages have one order, that of the time at which their contents are there, and every rank
-sends and receives its own in that order. So ranks never wait in a circle, even where each message
-blocks all that come after it on either side, as those of a communicator on one stream do.
+All messages have one order, by the time at which their contents are ready, and every rank sends and
+receives its own in that order. So ranks never wait in a circle, even if each message blocks all
+later ones on both sides, as the messages of a communicator on one stream do.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Schedule:
 
     Attributes:
         num_stages: parts that the model is cut into.
-        actions: one list a rank, in the order in which it begins them. Each stage takes the
-            micro-batches in order, in each kind of action.
+        actions: one list per rank, in the order in which it starts them. For each kind of action, a
+            stage takes the micro-batches in order.
     """
 
     num_stages: int
@@ -44,8 +44,8 @@ class Timing:
     """How long a step takes.
 
     Attributes:
-        duration: from the first action's begin to the last one's end.
-        idle_share: the part of it that ranks wait, on average over them.
+        duration: from the start of the first action to the end of the last.
+        idle_share: the fraction of it that a rank waits, averaged over the ranks.
     """
 
     duration: float
@@ -94,8 +94,8 @@ def simulate(schedule: Schedule, stages: Sequence[StageTime], message: float = 0
 
     Args:
         schedule: of the step.
-        stages: what each stage takes.
-        message: how long a message is under way; it holds up neither side.
+        stages: how long each stage takes.
+        message: how long a message is in flight; it holds up neither side.
     """
     ends = end_times(schedule, stages, message)
     duration = max(ends.values())
@@ -106,7 +106,7 @@ def simulate(schedule: Schedule, stages: Sequence[StageTime], message: float = 0
 def end_times(
     schedule: Schedule, stages: Sequence[StageTime], message: float = 0.0
 ) -> dict[Action, float]:
-    """When each computation of a step ends, counted from the step's begin; see `simulate`."""
+    """When each computation of a step ends, counted from the start of the step; see `simulate`."""
     computations = [
         [action for action in actions if not action.is_message] for actions in schedule.actions
     ]
@@ -137,10 +137,10 @@ class _Rounds:
         return list(self._in_rounds(kind, stages[::-1]))
 
     def most_in_flight(self, rank: int) -> int:
-        """Forward passes of the rank, over its stages, that 1F1B has waiting for their backward.
+        """The most forward passes, over the rank's stages, that await their backward under 1F1B.
 
-        As many as keep it busy until the first comes back; a round more for each further stage,
-        since a round goes through one stage before it goes through the next.
+        As many as keep the rank busy until the first comes back, plus one round for each further
+        stage, since a round goes through one stage before it goes through the next.
         """
         to_the_last = self.num_ranks - 1 - rank
         if self.virtual_stages == 1:
@@ -169,9 +169,10 @@ def _one_forward_one_backward(rounds: _Rounds, rank: int) -> list[Action]:
 def _zero_bubble(rounds: _Rounds) -> list[list[Action]]:
     """List scheduling in steps of unit time: each rank does the most urgent thing that it can.
 
-    That is a backward pass to an input, on which other ranks wait, then a forward pass, then the
-    weights' gradients of the longest waiting micro-batch. Rank 0 holds the most micro-batches under
-    1F1B; no rank may hold more, and a micro-batch is held until its weights' gradients are there.
+    In order of urgency: a backward pass to an input, which other ranks wait for; a forward pass;
+    the weight gradients of the longest-waiting micro-batch. Rank 0 holds the most micro-batches
+    under 1F1B; no rank may hold more, and a micro-batch is held until its weight gradients are
+    computed.
     """
     limit = rounds.most_in_flight(0)
     ranks = [_ZeroBubbleRank(rounds, rank, limit) for rank in range(rounds.num_ranks)]
@@ -231,7 +232,7 @@ def _end_times(
 
 @dataclass(frozen=True)
 class _Message:
-    """What one computation's result is sent and received by."""
+    """The two actions by which one computation's result is sent and received."""
 
     at: float
     send: Action
@@ -239,10 +240,10 @@ class _Message:
 
 
 def _with_messages(num_stages: int, computations: Sequence[Sequence[Action]]) -> Schedule:
-    """Put the messages into the ranks' orders, as a simulation of usual costs has them happen.
+    """Insert the messages into the ranks' orders where a simulation with default costs puts them.
 
-    A message stands behind what the rank has done by the time it is sent, so that the receiving
-    side waits for it beside the computation that it is at then.
+    A message follows everything that the rank has finished by the time it is sent, so that the
+    receiving side waits for it in parallel with the computation that it is doing then.
     """
     num_ranks = len(computations)
     ends = _end_times(computations, [StageTime()] * num_stages, 0.0)

@@ -1,7 +1,7 @@
-"""Some parameters of a model that are gathered together, and their gradients reduced together.
+"""Parameters of a model that are gathered together, with gradients that are reduced together.
 
-Between steps the model holds this rank's shards, in fp32; within one it holds the gathered weights,
-in the type of computation, which lie at the same addresses in every step.
+Between steps the model holds this rank's shards, in fp32. Within a step it holds the gathered
+weights, in the compute dtype, at the same addresses in every step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_bert.distributed.collectives import (
 from megatron_bert.parallel.data_ranks import DataRanks
 from megatron_bert.parallel.sharding import local_part, placed_like
 
-# Of a gathered weight's address, in bytes: more than any product asks for.
+# Alignment of a gathered weight's address, in bytes: more than any product asks for.
 _ALIGNMENT = 256
 
 
@@ -31,13 +31,13 @@ class _Place:
     """Where the model looks for a parameter.
 
     Attributes:
-        module: that has it.
-        name: under which.
+        module: the module that has it.
+        name: its name there.
         shape: of the whole, or of this tensor-parallel rank's part of it.
-        size: elements of a rank's shard in messages, rows missing at the end counted.
-        shard: what stands there between steps.
-        weight: what stands there within a step; None before the first.
-        gradient: the shard's, of the step that goes on.
+        size: elements of a rank's shard in messages, counting rows that the last ranks lack.
+        shard: the parameter between steps.
+        weight: the parameter within a step; None before the first step.
+        gradient: the shard's gradient in the current step.
     """
 
     module: nn.Module
@@ -49,7 +49,7 @@ class _Place:
     gradient: Tensor | None = None
 
     def put(self, parameter: nn.Parameter) -> None:
-        """Let the module have this one."""
+        """Make this one the module's parameter."""
         # Not by `register_parameter`, whose checks take milliseconds for a model's parameters.
         self.module._parameters[self.name] = parameter
 
@@ -57,19 +57,19 @@ class _Place:
         """The elements of the shard."""
         found = self.module._parameters[self.name]
         if found is not self.weight and found is not None:
-            # `to_empty` puts new ones in their places.
+            # `to_empty` has replaced the shard.
             self.shard = found
         return local_part(self.shard)
 
 
 class ShardedUnit:
-    """The parameters of one block, say, on their way from shards to gathered weights and back.
+    """The parameters of one block, for example: gathers their shards and reduces their gradients.
 
     Args:
-        parameters: modules, and the names of parameters of their own. These become shards.
-        ranks: over which they are sharded.
-        compute_dtype: of gathered weights.
-        reduce_dtype: of gradients on their way to the shards.
+        parameters: modules, each with the name of one of its own parameters. These become shards.
+        ranks: the ranks over which they are sharded.
+        compute_dtype: dtype of gathered weights.
+        reduce_dtype: dtype in which gradients are reduced to the shards.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class ShardedUnit:
             place = _Place(module, name, shape, size, ranks.shard_of(parameter))
             place.put(place.shard)
             self._places.append(place)
-        # Weights of layers that read one input stand end to end so (`joined_rows`), biases not
-        # between them, and so do their gradients' sums: where ranks divide their rows, and sizes
-        # are multiples of the alignment. Else they are copied.
+        # Biases go last, so that the weights of layers that read one input lie end to end
+        # (`joined_rows`), as do their gradient sums, if the ranks divide their rows and sizes are
+        # multiples of the alignment. Otherwise they are copied.
         self._places.sort(key=lambda place: len(place.shape) < 2)
         self._sizes = [place.size for place in self._places]
         self._memory: Tensor | None = None
@@ -106,7 +106,7 @@ class ShardedUnit:
 
     @torch.no_grad()
     def start_gathering(self) -> None:
-        """Ask for the weights, unless they are there or asked for."""
+        """Start gathering the weights, unless they are there or on their way."""
         is_needed = self._places and not self._is_gathered and self._gathering is None
         if not is_needed or self._ranks.size == 1:
             return
@@ -117,7 +117,7 @@ class ShardedUnit:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Have the weights, and let the model compute with them."""
+        """Gather the weights, and make them the model's parameters."""
         if self._is_gathered or not self._places:
             return
         self.start_gathering()
@@ -134,18 +134,18 @@ class ShardedUnit:
         self._is_gathered = self._is_in_step = True
 
     def free(self) -> None:
-        """Give the weights' memory back; the model still refers to them, and has to `gather`."""
+        """Free the weights' memory; the model still refers to them, so `gather` before using it."""
         if self._is_gathered:
             assert self._memory is not None
             self._memory.untyped_storage().resize_(0)
             self._is_gathered = False
 
     def sum_gradients_in(self, dtype: torch.dtype) -> None:
-        """Have gradients of the coming passes added up in this type.
+        """Accumulate the gradients of the coming passes in this dtype.
 
-        One in the compute type would be added to the sum in another by a kernel that converts
-        number by number, at a quarter of a GPU's memory rate; and layers that know the type give
-        their products in it, unrounded.
+        A gradient in the compute dtype would be added to a sum of another dtype by a kernel that
+        converts number by number, at a quarter of a GPU's memory bandwidth; and layers that know
+        the dtype return their products in it, unrounded.
         """
         if dtype == self._sum_dtype:
             return
@@ -154,14 +154,14 @@ class ShardedUnit:
             weight.grad_dtype = dtype
 
     def weights(self) -> list[nn.Parameter]:
-        """What the model computes with within a step; none before the first."""
+        """The weights that the model computes with in a step; none before the first step."""
         return [place.weight for place in self._places if place.weight is not None]
 
     @torch.no_grad()
     def keep_sums(self) -> None:
-        """Have gradients added up from 0 on, at the same addresses as before.
+        """Accumulate gradients from 0, at the same addresses as before.
 
-        All parameters have one then, those that no pass reaches too.
+        Every parameter then has a gradient, even one that no pass reaches.
         """
         if not self._places:
             return
@@ -172,19 +172,19 @@ class ShardedUnit:
             self._sums = _aligned(sizes, self._sum_dtype, device)
         for place, weight, part in zip(self._places, self.weights(), self._sums[1], strict=True):
             if place.shard.grad is not None:
-                # Those of the step before, which stand there and nobody has taken.
+                # The previous step's gradient, which nobody has taken, is in this memory.
                 place.shard.grad = place.shard.grad.clone()
             weight.grad = part.view(place.shape)
         self.clear_sums()
 
     def clear_sums(self) -> None:
-        """Set them to 0."""
+        """Set the kept sums to 0."""
         if self._sums is not None:
             self._sums[0].zero_()
 
     @torch.no_grad()
     def reduction(self) -> Iterator[None]:
-        """Sum the gradients over the ranks; stops wherever a message is under way."""
+        """Sum the gradients over the ranks; yields whenever a message is in flight."""
         places, gradients = [], []
         for place, weight in zip(self._places, self.weights(), strict=False):
             if weight.grad is not None:
@@ -215,7 +215,7 @@ class ShardedUnit:
         _hand_over(places, torch.split(summed.float(), sizes))
 
     def drop_gradients(self) -> None:
-        """Forget those of the step that goes on."""
+        """Discard the gradients of the current step."""
         for place in self._places:
             place.gradient = None
             if place.weight is not None:
@@ -223,8 +223,8 @@ class ShardedUnit:
 
     @torch.no_grad()
     def release(self) -> None:
-        """Let the model have the shards, with the gradients that were reduced to them."""
-        # Asked for and not needed.
+        """Make the shards the model's parameters again, with the gradients reduced to them."""
+        # Started, but not needed.
         self._gathering = None
         if not self._is_in_step:
             return
@@ -240,7 +240,7 @@ class ShardedUnit:
                 local_part(place.shard.grad).add_(gradient)
 
     def _take_memory(self) -> None:
-        """Have memory for the weights, and at the first time the weights themselves."""
+        """Allocate memory for the weights and, the first time, make the weights themselves."""
         if self._memory is not None:
             storage = self._memory.untyped_storage()
             if storage.size() == 0:
@@ -251,8 +251,8 @@ class ShardedUnit:
         self._memory, wholes = _aligned(sizes, self._compute_dtype, device)
         for place, whole in zip(self._places, wholes, strict=True):
             self._parts.append(whole.view(self._ranks.size, place.size))
-            # By `data`, so that autograd does not take weights that were freed and gathered again
-            # for changed ones.
+            # Through `data`, so that autograd does not mistake weights that were freed and gathered
+            # again for modified ones.
             weight = whole.data[: place.shape.numel()].view(place.shape)
             place.weight = nn.Parameter(weight.data)
             place.weight.grad_dtype = self._sum_dtype
@@ -261,7 +261,7 @@ class ShardedUnit:
 def _aligned(
     sizes: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:
-    """One storage, and its stretches of these lengths."""
+    """Allocate one buffer, and return it with aligned slices of these lengths."""
     step = _ALIGNMENT // dtype.itemsize
     rooms = [-(-size // step) * step for size in sizes]
     memory = torch.empty(sum(rooms), dtype=dtype, device=device)
@@ -270,7 +270,7 @@ def _aligned(
 
 
 def _copy(shards: Sequence[Tensor], messages: Sequence[Tensor]) -> None:
-    """Shards to flat parts of a message, which may be longer, converted."""
+    """Copy shards to flat parts of a message, which may be longer, converting their dtype."""
     parts = [
         message[: shard.numel()].view_as(shard)
         for message, shard in zip(messages, shards, strict=True)

@@ -47,8 +47,8 @@ def is_split_over(axis: str, parameter: Tensor) -> bool:
 
 
 def placed_like(local: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of which `local` is this rank's part as that of `parameter` is; shares storage."""
+    """Make `local` this rank's part of a tensor placed like `parameter`; shares storage."""
     if not isinstance(parameter, DTensor):
         return local
-    # `from_local` takes ten times as long, and a step has this of each parameter.
+    # `from_local` takes ten times as long, and a step does this for each parameter.
     return DTensor(local, parameter._spec, requires_grad=False)  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 Logits are dense [n, size], of n tokens and this rank's part of the vocabulary.
 """
 
-# Types are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def softmax_statistics_kernel(
 ):
     """Each row's largest logit, logarithm of its sum of exponentials, and logit of its label.
 
-    LABELS, int32 [n], count from this part's first; the logit of one outside it is 0. The others
-    are fp32 [n].
+    LABELS, int32 [n], are counted from this part's first id; a label outside the part has logit 0.
+    The outputs are fp32 [n].
 
     Grid: n.
     """
@@ -31,7 +31,7 @@ def softmax_statistics_kernel(
         columns = first + tl.arange(0, COLUMNS)
         logits = tl.load(LOGITS + columns, mask=columns < size, other=-float("inf")).to(tl.float32)
         largest_now = tl.maximum(largest, logits)
-        # A column that has seen nothing yet has nothing but minus infinities.
+        # A column that has seen no logit yet is still at minus infinity.
         reference = tl.where(largest_now == -float("inf"), 0.0, largest_now)
         total = total * tl.exp(largest - reference) + tl.exp(logits - reference)
         largest = largest_now
@@ -49,7 +49,7 @@ def softmax_statistics_kernel(
 def softmax_gradient_kernel(LOGITS, LABELS, LOG_SUM, WEIGHTS, size, COLUMNS: tl.constexpr):
     """Write (softmax - one-hot label) x weight over the logits.
 
-    LOG_SUM and WEIGHTS are fp32 [n], the first of the whole vocabulary's exponentials.
+    LOG_SUM and WEIGHTS are fp32 [n]; LOG_SUM is that of the whole vocabulary's exponentials.
 
     Grid: n * tiles of columns.
     """

@@ -1,4 +1,4 @@
-"""The softmax over a vocabulary, and its gradient, of rows of logits: by PyTorch, or our kernels.
+"""Softmax of rows of logits over a vocabulary, and its gradient: by PyTorch or our kernels.
 
 Shape suffixes: n tokens, V this rank's part of the vocabulary.
 """
@@ -18,7 +18,7 @@ _COLUMNS, _WARPS = 4096, 8
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of each row, over this rank's part of the vocabulary; fp32.
+    """Statistics of each row over this rank's part of the vocabulary; fp32.
 
     Attributes:
         largest_n: the largest logit.
@@ -36,14 +36,14 @@ class SoftmaxRows(Protocol):
 
     @property
     def statistics(self) -> Statistics:
-        """What has to be known of all ranks' parts."""
+        """What all ranks must know of each other's parts."""
         ...
 
     def write_gradient(self, log_sum_n: Tensor, weights_n: Tensor) -> Tensor:
         """Write (softmax - one-hot label) x weight over the logits, in their type.
 
         Args:
-            log_sum_n: fp32 [n], `Statistics`' over the whole vocabulary.
+            log_sum_n: fp32 [n], as in `Statistics`, but over the whole vocabulary.
             weights_n: fp32 [n].
 
         Returns:
@@ -53,12 +53,12 @@ class SoftmaxRows(Protocol):
 
 
 def has_softmax_kernels(logits_nV: Tensor) -> bool:
-    """Whether our kernels take them."""
+    """Whether our kernels can take these logits."""
     return facts_of(logits_nV.device).runs_our_kernels
 
 
 def softmax_rows(logits_nV: Tensor, labels_n: Tensor) -> SoftmaxRows:
-    """Begin with rows of logits.
+    """Compute the statistics of rows of logits, by our kernels where these can run.
 
     Args:
         logits_nV: [n, V] dense, which `write_gradient` writes to.
@@ -72,8 +72,8 @@ def softmax_rows(logits_nV: Tensor, labels_n: Tensor) -> SoftmaxRows:
 class _PlainRows:
     """By PyTorch, in few passes over the logits.
 
-    The fused softmax reads them once in their own type, into an fp32 copy. Its normaliser is had
-    back from the largest logit, whose probability is at least 1 / V and so far from underflow.
+    The fused softmax reads them once in their own dtype, into an fp32 copy. Its normaliser is
+    recovered from the largest logit, whose probability is at least 1 / V, far from underflow.
     """
 
     def __init__(self, logits_nV: Tensor, labels_n: Tensor) -> None:
@@ -100,7 +100,7 @@ class _PlainRows:
 
 
 class _KernelRows:
-    """By Triton kernels: twice read and once written, without a copy in fp32."""
+    """By Triton kernels: logits are read twice and written once, without an fp32 copy."""
 
     def __init__(self, logits_nV: Tensor, labels_n: Tensor) -> None:
         from megatron_bert.parallel import softmax_kernels

@@ -16,10 +16,10 @@ from megatron_bert.parallel.actions import Action, Kind
 
 @dataclass(frozen=True)
 class _Batch:
-    """Messages that were begun together.
+    """Messages that were started together.
 
     Attributes:
-        works: PyTorch's handles of those that nobody has waited for.
+        works: PyTorch's handles of those that nobody has waited for yet.
         timeout: the longest wait for each; None leaves PyTorch's.
     """
 
@@ -27,8 +27,8 @@ class _Batch:
     timeout: timedelta | None
 
     def wait(self) -> None:
-        """Wait until all are there; on a GPU only what is computed next waits."""
-        # Once: gloo would wait for another message.
+        """Wait for all messages; on a GPU only later computations wait, not the host."""
+        # Only once for each: a second time, gloo would wait for another message.
         while self.works:
             work = self.works.pop()
             if self.timeout is None:
@@ -40,13 +40,14 @@ class _Batch:
 class StageMessages:
     """This rank's end of the messages of one step, all of one shape.
 
-    A message is posted when the schedule comes to it. What was received is waited for by the
-    computation that takes it up, what was sent when the next of its kind goes out. A receive
-    buffer lives from its posting until the last that computes with it lets go, so that there are
-    no more of them than micro-batches in flight.
+    A message is posted when the schedule comes to it. The computation that uses a received message
+    waits for it; a sent message is waited for when the next of its kind goes out. A receive buffer
+    lives from its posting until the last computation that uses it lets go, so that there are no
+    more buffers than micro-batches in flight.
 
-    All go out as batches, also single ones: alone they would go through another communicator, and
-    the two sides, whose neighbours on the list differ, could disagree about which.
+    All messages go out in batches, even single ones: on its own, a message would go through another
+    communicator, and the two sides, whose lists put different messages next to it, could disagree
+    about which.
 
     Args:
         topology: the ranks.
@@ -57,8 +58,8 @@ class StageMessages:
     def __init__(self, topology: Topology, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self._group = topology.pipeline_group
         self._device = topology.device
-        # gloo's group knows how long, but its messages between two ranks have to be told; on CUDA
-        # the host would wait here as well.
+        # gloo's group has a timeout, but its point-to-point messages do not take it over; on CUDA
+        # the host would wait as well if given one.
         options = getattr(self._group._get_backend(self._device), "options", None)
         self._timeout: timedelta | None = None
         if self._device.type == "cpu" and options is not None:
@@ -66,18 +67,18 @@ class StageMessages:
         self._shape = shape
         self._dtype = dtype
         self._received: dict[Action, tuple[_Batch, Tensor]] = {}
-        # The latest by kind and stage: when the next goes out, it has long been there.
+        # The latest by kind and stage: it arrived long before the next one goes out.
         self._sent: dict[tuple[Kind, int], tuple[_Batch, Tensor]] = {}
 
     def exchange(
         self, peer: int, actions: Sequence[Action], contents: dict[Action, Tensor]
     ) -> None:
-        """Begin to send and receive these messages, all with one rank.
+        """Start sending and receiving these messages, all with one rank.
 
         Args:
             peer: the rank.
             actions: the messages.
-            contents: what is sent is taken from here.
+            contents: tensors to send; those sent are removed from it.
         """
         sent = {action: contents.pop(action) for action in actions if action.is_sent}
         received = {action: self._buffer() for action in actions if not action.is_sent}
@@ -101,18 +102,18 @@ class StageMessages:
         return tensor
 
     def close(self) -> None:
-        """Wait for what is still under way."""
+        """Wait for messages that are still in flight."""
         assert not self._received, "received, but used by no computation"
         for kind, stage in list(self._sent):
             self._release(kind, stage)
 
     def _release(self, kind: Kind, stage: int) -> None:
-        """Wait for the latest of these to be there, and let go of its data."""
+        """Wait for the latest message of this kind and stage to arrive, and free its data."""
         if (kind, stage) in self._sent:
             batch, tensor = self._sent.pop((kind, stage))
             batch.wait()
             if kind is Kind.SEND_ACTIVATION:
-                # The backward pass will begin with it, but asks for no more than its shape.
+                # The backward pass starts from this tensor, but needs no more than its shape.
                 tensor.data = tensor.new_empty(()).expand(tensor.shape)
 
     def _buffer(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""A parameter that a pipeline's first and last stage both hold, and that must stay one.
+"""A parameter that a pipeline's first and last stages both hold, and whose copies must stay equal.
 
-Each adds its own use's gradient; both apply the sum, to equal weights and moments, and so stay
-equal to the bit.
+Each stage contributes the gradient of its own use. Both apply the sum to equal weights and moments,
+so that the copies stay equal to the bit.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class TokenShare:
         return cls(rows, slots, count * tp.rank, count)
 
     def take(self, x_BS: Tensor) -> Tensor:
-        """[..., B, S], or with a 1 to be broadcast -> [..., T], what this rank's tokens have."""
+        """[..., B, S], or 1 to be broadcast -> [..., T], the values of this rank's tokens."""
         whole = x_BS.expand(*x_BS.shape[:-2], self.rows, self.slots).flatten(-2)
         return whole.narrow(-1, self.first, self.count)
 

@@ -149,7 +149,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V = ctx.saved_tensors
-        # The saved gradients are nobody else's: scaling them in place saves a pass and a copy.
+        # Nobody else holds the saved gradients: scaling them in place saves a pass and a copy.
         scale = grads[0].float().view(1)
         table_grad = scaled_gradient(ctx.known, weight_VD, scale)
         hidden_grad, bias_grad = scaled(hidden_ND, scale), scaled(bias_V, scale)
@@ -181,7 +181,7 @@ class _HeadGradients:
         self.weight_VD = weight_VD.new_zeros(0)
 
     def add(self, part: slice, logits_grad_nV: Tensor) -> None:
-        """Add one chunk's share; of several in fp32, as in bf16 the small ones would be lost."""
+        """Add one chunk's share; several are added in fp32, as bf16 would lose the small ones."""
         self.hidden_ND[part] = logits_grad_nV @ self._table_VD
         source_nD = self._source_ND[part]
         if self.weight_VD.numel() > 0:

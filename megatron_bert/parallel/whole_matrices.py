@@ -1,8 +1,8 @@
-"""Whole matrices out of shards: each rank gets some of them, and every rank its parts back.
+"""Whole matrices from shards: each rank gets some of the matrices, then every rank its parts back.
 
-Work on a whole matrix is so divided among all ranks that hold parts of it or copies of those
-parts, and each matrix is worked on once. A rank sends what it holds and gets as much: gathering
-every matrix on every rank would send that many times over.
+The work on whole matrices is thus divided among all ranks that hold parts of them or copies of
+those parts, and each matrix is worked on once. A rank sends what it holds and receives as much;
+gathering every matrix on every rank would send that many times over.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from megatron_bert.config.muon import iteration_flops
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.sharding import is_split_over
 
-# A parameter is split over tensor parallelism first and its part over data parallelism, so that
-# the parts are joined in this order. Copies hold the same part.
+# A parameter is split over tensor parallelism first and each part over data parallelism, so the
+# parts are joined in this order. Copies hold the same part.
 _AXES = ("dp_shard", "dp_replicate", "tp")
 
 Shape = tuple[int, ...]
 
 
 class MatrixOwners:
-    """Which rank works on which whole matrix, and the way there and back.
+    """Decides which rank works on which whole matrix, and moves matrices there and back.
 
     Every rank that holds parts of the matrices takes part in each call.
 
     Attributes:
-        dtype: what matrices and messages are made of.
+        dtype: dtype of matrices and messages.
     """
 
     def __init__(
         self, matrices: Mapping[str, Tensor], topology: Topology, dtype: torch.dtype
     ) -> None:
-        """Deal the matrices out.
+        """Assign the matrices to ranks.
 
         Args:
             matrices: this rank's parameters by name, the same names in the same order on all
@@ -71,7 +71,7 @@ class MatrixOwners:
             held = list(hop.owned_by[hop.rank])
 
     def gather(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """This rank's parts of all matrices, in our dtype -> the whole matrices that it owns."""
+        """This rank's parts of all matrices, in `dtype` -> the whole matrices that it owns."""
         for hop in self._hops:
             parts = hop.gather(parts)
         return parts
@@ -85,15 +85,15 @@ class MatrixOwners:
 
 @dataclass(frozen=True)
 class _Hop:
-    """One axis of the way.
+    """The exchange along one mesh axis.
 
     Attributes:
         group: the ranks along the axis.
-        joined: shapes of the matrices as they are behind this hop; in the order of messages.
+        joined: shapes of the matrices after this hop, in the order of messages.
         split: the dimension along which the axis splits a matrix; None where each of its ranks
             holds the same.
         owned_by: for each of the axis' ranks, the names of the matrices that go to it.
-        empty: nothing, of the messages' dtype and device.
+        empty: an empty tensor of the messages' dtype and device.
     """
 
     group: dist.ProcessGroup
@@ -109,7 +109,7 @@ class _Hop:
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts of all matrices -> those that this rank owns, joined along the axis."""
         owned_by = self.owned_by
-        # What all ranks hold alike is on its owner already.
+        # What all ranks of the axis hold is already on its owner.
         sent = [[n for n in names if self.split[n] is not None] for names in owned_by]
         mine = sent[self.rank]
         shapes = [[self._part_shape(n, rank) for n in mine] for rank in range(self.group.size())]
@@ -168,7 +168,7 @@ class _Hop:
 
 
 def _deal(shapes: Mapping[str, Shape], sizes: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Each matrix' owner, as its place along the axes: the costliest first, to who has least."""
+    """Each matrix's owner, as a rank per axis: the costliest first, to the least loaded rank."""
     loads = [(0, rank) for rank in range(math.prod(sizes.values()))]
     owners: dict[str, dict[str, int]] = {}
     costs = {name: iteration_flops(*sorted(shape)) for name, shape in shapes.items()}
@@ -193,7 +193,7 @@ def _split_dim(axis: str, matrix: Tensor) -> int | None:
 
 
 def _part_over(axes: Sequence[str], matrix: Tensor, mesh: DeviceMesh) -> Shape:
-    """Shape of what is left of a matrix when these axes alone split it, from the last one on."""
+    """Shape of this rank's part of a matrix that only these axes split, the last axis first."""
     shape = list(matrix.shape)
     for axis in reversed(axes):
         dim = _split_dim(axis, matrix)
@@ -204,7 +204,7 @@ def _part_over(axes: Sequence[str], matrix: Tensor, mesh: DeviceMesh) -> Shape:
 
 
 def _stretch(length: int, rank: int, ranks: int) -> tuple[int, int]:
-    """Begin and length of a rank's part of a dimension: those of `torch.chunk`, as DTensors'."""
+    """Start and length of a rank's part of a dimension, split as by `torch.chunk` and DTensor."""
     longest = -(-length // ranks)
     begin = min(rank * longest, length)
     return begin, min(longest, length - begin)
