@@ -37,10 +37,10 @@ class AdamW:
         """Update some of this rank's parameters.
 
         Args:
-            parameters: those, by name.
+            parameters: the parameters to update, by name.
             config: the rates of decay.
-            device: where they lie.
-            kernels: `apex` has NVIDIA's kernel compute the update, others PyTorch's.
+            device: where they are.
+            kernels: with `apex`, NVIDIA's kernel computes the update; otherwise PyTorch's.
         """
         self._parameters = parameters
         self._shards = {name: local_part(p).detach() for name, p in parameters.items()}

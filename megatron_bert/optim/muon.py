@@ -13,21 +13,22 @@ from megatron_bert.config.schema import OptimizerConfig
 from megatron_bert.parallel.sharding import local_part, placed_like
 from megatron_bert.parallel.whole_matrices import MatrixOwners
 
-# Of the iteration x -> a x + b (x x^T) x + c (x x^T)^2 x (Jordan et al. 2024, "Muon"): steepest at
-# zero, so that five steps bring every singular value that is not tiny into about 0.7 to 1.2.
+# Coefficients of the iteration x -> a x + b (x x^T) x + c (x x^T)^2 x (Jordan et al. 2024, "Muon").
+# It is steepest at zero, so that five steps bring every singular value that is not tiny into about
+# 0.7 to 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
-# Root mean square of an update's elements over the learning rate, as AdamW's are in practice (Liu
-# et al. 2025, "Muon is scalable for LLM training", section 2.2).
+# Root mean square of an update's elements, divided by the learning rate: what AdamW has in practice
+# (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
 _UPDATE_RMS = 0.2
 
 
 class Muon:
     """Nesterov momentum whose direction is the nearest orthogonal matrix, for 2-D weights.
 
-    An update's elements have the size of AdamW's, so that both take one learning rate. Momentum and
-    weights are shards; the ranks divide the whole matrices among themselves, bring each together on
-    its owner, which orthogonalises it, and take their parts of the result.
+    An update's elements have the size of AdamW's, so that one learning rate serves both. Momentum
+    and weights are shards. The ranks divide the whole matrices among themselves: each is assembled
+    on its owner, which orthogonalises it, and every rank takes its parts of the result.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Muon:
         config: OptimizerConfig,
         owners: MatrixOwners,
     ) -> None:
-        """Update these of this rank's matrices, given by name, which `owners` has dealt out."""
+        """Update these matrices of this rank, by name; `owners` has assigned them to ranks."""
         self._parameters = parameters
         self._shards = {name: local_part(p).detach() for name, p in parameters.items()}
         self._momentum = {name: torch.zeros_like(shard) for name, shard in self._shards.items()}
@@ -51,9 +52,9 @@ class Muon:
         divisor: Tensor,
         skipped: Tensor,
     ) -> None:
-        """Update the weights and the momentum in place; arguments as those of `AdamW.step`.
+        """Update the weights and the momentum in place; arguments as in `AdamW.step`.
 
-        The gradients' memory is used for the update.
+        The update is written over the gradients.
         """
         wholes: Mapping[str, Tensor] = self._owners.gather(
             self._directions(gradients, divisor, skipped) if self._shards else {}
@@ -61,7 +62,7 @@ class Muon:
         updates = self._owners.scatter(_all_orthogonalized(wholes))
         if not self._shards:
             return
-        # In place of the gradients: what is taken off the weights, nothing where it is skipped.
+        # Over the gradients: what is subtracted from the weights, 0 if the update is skipped.
         steps, shards = [gradients[n] for n in self._shards], list(self._shards.values())
         sizes = [math.sqrt(max(self._parameters[name].shape)) for name in self._shards]
         kept = 1 - skipped
@@ -74,10 +75,10 @@ class Muon:
     def _directions(
         self, gradients: Mapping[str, Tensor], divisor: Tensor, skipped: Tensor
     ) -> dict[str, Tensor]:
-        """Update the momentum; its shards by name, a step ahead (Nesterov). Uses gradients up."""
+        """Update the momentum; return its shards, a step ahead (Nesterov). Overwrites gradients."""
         own, momentum = [gradients[n] for n in self._momentum], list(self._momentum.values())
         torch._foreach_div_(own, divisor)
-        # Not by a factor of 0: a skipped gradient may be NaN.
+        # Not multiplied by 0: a skipped gradient may be NaN.
         is_skipped = skipped != 0
         for gradient in own:
             gradient.masked_fill_(is_skipped, 0.0)
@@ -98,7 +99,7 @@ class Muon:
 
 
 def _all_orthogonalized(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of equal shape together, as many as small ones need for a device to be busy."""
+    """Orthogonalise matrices of equal shape together, in batches that keep a device busy."""
     names_by_shape: dict[torch.Size, list[str]] = {}
     for name, matrix in matrices.items():
         names_by_shape.setdefault(matrix.shape, []).append(name)

@@ -13,8 +13,8 @@ def learning_rate(step: int, config: Config, curriculum: Curriculum) -> float:
     """Return the learning rate of a step.
 
     It rises linearly from 0 over the warm-up, whose last step has the peak, and then follows
-    `schedule.decay` so that the run's last step has `min_lr` (`constant` stays at the peak). What
-    this schedule gives is multiplied by the stage's `lr_factor`.
+    `schedule.decay` so that the run's last step has `min_lr` (`constant` stays at the peak). The
+    result is multiplied by the `lr_factor` of the curriculum stage.
 
     Args:
         step: 1-based number of the step about to be taken.

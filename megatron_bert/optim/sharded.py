@@ -1,4 +1,4 @@
-"""The optimizer over the shards that a rank holds: norm, clipping, skipping, and the updates."""
+"""The optimizer of the shards that a rank holds: norm, clipping, skipping, and the updates."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class Update(NamedTuple):
 
 
 class ShardedOptimizer:
-    """Clipping by the global norm, and a skip of non-finite gradients or losses, around updates.
+    """Applies updates, with clipping by the global norm, unless gradients or loss are not finite.
 
-    The norm, over all parameters whoever updates them, is reduced here by hand; the updates are
-    given what to divide by and whether to skip on the device, so that nothing waits for it.
+    The norm, over all parameters whichever optimizer updates them, is reduced here by hand. The
+    updates get their divisor and whether to skip as tensors on the device, so that nothing waits
+    for it.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class ShardedOptimizer:
 
         Args:
             parameters: this rank's parameters by name.
-            adamw: updates all of them, or
-            muon: those that it does not.
+            adamw: updates all parameters or, with `muon`, only some.
+            muon: updates the parameters that `adamw` does not.
             counts_here: whether this rank counts its shard of a parameter in the global norm;
-                of the ranks that hold the same one only one does.
+                only one of the ranks that hold the same shard does.
             clip_grad: largest global norm; 0 for none.
         """
         self._parameters = parameters
@@ -62,7 +63,7 @@ class ShardedOptimizer:
 
     @property
     def name(self) -> str:
-        """What `optimizer.name` calls it: states of another are not its own."""
+        """Its `optimizer.name`: the state of another optimizer does not fit it."""
         return "adamw" if self._muon is None else "muon"
 
     @torch.no_grad()
@@ -82,7 +83,7 @@ class ShardedOptimizer:
         norm, is_finite_here = self._global_norm(gradients)
         is_finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         skipped = (~is_finite).float()
-        # Gradients are divided by it: at most `clip_grad` remains of the norm.
+        # Gradients are divided by it, which leaves a norm of at most `clip_grad`.
         divisor = torch.ones_like(norm)
         if self._clip_grad:
             divisor = (norm / self._clip_grad).clamp(min=1.0)
@@ -112,7 +113,7 @@ class ShardedOptimizer:
         self._adamw.updates = value
 
     def _global_norm(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """L2 norm over all parameters of all ranks, each counted once; whether ours is finite."""
+        """L2 norm over all ranks' parameters, each counted once; whether this rank's is finite."""
         counted = [gradient for name, gradient in gradients.items() if self._counted_here[name]]
         device = local_part(next(iter(self._parameters.values()))).device
         total = torch.zeros((), dtype=torch.float64, device=device)

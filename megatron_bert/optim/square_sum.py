@@ -9,16 +9,19 @@ from torch import Tensor
 
 
 def square_sum(gradients: Sequence[Tensor]) -> Tensor:
-    """Sum the squares of all elements, to some 1e-7 of it if rows have thousands; fp64, a scalar.
+    """Sum the squares of all elements, to within some 1e-7 of the sum if rows have thousands.
 
     Args:
         gradients: fp32, one or more, on one device.
+
+    Returns:
+        An fp64 scalar.
     """
     if gradients[0].is_cuda:
         return torch.stack(torch._foreach_norm(list(gradients), 2.0)).double().square().sum()
-    # A CPU adds up what it is given one number after another, in fp32 unless it is asked for more,
-    # which takes it twenty times as long: of 64 million numbers the norm is 0.5 % too small then.
-    # Rows are short enough.
+    # A CPU adds numbers one after another, in fp32 unless asked for more: the norm of 64 million
+    # numbers then is 0.5 % too small. More takes twenty times as long. Rows are short enough for
+    # fp32.
     norms = [
         torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64 if x.dim() == 1 else None)
         for x in gradients

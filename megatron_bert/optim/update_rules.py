@@ -1,4 +1,4 @@
-"""AdamW's update of some tensors by a fused kernel, division and skipping inside it."""
+"""AdamW's update by a fused kernel, which also divides the gradients and skips updates."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class UpdateRule(ABC):
         config: OptimizerConfig,
         device: torch.device,
     ) -> None:
-        """Update these; a rank may hold no element of any.
+        """Update these tensors; a rank may hold no element of any.
 
         Args:
             matrices: fp32 tensors that are updated in place by their `grad`.
             vectors: the same.
             config: the rates of decay.
-            device: where they lie.
+            device: where they are.
         """
         self.updates = torch.zeros((), dtype=torch.int32, device=device)
 
@@ -108,7 +108,7 @@ class TorchRule(UpdateRule):
 
 @dataclass
 class _Scaling:
-    """What Apex asks a gradient scaler for: it divides gradients by the scale."""
+    """Stands in for the gradient scaler of Apex, which divides gradients by the scale."""
 
     divisor: Tensor
     skipped: Tensor
@@ -123,12 +123,12 @@ class _Scaling:
 class ApexRule(UpdateRule):
     """NVIDIA Apex's FusedAdam in the form that CUDA graphs can capture: nothing is read back.
 
-    It raises its count of updates by 1 before each, unless the one before was skipped. So it is
-    told the count anew each time, 1 more where it will not raise it.
+    Apex raises its count of updates by 1 before each update, unless the previous one was skipped.
+    It is therefore given the count anew each time, 1 higher if it will not raise it.
 
-    Its kernels are given no empty shards, which small models have on many ranks: they launch what
-    they have gathered only behind elements of a tensor, so that after an empty last one updates
-    are lost, and an empty one more than fit is written out of bounds.
+    Its kernels get no empty shards, which small models have on many ranks: they launch the tensors
+    they have gathered only after the elements of a tensor, so that updates are lost if the last
+    tensor is empty, and an empty tensor beyond the number that fits is written out of bounds.
 
     Raises:
         ConfigError: Apex was built without its CUDA extensions.
@@ -148,7 +148,7 @@ class ApexRule(UpdateRule):
         ]
         try:
             fused_adam = import_module("apex.optimizers").FusedAdam
-            # One for each: within one, the second group would count by this update's skip.
+            # One per group: in a shared one, the second group would count by this update's skip.
             self._optimizers: list[Any] = [
                 fused_adam(
                     shards,
