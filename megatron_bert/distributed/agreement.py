@@ -24,7 +24,7 @@ class Failure:
 
     rank: int
     text: str
-    errno: int | None  # of an error of the host's, else None
+    errno: int | None  # of an `OSError`, else None
     is_user_error: bool
 
     @classmethod
@@ -46,7 +46,7 @@ class RanksFailedError(Exception):
 
 
 class RanksRefusedError(RanksFailedError, UserError):
-    """What failed on some ranks are all errors that the user can mend; the message is theirs."""
+    """All that failed, on some ranks, are errors that the user can fix; the message is theirs."""
 
     def __str__(self) -> str:
         return "; ".join(dict.fromkeys(failure.text for failure in self.failures))

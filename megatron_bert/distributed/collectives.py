@@ -1,11 +1,11 @@
-"""Collectives of the layers: begun and waited for, or with a gradient.
+"""Collectives for the layers: started and waited for, or with a gradient.
 
 Sums are the g of Megatron-LM (Shoeybi et al. 2019, section 3) and its counterpart of sequence
 parallelism (Korthikanti et al. 2022, section 4.2.2). Tensors are gathered and scattered along
 dimension 0, where neither needs a copy.
 
-What is compiled has functional collectives, which trace without a graph break. Elsewhere they are
-the group's own: under gloo PyTorch's functional ones corrupt memory (2.13; of runs of a minute and
+Compiled code uses functional collectives, which trace without a graph break. Other code uses the
+group's own: under gloo, PyTorch's functional ones corrupt memory (2.13; of runs of a minute and
 more in which two ranks did nothing but gather small tensors, on busy cores, 10 of 25 ended by a
 signal, and none of 15 with the group's own).
 """
@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What PyTorch's functional collectives call, under names that do not change from one release to
-# the next.
+# The operators that PyTorch's functional collectives call; their names do not change from release
+# to release.
 _operators = torch.ops._c10d_functional
 
-# Their names before and from 2.13 on.
+# PyTorch 2.13 has renamed these.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -30,12 +30,12 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class Pending(NamedTuple):
-    """A collective that was begun.
+    """A collective that was started.
 
     Attributes:
         result: what it writes; may be read after `wait`.
-        work: PyTorch's handle; None of a functional one.
-        sent: what it reads, which stays as long.
+        work: PyTorch's handle; None for a functional collective.
+        sent: what it reads, kept alive until then.
     """
 
     result: Tensor
@@ -49,12 +49,12 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
 
 
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Begin to sum over the group; gives a new tensor."""
+    """Start summing over the group, into a new tensor."""
     return _start_all_reduce(x, group, "sum")
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Begin to lay the ranks' tensors end to end."""
+    """Start concatenating the ranks' tensors along dimension 0."""
     x = x.contiguous()
     if torch.compiler.is_compiling():
         pending = _operators.all_gather_into_tensor(x, group.size(), group.group_name)
@@ -64,7 +64,7 @@ def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
 
 
 def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Begin to sum over the group, each rank its stretch."""
+    """Start summing over the group; each rank gets its stretch of dimension 0."""
     x = x.contiguous()
     if torch.compiler.is_compiling():
         pending = _operators.reduce_scatter_tensor(x, "sum", group.size(), group.group_name)
@@ -74,7 +74,7 @@ def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
 
 
 def wait(pending: Pending) -> Tensor:
-    """Return what a started collective gives; what follows is ordered behind it."""
+    """Return the result of a started collective; later work is ordered after it."""
     if pending.work is None:
         return _tensor(_operators.wait_tensor(pending.result))
     pending.work.wait()
@@ -124,7 +124,7 @@ def reduce_from_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter_from_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum the ranks' partial results, of which each keeps its stretch of dimension 0.
+    """Sum the ranks' partial results; each rank keeps its stretch of dimension 0.
 
     Args:
         x: [N, ...], N divisible by the number of ranks.

@@ -1,4 +1,4 @@
-"""What is known of a device, as the choice of kernels asks for it."""
+"""What the choice of kernels needs to know about a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_bert.config.schema import DeviceChoice
 
 
 def facts_of(device: torch.device) -> ComputeDevice:
-    """What a rank knows of its device; Triton is looked for, not imported."""
+    """What a rank knows about its device; Triton is looked for, not imported."""
     if device.type != "cuda":
         return ComputeDevice("cpu")
     capability = torch.cuda.get_device_capability(device)
@@ -19,9 +19,10 @@ def facts_of(device: torch.device) -> ComputeDevice:
 
 
 def facts_at_hand(requested: DeviceChoice) -> ComputeDevice:
-    """What this machine knows of the devices of a run with this `run.device`.
+    """What this machine knows about the devices of a run with this `run.device`.
 
-    Of GPUs that it lacks and the run asks for it knows nothing: a run may be prepared anywhere.
+    It knows nothing about GPUs that the run asks for but this machine lacks: a run may be prepared
+    anywhere.
     """
     if requested != "cpu" and torch.cuda.is_available():
         return facts_of(torch.device("cuda", 0))

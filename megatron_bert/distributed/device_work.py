@@ -1,7 +1,7 @@
 """Points in a device's work, and waiting for them.
 
-Where a rank is gone, the devices of all others may wait for it without end. A host that slept until
-its device woke it would do the same, and name nobody; so it looks from time to time.
+If a rank is gone, the devices of all others may wait for it forever. A host that slept until its
+device woke it would do so too, without naming the lost rank; so the host polls instead.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from typing import Protocol, Self
 import torch
 import torch.distributed as dist
 
-# Far less than any step takes, and a thread that looks so often takes next to none of a core.
+# Far less than any step takes, and a thread that polls this often uses next to none of a core.
 _LOOK_SECONDS = 5e-4
 
 
 class DeviceStalledError(dist.DistError):
-    """A device did not come to the end of its work: what it waits for from other ranks is lost."""
+    """A device did not finish its work: what it waits for from other ranks is lost."""
 
 
 class WorkPoint(Protocol):
-    """A point in a device's work: behind all that it was given so far."""
+    """A point in a device's work: after everything that it was given so far."""
 
     def wait(
         self, timeout_seconds: float = math.inf, given_up: threading.Event | None = None
     ) -> bool:
-        """Wait, in any thread, until the device has come here; not for what it was given after.
+        """Wait, in any thread, until the device reaches this point; later work is not waited for.
 
         Args:
             timeout_seconds: the longest wait.
-            given_up: set where nobody needs it any more.
+            given_up: set when nobody needs the point any more, which ends the wait.
 
         Returns:
-            Whether the device has come here.
+            Whether the device has reached this point.
         """
         ...
 
     def seconds_until(self, later: Self) -> float:
-        """By the device's clock; it has come to both points, which are timed."""
+        """Seconds to a later point by the device's clock; both are timed and were reached."""
         ...
 
 
 def work_point(device: torch.device, *, timed: bool = False) -> WorkPoint:
-    """The point that a device's work has been given up to."""
+    """The point after all the work that a device has been given so far."""
     return DevicePoint(device, timed=timed) if device.type == "cuda" else HostPoint()
 
 
 def wait_for_step(end: WorkPoint, timeout_seconds: float) -> None:
-    """Wait until the device has come to the end of a step.
+    """Wait until the device has finished a step.
 
     Raises:
-        DeviceStalledError: it has not by then.
+        DeviceStalledError: it has not finished within the timeout.
     """
     if not end.wait(timeout_seconds):
         raise DeviceStalledError(
@@ -63,7 +63,7 @@ def wait_for_step(end: WorkPoint, timeout_seconds: float) -> None:
 
 
 class HostPoint:
-    """A `WorkPoint` of the CPU, which has done what it was given."""
+    """A `WorkPoint` of the CPU, which has always finished what it was given."""
 
     def __init__(self) -> None:
         self._now = time.perf_counter()
@@ -71,7 +71,7 @@ class HostPoint:
     def wait(
         self, timeout_seconds: float = math.inf, given_up: threading.Event | None = None
     ) -> bool:
-        """Nothing is under way."""
+        """Return at once: no work is in flight."""
         return True
 
     def seconds_until(self, later: HostPoint) -> float:
@@ -84,7 +84,7 @@ class DevicePoint:
 
     Args:
         device: the device.
-        timed: whether the device notes the time when it comes there.
+        timed: whether the device records the time when it reaches the point.
     """
 
     def __init__(self, device: torch.device, *, timed: bool = False) -> None:
@@ -95,8 +95,8 @@ class DevicePoint:
     def wait(
         self, timeout_seconds: float = math.inf, given_up: threading.Event | None = None
     ) -> bool:
-        """Look from time to time whether the device has come here."""
-        # Any other thread than the first begins at device 0, and would make itself known there.
+        """Poll whether the device has reached this point."""
+        # Any thread but the first starts on device 0, and would make itself known there.
         torch.cuda.set_device(self._device)
         deadline = time.monotonic() + timeout_seconds
         while not self._event.query():  # type: ignore[no-untyped-call]

@@ -15,11 +15,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import DeviceChoice
 
-# NCCL's watchdog ends the process without a word. The hosts' messages (gloo) are to fail before it,
-# and then to ask which ranks are gone, which takes up to 16 s.
+# NCCL's watchdog ends the process without a word. Before it does, the hosts' messages (gloo) must
+# time out, and the hosts must find out which ranks are gone, which takes up to 16 s.
 _NCCL_MARGIN_SECONDS = 30.0
-# Ranks come at the pace at which their nodes load an interpreter and torch, which may be a file
-# system's first reading: whoever wants to hear of a lost rank sooner still waits so long here.
+# Ranks arrive as fast as their nodes load an interpreter and torch, perhaps on a file system's
+# first read: a shorter timeout, which reports a lost rank sooner, does not apply here.
 _LEAST_START_SECONDS = 300.0
 
 
@@ -51,7 +51,7 @@ def requested_world_size() -> int:
 
 
 def announced_world_size() -> int | None:
-    """What WORLD_SIZE says, which torchrun sets; None where nobody did, or it is empty."""
+    """The value of WORLD_SIZE, which torchrun sets; None if it is not set or empty."""
     given = os.environ.get("WORLD_SIZE")
     return int(given) if given else None
 
@@ -61,23 +61,23 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     """Join the ranks that torchrun started, or make a group of one; leave it at the end.
 
     CPU tensors always travel over gloo, so that control messages (counts, stop flags) never
-    touch the GPU's stream; CUDA tensors travel over NCCL. The ranks' first meeting may take at
-    least `_LEAST_START_SECONDS`.
+    touch the GPU's stream; CUDA tensors travel over NCCL. The timeout of the ranks' first meeting
+    is at least `_LEAST_START_SECONDS`.
 
     Raises:
-        ConfigError: the place where the ranks are to meet cannot be used.
+        ConfigError: the address where the ranks are to meet cannot be used.
     """
     _start(device, timeout_seconds)
     try:
         yield
     except BaseException:
-        # The threads of a group that still stands can abort the interpreter on its way out, and
-        # with it the exit code. With peers it stays: destroying it could wait for them, and
-        # torchrun ends all.
+        # The threads of a group that still exists can abort the interpreter as it exits, which
+        # loses the exit code. With peers the group stays: destroying it could wait for them, and
+        # torchrun ends all ranks.
         if dist.get_world_size() == 1:
             dist.destroy_process_group()
         raise
-    # Together: gloo aborts the process when a peer is gone before it.
+    # All leave together: gloo aborts a process whose peer is gone before it.
     dist.barrier()
     dist.destroy_process_group()
 
@@ -106,7 +106,7 @@ def _start(device: torch.device, timeout_seconds: float) -> None:
 
 
 def set_timeout(group: ProcessGroup, device: torch.device, seconds: float) -> None:
-    """Set how long messages of a group may take: the hosts', and the devices' a margin longer."""
+    """Set how long a group's messages may take: the devices' by a margin longer than the hosts'."""
     _set_pg_timeout(timedelta(seconds=seconds), group)
     if device.type == "cuda":
         backend = group._get_backend(device)
@@ -116,7 +116,7 @@ def set_timeout(group: ProcessGroup, device: torch.device, seconds: float) -> No
 def new_host_group(timeout_seconds: float) -> ProcessGroup:
     """Make another group of all ranks, for messages of the hosts alone (gloo). Collective.
 
-    Messages of one group never meet those of another, so that a thread can use one of its own.
+    Messages of different groups never mix, so that a thread can have a group of its own.
     """
     group: ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     return group

@@ -20,7 +20,7 @@ class Topology:
     """Ranks as a mesh of pipeline x data x tensor parallelism.
 
     Neighbouring ranks share a tensor-parallel group, whose messages are the most frequent, so
-    that a group stays inside a node; the stages of a pipeline, which say least to each other, lie
+    that a group stays inside a node; the stages of a pipeline, which communicate least, lie
     farthest apart. Data parallelism has two axes: weights are sharded over `dp_shard` and copied
     over `dp_replicate` (HSDP).
 
@@ -81,8 +81,8 @@ class Topology:
             for axis in MESH_AXES:
                 set_timeout(mesh.get_group(axis), device, timeout_seconds)
         if device.type == "cuda":
-            # NCCL sets a group up at its first message, which all of its ranks must take part in:
-            # a pipeline's are between two. Nor would the first step be a good time for it.
+            # NCCL sets up a group at its first message, in which all of its ranks must take part,
+            # but a pipeline's messages are between two. The first step would also be a bad time.
             for axis in MESH_AXES:
                 dist.all_reduce(torch.zeros(1, device=device), group=mesh.get_group(axis))
         return cls(mesh, device, sequence_parallel)
@@ -124,23 +124,23 @@ class Topology:
 
     @property
     def speaks_for_its_rows(self) -> bool:
-        """Whether this rank is the one of those with the same rows whose counts of them are taken.
+        """Whether, of all ranks with the same rows, this is the one that counts these rows.
 
         In a sum over all ranks each row and each loss must count once. All ranks of a pipeline
-        and of a tensor-parallel group have the same rows, and the first of them all speaks for
-        these. Only the pipeline's last ranks hold the head, whose losses and scores are the same
-        on a tensor-parallel group: the first of that one speaks for these
+        and of a tensor-parallel group have the same rows; the first of them speaks for these rows.
+        Only the pipeline's last ranks hold the head, whose losses and scores are the same on all
+        ranks of a tensor-parallel group; the first of that group speaks for these
         (`speaks_for_its_loss`).
         """
         return self.pipeline_rank == 0 and self.tensor_parallel.rank == 0
 
     @property
     def speaks_for_its_loss(self) -> bool:
-        """The same of losses and scores; see `speaks_for_its_rows`."""
+        """The same for losses and scores; see `speaks_for_its_rows`."""
         return self.pipeline_rank == self.pipeline_size - 1 and self.tensor_parallel.rank == 0
 
     def _size(self, axis: str) -> int:
-        # Not of `self.mesh[axis]`: cutting a mesh takes milliseconds where ranks are many.
+        # Not from `self.mesh[axis]`: slicing a mesh takes milliseconds when there are many ranks.
         return self.mesh.size(MESH_AXES.index(axis))
 
 
