@@ -1,4 +1,4 @@
-"""The same as the command lines, from Python: for notebooks and scripts of one process.
+"""What the command lines do, from Python: for notebooks and single-process scripts.
 
 Everything here is what `pretrain_bert.py` and the tools call; docs/python.md shows it at work.
 """
@@ -59,8 +59,8 @@ def read_batch(config: Config, step: PositiveInt) -> Batch:
     """The rows that a step trains on, in order, of all ranks: tensors `[B, S]` and `[B, M]`.
 
     Args:
-        config: of the run.
-        step: from 1.
+        config: the configuration of the run.
+        step: number of the step, from 1.
 
     Returns:
         All rows of the step, or as many as have 2^20 slots.
@@ -96,11 +96,12 @@ def rows_as_html(config: Config, step: PositiveInt, rows: NonNegativeInt = 2) ->
 def train(config: Config, max_steps: PositiveInt | None = None) -> RunRecords:
     """Train in this process, as `pretrain_bert.py` does, from where the run's last job ended.
 
-    An interrupt stops it after the step in hand, with a checkpoint; another one at once. Must be
-    called in the main thread, which alone may listen for signals. What it says goes to logging.
+    An interrupt stops it after the current step, with a checkpoint; a second one stops it at once.
+    Must be called in the main thread, which alone may listen for signals. Its messages go to
+    logging.
 
     Args:
-        config: of the run; `run.dir` receives its metrics and checkpoints.
+        config: the configuration of the run; `run.dir` receives its metrics and checkpoints.
         max_steps: steps to take at most, 1 or more; default: all that are left.
 
     Returns:
@@ -123,10 +124,11 @@ def train(config: Config, max_steps: PositiveInt | None = None) -> RunRecords:
 
 @contextmanager
 def _borrowed_hooks() -> Iterator[list[signal.Signals]]:
-    """Give back a notebook's way to interrupt cells, and to print tracebacks without a rank.
+    """Restore a notebook's signal handlers and exception hook at the end of the block.
 
-    Yields the signals that may be listened for. A handler that is not Python's, of a program that
-    embeds it, could not be given back: its signal is left alone.
+    It needs them to interrupt cells, and to print tracebacks without a rank. Yields the signals
+    that may be listened for. A handler that is not Python's, but belongs to a program that embeds
+    Python, could not be restored: its signal is left alone.
     """
     found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     handlers = {number: handler for number, handler in found.items() if handler is not None}

@@ -1,4 +1,4 @@
-"""What is to be closed at the end, used in a `with` statement."""
+"""The base of objects that are used in a `with` statement and closed at its end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Self
 
 
 class Closeable(ABC):
-    """A context manager that is itself what is entered, and whose end is `close`."""
+    """A context manager that yields itself and ends with `close`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is held, however the block ended."""
+        """Release what is held, however the block ended."""
 
     def __enter__(self) -> Self:
         return self

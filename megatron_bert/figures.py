@@ -1,4 +1,4 @@
-"""Matplotlib's figures, for those who draw some and write them where a user says."""
+"""Make figures with Matplotlib, and write them where a user says."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_name(output: Path) -> None:
 
 
 def figure_class() -> type[Figure]:
-    """Matplotlib's class, which needs no display.
+    """Matplotlib's `Figure`, which needs no display.
 
     Raises:
         UserError: matplotlib is missing.
@@ -44,8 +44,8 @@ def write_figure(figure: Figure, output: Path) -> None:
     """Write a figure as `.svg` or `.png`, by the name's ending: whole, or not at all.
 
     Raises:
-        UserError: the ending is another, the path climbs out of a folder that it names, or the file
-            cannot be written.
+        UserError: the name has another ending, the path climbs out of a folder that it names, or
+            the file cannot be written.
     """
     check_name(output)
     if output.suffix == ".svg":

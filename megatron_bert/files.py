@@ -15,7 +15,7 @@ TEMPORARY_INFIX = ".tmp-"
 StrPath: TypeAlias = str | os.PathLike[str]
 """A path as callers from Python have it."""
 
-# How a file system says that its files have one name each.
+# Errors by which a file system says that it has no hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 Write: TypeAlias = Callable[[bytes | memoryview], None]
@@ -55,7 +55,7 @@ def new_file(path: Path) -> Iterator[Write]:
 
     try:
         yield write
-        # On the descriptor that wrote: another may not be told of an error met meanwhile.
+        # On the descriptor that wrote: another may not be told of an error in the meantime.
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -73,9 +73,9 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def appearing_whole(path: Path) -> Iterator[Path]:
-    """Give a name to write a file under; the file gets its own, whole, when the block has ended.
+    """Yield a temporary name to write to; when the block ends, the whole file is renamed to `path`.
 
-    For those who write by a file's name only; `write_atomically` writes what is at hand.
+    For code that can only write to a file's name; `write_atomically` writes content in memory.
 
     Raises:
         OSError: The host could not write; the old file is as it was and no temporary is left.
@@ -104,7 +104,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_if_absent(path: Path, content: str | bytes) -> bool:
     """Do as `write_atomically` where there is no file yet, and say whether it was written.
 
-    Of several who do so at once one succeeds. (Where files cannot be linked, more may.)
+    If several processes do so at once, one succeeds. (Where files cannot be linked, more may.)
 
     Raises:
         OSError: The host could not write; no temporary is left.
@@ -122,7 +122,7 @@ def write_if_absent(path: Path, content: str | bytes) -> bool:
 
 
 def _give_name(temporary: Path, path: Path) -> None:
-    """Unlike a rename this fails where there is such a file."""
+    """Give the file its final name; unlike a rename, this fails if such a file exists."""
     try:
         path.hardlink_to(temporary)
     except OSError as error:

@@ -17,7 +17,7 @@ class FileInUseError(Exception):
 
 
 def lock_file(path: Path) -> TextIO:
-    """Lock a file, made if need be, until the stream is closed; a stale file needs no care.
+    """Lock a file, created if needed, until the stream is closed; a stale file does no harm.
 
     Raises:
         FileInUseError: another live process holds the lock.
@@ -37,15 +37,15 @@ def lock_file(path: Path) -> TextIO:
 
 
 def remove_lock(path: Path, stream: TextIO) -> None:
-    """Let go of what `lock_file` returned, and remove its file unless that cannot be."""
+    """Release what `lock_file` returned, and remove its file if that is possible."""
     with stream, suppress(OSError):
-        # While it is held: who has opened it sees afterwards that it is gone.
+        # While the lock is held: a process that has the file open then sees that it is gone.
         if _is_at(path, stream):
             path.unlink()
 
 
 def describe_holder(path: Path) -> str:
-    """The process that locked a file last, by host, number and start."""
+    """Describe the process that last locked a file: its host, number and start."""
     try:
         return _describe_holder(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -53,10 +53,10 @@ def describe_holder(path: Path) -> str:
 
 
 def holder_lives(path: Path) -> bool | None:
-    """Whether the process that locked a file last still lives; None: that cannot be seen from here.
+    """Whether the process that last locked a file still lives; None if that cannot be told here.
 
-    It is another host's, another container's, or the file tells nothing. The lock is not tried:
-    whoever wanted it in that moment would be refused.
+    It cannot if the process is on another host or in another container, or if the file says
+    nothing. The lock is not tried: a process that wanted it at that moment would be refused.
     """
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
@@ -68,18 +68,18 @@ def holder_lives(path: Path) -> bool | None:
 
 
 def _lives(pid: int, ticks: int) -> bool | None:
-    """Whether the process lives that began then; another has got the number of one that died."""
+    """Whether the process that began then still lives, or another now has its number."""
     try:
         state, began = _state_and_ticks(pid)
     except (FileNotFoundError, ProcessLookupError):
-        # A host may hide what other users run.
+        # A host may hide the processes of other users.
         return None if _exists(pid) else False
     return state not in ("Z", "X") and began == ticks
 
 
 def _state_and_ticks(pid: int) -> tuple[str, int]:
-    """How a process is, and when it began: in ticks since boot, which no set clock changes."""
-    # Behind the program's name, which stands in parentheses and may hold any others.
+    """A process's state, and its start in ticks since boot, which no set clock changes."""
+    # After the program's name, which is in parentheses and may itself contain parentheses.
     state, *figures = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return state, int(figures[18])
 
@@ -102,7 +102,7 @@ def _own_ticks() -> int | None:
 
 
 def _process_namespace() -> str:
-    """Within which numbers of processes mean the same: a container has one of its own."""
+    """The namespace in which process numbers mean the same: a container has its own."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -122,7 +122,7 @@ def _hold(stream: TextIO) -> None:
     except BlockingIOError as error:
         stream.seek(0)
         raise FileInUseError(_describe_holder(stream.read())) from error
-    # Written in place: a renamed file would be another than the one that is locked.
+    # Written in place: a file renamed to this path would not be the one that is locked.
     stream.truncate(0)
     holder = {
         "host": socket.gethostname(),
@@ -140,5 +140,5 @@ def _describe_holder(text: str) -> str:
         holder = json.loads(text)
         return f"host {holder['host']}, process {holder['pid']}, started {holder['started']}"
     except (ValueError, KeyError, TypeError):
-        # It was read in the moment between the other's lock and its writing.
+        # It was read between the moments when the other process locked it and wrote to it.
         return "which is just starting"

@@ -29,8 +29,8 @@ class ProgressBar(Closeable):
         Args:
             title: what is being done.
             total: how many units there are.
-            unit: what is counted, as "step"; a bar of anything but bytes goes when it ends.
-            stream: standard error where none is given.
+            unit: what is counted, such as "step"; a bar that counts no bytes disappears at its end.
+            stream: where to write; standard error by default.
         """
         self._stream = sys.stderr if stream is None else stream
         self._title = title
@@ -51,7 +51,7 @@ class ProgressBar(Closeable):
         )
 
     def show(self, done: int, note: str = "") -> None:
-        """Show that so much of the total is done, with a remark."""
+        """Show how much of the total is done, with an optional remark."""
         if self._bar is not None:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)

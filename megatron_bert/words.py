@@ -11,7 +11,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def numbered(noun: str, numbers: Sequence[int]) -> str:
-    """Things by their numbers, of which there is one at least: rank 3, ranks 3, 4."""
+    """Things by their numbers, at least one of them: rank 3, ranks 3, 4."""
     return f"{noun if len(numbers) == 1 else noun + 's'} {', '.join(map(str, numbers))}"
 
 
@@ -23,7 +23,7 @@ def rounded(count: int) -> str:
 
 
 def times(count: float) -> str:
-    """How many times, to four digits, or to a whole number of many: 1 time, 0.4213 times."""
+    """How many times, to four digits, or as a whole number from 100 on: 1 time, 0.4213 times."""
     text = f"{count:,.0f}" if count >= 100 else f"{count:.4g}"
     return f"{text} time" if text == "1" else f"{text} times"
 
