@@ -24,7 +24,7 @@ from megatron_bert.parallel.random import element_draws, hash_dropout, vector_dr
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Which slots of a row may see each other, made once a micro-batch for layers of a kind.
+    """Which slots of a row may see each other, made once per micro-batch for layers of one kind.
 
     Attributes:
         begins_BS: int32 [B, S], the first slot of each slot's segment.
@@ -32,8 +32,8 @@ class PackedLayout:
         reach: how many slots a slot sees to each side; None where it sees its whole segment.
         bias_B1SS: [B, 1, S, S] in the compute type, added to attention scores: 0 where query and
             key share a segment and the window, minus infinity elsewhere. None where a kernel finds
-            them by begins and ends.
-        rotation: of queries and keys by their positions, where positions are rotary.
+            them from begins and ends.
+        rotation: rotates queries and keys by their positions, where positions are rotary.
     """
 
     begins_BS: Tensor
@@ -72,7 +72,8 @@ class PackedLayout:
             reach: how many tokens a token sees to each side. Default: its whole segment.
         """
         slots_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
-        # The next segment's begin, or the row's end, looking back from each slot.
+        # A segment's last slot gets the segment's end, the others the row's. The minimum from the
+        # right then gives every slot its segment's end.
         next_BS = (slots_S + 1).masked_fill(positions_BS.roll(-1, 1) != 0, len(slots_S))
         ends_BS = next_BS.flip(1).cummin(1).values.flip(1)
         return cls((slots_S - positions_BS).int(), ends_BS.int(), reach)
@@ -104,8 +105,8 @@ def attend(
 ) -> Tensor:
     """Softmax attention within each segment of a packed row.
 
-    Every kernel stands behind this function; `written_out_attention` runs everywhere and is the
-    reference for others.
+    All kernels are called through this function; `written_out_attention` runs everywhere and is the
+    reference for the others.
 
     Args:
         q_BHSK: [B, H, S, K] queries.
@@ -120,7 +121,7 @@ def attend(
         [B, H, S, K].
     """
     if layout.bias_B1SS is None:
-        # Here: Triton comes with PyTorch for CUDA only.
+        # Imported here: Triton comes with PyTorch for CUDA only.
         from megatron_bert.model.flash_attention import flash_attention
 
         return flash_attention(
@@ -150,8 +151,8 @@ def written_out_attention(
 ) -> Tensor:
     """`attend` as two matrix products and a softmax; scores are held in the compute type.
 
-    The query heads of a group stand below one another, so that keys and values are read where
-    they are, however many heads they serve. On the CPU PyTorch's own kernel takes 2 to 5 times as
+    The query heads of a group are stacked along the slots, so that keys and values are read in
+    place, however many heads they serve. On the CPU, PyTorch's own kernel takes 2 to 5 times as
     long, forward and backward, in bf16.
     """
     B, H, S, K = q_BHSK.shape
@@ -176,9 +177,9 @@ class SelfAttention(nn.Module):
     Key and value heads are split like the query heads while they divide over the ranks, else
     every rank holds all of them and uses those that its query heads belong to.
 
-    With `recompute` scores and softmax, where they are held for every pair of slots (no kernel
-    does), are computed again backward (Korthikanti et al. 2022, section 5: selective activation
-    recomputation).
+    With `recompute`, scores and softmax are computed again in backward (Korthikanti et al. 2022,
+    section 5: selective activation recomputation) where they are held for every pair of slots,
+    which no kernel does.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class SelfAttention(nn.Module):
         return mixed_BHSK.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def mixes_joined(self, layout: PackedLayout) -> bool:
-        """Whether `mix_joined` serves: by our kernels, on queries and keys as the product gives."""
+        """Whether `mix_joined` applies: our kernels, on queries and keys as the product gives."""
         rotates = layout.rotation is not None
         return layout.bias_B1SS is None and not rotates and not self.selects_kv_heads
 
@@ -244,15 +245,15 @@ class SelfAttention(nn.Module):
         layout: PackedLayout,
         dropout_keys_B: Tensor,
     ) -> Tensor:
-        """`mix` of one product's columns.
+        """`mix` for queries, keys and values that are columns of one product.
 
         Args:
             qkv_NF: [N, F] queries, keys and values side by side, each head by head.
-            biases: those that were added to them, and get their gradients from here.
+            biases: the biases that were added to them, which get their gradients from here.
             layout: which slots see each other.
             dropout_keys_B: int64 [B].
         """
-        # Here: Triton comes with PyTorch for CUDA only.
+        # Imported here: Triton comes with PyTorch for CUDA only.
         from megatron_bert.model.flash_attention import PackedAttention
         from megatron_bert.model.joined_attention import joined_attention
 
@@ -271,6 +272,6 @@ class SelfAttention(nn.Module):
 
     def _of_local_heads(self, x_BGSK: Tensor) -> Tensor:
         """[B, G, S, K] -> [B, H, S, K]: for each query head of this rank its key/value head."""
-        # Not by a list of indices: that is copied to the GPU, and waited for, in every layer.
+        # Not by a list of indices, which would be copied to the GPU and waited for in every layer.
         repeated = x_BGSK.repeat_interleave(self.heads_per_group, dim=1)
         return repeated.narrow(1, self.first_head, self.local_heads)

@@ -31,7 +31,7 @@ from megatron_bert.parallel.sharding import local_part, make_parameter
 from megatron_bert.parallel.token_share import TokenShare
 from megatron_bert.parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
-# The decoder is the embedding's table: a pipeline's last stage has a copy of it under its name.
+# The decoder is the embedding's table: a pipeline's last stage has a copy under the same name.
 TIED_PARAMETER = "embeddings.word.weight"
 
 
@@ -58,7 +58,7 @@ class ModelPart:
 class Embeddings(nn.Module):
     """Word embeddings, with learned positions added to them or normalised, then dropout.
 
-    A pipeline's last stage has but the word embeddings' table, which its head decodes with.
+    A pipeline's last stage has only the table of word embeddings, which its head decodes with.
     """
 
     def __init__(
@@ -124,8 +124,8 @@ class MaskedHead(nn.Module):
 class BertForPretraining(nn.Module):
     """Embeddings, PreNorm blocks, final norm and the masked-language-model head, or a part of them.
 
-    What a part lacks is None, and the rest has the names that it has in the whole. Parameters are
-    made on the current default device (the meta device costs nothing) and hold nothing until
+    Modules that a part lacks are None; the others have the same names as in the whole. Parameters
+    are made on the current default device (the meta device costs nothing) and hold nothing until
     `megatron_bert.model.initialization` fills them.
     """
 
@@ -167,8 +167,8 @@ class BertForPretraining(nn.Module):
         """Compute this part of the model on a micro-batch.
 
         Args:
-            inputs: int [B, S] ids of packed rows; of a later stage [T, D] hidden states, the
-                output of the stage before.
+            inputs: int [B, S] ids of packed rows; for a later stage, [T, D] hidden states, the
+                output of the previous stage.
             positions_BS: int [B, S], restarting at 0 in each segment.
             masked_BM: int [B, M] slots whose token is to be predicted.
             labels_BM: int [B, M] the right ids.
@@ -176,7 +176,7 @@ class BertForPretraining(nn.Module):
             rows_B: int64 [B] global row numbers, which key dropout.
 
         Returns:
-            What the head says, or without a head hidden states [T, D].
+            The head's output; without a head, hidden states [T, D].
         """
         x_TD = self.encode(inputs, positions_BS, rows_B)
         if self.head is None:
@@ -192,7 +192,7 @@ class BertForPretraining(nn.Module):
         return output
 
     def encode(self, inputs: Tensor, positions_BS: Tensor, rows_B: Tensor) -> Tensor:
-        """Return the part's last hidden states [T, D], the model's after the final norm."""
+        """Return the part's last hidden states [T, D], after the final norm if it has one."""
         share = TokenShare.of(self.tp, *positions_BS.shape)
         x_TD = inputs
         if self.part.is_first:
@@ -219,9 +219,9 @@ class BertForPretraining(nn.Module):
     def _block_dropouts(
         self, rows_B: Tensor, share: TokenShare, hidden_size: int
     ) -> Iterator[BlockDropout]:
-        """Each block's dropout; the draws of all are hashed together, in as few kernels as one's.
+        """Yield each block's dropout; all draws are hashed at once, in as few kernels as one's.
 
-        Hashes of one layer are too small for a GPU: launching them would take all the time.
+        The hashes of one layer are too small for a GPU: launching them would take all the time.
         """
         layers, device = self.part.layers, rows_B.device
         weights_LB = dropout_keys(rows_B, self.seed, "attention_weights", layers)
@@ -236,7 +236,7 @@ class BertForPretraining(nn.Module):
                 for site in ("attention", "feed_forward")
             )
             channels_D = element_draws(hidden_size, device)
-        # Not indexed layer by layer, which would be operators of each.
+        # Not indexed layer by layer, which would take operators for each layer.
         rows = (x.unbind() for x in (weights_LB, attention_LT, feed_forward_LT))
         for weights_B, attention_T, feed_forward_T in zip(*rows, strict=True):
             yield BlockDropout(weights_B, attention_T, feed_forward_T, channels_D)

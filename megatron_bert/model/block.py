@@ -24,8 +24,8 @@ class BlockDropout:
 
     Attributes:
         attention_weights_B: int64 [B], keys of the rows.
-        attention_T: [T], draws of this rank's tokens; as the next two [0] where no hidden state is
-            dropped.
+        attention_T: [T], draws of this rank's tokens; like the next two, [0] where no hidden state
+            is dropped.
         feed_forward_T: [T], the same for the other sub-layer.
         channels_D: [D], draws of the hidden channels.
     """
@@ -44,7 +44,7 @@ class Block(nn.Module):
     """PreNorm block: x + dropout(attention(norm(x))), then x + dropout(ffn(norm(x))).
 
     Attributes:
-        kernel: what computes it; None: its modules, one after another.
+        kernel: computes the block; if None, its modules do, one after another.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from megatron_bert.parallel.recorded_passes import CudaGraphs, RecordedModel
 from megatron_bert.parallel.sharding import is_split_over, local_part
 from megatron_bert.parallel.tied import sum_tied_gradient
 
-# Of micro-batches, for which blocks are compiled in one job.
+# The most shapes of micro-batches for which blocks are compiled in one job.
 _MOST_SHAPES = 64
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -156,7 +156,7 @@ def _lay_out(
     use_kernels(chunk, kernels, topology.device, dtype, fp8=config.precision.fp8 != "none")
     blocks = list(chunk.blocks.values())
     if config.compile.enabled:
-        # Other packages' kernels cannot be traced: what stands between them is compiled.
+        # Other packages' kernels cannot be traced: only what lies between them is compiled.
         _compile(blocks, fullgraph=kernels == "torch")
     return ShardedModel(
         chunk,
@@ -169,14 +169,14 @@ def _lay_out(
 
 
 def _compile(blocks: Sequence[nn.Module], *, fullgraph: bool) -> None:
-    """Have each block compiled when it first runs, for each shape of micro-batches by itself.
+    """Have each block compiled when it first runs, separately for each shape of micro-batches.
 
-    What it computes, not its call: the hooks that gather weights stay outside the graphs. One
-    graph serves all blocks, as their weights are its inputs.
+    Only `forward` is compiled, not the module's call: the hooks that gather weights stay outside
+    the graphs. One graph serves all blocks, as their weights are its inputs.
     """
     torch._dynamo.config.recompile_limit = max(_MOST_SHAPES, torch._dynamo.config.recompile_limit)
-    # The norms' and the activation's outputs are made again backward, in kernels that read what
-    # they are made from anyway: a third less memory, and no product is computed twice.
+    # The outputs of norms and activation are recomputed in backward, in kernels that read their
+    # inputs anyway: a third less memory, and no product is computed twice.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=fullgraph, dynamic=False)

@@ -1,10 +1,10 @@
 """Attention over packed rows that holds no scores, for CUDA (Dao 2023, "FlashAttention-2").
 
-Written in Triton, so that three things hold that no ready kernel offers together: weights are
-dropped by this project's hash, the same ones on every layout of ranks and in a recomputed forward
-pass; shapes are fixed, as a tile of queries finds the keys that it sees from where its segments
-begin and end; and no sum depends on the order in which tiles finish, so that the same input gives
-the same bits.
+Written in Triton for three properties that no existing kernel offers together: weights are dropped
+by this project's hash, the same ones on every layout of ranks and in a recomputed forward pass;
+shapes are fixed, as a tile of queries finds the keys that it sees from where its segments begin and
+end; and no sum depends on the order in which tiles finish, so that the same input gives the same
+bits.
 
 Shape suffixes: B rows, S slots, H query heads, G key/value heads, K head size.
 """
@@ -28,15 +28,15 @@ _SUMMED_SLOTS = 32
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut up.
+    """How a kernel is tiled.
 
     Attributes:
-        queries: of a tile.
-        keys: of a tile.
-        warps: that share a tile.
-        stages: of tiles that are loaded ahead.
-        registers: of a thread, at most, so that more programs share a multiprocessor; None leaves
-            that to the compiler.
+        queries: queries per tile.
+        keys: keys per tile.
+        warps: warps that share a tile.
+        stages: pipeline stages of tiles that are loaded ahead.
+        registers: most registers per thread, so that more programs share a multiprocessor; None
+            leaves that to the compiler.
     """
 
     queries: int
@@ -46,7 +46,7 @@ class Tile:
     registers: int | None = None
 
     def options(self) -> dict[str, int]:
-        """As a kernel's launch takes them."""
+        """The keyword arguments of a kernel's launch."""
         options = {
             "QUERIES": self.queries,
             "KEYS": self.keys,
@@ -57,21 +57,21 @@ class Tile:
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
     def of_heads(self, size: int) -> Tile:
-        """The same for heads of so many channels: what they were tuned for are no more than 64."""
+        """The tile for heads of `size` channels; it was tuned for heads of at most 64."""
         return self if size <= 64 else replace(self, warps=8, stages=2, registers=None)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Every kernel's tiles, those that were quickest on an H100 with heads of 64 channels.
+    """Every kernel's tile, the quickest on an H100 with heads of 64 channels.
 
     Attributes:
-        forward: of the forward kernel.
-        query_gradient: of the queries' gradient.
-        key_gradient: of the keys' and values' gradient.
-        key_gradient_programs: that the last is to have, at least, where heads share keys: eight
-            for each multiprocessor, of which two run at once. (With half as many it took a tenth
-            longer on rows of 512 slots.)
+        forward: tile of the forward kernel.
+        query_gradient: tile of the queries' gradient.
+        key_gradient: tile of the keys' and values' gradient.
+        key_gradient_programs: the fewest programs that the last kernel may have where heads share
+            keys: eight for each multiprocessor, of which two run at once. (With half as many it
+            took a tenth longer on rows of 512 slots.)
     """
 
     forward: Tile = Tile(64, 64, 4, 3, 128)
@@ -117,7 +117,7 @@ def flash_attention(
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """The kernels, for rows and a layer: what they take beside queries, keys and values.
+    """The kernels for given rows and layer, with their inputs other than queries, keys and values.
 
     Attributes:
         begins_BS: see `flash_attention`.
@@ -145,7 +145,7 @@ class PackedAttention:
         dropout_keys_B: Tensor | None,
         first_head: int,
     ) -> PackedAttention:
-        """From what `flash_attention` is given."""
+        """From the arguments of `flash_attention`."""
         assert dropout == 0.0 or dropout_keys_B is not None
         return cls(
             begins_BS.contiguous(),
@@ -187,10 +187,10 @@ class PackedAttention:
         *,
         sums: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
-        """Write the gradients of queries, keys and values to tensors of their shapes.
+        """Write the gradients of queries, keys and values into tensors of their shapes.
 
         Returns:
-            Where asked for, parts of the gradients' sums over all slots: fp32 [parts, H, K] and
+            With `sums`, parts of the gradients' sums over all slots: fp32 [parts, H, K] and
             [2, parts, G, K].
         """
         do, (q, k, v), (dq, dk, dv) = do_BSHK.contiguous(), _even(q_BSHK, k_BSGK, v_BSGK), gradients
@@ -242,7 +242,7 @@ class PackedAttention:
 
 
 def _even(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same three, with slots as far apart as kernels take them; copied where they are not."""
+    """The same three, with slots evenly spaced, as the kernels need; copied where they are not."""
 
     def is_even(x: Tensor) -> bool:
         return x.stride()[2:] == (x.shape[3], 1) and x.stride(0) == x.shape[1] * x.stride(1)
@@ -254,9 +254,9 @@ def _even(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _parts(programs: int, heads: int) -> int:
-    """To how many programs the heads that share keys are dealt: as few as keep a GPU busy.
+    """How many programs divide the heads that share keys: as few as keep a GPU busy.
 
-    Of several each writes a part of the gradient, in fp32, and the parts are then summed.
+    If there are several, each writes a part of the gradient in fp32, and the parts are then summed.
     """
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     return next((n for n in divisors if n * programs >= TILING.key_gradient_programs), heads)

@@ -1,11 +1,11 @@
 """Triton kernels of `flash_attention`'s backward pass.
 
-Arrays and names are those of `flash_kernels`. One kernel gives the queries' gradient, one that of
-keys and values, and the last adds up the parts of the latter where several programs share a head
-of keys.
+Arrays and names are those of `flash_kernels`. One kernel computes the queries' gradient, one that
+of keys and values, and the last adds up the parts of the latter where several programs share a key
+head.
 """
 
-# Types are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def flash_query_gradient_kernel(
     statistics = (row * heads + head) * S + slots
     log_sum = tl.load(LOG_SUM + statistics, mask=inside, other=0.0)
     # What softmax's gradient subtracts: the weights' mean gradient, weighted by the weights. Kept
-    # weights are scaled up at the end, not one by one, so that this is scaled down.
+    # weights are scaled up at the end, not one by one, so this is scaled down here.
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1) / keep_scale
     tl.store(DELTA + statistics, delta, mask=inside)
     draws, members = tl.zeros([QUERIES], tl.int32), tl.zeros([KEYS], tl.int32)
@@ -211,7 +211,7 @@ def flash_key_gradient_kernel(
     dv *= keep_scale
     part = part_head // HEADS
     if SUMS:
-        # Keys past the row's end are not masked, as what they give is not stored.
+        # Keys past the row's end were not masked before, since their gradients are not stored.
         sums = DKV_SUMS + ((row * tiles + first // KEYS) * parts + part) * SIZE + channels
         there = inside[:, None]
         tl.store(sums, tl.sum(tl.where(there, dk, 0.0), 0)[None, :])

@@ -2,18 +2,18 @@
 
 Arrays are slot-major: queries, outputs and their gradients [B, S, H, K], keys and values
 [B, S, G, K], statistics of queries [B, H, S]. Queries and their gradients, keys and values may be
-columns of a wider array, whose slots are so many elements apart (`q_step`, `kv_step`, `dq_step`);
-the others are dense. A program takes a tile of queries over the tiles of keys that they see, or of
-keys over queries; only tiles through which a segment's or a window's border runs are masked. The
-grid has one axis, as the others are short.
+columns of a wider array, with a given number of elements from slot to slot (`q_step`, `kv_step`,
+`dq_step`); the others are dense. A program takes a tile of queries over the tiles of keys that they
+see, or a tile of keys over queries; only tiles that a segment's or a window's border crosses are
+masked. The grid has one axis, as a grid's other axes are short.
 
-What bounds these kernels is instructions issued, more than products or bytes: no hash of a vector
-is made in a loop.
+These kernels are bound by the instructions issued more than by products or bytes, so no vector is
+hashed in a loop.
 
 Shape suffixes: B rows, S slots, H query heads, G key/value heads, K head size.
 """
 
-# Types are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def flash_forward_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Outputs, and each query's logarithm (base 2) of its sum of exponentials.
+    """Outputs, and for each query the logarithm (base 2) of its sum of exponentials.
 
     Grid: B * H * tiles of queries.
     """
@@ -87,7 +87,7 @@ def flash_forward_kernel(
             visible = sees(slots[:, None], begins[:, None], ends[:, None], keys[None, :], REACH)
             scores = tl.where(visible, scores, -float("inf"))
         highest_now = tl.maximum(highest, tl.max(scores, 1) * scale)
-        # A query that has seen no key yet has nothing but minus infinities.
+        # A query that has seen no key yet is still at minus infinity.
         reference = tl.where(highest_now == -float("inf"), 0.0, highest_now)
         weights = tl.exp2(scores * scale - reference[:, None])
         shrink = tl.exp2(highest - reference)
@@ -97,7 +97,7 @@ def flash_forward_kernel(
             weights = tl.where(kept, weights, nothing)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
         highest = highest_now
-    # Slots past the row's end have seen nothing; nor are they stored.
+    # Slots past the row's end have seen no key, and are not stored.
     total = tl.where(inside, total, 1.0)
     out = (acc * (keep_scale / total)[:, None]).to(OUT.dtype.element_ty)
     offsets = (row * S + slots[:, None]) * heads * SIZE + channels

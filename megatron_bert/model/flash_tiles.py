@@ -1,9 +1,9 @@
-"""What the kernels of `flash_attention` have in common: tiles that see each other, and their draws.
+"""What the kernels of `flash_attention` share: which tiles see each other, and their draws.
 
 Shape suffixes: S slots, K head size.
 """
 
-# Types are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from megatron_bert.parallel.random_kernels import GROUP, group_draws, member_dra
 
 @triton.jit
 def pair_draws(draws, members, first, KEYS: tl.constexpr):
-    """Sums of queries' and keys' draws, of a tile of keys; `members` are those of the first one.
+    """Sums of queries' and keys' draws for a tile of keys; `members` are those of the first tile.
 
-    A tile that is a group has the members of every other one, and queries are added its group's.
+    If a tile is a group, all tiles have the same members; the group's draw is added to the queries.
     """
     if KEYS == GROUP:
         return (draws + group_draws(first))[:, None] + members[None, :]
@@ -40,9 +40,9 @@ def sees(slots, begins, ends, others, REACH: tl.constexpr):
 def ranges(
     BEGINS, ENDS, row, first, S, SIZE: tl.constexpr, OTHER: tl.constexpr, REACH: tl.constexpr
 ):
-    """Which tiles of others a tile of slots sees: from, whole from, whole until, until.
+    """Which tiles of others a tile of slots sees: low, whole_low, whole_high and high.
 
-    Those before and behind the whole ones are masked.
+    It sees the tiles from low to high, of which those from whole_low to whole_high need no mask.
 
     Begins and ends of segments never decrease along a row, so the first and the last slot tell.
     """
@@ -72,7 +72,7 @@ def load(ARRAY, offsets, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def load_number(ARRAY, slots, inside, MASKED: tl.constexpr):
-    """Load a number of each slot; zeros past the row's end."""
+    """Load one number per slot; zeros past the row's end."""
     if MASKED:
         return tl.load(ARRAY + slots, mask=inside, other=0)
     return tl.load(ARRAY + slots)
@@ -80,5 +80,5 @@ def load_number(ARRAY, slots, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def unknown_zero(number):
-    """Zero, which the compiler does not know: else it selects among halves of BF16 pairs."""
+    """A zero that the compiler cannot see, lest it select among halves of BF16 pairs."""
     return number * 0.0

@@ -1,8 +1,8 @@
 """Products of linear layers in FP8 (Micikevicius et al. 2022, "FP8 Formats for Deep Learning").
 
-By PyTorch's own scaled products, so that the compiler sees all of it: finding the largest number,
-scaling and casting are fused with what stands before a product. What is read forward is in E4M3
-(three bits after the point), gradients are in E5M2 (two, for their wider range).
+They use PyTorch's own scaled products, so that the compiler sees everything: finding the largest
+number, scaling and casting are fused with what precedes a product. Operands of the forward pass are
+in E4M3 (three bits after the point), gradients in E5M2 (two, for their wider range).
 
 Shape suffixes: N tokens, D features in, F features out.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
-# Of numbers that are next to nothing no scale could be made.
+# The least scale: none could be made from numbers that are next to nothing.
 SMALLEST_SCALE = 1e-30
 _SMALLEST_OF_A_WHOLE = torch.finfo(torch.float32).tiny
 
@@ -25,7 +25,7 @@ def fp8_linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor
     """Compute x W^T + b, and its gradients, as products of FP8 numbers with sums in fp32.
 
     Each operand is scaled as a whole, so that its largest number at that moment becomes the
-    format's largest: nothing is remembered. Biases and their gradients are not in FP8.
+    format's largest; no history is kept. Biases and their gradients are not in FP8.
 
     Args:
         x_ND: [N, D]; on CUDA in BF16, with N, D and F multiples of 16.
@@ -40,7 +40,7 @@ def fp8_linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps x as it was cast; the weight is there anyway, and is cast again backward."""
+    """Keeps x as it was cast; the weight is there anyway, and is cast again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         scaled_FD = _cast(weight_FD, weight_scale, E4M3)
         ctx.save_for_backward(scaled_ND, x_scale, weight_FD, weight_scale)
         ctx.has_bias = bias_F is not None
-        # Hopper adds up in fewer bits within a tile when asked to: enough forward, not backward.
+        # On request, Hopper accumulates in fewer bits within a tile: enough forward, not backward.
         return scaled_product(
             scaled_ND, scaled_FD.t(), x_scale, weight_scale, x_ND.dtype, bias_F, fast=True
         )
@@ -76,20 +76,20 @@ def largest_of(dtype: torch.dtype) -> float:
 
 
 def _scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a number of `dtype` is multiplied by to mean one of x: fp32 []."""
+    """The factor, fp32 [], that turns numbers of `dtype` back into those of x."""
     largest = x.abs().amax().float()
-    # Not 0 where all of x is, nor where its largest number is next to nothing.
+    # Never 0, even if x is all 0 or its largest number is next to nothing.
     return (largest / largest_of(dtype)).clamp(min=_SMALLEST_OF_A_WHOLE)
 
 
 def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # The quotient passes the format's largest number by fp32's rounding at most, and is rounded
+    # The quotient exceeds the format's largest number by fp32's rounding at most, and is rounded
     # back to it. Products read their first factor row by row.
     return (x.float() / scale).to(dtype).contiguous()
 
 
 def _column_major(x: Tensor) -> Tensor:
-    """The same matrix, its columns stored one behind another as a product's second factor's."""
+    """The same matrix stored column by column, as a product's second factor must be."""
     return x.t().contiguous().t()
 
 
@@ -109,10 +109,10 @@ def scaled_product(
         a: [N, D], dense rows.
         b: [D, F], dense columns.
         a_scale: what a's numbers are multiplied by, fp32 of one element, or [N, 1].
-        b_scale: the same of b's, one element where a's has one, or [1, F].
-        dtype: of the product.
-        bias: [F], added before it is rounded.
-        fast: let Hopper add up in fewer bits within a tile.
+        b_scale: the same for b's; one element where a's has one, or [1, F].
+        dtype: dtype of the product.
+        bias: [F], added before the product is rounded.
+        fast: let Hopper accumulate in fewer bits within a tile.
 
     Returns:
         [N, F].

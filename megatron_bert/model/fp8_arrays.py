@@ -1,7 +1,7 @@
-"""Arrays in FP8 as products read them, written by kernels of our own.
+"""Arrays in FP8 in the layouts that products read, written by kernels of our own.
 
-A product reads its first factor row by row and its second column by column: what it sums over lies
-together in both. So an array is written as rows, as columns (transposed), or as both at once.
+A product reads its first factor row by row and its second column by column: in both, what it sums
+over is contiguous. So an array is written as rows, as columns (transposed), or as both at once.
 
 Shape suffixes: N tokens, D hidden, F features, P = 2 F: gate's and then up's.
 """
@@ -22,16 +22,16 @@ from megatron_bert.model.fused_norm import BranchMask, dropping
 from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
 
-# As kernels name them.
+# Triton's names of the formats.
 _FORMATS = {E4M3: tl.float8e4nv, E5M2: tl.float8e5}
 
 
 class Scaled(NamedTuple):
-    """FP8 numbers, dense, and what they are multiplied by to mean what they stand for.
+    """FP8 numbers, dense, and the scale that turns them back into the values they stand for.
 
     Attributes:
         numbers: rows, or an array's columns.
-        scale: fp32 [1], or [N, 1] of rows.
+        scale: fp32 [1], or [N, 1] with one for each row.
     """
 
     numbers: Tensor
@@ -39,24 +39,24 @@ class Scaled(NamedTuple):
 
 
 def as_scale(bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """By which numbers that do not pass the bound, fp32 of one element, fit in a format: [1]."""
-    # Rounding in what comes before may pass a bound by next to nothing.
+    """The scale, [1], at which numbers up to a bound, fp32 of one element, fit in a format."""
+    # Rounding in earlier steps may exceed a bound by next to nothing.
     return (bound.view(1) * (1.001 / largest_of(dtype))).clamp(min=SMALLEST_SCALE)
 
 
 def cast_weight(weights: Sequence[Tensor], scale: Tensor, *, columns: bool) -> Tensor:
-    """Weights [F, D], one below another, in E4M3.
+    """Cast weights [F, D], stacked one below another, to E4M3.
 
     Args:
-        weights: of one shape each.
+        weights: all of one shape.
         scale: fp32 [1].
-        columns: as columns, [D, all F], in place of rows.
+        columns: write columns, [D, all F], instead of rows.
     """
     (F, D), count = weights[0].shape, len(weights)
     shape = (D, count * F) if columns else (count * F, D)
     numbers = weights[0].new_empty(shape, dtype=E4M3)
     for index, weight in enumerate(weights):
-        # A weight's columns are stretches of all columns.
+        # A weight's columns are stretches of the columns of all weights.
         part = numbers.view(-1)[index * F * (1 if columns else D) :]
         rows_part, columns_part = (None, part) if columns else (part, None)
         _cast(weight, scale, E4M3, column_length=count * F, rows=rows_part, columns=columns_part)
@@ -66,13 +66,13 @@ def cast_weight(weights: Sequence[Tensor], scale: Tensor, *, columns: bool) -> T
 def cast_gradient(
     grad_ND: Tensor, scale: Tensor, mask: BranchMask, dtype: torch.dtype
 ) -> tuple[Scaled, Scaled, Tensor | None]:
-    """The gradient of a branch's output, by that of what it was added to, in E5M2.
+    """The gradient of a branch's output in E5M2, from that of the sum it was added to.
 
     Args:
-        grad_ND: [N, D].
+        grad_ND: [N, D], gradient of that sum.
         scale: fp32 [1].
-        mask: what the branch was dropped by.
-        dtype: of the bias's gradient.
+        mask: the branch's dropout.
+        dtype: dtype of the bias's gradient.
 
     Returns:
         Rows; columns; the gradient of the branch's bias, [D], if it has one.
@@ -105,7 +105,7 @@ def _cast(
         column_length: numbers from one column to the next.
         rows: where they are written.
         columns: where they are written.
-        mask: what x is dropped by before.
+        mask: dropout that is applied to x first.
 
     Returns:
         Parts of x's column sums, fp32, where the mask has a bias.
@@ -136,15 +136,15 @@ def norm_columns(
     bias: Tensor | None,
     scale: Tensor,
 ) -> Scaled:
-    """A norm's output again, as columns [D, N] in E4M3.
+    """Compute a norm's output again, as columns [D, N] in E4M3.
 
     Args:
-        x_ND: what it is the norm of.
-        mean: as `add_branch` gave it, like the next.
+        x_ND: the norm's input.
+        mean: as `add_branch` returned it, like the next.
         rstd: the same.
         weight: [D], the norm's.
         bias: [D] or None.
-        scale: that which `add_branch` wrote.
+        scale: the scale that `add_branch` wrote.
     """
     (N, D), tile = x_ND.shape, fused_tiles.TILING.fp8
     assert N % 4 == 0
@@ -169,7 +169,7 @@ def activation_rows(
         activation: the same.
 
     Returns:
-        That, and the largest number, sign apart, of each row of gate and up with their biases:
+        The rows, and the largest absolute value of each row of gate and up with their biases:
         fp32 [N].
     """
     N, size = len(gate_up_NP), gate_up_NP.shape[1] // 2
@@ -193,7 +193,7 @@ def gate_up_gradients(
     active_scale: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Scaled, Scaled, Scaled, Tensor | None]:
-    """Gradients from that of the activation, and the activation again.
+    """Compute gradients from that of the activation, and the activation again.
 
     Args:
         active_grad_NF: [N, F].
@@ -205,8 +205,8 @@ def gate_up_gradients(
         dtype: of the biases' gradients.
 
     Returns:
-        Those of gate and up in E5M2 as rows, [N, P], and as columns, [P, N]; the activation in E4M3
-        as columns, [F, N]; the gradients of the biases, [2, F], where there are any.
+        The gradients of gate and up in E5M2 as rows, [N, P], and as columns, [P, N]; the activation
+        in E4M3 as columns, [F, N]; the gradients of the biases, [2, F], where there are any.
     """
     (N, size), tile = active_grad_NF.shape, fused_tiles.TILING.fp8_gradient
     assert N % 4 == 0

@@ -1,19 +1,19 @@
 """The feed-forward half of a fused block, its products in FP8.
 
-What products read is written in FP8 by the kernels that make it, so that little is read to be cast
-or to find its largest number first: of most arrays a bound on that is known before, which is
-enough. FP8 numbers are floating-point ones: a scale some powers of two too large costs range, of
-which gradients in E5M2 have 30 and what is read forward in E4M3 has 15, and no precision. The
-bounds, of any number of an array:
+The kernels that make a product's operands write them in FP8, so that little is read again only to
+cast it or to find its largest number. For most arrays a bound on that number is known beforehand,
+which is enough: FP8 numbers are floating-point, and a scale that is some powers of two too large
+costs no precision but range, of which gradients in E5M2 have 30 powers of two and operands of the
+forward pass, in E4M3, have 15. The bounds on the numbers of each array:
 
     the norm's output        sqrt(D) x its largest weight + its largest bias
     the activation           none: each row is scaled by its largest number, as it is made
     the output's gradient    the length of its longest row
     the activation's         a row's length x that of the down projection's longest column (Cauchy
                              and Schwarz)
-    gate's and up's          the largest of all rows' products of that, the row's largest number of
-                             gate and up, and 1.13: no activation here is steeper than that, or
-                             larger than what goes in
+    gate's and up's          the largest, over all rows, of that x the row's largest number of gate
+                             and up x 1.13: no activation here is steeper than that, or larger than
+                             its input
 
 Weights are cast by their largest numbers. Nothing is kept from step to step.
 
@@ -48,7 +48,7 @@ from megatron_bert.model.fused_feed_forward import (
 from megatron_bert.model.fused_norm import BranchMask, add_branch
 from megatron_bert.parallel.gradient_sums import gradient_dtype
 
-# Of gelu, at the root of 2; silu's is 1.10.
+# The steepest slope of gelu, at the root of 2; silu's is 1.10.
 _STEEPEST = 1.13
 
 # What rounding may add: to numbers in E5M2, to those in E4M3 and to their product in BF16.
@@ -70,7 +70,7 @@ class Fp8FeedForward:
         gate_up = scaled_product(normed, wide_ND.t(), scale, wide, dtype, fast=True)
         active, largest_N = activation_rows(gate_up, parameters.wide_biases, network.activation)
         down_DF = cast_weight((parameters.down,), down, columns=False)
-        # Where one factor has a scale for each row the other has one for each column.
+        # Where one factor has a scale for each row, the other must have one for each column.
         down_scales = down.expand(1, len(down_DF)).contiguous()
         y = scaled_product(active.numbers, down_DF.t(), active.scale, down_scales, dtype, fast=True)
         others = (gate_up, scale, wide, down, active.scale.amax().view(1), largest_N)
@@ -121,10 +121,10 @@ class Fp8FeedForward:
 
 
 def gate_up_scale(lengths_N: Tensor, largest_N: Tensor, down_DF: Tensor) -> Tensor:
-    """Of gate's and up's gradients, fp32 [1]: see the table at the top.
+    """The scale of gate's and up's gradients, fp32 [1]: see the table at the top.
 
     Args:
-        lengths_N: of the rows of the output's gradient, fp32.
+        lengths_N: lengths of the rows of the output's gradient, fp32.
         largest_N: the rows' largest numbers of gate and up, fp32.
         down_DF: the down projection.
     """
@@ -133,13 +133,13 @@ def gate_up_scale(lengths_N: Tensor, largest_N: Tensor, down_DF: Tensor) -> Tens
 
 
 def _lengths(x: Tensor, dim: int) -> Tensor:
-    """Of rows, or of columns, in fp32."""
+    """Lengths of rows (`dim` 1) or of columns (`dim` 0), in fp32."""
     lengths: Tensor = torch.linalg.vector_norm(x, dim=dim, dtype=torch.float32)
     return lengths
 
 
 def _weight_scales(parameters: FeedForwardParameters) -> tuple[Tensor, Tensor]:
-    """Of gate and up together, and of down, fp32 [1] each."""
+    """The scale of gate and up together, and that of down, fp32 [1] each."""
     gate, up, down = (
         torch.linalg.vector_norm(weight, math.inf, dtype=torch.float32)
         for weight in (parameters.gate, parameters.up, parameters.down)
@@ -148,7 +148,7 @@ def _weight_scales(parameters: FeedForwardParameters) -> tuple[Tensor, Tensor]:
 
 
 def _weight_gradient(grad: Scaled, x: Scaled, known: Tensor, dtype: torch.dtype) -> Tensor:
-    """y_grad^T x, of both as columns; in fp32 where the weight's gradients are added up in it."""
+    """y_grad^T x, from both as columns; in fp32 where the weight's gradients accumulate in it."""
     sums = gradient_dtype(known)
     made = sums if sums == torch.float32 else dtype
     return scaled_product(grad.numbers, x.numbers.t(), grad.scale, x.scale, made)

@@ -1,18 +1,18 @@
-"""Triton kernels that write what stands between a block's FP8 products.
+"""Triton kernels that write what lies between a block's FP8 products.
 
-What a weight's gradient is made of is read along the tokens, and products of FP8 numbers read both
-operands along what they sum over: so a kernel writes an array's rows, its columns as rows, or both,
-from one reading. Columns are written four tokens' numbers at a time, packed in 32 bits: numbers of
-8 would change places one by one. Hence tokens come in fours.
+Products of FP8 numbers read both operands along the dimension they sum over, which for a weight's
+gradient is the tokens. So a kernel writes an array's rows, its columns as rows, or both, from one
+reading. Columns are written four tokens' numbers at a time, packed in 32 bits: 8-bit numbers would
+change places one by one. Hence tokens come in fours.
 
-An array's scale is what its numbers are multiplied by to mean what they stand for; it is known
-before the array is written, as nothing in it can be larger than the scale allows. Scales are fp32
-of one element, or [T] of rows. Arrays are dense.
+An array's scale is the factor that turns its numbers back into the values they stand for. It is
+known before the array is written, as nothing in it can be larger than the scale allows. Scales are
+fp32 of one element, or [T], one for each row. Arrays are dense.
 
 Shape suffixes: T tokens, D hidden, F feed-forward.
 """
 
-# Types are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _TO_E5M2 = tl.constexpr(_WORDS.format(made="e5m2"))
 
 @triton.jit
 def _packed(a, b, c, d, inverse, FORMAT: tl.constexpr):
-    """FP8 of four numbers times `inverse`, the first one's in the lowest bits.
+    """Pack four numbers times `inverse` as FP8, the first in the lowest bits.
 
-    What passes the format is its largest number.
+    Numbers beyond the format's range become its largest number.
 
-    In the machine's words: Triton (3.6) loses numbers of E5M2 that are put together as integers.
+    In assembly: Triton (3.6) loses numbers of E5M2 that are put together as integers.
     """
     return tl.inline_asm_elementwise(
         _TO_E5M2 if FORMAT == tl.float8e5 else _TO_E4M3,  # noqa: SIM300
@@ -53,7 +53,7 @@ def _packed(a, b, c, d, inverse, FORMAT: tl.constexpr):
 
 @triton.jit
 def _store_columns(OUT, packed, first, fours, columns, column_length, mask):
-    """Write four tokens' numbers each, [fours, columns], to columns as long as that in numbers."""
+    """Write packed numbers, [fours, columns], to columns of `column_length` numbers each."""
     offsets = columns.to(tl.int64)[None, :] * (column_length // 4) + first // 4 + fours[:, None]
     tl.store(OUT + offsets, packed, mask=mask)
 
@@ -76,7 +76,7 @@ def _cast_tokens(
     DROPOUT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):
-    """Values of a tile's tokens, dropped, which are written as rows of FP8."""
+    """Values of a tile's tokens after dropout; with HAS_ROWS also written as rows of FP8."""
     offsets = first * D + tokens[:, None] * D + columns[None, :]
     x = tl.load(X + offsets, mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
@@ -114,7 +114,7 @@ def fp8_cast_kernel(
 
     The columns may be stretches of longer ones, of `column_length` numbers.
 
-    Grid: programs * tiles of columns; each program takes every so many-th tile of tokens.
+    Grid: programs * tiles of columns; each program takes every `programs`-th tile of tokens.
     """
     tiles = tl.cdiv(D, COLUMNS)
     columns = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -265,7 +265,7 @@ def _activation_gradients(
     BIASES: tl.constexpr,
     GELU: tl.constexpr,
 ):
-    """The activation of a tile's tokens, gate's and up's gradients; these are written as rows."""
+    """A tile's activation and gate's and up's gradients; the gradients are written as rows."""
     offsets = first * F + tokens[:, None] * F + columns[None, :]
     wide = first * 2 * F + tokens[:, None] * 2 * F + columns[None, :]
     grad = tl.load(GRAD + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -306,9 +306,9 @@ def fp8_gated_activation_gradient_kernel(
 ):
     """FP8 of gate's and up's gradients, [T, 2 F] and [2 F, T], and of the activation, [F, T].
 
-    PARTS, of the biases' gradients, is fp32 [programs a tile of columns, 2, F].
+    PARTS, of the biases' gradients, is fp32 [programs per tile of columns, 2, F].
 
-    Grid: programs * tiles of columns; each program takes every so many-th tile of tokens.
+    Grid: programs * tiles of columns; each program takes every `programs`-th tile of tokens.
     """
     tiles = tl.cdiv(F, COLUMNS)
     columns = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,8 +1,9 @@
 """The gated activation by a kernel of our own.
 
-What is kept is what it is made from. Backward one kernel reads that and the activation's gradient,
-writes that of gate and up and, for the next product's weight, the activation again, and sums those
-of their biases meanwhile: hence these are added here, not by the product before.
+Only its inputs, gate and up, are kept. In backward one kernel reads them and the activation's
+gradient, writes the gradients of gate and up and, for the next product's weight, the activation
+again, and meanwhile sums the gradients of their biases. That is why the biases are added here, not
+by the product before.
 
 Shape suffixes: N tokens of the micro-batch, F features of this rank, P = 2 F: gate's and then up's.
 """
@@ -20,12 +21,12 @@ from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
 
 Activation = Callable[[Tensor], Tensor]
-# Those of gate and of up, [F]; None where there are none.
+# The biases of gate and of up, [F]; None where there are none.
 Biases = tuple[Tensor, Tensor] | None
 
 
 def is_gelu(activation: Activation) -> bool:
-    """Which of the two it is."""
+    """Whether the activation is gelu; otherwise it is silu."""
     assert activation in (F.silu, F.gelu)
     return activation is F.gelu
 
@@ -60,7 +61,7 @@ def gated_activation_gradients(
     activation: Activation,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients from that of the activation, over which the activation itself is written.
+    """Compute gradients from that of the activation, which the activation itself overwrites.
 
     Args:
         active_grad_NF: [N, F].
@@ -70,7 +71,7 @@ def gated_activation_gradients(
         dtype: of the biases' gradients.
 
     Returns:
-        That of gate and up, [N, P], and those of the biases, [2, F], where there are any.
+        The gradient of gate and up, [N, P], and those of the biases, [2, F], where there are any.
     """
     N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.TILING.activation
     grad_NP = torch.empty_like(gate_up_NP)

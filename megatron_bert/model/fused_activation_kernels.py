@@ -5,7 +5,7 @@ Arrays are dense: [T, F], or [T, 2 F] of gate's features and then up's.
 Shape suffixes: T tokens, F feed-forward.
 """
 
-# Types are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def fused_gated_activation_gradient_kernel(
 ):
     """Gradients of gate and up, the activation again, and parts of the biases' gradients.
 
-    PARTS is fp32 [programs a tile of columns, 2, F]: of gate's bias and up's.
+    PARTS is fp32 [programs per tile of columns, 2, F]: for gate's bias and up's.
 
-    Grid: programs * tiles of columns; each program takes every so many-th tile of tokens.
+    Grid: programs * tiles of columns; each program takes every `programs`-th tile of tokens.
     """
     tiles = tl.cdiv(F, COLUMNS)
     columns = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,4 +1,4 @@
-"""A block whose products are PyTorch's, and what stands between them is fused kernels'.
+"""A block that computes products by PyTorch, and everything between them by fused kernels.
 
 Forward and backward are written out, in two functions around attention: an operator that autograd
 records costs the host as much time as a small micro-batch's product costs the GPU.
@@ -54,7 +54,7 @@ def fused_block(
     """[T, D] -> [T, D], what the block computes without fused kernels.
 
     Args:
-        block: whose parameters and sizes are taken, as `BlockKernel` has it.
+        block: the block whose parameters and sizes are used, as in `BlockKernel`.
         x_TD: the residual stream.
         layout: which slots see each other.
         dropout: what is dropped in this block.
@@ -64,7 +64,7 @@ def fused_block(
     joined = attention.mixes_joined(layout)
     biases = [bias for bias in parameters.biases if bias is not None]
     if joined:
-        # Their gradients come from attention.
+        # The biases' gradients come from attention.
         parameters = parameters.without_bias_gradients()
     x_TD, qkv_NF = _AttentionInputs.apply(x_TD, block, *parameters)  # type: ignore[no-untyped-call]
     if joined:
@@ -81,7 +81,7 @@ def fused_block(
 
 
 class InputParameters(NamedTuple):
-    """Parameters ahead of attention that a rank computes with, or their gradients."""
+    """Parameters before attention that a rank computes with, or their gradients."""
 
     norm_weight: OptionalTensor
     norm_bias: OptionalTensor
@@ -94,29 +94,29 @@ class InputParameters(NamedTuple):
 
     @classmethod
     def of(cls, block: Block) -> InputParameters:
-        """A block's; those of its first norm are missing where the embeddings' norm serves."""
+        """A block's; its first norm's are missing where the embeddings' norm takes its place."""
         norm, layers = block.attention_norm, _input_layers(block)
         pair = (norm.weight, norm.bias) if isinstance(norm, LayerNorm) else (None, None)
         return cls(*pair, *map(_weight, layers), *map(_bias, layers))
 
     @property
     def weights(self) -> list[Tensor]:
-        """Of queries, keys and values."""
+        """The weights of queries, keys and values."""
         return [x for x in (self.query, self.key, self.value) if x is not None]
 
     @property
     def biases(self) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
-        """Of queries, keys and values."""
+        """The biases of queries, keys and values."""
         return self.query_bias, self.key_bias, self.value_bias
 
     def without_bias_gradients(self) -> InputParameters:
-        """The same numbers, of which autograd asks no gradient of a layer's bias."""
+        """The same parameters, but with the layers' biases detached from autograd."""
         biases = (None if bias is None else bias.detach() for bias in self.biases)
         return InputParameters(*self[:5], *biases)
 
 
 class OutputParameters(NamedTuple):
-    """Parameters behind attention that a rank computes with, or their gradients."""
+    """Parameters after attention that a rank computes with, or their gradients."""
 
     output: OptionalTensor
     output_bias: OptionalTensor
@@ -142,20 +142,20 @@ class OutputParameters(NamedTuple):
 
     @property
     def network(self) -> FeedForwardParameters:
-        """Those that the feed-forward passes take."""
+        """The parameters that the feed-forward passes take."""
         found = {name: getattr(self, name) for name in FeedForwardParameters._fields}
         return FeedForwardParameters(**found)
 
 
 def _input_layers(block: Block) -> tuple[ColumnParallelLinear, ...]:
-    """Those that one product of the first norm's output computes."""
+    """The layers that one product of the first norm's output computes."""
     attention = block.attention
     return attention.query, attention.key, attention.value
 
 
 def _weight(layer: Linear) -> Tensor:
-    """A layer's weight; without a gradient where its product is left for later."""
-    # `kernels: fused` is refused beside what computes products by itself.
+    """A layer's weight; detached where its product is deferred."""
+    # `kernels: fused` is refused together with anything that computes products by itself.
     assert layer.product is None
     weight = local_part(layer.weight)
     return weight if layer.deferred is None else weight.detach()
@@ -201,7 +201,7 @@ class _AttentionInputs(torch.autograd.Function):
             normed = norm_again(x, mean, rstd, norm_weight, norm_bias) if has_norm else x
         bias_grads: tuple[OptionalTensor, ...] = (None, None, None)
         if known.query_bias is not None and known.query_bias.requires_grad:
-            # Attention did not give them.
+            # Attention did not compute them.
             sums = column_sums(qkv_grad, gradient_dtype(known.query_bias))
             bias_grads = torch.split(sums, [len(weight) for weight in parameters.weights])
         normed_grad, weight_grads = joined_gradients(
@@ -230,7 +230,7 @@ class _AfterAttention(torch.autograd.Function):
 
     @staticmethod
     def masks(block: Block, dropout: BlockDropout) -> tuple[BranchMask, BranchMask]:
-        """Of attention's branch and of the feed-forward network's."""
+        """The masks of attention's branch and of the feed-forward network's."""
         probability, channels = block.dropout if block.training else 0.0, dropout.channels_D
         biases = (block.attention.output.bias, block.feed_forward.down.bias)
         draws = (dropout.attention_T, dropout.feed_forward_T)
@@ -291,5 +291,5 @@ class _AfterAttention(torch.autograd.Function):
 
 
 def _pair(norm_grads: list[Tensor]) -> tuple[OptionalTensor, OptionalTensor]:
-    """Of a norm's weight and bias; the bias's may be missing."""
+    """The gradients of a norm's weight and bias; the bias's may be missing."""
     return norm_grads[0], norm_grads[1] if len(norm_grads) > 1 else None

@@ -1,7 +1,7 @@
 """The feed-forward half of a fused block: from attention's branch to the network's output.
 
-Forward and backward are written out. `precision.fp8` has another way through the same places
-(`fp8_feed_forward`).
+Forward and backward are written out. With `precision.fp8`, `fp8_feed_forward` computes this half
+instead.
 
 Shape suffixes: T tokens that a rank holds, N tokens of the micro-batch (T, or T x ranks), D hidden,
 F features of this rank, P = 2 F: gate's and then up's.
@@ -32,7 +32,7 @@ OptionalTensor = Tensor | None
 
 
 class FeedForwardParameters(NamedTuple):
-    """Those of the norm and of the network that a rank computes with."""
+    """Parameters of the norm and of the network that a rank computes with."""
 
     norm_weight: Tensor
     norm_bias: OptionalTensor
@@ -44,19 +44,19 @@ class FeedForwardParameters(NamedTuple):
 
     @property
     def wide_biases(self) -> Biases:
-        """Those of gate and up, which the activation adds."""
+        """The biases of gate and up, which the activation adds."""
         if self.gate_bias is None or self.up_bias is None:
             return None
         return self.gate_bias, self.up_bias
 
 
 class Branch(NamedTuple):
-    """What is added to the residual stream ahead of the norm: attention's output.
+    """What is added to the residual stream before the norm: attention's output.
 
     Attributes:
-        mask: what its elements are dropped by.
+        mask: the dropout of its elements.
         y: [T, D].
-        bias: [D], added to it before.
+        bias: [D], added to y before dropout.
     """
 
     mask: BranchMask
@@ -68,10 +68,10 @@ class Kept(NamedTuple):
     """What the forward pass leaves for backward.
 
     Attributes:
-        x: the residual stream behind attention, [T, D].
+        x: the residual stream after attention, [T, D].
         mean: of its norm, fp32 [T].
         rstd: the same.
-        others: what else this way of computing takes.
+        others: what else this implementation needs.
     """
 
     x: Tensor
@@ -81,13 +81,13 @@ class Kept(NamedTuple):
 
 
 class FeedForwardGradients(NamedTuple):
-    """What the backward pass gives.
+    """The gradients that the backward pass returns.
 
     Attributes:
-        normed: of the norm's output, [T, D].
-        weights: of gate, up and down; None where products are left for later, or were added to
-            what there is of the gradients (`weight_gradients`).
-        biases: of the same layers; None where there is none.
+        normed: gradient of the norm's output, [T, D].
+        weights: gradients of gate, up and down; None where products are deferred, or were added to
+            existing sums (`weight_gradients`).
+        biases: gradients of the same layers' biases; None where there is none.
     """
 
     normed: Tensor
@@ -101,7 +101,7 @@ class FeedForwardPasses(Protocol):
     def forward(
         self, block: Block, x: Tensor, branch: Branch, parameters: FeedForwardParameters
     ) -> tuple[Tensor, Kept]:
-        """From the residual stream ahead of attention's branch to the output, without its bias."""
+        """From the residual stream before attention's branch to the output, without its bias."""
         ...
 
     def backward(
@@ -116,9 +116,9 @@ class FeedForwardPasses(Protocol):
         """From the gradient of the block's output, [T, D].
 
         Args:
-            block: as forward, like `parameters`.
+            block: as in `forward`, like `parameters`.
             end_grad: that gradient.
-            mask: what the network's output was dropped by.
+            mask: the dropout of the network's output.
             kept: what the forward pass left.
             parameters: the same.
             known: the same as autograd knows them, for the types of their gradients.
@@ -135,9 +135,9 @@ def made_by(
 
 
 def remakes(block: Block) -> bool:
-    """Whether norms' outputs are made again backward, and not kept.
+    """Whether norms' outputs are computed again in backward instead of being kept.
 
-    Recomputation in full keeps nothing of a block but its input, and has them by then.
+    Full recomputation keeps nothing of a block but its input, and has these outputs by then.
     """
     return not (block.recompute and block.training)
 
@@ -145,7 +145,7 @@ def remakes(block: Block) -> bool:
 def left_or_computed(
     layer: DeferringLayer, y_grad_ND: Tensor, x_NF: Tensor, known: Tensor
 ) -> OptionalTensor:
-    """A weight's gradient as `weight_gradients` gives it; None where its product is left."""
+    """A weight's gradient as `weight_gradients` gives it; None where its product is deferred."""
     if layer.deferred is None:
         return weight_gradients(y_grad_ND, x_NF, [known])[0]
     layer.deferred.append(WeightProducts([layer], x_NF, [y_grad_ND], joined=True))
@@ -153,7 +153,7 @@ def left_or_computed(
 
 
 class PlainFeedForward:
-    """With products in the type of what they are made of."""
+    """Products are in the dtype of their factors."""
 
     def forward(
         self, block: Block, x: Tensor, branch: Branch, parameters: FeedForwardParameters
@@ -183,13 +183,13 @@ class PlainFeedForward:
         dtype = gradient_dtype(known.norm_weight)
         y_grad, down_bias = branch_gradients(end_grad, mask, dtype)
         y_grad = gathered_tokens(y_grad, tp)
-        # The activation itself, once its gradient is used up.
+        # The activation's gradient, which the next call overwrites with the activation itself.
         active = y_grad @ parameters.down
         gate_up_grad, wide_biases = gated_activation_gradients(
             active, gate_up, parameters.wide_biases, network.activation, dtype
         )
         down = left_or_computed(network.down, y_grad, active, known.down)
-        # Wide ones go once they are used up: other layers' activations still stand.
+        # Wide tensors are freed once used up: other layers' activations are still in memory.
         del active, y_grad
         if normed is None:
             normed = norm_again(kept.x, kept.mean, kept.rstd, *parameters[:2])

@@ -1,10 +1,10 @@
 """The residual stream and its norms, by kernels of our own for CUDA.
 
-Two things hold that compiled blocks do not have: gradients of biases and of norms are summed where
-what they are sums of is written, not read again; and norms' outputs are not kept for the gradients
-of the products' weights, for which they are made again.
+They have two advantages over compiled blocks: gradients of biases and of norms are summed where the
+values to be summed are written, without reading them again; and norms' outputs are not kept for the
+gradients of the products' weights, but computed again for them.
 
-Every sum is in fp32 and in an order that follows from shapes alone: the same input gives the same
+Every sum is in fp32 and in an order that depends on shapes alone: the same input gives the same
 bits.
 
 Shape suffixes: T tokens that a rank holds, D hidden.
@@ -26,13 +26,13 @@ from megatron_bert.parallel.random import keep_threshold
 
 @dataclass(frozen=True)
 class BranchMask:
-    """What a sub-layer's output is dropped by where it is added to the residual stream.
+    """The dropout of a sub-layer's output where it is added to the residual stream.
 
     Attributes:
         dropout: probability of dropping an element.
         token_draws_T: [T], as `hash_dropout` takes them.
         channel_draws_D: [D], the same.
-        has_bias: whether a bias is added to the output before.
+        has_bias: whether a bias is added to the output before dropout.
     """
 
     dropout: float
@@ -49,7 +49,7 @@ class BranchMask:
 
 
 def dropping(branch: BranchMask | None) -> tuple[int, float]:
-    """A kernel's threshold and scale."""
+    """The threshold and the scale of dropout that a kernel takes."""
     dropout = 0.0 if branch is None else branch.dropout
     return keep_threshold(dropout), 1.0 / (1.0 - dropout)
 
@@ -66,17 +66,17 @@ def add_branch(
 
     Args:
         x: [T, D].
-        branch: what drops its elements; None: nothing is added.
+        branch: the dropout of the branch's elements; None: nothing is added.
         y: [T, D], the branch's output; None without one.
         y_bias: [D]; None where there is none.
-        norm: the following norm's weight and bias [D], which it may not have, and its epsilon; None
-            where none follows.
-        scale: fp32 [1]; the norm comes in E4M3 then, and what its numbers are multiplied by to mean
-            its output is written here: it follows from the norm's weight and bias alone.
+        norm: weight [D], bias [D] or None, and epsilon of the norm that follows; None where none
+            follows.
+        scale: fp32 [1]; if given, the norm's output is in E4M3, and the scale of its numbers is
+            written here, which depends on the norm's weight and bias alone.
 
     Returns:
-        The sum and its norm [T, D]; mean and reciprocal deviation, fp32 [T]. Those that there are
-        none of are x.
+        The sum and its norm [T, D]; mean and reciprocal deviation, fp32 [T]. In place of any that
+        does not exist, x.
     """
     T, D = x.shape
     x, draws = x.contiguous(), () if branch is None else branch.draws
@@ -88,7 +88,7 @@ def add_branch(
         weight, bias, eps = norm
         normed = torch.empty_like(x, dtype=x.dtype if scale is None else E4M3)
         mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
-    # Where there is no array the kernel reads none, whatever it is given.
+    # Where an array does not exist, the kernel does not read what it is given in its place.
     token_draws, channel_draws = draws or (x, x)
     tile = fused_tiles.TILING.rows(D)
     fused_norm_kernels.fused_residual_norm_kernel[(cdiv(T, tile.tokens),)](
@@ -106,7 +106,7 @@ def add_branch(
 def norm_again(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """A norm's output again, [T, D], from its input and what `add_branch` gave."""
+    """Compute a norm's output again, [T, D], from its input and the results of `add_branch`."""
     T, D = x.shape
     normed, tile = torch.empty_like(x), fused_tiles.TILING.rows(D)
     fused_norm_kernels.fused_norm_again_kernel[(cdiv(T, tile.tokens),)](
@@ -128,22 +128,22 @@ def norm_gradients(
     has_bias: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients from those of a sum and of its norm.
+    """Compute gradients from those of a sum and of its norm.
 
     Args:
         normed_grad: [T, D].
-        sum_grad: [T, D], what comes back by the residual stream.
+        sum_grad: [T, D], what comes back through the residual stream.
         sum_TD: [T, D].
         mean: fp32 [T], as `add_branch` gave it.
         rstd: fp32 [T], the same.
         weight: [D], the norm's.
         branch: what was added; None: nothing.
         has_bias: whether the norm has one.
-        dtype: of parameters' gradients.
+        dtype: dtype of the parameters' gradients.
 
     Returns:
-        Those of x and of the branch's output, [T, D], without dropout the same tensor; and those of
-        the norm's weight, its bias and the branch's bias, [D], that there are.
+        The gradients of x and of the branch's output, [T, D], without dropout the same tensor; and
+        a list of those of the norm's weight, its bias and the branch's bias, [D], that exist.
     """
     T, D = sum_TD.shape
     draws, has_branch_bias = (branch.draws, branch.has_bias) if branch else ((), False)
@@ -164,7 +164,7 @@ def norm_gradients(
 def branch_gradients(
     sum_grad: Tensor, branch: BranchMask, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Those of the branch's output, [T, D], and of its bias, [D], where no norm follows."""
+    """Gradients of the branch's output, [T, D], and its bias, [D], where no norm follows."""
     sum_grad = sum_grad.contiguous()
     draws, has_bias = branch.draws, branch.has_bias
     if not (draws or has_bias):

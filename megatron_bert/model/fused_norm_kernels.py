@@ -1,16 +1,16 @@
 """Triton kernels of the residual stream and its norms, between a block's matrix products.
 
-Each reads what it needs once and sums while it writes: gradients of parameters are column sums over
-all tokens, and those of a program's own tokens are added up in fp32 beside the gradients that it
-writes. Programs write their sums one below another, so that no sum depends on which one finishes
-first, and how many programs there are follows from shapes alone.
+Each kernel reads what it needs once and sums while it writes: gradients of parameters are column
+sums over all tokens, and each program adds up those of its own tokens in fp32, alongside the
+gradients that it writes. Programs write their sums one below another, so that no sum depends on
+which one finishes first; the number of programs depends on shapes alone.
 
 Arrays are dense: [T, D]. Statistics are fp32 [T], draws are as `hash_dropout` takes them.
 
 Shape suffixes: T tokens, D hidden.
 """
 
-# Types are Triton's own, of values that stand on the GPU.
+# Kernel arguments have Triton's own types: they are values on the GPU.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load_vector(VECTOR, columns, D):
 
 @triton.jit
 def dropped(values, token_draws, channel_draws, threshold, keep_scale):
-    """`hash_dropout`; draws are int64 on the CPU, whose lower half is the same."""
+    """`hash_dropout`; on the CPU draws are int64, whose lower half is the same."""
     draws = token_draws.to(tl.int32)[:, None] + channel_draws.to(tl.int32)[None, :]
     return tl.where(is_kept(draws, threshold), values * keep_scale, 0.0)
 
@@ -73,9 +73,9 @@ def fused_residual_norm_kernel(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The sum x + dropout(branch + bias) and its LayerNorm; without a branch x's, or but the sum.
+    """The sum x + dropout(branch + bias) and its LayerNorm; or only x's LayerNorm, or only the sum.
 
-    SCALED: the norm is scaled to a format's largest number, and its scale written, fp32 [1].
+    SCALED: the norm is scaled to a format's largest number, and its scale is written, fp32 [1].
 
     Grid: tiles of tokens.
     """
@@ -94,7 +94,7 @@ def fused_residual_norm_kernel(
             token_draws = tl.load(TOKEN_DRAWS + first + tokens, mask=inside, other=0)
             channel_draws = tl.load(CHANNEL_DRAWS + columns, mask=columns < D, other=0)
             branch = dropped(branch, token_draws, channel_draws, threshold, keep_scale)
-        # The norm is that of what is kept, so that backward it is the same one.
+        # The norm is that of the rounded sum that is kept, so that it is the same in backward.
         summed = (x + branch).to(SUM.dtype.element_ty)
         tl.store(SUM + first * D + offsets, summed, mask=mask)
         x = summed.to(tl.float32)
@@ -105,7 +105,7 @@ def fused_residual_norm_kernel(
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
         normed = normalized(x, mean, rstd, WEIGHT, BIAS, columns, D, HAS_BIAS)
         if SCALED:
-            # Of D numbers whose squares' mean is 1 none passes the root of D.
+            # Of D numbers whose mean square is 1, none exceeds the root of D.
             largest = tl.sqrt(D * 1.0) * tl.max(tl.abs(load_vector(WEIGHT, columns, D)), 0)
             if HAS_BIAS:
                 largest += tl.max(tl.abs(load_vector(BIAS, columns, D)), 0)
@@ -175,10 +175,10 @@ def fused_residual_norm_gradient_kernel(
 ):
     """Gradients of x and of the branch, and parts of those of the norm's and branch's parameters.
 
-    PARTS is fp32 [programs, sums, D]: of the norm's weight, its bias, the branch's bias, those that
-    there are. Without dropout the branch's gradient is that of x, and not written.
+    PARTS is fp32 [programs, sums, D]: for the norm's weight, its bias and the branch's bias, those
+    that exist. Without dropout the branch's gradient is that of x, and not written.
 
-    Grid: programs, each takes every so many-th tile of tokens.
+    Grid: programs; each takes every `programs`-th tile of tokens.
     """
     columns = tl.arange(0, COLUMNS)
     tokens = tl.arange(0, TOKENS)
@@ -242,7 +242,7 @@ def fused_branch_gradient_kernel(
 ):
     """The branch's gradient where no norm follows, and parts of its bias's, fp32 [programs, D].
 
-    Grid: programs, each takes every so many-th tile of tokens.
+    Grid: programs; each takes every `programs`-th tile of tokens.
     """
     columns = tl.arange(0, COLUMNS)
     tokens = tl.arange(0, TOKENS)

@@ -1,4 +1,4 @@
-"""What the fused kernels compute, by PyTorch: what they are tested against and timed beside.
+"""What the fused kernels compute, by PyTorch: they are tested against it and timed beside it.
 
 Shape suffixes: T tokens, D hidden, F feed-forward, P = 2 F: gate's features and then up's.
 """

@@ -1,4 +1,4 @@
-"""How the fused kernels are cut up."""
+"""How the fused kernels are tiled."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from functools import lru_cache
 
 
 def cdiv(number: int, size: int) -> int:
-    """How many tiles of a size hold a number; Triton's own function takes microseconds."""
+    """How many tiles of `size` cover `number`; Triton's own function takes microseconds."""
     return -(-number // size)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut up.
+    """How a kernel is tiled.
 
     Attributes:
-        tokens: of a tile.
-        columns: of a tile, all of them where rows are summed.
-        warps: that share a tile.
-        stages: of tiles that are loaded ahead, in a kernel that takes several.
-        registers: of a thread at most; None: as many as the compiler likes.
+        tokens: tokens per tile.
+        columns: columns per tile; all of them where rows are summed.
+        warps: warps that share a tile.
+        stages: pipeline stages of tiles loaded ahead, where a program takes several tiles.
+        registers: most registers per thread; None leaves that to the compiler.
     """
 
     tokens: int
@@ -30,11 +30,11 @@ class Tile:
     registers: int | None = None
 
     def programs(self, tokens: int, most: int) -> int:
-        """Programs of a kernel that takes several tiles each."""
+        """Number of programs, up to `most`, of a kernel whose programs take several tiles each."""
         return min(cdiv(tokens, self.tokens), most)
 
     def options(self, *, loops: bool = False) -> dict[str, int]:
-        """As a kernel's launch takes them."""
+        """The keyword arguments of a kernel's launch."""
         options = {
             "TOKENS": self.tokens,
             "COLUMNS": self.columns,
@@ -48,19 +48,19 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How kernels are cut up, by their registers and by the bytes that they have under way.
+    """How kernels are tiled, according to their registers and the bytes that they have in flight.
 
     Attributes:
-        elements: of a tile of whole rows, where a row has no more: enough rows that vectors of
-            parameters, which each program reads, weigh little beside them.
-        gradient_elements: the same of the norm's gradient, which holds more arrays at once.
-        activation: of the activation and its gradient.
-        row_programs: that take all whole rows in turn; two run on each of an H100's 132
-            multiprocessors at once.
-        activation_programs: the same of the activation's gradient, of which three do.
-        fp8: of what is written as columns too: these are as long as a tile has tokens.
-        fp8_gradient: the same of the activation's gradient.
-        fp8_programs: that take all tiles of both in turn.
+        elements: elements per tile of whole rows, unless one row has more: enough rows that the
+            parameter vectors, which each program reads, weigh little beside them.
+        gradient_elements: the same for the norm's gradient, which holds more arrays at once.
+        activation: tile of the activation and its gradient.
+        row_programs: programs that take all whole rows in turn; two run at once on each of an
+            H100's 132 multiprocessors.
+        activation_programs: the same for the activation's gradient, of which three run at once.
+        fp8: tile of what is also written as columns, each as long as a tile has tokens.
+        fp8_gradient: the same for the activation's gradient.
+        fp8_programs: programs that take all tiles of either in turn.
     """
 
     elements: int = 8192
@@ -77,12 +77,12 @@ class Tiling:
         return _of_rows(size, self.elements)
 
     def whole_rows(self, size: int) -> Tile:
-        """A tile of one row of F elements: what scales rows holds all of gate, up and itself."""
+        """A tile of one row of F elements: scaling it takes all of gate, up and the row at once."""
         columns = 1 << (size - 1).bit_length()
         return Tile(1, columns, min(16, max(1, columns // 1024)))
 
     def gradient_rows(self, size: int) -> Tile:
-        """The same of the norm's gradient."""
+        """The same as `rows`, for the norm's gradient."""
         return _of_rows(size, self.gradient_elements)
 
 
@@ -90,7 +90,7 @@ class Tiling:
 def _of_rows(size: int, elements: int) -> Tile:
     columns = 1 << (size - 1).bit_length()
     tokens = min(16, max(1, elements // columns))
-    # 16 to 32 elements of an array a thread.
+    # 16 to 32 elements of an array per thread.
     most = 8 if columns <= 4096 else 16
     return Tile(tokens, columns, min(most, max(1, tokens * columns // 512)))
 

@@ -1,7 +1,7 @@
 """Attention whose queries, keys and values are the columns of one array, for CUDA.
 
-One product gives them and takes their gradient, which kernels write where it belongs: nothing is
-split, copied or put together again.
+One product computes them and takes their gradient, which the kernels write in place: nothing is
+split, copied or joined again.
 
 Shape suffixes: B rows, S slots, N = B x S tokens, H query heads, G key/value heads, K head size, F
 columns, (H + 2 G) x K.
@@ -31,8 +31,8 @@ def joined_attention(
 
     Args:
         qkv_BSF: [B, S, F] queries, then keys, then values, each head by head.
-        biases: of queries, keys and values, which were added to them and get their gradients, sums
-            over all slots, from here; none: there are none, or they have them from elsewhere.
+        biases: the biases that were added to queries, keys and values; their gradients, sums over
+            all slots, come from here. Empty if there are none, or theirs come from elsewhere.
         groups: G.
         size: K.
         attention: the rows' segments, and what is dropped.

@@ -1,8 +1,8 @@
 """Kernels other than PyTorch's plain ones on the model's own parameters.
 
-Parameters stay where they are, under their names: what shards, saves, initialises or converts
-them knows nothing of this. A package's module serves as a function of the parameters that it is
-called with; it has none of its own and is no part of the model.
+Parameters stay where they are, under their names: code that shards, saves, initialises or converts
+them is unaware of this. A package's module serves as a function of the parameters that it is called
+with; it has none of its own and is not part of the model.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def use_kernels(
 ) -> None:
     """Have these kernels compute linear layers (`te`, FP8), norms (`apex`) or blocks (`fused`).
 
-    Transformer Engine's norm reads its own weight a second time backward, when the module has the
-    one that it was called with no more: norms stay PyTorch's there, as those without a bias do.
+    Transformer Engine's norm reads its own weight a second time, in backward, when the module no
+    longer has the one that it was called with: norms stay PyTorch's there, as those without a bias
+    do.
 
     Args:
         model: changed in place, before it is sharded.
-        kernels: whose.
+        kernels: whose kernels.
         device: where the model will compute.
         dtype: what it computes in.
         fp8: whether products are in FP8, by Transformer Engine (`te`) or PyTorch.
@@ -69,7 +70,7 @@ def use_kernels(
 
 
 def _use_fused(model: nn.Module, *, fp8: bool) -> None:
-    # Here: Triton comes with PyTorch for CUDA only.
+    # Imported here: Triton comes with PyTorch for CUDA only.
     _imported("fused", "triton")
     from megatron_bert.model.fp8_feed_forward import Fp8FeedForward
     from megatron_bert.model.fused_block import fused_block
@@ -97,7 +98,7 @@ def _check_device(kernels: KernelsName, device: torch.device) -> None:
 
 
 def _check_fp8(device: torch.device) -> None:
-    """A CPU multiplies FP8 numbers by way of others: slowly, for trials."""
+    """Refuse a GPU without FP8 products; a CPU has them by way of others: slowly, for trials."""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -110,7 +111,7 @@ def _check_fp8(device: torch.device) -> None:
 
 
 def _imported(kernels: KernelsName, name: str) -> ModuleType:
-    # What a package that was built for another PyTorch or CUDA raises is no ImportError always.
+    # A package that was built for another PyTorch or CUDA does not always raise an ImportError.
     try:
         return import_module(name)
     except Exception as error:
@@ -150,9 +151,9 @@ class _ApexNorm:
 
 
 class _EngineLinear:
-    """`LinearProduct` of a layer: x W^T + b, where the layer adds the bias itself x W^T.
+    """`LinearProduct` of a layer: x W^T + b, or x W^T where the layer adds the bias itself.
 
-    The module keeps for backward what it was called with, and does not look at itself again.
+    The module keeps for backward what it was called with, and does not read its own state again.
     """
 
     def __init__(

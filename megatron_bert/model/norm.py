@@ -1,4 +1,4 @@
-"""The norm of every place of the model."""
+"""The norm that is used throughout the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension.
 
     Attributes:
-        kernel: what computes it; None: PyTorch.
+        kernel: computes the norm; None leaves it to PyTorch.
     """
 
     def __init__(self, size: int, eps: float, *, bias: bool) -> None:

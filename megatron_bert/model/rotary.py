@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotation:
-    """By how much the slots' positions turn the channels of queries and keys.
+    """How far the slots' positions rotate the channels of queries and keys.
 
     Channel i is turned together with channel i + K / 2, as Hugging Face's models do it.
 
@@ -27,7 +27,7 @@ class Rotation:
 
     @classmethod
     def from_positions(cls, positions_BS: Tensor, head_dim: int, theta: float) -> Rotation:
-        """Positions restart at 0 in each segment; `theta` is the base of the wave lengths."""
+        """Positions restart at 0 in each segment; `theta` is the base of the wavelengths."""
         channels = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32)
         angles = positions_BS[:, None, :, None].float() * theta ** (-channels / head_dim)
         angles = torch.cat([angles, angles], dim=-1)
