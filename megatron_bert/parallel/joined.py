@@ -12,7 +12,7 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
     """The rows of all parts as one tensor, on their memory.
 
     Args:
-        parts: alike but for the number of rows.
+        parts: alike except in the number of rows.
 
     Returns:
         The view; None if the parts are not end to end in memory.

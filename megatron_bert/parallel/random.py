@@ -111,7 +111,7 @@ def hash_dropout(
     Args:
         x: [..., C], vectors along the last dimension.
         probability: in [0, 1).
-        vector_draws: [...], of the same shape but for C.
+        vector_draws: [...], the shape of x without C.
         element_draws: [C].
     """
     if probability == 0.0:

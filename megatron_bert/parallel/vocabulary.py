@@ -84,7 +84,7 @@ def vocab_parallel_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Project onto the vocabulary and sum the weighted cross-entropy, never gathering the softmax.
 
-    Projection and loss are one function, so that the fp32 logits of a micro-batch never stand in
+    Projection and loss are one function, so that the fp32 logits of a micro-batch are never in
     memory: chunks of tokens are projected and, while their logits are at hand, the gradients of
     hidden states, table and bias are computed too, not recomputed backward.
 
