@@ -69,9 +69,9 @@ class Tiling:
         forward: tile of the forward kernel.
         query_gradient: tile of the queries' gradient.
         key_gradient: tile of the keys' and values' gradient.
-        key_gradient_programs: the fewest programs that the last kernel may have where heads share
-            keys: eight for each multiprocessor, of which two run at once. (With half as many it
-            took a tenth longer on rows of 512 slots.)
+        key_gradient_programs: the fewest programs that the last kernel should have where heads
+            share keys: eight for each multiprocessor, of which two run at once. (With half as many
+            it took a tenth longer on rows of 512 slots.)
     """
 
     forward: Tile = Tile(64, 64, 4, 3, 128)
