@@ -67,8 +67,8 @@ submit_again() {
 }
 
 prepare_job "$@"
-# One torchrun a node, with all its cores. The first that fails ends the others, as it would never be
-# waited for.
+# One torchrun a node, with all its cores. The first that fails ends the others, which would
+# otherwise wait for its ranks.
 run_job srun --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
     bash "$node_script"
 follow

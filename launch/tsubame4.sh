@@ -102,7 +102,7 @@ on_every_node() {
         # Compared without their domains, which one of the two may have.
         if [ "${host%%.*}" != "${first%%.*}" ]; then
             # Its remote shell parses the command once more. The first node that fails ends the others,
-            # as it would never be waited for.
+            # which would otherwise wait for its ranks.
             {
                 qrsh -inherit -nostdin -V "$host" bash "$(printf '%q' "$node_script")" ||
                     kill -s TERM "$all"

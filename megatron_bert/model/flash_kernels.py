@@ -1,11 +1,11 @@
 """Triton kernels of `flash_attention`: here forward, and backward in `flash_gradient_kernels`.
 
-Arrays are slot-major: queries, outputs and their gradients [B, S, H, K], keys and values
-[B, S, G, K], statistics of queries [B, H, S]. Queries and their gradients, keys and values may be
-columns of a wider array, with a given number of elements from slot to slot (`q_step`, `kv_step`,
-`dq_step`); the others are dense. A program takes a tile of queries over the tiles of keys that they
-see, or a tile of keys over queries; only tiles that a segment's or a window's border crosses are
-masked. The grid has one axis, as a grid's other axes are short.
+Arrays are slot-major: queries, outputs and their gradients [B, S, H, K], keys and values [B, S, G,
+K], statistics of queries [B, H, S]. Queries, keys, values and their gradients may be columns of a
+wider array, with a given number of elements from slot to slot (`q_step`, `kv_step`, `dq_step`,
+`dkv_step`); the others are dense. A program takes a tile of queries over the tiles of keys that
+they see, or a tile of keys over queries; only tiles that a segment's or a window's border crosses
+are masked. The grid has one axis, as a grid's other axes are short.
 
 These kernels are bound by the instructions issued more than by products or bytes, so no vector is
 hashed in a loop.

@@ -5,9 +5,10 @@ gradient is the tokens. So a kernel writes an array's rows, its columns as rows,
 reading. Columns are written four tokens' numbers at a time, packed in 32 bits: 8-bit numbers would
 change places one by one. Hence tokens come in fours.
 
-An array's scale is the factor that turns its numbers back into the values they stand for. It is
-known before the array is written, as nothing in it can be larger than the scale allows. Scales are
-fp32 of one element, or [T], one for each row. Arrays are dense.
+An array's scale is the factor that turns its numbers back into the values they stand for. It
+follows from a bound that is known before the array is written; only the activation is scaled row by
+row, by each row's largest number as it is written. Scales are fp32 of one element, or [T], one for
+each row. Arrays are dense.
 
 Shape suffixes: T tokens, D hidden, F feed-forward.
 """

@@ -36,8 +36,8 @@ def use_kernels(
     """Have these kernels compute linear layers (`te`, FP8), norms (`apex`) or blocks (`fused`).
 
     Transformer Engine's norm reads its own weight a second time, in backward, when the module no
-    longer has the one that it was called with: norms stay PyTorch's there, as those without a bias
-    do.
+    longer has the one that it was called with: norms stay PyTorch's there. So do those without a
+    bias under `apex`.
 
     Args:
         model: changed in place, before it is sharded.

@@ -38,7 +38,7 @@ class AdamW:
 
         Args:
             parameters: the parameters to update, by name.
-            config: the rates of decay.
+            config: learning rate, epsilon and rates of decay.
             device: where they are.
             kernels: with `apex`, NVIDIA's kernel computes the update; otherwise PyTorch's.
         """

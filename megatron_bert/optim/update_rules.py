@@ -37,7 +37,7 @@ class UpdateRule(ABC):
         Args:
             matrices: fp32 tensors that are updated in place by their `grad`.
             vectors: the same.
-            config: the rates of decay.
+            config: learning rate, epsilon and rates of decay.
             device: where they are.
         """
         self.updates = torch.zeros((), dtype=torch.int32, device=device)

@@ -4,11 +4,11 @@ Weights and optimizer states are sharded in fp32 over the data-parallel ranks, c
 `compute_dtype`, gradients are reduced in fp32 (or bf16, on request) and summed, never averaged: the
 loss is already divided by the number of masked tokens in the global batch.
 
-A step gathers the weights once and reduces the gradients once, however many micro-batches it has:
-the all-gather of a unit's weights starts before the preceding unit computes, and the reduction of
-its gradients overlaps the backward pass of the preceding units. In the passes between the first and
-the last, nothing runs between the units, so that a small micro-batch costs the host no more than
-the model itself does.
+Unless weights are resharded after each forward pass, a step gathers them once and reduces the
+gradients once, however many micro-batches it has: the all-gather of a unit's weights starts before
+the preceding unit computes, and the reduction of its gradients overlaps the backward pass of the
+preceding units. In the passes between the first and the last, nothing runs between the units, so
+that a small micro-batch costs the host no more than the model itself does.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class RunRecords:
         return jobs
 
     def seconds(self) -> Floats:
-        """Time spent in steps up to each one, seconds; NaN where the metrics lack it."""
+        """Time spent in steps up to each one, seconds; a step without a time adds 0."""
         unknown = np.full(len(self.columns["step"]), np.nan)
         return np.cumsum(np.nan_to_num(self.columns.get("step_seconds", unknown)))
 

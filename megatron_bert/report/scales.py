@@ -102,7 +102,7 @@ def short(value: float) -> str:
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten, with their multiples by 2 and 5 if there are few; not more than seven."""
+    """About seven powers of ten; if they span less than three, with their multiples by 2 and 5."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if high / low < 1e3 else (1,)
     every = max(1, round((last - first) / 6)) if len(factors) == 1 else 1

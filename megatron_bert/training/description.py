@@ -140,7 +140,7 @@ def _surplus_warnings(layouts: Sequence[BatchLayout], data_parallel: int) -> Ite
 
 
 def _describe_memory(config: Config, vocab_size: int, data_parallel: int) -> str:
-    """What the optimizer needs on the rank that holds the most."""
+    """The sharded training state (weights, gradients, moments) of the rank that holds the most."""
     shards = data_parallel // config.parallel.replicate
     state = _size(max(rank_state_bytes(config, vocab_size)) / shards)
     rank = "a rank" if config.parallel.pipeline == 1 else "on the fullest rank"
