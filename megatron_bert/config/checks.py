@@ -11,7 +11,7 @@ from megatron_bert.config.arithmetic import computed_lengths, warmup_steps
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.diagnostics import format_value, raise_problems
 from megatron_bert.config.kernels import fp8_problems, kernel_conflicts, kernel_problems
-from megatron_bert.config.layout_checks import layout_problems
+from megatron_bert.config.layout_checks import layout_problems, split_backward_problems
 from megatron_bert.config.places import place_problem, shell_problem
 from megatron_bert.config.profiled_steps import profile_problems
 from megatron_bert.config.remedies import near_divisors, near_multiples
@@ -52,7 +52,7 @@ def value_problems(config: Config) -> list[str]:
         _corpus_problems,
         _schedule_problems,
         _batch_problems,
-        _split_backward_problems,
+        split_backward_problems,
         profile_problems,
         kernel_conflicts,
         fp8_problems,
@@ -221,21 +221,4 @@ def _batch_problems(config: Config) -> Iterator[str]:
         yield (
             f"batch.micro_size = {batch.micro_size}: batch.micro_tokens = {batch.micro_tokens} "
             "is given too; set one of them to null"
-        )
-
-
-def _split_backward_problems(config: Config) -> Iterator[str]:
-    if not config.parallel.schedule.splits_backward:
-        return
-    schedule = f"parallel.pipeline_schedule = {config.parallel.pipeline_schedule}"
-    other = "or parallel.pipeline_schedule=interleaved"
-    if config.compile.enabled:
-        yield (
-            f"compile.enabled = true: compiled graphs give away buffers that {schedule} needs "
-            f"again for the weights' gradients; use compile.enabled=false, {other}"
-        )
-    if config.recompute != "none":
-        yield (
-            f"recompute = {config.recompute}: {schedule} would compute the activations again "
-            f"twice, for the inputs' gradients and for the weights'; use recompute=none, {other}"
         )

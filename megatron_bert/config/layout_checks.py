@@ -71,6 +71,7 @@ def _fits(config: Config, layout: RankLayout, world_size: int, vocab_size: int |
     return not any(
         chain(
             _contradictions(candidate, world_size, vocab_size),
+            split_backward_problems(candidate),
             kernel_conflicts(candidate),
             fp8_problems(candidate),
         )
@@ -167,6 +168,24 @@ def _too_few_rows(config: Config, data_parallel: int, model_ranks: int) -> Itera
         yield (
             f"{key} = {rows}: fewer than the {data_parallel} data-parallel ranks, which need a "
             f"row each; use at least {data_parallel} rows, or at most {rows * model_ranks} ranks"
+        )
+
+
+def split_backward_problems(config: Config) -> Iterator[str]:
+    """What cannot be combined with a pipeline schedule that splits the backward pass."""
+    if not config.parallel.schedule.splits_backward:
+        return
+    schedule = f"parallel.pipeline_schedule = {config.parallel.pipeline_schedule}"
+    other = "or parallel.pipeline_schedule=interleaved"
+    if config.compile.enabled:
+        yield (
+            f"compile.enabled = true: compiled graphs give away buffers that {schedule} needs "
+            f"again for the weights' gradients; use compile.enabled=false, {other}"
+        )
+    if config.recompute != "none":
+        yield (
+            f"recompute = {config.recompute}: {schedule} would compute the activations again "
+            f"twice, for the inputs' gradients and for the weights'; use recompute=none, {other}"
         )
 
 

@@ -179,11 +179,21 @@ def is_legal(build: Build, *overrides: str, world_size: int) -> bool:
 
 
 @pytest.mark.parametrize("world_size", [1, 6, 8])
-def test_exactly_the_layouts_that_are_not_refused_are_found(build: Build, world_size: int) -> None:
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ["parallel.pipeline_schedule=interleaved"],
+        # A pipeline of one rank has another schedule, which takes recomputation.
+        ["parallel.pipeline_schedule=zero_bubble", "recompute=full"],
+    ],
+)
+def test_exactly_the_layouts_that_are_not_refused_are_found(
+    build: Build, world_size: int, schedule: list[str]
+) -> None:
     shape = ["model.num_layers=4", "model.num_attention_heads=12", "model.num_query_groups=3"]
     widths = ["model.hidden_size=96", "model.ffn_hidden_size=48", "batch.global_size=4"]
     lengths = ["curriculum=[{seq_length: 32, steps: 1}]", "parallel.sequence=true"]
-    own = [*shape, *widths, *lengths, "parallel.pipeline_schedule=interleaved"]
+    own = [*shape, *widths, *lengths, *schedule]
     found = legal_layouts(build(*own), world_size, vocab_size=384)
     expected = {
         RankLayout(tensor, pipeline, replicate)
