@@ -5,11 +5,11 @@ A size with some zeros too many is refused by this before anything is made.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.schema import Config
+from megatron_bert.host_memory import host_memory
 from megatron_bert.words import counted
 
 # The training loop assembles a step's rows while it reads those of the one before.
@@ -20,11 +20,6 @@ _STEPS_HELD = 2
 _PLACE_BYTES_A_ROW = 16 / 64
 _BLEND_BYTES_A_ROW = 8 / 256 + 1 / 32
 _EPOCH_BYTES = 300
-
-
-def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def room_for_rows() -> int:
@@ -78,7 +73,7 @@ def _step_problems(config: Config, world_size: int) -> Iterator[str]:
             yield (
                 f"{key} = {span.global_size}: a rank's {counted(rows, 'row')} of "
                 f"{span.seq_length} slots need {gigabytes(rows * row_bytes)} of memory, those of "
-                f"{_STEPS_HELD} steps at a time, and half of this machine's is {gigabytes(room)}; "
+                f"{_STEPS_HELD} steps at a time, and half of this job's is {gigabytes(room)}; "
                 f"use at most {room // row_bytes * data_parallel}"
             )
 
@@ -99,7 +94,7 @@ def _plan_problems(config: Config) -> Iterator[str]:
     most_rows = int(room / plan_bytes(1, corpora)) - other_rows
     yield (
         f"{long_run(config)}, whose plan needs {gigabytes(plan_bytes(rows, corpora))} of memory in "
-        f"each process, and half of this machine's is {gigabytes(room)}; use at most "
+        f"each process, and half of this job's is {gigabytes(room)}; use at most "
         f"{max(1, most_rows // longest.global_size)}"
     )
 

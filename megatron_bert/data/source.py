@@ -196,7 +196,7 @@ def _plan_bytes(corpora: Sequence[OpenCorpus], stages: Sequence[RowStage]) -> fl
 
 def _too_long(config: Config, plan: str) -> DataError:
     return DataError(
-        f"{long_run(config)}, whose plan {plan} of memory in each process (half of this machine's "
+        f"{long_run(config)}, whose plan {plan} of memory in each process (half of this job's "
         f"is {gigabytes(room_for_rows())}); use fewer steps, or more text, which is then read less "
         "often"
     )

@@ -38,7 +38,7 @@ def test_a_run_of_more_rows_than_memory_has_room_to_plan_is_refused(
 ) -> None:
     message = refusal(build, f"curriculum.1.steps={steps}")
     assert message.startswith(f"curriculum.1.steps = {steps}: with steps of ")
-    assert "half of this machine's is 8.0 GB" in message
+    assert "half of this job's is 8.0 GB" in message
     most = int(message.rpartition("use at most ")[2])
     check_config(build(f"curriculum.1.steps={most}"), world_size=1)
     refusal(build, f"curriculum.1.steps={most + 1000}")
