@@ -42,7 +42,8 @@ class Batches:
 
     Attributes:
         size: rows of a step.
-        micro_size: rows of one forward pass; the same results, but for rounding, in less memory.
+        micro_size: rows of one forward pass. Fewer take less memory and draw other dropout masks,
+            so that scores differ as they do between seeds.
         precision: `fp32`, or `bf16` for products in BF16 with weights in fp32.
     """
 

@@ -96,7 +96,11 @@ def _prepare(options: GridOptions, train: TaskFile, valid: TaskFile) -> Prepared
 
 
 def _settings(options: GridOptions, files: dict[str, TaskFile]) -> Record:
-    """All that results depend on besides the model and the cell."""
+    """All that results depend on besides the model and the cell.
+
+    The rows of one forward pass are left out: they change scores no more than a seed does, and a
+    grid that ran out of memory has to go on with fewer.
+    """
     return {
         **{f"{split}_sha256": file.sha256 for split, file in files.items()},
         **{f"{split}_examples": len(file.examples) for split, file in files.items()},
