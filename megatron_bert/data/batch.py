@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Replacement(Enum):
-    """What the model sees in a token's place; all but the first are to be predicted.
+    """What the model sees in a token's place; all but `NONE` are to be predicted.
 
-    A token drawn at random that happens to be the one that stood there counts as kept.
+    A randomly drawn token that equals the original one counts as kept.
     """
 
     NONE = "none"
@@ -26,15 +26,14 @@ class Replacement(Enum):
 
 @dataclass(frozen=True)
 class RowArrays:
-    """Memory of rows: what the data core writes into, and what the model reads.
+    """The arrays of a batch: the data core writes into them, the model reads them.
 
     Attributes:
         tokens_BS: int32, the ids that the model sees.
-        positions_BS: int32, counted from 0 in every segment, and in the padding, which is a
-            segment of its own.
+        positions_BS: int32, counted from 0 in every segment; the padding is a segment of its own.
         masked_BM: int32, slots in the row whose token is to be predicted, ascending; 0 where
             unused.
-        labels_BM: int32, the tokens that stood there; 0 where unused.
+        labels_BM: int32, the original tokens of those slots; 0 where unused.
         weights_BM: float32, 1 where the slot is used, else 0.
         rows_B: int64, numbers of the rows within the run; -1 for a surplus row, all padding.
     """
@@ -50,7 +49,7 @@ class RowArrays:
     def empty(
         cls, rows: int, seq_length: int, masked_slots: int, *, pin_memory: bool = False
     ) -> RowArrays:
-        """Allocate `rows` rows on the host, of undefined content; pinned memory needs CUDA."""
+        """Allocate `rows` uninitialised rows on the host; pinned memory needs CUDA."""
 
         def array(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
@@ -65,14 +64,14 @@ class RowArrays:
         )
 
     def part(self, first: int, end: int) -> RowArrays:
-        """Rows `first` to `end`, without `end`, in the same memory."""
+        """A view of rows `first` to `end` (exclusive), in the same memory."""
         return RowArrays(*(tensor[first:end] for tensor in self.model_inputs()))
 
     def replacements(self, mask_id: int) -> Tensor:
-        """int64 [B, M]: of each masked slot its place in `Replacement`; means nothing where unused.
+        """int64 [B, M]: each masked slot's index in `Replacement`; meaningless where unused.
 
         Args:
-            mask_id: of `<MASK>`, which is never to be predicted.
+            mask_id: id of `<MASK>`, which is never a label.
         """
         seen_BM = self.tokens_BS.gather(1, self.masked_BM.long())
         # 1, 2 or 3.
@@ -103,10 +102,10 @@ class Batch(RowArrays):
 
     @classmethod
     def of(cls, arrays: RowArrays, batch_hash: int) -> Batch:
-        """Rows that were assembled, in the memory that they lie in."""
+        """Wrap assembled rows without copying them."""
         return cls(*arrays.model_inputs(), batch_hash)
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to a device, without waiting for the copy where the memory is pinned."""
+        """Copy to a device, asynchronously if the memory is pinned."""
         copies = RowArrays(*(t.to(device, non_blocking=True) for t in self.model_inputs()))
         return Batch.of(copies, self.batch_hash)

@@ -1,4 +1,4 @@
-"""Which share of the rows each corpus gets, and what is to be said about how often it is read."""
+"""Which share of the rows each corpus gets, and warnings about how often it is read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def blend_weights(corpora: Sequence[OpenCorpus]) -> list[float]:
     """Each corpus' share of the rows, relative to the others.
 
     Args:
-        corpora: all with epochs, or none.
+        corpora: either all of them set epochs, or none does.
 
     Returns:
-        The weights as given, or epochs times what one epoch takes of rows. That is in proportion
-        to tokens + 2 documents whatever the rows' length S: each document that is read (an empty
-        one is not) needs [CLS] and [SEP], and each of the R rows one pair more for the document
-        that it breaks off, so that R = (tokens + 2 documents) / (S - 2). Rows that end with a
-        document need no such pair: for documents of 6 tokens in rows of 64 slots R is 0.6 %
-        smaller, for others less.
+        The weights as given, or epochs times the rows of one epoch. The rows of an epoch are
+        proportional to tokens + 2 documents, whatever the row length S: each non-empty document
+        needs [CLS] and [SEP], and each of the R rows needs one more pair for the document that it
+        breaks off, so that R = (tokens + 2 documents) / (S - 2). Rows that end with a document
+        need no such pair: for documents of 6 tokens in rows of 64 slots R is 0.6 % smaller, for
+        others the difference is less.
     """
     return [_blend_weight(opened) for opened in corpora]
 
@@ -87,7 +87,7 @@ def _remedy(wanted_and_read: Sequence[tuple[float, float]]) -> str:
             "the curriculum is much shorter than that: to read about as often as asked, multiply "
             f"the stages' steps by {factor:.2g}, or take it as it is"
         )
-    # Steps move all corpora alike: what parts them is that each gets whole rows of every stage.
+    # More steps scale all corpora alike; they differ because each gets whole rows of every stage.
     return (
         "no number of steps mends it for all of them, as shares of few rows are rounded to whole "
         "ones: take it as it is, or join small corpora with tools/merge_datasets.py"

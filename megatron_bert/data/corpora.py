@@ -22,8 +22,8 @@ from megatron_bert.data.indexed_dataset import (
 )
 from megatron_bert.data.tokenizer import Tokenizer
 
-# Enough to meet an id that a smaller vocabulary lacks, few enough to open a corpus at once. (Every
-# id is checked again when its row is assembled.)
+# Enough to find an id that a smaller vocabulary lacks, few enough that a corpus opens at once.
+# (Every id is checked again when its row is assembled.)
 _SAMPLED_DOCUMENTS = 1024
 _FINGERPRINT_DOCUMENTS = 64
 _FINGERPRINT_BLOCKS = 64
@@ -36,8 +36,8 @@ class CorpusPart:
 
     Attributes:
         corpus: as configured.
-        held_out_fraction: share of the documents that is held out; 0 where nothing is divided.
-        held_out: whether that share is meant, or the rest.
+        held_out_fraction: share of the documents that is held out; 0 if the corpus is not divided.
+        held_out: whether this part is the held-out share or the rest.
     """
 
     corpus: Corpus
@@ -46,7 +46,7 @@ class CorpusPart:
 
     @property
     def prefix(self) -> str:
-        """Path of the dataset without its suffix, marked where only the held-out part is read."""
+        """Path of the dataset without its suffix, marked if only the held-out part is read."""
         return f"{self.corpus.prefix} (held out)" if self.held_out else self.corpus.prefix
 
 
@@ -81,10 +81,10 @@ class OpenCorpus:
     Attributes:
         part: which documents are read.
         dataset: all of its documents.
-        lengths: those of the documents that are read.
-        num_documents: documents that are read; empty ones are not.
-        word_starts: where a dictionary saw words begin; None where it was not asked, or is not
-            needed.
+        lengths: lengths of the documents that are read.
+        num_documents: number of documents that are read; empty ones are not.
+        word_starts: where words begin according to a dictionary; None if there is no `.words` file
+            or it is not needed.
     """
 
     part: CorpusPart
@@ -111,10 +111,10 @@ class OpenCorpus:
             ) from error
 
     def fingerprint(self) -> str:
-        """A line that changes when the content does, wherever the files lie.
+        """A line that changes when the content does, independent of where the files are.
 
-        It has counts and a digest of evenly spaced documents and blocks of the words: all of a
-        large corpus would take minutes.
+        It has counts and a digest of evenly spaced documents and blocks of the words file: hashing
+        all of a large corpus would take minutes.
         """
         digest = hashlib.sha256()
         count = min(self.dataset.num_documents, _FINGERPRINT_DOCUMENTS)
@@ -134,12 +134,12 @@ def open_corpus(part: CorpusPart, tokenizer: Tokenizer, *, with_words: bool = Fa
 
     Args:
         part: the corpus, and which of its documents are read.
-        tokenizer: must be the one that made it.
-        with_words: whether to open `PREFIX.words` too, where it exists.
+        tokenizer: must be the one that made the corpus.
+        with_words: whether to open `PREFIX.words` too, if it exists.
 
     Raises:
-        DataError: it is missing, damaged or empty, another tokenizer made it, or no document is on
-            the side that is read.
+        DataError: it is missing, damaged or empty, another tokenizer made it, or the held-out
+            split leaves no document on the side that is read.
     """
     corpus = _open(part, tokenizer, with_words=with_words)
     if corpus.num_tokens == 0:
@@ -157,14 +157,14 @@ def open_evaluation_corpora(
 ) -> tuple[list[OpenCorpus], list[str]]:
     """Open what is evaluated.
 
-    A training corpus so small that nothing of it is held out is left out, as long as there is
-    other text to evaluate.
+    A training corpus too small to hold anything out is skipped, as long as there is other text to
+    evaluate.
 
     Returns:
-        The corpora, and a warning on each that is left out.
+        The corpora, and a warning for each one that is skipped.
 
     Raises:
-        DataError: as `open_corpus`, for one corpus or for all of them.
+        DataError: as `open_corpus`, for one corpus; or no corpus holds out anything.
     """
     parts = evaluation_parts(config)
     with_words = config.mlm.unit == "whole_word"
@@ -184,7 +184,7 @@ def open_evaluation_corpora(
 
 
 def _open(part: CorpusPart, tokenizer: Tokenizer, *, with_words: bool) -> OpenCorpus:
-    """As `open_corpus`, but the side that is read may have no token."""
+    """As `open_corpus`, but the side that is read may be empty."""
     prefix = part.corpus.prefix
     dataset = open_dataset(prefix)
     if dataset.num_tokens == 0:
@@ -225,7 +225,7 @@ def _check_made_by(tokenizer: Tokenizer, prefix: str, dataset: IndexedDataset) -
 
 
 def _add_blocks(digest: hashlib._Hash, path: Path) -> None:
-    """Add a file's size and evenly spaced blocks of it, its ends among them."""
+    """Add a file's size and evenly spaced blocks of it, including its first and last."""
     size = path.stat().st_size
     last = max(0, size - _FINGERPRINT_BLOCK_BYTES)
     digest.update(size.to_bytes(8, "little"))

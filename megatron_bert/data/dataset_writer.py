@@ -1,4 +1,4 @@
-"""Writing a dataset in several jobs, if need be: what one leaves unfinished, the next continues."""
+"""Writing a dataset, in several jobs if need be: each continues where the last one stopped."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ _STARTS_AT_A_TIME = 1 << 23
 class DatasetWriter:
     """Appends documents, of one sequence each, to a dataset that appears when it is finished.
 
-    Until then everything lies in the folder `P.partial`, and another job can go on from the last
-    commit, or from the last of the renames. Used as a context manager.
+    Until then all files are in the folder `P.partial`. Another job can continue from the last
+    commit, or from the last rename if the files were already being placed. Used as a context
+    manager.
 
     Attributes:
         partial: the folder.
@@ -55,22 +56,22 @@ class DatasetWriter:
 
         Args:
             prefix: P of `P.bin`, `P.idx` and so on.
-            vocab_size: ids are below that; fewer than 65,500 take two bytes each, others four.
+            vocab_size: ids are below it; with fewer than 65,500 an id takes two bytes, else four.
             identity: what the dataset depends on, by name.
-            lists: names of the lists of numbers that may be kept beside it.
+            lists: names of the lists of numbers that `append` may keep beside the dataset.
             overwrite: whether an existing dataset is replaced, at the end.
             restart: whether the work of an earlier job is thrown away.
 
         Raises:
-            DataError: a dataset is there and `overwrite` is not set, the place cannot be written
-                to, or an earlier job's work is in use, damaged or another.
+            DataError: a dataset exists and `overwrite` is not set, the place cannot be written to,
+                or an earlier job's work is in use, is damaged or has another identity.
         """
         self._prefix = prefix
         self._token_type = np.dtype("<u2" if vocab_size < _UINT16_VOCABULARY else "<i4")
         self.partial = prefix.with_name(f"{prefix.name}.partial")
         make_place(prefix)
         if restart and not overwrite:
-            # Else the earlier work would be lost for nothing.
+            # Checked first: otherwise the earlier work would be lost for nothing.
             check_unused(prefix)
         staged = [path.name for path in dataset_files(self._staged_prefix).values()]
         names = {_LENGTHS, _WORD_STARTS, *staged, *lists}
@@ -84,7 +85,7 @@ class DatasetWriter:
         try:
             suffixes = self._parse_progress()
             if not overwrite:
-                # Some files may be those that a killed job has placed.
+                # Some existing files may be those that a killed job has already placed.
                 check_unused_by_others(self._staged_prefix, prefix, suffixes)
                 if not suffixes:
                     check_unused(prefix)
@@ -94,12 +95,12 @@ class DatasetWriter:
 
     @property
     def note(self) -> dict[str, Any] | None:
-        """What was given to the last commit, in this job or one before; None: there is none."""
+        """The note of the last commit, by this job or an earlier one; None if there is none."""
         return None if self._work.progress is None else self._work.progress["note"]
 
     @property
     def is_placing(self) -> bool:
-        """Whether a job was killed while it gave the complete files their names."""
+        """Whether a job was killed while it renamed the complete files."""
         return self._work.progress is not None and bool(self._work.progress["suffixes"])
 
     @property
@@ -113,7 +114,7 @@ class DatasetWriter:
         lengths_N: npt.NDArray[np.int64],
         word_starts_T: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Append N documents that stand one after the other in T tokens.
+        """Append N documents, whose T tokens are concatenated.
 
         Args:
             tokens_T: ids, in `[0, vocab_size)`.
@@ -121,7 +122,7 @@ class DatasetWriter:
             word_starts_T: which tokens begin a word; for all documents of a dataset, or for none.
 
         Raises:
-            OSError: the disk failed; leave then.
+            OSError: the disk failed; stop using the writer then.
         """
         self._work.append(_TOKENS, tokens_T.astype(self._token_type, copy=False))
         self._work.append(_LENGTHS, lengths_N.astype(_LENGTH_TYPE))
@@ -129,32 +130,36 @@ class DatasetWriter:
             self._work.append(_WORD_STARTS, word_starts_T.astype(np.uint8))
 
     def append(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Append to one of the `lists`, kept until the dataset is finished; raises as the above."""
+        """Append to one of the `lists`, kept until the dataset is finished.
+
+        Raises:
+            OSError: as `add_documents`.
+        """
         self._work.append(name, values)
 
     def read(self, name: str, kind: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Map such a list, from its beginning in the first job on."""
+        """Memory-map one of the `lists`, including what earlier jobs appended."""
         return self._work.read(name, kind)
 
     @property
     def is_commit_due(self) -> bool:
-        """Whether so much was appended, or so long ago, that it should be committed."""
+        """Whether enough data or time has accumulated since the last commit."""
         return self._work.is_commit_due
 
     def commit(self, note: Mapping[str, Any]) -> None:
-        """Secure what was appended, with a note (JSON) of what it is.
+        """Make everything appended so far durable, with a note (JSON) that describes it.
 
         Raises:
-            OSError: the disk failed; the commit before holds.
+            OSError: the disk failed; the previous commit still holds.
         """
         self._work.commit({"suffixes": [], "note": note})
 
     def finish(self, note: Mapping[str, Any], info: DatasetInfo) -> None:
-        """Make the dataset of what was appended, and give it its name.
+        """Make the dataset from what was appended, and give it its name.
 
         Raises:
             DataError: the sidecar cannot be written.
-            OSError: the disk failed. An existing dataset is whole unless it failed at the renames.
+            OSError: the disk failed. An existing dataset is intact unless a rename failed.
         """
         self._work.append(_TOKENS, np.empty(0, dtype=self._token_type))
         self.commit(note)
@@ -174,7 +179,7 @@ class DatasetWriter:
         self.place()
 
     def place(self) -> None:
-        """Give the complete files their names, which a killed job had begun.
+        """Rename the complete files to their final names; also finishes what a killed job began.
 
         Raises:
             OSError: the disk failed.
@@ -196,7 +201,7 @@ class DatasetWriter:
         return self.partial / "dataset"
 
     def _parse_progress(self) -> list[str]:
-        """Suffixes of the complete files; none: they are not."""
+        """Suffixes of the complete files; empty while the files are not complete."""
         if self._work.progress is None:
             return []
         try:
@@ -215,7 +220,7 @@ class DatasetWriter:
         write_index(path, self._token_type.itemsize, lengths_N)
 
     def _write_word_starts(self, path: Path) -> None:
-        """Pack a byte a token into the bits of csrc/word_starts.h."""
+        """Pack one byte per token into one bit per token, as csrc/word_starts.h describes."""
         starts_T = self._work.read(_WORD_STARTS, np.uint8)
         with path.open("wb") as file:
             for begin in range(0, len(starts_T), _STARTS_AT_A_TIME):

@@ -1,4 +1,4 @@
-"""Streams of bytes out of `.gz` and `.zst` files."""
+"""Byte streams from `.gz` and `.zst` files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _READ_BYTES = 1 << 20
 
 
 def decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
-    """What a file holds: unpacked if its name ends in `.gz` or `.zst`, else the file itself.
+    """A stream of a file's content: decompressed for `.gz` and `.zst`, else the file itself.
 
-    Reading raises EOFError, zlib.error, gzip.BadGzipFile or zstandard.ZstdError where the packed
-    stream is damaged or cut short; so does this call where it has no byte, as packed nothing has.
+    Reading raises EOFError, zlib.error, gzip.BadGzipFile or zstandard.ZstdError where the
+    compressed stream is damaged or cut short. This call raises EOFError for a compressed file of
+    no bytes: even compressed empty content has some.
     """
     if suffix in (".gz", ".zst"):
         if not file.read(1):
@@ -29,11 +30,11 @@ def decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class _ZstandardReader(io.RawIOBase):
-    """All frames of a zstd stream; zstandard's own reader takes a cut stream for its end."""
+    """All frames of a zstd stream; zstandard's own reader takes a truncated stream as complete."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        # Files packed with `zstd --long=31` need the format's largest window.
+        # Files compressed with `zstd --long=31` need the format's largest window.
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame = self._decompressor.decompressobj()
         self._pending = memoryview(b"")

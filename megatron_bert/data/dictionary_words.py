@@ -1,7 +1,7 @@
-"""Words as a dictionary of Japanese sees them (MeCab, Sudachi), and the tokens that begin them.
+"""Words according to a Japanese dictionary (MeCab, Sudachi), and the tokens that begin them.
 
-Found once, when text is tokenized, and stored beside the tokens as one bit each (`P.words`), so
-that training reads them at no cost.
+Words are found once, when text is tokenized, and stored beside the tokens as one bit per token
+(`P.words`), so that training reads them at no cost.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class WordFinder:
     """Finds where words begin.
 
     Attributes:
-        name: the dictionary, with the packages' versions: what the result depends on.
+        name: the dictionary's packages with their versions: what the result depends on.
     """
 
     def __init__(self, dictionary: Dictionary) -> None:
@@ -69,10 +69,10 @@ class WordFinder:
 def token_starts(text: str, word_begins: Int64Array, offsets_N2: Int64Array) -> BoolArray:
     """Return which of a text's N tokens begin a word.
 
-    A token begins a word if the word begins where the token does, spaces before it aside. A token
-    that reaches over the beginning of a word ties it to the word before. Of several tokens that
-    make one character only the first can begin a word; spaces stand for themselves, and the first
-    token always begins a word.
+    A token begins a word if a word begins where the token does, leading spaces aside. A token that
+    spans the beginning of a word joins that word to the one before. Where several tokens make one
+    character, only the first of them can begin a word. A token of only spaces begins a word of its
+    own, and the first token always begins a word.
 
     Args:
         text: what was tokenized.
@@ -99,7 +99,7 @@ def _mecab() -> Callable[[str], Iterator[int]]:
 
     def analyse(text: str) -> Iterator[int]:
         end = 0
-        # To MeCab a NUL is the end of the text.
+        # MeCab takes a NUL as the end of the text.
         for word in tagger(text.replace("\0", " ")):
             begin = end + len(word.white_space)
             yield begin
@@ -126,7 +126,7 @@ def _sudachi() -> Callable[[str], Iterator[int]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Lines; of lines too long for Sudachi parts, which end behind a mark where there is one."""
+    """Yield lines; lines too long for Sudachi in parts, cut after a punctuation mark or space."""
     for line in text.splitlines(keepends=True):
         while len(line) > _SUDACHI_CHARACTERS:
             ends = [match.end() for match in _BREAK.finditer(line, 0, _SUDACHI_CHARACTERS)]

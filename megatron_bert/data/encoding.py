@@ -1,4 +1,4 @@
-"""Raw documents into token ids: what each thread of preprocessing does with a batch."""
+"""Turning raw documents into token ids: what each preprocessing thread does with a batch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class EncodedBatch:
     """N documents of T tokens in all, and what was left out.
 
     Attributes:
-        tokens_T: of one document after the other.
-        lengths_N: tokens of each; none has no token.
-        word_starts_T: which tokens begin a word; None: words are not asked for.
-        hashes_N2: of each text; None: duplicates are not looked for.
+        tokens_T: token ids of all documents, concatenated.
+        lengths_N: tokens of each document; none is empty.
+        word_starts_T: which tokens begin a word; None if words are not asked for.
+        hashes_N2: hash of each text; None if duplicates are not looked for.
         fields_N: values of each document's fields.
-        empty: documents without a token.
-        duplicates: documents that were there before.
-        skipped: lines that cannot be used.
+        empty: number of documents without a token.
+        duplicates: number of documents that occurred before.
+        skipped: errors of the lines that cannot be used.
     """
 
     tokens_T: Int32Array
@@ -47,7 +47,7 @@ class EncodedBatch:
     duplicates: int = 0
 
     def only(self, is_kept_N: BoolArray) -> EncodedBatch:
-        """Leave out the other documents as duplicates."""
+        """Keep the marked documents and count the others as duplicates."""
         is_kept_T = np.repeat(is_kept_N, self.lengths_N)
         starts_T = self.word_starts_T
         return replace(
@@ -69,10 +69,10 @@ class Encoder:
         tokenizer: gives the tokens.
         json_key: key of the text.
         field_keys: keys of the fields to be counted.
-        normalize: the form that text is brought into.
+        normalize: the Unicode normalization of the text.
         deduplicate: whether texts are hashed.
         on_error: what happens at a line that cannot be used.
-        words: finds the words; None: they are not asked for.
+        words: finds the words; None if they are not asked for.
     """
 
     tokenizer: Tokenizer

@@ -1,4 +1,4 @@
-"""Documents and tokens by the values of metadata fields, as the language or source of a text."""
+"""Documents and tokens by the values of metadata fields, such as a text's language or source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_VALUES = 1000
-"""Values of a field that are counted one by one; ids and addresses would fill the memory."""
+"""Values of a field that are counted one by one: counting ids or addresses would fill memory."""
 
 
 @dataclass
@@ -50,8 +50,7 @@ class _Field:
 class FieldCounts:
     """Adds up documents and tokens by the values of fields.
 
-    The first `MAX_VALUES` values of a field are counted each for itself, the documents of all
-    further ones together.
+    The first `MAX_VALUES` values of a field are counted separately, all further ones together.
     """
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
@@ -77,7 +76,7 @@ class FieldCounts:
             ours.further_values.add(theirs.further_values)
 
     def keys_without_values(self) -> list[str]:
-        """Keys of which no counted document has a value."""
+        """Keys for which no counted document has a value."""
         return [
             key
             for key, counted in self._fields.items()
@@ -85,7 +84,7 @@ class FieldCounts:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Counts for `json.dumps`, in the order in which the values came.
+        """Counts for `json.dumps`, in the order in which the values first occurred.
 
         `{KEY: {"values": {VALUE: {"documents": n, "tokens": n}}, "absent": {...},
         "further_values": {...}}}`

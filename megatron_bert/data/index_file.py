@@ -15,18 +15,18 @@ _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _TYPE_CODES = {2: 8, 4: 4}
 _HEADER = struct.Struct("<9sQBQQ")
-# Arrays are made and copied piece by piece, so that they never stand in memory as a whole. They are
+# Arrays are made and copied piece by piece, so that they are never in memory as a whole. They are
 # written by `file.write`: `tofile` loses its buffer without an error when the disk is full.
 _ITEMS_AT_A_TIME = 1 << 20
 
 
 class IndexArrays(NamedTuple):
-    """What an index says of N sequences that stand one after the other in a `.bin`.
+    """What an index says of N consecutive sequences in a `.bin`.
 
     Attributes:
         lengths_N: tokens of each sequence.
-        boundaries_D: where documents begin, as sequence numbers, and at last N. None: every
-            sequence is a document.
+        boundaries_D: the sequence numbers at which documents begin, then N. None: every sequence
+            is a document.
     """
 
     lengths_N: npt.NDArray[np.int32]
@@ -34,15 +34,15 @@ class IndexArrays(NamedTuple):
 
     @property
     def num_documents(self) -> int:
-        """Documents of the sequences."""
+        """Number of documents."""
         return len(self.lengths_N if self.boundaries_D is None else self.boundaries_D[1:])
 
 
 @dataclass(frozen=True)
 class MappedIndices:
-    """What indices say that `open_dataset` found whole, each mapped only when its turn comes.
+    """Indices that `open_dataset` has checked, each mapped only when its turn comes.
 
-    A map holds a descriptor, and there may be more indices than a process may have of those.
+    A map holds a file descriptor, and there may be more indices than a process may hold of those.
 
     Attributes:
         paths: the files. Iterating raises OSError for one that cannot be read.
@@ -71,13 +71,13 @@ def write_index(
     lengths_N: npt.NDArray[np.int32],
     boundaries_D: npt.NDArray[np.int64] | None = None,
 ) -> None:
-    """Write the index of a `.bin` in which N sequences stand one after the other.
+    """Write the index of a `.bin` of N consecutive sequences.
 
     Args:
         path: the file, which is replaced; give a temporary name and rename it.
         token_bytes: 2 (uint16) or 4 (int32).
         lengths_N: tokens of each sequence.
-        boundaries_D: where documents begin, as sequence numbers, and at last N. Default: every
+        boundaries_D: the sequence numbers at which documents begin, then N. Default: every
             sequence is a document.
 
     Raises:
@@ -87,12 +87,14 @@ def write_index(
 
 
 def write_joined_index(path: Path, token_bytes: int, indices: Iterable[IndexArrays]) -> None:
-    """Write the index of a `.bin` that joins those of several indices, in bounded memory.
+    """Write the index of a `.bin` that joins the `.bin` files of several indices.
+
+    Takes bounded memory.
 
     Args:
         path: the file, which is replaced; give a temporary name and rename it.
         token_bytes: 2 (uint16) or 4 (int32).
-        indices: in order; no iterator, because they are gone through several times.
+        indices: in order; not an iterator, because they are traversed several times.
 
     Raises:
         OSError: the file cannot be written.
@@ -112,7 +114,7 @@ def write_joined_index(path: Path, token_bytes: int, indices: Iterable[IndexArra
 
 
 def index_size(num_sequences: int, num_documents: int) -> int:
-    """Bytes of the index of so many sequences and documents."""
+    """Size in bytes of an index with that many sequences and documents."""
     return _HEADER.size + (4 + 8) * num_sequences + 8 * (num_documents + 1)
 
 

@@ -24,8 +24,8 @@ class SourceFile:
         path: as it was given.
         bytes: its size.
         sha256: of its bytes, in hex; None where it was not computed.
-        part: "K/N" where only those of the input's documents went into the dataset whose running
-            number is K modulo N; None: all.
+        part: "K/N" if the dataset has only the documents whose running number in the input is K
+            modulo N; None: all documents.
     """
 
     path: str
@@ -41,19 +41,20 @@ class DatasetInfo:
     Attributes:
         tokenizer_hash: SHA-256 of the tokenizer's file, in hex.
         tokenizer_name: that file's name.
-        vocab_size: pieces of the tokenizer.
+        vocab_size: number of pieces of the tokenizer.
         documents: number of documents.
         tokens: number of tokens.
         sources: the text files, in order.
         skipped_lines: lines left out because they could not be used.
         empty_documents: documents left out because they held no text.
-        duplicate_documents: documents left out because their text had been there before.
-        normalization: Unicode's form that text was brought into, "none" for none.
-        fields: documents and tokens by the values of fields, as `FieldCounts.to_json` has them.
+        duplicate_documents: documents left out because their text had occurred before.
+        normalization: the Unicode normalization form of the text, or "none".
+        fields: documents and tokens by the values of fields, as `FieldCounts.to_json` gives them.
         word_boundaries: the dictionary, with its packages' versions, that found the words of
-            PREFIX.words; None where there is no such file.
-        shard_set: of a shard: SHA-256, in hex, of what the shards of one set have in common: their
-            number and the whole list of input files. None: no shard, or one of an older version.
+            PREFIX.words; None if there is no such file.
+        shard_set: for a shard, the SHA-256, in hex, of what the shards of one set have in common:
+            their number and the whole list of input files. None for a dataset that is not a shard,
+            or a shard written by an older version.
         version: of the sidecar's layout.
     """
 
@@ -74,20 +75,20 @@ class DatasetInfo:
 
 
 def dataset_file(prefix: str | Path, suffix: str) -> Path:
-    """Path of a dataset's file of that suffix, as `.idx`."""
+    """Path of a dataset's file with a suffix such as `.idx`."""
     # Not Path.with_suffix: a prefix may have dots of its own.
     return Path(f"{prefix}{suffix}")
 
 
 def prefix_of(path: Path, option: str) -> Path:
-    """Take `P.idx` and `P.bin` for P, so that a shell can complete or list a folder's datasets.
+    """Accept `P.idx` and `P.bin` as P, so that a shell can complete or list a folder's datasets.
 
     Args:
         path: as the user gave it.
-        option: and behind what, for the error.
+        option: the option it was given with, for the error message.
 
     Raises:
-        DataError: there is no name.
+        DataError: the path names no dataset.
     """
     name = path.stem if path.suffix in (".idx", ".bin") else path.name
     if name in ("", "..", ".idx", ".bin"):
@@ -99,7 +100,7 @@ def open_dataset(prefix: str | Path) -> IndexedDataset:
     """Open PREFIX.bin and PREFIX.idx for reading.
 
     Raises:
-        DataError: a file is missing, damaged, or does not belong to the other.
+        DataError: a file is missing or damaged, or the two do not belong together.
     """
     try:
         for path in (dataset_file(prefix, ".idx"), dataset_file(prefix, ".bin")):
@@ -117,7 +118,7 @@ def open_dataset(prefix: str | Path) -> IndexedDataset:
 
 
 def read_dataset_info(prefix: str | Path) -> DatasetInfo | None:
-    """Read PREFIX.json; None where there is none (a dataset that Megatron-LM wrote).
+    """Read PREFIX.json; None if there is none (a dataset that Megatron-LM wrote).
 
     Raises:
         DataError: the file cannot be read or is not such a sidecar.
@@ -153,10 +154,10 @@ def write_dataset_info(prefix: str | Path, info: DatasetInfo) -> None:
 
 
 def open_word_starts(prefix: str | Path, num_tokens: int, remedy: str) -> WordStarts | None:
-    """Open PREFIX.words, of a dataset of so many tokens; None where there is none.
+    """Open PREFIX.words of a dataset of `num_tokens` tokens; None if there is none.
 
     Raises:
-        DataError: it cannot be read, or is of another number of tokens; with the remedy.
+        DataError: it cannot be read, or is for another number of tokens; with the remedy.
     """
     path = dataset_file(prefix, ".words")
     try:
@@ -168,10 +169,10 @@ def open_word_starts(prefix: str | Path, num_tokens: int, remedy: str) -> WordSt
 def check_counts(
     prefix: str | Path, info: DatasetInfo, dataset: IndexedDataset, remedy: str
 ) -> None:
-    """Refuse a PREFIX.json that tells of other numbers than PREFIX.idx.
+    """Refuse a PREFIX.json whose counts differ from those of PREFIX.idx.
 
     Raises:
-        DataError: they are of different datasets; with the remedy.
+        DataError: they differ, so the files are of different datasets; with the remedy.
     """
     if (info.documents, info.tokens) != (dataset.num_documents, dataset.num_tokens):
         raise DataError(
@@ -189,12 +190,12 @@ def check_tokenizer(
     Args:
         prefix: of the dataset.
         info: its PREFIX.json.
-        name: of the tokenizer that is asked for.
+        name: of the expected tokenizer.
         tokenizer_hash: SHA-256 of its file, in hex.
         remedy: what the message ends with.
 
     Raises:
-        DataError: another one made it; with the remedy.
+        DataError: another tokenizer made the dataset; with the remedy.
     """
     if info.tokenizer_hash != tokenizer_hash:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The documents of one job, from anywhere in its input on, and its files' checksums."""
+"""The documents of one job, starting anywhere in its input, and the checksums of its files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Position:
 
     Attributes:
         file: number of the file, from 0.
-        documents: how many of its documents come before, those of other shards included.
-        documents_of_files: how many documents the files before it have.
+        documents: how many of its documents come before the place, including other shards'.
+        documents_of_files: how many documents the files before that file have.
     """
 
     file: int = 0
@@ -37,19 +37,19 @@ class Position:
 
     @property
     def num_begun(self) -> int:
-        """How many files have documents before the place, or lie before one that has."""
+        """How many files were begun: all before `file`, and `file` if `documents` is not 0."""
         return self.file + (self.documents > 0)
 
 
 class InputDocuments:
     """The documents of some files, or one shard's share of them.
 
-    A shard gets whole files, the Kth of N blocks of neighbours, where there is one for each shard,
-    else the documents whose running number is K modulo N.
+    If there is at least one file for each shard, shard K of N gets whole files: the Kth of N
+    contiguous blocks. Otherwise it gets the documents whose running number is K modulo N.
 
     Attributes:
-        reader: of the files from which documents are read.
-        part: "K/N" where the shard gets single documents; None where it gets whole files.
+        reader: reads the files from which this job takes documents.
+        part: "K/N" if the shard gets single documents; None if it gets whole files.
         shard_set: `DatasetInfo.shard_set`.
     """
 
@@ -61,7 +61,7 @@ class InputDocuments:
         field_keys: Sequence[str],
         shard: Shard | None = None,
     ) -> None:
-        """Check the files of the job; raises as `DocumentReader`."""
+        """Check the job's files; raises what `DocumentReader` raises."""
         all_inputs = inputs
         check_given_once(all_inputs)
         self.part: str | None = None
@@ -76,11 +76,11 @@ class InputDocuments:
         self.shard_set = None if shard is None else self._shard_set(shard, all_inputs)
 
     def identity(self) -> dict[str, str]:
-        """Name each file; `stamps` tell whether it is the same still."""
+        """Name each file; `stamps` tell whether a file is still the same."""
         return {f"input {number}": str(path) for number, path in enumerate(self.reader.paths)}
 
     def stamps(self, position: Position) -> list[str]:
-        """Describe, as they were at the beginning, the files of which something stands before."""
+        """Describe the files begun before a position, as they were when the job began."""
         return [
             f"of {size:,} bytes modified at {nanoseconds / 1e9:.9f}"
             for size, nanoseconds in self._stamps[: position.num_begun]
@@ -90,7 +90,7 @@ class InputDocuments:
         """Compare the files begun before a position with what `stamps` gave in an earlier job.
 
         Raises:
-            DataError: one is another; of files that were not begun any may be.
+            DataError: one has changed. Files that were not begun yet may have changed.
         """
         for path, earlier, now in zip(
             self.reader.paths, stamps, self.stamps(position), strict=False
@@ -104,9 +104,9 @@ class InputDocuments:
     def batches_from(
         self, start: Position, batch_bytes: int, batch_documents: int
     ) -> Iterator[tuple[RawBatch, Position]]:
-        """Documents from a place on in batches, each with the place after it.
+        """Yield the documents from a place on in batches, each with the place after it.
 
-        The limits are those of `DocumentReader.batches_of`; raises as that does.
+        The limits and errors are those of `DocumentReader.batches_of`.
         """
         before = start.documents_of_files
         for file in range(start.file, len(self.reader.paths)):
@@ -122,9 +122,9 @@ class InputDocuments:
             before += number
 
     def _share_of(self, batch: RawBatch, num_done: int, number: int) -> RawBatch:
-        """Leave out the first documents of a batch, and those of other shards.
+        """Drop the first `num_done` documents of a batch, and those of other shards.
 
-        `number` is that of the first document among all.
+        `number` is the running number of the batch's first document in the whole input.
         """
         if num_done <= 0 and self._count == 1:
             return batch
@@ -135,13 +135,13 @@ class InputDocuments:
         ]
 
     def _shard_set(self, shard: Shard, inputs: Sequence[Path]) -> str:
-        # Where files are not shared, one of another size is its own shard's affair.
+        # Sizes matter only where shards share files; otherwise a file concerns one shard alone.
         sizes = self.reader.sizes if self.part is not None else []
         content = [shard.count, [str(path) for path in inputs], sizes]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raise `DataError` if a file changed since the beginning."""
+        """Raise `DataError` if a file changed since the job began."""
         for path, stamp in zip(self.reader.paths, self._stamps, strict=True):
             if _stamp(path) != stamp:
                 raise DataError(
@@ -150,13 +150,13 @@ class InputDocuments:
 
 
 class FileHashes(Closeable):
-    """SHA-256 of files, computed beside the reading of them by a thread of its own.
+    """SHA-256 of files, computed by a separate thread while the files are read.
 
-    Used as a context manager: what is not computed at the end is given up.
+    Used as a context manager: hashes not finished at its end are abandoned.
     """
 
     def __init__(self, paths: Sequence[Path], known: Sequence[str] = ()) -> None:
-        """Take over the hashes that are known, those of the first files."""
+        """Take over the known hashes, which are those of the first files."""
         self._paths = list(paths)
         self._known = list(known)
         self._pending: deque[Future[str]] = deque()
@@ -164,7 +164,7 @@ class FileHashes(Closeable):
         self._stop = threading.Event()
 
     def computed(self, file: int) -> list[str]:
-        """Hashes, in hex, of the first files that are done, those up to number `file` being begun.
+        """Begin all files up to number `file`; return the hashes, in hex, of the first ones done.
 
         Raises:
             DataError: a file cannot be read.
@@ -176,14 +176,14 @@ class FileHashes(Closeable):
         return list(self._known)
 
     def all(self) -> list[str]:
-        """Wait for every hash; raises as `computed`."""
+        """Wait for all hashes; raises what `computed` raises."""
         self.computed(len(self._paths))
         while self._pending:
             self._known.append(self._pending.popleft().result())
         return list(self._known)
 
     def close(self) -> None:
-        """Give up what is not computed yet."""
+        """Abandon the hashes that are not finished."""
         self._stop.set()
         self._thread.shutdown(cancel_futures=True)
 

@@ -22,7 +22,7 @@ _COUNTED_TOKENS = 1 << 24
 def describe_dataset(prefix: str, tokenizer: Tokenizer | None = None) -> Iterator[str]:
     """Yield lines on a dataset: counts, provenance, distribution of document lengths.
 
-    With the tokenizer that made it also the share of unknown tokens and of byte pieces.
+    With the tokenizer that made it, also the shares of unknown tokens and of byte pieces.
 
     Raises:
         DataError: the dataset is missing or damaged, or another tokenizer made it.
@@ -78,7 +78,7 @@ def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
     _check_made_by(tokenizer, prefix)
     for number in np.linspace(0, dataset.num_documents - 1, min(count, dataset.num_documents)):
         tokens = dataset.document(int(number))
-        # As unsigned numbers, so that a negative id is too large as well.
+        # Viewed as unsigned, so that a negative id is too large as well.
         largest = int(tokens.view(np.uint32).max(initial=0))
         if largest >= tokenizer.vocab_size:
             raise DataError(
@@ -90,7 +90,7 @@ def samples(prefix: str, tokenizer: Tokenizer, count: int) -> Iterator[str]:
 
 
 def beginning(tokens_T: npt.NDArray[np.int32], tokenizer: Tokenizer) -> str:
-    """The beginning of a document as a quoted text, `...` behind it where it is not all."""
+    """The beginning of a document as quoted text, followed by `...` if there is more."""
     more = "..." if len(tokens_T) > _SAMPLE_TOKENS else ""
     return f"{tokenizer.decode(tokens_T[:_SAMPLE_TOKENS].tolist())!r}{more}"
 
@@ -104,7 +104,7 @@ def _check_made_by(tokenizer: Tokenizer, prefix: str) -> None:
 def _token_counts(
     dataset: IndexedDataset,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """The different ids of evenly spaced documents, and how often each stands there."""
+    """The distinct ids in evenly spaced documents, and how often each occurs there."""
     stride = -(-dataset.num_tokens // _COUNTED_TOKENS)
     numbers = range(0, dataset.num_documents, stride)
     tokens = np.concatenate([dataset.document(number) for number in numbers])

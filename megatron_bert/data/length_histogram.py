@@ -12,15 +12,15 @@ _BUCKETS = 64
 
 
 def count_lengths(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How many lengths are 0, 1, 2-3, 4-7, ..., `[64]`; counts of parts add up to those of all.
+    """How many lengths are 0, 1, 2-3, 4-7, ..., `[64]`; the counts of parts can be summed.
 
-    Text lengths spread over orders of magnitude, so that even buckets would show little.
+    Text lengths span orders of magnitude, so that buckets of equal width would show little.
     """
     return np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=_BUCKETS)
 
 
 def histogram(counts: npt.NDArray[np.int64]) -> Iterator[str]:
-    """Yield a line with a bar for each bucket of `count_lengths`, first used to last."""
+    """Yield a line with a bar for each bucket of `count_lengths`, first used to last used."""
     used = np.flatnonzero(counts)
     if not len(used):
         return

@@ -28,10 +28,10 @@ from megatron_bert.files import StrPath
 from megatron_bert.progress_bar import ProgressBar
 
 _BLOCK_BYTES = 1 << 26
-# What a filesystem answers that cannot copy within itself, or not from there to here.
+# Errors of a filesystem that cannot copy within itself, or not between these two places.
 _CANNOT_COPY_INSIDE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
-# Of these, a merged dataset has what its parts have in common.
+# Fields that must be equal in all parts, although they may be numbers.
 _COMMON_FIELDS = {"tokenizer_hash", "vocab_size", "version"}
 
 
@@ -57,19 +57,19 @@ class MergeSummary:
 def merge_datasets(
     inputs: Sequence[Path], output_prefix: StrPath, *, overwrite: bool = False
 ) -> MergeSummary:
-    """Join datasets; the files are those of preprocessing all their texts, in this order, at once.
+    """Join datasets; the files equal those of preprocessing all their texts at once, in order.
 
     Sequences and documents keep their order and boundaries. Memory is bounded, whatever the sizes.
 
     Args:
-        inputs: prefixes (or `.idx` or `.bin` files), in order, but for shards: `S-00000-of-00004`
-            and so on are taken by number where the first of them stands.
+        inputs: prefixes (or `.idx` or `.bin` files), in order. The shards of a set
+            (`S-00000-of-00004` and so on) are taken in order of number at the first one's place.
         output_prefix: P of `P.bin`, `P.idx` and, where all inputs have them, `P.json`, `P.words`.
         overwrite: whether an existing dataset is replaced.
 
     Raises:
-        DataError: an input cannot be used or does not go with the others, shards are missing, or
-            the result cannot be written. Nothing is left behind then.
+        DataError: an input cannot be used or does not match the others, shards are missing, or the
+            result cannot be written. Nothing is left behind then.
     """
     prefixes = in_shard_order([prefix_of(path, "--input") for path in inputs])
     _check_places(prefixes, Path(output_prefix))
@@ -111,15 +111,15 @@ def merge_datasets(
 
 
 def merge_infos(infos: Sequence[DatasetInfo]) -> DatasetInfo:
-    """Describe the dataset that joins those described: numbers summed, lists joined.
+    """Describe the dataset that joins the described ones: numbers summed, lists concatenated.
 
     Raises:
-        ValueError: they differ in what a dataset has one of, as its tokenizer.
+        ValueError: they differ in something that a dataset has one of, such as its tokenizer.
     """
     merged = {
         field.name: _merge_values(field.name, [getattr(info, field.name) for info in infos])
         for field in fields(DatasetInfo)
-        # The same tokenizer may have had several names; what is merged is no shard.
+        # One tokenizer may have had several names, and a merged dataset is not a shard.
         if field.name not in ("tokenizer_name", "shard_set")
     }
     return DatasetInfo(tokenizer_name=infos[0].tokenizer_name, **merged)
@@ -143,7 +143,10 @@ def _merge_values(name: str, values: Sequence[Any]) -> Any:
 
 
 def _join_sources(sources: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
-    """List the files in order; one of which every part is there becomes whole, if all add up."""
+    """List the files in order, whole files first.
+
+    The N-way parts of files become whole files again if all of them are there, in order.
+    """
     joined = [source for source in sources if source.part is None]
     of_count: dict[str, list[SourceFile]] = {}
     for source in sources:
@@ -180,7 +183,7 @@ def _check_token_types(parts: Sequence[MergePart]) -> None:
 
 
 def _check_dictionaries(parts: Sequence[MergePart]) -> None:
-    """Refuse words that differ in kind, or may do so."""
+    """Refuse words that different dictionaries found, or may have found."""
     first = parts[0]
     for part in parts[1:]:
         if part.dictionary != first.dictionary:
@@ -198,9 +201,9 @@ def _origin_of_words(part: MergePart) -> str:
 
 
 def _merged_info(parts: Sequence[MergePart], *, has_words: bool) -> DatasetInfo | None:
-    """The merged description; None unless each part has one. Those that have must agree."""
+    """The merged description; None unless every part has one. Existing ones must agree anyway."""
     known = [
-        # Words that are not joined may be of different dictionaries.
+        # If the words are not joined, their dictionaries may differ.
         (part.prefix, part.info if has_words else replace(part.info, word_boundaries=None))
         for part in parts
         if part.info is not None
@@ -224,7 +227,7 @@ def _merged_info(parts: Sequence[MergePart], *, has_words: bool) -> DatasetInfo 
 
 @contextmanager
 def _named(output_prefix: Path) -> Iterator[None]:
-    """Give the dataset's name to what fails while it is written."""
+    """Name the dataset in errors that occur while it is written."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -246,9 +249,9 @@ def _write_tokens(parts: Sequence[MergePart], path: Path) -> None:
 
 
 def _copy_block(source: int, target: int) -> int:
-    """Copy some bytes from where both files stand; 0 at the source's end."""
+    """Copy some bytes at both files' current positions; return how many, 0 at the source's end."""
     try:
-        # Within a filesystem that shares blocks between files, this copies nothing at all.
+        # On a filesystem that shares blocks between files, no data is copied at all.
         return os.copy_file_range(source, target, _BLOCK_BYTES)
     except OSError as error:
         if error.errno not in _CANNOT_COPY_INSIDE:

@@ -22,13 +22,13 @@ from megatron_bert.data.shards import shard_set
 
 @dataclass(frozen=True)
 class MergePart:
-    """One dataset of those joined.
+    """One of the datasets to be joined.
 
     Attributes:
         prefix: P of its files.
         dataset: `P.bin` and `P.idx`.
-        info: `P.json`; None: there is none.
-        word_starts: `P.words`; None: there is none.
+        info: `P.json`; None if there is none.
+        word_starts: `P.words`; None if there is none.
     """
 
     prefix: Path
@@ -37,19 +37,19 @@ class MergePart:
     word_starts: WordStarts | None
 
     def file(self, suffix: str) -> Path:
-        """Name of the file of that suffix, which may be absent."""
+        """Path of the file with that suffix, which may be absent."""
         return dataset_file(self.prefix, suffix)
 
     @property
     def dictionary(self) -> str | None:
-        """What found the words of `P.words`; None where no `P.json` says it."""
+        """The dictionary that found the words of `P.words`; None if no `P.json` names it."""
         return None if self.info is None else self.info.word_boundaries
 
     def check_unchanged(self) -> None:
-        """Find changes after the fact.
+        """Check after the merge that no file changed during it.
 
         Raises:
-            RuntimeError: a file is not what it was when it was opened.
+            RuntimeError: a file has changed since it was opened.
             DataError: `P.json` can no longer be read.
         """
         self.dataset.check_unchanged()
@@ -74,11 +74,11 @@ def open_part(prefix: Path) -> MergePart:
 
 
 def check_shard_sets(parts: Sequence[MergePart]) -> None:
-    """Refuse shards that share a name but not the input, so that texts would be lost or doubled.
+    """Refuse shards of one set's name but different inputs: texts would be lost or duplicated.
 
     Raises:
-        DataError: two shards of one name were made of different lists of files, or by versions
-            that share out the files differently.
+        DataError: two shards of one set's name were made from different lists of files, or by
+            versions that divide the files differently.
     """
     first_of_set: dict[str, MergePart] = {}
     for part in parts:

@@ -1,6 +1,6 @@
-"""Documents of held-out text that are trained on too: exact duplicates, by a hash of their tokens.
+"""Held-out documents that are also trained on: exact duplicates, by a hash of their tokens.
 
-A model that was trained on a text is no judge of how well it predicts texts like it.
+How well a model predicts a text it was trained on does not tell how well it predicts others.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def describe_overlap(config: Config, examples: int) -> Iterator[str]:
-    """Yield lines on the documents of each held-out corpus that a training corpus has as well.
+    """Yield lines on the documents that held-out and training corpora share.
 
-    Training corpora are read once, from front to back, and only held-out documents are kept in
-    mind: 33 bytes each, 105 while they are sorted. Documents are equal where their tokens are.
+    Training corpora are read once, from front to back. Only held-out documents are kept in memory:
+    33 bytes each, 105 while they are sorted. Documents are equal if their tokens are.
 
     Args:
         config: of the run; its held-out text is `data.valid` and what `data.held_out_fraction`
             keeps out of training.
-        examples: how many of the pairs to show, at most.
+        examples: the maximum number of pairs to show.
 
     Raises:
         DataError: there is no held-out text, or a corpus cannot be read.
@@ -83,9 +83,9 @@ def describe_overlap(config: Config, examples: int) -> Iterator[str]:
 
 
 class _HeldOutDocuments:
-    """The documents of held-out corpora, found by hash; which of them were found is kept in mind.
+    """The documents of held-out corpora, looked up by hash; remembers which were found.
 
-    Documents are counted through all corpora, ascending by hash.
+    Documents of all corpora are numbered together, in ascending order of their hashes.
     """
 
     def __init__(self, corpora: Sequence[OpenCorpus]) -> None:
@@ -103,10 +103,10 @@ class _HeldOutDocuments:
         self._found = np.zeros(len(order), dtype=np.bool_)
 
     def find(self, hashes: npt.NDArray[np.uint64]) -> tuple[Int64Array, Int64Array]:
-        """Which of the hashes, [n, 2], are those of held-out documents, and of which.
+        """Which of the hashes, [n, 2], belong to held-out documents, and to which ones.
 
-        Only the first of several held-out documents whose 64 high bits are equal is looked at: of
-        a million different ones, two have them equal with a probability of 3e-8.
+        Of several held-out documents with the same 64 high bits only the first is looked at: among
+        a million different ones, the probability of such a pair is 3e-8.
         """
         at = np.searchsorted(self._hashes[:, 0], hashes[:, 0])
         at[at == len(self._hashes)] = 0
@@ -116,7 +116,7 @@ class _HeldOutDocuments:
 
     def lines(self) -> Iterator[str]:
         """Yield for each corpus how many of its documents were found."""
-        # Copies within held-out text lie side by side, and the first was found for all.
+        # Copies within held-out text are adjacent, and only the first of them is ever found.
         is_new = np.ones(len(self._hashes), dtype=np.bool_)
         is_new[1:] = (self._hashes[1:] != self._hashes[:-1]).any(axis=1)
         found = self._found[np.flatnonzero(is_new)[np.cumsum(is_new) - 1]]
@@ -129,13 +129,13 @@ class _HeldOutDocuments:
             )
 
     def name(self, match: int) -> str:
-        """A document by its number within its dataset."""
+        """Name a document by its number within its dataset."""
         corpus = self._corpora[self._corpus[match]]
         return f"document {self._numbers[match]:,} of {corpus.part.prefix}"
 
 
 def _hashed(corpus: OpenCorpus) -> Iterator[tuple[npt.NDArray[np.uint64], Int64Array]]:
-    """Hashes, [n, 2], and numbers of the documents that are read, block by block."""
+    """Yield hashes, [n, 2], and numbers of the documents that are read, block by block."""
     dataset = corpus.dataset
     num_bytes = dataset.num_tokens * dataset.token_bytes
     with ProgressBar(f"reading {corpus.part.prefix}", num_bytes) as progress:
@@ -150,5 +150,5 @@ def _hashed(corpus: OpenCorpus) -> Iterator[tuple[npt.NDArray[np.uint64], Int64A
                 ) from error
             has_tokens = (hashes != _HASH_OF_NOTHING).any(axis=1)
             yield hashes[has_tokens], numbers[has_tokens]
-            # As if all documents were alike: it is only to be seen that it goes on.
+            # Assumes documents of equal size, which is good enough for a progress bar.
             progress.show(num_bytes * end // dataset.num_documents)

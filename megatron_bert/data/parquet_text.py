@@ -14,15 +14,15 @@ from megatron_bert.config.errors import DataError
 if TYPE_CHECKING:
     import pyarrow
 
-# Of decoded text at a time; what the row group says of its size decides on the rows.
+# Decoded text per batch; the row group's stated size determines how many rows that is.
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 4096
-# Where values share bytes in the file, so that its size does not tell how large they become.
+# For values that share bytes in the file, so that the stated size does not tell the decoded one.
 _BATCH_ROWS_OF_SHARED_BYTES = 64
-# A dictionary takes no more than the row group's column does, and each value in it counts once.
+# A dictionary is no larger than the row group's column, and holds each value once.
 _DICTIONARY_BYTES = 16 << 20
 _DICTIONARY_ENCODINGS = {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
-# These cannot be read into a dictionary.
+# Encodings that cannot be read into a dictionary.
 _DELTA_ENCODINGS = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
 # Without a buffer the columns of a whole row group, which may be gigabytes, are read at once.
 _READ_BYTES = 1 << 20
@@ -55,13 +55,13 @@ class ParquetText:
 
         Args:
             path: the file.
-            json_key: name of the text column. A name that no column has is taken for a path of
-                names with dots in between, into columns of structs.
+            json_key: name of the text column. A name that no column has is taken as a dotted path
+                into columns of structs.
             field_keys: names of the fields' columns, which may be missing.
 
         Raises:
             DataError: pyarrow is not installed, the file cannot be read, there is no such column,
-                or its type is none of those that go.
+                or its type is not supported.
         """
         self._path = path
         self._parquet = _import_parquet(path)
@@ -134,8 +134,8 @@ class ParquetText:
             ) as file:
                 yield file
         except (pyarrow.ArrowException, OSError, IndexError) as error:
-            # pyarrow's own errors of reading are OSErrors too, but for the system's number; an
-            # IndexError is a row whose text is not in the dictionary.
+            # pyarrow's own read errors are OSErrors too, but have no errno. An IndexError means a
+            # row whose text is not in the dictionary.
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             reason = str(error).partition("\n")[0]
@@ -190,7 +190,7 @@ def _field_paths(
 def _find(
     schema: pyarrow.Schema | pyarrow.StructType, key: str
 ) -> tuple[tuple[str, ...], pyarrow.DataType] | None:
-    """Names that lead to a column, and its type: as `find_value` in objects of JSON."""
+    """The path to a column, and its type; resolves keys as `find_value` does in JSON objects."""
     from pyarrow import types
 
     # -1 also where two columns share the name.
@@ -225,7 +225,7 @@ def _is_plain(kind: pyarrow.DataType) -> bool:
 
 
 def _values(batch: pyarrow.RecordBatch, path: tuple[str, ...]) -> Iterator[Any]:
-    """Values one by one: many rows of a batch may have one long text, which it holds once."""
+    """Yield values one by one: many rows may share one long text, which the batch holds once."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -236,7 +236,7 @@ def _values(batch: pyarrow.RecordBatch, path: tuple[str, ...]) -> Iterator[Any]:
     if not _is_string(array.type):
         yield from array.to_pylist()
         return
-    # As bytes: parse names the row whose text is no UTF-8, where the string's own as_py fails.
+    # As bytes: `parse` can then name a row whose text is not UTF-8; a string's `as_py` would fail.
     if types.is_dictionary(array.type):
         texts = array.dictionary.cast(pyarrow.large_binary())
         for index in array.indices.to_pylist():

@@ -1,4 +1,4 @@
-"""Texts out of raw documents: UTF-8, JSON, the fields asked for, normalisation."""
+"""Extracting texts from raw documents: UTF-8, JSON, the requested fields, normalisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_bert.config.errors import DataError
 from megatron_bert.data.raw_documents import RawBatch, RawDocument, RawLines
 
 OnError = Literal["skip", "fail"]
-"""What happens at a line that cannot be used: it is left out and counted, or the work ends."""
+"""What happens at a line that cannot be used: it is skipped and counted, or the job fails."""
 
 Normalization = Literal["none", "nfkc"]
 """Text as it stands, or in Unicode's normalization form KC: full-width letters as ASCII, half-width
@@ -38,8 +38,8 @@ class LineError(DataError):
 class ParsedText(NamedTuple):
     """A document's text and, in the order of the field keys, the values of its fields.
 
-    A string stands as it is, a number or boolean as its JSON text, None for a field that is absent
-    or null.
+    A string is kept as it is, a number or boolean becomes its JSON text, and a field that is absent
+    or null is None.
     """
 
     text: str
@@ -49,12 +49,12 @@ class ParsedText(NamedTuple):
 def parse(document: RawDocument, json_key: str, field_keys: Sequence[str] = ()) -> ParsedText:
     """Text and fields of a raw document.
 
-    A key that the object does not have is taken for a path of keys with dots in between, into
-    objects inside it. Both sorts of keys are those of the document's reader.
+    A key that the object does not have is taken as a dotted path into nested objects. `json_key`
+    and `field_keys` must be those of the document's reader.
 
     Raises:
-        LineError: invalid UTF-8, broken JSON, no such key, a text that is no string, a field that
-            is an object or a list, or half a surrogate pair, which no UTF-8 file can hold.
+        LineError: invalid UTF-8, broken JSON, no such key, a text that is not a string, a field
+            that is an object or a list, or half a surrogate pair, which no UTF-8 file can hold.
     """
     if document.problem:
         raise _line_error(document, document.problem)
@@ -73,13 +73,13 @@ def parse(document: RawDocument, json_key: str, field_keys: Sequence[str] = ()) 
 
 
 class ParsedTexts(NamedTuple):
-    """What many documents hold.
+    """The content of many documents.
 
     Attributes:
-        texts: of those that can be used.
-        fields: as of `ParsedText`, of each of them.
+        texts: texts of the documents that can be used.
+        fields: `ParsedText.fields` of each of them.
         skipped: errors of the others.
-        unusable: numbers of the others among all.
+        unusable: indices of the others among all documents.
     """
 
     texts: list[str]
@@ -95,10 +95,10 @@ def parse_all(
     normalize: Normalization = "none",
     on_error: OnError = "fail",
 ) -> ParsedTexts:
-    """Texts, normalized, and fields of many documents; far faster than one by one, if all is well.
+    """Normalized texts and fields of many documents; far faster than one by one if all are valid.
 
     Raises:
-        LineError: as `parse`, where `on_error` is `fail`.
+        LineError: as `parse`, if `on_error` is `fail`.
     """
     parsed: list[ParsedText] = []
     skipped: dict[int, LineError] = {}
@@ -114,7 +114,7 @@ def parse_all(
         quick = [text for text, _ in parsed], [fields for _, fields in parsed]
     texts, fields = quick
     if normalize == "nfkc":
-        # Text that is normalized already is found out in one quick pass, and given back.
+        # Text that is already normalized is recognised in one quick pass and returned as it is.
         texts = [unicodedata.normalize("NFKC", text) for text in texts]
     return ParsedTexts(texts, fields, list(skipped.values()), frozenset(skipped))
 
@@ -122,10 +122,10 @@ def parse_all(
 def _parse_lines(
     batch: RawBatch, json_key: str, field_keys: Sequence[str]
 ) -> tuple[list[str], list[tuple[str | None, ...]]] | None:
-    """Texts and fields of lines that are all as they should be.
+    """Texts and fields of lines that are all valid and ordinary.
 
-    None where one is not, or is out of the ordinary: then each must be looked at. orjson is several
-    times as fast as json, but takes less (no NaN) and says less of what it finds.
+    None if one is not: then each line must be parsed by itself. orjson is several times as fast as
+    json, but accepts less (no NaN) and reports errors in less detail.
     """
     if not isinstance(batch, RawLines):
         return None
@@ -146,13 +146,13 @@ def _parse_lines(
 
 
 def _quick_fields(record: dict[str, Any], field_keys: Sequence[str]) -> tuple[str | None, ...]:
-    """Values of fields; raises `TypeError` where one has to be looked at more closely."""
+    """Values of fields; raises `TypeError` for one that needs the slow path."""
     fields = []
     for key in field_keys:
         value = record.get(key)
         if type(value) is int or type(value) is bool:
             value = str(value).lower()
-        # orjson makes floats of whole numbers that are too large; a dot may lead into an object.
+        # orjson turns integers that are too large into floats; a dot may lead into an object.
         elif not isinstance(value, str) and (value is not None or "." in key):
             raise TypeError(key)
         fields.append(value)
@@ -160,7 +160,7 @@ def _quick_fields(record: dict[str, Any], field_keys: Sequence[str]) -> tuple[st
 
 
 def find_value(values: Mapping[str, Any], key: str) -> Any:
-    """Value of a key, or of a path `key.key` into objects inside; None where there is none."""
+    """Value of a key, or of a path `key.key` into nested objects; None if there is none."""
     if key in values:
         return values[key]
     name, _, rest = key.partition(".")
@@ -172,7 +172,7 @@ def _decode(document: RawDocument) -> str:
     try:
         return document.data.decode("utf-8")
     except UnicodeDecodeError as error:
-        # Offsets count from the document's start, which for a block is not the line's.
+        # Offsets count from the document's start; in a block that is not the line's start.
         lines = document.data[: error.start].count(b"\n") if document.unit == "line" else 0
         problem = f"invalid UTF-8 ({error.reason})"
         hint = _conversion(document)
@@ -180,7 +180,7 @@ def _decode(document: RawDocument) -> str:
 
 
 def _conversion(document: RawDocument) -> str:
-    """How to convert a file that as a whole may be of another encoding; empty for a packed one."""
+    """How to convert a file that may be in another encoding; empty for a compressed file."""
     path = document.path
     if path.suffix not in (".jsonl", ".txt"):
         return ""
@@ -197,7 +197,7 @@ def _conversion(document: RawDocument) -> str:
 def _json_object(document: RawDocument, decoded: str) -> dict[str, Any]:
     try:
         value = json.loads(decoded)
-    # Beside JSONDecodeError: a number of more digits than Python converts, brackets too deep.
+    # Besides JSONDecodeError: a number with more digits than Python converts; too deep nesting.
     except (ValueError, RecursionError) as error:
         raise _line_error(document, f"broken JSON ({error})") from error
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Work that a later job continues: files that grow, and a journal of how much of them counts."""
+"""Work that a later job can continue: growing files, and a journal of how much of them counts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from megatron_bert.locks import FileInUseError, lock_file, remove_lock
 
 _VERSION = 1
 _JOURNAL = "journal.json"
-# What NFS calls a removed file that somebody has open; it goes when that one closes it.
+# The name that NFS gives a removed file that is still open; it disappears when it is closed.
 _REMOVED_PREFIX = ".nfs"
-# What a killed job loses at most, against the time that the disk needs for so many bytes.
+# The most that a killed job loses, traded against the time that the disk needs for a commit.
 _SECONDS_BETWEEN_COMMITS = 15.0
 _BYTES_BETWEEN_COMMITS = 1 << 28
 
 
 class _Journal(NamedTuple):
     identity: dict[str, str]
-    # Bytes that count, by name; None: nothing will be appended any more.
+    # Bytes that count, by file name; None: nothing more will be appended.
     files: dict[str, int] | None
     progress: dict[str, Any]
 
@@ -37,14 +37,15 @@ class _Journal(NamedTuple):
 class PartialWork(Closeable):
     """A folder that one live job at a time appends to.
 
-    What was appended counts once it is committed: a successor of a job that died, at whatever
-    moment, finds the files as they were at the last commit. As a context manager it lets go of the
-    folder at the end, and removes it where nothing was ever committed. A lock beside the folder
-    (`.lock` added to its name) tells others of a live job.
+    Appended data counts once it is committed: whenever a job dies, its successor finds the files as
+    they were at the last commit. As a context manager it releases the folder at the end, and
+    removes it if nothing was ever committed. A lock beside the folder (`.lock` added to its name)
+    tells others of a live job.
 
     Attributes:
         path: the folder.
-        progress: what was given to the last commit of an earlier job; None if there is none.
+        progress: the `progress` of the last commit, by this job or an earlier one; None if there is
+            none.
     """
 
     def __init__(
@@ -55,17 +56,17 @@ class PartialWork(Closeable):
         names: Collection[str],
         restart: bool,
     ) -> None:
-        """Lock the folder, made if need be, and go back to its last commit.
+        """Lock the folder, creating it if needed, and go back to its last commit.
 
         Args:
             path: the folder.
-            identity: what the work depends on, by name; it must be that of the earlier jobs.
-            names: all files that may come to lie in the folder; no others are ever removed.
+            identity: what the work depends on, by name; must equal that of the earlier jobs.
+            names: all files that the job may put in the folder; no others are ever removed.
             restart: whether work of earlier jobs is thrown away.
 
         Raises:
-            DataError: another live job has the folder, its work was another, its files are
-                damaged, or it holds what no job has put there.
+            DataError: another live job has the folder, it holds work of another identity, its
+                files are damaged, or it holds something that no job has put there.
             OSError: the folder cannot be used.
         """
         self.path = path
@@ -94,7 +95,7 @@ class PartialWork(Closeable):
 
     @property
     def is_commit_due(self) -> bool:
-        """Whether a commit is worth its time."""
+        """Whether enough time or data has accumulated to be worth a commit."""
         return (
             time.monotonic() >= self._next_commit
             or self._bytes_since_commit >= _BYTES_BETWEEN_COMMITS
@@ -105,7 +106,7 @@ class PartialWork(Closeable):
         return self._sizes.get(name, 0)
 
     def append(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Append numbers to a file, one of the `names`.
+        """Append numbers to a file, which must be one of the `names`.
 
         Raises:
             OSError: the disk failed; nothing may be committed after that.
@@ -121,20 +122,20 @@ class PartialWork(Closeable):
             left = left[file.write(left) :]
 
     def read(self, name: str, kind: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Map the numbers appended to a file, of a type that is given."""
+        """Memory-map the numbers appended to a file, as the given dtype."""
         if not self.size(name):
             return np.empty(0, dtype=kind)
         return np.memmap(self.path / name, dtype=kind, mode="r")
 
     def commit(self, progress: Mapping[str, Any], *, last: bool = False) -> None:
-        """Make all that was appended count.
+        """Make everything appended so far count.
 
         Args:
-            progress: what it is, for a later job (JSON).
-            last: whether nothing will be appended any more, and the files may be moved away.
+            progress: a description of it for a later job (JSON).
+            last: whether nothing more will be appended and the files may be moved away.
 
         Raises:
-            OSError: the disk failed; the commit before holds.
+            OSError: the disk failed; the previous commit still holds.
         """
         for name in self._files:
             sync_to_disk(self.path / name)
@@ -150,14 +151,14 @@ class PartialWork(Closeable):
         self._reset_clock()
 
     def remove(self) -> None:
-        """Remove the folder, or leave it with what others have put there.
+        """Remove the folder; if others have put files there, leave it with those.
 
         Raises:
             OSError: the disk failed.
         """
-        # NFS keeps a file that is open, under another name, and with it the folder.
+        # NFS would keep an open file under another name, and the folder with it.
         self._close_files()
-        # The journal goes after what it describes.
+        # The journal is removed after the files that it describes.
         self._clear(keep=(_JOURNAL,))
         self._clear(keep=())
         try:
@@ -168,11 +169,11 @@ class PartialWork(Closeable):
         self._is_ours = False
 
     def discard(self) -> None:
-        """Let the folder go at the end, whatever was committed."""
+        """Have the folder removed at the end, whatever was committed."""
         (self.path / _JOURNAL).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave the folder where something was committed to go on from, else remove it."""
+        """Keep the folder if it has a commit to continue from, else remove it; release the lock."""
         try:
             self._close_files()
             if self._is_ours and not (self.path / _JOURNAL).exists():
@@ -213,7 +214,7 @@ class PartialWork(Closeable):
 
     def _recover(self, restart: bool) -> None:
         if restart:
-            # First of all: without its files a journal would describe damage.
+            # First of all: a journal without its files would read as damage.
             (self.path / _JOURNAL).unlink(missing_ok=True)
         journal = self._read_journal()
         if journal is None:

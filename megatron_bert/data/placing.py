@@ -1,4 +1,4 @@
-"""A dataset's files, which appear together and whole or not at all."""
+"""Putting a dataset's files in place: together and complete, or not at all."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _SUFFIXES = (".bin", ".words", ".json", ".idx")
 
 
 class StagedDataset(Closeable):
-    """A place for a dataset's files until they are whole.
+    """A place for a dataset's files until they are complete.
 
     Used as a context manager: files are written under `prefix`, then `place` gives them their
-    names. What was not placed is removed at the end.
+    final names. Files that were not placed are removed at the end.
 
     Attributes:
-        prefix: of the temporary files, beside the final ones.
+        prefix: prefix of the temporary files, which are beside the final ones.
     """
 
     def __init__(self, final_prefix: Path, *, overwrite: bool) -> None:
         """Check the place and make its folder.
 
         Raises:
-            DataError: no dataset can be written there, or one is there and `overwrite` is not set.
+            DataError: no dataset can be written there, or one exists and `overwrite` is not set.
         """
         make_place(final_prefix)
         if not overwrite:
@@ -42,7 +42,7 @@ class StagedDataset(Closeable):
         self.prefix = temporary_path(final_prefix)
 
     def path(self, suffix: str) -> Path:
-        """Where to write the file of that suffix."""
+        """Where to write the file with that suffix."""
         return dataset_files(self.prefix)[suffix]
 
     def check_space(self, needed_bytes: int) -> None:
@@ -60,10 +60,10 @@ class StagedDataset(Closeable):
             )
 
     def place(self) -> None:
-        """Give the files their names, in place of all files of a dataset that has them.
+        """Give the files their final names, replacing all files of an existing dataset.
 
-        A full disk shows while the old dataset is whole. A crash leaves the old dataset, the new
-        one, or, between the first name taken and the last one given, none: never parts of both.
+        A full disk is noticed while the old dataset is still intact. A crash leaves the old
+        dataset, the new one or, while files are being renamed, none: never parts of both.
 
         Raises:
             OSError: the disk failed.
@@ -78,22 +78,21 @@ class StagedDataset(Closeable):
 
 
 def dataset_files(prefix: Path) -> dict[str, Path]:
-    """Every file that a dataset of that prefix can have, by suffix."""
+    """Paths of all files that a dataset of that prefix can have, by suffix."""
     return {suffix: dataset_file(prefix, suffix) for suffix in _SUFFIXES}
 
 
 def check_name(final_prefix: StrPath) -> None:
-    """Refuse a prefix without a name, to which no suffix can be added, or that climbs out.
+    """Refuse a prefix that is no file name, so that no suffix can be added, or that climbs out.
 
     Args:
-        final_prefix: as the user gave it: a `Path` has lost the slash at the end that tells of a
-            folder.
+        final_prefix: as the user gave it: a `Path` has lost the trailing slash that marks a folder.
 
     Raises:
-        UserError: there is no name or that of a folder, or a `..` behind one.
+        UserError: there is no name, it is that of a folder, or a `..` follows a name.
     """
     path = Path(final_prefix)
-    # Of a name that is too long this says False, and not what an error would.
+    # Returns False for a name that is too long, instead of raising.
     is_folder = os.path.isdir(path)  # noqa: PTH112
     if path.name in ("", "..") or is_folder or os.fspath(final_prefix).endswith(os.sep):
         given = final_prefix if os.fspath(final_prefix) else path
@@ -105,7 +104,7 @@ def check_name(final_prefix: StrPath) -> None:
 
 
 def make_place(final_prefix: Path) -> None:
-    """Make the folder of a dataset that is to be written.
+    """Check the prefix of a dataset that is to be written, and make its folder.
 
     Raises:
         DataError: no dataset can be written there.
@@ -136,7 +135,7 @@ def check_unused(final_prefix: Path) -> None:
 
 
 def check_unused_by_others(prefix: Path, final_prefix: Path, suffixes: Collection[str]) -> None:
-    """Refuse to write over a dataset when staged files, of which some may be placed, are placed.
+    """Refuse to place staged files over a dataset; some of them may have been placed already.
 
     Args:
         prefix: of the staged files.
@@ -144,7 +143,7 @@ def check_unused_by_others(prefix: Path, final_prefix: Path, suffixes: Collectio
         suffixes: of all staged files, placed already or not.
 
     Raises:
-        DataError: there is a file of that prefix that is not one of those.
+        DataError: there is a file of the final prefix that is not one of the placed ones.
     """
     staged = dataset_files(prefix)
     if staged[".idx"].exists():
@@ -170,14 +169,14 @@ def _existing(prefix: Path, but: Collection[str] = ()) -> list[str]:
 
 
 def sync_staged(prefix: Path, sizes: Mapping[str, int] | None = None) -> list[str]:
-    """Wait until the disk has a staged dataset's files; their suffixes.
+    """Sync a staged dataset's files to disk; return their suffixes.
 
     Args:
         prefix: of the staged files.
-        sizes: bytes that files must have, by suffix.
+        sizes: expected sizes in bytes, by suffix.
 
     Raises:
-        OSError: the disk failed, or a file has not its bytes.
+        OSError: the disk failed, or a file does not have its expected size.
     """
     staged = {suffix: path for suffix, path in dataset_files(prefix).items() if path.exists()}
     for suffix, path in staged.items():
@@ -190,7 +189,7 @@ def sync_staged(prefix: Path, sizes: Mapping[str, int] | None = None) -> list[st
 
 
 def place_files(prefix: Path, final_prefix: Path, suffixes: Collection[str]) -> None:
-    """Give staged files, which the disk has, their names; call it again if it was cut short.
+    """Give staged files, already synced, their final names; call it again if it was interrupted.
 
     Args:
         prefix: of the staged files.
@@ -201,10 +200,10 @@ def place_files(prefix: Path, final_prefix: Path, suffixes: Collection[str]) -> 
         OSError: the disk failed.
     """
     staged, final = dataset_files(prefix), dataset_files(final_prefix)
-    # Once the index is placed all is, and what has these names since may be another's.
+    # Once the index is placed, everything is; files of these names may be another job's by now.
     if staged[".idx"].exists():
         final[".idx"].unlink(missing_ok=True)
-        # Else a loss of power could bring the old index back beside new tokens.
+        # Otherwise a power failure could bring the old index back beside new tokens.
         sync_to_disk(final_prefix.parent)
         for suffix in _SUFFIXES:
             if staged[suffix].exists():

@@ -1,7 +1,7 @@
-"""Text files into an indexed dataset: the work behind tools/preprocess_data.py.
+"""Turning text files into an indexed dataset: the work behind tools/preprocess_data.py.
 
 The calling thread reads and writes in file order; worker threads parse and tokenize batches of
-documents. Threads suffice: both tokenizer libraries work without the GIL.
+documents. Threads suffice: both tokenizer libraries release the GIL.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_bert.words import rounded
 logger = logging.getLogger(__name__)
 
 # Small enough that a few long documents keep every worker busy, large enough (some 60,000 tokens)
-# that handing a batch over costs nothing beside encoding it.
+# that handing a batch over costs nothing compared with encoding it.
 _BATCH_BYTES = 1 << 18
 _BATCH_DOCUMENTS = 4096
 _BATCHES_PER_WORKER = 4
@@ -49,14 +49,14 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
 
     One document of text becomes one document of one sequence, without special tokens. Documents
     keep the order of the input, whatever the number of workers. Memory is bounded by a few
-    batches a worker. What a job that was killed or failed has done is kept in `P.partial`; the
-    same call goes on from there, and the files are those of a job that was not interrupted.
+    batches a worker. The work of a job that was killed or failed is kept in `P.partial`; the same
+    call continues from there, and the result equals that of an uninterrupted job.
 
     Raises:
-        UserError: an option has a value that it cannot have.
+        UserError: an option has an invalid value.
         DataError: an input, the tokenizer or the output cannot be used, a line cannot be used
-            (unless `on_error` is `skip`), no input holds a token, or `P.partial` is in use or is
-            another call's. An existing dataset is as it was then.
+            (unless `on_error` is `skip`), no input holds a token, or `P.partial` is in use or
+            belongs to another call. An existing dataset is unchanged then.
     """
     options.check()
     inputs = InputDocuments(
@@ -105,7 +105,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
 
 
 def _warn(state: PreprocessState, options: PreprocessOptions, inputs: InputDocuments) -> None:
-    """Say what may not be what was meant."""
+    """Warn about results that the user may not have intended."""
     for key in state.fields.keys_without_values():
         logger.warning("no document has the field %r; see %s", key, argument("field_keys"))
     if options.deduplicate and inputs.part is not None:
@@ -150,7 +150,7 @@ def _write_documents(
     except DataError as error:
         if not state.counts.tokens:
             raise
-        # Whatever cannot be used, the writer holds the batches that came before it, whole.
+        # Whatever cannot be used, the writer holds the complete batches that came before it.
         writer.commit(state.note(inputs))
         raise DataError(
             f"{error}; what was done until then is kept in {writer.partial}: mend that "
@@ -162,7 +162,7 @@ def _write_documents(
 def _identity(
     options: PreprocessOptions, inputs: InputDocuments, encoder: Encoder
 ) -> dict[str, str]:
-    """Describe all that the files depend on, but for the inputs' content; arguments by name."""
+    """Describe everything that the files depend on but the inputs' content; arguments by name."""
     unicode = f" of Unicode {unicodedata.unidata_version}" if options.normalize == "nfkc" else ""
     return {
         "the tokenizer's SHA-256": encoder.tokenizer.hash,
@@ -183,9 +183,9 @@ def _identity(
 def _encoded_batches(
     batches: Iterator[tuple[RawBatch, Position]], encoder: Encoder, num_workers: int
 ) -> Generator[tuple[EncodedBatch, Position], None, None]:
-    """Batches in input order, each with the place after it.
+    """Yield batches in input order, each with the place after it.
 
-    Reading goes on while workers encode, a few batches ahead.
+    Reading stays a few batches ahead of the workers that encode.
     """
     pending: deque[tuple[Future[EncodedBatch], Position]] = deque()
     with ThreadPoolExecutor(num_workers, "tokenize") as workers:
@@ -197,7 +197,7 @@ def _encoded_batches(
                 except StopIteration:
                     break
                 except DataError as error:
-                    # Not before what was read ahead is given out.
+                    # Raised only after the batches read before it have been yielded.
                     problem = error
                     break
                 pending.append((workers.submit(encoder.encode, batch), end))

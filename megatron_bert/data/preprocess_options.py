@@ -1,4 +1,4 @@
-"""What preprocessing is asked for."""
+"""The options of preprocessing."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class PreprocessOptions:
         json_key: key of the text in `.jsonl`, its column in `.parquet`.
         field_keys: keys of the fields by whose values documents and tokens are counted.
         normalize: the form that text is brought into before anything else.
-        deduplicate: whether a document is left out if its text was there before.
+        deduplicate: whether a document is left out if its text occurred before.
         txt_documents: what a document is in `.txt`.
-        word_boundaries: the dictionary that finds the words of `P.words`; None: there is none.
+        word_boundaries: the dictionary that finds the words of `P.words`; None: no such file.
         shard: which part of the input to take, into `P-00000-of-00008` and so on; None: all.
         workers: number of tokenizing threads.
         on_error: what happens at a line that cannot be used.
         overwrite: whether an existing dataset is replaced.
-        restart: whether what an earlier job has done of this is thrown away.
+        restart: whether an earlier job's unfinished work is thrown away.
     """
 
     inputs: StrPath | Sequence[StrPath]
@@ -65,7 +65,7 @@ class PreprocessOptions:
 
     @property
     def dataset_prefix(self) -> Path:
-        """P, or that of the shard."""
+        """P, or the shard's prefix."""
         prefix = Path(self.output_prefix)
         return prefix if self.shard is None else self.shard.prefix(prefix)
 
@@ -73,9 +73,9 @@ class PreprocessOptions:
         """Refuse values that cannot be used, before a file is opened.
 
         Raises:
-            UserError: one of them is of another type, out of range, or no name of a dataset.
+            UserError: an option has the wrong type, is out of range, or does not name a dataset.
         """
-        # A command line has read its options; from Python anything may come.
+        # A command line has validated its options; Python callers may pass anything.
         check_fields(self)
         check_name(self.output_prefix)
         twice = sorted(key for key, times in Counter(self.field_keys).items() if times > 1)

@@ -1,4 +1,4 @@
-"""How far preprocessing is, and what it has counted."""
+"""How far preprocessing has come, and what it has counted."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class PreprocessCounts:
 
 @dataclass
 class PreprocessState:
-    """How far the work is: what a commit notes, and a later job goes on from.
+    """How far the work has come: what a commit records, and a later job continues from.
 
     Attributes:
-        position: behind the last document that was read.
-        counts: of what was read until there.
-        fields: and of its fields' values.
-        sha256: of the files that were read to their end.
+        position: the place after the last document that was read.
+        counts: counts of everything read up to there.
+        fields: counts of the values of its fields.
+        sha256: hashes of the first files, as far as they are computed.
     """
 
     position: Position
@@ -44,7 +44,7 @@ class PreprocessState:
     def of_note(
         cls, note: Mapping[str, Any] | None, field_keys: Sequence[str], inputs: InputDocuments
     ) -> PreprocessState:
-        """Go on from what an earlier job noted; None: from the beginning."""
+        """Continue from an earlier job's note; None starts from the beginning."""
         if note is None:
             return cls(Position(), PreprocessCounts(), FieldCounts(field_keys), [])
         position = Position(**note["position"])
@@ -58,7 +58,7 @@ class PreprocessState:
         )
 
     def note(self, inputs: InputDocuments) -> dict[str, Any]:
-        """What `of_note` takes."""
+        """The note that `of_note` reads."""
         return {
             "stamps": inputs.stamps(self.position),
             "position": asdict(self.position),
@@ -68,7 +68,7 @@ class PreprocessState:
         }
 
     def add(self, batch: EncodedBatch, end: Position) -> None:
-        """Count a batch, of which `end` is the place after it, and tell of lines left out."""
+        """Count a batch, which ends at the place `end`, and log the lines left out."""
         for error in batch.skipped:
             report_skipped(error, self.counts.skipped_lines)
             self.counts.skipped_lines += 1
@@ -82,7 +82,7 @@ class PreprocessState:
         self.position = end
 
     def info(self, inputs: InputDocuments, encoder: Encoder) -> DatasetInfo:
-        """What `P.json` tells of the whole dataset."""
+        """The content of `P.json` for the whole dataset."""
         reader, tokenizer = inputs.reader, encoder.tokenizer
         files = zip(reader.paths, reader.sizes, self.sha256, strict=True)
         return DatasetInfo(

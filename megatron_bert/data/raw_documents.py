@@ -1,4 +1,4 @@
-"""Documents as they stand in a file: bytes and line numbers, before anything is made of them."""
+"""Documents as they are in a file: bytes and line numbers, before they are parsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RawDocument(NamedTuple):
-    """Bytes of one document as they stand in the file.
+    """The bytes of one document as they are in the file.
 
     Attributes:
         path: the file.
@@ -20,8 +20,8 @@ class RawDocument(NamedTuple):
         data: the bytes, without the last line end.
         json: whether they are a JSON object rather than the text itself.
         unit: what `line` counts.
-        fields: of a row: values by field key, strings as UTF-8.
-        problem: what the reader found to be wrong with it; `parse` raises it.
+        fields: for a row, the values by field key, strings as UTF-8.
+        problem: an error that the reader found; `parse` raises it.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class RawDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class RawLines:
-    """Lines that are a document each, together: one object instead of thousands.
+    """Lines of which each is a document, in one object instead of thousands.
 
     Has the length and the iterator of a list of `RawDocument`.
 
@@ -43,7 +43,7 @@ class RawLines:
         path: the file.
         first: number of the first line, from 1.
         lines: the bytes of each, without the line feed.
-        json: whether they are JSON objects, of which blank lines are none, rather than texts.
+        json: whether they are JSON objects rather than texts; blank lines then are no documents.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class RawLines:
 
 
 def read_lines(path: Path, stream: BinaryIO, batch_bytes: int, *, json: bool) -> Iterator[RawLines]:
-    """All lines of a file, whose bytes `stream` gives, in batches of about as many bytes."""
+    """Yield all lines of a file, read from `stream`, in batches of about `batch_bytes` bytes."""
     first = 1
     waiting: list[bytes] = []
     is_over = False
@@ -78,7 +78,7 @@ def read_lines(path: Path, stream: BinaryIO, batch_bytes: int, *, json: bool) ->
         if first == 1:
             data = data.removeprefix(_BYTE_ORDER_MARK)
         waiting = [block[end + 1 :]]
-        # What stands behind the last line feed is a line, too, unless it is nothing.
+        # What follows the last line feed is a line too, unless it is empty.
         if data or not is_over:
             lines = data.split(b"\n")
             yield RawLines(path, first, lines, json)
@@ -86,7 +86,7 @@ def read_lines(path: Path, stream: BinaryIO, batch_bytes: int, *, json: bool) ->
 
 
 def read_blocks(path: Path, stream: BinaryIO, batch_bytes: int) -> Iterator[RawDocument]:
-    """Blocks of lines of a file that blank lines end, with line feeds between their lines."""
+    """Yield a file's blocks of lines, ended by blank lines, with line feeds between their lines."""
     block: list[bytes] = []
     first = 0
     for lines in read_lines(path, stream, batch_bytes, json=False):
@@ -102,13 +102,13 @@ def read_blocks(path: Path, stream: BinaryIO, batch_bytes: int) -> Iterator[RawD
 
 
 RawBatch = RawLines | list[RawDocument]
-"""Some documents, one after the other in a file."""
+"""Some consecutive documents of a file."""
 
 
 def in_batches(
     documents: Iterator[RawDocument], batch_bytes: int, batch_documents: int
 ) -> Iterator[list[RawDocument]]:
-    """Put documents together; a batch ends with the one that reaches a limit."""
+    """Group documents into batches; a batch ends with the document that reaches a limit."""
     batch: list[RawDocument] = []
     size = 0
     for document in documents:

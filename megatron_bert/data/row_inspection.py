@@ -22,8 +22,8 @@ class ShownToken:
     """A token of a row.
 
     Attributes:
-        seen: the piece that the model sees, without characters that do not print.
-        label: the piece to predict, which stood there; that which is seen, where none is.
+        seen: the piece that the model sees, with non-printing characters escaped.
+        label: the original piece, to be predicted; equals `seen` where nothing is predicted.
         replacement: what masking made of it.
     """
 
@@ -34,12 +34,13 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row by its segments, the documents or parts of documents that attention stays inside of.
+    """A row split into its segments: the documents, or parts of them, that attention stays inside.
 
     Attributes:
         row: its number within the run.
-        segments: their tokens in order, `<CLS>` and `<SEP>` among them; padding is none.
-        padding: slots at its end that are empty.
+        segments: the tokens of each segment in order, including `<CLS>` and `<SEP>`; the padding is
+            not among them.
+        padding: number of empty slots at its end.
     """
 
     row: int
@@ -48,7 +49,7 @@ class ShownRow:
 
     @property
     def predicted(self) -> int:
-        """Tokens to be predicted."""
+        """Number of tokens to be predicted."""
         return sum(
             t.replacement is not Replacement.NONE for tokens in self.segments for t in tokens
         )
@@ -57,10 +58,10 @@ class ShownRow:
 def show_rows(
     config: Config, first_step: int, last_step: int, rows_a_step: int
 ) -> Iterator[ShownRow | str]:
-    """Yield each step's heading, first rows and `describe_steps`' line, then what all rows hold.
+    """Yield each step's heading, first rows and `describe_steps` line, then shares of all rows.
 
     Raises:
-        DataError: the steps do not lie in the run, or its data cannot be read.
+        DataError: the steps are not in the run, or its data cannot be read.
     """
     inspected = StepBatches(config, first_step, last_step)
     shares = RowShares(inspected.tokenizer)
@@ -79,7 +80,7 @@ def _counted_and_shown(shares: RowShares, rows: range, batch: Batch) -> Iterator
 
 
 class RowShares:
-    """Counts of what rows hold, added up batch by batch in memory that does not grow."""
+    """Counts of what rows hold, summed batch by batch in constant memory."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -128,7 +129,7 @@ _KINDS = tuple(Replacement)
 
 
 def _replacements(batch: Batch, tokenizer: Tokenizer) -> npt.NDArray[np.int8]:
-    """Of each slot, [B, S], the place in `Replacement` of what the model sees there."""
+    """Each slot's index in `Replacement`, [B, S]."""
     replacements_BS = np.zeros(batch.tokens_BS.shape, dtype=np.int8)
     used_BM = batch.weights_BM.numpy() > 0.0
     rows_N, slots_N = np.nonzero(used_BM)[0], batch.masked_BM.numpy()[used_BM]
@@ -163,6 +164,6 @@ def _shown(batch: Batch, rows: range, tokenizer: Tokenizer) -> Iterator[ShownRow
 
 
 def _printable(tokenizer: Tokenizer, token: int) -> str:
-    """A token's piece; a control character in it would reach the terminal."""
+    """A token's piece, escaped if need be: a control character would reach the terminal."""
     piece = tokenizer.id_to_piece(token)
     return piece if piece.isprintable() else repr(piece)[1:-1]

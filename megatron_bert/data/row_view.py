@@ -13,7 +13,7 @@ _LEGEND = {
     Replacement.RANDOM: "[other|word]: another one in its place, to be predicted",
     Replacement.KEPT: "[=|word]: left as it was, to be predicted",
 }
-# ANSI: a colour of its own for each of neighbouring segments, and one a replacement.
+# ANSI codes: neighbouring segments differ in colour, and each replacement has its own style.
 _SEGMENT_COLOURS = ("32", "36", "33", "34", "35")
 _KIND_COLOURS = {
     Replacement.MASKED: "7",
@@ -23,14 +23,14 @@ _KIND_COLOURS = {
 
 
 def legend(*, coloured: bool) -> Iterator[str]:
-    """Yield what the marks in a row's text mean, a line each."""
+    """Yield a line for each mark in a row's text, with its meaning."""
     for kind, meaning in _LEGEND.items():
         mark, _, rest = meaning.partition(": ")
         yield f"{_paint(mark, _KIND_COLOURS[kind], coloured=coloured)}  {rest}"
 
 
 def _row_lines(row: ShownRow, *, coloured: bool) -> Iterator[str]:
-    """Yield a row's text: a line on it, and one for each segment; complete without colours too."""
+    """Yield a row's title and a line for each segment; nothing depends on the colours alone."""
     yield _title(row)
     for number, tokens in enumerate(row.segments):
         colour = _SEGMENT_COLOURS[number % len(_SEGMENT_COLOURS)]
@@ -50,7 +50,7 @@ def item_lines(item: ShownRow | str, *, coloured: bool) -> Iterator[str]:
 
 
 def page(title: str, items: Iterable[ShownRow | str]) -> str:
-    """A page of HTML that needs no other file, with rows and lines in the order they come in."""
+    """A self-contained page of HTML, with rows and lines in the order they come in."""
     body, lines = [], []
     for item in items:
         if isinstance(item, str):

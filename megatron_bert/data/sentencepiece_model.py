@@ -1,9 +1,9 @@
-"""A SentencePiece `.model` read as what it is: a serialized ModelProto.
+"""Reading a SentencePiece `.model`, which is a serialized ModelProto.
 
-The library tells neither the normaliser's settings nor which pieces are user-defined, and its own
-protobuf classes demand one narrow range of the protobuf package, which trackers and exporters
-demand others of. The wire format is small: a field is a varint (number << 3 | wire type) and a
-body (sentencepiece_model.proto; protobuf's "Encoding" page).
+The library exposes neither the normaliser's settings nor which pieces are user-defined, and its own
+protobuf classes require a narrow range of protobuf versions, while trackers and exporters require
+others. The wire format is small: a field is a varint (number << 3 | wire type) and a body
+(sentencepiece_model.proto; protobuf's "Encoding" page).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _USER_DEFINED_SYMBOLS, _BYTE_FALLBACK = 3, 24, 31, 35
 _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5
 
-# A piece's type field when it says so; the same bytes can stand in its text or score.
+# The type field of a user-defined piece. The same bytes can occur in a piece's text or score.
 _AS_USER_DEFINED = bytes([_TYPE << 3 | _VARINT, USER_DEFINED])
 
 _Body: TypeAlias = "int | bytes"
@@ -50,10 +50,11 @@ class SentencePieceSettings:
         is_unigram: whether it is a unigram model (else BPE, word or char).
         byte_fallback: unknown characters become byte pieces.
         user_defined_symbols: pieces declared as such when the model was trained.
-        has_user_defined_pieces: whether the vocabulary has pieces of that type (another thing).
+        has_user_defined_pieces: whether the vocabulary has pieces of that type, which is
+            independent of `user_defined_symbols`.
         charsmap: the compiled normalisation rules, empty for `identity`.
-        add_dummy_prefix: a space is put before every text (behind it: `whitespace_as_suffix`).
-        remove_extra_whitespaces: spaces are stripped, and runs of them made one.
+        add_dummy_prefix: a space is put before every text (after it: `whitespace_as_suffix`).
+        remove_extra_whitespaces: spaces are stripped, and runs of them become one.
         escape_whitespaces: spaces become `▁`.
         whitespace_as_suffix: spaces belong to the word before them.
     """
@@ -71,13 +72,13 @@ class SentencePieceSettings:
 
 @dataclass(frozen=True)
 class SentencePieceModel(SentencePieceSettings):
-    """What a `.model` holds: settings, and the vocabulary, by id."""
+    """The content of a `.model`: its settings, and the vocabulary, indexed by id."""
 
     pieces: tuple[Piece, ...]
 
 
 def parse_model(content: bytes) -> SentencePieceModel:
-    """Read a serialized ModelProto that SentencePiece itself has loaded before."""
+    """Parse a serialized ModelProto, which SentencePiece itself must have loaded before."""
     pieces = tuple(
         _parse_piece(_bytes(body)) for number, _, body in _fields(content) if number == _PIECES
     )
@@ -85,7 +86,7 @@ def parse_model(content: bytes) -> SentencePieceModel:
 
 
 def parse_settings(content: bytes) -> SentencePieceSettings:
-    """Read all but the vocabulary, as `parse_model`, in a small part of its time."""
+    """Parse everything but the vocabulary, in a small part of the time of `parse_model`."""
     trainer: dict[int, list[_Body]] = {}
     normalizer: dict[int, list[_Body]] = {}
     end_of_pieces, has_user_defined_pieces = _skip_pieces(content)
@@ -112,7 +113,7 @@ def parse_settings(content: bytes) -> SentencePieceSettings:
 def as_control_pieces(content: bytes, names: set[str]) -> bytes:
     """Give the named pieces of a serialized ModelProto the type CONTROL.
 
-    Of a field that stands twice, protobuf takes the last one: the type is appended.
+    The type is appended: if a field occurs twice, protobuf takes the last one.
     """
     rebuilt = bytearray()
     for number, wire, body in _fields(content):
@@ -124,11 +125,11 @@ def as_control_pieces(content: bytes, names: set[str]) -> bytes:
 
 
 def _skip_pieces(content: bytes) -> tuple[int, bool]:
-    """Where the pieces end, with which every model begins, and whether one is user-defined."""
+    """Where the pieces, the first part of a model, end; and whether one is user-defined."""
     position = 0
     user_defined = False
     candidate = content.find(_AS_USER_DEFINED)
-    # No slice and no call for each piece: there can be hundreds of thousands.
+    # Avoids a slice or a call for each piece: there can be hundreds of thousands.
     while position < len(content) and content[position] == _PIECES << 3 | _LENGTH_DELIMITED:
         length = content[position + 1]
         position += 2

@@ -1,4 +1,4 @@
-"""Datasets made in parts, which are named `S-00000-of-00004` and so on."""
+"""Datasets made in parts (shards), which are named `S-00000-of-00004` and so on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.words import counted, numbered
 
-# More digits count no files.
+# No number of files needs more digits.
 _NUMBER = "[0-9]{1,18}"
 
 
@@ -26,8 +26,8 @@ class Shard:
     """One job's part of a dataset.
 
     Attributes:
-        number: from 0.
-        count: of all shards.
+        number: of this shard, from 0.
+        count: number of all shards.
     """
 
     number: NonNegativeInt
@@ -54,20 +54,20 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def prefix(self, whole: Path) -> Path:
-        """Name of the shard's dataset."""
+        """Prefix of the shard's dataset."""
         return whole.with_name(f"{whole.name}-{self.number:05}-of-{self.count:05}")
 
     def block(self, num_files: int) -> slice:
-        """Which of the files, at least one for each shard, are the shard's: neighbours."""
+        """The contiguous block of files that is this shard's; needs at least one file a shard."""
         begin, end = (number * num_files // self.count for number in (self.number, self.number + 1))
         return slice(begin, end)
 
 
 def check_given_once(inputs: Sequence[Path]) -> None:
-    """Refuse an input that stands there twice, also by another spelling of its path.
+    """Refuse an input that is given twice, also under another spelling of its path.
 
     Raises:
-        DataError: one does; its documents would count twice.
+        DataError: an input is given twice; its documents would count twice.
     """
     places = [os.path.realpath(path) for path in inputs]
     times = Counter(places)
@@ -83,11 +83,11 @@ _MOST_NUMBERS = 8
 
 
 def in_shard_order(prefixes: Sequence[Path]) -> list[Path]:
-    """Sort the shards of each set by number, to where the first of them stands.
+    """Sort the shards of each set by number, at the place of the first one given.
 
     Raises:
-        DataError: a shard is missing or has a number that its set does not, or something is given
-            twice.
+        DataError: a shard is missing or its number is not below the set's count, or something is
+            given twice.
     """
     check_given_once(prefixes)
     sets: dict[tuple[str, str], dict[int, Path]] = {}
@@ -115,7 +115,7 @@ def in_shard_order(prefixes: Sequence[Path]) -> list[Path]:
 
 
 def shard_set(prefix: Path) -> str | None:
-    """Name of the set whose shard a dataset is called; None: it is not called a shard."""
+    """Name of the set that a dataset is a shard of, by its name; None if it is not a shard's."""
     shard = _SHARD.fullmatch(str(prefix))
     return None if shard is None else f"{shard['set']}-*-of-{shard['count']}"
 
@@ -123,7 +123,7 @@ def shard_set(prefix: Path) -> str | None:
 def _check_complete(name: str, count: int, numbers: Collection[int]) -> None:
     num_missing = count - len(numbers)
     if num_missing:
-        # The count is only what a name says, so nothing is done that many times.
+        # The count comes from a file name and may be huge, so never iterate that many times.
         missing = (number for number in range(count) if number not in numbers)
         some = numbered("shard", list(itertools.islice(missing, _MOST_NUMBERS)))
         more = f" and {num_missing - _MOST_NUMBERS:,} more" if num_missing > _MOST_NUMBERS else ""

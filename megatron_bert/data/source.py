@@ -1,4 +1,4 @@
-"""Where a run's rows come from: its corpora, opened, checked against the tokenizer, and planned."""
+"""Where a run's rows come from: corpora are opened, checked against the tokenizer and planned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_bert.words import counted, times
 
 logger = logging.getLogger(__name__)
 
-# Planned at some ten million a second: what takes longer than a breath is told of.
+# Some ten million rows are planned a second; a plan that takes noticeably long is logged.
 _MANY_ROWS = 10**8
 
 
@@ -46,7 +46,7 @@ class RowStage:
 class RowSource:
     """Any row of a run, as a function of its number.
 
-    Rows are numbered through all stages. Reading is thread-safe and keeps no state.
+    Rows are numbered consecutively across all stages. Reading is thread-safe and keeps no state.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class RowSource:
         """Plan the rows.
 
         Args:
-            config: its `mlm` section says how rows are masked, but for the stages' probability.
+            config: its `mlm` section says how rows are masked; the probability is the stages'.
             tokenizer: the one that made the corpora.
             corpora: blended by weight or epochs within each stage.
             stages: in the order of the rows' numbers.
-            seed: of the order of documents and rows and of the masks.
+            seed: determines the order of documents and rows, and the masks.
         """
         self._unit = config.mlm.unit
         self._stages = tuple(stages)
@@ -85,7 +85,8 @@ class RowSource:
     def check_unchanged(self) -> None:
         """Raise `DataError` if a file of a corpus changed since it was opened.
 
-        A system call a file, which a file server may have to answer: not for every batch.
+        Costs a system call per file, which a file server may have to answer, so it is not meant for
+        every batch.
         """
         for corpus in self._corpora:
             corpus.check_unchanged()
@@ -96,14 +97,14 @@ class RowSource:
         return seq_length, masked_slots(self._stages[stage].probability, self._unit, seq_length)
 
     def fill(self, rows_B: NDArray[np.int64], arrays: RowArrays) -> int:
-        """Assemble rows of one stage into memory of their shape; return their hash.
+        """Assemble rows of one stage into arrays of their shape; return their hash.
 
         Args:
             rows_B: row numbers within the run; -1 makes a surplus row, all padding.
             arrays: host memory for as many rows of the stage's `row_shape`.
 
         Raises:
-            DataError: a row holds an id that the tokenizer lacks, or cannot be read.
+            DataError: a row holds an id that the tokenizer does not have, or cannot be read.
         """
         try:
             batch_hash = self._assembler.fill(
@@ -126,7 +127,7 @@ class RowSource:
         return batch_hash
 
     def batch(self, rows_B: NDArray[np.int64], stage: int) -> Batch:
-        """Assemble rows of one stage into memory of their own.
+        """Assemble rows of one stage into newly allocated arrays.
 
         Args:
             rows_B: row numbers within the run; -1 makes a surplus row, all padding.
@@ -151,7 +152,7 @@ class RowSource:
         return blend_warnings([c.part.corpus for c in self._corpora], self._plan.epochs())
 
     def fingerprint(self) -> list[str]:
-        """For each corpus a line that changes when its content does, wherever its files lie."""
+        """A line for each corpus that changes when its content does, wherever its files are."""
         return [corpus.fingerprint() for corpus in self._corpora]
 
 
@@ -159,8 +160,8 @@ def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
     """Rows of the whole curriculum.
 
     Raises:
-        DataError: a corpus is missing, damaged or empty, another tokenizer made it, or the run has
-            more rows than memory has room to plan.
+        DataError: a corpus is missing, damaged or empty, another tokenizer made it, or the plan of
+            the run's rows does not fit in memory.
     """
     with_words = config.mlm.unit == "whole_word"
     corpora = [
@@ -183,9 +184,9 @@ def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:
 
 
 def _plan_bytes(corpora: Sequence[OpenCorpus], stages: Sequence[RowStage]) -> float:
-    """Memory for the rows' plan; of a small corpus most goes to the epochs' beginnings."""
+    """Bytes of the row plan; for a small corpus most of it records where epochs begin."""
     weights = blend_weights(corpora)
-    # As `blend_weights` has it: a row takes 2 slots for the document that it breaks off.
+    # As in `blend_weights`: a row takes 2 slots for the document that it breaks off.
     slots = sum(stage.num_rows * (stage.seq_length - 2) for stage in stages)
     epochs = sum(
         slots * weight / sum(weights) / (corpus.num_tokens + 2 * corpus.num_documents)
@@ -205,8 +206,8 @@ def _too_long(config: Config, plan: str) -> DataError:
 def validation_source(
     config: Config, tokenizer: Tokenizer, corpus: OpenCorpus, seq_length: int, probability: float
 ) -> RowSource:
-    """Rows that evaluation reads of held-out text: `eval.batches` batches, at most one epoch."""
-    # No corpus has more rows; the data core counts them in 64 bits.
+    """Rows of held-out text for evaluation: `eval.batches` batches, at most one epoch."""
+    # No corpus has more rows than 2^62; the data core counts them in 64 bits.
     wanted = min(config.eval.batches * config.batch.global_size, 2**62)
     rows = epoch_rows(corpus.lengths, seq_length, config.run.seed, limit=wanted)
     stage = RowStage(seq_length, rows, probability)

@@ -1,7 +1,6 @@
 """Divide documents into a training and a held-out part by the hash of their text.
 
-A text that stands twice falls on one side, and a longer corpus keeps most documents where they
-were.
+Copies of a text fall on the same side, and when a corpus grows most documents stay on theirs.
 """
 
 from __future__ import annotations
@@ -40,21 +39,22 @@ def split_documents(
     on_error: OnError = "fail",
     overwrite: bool = False,
 ) -> SplitCounts:
-    """Write the documents into two `.jsonl` files, lines of `.jsonl` as they are, with all keys.
+    """Write the documents into two `.jsonl` files.
 
-    Of other kinds of files a document becomes `{"text": ...}`, under the reader's `json_key`.
+    Lines of `.jsonl` are copied as they are, with all keys. A document of another kind of file
+    becomes `{"text": ...}`, with the reader's `json_key` as the key.
 
     Args:
         reader: the files; they are read twice.
-        train: file of the documents to train on.
-        held_out: file of the `fraction` (at least one document) with the smallest hashes.
+        train: file for the documents to train on.
+        held_out: file for the `fraction` (at least one document) with the smallest hashes.
         fraction: share of the documents to hold out, above 0 and below 1.
         on_error: what to do at a line that cannot be used.
-        overwrite: whether files that are there already are replaced.
+        overwrite: whether existing files are replaced.
 
     Raises:
         UserError: a line cannot be used, there are fewer than two different documents, the
-            fraction is out of range, or a file cannot be written or is there already.
+            fraction is out of range, or a file cannot be written or already exists.
     """
     if not 0.0 < fraction < 1.0:
         raise DataError(
@@ -68,7 +68,7 @@ def split_documents(
             counts = _divide(reader, chosen, to_train, to_hold_out, on_error)
         sync_to_disk(partial_train)
         sync_to_disk(partial_held_out)
-        # The larger part last: where it stands, both do.
+        # The larger part last: once it is in place, both are.
         partial_held_out.replace(held_out)
         partial_train.replace(train)
     except OSError as error:
@@ -105,7 +105,7 @@ def _check_places(reader: DocumentReader, train: Path, held_out: Path, overwrite
 
 
 def _as_jsonl(place: Path) -> Path:
-    """The name without endings of packed and other texts, as one of lines of JSON."""
+    """The name with its suffixes of compression and format replaced by `.jsonl`."""
     if place.suffix in (".gz", ".zst"):
         place = place.with_suffix("")
     return place.with_suffix(".jsonl")

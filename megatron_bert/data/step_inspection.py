@@ -1,4 +1,4 @@
-"""Which rows a run's steps read: their hash, and their text."""
+"""The rows that a run's steps read: their hash, and their text."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
 
-# Bounds the memory of a step's inspection, whatever its global batch.
+# Bounds the memory for inspecting a step, whatever its global batch size.
 _SLOTS_AT_A_TIME = 1 << 20
 
 _Item = TypeVar("_Item")
 
 
 class StepBatches:
-    """The rows that steps read, assembled as training does.
+    """The rows that steps read, assembled as in training.
 
     Args:
         config: of the run.
-        first_step: from 1.
-        last_step: among those that are read.
+        first_step: counted from 1.
+        last_step: inclusive.
 
     Raises:
-        DataError: the steps do not lie in the run, or its data cannot be read.
+        DataError: the steps are not in the run, or its data cannot be read.
     """
 
     def __init__(self, config: Config, first_step: int, last_step: int) -> None:
@@ -61,7 +61,7 @@ class StepBatches:
         return self._curriculum.at(step).rows_of(step)
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """Yield a step's rows in order, as many at a time as bound the memory."""
+        """Yield a step's rows in order, in batches small enough to bound the memory."""
         span, rows = self._curriculum.at(step), self.rows(step)
         rows_at_a_time = max(1, _SLOTS_AT_A_TIME // span.seq_length)
         for first in rows[::rows_at_a_time]:
@@ -71,7 +71,7 @@ class StepBatches:
     def described(
         self, step: int, of_batch: Callable[[Batch], Iterable[_Item]]
     ) -> Iterator[_Item | str]:
-        """Yield what a function yields of a step's batches, then `step K stage I batch_hash H`."""
+        """Yield what `of_batch` yields for each batch, then `step K stage I batch_hash H`."""
         batch_hash = 0
         for batch in self.batches(step):
             batch_hash = (batch_hash + batch.batch_hash) % 2**64
@@ -85,10 +85,10 @@ def describe_steps(
     """Yield for each step, both ends included, the line `step K stage I batch_hash H`.
 
     Steps count from 1, stages from 0, the hash has 16 hex digits: the values that training writes
-    into `metrics.jsonl`. With text, a line for each of the step's rows comes before.
+    into `metrics.jsonl`. With text, a line for each of the step's rows comes before it.
 
     Raises:
-        DataError: the steps do not lie in the run, or its data cannot be read.
+        DataError: the steps are not in the run, or its data cannot be read.
     """
     inspected = StepBatches(config, first_step, last_step)
 
@@ -109,7 +109,7 @@ def unmasked(batch: RowArrays) -> npt.NDArray[np.int32]:
 
 
 def _row_texts(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
-    """A line a row: its number, how many tokens are masked, and its segments before masking."""
+    """Yield a line for each row: its number, its count of masked tokens, its unmasked segments."""
     for row, positions_S, weights_M, tokens_S in zip(
         batch.rows_B.tolist(),
         batch.positions_BS.numpy(),

@@ -1,8 +1,8 @@
-"""Documents out of text files: `.jsonl` and `.txt`, plain or packed as `.gz` or `.zst`, `.parquet`.
+"""Documents from text files: `.jsonl` and `.txt`, also compressed (`.gz`, `.zst`), and `.parquet`.
 
 Reading is split in two, so that a reader can stay ahead of the threads that parse: a
-`DocumentReader` yields raw documents in file order with their line numbers, `parsing` turns them
-into texts.
+`DocumentReader` yields raw documents in file order with their line numbers, and `parsing` turns
+them into texts.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class DocumentReader:
         json_key: str = "text",
         field_keys: Sequence[str] = (),
     ) -> None:
-        """Check that every file can be opened, has a known kind and, as `.parquet`, the columns.
+        """Check that all files can be opened, have a known kind and, if `.parquet`, the columns.
 
         Raises:
-            DataError: one cannot be used or is there twice, or pyarrow is missing.
+            DataError: a file cannot be used or is given twice, or pyarrow is missing.
         """
         self.paths = list(paths)
         check_given_once(self.paths)
@@ -98,10 +98,10 @@ class DocumentReader:
     def batches_of(
         self, number: int, batch_bytes: int = _BATCH_BYTES, batch_documents: int = _BATCH_DOCUMENTS
     ) -> Iterator[RawBatch]:
-        """Raw documents of one file, by its place in `paths`, in batches.
+        """Yield the raw documents of one file, by its index in `paths`, in batches.
 
-        A batch of lines has about `batch_bytes`; one of other documents ends with the document that
-        reaches a limit. Raises as iterating over all documents does.
+        A batch of lines has about `batch_bytes`; a batch of other documents ends with the document
+        that reaches a limit. Raises the same errors as iterating over all documents.
         """
         path, size = self.paths[number], self.sizes[number]
         self._finished_bytes = sum(self.sizes[:number])
@@ -149,16 +149,16 @@ class DocumentReader:
 
 
 def iterate_documents(reader: DocumentReader, on_error: OnError = "fail") -> Iterator[str]:
-    """Text of each document of a reader, as of `iterate_parsed`."""
+    """The texts alone of `iterate_parsed`."""
     return (text for _, text in iterate_parsed(reader, on_error))
 
 
 def iterate_parsed(
     reader: DocumentReader, on_error: OnError = "fail"
 ) -> Iterator[tuple[RawDocument, str]]:
-    """Each document of a reader and its text; lines that cannot be used are left out or end it.
+    """Yield each document of a reader with its text; skip or fail at lines that cannot be used.
 
-    Those left out are reported in the log.
+    Skipped lines are reported in the log.
 
     Raises:
         DataError: as `DocumentReader`, and as `parse` unless `on_error` is `skip`.
@@ -179,7 +179,7 @@ def iterate_parsed(
 
 
 def report_skipped(error: LineError, skipped_before: int) -> None:
-    """Log a line that is left out, unless so many were before it that it would drown the log."""
+    """Log a skipped line, unless so many came before it that they would flood the log."""
     if skipped_before < _SKIPS_SHOWN:
         logger.warning("skipped: %s", error.problem)
 
@@ -200,7 +200,7 @@ def _size(path: Path) -> int:
     try:
         if not path.is_file():
             raise DataError(f"{path}: no such file; check {argument('inputs')}")
-        # Whoever may not read it is told now, not after hours of work on the files before it.
+        # Opened so that missing permission shows now, not after hours of work on earlier files.
         with path.open("rb"):
             return path.stat().st_size
     except OSError as error:

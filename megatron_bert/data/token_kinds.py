@@ -1,4 +1,4 @@
-"""What a token is made of, told from its text: a table by which held-out accuracy is split up."""
+"""The kind of characters that a token is made of, by which held-out accuracy is broken down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.word_boundaries import CharacterClass, UInt8Array, character_class
 
 _SPACE = "▁"
-# What a piece decodes to that is but a part of a character's bytes.
+# What a piece that holds only some of a character's bytes decodes to.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 TOKEN_KINDS = (
@@ -22,9 +22,9 @@ TOKEN_KINDS = (
 
 A token whose characters are of several kinds (食べ, `B2`) is `mixed`. Raw bytes, special tokens,
 bare spaces and all other scripts are `other`. Latin letters are `latin_start` in a piece with
-SentencePiece's `▁` and `latin_continued` in one without it; where the tokenizer marks words in
-another way they are `latin`. Scripts without spaces are not divided so: there the mark says but
-where a sentence begins.
+SentencePiece's `▁` and `latin_continued` in one without it; if the tokenizer marks words in
+another way they are `latin`. Scripts without spaces are not divided in this way: there the mark
+only shows where a sentence begins.
 """
 
 _OF_CLASS = {
@@ -36,9 +36,9 @@ _OF_CLASS = {
 
 
 def token_kinds(tokenizer: Tokenizer) -> UInt8Array:
-    """For each of the tokenizer's pieces the number of its kind, uint8 `[vocab_size]`.
+    """The number of the kind of each of the tokenizer's pieces, uint8 `[vocab_size]`.
 
-    What pads the vocabulary beyond the pieces has none: no text, and so no label, holds it.
+    Ids that pad the vocabulary beyond the pieces have no kind: no text, and so no label, has them.
     """
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size)]
     marks_words = any(piece.startswith(_SPACE) for piece in pieces)
@@ -47,7 +47,7 @@ def token_kinds(tokenizer: Tokenizer) -> UInt8Array:
     for token, piece in enumerate(pieces):
         if token in special or tokenizer.is_byte(token):
             continue
-        # The pieces of byte-level BPE are no text themselves, and WordPiece marks what continues.
+        # Byte-level BPE pieces are not text themselves, and WordPiece marks continuations by ##.
         kind = _kind(piece if marks_words else tokenizer.decode([token]).removeprefix("##"))
         if kind == "latin" and marks_words:
             kind = "latin_start" if piece.startswith(_SPACE) else "latin_continued"

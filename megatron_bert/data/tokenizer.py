@@ -1,4 +1,4 @@
-"""The tokenizer: special ids found by their pieces, and text that never turns into one of them."""
+"""The tokenizer: finds special ids by their pieces, and never encodes text as one of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAD = "<PAD>"
 EOD = "<EOD>"
 
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>", MASK, PAD, CLS, SEP, EOD)
-"""Every special piece in LLM-jp's order, so that a tokenizer trained here has its ids 0 to 7."""
+"""All special pieces in LLM-jp's order, so that a tokenizer trained here has its ids 0 to 7."""
 
 _REQUIRED = (MASK, CLS, SEP, PAD, EOD)
 
@@ -37,14 +37,14 @@ Int64Array = npt.NDArray[np.int64]
 
 
 class Tokenizer:
-    """Text to token ids and back, by a SentencePiece `.model` or a `tokenizer.json`.
+    """Converts text to token ids and back, with a SentencePiece `.model` or a `tokenizer.json`.
 
     `Tokenizer.load(PATH)` opens one.
 
-    Special tokens are found by piece, never by number, in the spelling `<MASK>` or, as
-    LLM-jp's Hugging Face repositories have it, `<MASK|LLM-jp>`. Text that holds such a piece
-    literally is encoded as the characters it is made of. The one special id that text can give
-    is `<unk>`, for characters that a vocabulary without byte fallback does not know.
+    Special tokens are found by piece, never by number, in the spelling `<MASK>` or, as in LLM-jp's
+    Hugging Face repositories, `<MASK|LLM-jp>`. Text that contains such a piece literally is encoded
+    as the characters it is made of. The only special id that text can produce is `<unk>`, for
+    characters that a vocabulary without byte fallback does not know.
 
     Attributes:
         name: the file's name.
@@ -56,9 +56,9 @@ class Tokenizer:
         pad_id: id of `<PAD>`.
         eod_id: id of `<EOD>`.
         special_ids: ids of every special piece (control, unknown and the five above), ascending.
-        never_in_text: those of them that no text gives: all but `<unk>` of a vocabulary without
-            byte fallback.
-        unknown_ids: ids that stand for characters which the vocabulary lacks.
+        never_in_text: the special ids that no text produces: all but `<unk>` of a vocabulary
+            without byte fallback.
+        unknown_ids: ids that stand for characters that the vocabulary lacks.
         byte_ids: ids of pieces that stand for one raw byte (byte fallback, `<0x0A>`).
     """
 
@@ -126,8 +126,8 @@ class Tokenizer:
         """Token ids of each text, without any special token.
 
         Raises:
-            UserError: not a list of texts, but for example a bare one, of which every character
-                would count as a text; or half a character in one.
+            UserError: the argument is not a list of texts (a bare string would count as a list of
+                characters), or a text contains half a surrogate pair.
         """
         for at, text in enumerate(texts):
             try:
@@ -141,11 +141,11 @@ class Tokenizer:
         return [some.tolist() for some in np.split(ids, np.cumsum(lengths))[:-1]]
 
     def encode(self, texts: list[str]) -> EncodedTexts:
-        """The same as `encode_batch`, joined in one array; other threads run meanwhile."""
+        """As `encode_batch`, but joined in one array; releases the GIL."""
         return self._backend.encode(texts)
 
     def encode_with_offsets(self, texts: list[str]) -> list[tuple[Int32Array, Int64Array]]:
-        """Ids int32 `[length]`, and where each begins and ends int64 `[length, 2]`, of each text.
+        """Ids, int32 `[length]`, and their begins and ends, int64 `[length, 2]`, of each text.
 
         Offsets count characters of the text as it was given.
         """
@@ -169,7 +169,7 @@ class Tokenizer:
         """The piece of an id in `[0, vocab_size)`.
 
         Raises:
-            UserError: that is not one.
+            UserError: the id is out of range.
         """
         self._check_id("token", token)
         return self._backend.pieces[token]
@@ -179,12 +179,12 @@ class Tokenizer:
         return token in self._backend.byte_ids
 
     def find_foreign_id(self, ids_T: npt.NDArray[np.int32]) -> int | None:
-        """Where the first id stands that no text gives: `never_in_text`, or not of a piece."""
-        # A negative id counts as its unsigned value: larger than any vocabulary.
+        """Index of the first id that no text produces: in `never_in_text`, or without a piece."""
+        # Viewed as unsigned, a negative id is larger than any vocabulary.
         foreign_T = ids_T.view(np.uint32) >= self.vocab_size
         if foreign_T.any():
             return int(foreign_T.argmax())
-        # Such ids mostly stand together, so that few others have to be looked at one by one.
+        # These ids are mostly contiguous, so that few other ids have to be looked up one by one.
         lowest, highest = self.never_in_text[0], self.never_in_text[-1]
         near = np.flatnonzero((ids_T >= lowest) & (ids_T <= highest))
         found = near[np.isin(ids_T[near], self.never_in_text)]

@@ -1,9 +1,9 @@
 """SentencePiece and Hugging Face tokenizers behind one small interface.
 
 Both libraries can turn the literal text `<MASK>` into the mask token: SentencePiece where the
-piece is user-defined or an ordinary one, tokenizers where it is an added token or stands in the
-model's vocabulary. Pretraining text must never do that, so each backend shuts those doors once,
-at load, and encoding itself pays nothing.
+piece is user-defined or an ordinary one, tokenizers where it is an added token or is in the model's
+vocabulary. Pretraining text must never do that, so each backend rules it out once, at load, at no
+cost to encoding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class EncodedTexts(NamedTuple):
-    """Ids of several texts joined, `[sum(lengths)]`, and how many are each text's."""
+    """Concatenated ids of several texts, `[sum(lengths)]`, and the number of ids of each text."""
 
     ids: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int64]
@@ -52,14 +52,14 @@ class Backend(Protocol):
         """Ids of texts, without special tokens."""
 
     def encode_with_offsets(self, texts: list[str]) -> list[tuple[Int32Array, Int64Array]]:
-        """Ids of each text, and their offsets in it in characters, int64 `[length, 2]`."""
+        """Ids of each text, and their offsets in it, in characters, int64 `[length, 2]`."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
 
 
 class SentencePieceBackend:
-    """A SentencePiece model; guarded pieces are made control pieces, which text never matches."""
+    """A SentencePiece model; guarded pieces become control pieces, which text never matches."""
 
     def __init__(self, content: bytes, guarded: set[str], path: Path) -> None:
         """Load a serialized model; raises `DataError` naming `path` if it is not one."""
@@ -118,7 +118,7 @@ def _load_sentencepiece(content: bytes, path: Path) -> Any:
 
 
 def _sentencepiece_id(processor: Any, piece: str) -> int | None:
-    # An absent piece gets the unknown id, so the way back decides.
+    # An absent piece gets the unknown id, so compare the piece of the id.
     number: int = processor.piece_to_id(piece)
     return number if processor.id_to_piece(number) == piece else None
 
@@ -157,7 +157,7 @@ class TokenizersBackend:
         split_inside_special_tokens(tokenizer, special)
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        # A number that no piece has still needs a row in the embedding table.
+        # An id that no piece has still needs a row in the embedding table.
         self.pieces = [""] * (max(vocabulary.values(), default=-1) + 1)
         for piece, number in vocabulary.items():
             self.pieces[number] = piece
@@ -195,12 +195,12 @@ def _as_arrays(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[Int32Arr
 
 
 def split_inside_special_tokens(tokenizer: tokenizers.Tokenizer, special: set[str]) -> None:
-    """Cut literal special tokens after their first character, before the model sees them.
+    """Split literal special tokens after their first character, before the model sees them.
 
-    Nothing changes while they are matched in text: the library takes them out earlier.
+    This has no effect while special tokens are matched in text: the library takes them out earlier.
 
     A converted SentencePiece vocabulary holds the special pieces beside the ordinary ones, and its
-    model takes them from raw text; a cut after the first character leaves it nothing to find.
+    model matches them in raw text; a split after the first character leaves it nothing to match.
     """
     patterns = [
         f"{re.escape(piece[0])}(?={re.escape(piece[1:])})"
@@ -211,7 +211,7 @@ def split_inside_special_tokens(tokenizer: tokenizers.Tokenizer, special: set[st
         return
     cut = Split(tokenizers.Regex("|".join(patterns)), "isolated")
     before: PreTokenizer | None = tokenizer.pre_tokenizer
-    # An export has it already; its state is the JSON that stands in the file.
+    # An exported tokenizer has it already; its state is the JSON in the file.
     if before is None or cut.__getstate__() not in before.__getstate__():
         tokenizer.pre_tokenizer = cut if before is None else PreTokenizerSequence([before, cut])
 

@@ -1,7 +1,7 @@
 """A pretraining tokenizer as the files that Hugging Face's fast tokenizers load.
 
-SentencePiece and the tokenizers library segment alike where both run the same unigram model on the
-same lattice; what has to be rebuilt around it is white space, bytes and special pieces.
+SentencePiece and the tokenizers library segment alike if both run the same unigram model on the
+same lattice; only white space, bytes and special pieces have to be rebuilt around it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _RENAMED_BY_LLM_JP = (MASK, PAD, CLS, SEP, EOD)
 _PLAIN = {f"{piece[:-1]}|LLM-jp>": piece for piece in _RENAMED_BY_LLM_JP}
 
 _SPACE = "▁"
-# A log probability below that of any six pieces, the length of a literal <0x41>.
+# A log probability below that of any six pieces together: a literal <0x41> has six characters.
 _NEVER = -1000.0
 
 
@@ -57,7 +57,7 @@ class ExportedTokenizer:
     Attributes:
         files: text by file name: `tokenizer.json` and `tokenizer_config.json`.
         token_ids: `pad_token_id`, `bos_token_id`, `eos_token_id`, `cls_token_id`, `sep_token_id`
-            and `mask_token_id`, None where the vocabulary has no such piece.
+            and `mask_token_id`; None for a piece that the vocabulary lacks.
         mask_token: how a mask is written in text.
     """
 
@@ -69,9 +69,9 @@ class ExportedTokenizer:
 def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
     """Describe the tokenizer file at `path` for transformers' `AutoTokenizer`.
 
-    A text becomes `<CLS> text <SEP>`, as in pretraining. Unlike there, special pieces are
+    A text becomes `<CLS> text <SEP>`, as in pretraining. Unlike in pretraining, special pieces are
     recognised in text: that is how a user writes a mask. With transformers' `split_special_tokens`
-    they are text, with pretraining's ids.
+    they are ordinary text, with the ids of pretraining.
 
     Args:
         path: a SentencePiece unigram `.model`, or a `tokenizer.json`.
@@ -105,7 +105,7 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         **roles,
-        # It has no role in transformers, but marks no text either. Release 5 reads this older key.
+        # <EOD> has no role in transformers, but is not text either. Release 5 reads this older key.
         "additional_special_tokens": [names[EOD]],
     }
     return ExportedTokenizer(
@@ -119,7 +119,7 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
 
 
 def plain_piece(piece: str) -> str:
-    """A special piece in the spelling of the tokenizers trained here; any other as it is."""
+    """A special piece in the spelling of tokenizers trained here; any other piece as it is."""
     return _PLAIN.get(piece, piece)
 
 
@@ -129,7 +129,7 @@ def _special_token(piece: str, name: str) -> tokenizers.AddedToken:
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the special pieces by their plain names, those that the vocabulary has."""
+    """Ids of the special pieces that the vocabulary has, by their plain names."""
     ids = {
         CLS: tokenizer.cls_id,
         SEP: tokenizer.sep_id,
@@ -170,14 +170,14 @@ def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
 
 
 def _score(piece: Piece) -> float:
-    # The library's model takes any piece from raw text, SentencePiece none that stands for a byte.
+    # The library's model matches any piece in raw text; SentencePiece never matches a byte piece.
     return _NEVER if piece.kind == BYTE else piece.score
 
 
 def _exported_names(model: SentencePieceModel) -> dict[str, str]:
     """Exported names of the special pieces.
 
-    LLM-jp's models are told by how they were trained: their own pieces were declared as
+    LLM-jp's models are recognised by how they were trained: their own pieces were declared as
     user-defined symbols, which no model trained here has.
     """
     special = {p.text for p in model.pieces if p.kind in (UNKNOWN, CONTROL, USER_DEFINED)}
@@ -199,61 +199,61 @@ def _normalization(model: SentencePieceModel) -> list[normalizers.Normalizer]:
             normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
         ]
         if model.add_dummy_prefix:
-            # The first of a text's own spaces is its prefix; were it removed, the pre-tokenizer
-            # would not know the text's beginning any more.
+            # The first of a text's own spaces is its prefix; if it were removed, the pre-tokenizer
+            # would no longer know where the text begins.
             space = r"(?!\A) "
         else:
             steps.append(normalizers.Replace(tokenizers.Regex(r"\A "), ""))
-    # Here already: the pre-tokenizer then tells the dummy prefix from a text's own space.
+    # Done here already, so that the pre-tokenizer can tell the dummy prefix from a text's space.
     return [*steps, normalizers.Replace(tokenizers.Regex(space), _SPACE)]
 
 
 def _rules(charsmap: bytes) -> list[normalizers.Normalizer]:
-    """SentencePiece's rules, which rewrite the longest sequence that has one.
+    """SentencePiece's rules, which rewrite the longest sequence that has a rule.
 
-    The library applies them to whole graphemes of some bytes and to single characters of longer
-    ones: sequences are composed before it and after.
+    The library applies them to whole graphemes of a few bytes, but to the single characters of
+    longer ones, so sequences are composed before and after it.
     """
     rules = normalizers.Precompiled(charsmap)
     steps: list[normalizers.Normalizer] = [rules]
     if rules.normalize_str("e\u0301") == "é":
         steps = [normalizers.NFC(), rules, normalizers.NFC()]
     line_end = rules.normalize_str("\r") + rules.normalize_str("\n")
-    # One grapheme, of which only the first character's rule would be applied.
+    # \r\n is one grapheme, to which only the first character's rule would be applied.
     return [normalizers.Replace("\r\n", line_end), *steps] if line_end != "\r\n" else steps
 
 
 def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
-    """The dummy prefix, and user-defined pieces alone, as SentencePiece has them; bytes apart."""
+    """Add the dummy prefix and isolate user-defined pieces, as SentencePiece does, and bytes."""
     steps: list[pre_tokenizers.PreTokenizer] = []
     if model.add_dummy_prefix:
-        # A Metaspace leaves out its prefix before a text that begins with the like. The first one
-        # here prepends a space, which no normalized text has, and the second rewrites that.
+        # A Metaspace omits its prefix if the text already begins with its replacement. So the first
+        # one prepends a space, which no normalized text has, and the second rewrites it.
         steps += [
             pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
             pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
         ]
     defined = [p.text for p in model.pieces if p.kind == USER_DEFINED and p.text not in _SPECIAL]
     if defined:
-        # Longest first: of two that begin alike SentencePiece takes the longer.
+        # Longest first: of two that begin alike, SentencePiece takes the longer one.
         either = "|".join(re.escape(text) for text in sorted(defined, key=len, reverse=True))
         steps.append(pre_tokenizers.Split(tokenizers.Regex(either), "isolated"))
     if model.byte_fallback:
-        # The library gives a byte the offsets of all unknown characters that stand together. None
-        # of them is part of a piece, so that splitting there changes no segmentation.
+        # The library gives a byte the offsets of a whole run of unknown characters. None of them is
+        # part of a piece, so splitting there changes no segmentation.
         unknown = tokenizers.Regex(f"[^{_as_ranges(_known_characters(model))}]")
         steps.append(pre_tokenizers.Split(unknown, "isolated"))
     return pre_tokenizers.Sequence(steps)
 
 
 def _known_characters(model: SentencePieceModel) -> set[str]:
-    """What the pieces that text can match are made of."""
+    """The characters of all pieces that text can match."""
     matched = (p.text for p in model.pieces if p.kind in (NORMAL, USER_DEFINED))
     return {_SPACE, *chain.from_iterable(matched)}
 
 
 def _as_ranges(characters: set[str]) -> str:
-    """The inside of a regular expression's bracket that stands for these characters."""
+    """These characters as the inside of a regular expression's character class."""
     points = sorted(map(ord, characters))
     begins = [point for before, point in pairwise([-2, *points]) if point != before + 1]
     ends = [point for point, after in pairwise([*points, -2]) if after != point + 1]

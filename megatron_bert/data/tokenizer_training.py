@@ -1,4 +1,4 @@
-"""Training of a SentencePiece tokenizer that has every special piece of masked pretraining."""
+"""Training a SentencePiece tokenizer that has all special pieces of masked pretraining."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Normalization = Literal["identity", "nfkc", "nmt_nfkc"]
 _SENTENCE_CHARACTERS = 4096
 _SENTENCE_BYTES = 4 * _SENTENCE_CHARACTERS
 
-# Expected counts are summed thread by thread, so the number of threads is part of the result:
-# it is fixed, to give the same model on every machine.
+# Expected counts are summed thread by thread, so the result depends on the number of threads.
+# It is fixed, to give the same model on every machine.
 _NUM_THREADS = 8
 _SAMPLING_SEED = 1
 
@@ -59,16 +59,16 @@ def train_tokenizer(
 
     Args:
         documents: texts, read once.
-        vocab_size: number of pieces, the special ones and 256 bytes included.
+        vocab_size: number of pieces, including the special ones and 256 bytes.
         normalization: SentencePiece's rule; `identity` keeps every character.
-        max_sentences: at most so many lines, evenly sampled, are held in memory.
-        allow_fewer: take `vocab_size` as an upper limit where the documents yield fewer pieces.
+        max_sentences: the most lines, evenly sampled, that are held in memory.
+        allow_fewer: treat `vocab_size` as an upper limit if the documents yield fewer pieces.
 
     Returns:
         The serialized `.model`.
 
     Raises:
-        UserError: an argument has a value that it cannot have.
+        UserError: an argument has an invalid value.
         DataError: the documents hold no text, or too little or too much for `vocab_size`.
     """
     _check_vocab_size(vocab_size)
@@ -105,13 +105,13 @@ def train_tokenizer(
             byte_fallback=True,
             # 2024 and 1868 share their digits rather than each needing a piece.
             split_digits=True,
-            # Text is kept as it is, so that decoding gives it back and answer spans keep their
-            # offsets: no NFKC, spaces are not merged, runs of them (code) may be pieces.
+            # Text is kept as it is, so that decoding restores it and answer spans keep their
+            # offsets: no NFKC, spaces are not merged, and runs of them (code) may be pieces.
             normalization_rule_name=normalization,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            # With a dummy prefix a Japanese text's first word would be another token (▁東京) than
-            # the same word anywhere else (東京): Japanese puts no space before words.
+            # With a dummy prefix the first word of a Japanese text would be a different token
+            # (▁東京) from the same word elsewhere (東京): Japanese puts no space before words.
             add_dummy_prefix=False,
             minloglevel=2,
         )
@@ -122,7 +122,7 @@ def train_tokenizer(
 
 @checked
 def write_model(model: bytes, path: StrPath) -> None:
-    """Write a model so that it appears under its name whole or not at all.
+    """Write a model atomically: it appears under its name complete or not at all.
 
     Raises:
         UserError: it cannot be written there.
@@ -153,9 +153,9 @@ def _sentences(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _sample(sentences: Iterable[str], size: int) -> list[str]:
-    """All sentences, or `size` of them, each with the same chance (Vitter 1985, algorithm R).
+    """All sentences, or a uniform sample of `size` of them (Vitter 1985, algorithm R).
 
-    SentencePiece samples too, but by a generator that only a thread's first training seeds.
+    SentencePiece samples too, but with a generator that only a thread's first training seeds.
     """
     choose = random.Random(_SAMPLING_SEED)
     sample: list[str] = []

@@ -1,4 +1,4 @@
-"""The core's own encoder for SentencePiece's unigram models, where it gives the library's ids."""
+"""The core's own encoder for SentencePiece unigram models, used if it gives the library's ids."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_bert.data.sentencepiece_model import SentencePieceSettings, parse_
 
 logger = logging.getLogger(__name__)
 
-# Enough that the sum of their log probabilities passes the bound at which SentencePiece sets it
-# back, beyond which a release that adds up in another way would give other ids.
+# Enough that the sum of their log probabilities passes the bound at which SentencePiece resets it;
+# beyond it, a release that sums in another way would give other ids.
 _PROBE_PIECES = 12_000
 _PROBE_SEED = 1
 
@@ -22,7 +22,7 @@ _PROBE_SEED = 1
 def unigram_encoder(
     content: bytes, processor: Any, pieces: list[str], in_text: npt.NDArray[np.bool_]
 ) -> UnigramEncoder | None:
-    """An encoder that is two to three times as fast as the library's and gives the same ids.
+    """Make an encoder that gives the library's ids two to three times as fast.
 
     Args:
         content: the serialized model.
@@ -31,9 +31,9 @@ def unigram_encoder(
         in_text: [pieces] whether the piece can be found in text (is not unused, special or a byte).
 
     Returns:
-        None for a model of another kind than unigram, one that changes text before it segments it
-        (normalisation, user-defined pieces) or lacks byte fallback, and for a release of the
-        library that segments a probe in another way.
+        The encoder. None for a model that is not unigram, changes text before it segments it
+        (normalisation, user-defined pieces) or lacks byte fallback, and if the installed release
+        of the library segments a probe differently.
     """
     settings = parse_settings(content)
     if not _leaves_text_as_it_is(settings):

@@ -1,4 +1,4 @@
-"""Rows of the embedding table that a configuration and its tokenizer give."""
+"""The number of rows of the embedding table, from a configuration and its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_bert.data.tokenizer import Tokenizer
 
 
 def padded_vocab_size(config: Config) -> int:
-    """`model.vocab_size`, or else the tokenizer's pieces, padded; the tokenizer is opened then.
+    """`model.vocab_size`; if unset, the padded number of the tokenizer's pieces, which is opened.
 
     Raises:
         UserError: the tokenizer cannot be read.

@@ -1,7 +1,7 @@
-"""Where words begin, told from the pieces alone: tables for whole-word masking.
+"""Where words begin, judging from the pieces alone: tables for whole-word masking.
 
-Japanese has no spaces, so a word is taken to end where the script changes (東京 | に | タワー) and
-where SentencePiece's `▁` marks a space before the piece.
+Japanese has no spaces, so a word is assumed to end where the script changes (東京 | に | タワー)
+and where SentencePiece's `▁` marks a space before the piece.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CharacterClass(IntEnum):
     """Punctuation and symbols."""
 
 
-# First code points of the ranges whose class their general category does not tell.
+# First code points of ranges and their class; None: the general category decides.
 _RANGES: tuple[tuple[int, CharacterClass | None], ...] = (
     (0x0000, None),
     (0x1100, CharacterClass.HANGUL),  # jamo
@@ -95,10 +95,10 @@ _CATEGORY_CLASS = {
 
 @dataclass(frozen=True)
 class WordTables:
-    """For each of V ids, what decides whether a word begins there.
+    """What decides, for each of V ids, whether a word begins there.
 
-    A word begins at a token whose piece starts with `▁`, whose first character is of another
-    class than the last character of the token before, or that follows a special token.
+    A word begins at a token if its piece starts with `▁`, if its first character is of another
+    class than the last character of the token before, or if it follows a special token.
 
     Attributes:
         first_class: uint8 `[V]`, `CharacterClass` of the piece's first character.
@@ -112,7 +112,7 @@ class WordTables:
 
     @classmethod
     def blank(cls, size: int) -> WordTables:
-        """Tables of `size` ids for one who does not look into them."""
+        """All-zero tables of `size` ids, for a caller that does not use them."""
         return cls(*(np.zeros(size, dtype=np.uint8) for _ in range(3)))
 
 
@@ -132,11 +132,11 @@ def _class_at_end(text: str) -> CharacterClass:
 def word_tables(tokenizer: Tokenizer) -> WordTables:
     """Tables of a tokenizer's V = `vocab_size` pieces, read-only.
 
-    A run has a source of rows for each held-out corpus and measure beside the training text's, and
-    one tokenizer: its tables are made once.
+    Cached: a run has a row source for the training text and for each held-out corpus and measure,
+    but only one tokenizer.
 
     Raises:
-        DataError: the pieces mark words in another way than by `▁` (byte-level BPE, WordPiece).
+        DataError: the pieces mark words otherwise than by `▁` (byte-level BPE, WordPiece).
     """
     size = tokenizer.vocab_size
     tables = WordTables.blank(size)

@@ -1,4 +1,4 @@
-"""Writing `.words` files: a bit for each token of a dataset; csrc/word_starts.h draws them."""
+"""Writing `.words` files: a bit for each token of a dataset; csrc/word_starts.h describes them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _BITS_AT_A_TIME = 1 << 23
 
 
 def write_joined_word_starts(path: Path, parts: Iterable[tuple[Path, int]]) -> None:
-    """Join files' bits, which end within a byte, in bounded memory.
+    """Join the bits of several files, which may end within a byte, in bounded memory.
 
     Args:
         path: the file, which is replaced; give a temporary name and rename it.
-        parts: each file, and for how many tokens it has bits.
+        parts: each file, and the number of tokens that it has bits for.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -34,7 +34,7 @@ def write_joined_word_starts(path: Path, parts: Iterable[tuple[Path, int]]) -> N
 
 
 def _pieces(path: Path, num_tokens: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """One number a token, piece by piece."""
+    """Yield one number (0 or 1) per token, in chunks."""
     left = num_tokens
     with path.open("rb") as source:
         while left:
