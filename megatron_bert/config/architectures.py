@@ -1,4 +1,4 @@
-"""The families of encoders that can be trained; sizes are keys of their own."""
+"""The families of encoders that can be trained; their sizes are separate keys."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ ArchitectureName = Literal["retrievabert", "modernbert"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What distinguishes a family beside sizes.
+    """What distinguishes a family apart from its sizes.
 
     All are PreNorm with LayerNorm, a gated MLP, and a decoder tied to the word embeddings.
 
     Attributes:
-        biases: projections and norms have them (the decoder has one in any case).
+        biases: projections and norms have biases (the decoder always has one).
         activation: of the gate.
-        rotary: positions rotate queries and keys; else a learned table is added to the embeddings.
+        rotary: positions rotate queries and keys; otherwise a learned table is added to the
+            embeddings.
         embedding_norm: the embeddings are normalised, in place of the first block's attention norm.
-        alternates: local layers stand between those that see whole segments.
+        alternates: local layers alternate with layers that see whole segments.
     """
 
     biases: bool

@@ -1,4 +1,4 @@
-"""Arguments from Python, checked by their annotations: a command line has its parser for that."""
+"""Checks Python callers' arguments against annotations; command lines have a parser for that."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WORDS = {
     str: "text",
     type(None): "None",
     Mapping: "a dict",
-    # How to come by one, where the name alone does not say it.
+    # Types whose name alone does not tell how to get an instance.
     "Config": "a Config, which load_config and build_config return",
     "PreprocessOptions": "PreprocessOptions(...)",
     "RunRecords": "RunRecords, which train and RunRecords.read return",
@@ -41,20 +41,20 @@ _MANY = {int: "whole numbers", str: "texts", StrPath: "paths"}
 
 
 def checked(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """Refuse arguments that are not what a function's annotations say, before it runs.
+    """Make a function refuse arguments that do not match its annotations, before it runs.
 
-    What counts as a whole number elsewhere (of numpy, a tensor of one) is passed on as an int, also
-    within a list. Bounds are pydantic's (`PositiveInt`). Where an `Iterable` is taken its items
-    are looked at as they come.
+    Integers of other libraries (NumPy's, a one-element tensor) are converted to int, also within a
+    list. Bounds are pydantic's (`PositiveInt`). The items of an `Iterable` are checked as they are
+    consumed.
 
     Raises:
-        UserError: by the function made of it, which names the argument, its value and what to give.
+        UserError: raised by the returned function; names the argument, its value and what to give.
     """
     signature = inspect.signature(function)
 
     @functools.cache
     def hints() -> dict[str, Any]:
-        # Not what is returned, which may be known to a type checker alone.
+        # Without the return annotation, which may name types that only a type checker knows.
         taken = {
             name: parameter.annotation
             for name, parameter in signature.parameters.items()
@@ -78,7 +78,7 @@ def checked(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
 
 
 def check_fields(record: Any) -> None:
-    """Do the same for the fields of a dataclass, frozen or not.
+    """Check and convert the fields of a dataclass, frozen or not, as `checked` does arguments.
 
     Raises:
         UserError: a field's value is not what its annotation says.
@@ -90,7 +90,7 @@ def check_fields(record: Any) -> None:
 
 
 class _RefusedError(UserError):
-    """What is given as `name` is not what the annotation takes; close: it is of the right type."""
+    """The value of `name` does not match its annotation; `is_close` if at least its type does."""
 
     def __init__(self, message: str, name: str, is_close: bool) -> None:
         super().__init__(message)
@@ -105,7 +105,7 @@ def _refused(name: str, value: object, expected: str, *, is_close: bool = False)
 
 
 def _converted(hint: Any, value: Any, name: str) -> Any:
-    """The value as the annotation has it."""
+    """The value, converted to the annotated type."""
     kind = get_origin(hint) or hint
     if kind is Annotated:
         inner, *bounds = get_args(hint)
@@ -118,7 +118,7 @@ def _converted(hint: Any, value: Any, name: str) -> Any:
         return _items(hint, value, name)
     elif kind is int:
         with contextlib.suppress(TypeError):
-            # True has an index too, but nobody means 1 by it.
+            # True has an index too, but nobody who passes it means 1.
             if not isinstance(value, bool):
                 return operator.index(value)
         fits = False
@@ -148,14 +148,14 @@ def _one_of(hint: Any, value: Any, name: str) -> Any:
         try:
             return _converted(option, value, name)
         except _RefusedError as error:
-            # Of the right kind, but for its bounds or for an item.
+            # The right kind of value, but out of bounds or with a wrong item.
             if error.is_close or error.name != name:
                 inside = error
     raise inside or _refused(name, value, _words(hint))
 
 
 def _can_name_a_file(value: Any) -> bool:
-    """False for a path with a null or half a character; what is no path is looked at elsewhere."""
+    """False for a path with a null or half a character; values that are no paths pass here."""
     try:
         return not isinstance(value, str | os.PathLike) or b"\0" not in os.fsencode(value)
     except (TypeError, UnicodeEncodeError):
@@ -163,7 +163,7 @@ def _can_name_a_file(value: Any) -> bool:
 
 
 def _items(hint: Any, value: Any, name: str) -> Any:
-    """Of a `Sequence` a list, of an `Iterable` a generator, of the items as they should be."""
+    """The converted items: a list for a `Sequence`, a generator for an `Iterable`."""
     expected = _words(hint)
     if isinstance(value, str | bytes):
         raise _refused(name, value, f"{expected}, not a bare text")
@@ -172,12 +172,12 @@ def _items(hint: Any, value: Any, name: str) -> Any:
     )
     try:
         items = None if unfit else iter(value)
-    except TypeError:  # An array of no dimension, too.
+    except TypeError:  # Also raised by an array of no dimension.
         items = None
     if items is None:
         raise _refused(name, value, expected)
     (inner,) = get_args(hint)
-    # Long lists are of plain items: those are passed on without more ado.
+    # Long lists have plain items, which are passed on without further checks.
     checked = (
         item if type(item) is inner else _converted(inner, item, f"{name}[{at}]")
         for at, item in enumerate(items)
@@ -186,7 +186,7 @@ def _items(hint: Any, value: Any, name: str) -> Any:
 
 
 def _words(hint: Any) -> str:
-    """What an annotation takes."""
+    """What an annotation takes, in words."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         return _words(inner[0])

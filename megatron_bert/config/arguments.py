@@ -1,11 +1,11 @@
-"""What its caller calls an argument: `json_key` from Python, `--json-key` on a command line."""
+"""An argument's name as its caller knows it: `json_key` in Python, `--json-key` as an option."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Options that are not the argument's name with dashes: they take values one after the other.
+# Options whose name is not the argument's with dashes: they take several values in turn.
 _OPTIONS = {
     "documents": "--input",
     "field_keys": "--field-key",
@@ -19,8 +19,8 @@ _is_command_line = False
 
 @contextmanager
 def as_options() -> Iterator[None]:
-    """Call arguments by their options inside, in all threads: a command line is their caller."""
-    # The process speaks to one person, who started it in one way.
+    """Name arguments by their command-line options inside this context, in all threads."""
+    # Global, because a process reports to one person, who started it in one way.
     global _is_command_line
     before, _is_command_line = _is_command_line, True
     try:
@@ -33,8 +33,8 @@ def argument(name: str, value: object = None) -> str:
     """An argument as its caller knows it, for messages.
 
     Args:
-        name: Python's.
-        value: to give it; True of an option is its presence. None: no certain one.
+        name: the argument's name in Python.
+        value: the value to give it; True means that an option is present. None: no specific value.
     """
     if not _is_command_line:
         return name if value is None else f"{name}={value!r}"

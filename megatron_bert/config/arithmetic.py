@@ -16,15 +16,15 @@ from megatron_bert.config.schema import (
 
 VOCABULARY_MULTIPLE = 128
 LONGEST_DEFAULT_EVAL = 512
-# Words and spans are masked whole, so that the last one may run over by all but one of its tokens.
+# Words and spans are masked whole, so the last one may exceed the limit by all but one token.
 LARGEST_OVERRUN = MAX_UNIT_TOKENS - 1
 
 
 def masked_slots(probability: float, unit: MaskUnit, seq_length: int) -> int:
-    """Masked slots M of a row of `seq_length` slots: one fixed number, so that shapes are fixed.
+    """Masked slots M of a row of `seq_length` slots; a fixed number, so that shapes are fixed.
 
     A row holds at most `seq_length - 2` text tokens; the share `probability` of them is rounded
-    half up. Units of several tokens may run over by `LARGEST_OVERRUN`.
+    half up. Units of several tokens may exceed it by `LARGEST_OVERRUN`.
     """
     exact = max(1, math.floor(probability * (seq_length - 2) + 0.5))
     return exact if unit == "token" else exact + LARGEST_OVERRUN
@@ -40,7 +40,7 @@ def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
 
 
 def fixed_eval_length(config: Config) -> int:
-    """Length that is evaluated in every stage, in slots: the key's, or at most 512."""
+    """Length that is evaluated in every stage, in slots: as configured, or else at most 512."""
     if config.eval.fixed_seq_length is not None:
         return config.eval.fixed_seq_length
     return min(LONGEST_DEFAULT_EVAL, max(stage.seq_length for stage in config.curriculum))
@@ -49,7 +49,7 @@ def fixed_eval_length(config: Config) -> int:
 def computed_lengths(config: Config) -> dict[str, int]:
     """Every length that is trained or evaluated, in slots, by its key.
 
-    A length of evaluation that is not given and that a stage has anyway is that stage's.
+    The default evaluation length is left out if a stage has that length anyway.
     """
     lengths = {
         f"curriculum.{index}.seq_length": stage.seq_length
@@ -65,8 +65,8 @@ def computed_lengths(config: Config) -> dict[str, int]:
 def resolve_vocab_size(model: ModelConfig, tokenizer_pieces: int) -> int:
     """Rows of the embedding table.
 
-    They are never padded for the sake of ranks that share the table: the model would then depend on
-    the layout.
+    Their number is never padded to suit the ranks that share the table: the model would then depend
+    on the layout.
 
     Args:
         model: Its `vocab_size` is taken where it is set.

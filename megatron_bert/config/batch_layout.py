@@ -1,4 +1,4 @@
-"""How the rows of a global batch are dealt to ranks and micro-batches."""
+"""How the rows of a global batch are divided among ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from megatron_bert.config.schema import Config
 class BatchLayout:
     """The division of one optimizer step's rows, the same on every rank.
 
-    Every micro-batch has the same shape on every rank; where the ranks and micro-batches do not
-    divide the global batch, each takes the next whole number of rows, and the surplus rows carry
-    weight 0.
+    Every micro-batch has the same shape on every rank. If the ranks and micro-batches do not divide
+    the global batch evenly, the rows of each are rounded up, and the surplus rows have weight 0.
 
     Attributes:
         global_size: Rows in one optimizer step.
@@ -39,15 +38,16 @@ class BatchLayout:
     ) -> BatchLayout:
         """Divide a batch of `global_size` rows over `data_parallel` ranks.
 
-        The micro-batches are as few as their limit of `max_micro_rows` allows, and balanced: with
-        9 rows and a limit of 8 they have 5 rows each, not 8 and 1.
+        There are as few micro-batches as the limit of `max_micro_rows` allows, and they are
+        balanced: with 9 rows and a limit of 8 they have 5 rows each, not 8 and 1.
 
         Args:
             global_size: rows in one optimizer step.
             data_parallel: ranks that share them.
-            max_micro_rows: most rows of a micro-batch.
-            pipeline: ranks of the pipeline that they fill: they are no fewer.
-            interleaved: whether its ranks hold several stages: they come in rounds of so many.
+            max_micro_rows: maximum rows of a micro-batch.
+            pipeline: ranks of the pipeline; there are at least as many micro-batches.
+            interleaved: whether pipeline ranks hold several stages; the number of micro-batches is
+                then a multiple of `pipeline`.
         """
         rows = _ceil_div(global_size, data_parallel)
         num_micro_batches = max(pipeline, _ceil_div(rows, max_micro_rows))
@@ -67,7 +67,7 @@ class BatchLayout:
         """Divide a batch as the configuration says.
 
         Args:
-            config: limits of a micro-batch, and the pipeline to be filled.
+            config: its micro-batch limits and pipeline settings are used.
             global_size: rows in one optimizer step.
             seq_length: slots of a row.
             data_parallel: ranks that share the rows.
@@ -82,7 +82,7 @@ class BatchLayout:
 
     @property
     def rows_per_rank(self) -> int:
-        """Rows a rank takes in one step, surplus rows included."""
+        """Rows that a rank takes in one step, including surplus rows."""
         return self.num_micro_batches * self.micro_size
 
     @property
@@ -92,21 +92,21 @@ class BatchLayout:
 
     @property
     def surplus_share(self) -> float:
-        """Share of the computed rows that are surplus: work done for nothing."""
+        """Share of the computed rows that are surplus, that is, wasted work."""
         return self.surplus_rows / (self.rows_per_rank * self.data_parallel)
 
     def row_offsets(self, data_rank: int, micro_batch: int) -> range:
         """Which rows of the global batch a rank takes in one micro-batch.
 
-        Rows are dealt out in turn, so that ranks differ by at most one real row per step.
+        Rows are dealt round-robin, so that ranks differ by at most one real row per step.
 
         Args:
             data_rank: Rank within data parallelism, from 0.
             micro_batch: Forward pass within the step, from 0.
 
         Returns:
-            `micro_size` offsets within the global batch; those of `global_size` and more are
-            surplus rows.
+            `micro_size` offsets within the global batch; offsets from `global_size` on are surplus
+            rows.
         """
         assert 0 <= data_rank < self.data_parallel
         assert 0 <= micro_batch < self.num_micro_batches

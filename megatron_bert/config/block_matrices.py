@@ -1,4 +1,4 @@
-"""A block's matrices, one after another: what counts, times and plans them reads them here."""
+"""The list of a block's matrices, for all code that counts, times or plans them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BlockMatrix:
         name: of the layer in its sub-layer.
         outputs: features out.
         inputs: features in.
-        reads: what the layer reads: a norm's output, or what attention or the gate gives.
+        reads: the layer's input: a norm's output, or that of attention or of the gate.
     """
 
     name: str
@@ -28,21 +28,21 @@ class BlockMatrix:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.outputs * self.inputs
 
     @property
     def is_column_parallel(self) -> bool:
-        """Whether tensor-parallel ranks divide its outputs; else they divide its inputs."""
+        """Whether tensor-parallel ranks shard its outputs; otherwise they shard its inputs."""
         return self.reads in ("attention_norm", "feed_forward_norm")
 
 
 def block_matrices(model: ModelConfig, tensor: int = 1) -> tuple[BlockMatrix, ...]:
-    """The matrices of a block; layers that read the same input follow one another.
+    """The matrices of a block; layers that read the same input are adjacent.
 
     Args:
         model: the encoder's shape.
-        tensor: ranks of the tensor-parallel group of which one rank's parts are asked for.
+        tensor: size of the tensor-parallel group; the result is one rank's shards.
     """
     whole, hidden = model.hidden_size, model.hidden_size // tensor
     ffn, kv_size = model.ffn_hidden_size // tensor, model.kv_size // model.kv_ranks(tensor)
@@ -58,7 +58,7 @@ def block_matrices(model: ModelConfig, tensor: int = 1) -> tuple[BlockMatrix, ..
 
 
 def joined_matrices(matrices: Iterable[BlockMatrix]) -> tuple[BlockMatrix, ...]:
-    """Matrices of layers that read the same input laid end to end, as fused kernels take them."""
+    """Join the matrices of layers that read the same input, as fused kernels take them."""
     groups = (list(group) for _, group in groupby(matrices, lambda matrix: matrix.reads))
     return tuple(
         BlockMatrix(

@@ -13,7 +13,7 @@ from megatron_bert.config.diagnostics import format_value
 from megatron_bert.files import StrPath
 
 ABSENT = "absent"
-"""Stands for the value of a list entry that one of two configurations does not have."""
+"""Placeholder for the value of a list entry that only one of two configurations has."""
 
 
 class Change(enum.Enum):
@@ -25,16 +25,16 @@ class Change(enum.Enum):
     CURRICULUM = "see above"
 
     def is_refused(self, new_run: bool) -> bool:
-        """Whether a change is refused for its class alone; `new_run`: the job branches off."""
+        """Whether the class alone forbids a change; `new_run`: the job branches off a new run."""
         return self is Change.NEVER or (self is Change.NEW_RUN and not new_run)
 
 
-# A whole section's class, or that of single keys in it.
+# The class of a whole section, or of single keys in it ("" stands for the section's other keys).
 _CLASSES: Mapping[str, Change | Mapping[str, Change]] = MappingProxyType(
     {
         "run": {"seed": Change.NEW_RUN, "": Change.FREE},
         "model": {
-            # Only a name for values that are compared themselves.
+            # Only a name for values that are themselves compared.
             "preset": Change.FREE,
             "hidden_dropout": Change.NEW_RUN,
             "attention_dropout": Change.NEW_RUN,
@@ -91,7 +91,7 @@ class Refusal:
     """A change that is not allowed.
 
     Attributes:
-        key: dotted, that changed.
+        key: dotted name of the key that changed.
         before: its value in the checkpoint.
         after: its value in this job.
         change: why it is refused; not `FREE`.
@@ -103,10 +103,10 @@ class Refusal:
     change: Change
 
     def told(self, checkpoint: StrPath) -> str:
-        """A line with the key, both values, and the way out.
+        """A line with the key, both values, and the remedy.
 
         Args:
-            checkpoint: what the job would go on from.
+            checkpoint: the checkpoint that the job would continue from.
         """
         if self.change is Change.NEW_RUN:
             place = shlex.quote(str(checkpoint))

@@ -1,4 +1,4 @@
-"""Whose code a script of a checkout runs: an environment's editable install is another one's."""
+"""Warns if a checkout's script runs another checkout's code, installed as editable."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def warn_of_other_code() -> None:
-    """Warn, once, where the package that runs is not the one beside the process's script.
+    """Warn, once, if the running package is not the one beside the process's script.
 
-    A script with none beside it, as an installed package's may be, says nothing.
+    There is no warning for a script without a package beside it, such as an installed one.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
-    # One rank of a job speaks for all.
+    # Only one rank of a job warns.
     if script is None or os.environ.get("RANK", "0") != "0":
         return
     for root in Path(script).resolve().parents[:2]:

@@ -1,4 +1,4 @@
-"""What two or more keys must agree on, in one place; each refusal names values that work."""
+"""Checks of keys that must agree with each other; each refusal names values that work."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def check_config(config: Config, *, world_size: int, vocab_size: int | None = No
     Args:
         config: What `load_config` returned.
         world_size: Ranks of the job.
-        vocab_size: Rows of the embedding table where they are known already; default:
-            `model.vocab_size`, unchecked where that is not set.
+        vocab_size: Rows of the embedding table if already known; default: `model.vocab_size`,
+            unchecked if that is not set.
 
     Raises:
         ConfigError: All contradictions in one message, each with key, value and values that work.
@@ -61,7 +61,7 @@ def value_problems(config: Config) -> list[str]:
 
 
 def shell_problems(config: Config) -> Iterator[str]:
-    """Paths in which something waits for a shell, as a translated script's may."""
+    """Paths with parts that only a shell would replace, as in a translated script."""
     paths = {
         "run.dir": config.run.dir,
         "data.tokenizer": config.data.tokenizer,
@@ -82,7 +82,7 @@ def _logger_problems(config: Config) -> Iterator[str]:
     }
     for package, (key, value, off) in wanted.items():
         found = find_spec(package)
-        # A folder of that name, as wandb leaves where it ran, looks like a package without origin.
+        # A folder of that name, such as wandb leaves where it ran, is found, but has no origin.
         if value != off and (found is None or found.origin is None):
             yield (
                 f"{key} = {format_value(value)}: the package {package} is not installed; "
@@ -133,7 +133,7 @@ def _length_problems(config: Config) -> Iterator[str]:
 
 def _mlm_problems(config: Config) -> Iterator[str]:
     mlm = config.mlm
-    # Shares such as 0.7 + 0.2 + 0.1 may miss 1 by a rounding.
+    # The sum may exceed 1 by a rounding error.
     if mlm.mask_ratio + mlm.random_ratio > 1 + 1e-9:
         yield (
             f"mlm.random_ratio = {mlm.random_ratio:g}: together with mlm.mask_ratio = "
@@ -166,7 +166,7 @@ def _prefix_problems(key: str, corpora: Sequence[Corpus], *, is_blend: bool) -> 
 
 
 def _blend_problems(corpora: Sequence[Corpus]) -> Iterator[str]:
-    """Corpora are blended by epochs or by weight, all of them alike."""
+    """Corpora are blended either all by epochs or all by weight."""
     by_epochs = next((i for i, corpus in enumerate(corpora) if corpus.epochs is not None), None)
     if by_epochs is None:
         return

@@ -1,6 +1,6 @@
-"""Where in the curriculum a step lies, and how many rows and slots lie before it.
+"""Where in the curriculum a step is, and how many rows and slots come before it.
 
-The one place that knows how many rows a step has: stages may differ in it.
+The only module that knows how many rows a step has, which may differ between stages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_bert.config.schema import Config, Stage
 
 @dataclass(frozen=True)
 class StageSpan:
-    """One stage's place in the run and what holds throughout it, the run's defaults filled in.
+    """One stage's place in the run and its settings, with the run's defaults filled in.
 
     Attributes:
         index: 0-based number of the stage.
@@ -22,10 +22,10 @@ class StageSpan:
         global_size: rows in one optimizer step.
         probability: share of a row's text tokens that are to be predicted.
         masked_slots: masked slots of a row.
-        lr_factor: what the scheduled learning rate is multiplied by.
+        lr_factor: factor on the scheduled learning rate.
         first_step: 1-based number of its first step.
-        last_step: number of its last step, included.
-        first_row: number within the run of its first row.
+        last_step: number of its last step, inclusive.
+        first_row: number of its first row within the run.
     """
 
     index: int
@@ -54,7 +54,7 @@ class StageSpan:
         return self.global_size * self.seq_length
 
     def rows_of(self, step: int) -> range:
-        """Numbers within the run of the rows that a step of this stage reads."""
+        """Numbers, within the run, of the rows that a step of this stage reads."""
         end = self.first_row + self._rows_until(step)
         return range(end - self.global_size, end)
 

@@ -1,4 +1,4 @@
-"""Validation errors as lines a user can act on: key, value, place, what is expected."""
+"""Validation errors as lines that a user can act on: key, value, place, what is expected."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def explain(error: ValidationError, places: Mapping[KeyPath, str]) -> list[str]:
     Returns:
         Lines with the dotted key, its value, what is expected and the nearest right name.
     """
-    # A list counts its valid entries only; where one is refused, the list itself is not at fault.
+    # pydantic counts only a list's valid entries: if one is refused, the list is not at fault.
     details = [
         item
         for item in error.errors(include_url=False)
@@ -62,7 +62,7 @@ def explain(error: ValidationError, places: Mapping[KeyPath, str]) -> list[str]:
         if item["type"] == "extra_forbidden":
             continue
         if item["type"] == "missing":
-            # One mistake, one line: these are missing only because a name was misspelt.
+            # One line per mistake: these are missing only because a name was misspelt.
             if dotted(path) in suggested or (has_unknown_preset and path[0] == "model"):
                 continue
             lines.append(_missing_key(path))
@@ -108,7 +108,7 @@ def _wrong_value(path: KeyPath, value: Any, places: Mapping[KeyPath, str]) -> st
 
 
 def _given(path: KeyPath, value: Any, places: Mapping[KeyPath, str]) -> str:
-    # Text stands in quotes here, for `"48"` where 48 was expected is the very mistake to show.
+    # Text is shown in quotes, because `"48"` where 48 was expected is the very mistake to show.
     shown = _cut(json.dumps(value, default=str, ensure_ascii=False))
     for length in range(len(path), 0, -1):
         if path[:length] in places:

@@ -25,7 +25,7 @@ def render_schema() -> str:
 
 
 def render_guide(guide: str) -> str:
-    """The guide with its tables made anew; what stands outside the markers is kept.
+    """The guide with its tables regenerated; text outside the markers is kept.
 
     Raises:
         ConfigError: A marker is missing.

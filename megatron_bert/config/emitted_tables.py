@@ -1,4 +1,4 @@
-"""Tables of the documentation that code writes, between markers of a page."""
+"""Generated tables of the documentation, between markers in a page."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megatron_bert.config.errors import ConfigError, Parser
 
 
 def guide_to_write(arguments: Sequence[str] | None, file: str, description: str | None) -> Path:
-    """The page, in the folder that the command line's `--docs` gives.
+    """Path of the page, in the folder that the command line's `--docs` gives.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: The page does not exist.
     """
     parser = Parser(description=description)
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
@@ -25,12 +25,12 @@ def guide_to_write(arguments: Sequence[str] | None, file: str, description: str 
 
 
 def with_tables(guide: str, file: str, tables: Mapping[str, Iterable[str]]) -> str:
-    """A page's text with its tables put anew; what stands outside the markers is kept.
+    """A page's text with its tables replaced; text outside the markers is kept.
 
     Args:
         guide: the text, in which `<!-- NAME: begin -->` and `<!-- NAME: end -->` enclose a table.
         file: the page's name, for errors.
-        tables: their lines by name, asked for once the markers are found.
+        tables: lines of each table by name; read only once its markers are found.
 
     Raises:
         ConfigError: A marker is missing.

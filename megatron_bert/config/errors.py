@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how a command line reports them."""
+"""Errors that a user can fix, and how a command line reports them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
-    """What the user gave cannot be used; the message names the thing, its value and the remedy."""
+    """The user's input cannot be used; the message names the input, its value and the remedy."""
 
 
 class ConfigError(UserError):
@@ -33,25 +33,25 @@ class CheckpointError(UserError):
 
 
 class RunError(Exception):
-    """What ended a run that was in order; the message says what it was and how to go on.
+    """Something ended a valid run; the message says what it was and how to continue.
 
-    Notes (`add_note`) are details, for those who look for the cause.
+    Notes (`add_note`) are details for whoever looks for the cause.
     """
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose refusals are told as all others are; `run_cli` is around its `main`.
+    """An argument parser that reports errors as everything else does, through `run_cli`.
 
-    Of its own it would write `usage: ... PROGRAM: error: ...`, in which nobody finds `error:` at
-    the beginning of a line. Options are written out: what an abbreviation means would change
-    with every option that comes, and `--overwrit` would replace a dataset.
+    By default argparse would write `usage: ... PROGRAM: error: ...`, so that no line begins with
+    `error:`. Options cannot be abbreviated: the meaning of an abbreviation would change whenever an
+    option is added, and `--overwrit` would replace a dataset.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Show the usage, and refuse what was given.
+        """Show the usage and refuse the arguments.
 
         Raises:
             ConfigError: always.
@@ -61,9 +61,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command line's `main` and leave the process with its exit code.
+    """Run a command line's `main` and exit with its exit code.
 
-    What `main` raises is told as by `told_errors`, with arguments by the names of options.
+    Exceptions are reported as by `told_errors`, with arguments named by their options.
     """
     with as_options(), told_errors():
         code = main()
@@ -73,17 +73,17 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
 @contextmanager
 def told_errors() -> Iterator[None]:
-    """Tell what is raised inside as a command line does, and leave the process.
+    """Report exceptions raised inside as a command line does, and exit.
 
-    A `UserError` becomes lines on standard error, each with `error:` before it, and exit code 2, as
-    does a package that is not installed; a `RunError` or an interrupt (Ctrl-C) such lines and exit
-    code 1. Any other exception keeps its traceback, with such lines behind it, and ends in exit
-    code 1. A reader that went away early (`| head`) is no error.
+    A `UserError`, or a package that is not installed, becomes lines on standard error that begin
+    with `error:`, and exit code 2. A `RunError` or an interrupt (Ctrl-C) becomes such lines and
+    exit code 1. Any other exception keeps its traceback, followed by such lines, and gives exit
+    code 1. A reader that stops early (`| head`) is no error.
 
-    Before all else it is told where a script runs another checkout's code.
+    Before anything else, a warning is printed if the script runs another checkout's code.
 
-    A tool puts its imports here: they are what fails where packages are missing, and what takes
-    long enough for a Ctrl-C.
+    A tool puts its imports inside too: they fail if packages are missing, and take long enough for
+    a Ctrl-C.
     """
     warn_of_other_code()
     try:
@@ -104,7 +104,7 @@ def told_errors() -> Iterator[None]:
         )
         sys.exit(EXIT_USER_ERROR)
     except BrokenPipeError:
-        # What is left in the buffer has no reader either: Python must not try it again at exit.
+        # The rest of the buffer has no reader either: keep Python from flushing it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
@@ -114,10 +114,10 @@ def told_errors() -> Iterator[None]:
 
 
 def details_of(error: BaseException) -> list[str]:
-    """The notes of an error, which Python keeps only where there are any."""
+    """The notes of an error; without any, the exception lacks the attribute."""
     return list(getattr(error, "__notes__", ()))
 
 
 def _write_error(message: str) -> None:
-    """Mark every line: a launcher may put those of other ranks between them."""
+    """Mark every line: a launcher may interleave the lines of other ranks."""
     sys.stderr.write("".join(f"error: {line}\n" for line in message.splitlines()))

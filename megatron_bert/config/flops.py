@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, counted as they are done.
+"""Floating-point operations of a training step.
 
-A multiplication and an addition count two. Backward costs twice forward; what is computed again
-backward is not counted again. Elementwise work, norms and the optimizer are left out, as everywhere
-where MFU is compared (Chowdhery et al. 2022, "PaLM", appendix B).
+A multiplication and an addition count as two. Backward costs twice as much as forward;
+recomputation in the backward pass is not counted. Elementwise work, norms and the optimizer are
+left out, as is usual for MFU (Chowdhery et al. 2022, "PaLM", appendix B).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.schema import ModelConfig
 
 # Dense BF16 peak of a GPU in TFLOP/s, from NVIDIA's data sheets.
-# The first name that fits counts.
+# The first name that matches is used.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -23,7 +23,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """What MFU is a share of, by a name such as "NVIDIA H100 80GB HBM3"; None where unknown."""
+    """The peak that MFU refers to, for a name such as "NVIDIA H100 80GB HBM3"; None if unknown."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
@@ -41,7 +41,7 @@ def row_flops(
         vocab_size: padded vocabulary.
         seq_length: slots of the row.
         masked_slots: slots that reach the head.
-        keys_per_query: slots that a slot attends to on average, where a kernel skips other
+        keys_per_query: average number of slots that a slot attends to, if a kernel skips other
             segments. Default: the whole row, which is what block-diagonal attention computes.
     """
     blocks = model.num_layers * block_flops(model, seq_length, keys_per_query)

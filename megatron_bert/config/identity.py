@@ -22,8 +22,8 @@ from megatron_bert.files import StrPath
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted names of the leaves in which two configurations differ, in the new one's order.
 
-    Both are plain values, as `config_dict` returns; a key that the old one lacks, as it was
-    written by an earlier version, counts as its default.
+    Both are plain values, as `config_dict` returns them. A key that the old one lacks, because an
+    earlier version wrote it, counts as its default.
     """
     return [dotted(path) for path, _, _ in _differences(old, new)]
 
@@ -31,12 +31,12 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def check_resume(
     old: Mapping[str, Any], new: Config, consumed_steps: int, new_run: bool, checkpoint: StrPath
 ) -> None:
-    """Refuse to continue a run under a configuration that would make it another one.
+    """Refuse to continue a run under a configuration that would make it a different run.
 
     Args:
         old: The configuration that the checkpoint was trained with, as plain values.
         new: The configuration of this job.
-        consumed_steps: Optimizer steps behind the checkpoint.
+        consumed_steps: Optimizer steps that the checkpoint has done.
         new_run: Whether this job branches off into a new `run.dir` (`checkpoint.resume: PATH`).
         checkpoint: Its folder, for the remedy.
 
@@ -50,7 +50,7 @@ def check_resume(
         if path[0] == "curriculum" or _means_the_same(path, before, after):
             continue
         if path == ("data", "tokenizer") and not consumed_steps:
-            # Only a conversion makes a checkpoint before the first step.
+            # Only a conversion creates a checkpoint before the first step.
             problems.append(
                 f"data.tokenizer: the checkpoint was converted for {before}, this is {after}; "
                 "convert it again for this one: tools/convert_checkpoint.py from-hf --tokenizer "
@@ -72,14 +72,14 @@ def _means_the_same(path: KeyPath, before: Any, after: Any) -> bool:
     if path[:2] == ("data", "train") and path[-1] == "prefix" and ABSENT not in (before, after):
         return os.path.normpath(str(before)) == os.path.normpath(str(after))
     if path[:2] == ("data", "train") and path[-1] == "weight":
-        # Not given, it is 1; where it gave way to epochs, those are compared themselves.
+        # The default is 1; if epochs have replaced the weight, they are compared themselves.
         return (before or 1.0) == (after or 1.0)
     return False
 
 
 def _same_content(first: str, second: str) -> bool:
     """Whether two files hold the same bytes; False where one cannot be read."""
-    # A checkpoint may come from anywhere, and a device named in it never ends.
+    # A checkpoint may come from anywhere, and reading a device that it names might never end.
     if not all(Path(name).is_file() for name in (first, second)):
         return False
     try:
@@ -92,11 +92,11 @@ def _same_content(first: str, second: str) -> bool:
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> Iterator[tuple[KeyPath, Any, Any]]:
-    """Leaves that differ: path, old value, new value; those of `new` first, in its order."""
+    """Yield leaves that differ (path, old value, new value); those of `new` first, in its order."""
     before, after = dict(leaves(old)), dict(leaves(new))
     for path in dict.fromkeys([*after, *before]):
         first, second = _value_at(before, path), _value_at(after, path)
-        # A key of another version that this one does not know has nothing to say to it.
+        # Ignore keys of another version that this one does not know.
         if first != second and pattern(path) in all_keys():
             yield path, first, second
 

@@ -1,4 +1,4 @@
-"""What computes attention, linear layers, norms and the update, and whether it can here."""
+"""Which kernels compute attention, linear layers, norms and the update, and where they can run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, get_args
 from megatron_bert.config.arithmetic import computed_lengths
 from megatron_bert.config.schema import Config, KernelsChoice, KernelsName
 
-# From here on GPUs compute in BF16, which our kernels are made for.
+# From this capability on, GPUs compute in BF16, which our kernels need.
 KERNEL_CAPABILITY = (8, 0)
 
-# Of heads that our attention kernels, which hold no scores, take.
+# Head sizes that our attention kernels, which never store the scores, support.
 _HEAD_SIZES = (16, 32, 64, 128)
 
-# Rows and columns of FP8 products come in so many.
+# The rows and columns of FP8 products must be multiples of this.
 _FP8_MULTIPLE = 16
 
 _MEANING: dict[KernelsName, str] = {
@@ -30,13 +30,13 @@ _MEANING: dict[KernelsName, str] = {
 
 @dataclass(frozen=True)
 class ComputeDevice:
-    """What the choice of kernels goes by.
+    """What the choice of kernels depends on.
 
     Attributes:
         kind: `cuda` or `cpu`.
-        capability: a GPU's compute capability. Default: one that is not at hand, as planners know
-            it, counts as new enough.
-        has_triton: whether that package is installed with it; as the capability.
+        capability: a GPU's compute capability. By default it is new enough: planners choose for a
+            GPU that is not at hand.
+        has_triton: whether the package triton is installed there; true by default, likewise.
     """
 
     kind: str
@@ -45,20 +45,20 @@ class ComputeDevice:
 
     @property
     def runs_our_kernels(self) -> bool:
-        """Whether it can; they are made for CUDA by Triton."""
+        """Whether our kernels, which Triton compiles for CUDA, can run here."""
         return self.kind == "cuda" and self.has_triton and self.capability >= KERNEL_CAPABILITY
 
     def runs_our_attention(self, compute: str, head_dim: int) -> bool:
-        """Whether attention of a compute type and a head size is our kernels' there."""
+        """Whether our kernels compute attention of this compute dtype and head size here."""
         return self.runs_our_kernels and compute == "bf16" and head_dim in _HEAD_SIZES
 
 
 def chosen_kernels(config: Config, device: ComputeDevice) -> KernelsName:
-    """What `kernels` stands for on a device: `auto` for what was measured fastest of what it takes.
+    """The kernels used on a device; `auto` stands for the fastest measured that it supports.
 
     Args:
-        config: the whole configuration; `run.device: cpu` holds whatever the device.
-        device: what is known of it.
+        config: the whole configuration; `run.device: cpu` overrides `device`.
+        device: what is known of the device.
     """
     if config.kernels != "auto":
         return config.kernels
@@ -68,12 +68,12 @@ def chosen_kernels(config: Config, device: ComputeDevice) -> KernelsName:
 
 
 def records_passes(config: Config, device: ComputeDevice) -> bool:
-    """Whether passes are recorded and replayed: `compile.cuda_graphs`, of which `auto` is a wish.
+    """Whether passes are recorded and replayed (`compile.cuda_graphs`; `auto`: where possible).
 
     Args:
-        config: the whole configuration, with the layout of the run; `run.device: cpu` holds
-            whatever the device.
-        device: what is known of it.
+        config: the whole configuration, with the layout of the run; `run.device: cpu` overrides
+            `device`.
+        device: what is known of the device.
     """
     asked = config.compile.cuda_graphs
     if asked != "auto":
@@ -83,7 +83,7 @@ def records_passes(config: Config, device: ComputeDevice) -> bool:
 
 
 def describe_kernels(config: Config, device: ComputeDevice) -> str:
-    """What the run computes with, for its plan."""
+    """The kernels that the run computes with, in words, for its plan."""
     name = chosen_kernels(config, device)
     shown = f"{name} (auto)" if config.kernels == "auto" else name
     fp8 = config.precision.fp8
@@ -92,7 +92,7 @@ def describe_kernels(config: Config, device: ComputeDevice) -> str:
 
 
 def kernel_conflicts(config: Config) -> Iterator[str]:
-    """What in the rest of the configuration speaks against `kernels`, on any machine."""
+    """Conflicts of `kernels` with the rest of the configuration, on any machine."""
     key = f"kernels = {config.kernels}"
     if config.kernels == "fused":
         yield from _fused_conflicts(config, key)
@@ -167,11 +167,11 @@ def _fused_conflicts(config: Config, key: str) -> Iterator[str]:
 
 
 def _recording_conflicts(config: Config) -> Iterator[str]:
-    """A recording is one rank's whole pass, by kernels that are the same in every pass.
+    """Conflicts with recording, which needs one rank's whole pass and the same kernels every time.
 
-    Whatever else can be chosen is recorded: sizes on the device follow from shapes alone, nothing
-    is read back, and what is computed again draws from no generator. FP8's scales stay on the
-    device too.
+    Everything else that can be configured can be recorded: sizes on the device follow from shapes
+    alone, nothing is read back to the host, and recomputation draws from no random generator. The
+    scales of FP8 stay on the device too.
     """
     key, other = "compile.cuda_graphs = true", "or compile.cuda_graphs=false"
     parallel = config.parallel
@@ -197,19 +197,19 @@ def _recording_conflicts(config: Config) -> Iterator[str]:
 
 
 def has_nvidias_apex() -> bool:
-    """Look for the optimizer's file: importing another project's package might do anything."""
+    """Look for the optimizer's file: importing another project's apex might do anything."""
     package = find_spec("apex")
     places = [] if package is None else package.submodule_search_locations or []
     return any((Path(place) / "optimizers" / "fused_adam.py").is_file() for place in places)
 
 
 def fp8_changes(old: Mapping[str, Any], config: Config, device: ComputeDevice) -> Iterator[str]:
-    """What in the choice of kernels makes a run in FP8 compute other products in it than before.
+    """Changes of kernels by which a resumed run would compute other products in FP8 than before.
 
     Args:
         old: the configuration that the run was trained with, as plain values.
-        config: the configuration that it goes on with; `precision.fp8` is the same.
-        device: what is known of the device that it goes on with.
+        config: the configuration that it continues with; `precision.fp8` is the same.
+        device: what is known of the device that it continues on.
     """
     if config.precision.fp8 == "none":
         return
@@ -220,7 +220,7 @@ def fp8_changes(old: Mapping[str, Any], config: Config, device: ComputeDevice) -
     }
     keys = {name: value for name, value in given.items() if value is not None}
     before, after = (chosen_kernels(one, device) for one in (config.with_keys(keys), config))
-    # Others multiply as `torch` does.
+    # All other kernels multiply as `torch` does.
     if before != after and {before, after} & {"fused", "te"}:
         yield (
             f"precision.fp8 = {config.precision.fp8}: with kernels = {after} other products are in "
@@ -231,9 +231,9 @@ def fp8_changes(old: Mapping[str, Any], config: Config, device: ComputeDevice) -
 
 
 def _fp8_sizes(config: Config) -> dict[str, tuple[int, int]]:
-    """Widths of the matrices whose products are in FP8, and over how many ranks each is dealt.
+    """Widths of the matrices multiplied in FP8, and over how many ranks each is sharded.
 
-    `kernels: auto` counts as what it is on a GPU: PyTorch's products on a CPU take any sizes.
+    `kernels: auto` counts as what it means on a GPU: PyTorch's products on a CPU take any size.
     """
     model, tensor = config.model, config.parallel.tensor
     sizes = {
@@ -247,7 +247,7 @@ def _fp8_sizes(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def fp8_problems(config: Config) -> Iterator[str]:
-    """What speaks against `precision.fp8`."""
+    """Conflicts of `precision.fp8` with the rest of the configuration."""
     if config.precision.fp8 == "none":
         return
     key = f"precision.fp8 = {config.precision.fp8}"

@@ -1,4 +1,4 @@
-"""The schema seen as a list of dotted keys: names, what each takes, and the nearest right name."""
+"""The schema as a list of dotted keys: their names, what each takes, and nearest right names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_bert.config.schema import Config
 
 JsonSchema = Mapping[str, Any]
 INDEX = "N"
-"""Stands in a key's name for the index of a list entry: `curriculum.N.steps`."""
+"""Placeholder in a key's name for the index of a list entry: `curriculum.N.steps`."""
 
 
 class _WithoutTitles(GenerateJsonSchema):
@@ -41,7 +41,7 @@ class Key:
         name: Dotted name, `N` for a list index.
         expected: What the key takes, in words.
         required: Whether it must be given.
-        default: Its value when not given; None where the description says what that means.
+        default: Its value if not given; None if the description says what then happens.
         description: What it does and its unit.
         is_section: Whether it holds named keys.
         is_list: Whether it holds a list of sections.
@@ -90,21 +90,21 @@ def children(parent: str) -> list[str]:
 
 
 def nearest_keys(path: Sequence[str | int]) -> list[str]:
-    """Right names for a wrong one: near names beside it, else the same or near ones elsewhere.
+    """Suggest names for a wrong one: similar siblings, else the same or similar names elsewhere.
 
     Args:
         path: A concrete path that the schema does not have.
 
     Returns:
-        Dotted names, best first; empty where nothing is near.
+        Dotted names, best first; empty if nothing is similar.
     """
     parents, wrong, rest = _split_at_unknown(path)
     beside = difflib.get_close_matches(wrong, children(pattern(parents)), n=1)
     if beside:
         repaired = [*parents, beside[0], *rest]
         return [dotted(repaired if key_at(repaired) else [*parents, beside[0]])]
-    # Elsewhere only the last name counts, or every key of the same section would be near; a
-    # list's index cannot be guessed, so keys inside lists are left out.
+    # Elsewhere only the last name is compared; otherwise every key of the same section would be
+    # similar. A list's index cannot be guessed, so keys inside lists are left out.
     name = str(path[-1])
     elsewhere = {
         key.name: key.name.rpartition(".")[2]
@@ -119,7 +119,7 @@ def nearest_keys(path: Sequence[str | int]) -> list[str]:
 def _split_at_unknown(
     path: Sequence[str | int],
 ) -> tuple[Sequence[str | int], str, Sequence[str | int]]:
-    """Split at the first name that the schema lacks: what is right, the name, what follows."""
+    """Split at the first name that the schema lacks: the valid parents, the name, the rest."""
     for at in range(len(path)):
         if not _is_index(path[at]) and key_at(path[: at + 1]) is None:
             return path[:at], str(path[at]), path[at + 1 :]
@@ -145,7 +145,7 @@ def _walk(path: tuple[str, ...], section: JsonSchema) -> Iterator[Key]:
         node = _resolve(declared)
         nested = _nested_section(node)
         key = (*path, name)
-        # Pydantic leaves a section's description to its class where both say the same.
+        # Pydantic omits a field's description if it equals that of its class.
         description = declared.get("description", node.get("description", ""))
         yield Key(
             name=".".join(key),
@@ -161,7 +161,7 @@ def _walk(path: tuple[str, ...], section: JsonSchema) -> Iterator[Key]:
 
 
 def _required(section: JsonSchema) -> set[str]:
-    """Required names; for the model's shape, those of the alternative without a preset."""
+    """Required names; for the model's shape, those required without a preset."""
     alternatives = section.get("anyOf", [section])
     return set(alternatives[-1].get("required", ()))
 
@@ -184,7 +184,7 @@ def _describe(node: JsonSchema) -> str:
     if "anyOf" in node:
         return " or ".join(_describe(option) for option in node["anyOf"])
     if "enum" in node:
-        # As YAML has them: true and false may stand beside names.
+        # In YAML's spelling: true and false may be among the names.
         return f"one of {', '.join(_plain(value) for value in node['enum'])}"
     if "const" in node:
         return str(node["const"])

@@ -1,7 +1,7 @@
-"""Which layouts a number of ranks, a model, its batches and its lengths allow.
+"""Which layouts are allowed by the number of ranks, the model, its batches and its lengths.
 
 Everything here is arithmetic on the configuration: a layout is refused before any rank allocates
-memory, and 4,096 ranks are laid out in every way in some milliseconds.
+memory, and all layouts of 4,096 ranks are enumerated in some milliseconds.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def layout_problems(config: Config, world_size: int, vocab_size: int | None) -> 
     Args:
         config: the whole configuration.
         world_size: ranks of the job.
-        vocab_size: padded vocabulary, None where it is not known yet.
+        vocab_size: padded vocabulary; None if it is not known yet.
 
     Returns:
-        A line a contradiction, the last with layouts that work; nothing where this one does.
+        A line per contradiction, the last one with layouts that work; empty if this one works.
     """
     problems = list(_contradictions(config, world_size, vocab_size))
     if problems:
@@ -49,13 +49,13 @@ def legal_layouts(
 ) -> list[RankLayout]:
     """Every layout of `world_size` ranks that the configuration allows.
 
-    The configuration's own layout counts for nothing; its schedule, its stages a rank and its
-    sequence parallelism are taken as they are.
+    The configuration's own layout is ignored; its schedule, its stages per rank and its sequence
+    parallelism are kept.
 
     Args:
         config: the whole configuration.
         world_size: ranks of the job.
-        vocab_size: padded vocabulary; None where it is not known yet, and then not checked.
+        vocab_size: padded vocabulary; None if it is not known yet, and then not checked.
     """
     return [
         RankLayout(tensor, pipeline, replicate)
@@ -104,7 +104,7 @@ def _tensor_parallel_problems(config: Config, vocab_size: int | None) -> Iterato
 
 
 def _sequence_parallel_problems(config: Config) -> Iterator[str]:
-    """The tokens of a micro-batch are shared out, however many rows it has."""
+    """The length must divide, so that a micro-batch's tokens do, however many rows it has."""
     tensor = config.parallel.tensor
     if not config.parallel.sequence:
         return
@@ -204,7 +204,7 @@ def _layouts_that_work(config: Config, world_size: int, vocab_size: int | None) 
 
 
 def nearest_layouts(config: Config, world_size: int, vocab_size: int | None) -> list[RankLayout]:
-    """Legal layouts, the nearest first; of those that differ in `replicate` alone the nearest."""
+    """Legal layouts, nearest first; of those that differ only in `replicate`, just the nearest."""
     asked = RankLayout.of(config)
     nearest: dict[tuple[int, int], RankLayout] = {}
     for layout in sorted(legal_layouts(config, world_size, vocab_size), key=_distance_to(asked)):
@@ -213,14 +213,14 @@ def nearest_layouts(config: Config, world_size: int, vocab_size: int | None) -> 
 
 
 def _distance_to(asked: RankLayout) -> Callable[[RankLayout], tuple[float, int, int]]:
-    """How many doublings and halvings lead to a layout; of equals the one with less to send."""
+    """The number of doublings and halvings to a layout; ties go to less communication."""
 
     def distance(layout: RankLayout) -> tuple[float, int, int]:
         steps = [
             abs(math.log2(getattr(layout, name) / getattr(asked, name)))
             for name in RankLayout.names()
         ]
-        # Rounded: 3 to 2 and one doubling are as far as 3 to 1.
+        # Rounded, because 3 to 2 plus one doubling must equal 3 to 1.
         return round(sum(steps), 6), layout.tensor, layout.pipeline
 
     return distance

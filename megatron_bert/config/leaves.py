@@ -1,4 +1,4 @@
-"""What a tree of mappings and lists holds, entry by entry."""
+"""Iterating over the leaves of a tree of mappings and lists."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from megatron_bert.config.yaml_text import KeyPath
 def leaves(
     tree: Any, path: KeyPath = (), *, with_empty: bool = False
 ) -> Iterator[tuple[KeyPath, Any]]:
-    """Yield each value that is neither mapping nor list, with its path from `path` on.
+    """Yield each value that is neither a mapping nor a list, with its path.
 
     Args:
-        tree: what is gone through.
-        path: where it stands itself.
-        with_empty: whether a mapping or list that holds nothing is a value too, and not as good as
-            absent.
+        tree: the tree to traverse.
+        path: the path of the tree itself, which all paths begin with.
+        with_empty: whether to yield empty mappings and lists too, rather than treat them as absent.
     """
     entries: Iterable[tuple[Any, Any]] | None = None
     if isinstance(tree, Mapping):

@@ -29,7 +29,7 @@ def load_config(path: StrPath, overrides: str | Sequence[str] = ()) -> Config:
 
     Args:
         path: A YAML file.
-        overrides: `key.path=value` each, applied in order; a bare text is one of them.
+        overrides: `key.path=value` each, applied in order; a bare string is a single override.
 
     Returns:
         The configuration, with `run.dir` set (default: `runs/` + the file's stem).
@@ -49,13 +49,13 @@ def load_config(path: StrPath, overrides: str | Sequence[str] = ()) -> Config:
 def build_config(
     tree: Mapping[str, Any], overrides: str | Sequence[str] = (), *, name: str = "run"
 ) -> Config:
-    """Check a configuration that is at hand as plain values, as `load_config` checks a file.
+    """Check a configuration given as plain values, as `load_config` checks a file.
 
     Args:
-        tree: Sections, keys and values as YAML has them, paths, or numbers and arrays of numpy; it
-            stays as it is.
+        tree: Sections, keys and values as in YAML; values may also be paths, or NumPy's numbers and
+            arrays. It is not modified.
         overrides: As `load_config`.
-        name: Names `run.dir` where that is not given: `runs/` + this.
+        name: If `run.dir` is not given, it becomes `runs/` + this name.
 
     Raises:
         ConfigError: As `load_config`.
@@ -94,25 +94,25 @@ def _checked(
 
 @checked
 def config_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain values under the names that YAML uses."""
+    """The configuration as plain values, with YAML's names for the keys."""
     return config.model_dump(mode="json", by_alias=True)
 
 
 @checked
 def dump_config(config: Config) -> str:
-    """The whole configuration, defaults included, as YAML that loads to an equal one."""
+    """The whole configuration, including defaults, as YAML that loads to an equal one."""
     return format_document(config_dict(config))
 
 
 def _plain(value: Any) -> Any:
-    """A copy of nested values: mappings as dicts, paths as text, numpy's numbers as Python's."""
+    """A copy of nested values: mappings as dicts, paths as text, NumPy's numbers as Python's."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | Iterator):
         return [_plain(entry) for entry in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    # Whatever knows how to become Python's own numbers; numpy itself is not loaded for that.
+    # Anything that can convert itself to Python's own numbers; avoids importing numpy.
     as_python = getattr(value, "tolist", None)
     return as_python() if callable(as_python) else value
 
@@ -120,7 +120,7 @@ def _plain(value: Any) -> Any:
 def _override(
     tree: dict[str, Any], overrides: Sequence[str], places: dict[KeyPath, str]
 ) -> list[str]:
-    """Apply overrides to `tree` and note them in `places`; returns those that are refused."""
+    """Apply overrides to `tree` and record them in `places`; return the refused ones' messages."""
     problems = []
     for override in overrides:
         try:

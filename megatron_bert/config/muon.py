@@ -1,19 +1,19 @@
-"""What Muon's update is made of, for training, which computes it, and for plans, which time it."""
+"""Constants and costs of Muon's update, for training and for plans."""
 
 from __future__ import annotations
 
-# Of the iteration that orthogonalises a matrix.
+# Iterations that orthogonalise a matrix.
 ITERATIONS = 5
-# Matrices of fewer elements are orthogonalised together, up to so many: alone, small ones would
-# leave a device waiting for the host; together, large ones would only take memory.
+# Smaller matrices are orthogonalised together, up to this many elements: one by one, small ones
+# would leave a device waiting for the host; together, large ones would only take memory.
 BATCH_ELEMENTS = 1 << 24
 
 
 def iteration_flops(shorter: int, longer: int) -> int:
-    """Operations of x <- (b (x x^T) + c (x x^T)^2) x, which is repeated.
+    """Operations of one iteration, x <- (b (x x^T) + c (x x^T)^2) x.
 
     Args:
-        shorter: side of the matrix x.
-        longer: its other side.
+        shorter: length of the shorter side of the matrix x.
+        longer: length of its other side.
     """
     return 4 * shorter**2 * longer + 2 * shorter**3

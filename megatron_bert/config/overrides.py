@@ -13,7 +13,7 @@ FORM = "key.path=value, e.g. optimizer.lr=1e-4 or data.train.0.weight=2"
 
 
 def apply_override(tree: dict[str, Any], override: str) -> KeyPath:
-    """Set one value in a tree of plain values, in place; sections on the way are made.
+    """Set one value in a tree of plain values, in place; missing sections are created.
 
     Args:
         tree: What the configuration file gave.
@@ -23,8 +23,8 @@ def apply_override(tree: dict[str, Any], override: str) -> KeyPath:
         The path that was set.
 
     Raises:
-        ConfigError: The override has not this form, its value is not YAML, or it goes through
-            a value that is no section or past a list's end.
+        ConfigError: The override does not have this form, its value is not YAML, or its path goes
+            through a value that is not a section, or past a list's end.
     """
     name, equals, text = override.partition("=")
     name = name.strip()

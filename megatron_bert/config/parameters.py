@@ -12,14 +12,14 @@ from megatron_bert.config.schema import Config, ModelConfig
 
 @dataclass(frozen=True)
 class PieceParameters:
-    """Parameters of the model's pieces, as one rank of a tensor-parallel group holds them.
+    """Number of parameters of the model's parts on one rank of a tensor-parallel group.
 
     Attributes:
-        word: of the word embeddings' table, which is the decoder too.
-        position: of the position embeddings' table.
+        word: of the word embedding table, which is also the decoder.
+        position: of the position embedding table.
         block: of one block.
         matrices: of a block's matrices alone.
-        end: of the final norm and the head, the decoder's table not counted.
+        end: of the final norm and the head, without the decoder's table.
     """
 
     word: int
@@ -30,7 +30,7 @@ class PieceParameters:
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int, tensor: int = 1) -> PieceParameters:
-        """Count them.
+        """Count the parameters.
 
         Args:
             model: the encoder's shape.
@@ -40,7 +40,7 @@ class PieceParameters:
         layers, whole = block_matrices(model, tensor), model.hidden_size
         matrices = sum(layer.size for layer in layers)
         bias = int(model.family.biases)
-        # An embedding norm takes the place of the first block's attention norm.
+        # An embedding norm replaces the first block's attention norm, so the count is the same.
         norm = (1 + bias) * whole
         return cls(
             word=vocab_size // tensor * whole,
@@ -56,7 +56,7 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
 
     Args:
         model: the encoder's shape.
-        vocab_size: rows of the embedding table, padding included.
+        vocab_size: rows of the embedding table, including padding.
     """
     pieces = PieceParameters.of(model, vocab_size)
     return pieces.word + pieces.position + model.num_layers * pieces.block + pieces.end
@@ -66,14 +66,14 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
 class RankParameters:
     """What a pipeline rank holds, as one rank of its tensor-parallel group.
 
-    Its data-parallel ranks share it out evenly, but for the last rows of small parameters.
+    Data-parallel ranks shard it evenly, except for the last rows of small parameters.
 
     Attributes:
         root: parameters outside the blocks.
-        layers: blocks, over its stages.
+        layers: number of blocks in all its stages.
         block: parameters of a block.
-        matrices: of all its parameters those of its blocks' matrices.
-        has_head: whether it ends the model.
+        matrices: how many of all its parameters are in its blocks' matrices.
+        has_head: whether it has the end of the model.
     """
 
     root: int
@@ -84,7 +84,7 @@ class RankParameters:
 
     @property
     def total(self) -> int:
-        """All its parameters."""
+        """Number of all its parameters."""
         return self.root + self.layers * self.block
 
 
@@ -120,7 +120,7 @@ def divided_parameters(
             rank == 0,
             rank == pipeline - 1,
         )
-        # The last rank of a pipeline has a copy of the table, which its head decodes with.
+        # The last rank of a pipeline has a copy of the table, for the head's decoder.
         root = pieces.word if is_first or is_last else 0
         root += pieces.position * is_first + pieces.end * is_last
         matrices = layers * pieces.matrices
@@ -129,7 +129,7 @@ def divided_parameters(
 
 
 def rank_state_bytes(config: Config, vocab_size: int) -> list[int]:
-    """Bytes of each pipeline rank's weights, gradients and optimizer states, not shared out yet."""
+    """Bytes of each pipeline rank's weights, gradients and optimizer states, before sharding."""
     # AdamW has two moments, Muon one for the blocks' matrices.
     saved = 4 if config.optimizer.name == "muon" else 0
     ranks = rank_parameters(config, vocab_size)

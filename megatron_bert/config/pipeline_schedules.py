@@ -1,6 +1,6 @@
 """The schedules of a pipeline, and what each implies for the rest of the configuration.
 
-In which order they compute is in `parallel.schedule`.
+The order in which they compute is in `parallel.schedule`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ ScheduleName = Literal["1f1b", "interleaved", "zero_bubble"]
 
 @dataclass(frozen=True)
 class PipelineSchedule:
-    """What distinguishes a schedule beside its order.
+    """What distinguishes a schedule apart from its order.
 
     Attributes:
-        interleaves: each rank holds several stages; micro-batches come in rounds of one a rank.
-        splits_backward: a backward pass is two: inputs' gradients at once, weights' where the rank
-            would wait.
+        interleaves: each rank holds several stages; micro-batches come in rounds of one per rank.
+        splits_backward: the backward pass is split in two: the inputs' gradients at once, the
+            weights' where the rank would otherwise wait.
     """
 
     interleaves: bool
@@ -36,4 +36,4 @@ SCHEDULES: Mapping[ScheduleName, PipelineSchedule] = MappingProxyType(
 )
 
 PLAIN_SCHEDULE: ScheduleName = "1f1b"
-"""What a single rank counts as, whatever its schedule is called."""
+"""The schedule that holds for a single pipeline rank, whatever is configured."""

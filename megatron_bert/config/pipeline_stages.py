@@ -1,6 +1,6 @@
-"""How a pipeline divides the model's blocks: by work, embedding and head weighed in.
+"""How a pipeline divides the model's blocks: by work, including the embedding's and the head's.
 
-A checkpoint knows nothing of it: any division loads what any other saved.
+Checkpoints do not depend on it: any division loads what any other saved.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from megatron_bert.config.schema import Config
 
 # Looking up and adding embeddings multiplies nothing. With dropout and the table's gradient it took
 # 0.02 to 0.04 of a block's CPU time at RetrievaBERT's width, in fp32 on one core, with
-# micro-batches of 2,048 to 8,192 tokens (not measured on CUDA). More than 0, it decides between
-# equals: the first stage is the last to get one more block.
+# micro-batches of 2,048 to 8,192 tokens (not measured on CUDA). Being above 0, it breaks ties: the
+# first stage is the last to get one more block.
 EMBEDDING_BLOCKS = 0.03
 
 
 def virtual_stages(config: Config) -> int:
-    """Parts of the model that each pipeline rank holds: more than one where they interleave."""
+    """Parts of the model on each pipeline rank: more than one if the schedule interleaves."""
     return config.parallel.virtual_stages if config.parallel.schedule.interleaves else 1
 
 
 def num_stages(config: Config) -> int:
-    """Parts that the model is cut into."""
+    """Parts that the model is divided into."""
     return config.parallel.pipeline * virtual_stages(config)
 
 
 def stage_layers(config: Config, vocab_size: int) -> list[range]:
     """Numbers of the blocks that each stage holds, in the order of the stages.
 
-    The busiest stage sets the pipeline's pace, so blocks go one by one to the stage that has the
-    least work; the head's work is weighed in blocks as the whole curriculum asks for it.
+    The busiest stage sets the pipeline's pace, so blocks go one by one to the stage with the least
+    work; the head's work is expressed in blocks, averaged over the whole curriculum.
 
     Args:
         config: the checked configuration: every stage gets a block.
@@ -41,7 +41,7 @@ def stage_layers(config: Config, vocab_size: int) -> list[range]:
     work[-1] += head_in_blocks(config, vocab_size)
     counts = [1] * len(work)
     for _ in range(config.model.num_layers - len(work)):
-        # Of equals the middle one: the first stage holds the most activations, the last the head's.
+        # Ties go to the middle: the first stage holds the most activations, the last the head's.
         lightest = min(
             range(len(work)),
             key=lambda stage: (work[stage] + counts[stage], abs(stage - len(work) / 2)),

@@ -1,4 +1,4 @@
-"""Places that a run or a tool writes to."""
+"""Checking and preparing the places that a run or a tool writes to."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from megatron_bert.config.errors import UserError
 from megatron_bert.files import write_atomically
 
-# A variable ($NAME, ${NAME}, $1, $(command)), or a home.
+# A variable ($NAME, ${NAME}, $1, $(command)), or a home folder (~, ~NAME).
 _SHELL = re.compile(r"\$(?:\w+|\{[^}]*\}?|\([^)]*\)?)|^~[\w.-]*(?=/|$)")
 
 
 def place_problem(path: Path) -> str | None:
-    """Say what speaks against writing to a path; None: nothing.
+    """Say why a path must not be written to; None if it may.
 
-    A `..` behind a name takes it back: `runs/NAME` is no longer in `runs` where NAME is
-    `../../elsewhere`. At the beginning it takes nothing back, and is a user's way to a neighbour.
+    A `..` after a name undoes it: `runs/NAME` is not in `runs` if NAME is `../../elsewhere`. At the
+    beginning of a path it undoes nothing, and is how a user reaches a neighbouring folder.
     """
     named = itertools.dropwhile(lambda part: part == "..", path.parts)
     if ".." not in named:
@@ -30,7 +30,7 @@ def place_problem(path: Path) -> str | None:
 
 
 def shell_problem(path: str) -> str | None:
-    """Say what in a path only a shell would have replaced; None: nothing.
+    """Say which part of a path only a shell would replace; None if there is none.
 
     Args:
         path: as the configuration has it.
@@ -39,7 +39,7 @@ def shell_problem(path: str) -> str | None:
     if left is None:
         return None
     if left[0] == "~":
-        # Which no shell replaces behind `run.dir=`, with quotes or without.
+        # No shell replaces this after `run.dir=`, with or without quotes.
         override = f"as an override, in double quotes: $HOME{path[1:]}"
     elif left[0].startswith("~"):
         return f"{left[0]} is for a shell, which reads no configuration file; write out that home"
@@ -69,13 +69,13 @@ def check_no_folder(path: Path) -> None:
         UserError: there is one, or see `check_place`.
     """
     check_place(path)
-    # Of a name that is too long this says False, and not what an error would.
+    # Returns False for a name that is too long, instead of raising.
     if os.path.isdir(path):  # noqa: PTH112
         raise UserError(f"cannot write {path}: it is a folder; name a file in it")
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of a file that is to be written, and try it, before the work.
+    """Make the folder of a file to be written, and try writing there, before the work begins.
 
     Raises:
         UserError: the file could not be written there.
@@ -88,7 +88,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Write a file that a user named: whole, or not at all; text as UTF-8; in a folder made for it.
+    """Write a file that a user named, completely or not at all; text as UTF-8; make its folder.
 
     Raises:
         UserError: the path climbs out of a folder that it names, or cannot be written.
@@ -104,13 +104,13 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        # What is in the way may be one of the folders around it.
+        # The obstacle may be one of the parent folders, so name it.
         raise OSError(error.errno, f"cannot make {error.filename}: {error.strerror}") from error
 
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Tell of what fails inside by the name that the user gave, not by a temporary one."""
+    """Report errors raised inside with the name that the user gave, not a temporary one."""
     try:
         yield
     except OSError as error:

@@ -26,7 +26,7 @@ _RETRIEVABERT_1_3B: Mapping[str, int | float | str] = MappingProxyType(
     }
 )
 
-# ModernBERT's published config.json, but for the vocabulary, which is the tokenizer's.
+# ModernBERT's published config.json, except for the vocabulary, which is the tokenizer's.
 _MODERNBERT_BASE: Mapping[str, int | float | str] = MappingProxyType(
     {
         "architecture": "modernbert",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.schema import Config
 
-# What is recorded stays in memory until the last of the steps.
+# Recordings stay in memory until the last of the steps.
 MOST_STEPS = 20
 
 
@@ -25,7 +25,7 @@ def profiled_steps(config: Config) -> range:
 
 
 def profile_problems(config: Config) -> Iterator[str]:
-    """What speaks against `profile.steps`."""
+    """Problems with `profile.steps`."""
     given = config.profile.steps
     if given is None:
         return

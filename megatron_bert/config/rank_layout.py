@@ -9,7 +9,7 @@ from megatron_bert.config.schema import Config, ParallelConfig
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How many ranks each kind of parallelism takes; data parallelism has those left over.
+    """How many ranks each kind of parallelism takes; data parallelism gets the remaining factor.
 
     Attributes:
         tensor: `parallel.tensor`.
@@ -23,7 +23,7 @@ class RankLayout:
 
     @property
     def fewest_ranks(self) -> int:
-        """The smallest job that this layout is one of."""
+        """Ranks of the smallest job that this layout fits."""
         return self.tensor * self.pipeline * self.replicate
 
     @classmethod
@@ -42,7 +42,7 @@ class RankLayout:
 
 
 def without_layout(config: Config) -> Config:
-    """The configuration with the layout of one rank, in place of its own."""
+    """The configuration with its layout replaced by that of a single rank."""
     parallel = config.parallel
     return config.with_keys(
         {
@@ -54,5 +54,5 @@ def without_layout(config: Config) -> Config:
 
 
 def without_chosen_layout(config: Config) -> Config:
-    """The same where `parallel.layout: auto` chooses one: what the keys say counts for nothing."""
+    """As `without_layout` if `parallel.layout` is `auto`, which ignores the keys, else as it is."""
     return config if config.parallel.layout == "manual" else without_layout(config)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def divisors(value: int) -> list[int]:
-    """The divisors of `value` in order; of a value beyond 2^32 only those that are found soon."""
+    """The divisors of `value` in order; beyond 2^32 only those that are found quickly."""
     largest_tried = min(math.isqrt(value), 2**16)  # a mistyped size must not hang the check
     small = [divisor for divisor in range(1, largest_tried + 1) if value % divisor == 0]
     return sorted({*small, *(value // divisor for divisor in small)})
@@ -28,6 +28,6 @@ def near_multiples(value: int, factor: int) -> str:
 
 
 def in_words(choices: Sequence[str]) -> str:
-    """Choices as a sentence takes them: `a, b or c`."""
+    """Choices in the form of a sentence: `a, b or c`."""
     *others, last = choices
     return f"{', '.join(others)} or {last}" if others else last

@@ -1,6 +1,6 @@
-"""What rows take of a machine's memory: those of a step, and the plan of a whole run's.
+"""How much memory rows take: the rows of a step, and the plan of a whole run's rows.
 
-A size with some zeros too many is refused by this before anything is made.
+It serves to refuse a size with a few zeros too many before anything is allocated.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from megatron_bert.config.schema import Config
 from megatron_bert.host_memory import host_memory
 from megatron_bert.words import counted
 
-# The training loop assembles a step's rows while it reads those of the one before.
+# The training loop assembles a step's rows while it reads those of the previous step.
 _STEPS_HELD = 2
-# Of the data core's plan (csrc/row_plan.h, csrc/blend.h): a place of 16 bytes for every 64 rows;
-# where corpora are blended a count of 8 bytes for every 256 rows and one of 1 for every 32, each
-# of every corpus; and each epoch's beginning, with what arrays hold beside while they grow.
+# Sizes in the data core's plan (csrc/row_plan.h, csrc/blend.h): a place of 16 bytes for every 64
+# rows; if several corpora are blended, for each of them a count of 8 bytes for every 256 rows and
+# one of 1 byte for every 32; and each epoch's beginning, including the slack of growing arrays.
 _PLACE_BYTES_A_ROW = 16 / 64
 _BLEND_BYTES_A_ROW = 8 / 256 + 1 / 32
 _EPOCH_BYTES = 300
 
 
 def room_for_rows() -> int:
-    """Bytes of it that rows may take, for each of the two: the rest is the model's and others'."""
+    """Bytes that a step's rows, or the plan, may take; the rest is for the model and other uses."""
     return host_memory() // 2
 
 
 def plan_bytes(rows: int, corpora: int, epochs: float = 0.0) -> float:
-    """Memory that the plan of a run's rows takes in each process.
+    """Bytes that the plan of a run's rows takes in each process.
 
     Args:
-        rows: of the whole run.
-        corpora: that are blended.
-        epochs: of all corpora together.
+        rows: number of rows of the whole run.
+        corpora: number of corpora that are blended.
+        epochs: number of epochs, summed over all corpora.
     """
     blend = _BLEND_BYTES_A_ROW * corpora if corpora > 1 else 0.0
     return rows * (_PLACE_BYTES_A_ROW + blend) + epochs * _EPOCH_BYTES
 
 
 def long_run(config: Config) -> str:
-    """The key that makes a run long, with what follows from it, for messages."""
+    """The key that makes a run long, and the number of rows that it leads to, for messages."""
     spans = Curriculum(config).spans
     longest = max(spans, key=lambda span: span.num_rows)
     return (
@@ -51,7 +51,7 @@ def long_run(config: Config) -> str:
 
 
 def row_problems(config: Config, world_size: int) -> Iterator[str]:
-    """Steps and runs of more rows than this machine could hold, whatever the data."""
+    """Problems of steps or runs with more rows than this machine could hold, whatever the data."""
     step_problems = list(_step_problems(config, world_size))
     yield from step_problems
     if not step_problems:
@@ -61,7 +61,7 @@ def row_problems(config: Config, world_size: int) -> Iterator[str]:
 def _step_problems(config: Config, world_size: int) -> Iterator[str]:
     room = room_for_rows()
     data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
-    # Of the stages that share a key the one with the largest rows.
+    # Of stages that share a key, the one with the largest rows counts.
     largest: dict[str, StageSpan] = {}
     for span, stage in zip(Curriculum(config).spans, config.curriculum, strict=True):
         own = stage.batch.global_size is not None
@@ -79,7 +79,7 @@ def _step_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _row_bytes(span: StageSpan) -> int:
-    """A row's tokens and positions, its masked slots, labels and weights, and its number."""
+    """Bytes of a row: tokens and positions, masked slots, labels and weights, and its number."""
     return 2 * 4 * span.seq_length + 3 * 4 * span.masked_slots + 8
 
 
@@ -100,5 +100,5 @@ def _plan_problems(config: Config) -> Iterator[str]:
 
 
 def gigabytes(amount: float) -> str:
-    """Bytes as messages have them."""
+    """Bytes in the form used in messages."""
     return f"{amount / 1e9:,.1f} GB"

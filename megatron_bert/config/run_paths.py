@@ -1,4 +1,4 @@
-"""What stands where in a run directory."""
+"""Where things are in a run directory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The names in a run directory; whether anything is there is not asked.
+    """The paths in a run directory; nothing checks whether they exist.
 
-    How the last job ended stands beside them (`run/directory.py`), and what a scheduler's jobs
-    leave for each other among the logs (`jobs/going_on.py`).
+    Not listed here: how the last job ended (`run/directory.py`), and what a scheduler's jobs leave
+    for each other among the logs (`jobs/going_on.py`).
 
     Attributes:
         root: the run directory.
@@ -21,7 +21,7 @@ class RunPaths:
 
     @classmethod
     def around(cls, checkpoint: Path) -> RunPaths:
-        """Those of the run that a checkpoint's folder lies in."""
+        """The paths of the run that a checkpoint's folder is in."""
         return cls(checkpoint.absolute().parent.parent)
 
     @property
@@ -31,7 +31,7 @@ class RunPaths:
 
     @property
     def metrics(self) -> Path:
-        """What it measured, one JSON object a line."""
+        """The run's metrics, one JSON object a line."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -41,17 +41,17 @@ class RunPaths:
 
     @property
     def journal(self) -> Path:
-        """What its jobs did, one JSON object a line."""
+        """What the run's jobs did, one JSON object a line."""
         return self.root / "jobs.jsonl"
 
     @property
     def lock(self) -> Path:
-        """The file that a live job holds."""
+        """The file that a live job keeps locked."""
         return self.root / "run.lock"
 
     @property
     def logs(self) -> Path:
-        """The folder of logs, and of what else people need not look at."""
+        """The folder of logs, and of other files that people rarely need."""
         return self.root / "logs"
 
     @property

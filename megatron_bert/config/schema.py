@@ -1,8 +1,8 @@
 """The configuration tree: one frozen class per section, one documented field per key.
 
 The text under a field is its description: editors show it (docs/config.schema.json) and the
-guide prints it (docs/configuration.md). A field's own limits stand here; what two or more keys
-must agree on is in `checks`.
+guide prints it (docs/configuration.md). A field's own limits are here; constraints between two or
+more keys are in `checks`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ KernelsChoice = Literal["auto", KernelsName]
 MIN_SEQ_LENGTH = 8
 DEFAULT_MICRO_TOKENS = 16384
 DEFAULT_WARMUP_FRACTION = 0.01
-# The data core's bound on what is masked together; the two must be equal.
+# Must equal the data core's bound on the tokens that are masked together.
 MAX_UNIT_TOKENS = 8
 
 
 class Section(BaseModel):
-    """What all sections share: no unknown key, no silent conversion, no change after loading."""
+    """Base of all sections: no unknown keys, no silent conversions, no changes after loading."""
 
     model_config = ConfigDict(
         strict=True,
@@ -72,15 +72,16 @@ class RunConfig(Section):
     seed: int = Field(1234, ge=0, lt=2**63)
     """Seed of everything random: initial weights, order of rows, masks, dropout."""
     max_minutes: PositiveFloat | None = None
-    """Stop cleanly so early that the last checkpoint is written within this many minutes of wall
-    time, by what steps and saves took. Default: no limit."""
+    """Stop cleanly, early enough that the last checkpoint is written within this many minutes of
+    wall time, judging by how long steps and saves took. Default: no limit."""
     deadline: PositiveFloat | None = None
-    """The same for a moment, in seconds since 1970 (`date +%s`): a job's end, which stays where it
-    is when ranks are started again within the job. Default: no limit."""
+    """The same for a point in time, in seconds since 1970 (`date +%s`): a job's end, which does not
+    move when ranks are restarted within the job. Default: no limit."""
     deterministic: bool | None = None
-    """Same bits for the same topology, resumed or not. Default: true on CPU, false on CUDA."""
+    """Give the same bits for the same topology, resumed or not. Default: true on CPU, false on
+    CUDA."""
     device: DeviceChoice = "auto"
-    """Where to compute; `auto` takes CUDA where there is a device, else the CPU."""
+    """Where to compute; `auto` uses CUDA if there is a device, else the CPU."""
 
     @property
     def directory(self) -> Path:
@@ -90,12 +91,12 @@ class RunConfig(Section):
 
     @property
     def paths(self) -> RunPaths:
-        """What stands where in the run directory."""
+        """The paths in the run directory."""
         return RunPaths(self.directory)
 
 
 def _model_json_schema(schema: dict[str, Any]) -> None:
-    """Tell editors that a preset stands in for the keys of the model's shape."""
+    """Tell editors that a preset replaces the required keys of the model's shape."""
     required = schema.pop("required")
     schema["anyOf"] = [
         {"required": ["preset"], "properties": {"preset": {"type": "string"}}},
@@ -115,20 +116,19 @@ class ModelConfig(Section):
     hidden_size: PositiveInt
     """Width of the residual stream; a multiple of `num_attention_heads`."""
     ffn_hidden_size: PositiveInt
-    """Width of the gated MLP: columns of the gate and of the up projection each."""
+    """Width of the gated MLP: columns of each of the gate and up projections."""
     num_attention_heads: PositiveInt
     """Query heads."""
     num_query_groups: PositiveInt
-    """Key/value heads: 1 is multi-query, `num_attention_heads` is multi-head attention, which
-    `architecture: modernbert` asks for."""
+    """Key/value heads: 1 is multi-query attention; `num_attention_heads` is multi-head attention,
+    which `architecture: modernbert` requires."""
     max_position_embeddings: PositiveInt
-    """The longest segment, in tokens; rows of the position table where it is learned."""
+    """The longest segment, in tokens; also the rows of a learned position table."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding table. Default: the tokenizer's pieces, padded to a multiple of 128."""
     architecture: ArchitectureName = "retrievabert"
     """Family: `retrievabert` has learned positions, biases and SwiGLU; `modernbert` has rotary
-    positions, no biases, GEGLU, and layers that see their neighbourhood between those that see
-    all of a segment."""
+    positions, no biases, GEGLU, and local layers between those that see whole segments."""
     hidden_dropout: BelowOne = 0.1
     """Dropout probability on the embeddings and on each sub-layer's output."""
     attention_dropout: BelowOne = 0.1
@@ -136,16 +136,19 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-12
     """Epsilon of every LayerNorm."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; output projections: over sqrt(2 num_layers)."""
+    """Standard deviation of the initial weights; divided by sqrt(2 num_layers) for output
+    projections."""
 
     rope_theta: PositiveFloat = 160_000.0
-    """`modernbert`: base of the wave lengths of rotary positions in layers that see all."""
+    """`modernbert`: base of the wavelengths of rotary positions in layers that see whole
+    segments."""
     local_rope_theta: PositiveFloat = 10_000.0
     """`modernbert`: the same in local layers."""
     local_attention: Annotated[int, Field(ge=2, multiple_of=2)] = 128
     """`modernbert`: width of a local layer's window, in tokens: half of it to each side."""
     global_attention_every: PositiveInt = 3
-    """`modernbert`: of how many layers one sees all, the first one among them; 1 is all."""
+    """`modernbert`: one in this many layers, starting with the first, sees whole segments; with 1
+    all layers do."""
 
     @model_validator(mode="before")
     @classmethod
@@ -167,19 +170,19 @@ class ModelConfig(Section):
         return self.num_query_groups * self.head_dim
 
     def kv_ranks(self, tensor: int) -> int:
-        """Over how many of a group's tensor-parallel ranks keys and values are divided.
+        """Number of ranks of a tensor-parallel group over which keys and values are sharded.
 
-        Heads that do not divide over the ranks are held whole by each of them: 1.
+        It is 1 if their heads do not divide evenly over the ranks: each rank then holds them all.
         """
         return tensor if self.num_query_groups % tensor == 0 else 1
 
     @property
     def family(self) -> Architecture:
-        """What distinguishes the architecture beside sizes."""
+        """What distinguishes the architecture apart from its sizes."""
         return ARCHITECTURES[self.architecture]
 
     def is_local(self, layer: int) -> bool:
-        """Whether tokens of the layer of this number see their neighbourhood only."""
+        """Whether tokens in the layer with this number see only their neighbourhood."""
         return self.family.alternates and layer % self.global_attention_every != 0
 
 
@@ -192,12 +195,12 @@ class Corpus(Section):
     """Share of the rows, relative to the other corpora's weights (they need not sum to 1).
     Default: 1, unless `epochs` is given."""
     epochs: PositiveFloat | None = None
-    """In place of weights, for every corpus: how often it is read, relative to the others; the
-    plan says when the curriculum is too short or too long to read that often."""
+    """How often the corpus is read, relative to the others; given for every corpus, in place of
+    weights. The plan says if the curriculum is too short or too long to read it that often."""
 
     @property
     def weight_or_default(self) -> float:
-        """The weight that holds where corpora are blended by weight."""
+        """The weight that applies if corpora are blended by weight."""
         return 1.0 if self.weight is None else self.weight
 
 
@@ -205,7 +208,7 @@ class DataConfig(Section):
     """The tokenizer and the tokenized datasets."""
 
     tokenizer: Text
-    """Path of a SentencePiece `.model` or of a `tokenizer.json`: the one that made the data."""
+    """Path of the SentencePiece `.model` or `tokenizer.json` that made the data."""
     train: tuple[Corpus, ...] = Field(strict=False, min_length=1)
     """Training corpora, blended by weight or by epochs within every curriculum stage."""
     valid: tuple[Corpus, ...] = Field((), strict=False)
@@ -220,7 +223,7 @@ class DataConfig(Section):
 
 
 class MlmConfig(Section):
-    """Masked language modelling: what is hidden and by what it is replaced."""
+    """Masked language modelling: what is hidden and what replaces it."""
 
     probability: BetweenZeroAndOne = 0.15
     """Share of a row's text tokens that are to be predicted."""
@@ -260,7 +263,7 @@ class Stage(Section):
     mlm: StageMlm = StageMlm()
     """The stage's masking."""
     lr_factor: PositiveFloat = 1.0
-    """What the scheduled learning rate is multiplied by in the stage."""
+    """Factor by which the scheduled learning rate is multiplied in the stage."""
 
 
 class BatchConfig(Section):
@@ -269,12 +272,12 @@ class BatchConfig(Section):
     global_size: PositiveInt
     """Rows in one optimizer step, over all ranks; a stage may have its own."""
     micro_size: PositiveInt | None = None
-    """Most rows of one forward pass of one rank; give this or `micro_tokens`."""
+    """Maximum rows in one forward pass of one rank; give this or `micro_tokens`."""
     micro_tokens: PositiveInt | None = None
-    """Most token slots of one forward pass of one rank (at least one row). Default: 16384."""
+    """Maximum token slots in one forward pass of one rank (at least one row). Default: 16384."""
 
     def max_micro_rows(self, seq_length: int) -> int:
-        """Most rows of `seq_length` slots that one rank takes in one forward pass."""
+        """Maximum rows of `seq_length` slots that one rank takes in one forward pass."""
         if self.micro_size is not None:
             return self.micro_size
         micro_tokens = DEFAULT_MICRO_TOKENS if self.micro_tokens is None else self.micro_tokens
@@ -282,17 +285,17 @@ class BatchConfig(Section):
 
     @staticmethod
     def rows_in(micro_tokens: int, seq_length: int) -> int:
-        """Most rows of `seq_length` slots in `micro_tokens` slots, but at least one."""
+        """How many rows of `seq_length` slots fit in `micro_tokens` slots, but at least one."""
         return max(1, micro_tokens // seq_length)
 
 
 class OptimizerConfig(Section):
-    """What makes updates of gradients, and gradient clipping."""
+    """The optimizer and gradient clipping."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` updates the blocks' matrices by orthogonalised momentum, at AdamW's learning rate; the
-    rest (embeddings, head, norms, biases) stays with AdamW. In a new run that changes it all
-    states of the optimizer begin at zero."""
+    rest (embeddings, head, norms, biases) stays with AdamW. A new run that changes it starts with
+    all optimizer states at zero."""
     lr: PositiveFloat = 1.5e-4
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 1e-6
@@ -310,8 +313,8 @@ class OptimizerConfig(Section):
     clip_grad: NonNegativeFloat = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
     max_skipped: NonNegativeInt = 10
-    """Updates that may be skipped in a row for a loss or gradient that is not finite before the run
-    ends."""
+    """Updates that may be skipped in a row, for a loss or gradient that is not finite, before the
+    run ends."""
 
 
 class ScheduleConfig(Section):
@@ -335,7 +338,7 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     """Pipeline ranks: groups of ranks that hold consecutive blocks."""
     sequence: bool = False
-    """Share norms, dropout and the residual stream by tokens inside a tensor-parallel group."""
+    """Split norms, dropout and the residual stream by tokens within a tensor-parallel group."""
     pipeline_schedule: ScheduleName = PLAIN_SCHEDULE
     """Order of the micro-batches in the pipeline. `zero_bubble` is interleaved too; it takes
     neither compilation nor recomputation."""
@@ -344,14 +347,15 @@ class ParallelConfig(Section):
     replicate: PositiveInt = 1
     """Copies of the sharded weights within data parallelism (HSDP)."""
     reshard_after_forward: bool = False
-    """Free a block's gathered weights after its forward pass too, and gather them again for the
+    """Also free a block's gathered weights after its forward pass, and gather them again for the
     backward pass of every micro-batch (ZeRO-3): less memory, more messages."""
     layout: Literal["manual", "auto"] = "manual"
-    """`auto` has each job take the layout predicted to be the quickest on its ranks; this section's
-    keys, `batch.micro_tokens`, `batch.micro_size` and `recompute` then count for nothing."""
+    """With `auto` each job takes the layout predicted to be the fastest on its ranks; this
+    section's keys, `batch.micro_tokens`, `batch.micro_size` and `recompute` are then ignored."""
     network: Text | None = None
-    """`layout: auto`: what connects nodes, an adapter and how many of them a node has, as
-    `ndr200x4`. Default: the InfiniBand adapters that a node shows, else one `ndr200` a GPU."""
+    """`layout: auto`: the network between nodes, as an adapter and the number of them in a node,
+    such as `ndr200x4`. Default: the InfiniBand adapters that a node shows, else one `ndr200` a
+    GPU."""
 
     @property
     def schedule(self) -> PipelineSchedule:
@@ -368,18 +372,18 @@ class PrecisionConfig(Section):
     """Format in which gradients are added up over a step's micro-batches and reduced over the
     data-parallel ranks, where there are several; `bf16` halves what is sent and held."""
     fp8: Literal["none", "current"] = "none"
-    """Products of the blocks' linear layers in FP8, scaled by what is known of their operands then
-    (`current`; nothing is kept from step to step): with `kernels: fused` those of the feed-forward
-    networks, which a run keeps to, else all, each operand by its own largest number, by PyTorch or,
-    with `kernels: te`, Transformer Engine. On GPUs of compute capability 8.9 and up, and slowly on
-    CPUs."""
+    """Compute products of the blocks' linear layers in FP8, scaled by what is then known of their
+    operands (`current`; nothing is kept from step to step). With `kernels: fused` these are the
+    products of the feed-forward networks, and a run stays with that choice; otherwise they are all
+    products, each operand scaled by its own largest number, by PyTorch or, with `kernels: te`,
+    Transformer Engine. Works on GPUs of compute capability 8.9 and up, and slowly on CPUs."""
 
 
 class CheckpointConfig(Section):
     """When checkpoints are written, how many stay, where a job starts from."""
 
     interval: PositiveInt = 1000
-    """Steps between checkpoints; the end of a job always writes one."""
+    """Steps between checkpoints; a job always writes one at its end."""
     keep: PositiveInt = 3
     """Newest complete checkpoints that stay on disk."""
     async_: bool = Field(False, alias="async")
@@ -400,8 +404,8 @@ class EvalConfig(Section):
     """Batches of `batch.global_size` rows per corpus and length, at most one epoch of the
     corpus."""
     fixed_seq_length: Annotated[int, Field(ge=MIN_SEQ_LENGTH)] | None = None
-    """Length evaluated in every stage beside the stage's own, in token slots; it makes stages
-    comparable. Default: 512, or the longest stage if that is shorter."""
+    """Length evaluated in every stage in addition to the stage's own, in token slots; it makes
+    stages comparable. Default: 512, or the longest stage if that is shorter."""
 
 
 class WandbConfig(Section):
@@ -410,13 +414,13 @@ class WandbConfig(Section):
     mode: Literal["online", "offline", "disabled"] = "disabled"
     """Whether and where metrics are sent. A service that cannot be reached slows no step."""
     project: Text = "megatron_bert"
-    """Project in which the run stands; the account is wandb's own business (`WANDB_API_KEY`)."""
+    """Project of the run; wandb itself handles the account (`WANDB_API_KEY`)."""
     name: Text | None = None
-    """Name of the run. Default: that of the run directory."""
+    """Name of the run. Default: the name of the run directory."""
 
 
 class LogConfig(Section):
-    """What is reported beside `metrics.jsonl`."""
+    """What is reported in addition to `metrics.jsonl`."""
 
     interval: PositiveInt = 10
     """Steps between progress lines; `metrics.jsonl` has every step."""
@@ -427,10 +431,10 @@ class LogConfig(Section):
 
 
 class ProfileConfig(Section):
-    """What some steps spend time and memory on."""
+    """Recording what some steps spend time and memory on."""
 
     steps: Text | None = None
-    """`A:B`: record steps A to B, counted from 1, both included, into `run.dir/profile`: PyTorch's
+    """`A:B`: record steps A to B (inclusive, counted from 1) into `run.dir/profile`: PyTorch's
     trace and, on CUDA, the memory's history. Default: none."""
 
 
@@ -438,20 +442,20 @@ class CompileConfig(Section):
     """torch.compile and CUDA graphs."""
 
     enabled: bool = False
-    """Compile each transformer block. On CUDA `kernels: auto` has faster ones without it, and with
-    it stands for `torch`."""
+    """Compile each transformer block. On CUDA, `kernels: auto` has faster kernels without it, and
+    means `torch` with it."""
     cuda_graphs: Literal["auto", True, False] = "auto"
-    """Record a micro-batch's forward and backward pass at a stage's first step and replay it: where
-    micro-batches have few tokens, launching their kernels one by one takes longer than computing.
-    `auto`: on CUDA wherever passes can be recorded, which is without tensor parallelism, pipelines,
+    """Record a micro-batch's forward and backward pass at a stage's first step and replay it: with
+    few tokens per micro-batch, launching kernels one by one takes longer than computing. `auto`: on
+    CUDA wherever passes can be recorded, that is, without tensor parallelism, pipelines,
     `parallel.reshard_after_forward`, `compile.enabled` and other packages' kernels; `true` refuses
-    these. The sums of gradients (4 bytes a parameter) stay from step to step. Measured on one GPU,
-    not on several yet."""
+    these. The sums of gradients (4 bytes a parameter) stay allocated from step to step. Measured on
+    one GPU, not on several yet."""
 
     @field_validator("cuda_graphs", mode="before")
     @classmethod
     def _is_no_number(cls, value: object) -> object:
-        # To Python 1 is True, and so it were among the values.
+        # In Python 1 equals True, so 1 would pass as one of the values.
         if isinstance(value, int | float) and not isinstance(value, bool):
             raise ValueError("a number")
         return value
@@ -461,9 +465,9 @@ class DistributedConfig(Section):
     """The process group."""
 
     timeout_seconds: PositiveFloat = 1800.0
-    """Longest wait for a message of other ranks and, on CUDA, for the end of a step that waits for
-    them. Then the run ends on all of them, within another 16 s, naming the rank that does not
-    answer (on CUDA not always, see docs/training.md)."""
+    """Longest wait for a message from other ranks and, on CUDA, for the end of a step that waits
+    for them. After that the run ends on all ranks, within another 16 s, naming the rank that does
+    not answer (on CUDA not always, see docs/training.md)."""
 
 
 class Config(Section):
@@ -483,7 +487,7 @@ class Config(Section):
     batch: BatchConfig
     """The global batch and its division."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """What makes updates of gradients, and gradient clipping."""
+    """The optimizer and gradient clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the whole curriculum."""
     parallel: ParallelConfig = ParallelConfig()
@@ -491,15 +495,15 @@ class Config(Section):
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
     recompute: Recompute = "none"
-    """Activations computed again in backward instead of kept: none, attention's scores and softmax
-    (`selective`), or all but each block's input (`full`)."""
+    """Activations that the backward pass recomputes instead of keeping: none, attention's scores
+    and softmax (`selective`), or all but each block's input (`full`)."""
     kernels: KernelsChoice = "auto"
-    """What computes linear layers, norms and the update: PyTorch (`torch`), with kernels of our own
-    for what stands between a block's products (`fused`, in place of `compile.enabled`), Transformer
-    Engine (`te`: the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a bias, and
-    AdamW), each where installed. `auto`: what was measured fastest, `fused` where it can be (a GPU
-    of compute capability 8.0 or more, Triton, `precision.compute: bf16`, `compile.enabled: false`,
-    `precision.fp8: none` or `parallel.tensor: 1`), else `torch`."""
+    """What computes linear layers, norms and the update: PyTorch (`torch`); PyTorch with our own
+    kernels for what is between a block's products (`fused`, in place of `compile.enabled`);
+    Transformer Engine (`te`: the blocks' linear layers) or NVIDIA's Apex (`apex`: norms with a
+    bias, and AdamW), each if installed. `auto`: what was measured fastest, `fused` where possible
+    (a GPU of compute capability 8.0 or more, Triton, `precision.compute: bf16`,
+    `compile.enabled: false`, `precision.fp8: none` or `parallel.tensor: 1`), else `torch`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, how many stay, where a job starts from."""
     eval: EvalConfig = EvalConfig()
@@ -507,19 +511,19 @@ class Config(Section):
     log: LogConfig = LogConfig()
     """What is reported."""
     profile: ProfileConfig = ProfileConfig()
-    """What some steps spend time and memory on."""
+    """Recording what some steps spend time and memory on."""
     compile: CompileConfig = CompileConfig()
     """torch.compile and CUDA graphs."""
     distributed: DistributedConfig = DistributedConfig()
     """The process group."""
 
     def with_keys(self, values: Mapping[str, Any]) -> Config:
-        """Return the same with other values of some keys (`name`, `section.name`), unchecked."""
+        """Return a copy with other values of some keys (`name`, `section.name`), unchecked."""
         update: dict[str, Any] = {}
         by_section: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             section, dot, name = key.partition(".")
-            # A copy would take a key that there is not.
+            # `model_copy` would accept a key that does not exist.
             owner = getattr(self, section) if dot else self
             assert (name or section) in type(owner).model_fields, key
             if dot:

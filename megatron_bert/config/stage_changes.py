@@ -1,4 +1,4 @@
-"""Which changes of the curriculum a run survives: its past is fixed, what is to come may grow."""
+"""Which changes of the curriculum a run allows: its past is fixed, its future may grow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Progress:
     Attributes:
         done: steps of the stage that were taken.
         is_over: steps of the next stage were taken.
-        may_grow: it may be lengthened within the run, as the current stage or the last one.
+        may_grow: the stage may be lengthened within the run, being the current or the last one.
         new_run: the job branches off into a new run.
     """
 
@@ -41,16 +41,16 @@ class _Progress:
 def curriculum_problems(
     old: Tree, new: Tree, consumed_steps: int, new_run: bool
 ) -> Iterator[Refusal | str]:
-    """Compare the stages of two configurations, and with them the batch size.
+    """Compare the stages of two configurations, including their batch sizes.
 
     Args:
         old: the whole configuration that the checkpoint was trained with, as plain values.
-        new: that of the job.
-        consumed_steps: optimizer steps behind the checkpoint.
+        new: the configuration of the job.
+        consumed_steps: optimizer steps that the checkpoint has done.
         new_run: whether the job branches off into a new `run.dir`.
 
     Yields:
-        Every change that is not allowed, or a line on it.
+        Every change that is not allowed, as a `Refusal` or a message.
     """
     before, after = old["curriculum"], new["curriculum"]
     places = _places(before, consumed_steps, new_run)
@@ -72,8 +72,8 @@ def _places(stages: Sequence[Tree], consumed_steps: int, new_run: bool) -> list[
     begin = 0
     for index, stage in enumerate(stages):
         end = begin + stage["steps"]
-        # A stage is current up to the first step of the next one, so that a run that has just
-        # reached a stage's end can still lengthen it.
+        # A stage stays current until the first step of the next one is taken, so that a run that
+        # has just reached a stage's end can still lengthen it.
         is_current = begin <= consumed_steps <= end
         places.append(
             _Progress(
@@ -110,13 +110,13 @@ def _length_problems(
 
 
 def _learning_problems(old: Tree, new: Tree, index: int, new_run: bool) -> Iterator[Refusal]:
-    """Compare what a stage sets itself of how it learns: keys whose class is in the table."""
+    """Compare the settings that a stage overrides; the table of changes has their class."""
     for name, key in all_keys().items():
         if not (key.is_leaf and name.startswith(_STAGE)):
             continue
         change, of_stage = change_of(name), name.removeprefix(_STAGE)
         before, after = (_setting(tree, index, of_stage) for tree in (old, new))
-        # Where neither stage has its own, the run's is compared under its own name.
+        # If neither stage has its own value, the run's is compared under its own name.
         differ = before.value != after.value and (before.own or after.own)
         if differ and change.is_refused(new_run):
             yield Refusal(f"curriculum.{index}.{of_stage}", before.value, after.value, change)
@@ -125,7 +125,7 @@ def _learning_problems(old: Tree, new: Tree, index: int, new_run: bool) -> Itera
 def _batch_size_problems(
     old: Tree, new: Tree, places: Sequence[_Progress], new_run: bool
 ) -> Iterator[Refusal | str]:
-    """Compare the sizes that hold in the stages, wherever they are set."""
+    """Compare the batch sizes that apply in the stages, wherever they are set."""
     problems: dict[str, Refusal] = {}
     begun: list[str] = []
     first, second = (tree["batch"]["global_size"] for tree in (old, new))
@@ -138,7 +138,7 @@ def _batch_size_problems(
         if new_run and not stage_key:
             begun.append(f"curriculum.{index}.batch.global_size={before.value}")
             continue
-        # The first stage's: what was begun is refused more strictly than what is to come.
+        # Keep the first stage's refusal: begun stages are refused more strictly than later ones.
         problems.setdefault(key, Refusal(key, before.value, after.value, place.forbidden))
     if first != second and not new_run:
         # Evaluation reads batches of this size, whatever the stages set.
@@ -154,14 +154,14 @@ def _batch_size_problems(
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value that holds in a stage, and whether it is the stage's own or a default."""
+    """A value that applies in a stage, and whether it is the stage's own or a default."""
 
     value: Any
     own: bool
 
 
 def _setting(tree: Tree, index: int, name: str) -> _Setting:
-    """The value of a stage's key; `name` is dotted, without what leads to the stage."""
+    """The value of a stage's key; `name` is dotted, without the `curriculum.N.` prefix."""
     own = _value(tree["curriculum"][index], name)
     if own is not None:
         return _Setting(own, own=True)
@@ -170,7 +170,7 @@ def _setting(tree: Tree, index: int, name: str) -> _Setting:
 
 
 def _value(tree: Tree, name: str) -> Any:
-    """A key's value; None where it is not given, as in a configuration older than the key."""
+    """A key's value; None if it is not given, as in a configuration older than the key."""
     value: Any = tree
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

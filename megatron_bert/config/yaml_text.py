@@ -1,8 +1,8 @@
 """YAML as the configuration reads and writes it.
 
-PyYAML follows YAML 1.1, in which `1e-4` is text, `no` is false, `010` is 8, `1:30` is 90 and a
-key given twice silently wins. Here numbers and booleans are those of YAML 1.2 (with `31_000`
-allowed), and a key given twice is an error.
+PyYAML follows YAML 1.1, in which `1e-4` is text, `no` is false, `010` is 8, `1:30` is 90, and of a
+key given twice the last one silently wins. Here numbers and booleans are those of YAML 1.2 (with
+`31_000` allowed), and a key given twice is an error.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _set_scalars(kind: type[yaml.SafeLoader] | type[yaml.SafeDumper]) -> None:
 _set_scalars(_Loader)
 _set_scalars(_Dumper)
 
-# Line breaks of Unicode, which single quotes would fold into spaces.
+# Unicode's line breaks, which would be folded into spaces within single quotes.
 _UNICODE_BREAKS = re.compile("[\x85\u2028\u2029]")
 
 
@@ -85,7 +85,7 @@ def parse_document(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         source: What errors call it: the file's name.
 
     Returns:
-        Its value (None if it is empty), and for each path in it the line where it stands.
+        Its value (None if it is empty), and the line number of each path in it.
 
     Raises:
         ConfigError: It is not YAML, with source and line.
@@ -125,10 +125,10 @@ def format_document(value: Any) -> str:
 
 
 def _survey(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:
-    """Note every value's line; refuse keys that are no names or are given twice.
+    """Record every value's line; refuse keys that are not names or are given twice.
 
-    This looks at the document as written: PyYAML's own mappings already have `<<` merged in, where
-    a key may well stand twice.
+    This looks at the document as written: PyYAML's own mappings already have `<<` merged in, which
+    may legitimately repeat a key.
     """
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
