@@ -1,7 +1,7 @@
-"""Bytes that a forward pass leaves for the backward pass, tensor by tensor.
+"""Bytes that a forward pass keeps for the backward pass, tensor by tensor.
 
-Names of sizes: N tokens of the micro-batch, T those that the rank's residual stream holds, M masked
-slots, D hidden, F feed-forward, V this rank's part of the vocabulary.
+Names of sizes: N tokens of the micro-batch, T tokens that the rank's residual stream holds, M
+masked slots, D hidden, F feed-forward, V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from megatron_bert.planner.job import Work
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """One block and micro-batch.
+    """Bytes for one block and micro-batch.
 
     Attributes:
         kept: held from the block's forward pass to its backward pass.
-        forward: by how much more it holds at the worst moment of its forward pass.
-        backward: by how much more it holds at the worst moment of its backward pass.
+        forward: held in addition at the worst moment of its forward pass.
+        backward: held in addition at the worst moment of its backward pass.
     """
 
     kept: float
@@ -28,23 +28,23 @@ class BlockBytes:
 
 
 def block_bytes(work: Work) -> BlockBytes:
-    """Bytes that a block keeps, and holds beside at its worst moments."""
+    """Bytes that a block keeps, and those that it holds in addition at its worst moments."""
     attention, feed_forward = _Sublayer.attention(work), _Sublayer.feed_forward(work)
     kept = attention.kept + feed_forward.kept
-    # While attention computes, what the other sub-layer keeps is not there yet, or not any more.
+    # While attention computes, the other sub-layer's kept tensors do not exist yet, or no longer.
     forward = max(attention.forward - feed_forward.kept, feed_forward.forward)
     backward = max(attention.backward - feed_forward.kept, feed_forward.backward)
     if work.recompute != "full":
         return BlockBytes(kept, max(0.0, forward), max(0.0, backward))
     entry = work.job.element_bytes * work.tokens * work.share * work.job.config.model.hidden_size
-    # Backward all that is made again stands beside the gradient that came.
+    # In the backward pass everything recomputed is held in addition to the incoming gradient.
     again = kept - entry + max(0.0, forward, backward) + entry
     return BlockBytes(entry, again, again)
 
 
 @dataclass(frozen=True)
 class _Sublayer:
-    """Attention or the feed-forward layer: as `BlockBytes`."""
+    """Attention or the feed-forward layer; attributes as in `BlockBytes`."""
 
     kept: float
     forward: float
@@ -63,7 +63,7 @@ class _Sublayer:
             # A kernel keeps a logarithm for each query and head.
             return cls(kept + 4 * work.tokens * heads, 0.0, 2 * mixed + 2 * incoming)
         scores = work.rows * heads * work.span.seq_length**2
-        # Softmax, and with dropout which weights it keeps, and those.
+        # The softmax; with dropout also its mask, and the weights that are left.
         softmax = scores * (e + ((1 + e) if model.attention_dropout else 0))
         forward, backward = _score_temporaries(work, scores, mixed)
         if work.recompute == "selective":
@@ -79,15 +79,15 @@ class _Sublayer:
         wide = e * work.tokens * model.ffn_hidden_size / work.split.tensor
         incoming = e * work.tokens * work.share * model.hidden_size
         if work.job.is_fused(work.split.tensor):
-            # The activation and the product of both are made again.
+            # The activation and its product with the up projection are recomputed.
             return cls(_norm_bytes(work) + 2 * wide, wide, 3 * wide + 2 * incoming)
         return cls(_norm_bytes(work) + 4 * wide, 0.0, 2 * wide + incoming)
 
 
 def _norm_bytes(work: Work) -> float:
-    """A norm's input and two fp32 statistics a token; its output; which channels dropout keeps.
+    """A norm's input and two fp32 statistics a token; its output; the mask of dropout.
 
-    Compiled, the latter two are made again.
+    Fused kernels recompute the output and the mask.
     """
     model, e = work.job.config.model, work.job.element_bytes
     tokens, hidden = work.tokens * work.share, model.hidden_size
@@ -97,26 +97,26 @@ def _norm_bytes(work: Work) -> float:
 
 
 def _score_temporaries(work: Work, scores: float, mixed: float) -> tuple[float, float]:
-    """How far written-out attention exceeds what it keeps, forward and backward."""
+    """How much attention that writes its scores exceeds what it keeps, forward and backward."""
     e = work.job.element_bytes
     if not work.job.config.model.attention_dropout:
-        # The scores before and after what is added to them; attention's result is not there yet.
+        # The scores before and after what is added to them; attention's result does not exist yet.
         return scores * 2 * e - mixed, scores * 2 * e
-    # Dropout's numbers, three at a time: of 64 bits on the CPU, of 32 on CUDA.
+    # Dropout's random numbers, three at a time: 64 bits each on the CPU, 32 on CUDA.
     draws = 3 * (8 if work.job.machine.gpu.kind == "cpu" else 4)
-    # The scores stand, and which weights are kept, and those weights, are not there yet.
+    # The scores exist; dropout's mask and the weights that are left do not exist yet.
     forward = scores * (e + draws - (1 + e)) - mixed
     return forward, scores * 2 * e
 
 
 @dataclass(frozen=True)
 class HeadBytes:
-    """The head on one micro-batch.
+    """Bytes for the head on one micro-batch.
 
     Attributes:
         kept: held until its backward pass: hidden states, gradients computed on the way.
-        logits: that stand while it computes.
-        table: the decoder's gradient, which waits for the embeddings' backward pass.
+        logits: logits that are held while it computes.
+        table: the decoder's gradient, which is held until the embeddings' backward pass.
     """
 
     kept: float
@@ -125,20 +125,21 @@ class HeadBytes:
 
 
 def head_bytes(work: Work) -> HeadBytes:
-    """Bytes of the head: kept, of the logits, and of the decoder's gradient."""
+    """Bytes of the head: kept tensors, logits, and the decoder's gradient."""
     model, e = work.job.config.model, work.job.element_bytes
     M, D, V = work.masked, model.hidden_size, work.job.vocab_size / work.split.tensor
     on_cpu = work.job.machine.gpu.kind == "cpu"
     chunk = min(M, max(1, logits_per_chunk("cpu" if on_cpu else "cuda") // max(1, int(V))))
     many = chunk < M
-    # Dense, GELU and norm keep their inputs; the projection its finished gradient.
+    # Dense, GELU and norm keep their inputs; the projection keeps its finished gradient.
     kept = e * 5 * M * D
     table = V * D * (4 if many else e)
     logits = chunk * V * e
     if on_cpu:
-        # Their softmax in fp32.
+        # The logits' softmax in fp32.
         logits += 4 * min(chunk * V, CPU_SOFTMAX_ELEMENTS)
     if many and (on_cpu or e == 4):
-        # Of several chunks the new product stands beside the sum; in BF16 on CUDA it is added.
+        # With several chunks a new product is held beside the sum; in BF16 on CUDA it is added
+        # directly.
         logits += V * D * e
     return HeadBytes(kept, logits, table)

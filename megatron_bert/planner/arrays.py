@@ -1,4 +1,4 @@
-"""Many dataclasses of numbers as one of arrays, with which many layouts are computed at a time."""
+"""Turning many dataclasses of numbers into one of arrays, to compute many layouts at a time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-# What an attribute of such a dataclass is.
+# The type of an attribute of such a dataclass.
 Number = TypeVar("Number", float, Floats)
 
 
 def columns(records: Sequence[Any], index: NDArray[np.int64]) -> dict[str, Floats]:
-    """Each attribute of dataclasses as an array, by its name.
+    """Each attribute of some dataclass instances as an array, by its name.
 
     Args:
-        records: of one class, at least one.
-        index: which of them each element of the arrays is of.
+        records: instances of one class, at least one.
+        index: for each element of the arrays, which record it comes from.
     """
     return {
         field.name: np.array([getattr(record, field.name) for record in records], np.float64)[index]

@@ -1,4 +1,4 @@
-"""Machines that were measured, in files beside the built-in table."""
+"""Machines that were measured: files that extend the built-in table."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Calibration:
-    """A machine's facts and what training reaches of them.
+    """A machine's facts, and the rates that training reaches on it.
 
     Attributes:
-        device: what the driver calls the GPU, or the processor's name.
-        gpu: its facts: the table's where it has them, else measured ones.
-        rates: measured, and the built-in ones of what was not measured.
-        curves: what was measured, for the reader: [size, seconds] each.
+        device: the driver's name for the GPU, or the processor's name.
+        gpu: its facts: from the table if it has them, else measured ones.
+        rates: measured rates, and built-in ones for what was not measured.
+        curves: the measurements, for readers: [size, seconds] each.
     """
 
     device: str
@@ -38,7 +38,7 @@ class Calibration:
     curves: Mapping[str, list[list[float]]]
 
     def save(self, folder: Path) -> Path:
-        """Write it under its GPU's name; returns the file.
+        """Write it under its GPU's name; return the file's path.
 
         Raises:
             ConfigError: as `check_calibration`.
@@ -53,11 +53,11 @@ class Calibration:
 
 
 def check_calibration(name: str, folder: Path) -> None:
-    """Make the folder and try it, before the minute that measuring takes.
+    """Make the folder and try writing to it, before the minute that measuring takes.
 
     Raises:
-        ConfigError: the name is a built-in one or no name of a file, or nothing can be written
-            into the folder.
+        ConfigError: the name is a built-in one or not a valid file name, or the folder cannot be
+            written to.
     """
     if name in GPUS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(
@@ -77,15 +77,15 @@ def _no_folder(path: Path, error: OSError) -> ConfigError:
 
 
 def machines_folder() -> Path:
-    """Where calibrations lie if nothing else is said: in the user's own configuration."""
+    """The default folder of calibrations, in the user's own configuration."""
     base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(base) / "megatron_bert" / "machines"
 
 
 def calibration_of_device(device: str, folder: Path) -> Calibration | None:
-    """The first of a folder that was measured on such a device, by the name its driver gives it.
+    """The first calibration in a folder that was measured on a device of this (driver's) name.
 
-    A file that cannot be read is warned of and passed over: it may be another machine's.
+    A file that cannot be read is skipped with a warning: it may be another machine's.
     """
     for path in sorted(folder.glob("*.json")):
         try:
@@ -104,7 +104,7 @@ def machine_by_name(
     """A built-in machine or a calibrated one; see `find_machine`.
 
     Raises:
-        ConfigError: a name is unknown; the message lists those known.
+        ConfigError: a name is unknown; the message lists the known ones.
     """
     if gpu in GPUS:
         return find_machine(gpu, nodes_of, network)
@@ -127,10 +127,10 @@ def measured_machine(
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read what `Calibration.save` wrote; rates it lacks are the built-in ones.
+    """Read what `Calibration.save` wrote; missing rates take their built-in values.
 
     Raises:
-        ConfigError: the file is none of a calibration.
+        ConfigError: the file is not a calibration.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -149,7 +149,7 @@ def read_calibration(path: Path) -> Calibration:
 
 def _facts(kind: type[Facts], values: dict[str, Any]) -> Facts:
     known = {field.name: field.type for field in fields(kind)}
-    # What a field added since has by default was not measured.
+    # A field added since the file was written was not measured, and takes its default.
     needed = {field.name for field in fields(kind) if field.default is MISSING}
     for name in (needed - set(values)) | (set(values) - set(known)):
         raise KeyError(name)

@@ -1,4 +1,4 @@
-"""How long a rank computes: products by shape, attention, and what moves bytes."""
+"""How long a rank computes: products by shape, attention, and work bound by memory traffic."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from megatron_bert.config.block_matrices import BlockMatrix, block_matrices, joi
 from megatron_bert.config.logits import logits_per_chunk
 from megatron_bert.planner.job import Work
 
-# How many times as long as reading queries, keys and values once and writing the result takes what
-# attention's backward pass takes however few the keys: by lengths 128 to 2,048 on one H100.
+# The fixed time of attention's backward pass, however few the keys, as a multiple of the time to
+# read queries, keys and values once and write the result: from lengths 128 to 2,048 on one H100.
 ATTENTION_BACKWARD_MOVES = 6
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time by what it goes into.
+    """Time by what it is spent on.
 
     Attributes:
         gemm: matrix products.
         attention: softmax attention.
         elementwise: norms, activations, dropout, sums of gradients.
-        tensor: messages of tensor parallelism that nothing hides.
-        host: the device waits to be told what to do.
+        tensor: messages of tensor parallelism that no computation hides.
+        host: the device waits for the host to launch work.
     """
 
     gemm: float = 0.0
@@ -60,12 +60,12 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Passes:
-    """A piece of the model on one micro-batch.
+    """Time of a part of the model on one micro-batch.
 
     Attributes:
         forward: its forward pass.
-        backward_input: backward to its input, with what is computed again for it.
-        backward_weight: the weights' products.
+        backward_input: the backward pass to its input, including recomputation for it.
+        backward_weight: the products for the weights' gradients.
     """
 
     forward: Seconds
@@ -74,12 +74,12 @@ class Passes:
 
     @cached_property
     def total(self) -> Seconds:
-        """All three."""
+        """The sum of all three."""
         return self.forward + self.backward_input + self.backward_weight
 
 
 def product_seconds(work: Work, rows: float, inner: float, columns: float) -> float:
-    """A product of [rows, inner] with [inner, columns]: by the peak, or by the bytes it moves."""
+    """Seconds of [rows, inner] times [inner, columns], bound by the peak or by the bytes moved."""
     machine, e = work.job.machine, work.job.element_bytes
     peak = machine.peak(work.job.config.precision.compute) * machine.rates.gemm
     moved = moved_once(work, e * (rows * inner + inner * columns + rows * columns))
@@ -87,7 +87,7 @@ def product_seconds(work: Work, rows: float, inner: float, columns: float) -> fl
 
 
 def moved_seconds(work: Work, moved_bytes: float) -> float:
-    """Reading and writing so many bytes outside the blocks."""
+    """Seconds to read and write `moved_bytes` outside the blocks."""
     return _streamed(work, moved_bytes, work.job.machine.rates.elementwise)
 
 
@@ -96,12 +96,12 @@ def _streamed(work: Work, moved_bytes: float, share: float) -> float:
 
 
 def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> Passes:
-    """A block.
+    """Time of a block.
 
     Args:
         work: the micro-batch.
-        tensor_forward: seconds of tensor parallelism's messages forward.
-        tensor_backward: seconds of the messages backward that nothing hides.
+        tensor_forward: seconds of tensor parallelism's forward messages.
+        tensor_backward: seconds of its backward messages that no computation hides.
     """
     rates = work.job.machine.rates
     forward_products, input_products, weight_products = _products(work)
@@ -126,7 +126,7 @@ def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> P
     elif work.recompute == "selective" and work.writes_scores:
         backward += Seconds(attention=attention_forward)
     busy = (forward + backward + weight).total
-    # What the device lacks is shared out as the work is.
+    # The device's waiting time is divided evenly among the three passes.
     waiting = rates.idle_recorded if work.is_recorded else max(rates.idle, _launches(work) - busy)
     return Passes(
         forward + Seconds(host=waiting / 3),
@@ -136,7 +136,7 @@ def block_passes(work: Work, tensor_forward: float, tensor_backward: float) -> P
 
 
 def _launches(work: Work) -> float:
-    """Seconds of the host, which runs beside the device, for what it launches one by one."""
+    """Seconds that the host, running alongside the device, takes to launch kernels one by one."""
     rates = work.job.machine.rates
     seconds = rates.host_compiled if work.job.config.compile.enabled else rates.host
     seconds *= 4 / 3 if work.recompute == "full" else 1.0
@@ -144,16 +144,17 @@ def _launches(work: Work) -> float:
 
 
 def _messages_of(work: Work) -> int:
-    """Messages over the tensor-parallel group of a block, forward and backward."""
+    """Number of a block's messages over the tensor-parallel group, forward and backward."""
     if work.split.tensor == 1:
         return 0
-    # Sums; shared by tokens, two gatherings and two scatterings, and inputs once more backward.
+    # All-reduces; with sequence parallelism two all-gathers and two reduce-scatters instead, and in
+    # the backward pass the inputs are gathered once more.
     forward, backward = (4, 6) if work.split.sequence else (2, 2)
     return forward * (2 if work.recompute == "full" else 1) + backward
 
 
 def _products(work: Work) -> tuple[float, float, float]:
-    """Forward, to the inputs, to the weights."""
+    """Seconds of a block's products: forward, to the inputs, to the weights."""
     N, layers = work.tokens, _multiplied(work)
     forward = sum(product_seconds(work, N, layer.inputs, layer.outputs) for layer in layers)
     to_input = sum(product_seconds(work, N, layer.outputs, layer.inputs) for layer in layers)
@@ -161,9 +162,9 @@ def _products(work: Work) -> tuple[float, float, float]:
 
 
 def weight_product_seconds(work: Work) -> tuple[float, ...]:
-    """The weights' products that follow each of a norm's outputs: of attention, then of the gate.
+    """Seconds of the weights' products for each norm's output: attention's, then the gate's.
 
-    Tensor-parallel ranks send messages about the gradients of these outputs meanwhile.
+    Meanwhile tensor-parallel ranks exchange the gradients of these outputs.
     """
     layers = (layer for layer in _multiplied(work) if layer.is_column_parallel)
     return tuple(
@@ -177,7 +178,7 @@ def _weight_product(work: Work, layer: BlockMatrix) -> float:
 
 
 def _multiplied(work: Work) -> tuple[BlockMatrix, ...]:
-    """This rank's matrices as products take them: fused, one of all layers that read one input."""
+    """This rank's matrices as multiplied: fused, layers that read the same input are joined."""
     matrices = _matrices(work)
     return joined_matrices(matrices) if work.job.has_fused_kernels(work.split.tensor) else matrices
 
@@ -187,7 +188,7 @@ def _matrices(work: Work) -> tuple[BlockMatrix, ...]:
 
 
 def _attention(work: Work) -> tuple[float, float]:
-    """Softmax attention over whole rows: an upper bound where rows have several segments."""
+    """Softmax attention over whole rows: an upper bound if rows have several segments."""
     job, model, tensor = work.job, work.job.config.model, work.split.tensor
     machine, rates, e = job.machine, job.machine.rates, job.element_bytes
     peak = machine.peak(job.config.precision.compute)
@@ -202,12 +203,12 @@ def _attention(work: Work) -> tuple[float, float]:
 
 
 def moved_once(work: Work, moved_bytes: float) -> float:
-    """Bytes that a kernel streams beside products, at nearly the memory's rate."""
+    """Seconds to stream bytes in a kernel that multiplies, at nearly the memory's full rate."""
     return _streamed(work, moved_bytes, 0.95)
 
 
 def _keys_per_query(work: Work) -> float:
-    """Slots that a slot sees, on average over layers."""
+    """Average number of slots that a slot sees, over all layers."""
     model, length = work.job.config.model, work.span.seq_length
     if not model.family.alternates:
         return float(length)
@@ -219,8 +220,8 @@ def _keys_per_query(work: Work) -> float:
 def _elementwise(work: Work) -> tuple[float, float]:
     """Bytes that a block's kernels between products read and write, forward and backward.
 
-    As they were measured, before gradients were added up within products and weights that one
-    product reads stood end to end.
+    These were measured before products accumulated gradients directly, and before weights that one
+    product reads were stored contiguously.
 
     Forward, in the order of the block: norm (read, write), residual sum with dropout and the next
     norm (2 read, 2 written), activation (2 read, 1 written), residual sum (2 read, 1 written).
@@ -233,16 +234,16 @@ def _elementwise(work: Work) -> tuple[float, float]:
         return forward + joined, _fused_backward(work) + joined
     factor = 1.0 if work.job.is_fused(work.split.tensor) else work.job.machine.rates.eager
     backward = factor * work.job.element_bytes * _compiled_backward(work)
-    # Gradients of weights are added up in fp32.
+    # Weights' gradients are accumulated in fp32.
     return factor * forward, backward + (8 + work.job.element_bytes) * _weights(work)
 
 
 def _compiled_backward(work: Work) -> float:
-    """Elements that compiled kernels move backward.
+    """Elements that compiled kernels move in the backward pass.
 
-    The activation again (3 read, 3 written); sums for biases; dropout (read, write); sums of the
-    gradients that come back from query, key and value, and from gate and up; norms (3 read, 1
-    written, their output again, and the weights' sums).
+    The activation recomputed (3 read, 3 written); sums for biases; dropout (read, write); sums of
+    the gradients that come back from query, key and value, and from gate and up; norms (3 read, 1
+    written, their output recomputed, and the weights' sums).
     """
     model, tensor = work.job.config.model, work.split.tensor
     N, T = work.tokens, work.tokens * work.share
@@ -252,32 +253,33 @@ def _compiled_backward(work: Work) -> float:
 
 
 def _fused_backward(work: Work) -> float:
-    """Bytes that fused kernels move backward; biases' gradients are summed meanwhile.
+    """Bytes that fused kernels move in the backward pass; they also sum the biases' gradients.
 
-    The residual sum's branch (read, write); the activation again (3 read, 3 written); both norms (3
-    read, 1 written), the second with its branch's gradient (written); their outputs again (read,
-    write). Weights' gradients come in fp32 and are added up (2 read, 1 written).
+    The residual sum's branch (read, write); the activation recomputed (3 read, 3 written); both
+    norms (3 read, 1 written), the second with its branch's gradient (written); their outputs
+    recomputed (read, write). Weights' gradients come in fp32 and are accumulated (2 read, 1
+    written).
     """
     model = work.job.config.model
     wide = 6 * work.tokens * model.ffn_hidden_size / work.split.tensor
-    # Without dropout a branch's gradient is the residual stream's, and not written.
+    # Without dropout a branch's gradient equals the residual stream's, and is not written.
     stream = (15 if model.hidden_dropout else 13) * work.tokens * work.share * model.hidden_size
     return work.job.element_bytes * (wide + stream) + 12 * _weights(work)
 
 
 def _joined_bytes(work: Work) -> float:
-    """Weights that are laid end to end for products of several layers: read, and written."""
+    """Bytes read and written to join the weights of layers that share one product."""
     weights = sum(matrix.size for matrix in _matrices(work) if matrix.is_column_parallel)
     return 2 * work.job.element_bytes * weights
 
 
 def _weights(work: Work) -> float:
-    """Elements of a block's weights on this rank."""
+    """Number of elements of a block's weights on this rank."""
     return sum(matrix.size for matrix in _matrices(work))
 
 
 def head_passes(work: Work) -> Passes:
-    """Dense layer, norm, projection and cross-entropy on the masked positions."""
+    """Time of dense layer, norm, projection and cross-entropy on the masked positions."""
     model = work.job.config.model
     M, D, V = work.masked, model.hidden_size, work.job.vocab_size / work.split.tensor
     projection = product_seconds(work, M, D, V)
@@ -288,20 +290,20 @@ def head_passes(work: Work) -> Passes:
 
 
 def _head_bytes(work: Work, masked: float, vocabulary: float) -> float:
-    """Bytes that cross-entropy moves between products, with the table's gradient."""
+    """Bytes that cross-entropy moves between products, including the table's gradient."""
     e, table = work.job.element_bytes, vocabulary * work.job.config.model.hidden_size
     if work.job.machine.gpu.kind == "cpu":
-        # Softmax in fp32, its gradient in place, a copy in the compute type.
+        # Softmax in fp32, its gradient in place, a copy in the compute dtype.
         return masked * vocabulary * (4 * e + 16) + table * (2 * e + 8)
-    # Logits are read for their softmax, again for its gradient, which is written in place, and
-    # that for the bias's. The table's is added up over chunks in fp32, scaled, and added to others.
+    # Logits are read for the softmax and again for its gradient, which is written in place and read
+    # for the bias's. The table's is summed over chunks in fp32, scaled, and added to others.
     chunks = ceil(masked / max(1, logits_per_chunk("cuda") // int(vocabulary)))
     of_table = 4 if chunks > 1 else e
     return masked * vocabulary * 4 * e + table * ((2 * chunks + 1) * of_table + 8)
 
 
 def embedding_passes(work: Work) -> Passes:
-    """Looking up, adding, dropout; the tables' gradients."""
+    """Time of looking up, adding and dropout, and of the tables' gradients."""
     model, e = work.job.config.model, work.job.element_bytes
     moved = moved_seconds(work, 6 * e * work.tokens * model.hidden_size)
     return Passes(Seconds(elementwise=moved), Seconds(), Seconds(elementwise=moved))

@@ -1,4 +1,4 @@
-"""Every `replicate` and `reshard_after_forward` of a split, and the seconds that each one takes."""
+"""Every choice of `replicate` and `reshard_after_forward` for a split, and the time of each."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from megatron_bert.planner.rank_parts import rank_parts
 
 @dataclass(frozen=True)
 class DataParallelChoices:
-    """Ways to keep weights on data-parallel ranks: an array for each attribute, an element a way.
+    """Ways to store weights on data-parallel ranks: an array per attribute, an element per way.
 
     Attributes:
         replicate: copies of the weights.
-        shards: ranks that share a copy out.
+        shards: ranks over which a copy is sharded.
         reshard_after_forward: whether weights are gathered for every pass.
         recorded: whether passes are recorded.
         gather: seconds to gather a block's weights.
         reduce: seconds to reduce a block's gradients, over shards and copies.
         root_gather: seconds to gather the weights outside the blocks, summed over pipeline ranks.
-        root_reduce: seconds to reduce the gradients outside the blocks on the rank with the most
-            of them, and gradients of which several ranks hold parts.
-        update: seconds of AdamW or Muon, of the gradients' norm, of copies into and out of
-            messages, and of the constant rest of a step.
+        root_reduce: seconds to reduce the gradients outside the blocks on the rank with the most of
+            them, and the gradients of which several ranks hold parts.
+        update: seconds for AdamW or Muon, the gradients' norm, copies into and out of messages, and
+            the constant rest of a step.
     """
 
     replicate: NDArray[np.int64]
@@ -48,13 +48,13 @@ class DataParallelChoices:
 
     @classmethod
     def all(cls, job: Job, base: Layout) -> DataParallelChoices:
-        """Every number of copies, with and without weights freed after forward."""
+        """Every number of copies, with and without freeing weights after forward."""
         split = base.split
-        # How many stages a rank holds changes its blocks by one at the most, and no message.
+        # The number of stages per rank changes its blocks by at most one, and no message.
         key = ("data parallel", split.tensor, split.sequence, split.pipeline)
 
         def make() -> DataParallelChoices:
-            # Training does not free weights beside recorded passes that are asked for.
+            # Training cannot free weights if recorded passes are required.
             ways = (False,) if job.config.compile.cuda_graphs is True else (False, True)
             return cls._of(
                 job,
@@ -70,12 +70,12 @@ class DataParallelChoices:
 
     @classmethod
     def one(cls, job: Job, layout: Layout) -> DataParallelChoices:
-        """The one choice of a layout."""
+        """A layout's own choice alone."""
         return cls._of(job, [layout])
 
     @classmethod
     def joined(cls, several: Sequence[DataParallelChoices]) -> DataParallelChoices:
-        """The choices of several, one after the other."""
+        """The choices of several, concatenated."""
         return cls(
             **{
                 field.name: np.concatenate([getattr(one, field.name) for one in several])
@@ -126,7 +126,7 @@ def _seconds(job: Job, layout: Layout) -> dict[str, float]:
 
 
 def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParameters]) -> float:
-    """Sums of gradients that several ranks hold parts of: keys and values, norms, the table."""
+    """Seconds to sum gradients of which several ranks hold parts: keys/values, norms, the table."""
     split, model = layout.split, job.config.model
     shards, hidden = split.data // layout.replicate, model.hidden_size
     seconds = 0.0
@@ -146,11 +146,11 @@ def _shared_gradients(job: Job, layout: Layout, parts: Sequence[RankParameters])
 def _update(job: Job, layout: Layout, parts: Sequence[RankParameters]) -> float:
     machine, part = job.machine, max(parts, key=lambda part: part.total)
     shards, of_muon = layout.split.data // layout.replicate, muon.is_used(job)
-    # AdamW reads weight, gradient and moments, and the gradient once more for its norm; 3 written.
+    # AdamW reads weight, gradient and moments, and the gradient again for its norm; it writes 3.
     moved = 32.0 * part.total / shards
     if of_muon:
         moved += (muon.MOVED_BYTES + 2 * job.element_bytes - 32.0) * part.matrices / shards
-    # Into messages and out of them; one rank by itself makes these copies too.
+    # Copies into and out of messages; a single rank makes them too.
     moved += (2 * job.element_bytes + 2 * job.reduce_bytes) * part.total
     rate = 1e9 * machine.gpu.bandwidth * machine.rates.elementwise
     norm = Group(job.ranks, 1).sum(machine, 8)

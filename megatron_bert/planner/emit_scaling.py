@@ -28,7 +28,7 @@ PICTURE_FILE = "scaling_30b_512.svg"
 _RECIPE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
 _VOCABULARY = 99_584
 
-# Shapes that published models of these sizes have.
+# Shapes of published models of these sizes.
 _LARGE = {
     "7B": ("32", "4096", "11008", "32"),
     "30B": ("64", "6144", "16384", "48"),
@@ -36,7 +36,7 @@ _LARGE = {
 
 
 def render(guide: str) -> str:
-    """The guide with its tables made anew; what stands outside the markers is kept.
+    """The guide with its tables regenerated; text outside the markers is kept.
 
     Raises:
         ConfigError: A marker is missing.
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pictured() -> Plan:
-    """One whose best layout has a pipeline."""
+    """The plan to draw: one whose best layout has a pipeline."""
     machine = find_machine("h100-80gb", 8, "ndr400x8")
     return _plan(_large_config(_LARGE["30B"], 4096), machine, 512)
 
@@ -109,7 +109,7 @@ def _one_day() -> Iterator[str]:
 
 
 def _all_messages(plan: Plan) -> float:
-    """Seconds of a step's gatherings and reductions over data-parallel ranks, hidden or not."""
+    """Seconds of a step's all-gathers and reductions over data-parallel ranks, hidden or not."""
     layout = plan.best[0].layout
     choices = DataParallelChoices.one(plan.job, layout)
     layers = max(part.layers for part in rank_parts(plan.job, layout.split))

@@ -1,4 +1,4 @@
-"""A run on a machine, which is planned, and the work of a rank on one micro-batch."""
+"""The run to be planned, on its machine, and the work of a rank on one micro-batch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from megatron_bert.planner.machines import Machine
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A run, and the ranks that it gets; equal to itself alone, so that results are looked up fast.
+    """A run and the ranks that it gets; compared by identity, so that lookups of results are fast.
 
     Attributes:
-        config: of the run; its layout counts for nothing.
+        config: of the run; its layout is ignored.
         vocab_size: padded vocabulary.
         machine: the cluster.
-        ranks: of the job, one a GPU.
+        ranks: of the job, one per GPU.
     """
 
     config: Config
@@ -40,7 +40,7 @@ class Job:
         return {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returned when it was first asked for under this key."""
+        """What `make` returned when it was first called for this key."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -52,24 +52,24 @@ class Job:
 
     @cached_property
     def element_bytes(self) -> int:
-        """Of an element in the compute type."""
+        """Bytes of an element in the compute dtype."""
         return 2 if self.config.precision.compute == "bf16" else 4
 
     @cached_property
     def reduce_bytes(self) -> int:
-        """Of an element of a gradient that is reduced."""
+        """Bytes of an element of a gradient that is reduced."""
         return 2 if self.config.precision.reduce == "bf16" else 4
 
     @cached_property
     def has_kernel(self) -> bool:
-        """Whether attention is computed by a kernel that holds no scores."""
+        """Whether attention is computed by a kernel that does not store the scores."""
         compute, head_dim = self.config.precision.compute, self.config.model.head_dim
         return self._device.runs_our_attention(compute, head_dim)
 
     def is_fused(self, tensor: int) -> bool:
-        """Whether few kernels stand between a block's products, compiled ones or our own.
+        """Whether few kernels, compiled ones or our own, run between a block's products.
 
-        Neither keep the outputs of norms and activations, nor which elements dropout keeps.
+        Neither kind keeps the outputs of norms and activations, or dropout's mask.
 
         Args:
             tensor: tensor-parallel ranks.
@@ -77,7 +77,7 @@ class Job:
         return self.config.compile.enabled or self.has_fused_kernels(tensor)
 
     def has_fused_kernels(self, tensor: int) -> bool:
-        """Whether these are our own."""
+        """Whether our own fused kernels run between a block's products."""
         is_fused: bool = self.once(
             ("fused", tensor),
             lambda: (
@@ -93,7 +93,7 @@ class Job:
 
     def records(self, layout: Layout) -> bool:
         """Whether passes are recorded under a layout."""
-        # All of a layout that `records_passes` looks at.
+        # Everything in a layout that `records_passes` looks at.
         keys = {
             "parallel.tensor": layout.split.tensor,
             "parallel.pipeline": layout.split.pipeline,
@@ -106,7 +106,7 @@ class Job:
         return is_recorded
 
     def batch(self, layout: Layout, span: StageSpan) -> BatchLayout:
-        """How a stage's rows are divided, as `BatchLayout.of` divides them by the layout's keys."""
+        """How a stage's rows are divided, as `BatchLayout.of` does with the layout's keys."""
         split = layout.split
         return BatchLayout.divide(
             span.global_size,
@@ -124,10 +124,10 @@ class Work:
     Attributes:
         job: the run.
         split: how ranks share the model.
-        recompute: what is computed again backward.
+        recompute: what the backward pass recomputes.
         rows: of the micro-batch.
         span: the stage of the curriculum.
-        is_recorded: whether passes are replayed, not launched kernel by kernel.
+        is_recorded: whether passes are replayed rather than launched kernel by kernel.
     """
 
     job: Job
@@ -139,7 +139,7 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """N, of the micro-batch."""
+        """N, the tokens of the micro-batch."""
         return self.rows * self.span.seq_length
 
     @property
@@ -160,5 +160,5 @@ class Work:
 
     @property
     def writes_scores(self) -> bool:
-        """Whether attention holds the scores of every pair of slots."""
+        """Whether attention stores the scores of every pair of slots."""
         return not self.job.has_kernel

@@ -1,4 +1,4 @@
-"""Every layout of a number of ranks: what can be chosen, and the configuration's keys for it."""
+"""All layouts of a number of ranks: what can be chosen, and the configuration keys for it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _VIRTUAL_STAGES = (2, 3, 4, 6, 8)
 
 @dataclass(frozen=True)
 class Split:
-    """How ranks share the model; what is left over shares rows.
+    """How ranks share the model; the remaining factor of ranks shares rows.
 
     Attributes:
         tensor: `parallel.tensor`.
         sequence: `parallel.sequence`.
         pipeline: `parallel.pipeline`.
         schedule: `parallel.pipeline_schedule`.
-        virtual: stages a pipeline rank; 1 where they do not interleave.
+        virtual: stages per pipeline rank; 1 if the schedule does not interleave.
         data: ranks that share rows.
     """
 
@@ -39,18 +39,18 @@ class Split:
 
     @property
     def num_stages(self) -> int:
-        """Parts that the model is cut into."""
+        """Number of parts that the model is divided into."""
         return self.pipeline * self.virtual
 
     @property
     def splits_backward(self) -> bool:
-        """Whether weights' gradients are computed apart from inputs'."""
+        """Whether weights' gradients are computed separately from inputs'."""
         return SCHEDULES[self.schedule].splits_backward
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All that may be chosen without changing what is learnt.
+    """Everything that can be chosen without changing what is learnt.
 
     Attributes:
         split: how ranks share the model.
@@ -83,9 +83,9 @@ class Layout:
         return keys
 
     def overrides(self, config: Config) -> dict[str, Any]:
-        """What to set in a configuration to get this layout: keys without effect are left out.
+        """What to set in a configuration to get this layout; keys without effect are left out.
 
-        Those that would keep it from taking effect are reset.
+        Keys that would keep it from taking effect are reset.
         """
         split, keys = self.split, self.keys()
         idle = []
@@ -111,8 +111,8 @@ class Layout:
 def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
     """Every legal way to share the model.
 
-    The configuration's own layout counts for nothing, but what forbids a layout holds: rows a step,
-    `compile.enabled` under a split backward pass, sides of FP8 products.
+    The configuration's own layout is ignored, but whatever forbids a layout still applies: rows a
+    step, `compile.enabled` with a split backward pass, sides of FP8 products.
     """
     for schedule, virtual in _schedules(config):
         for sequence in (False, True):
@@ -133,14 +133,14 @@ def all_splits(config: Config, ranks: int, vocab_size: int) -> Iterator[Split]:
 
 
 def micro_token_choices(spans: Sequence[StageSpan], split: Split) -> Iterator[int]:
-    """Sizes of a micro-batch that differ in how many rows a rank computes at a time.
+    """Micro-batch sizes that differ in how many rows a rank computes at a time.
 
     Args:
         spans: the curriculum's stages.
         split: how ranks share the model, and how many share rows.
 
     Yields:
-        Of the sizes that give equal rows in every stage the smallest, in token slots.
+        Sizes in token slots: of those that give the same rows in every stage, the smallest.
     """
     seen: set[tuple[int, ...]] = set()
     for micro_tokens in _MICRO_TOKENS:
@@ -157,7 +157,7 @@ def micro_token_choices(spans: Sequence[StageSpan], split: Split) -> Iterator[in
 
 
 def _schedules(config: Config) -> Iterator[tuple[ScheduleName, int]]:
-    """Those of one stage a rank first."""
+    """Schedules with their stages per rank, those with one stage per rank first."""
     for virtual in (1, *_VIRTUAL_STAGES):
         if virtual > 1 and 2 * virtual > config.model.num_layers:
             continue
@@ -169,12 +169,12 @@ def _schedules(config: Config) -> Iterator[tuple[ScheduleName, int]]:
 def _with(config: Config, schedule: ScheduleName, virtual: int, sequence: bool) -> Config:
     return config.with_keys(
         {
-            # More than 1, so that what a pipeline's schedule refuses is seen.
+            # More than 1, so that whatever the pipeline's schedule refuses is noticed.
             "parallel.pipeline": 1 if schedule == PLAIN_SCHEDULE else 2,
             "parallel.pipeline_schedule": schedule,
             "parallel.virtual_stages": max(2, virtual),
             "parallel.sequence": sequence,
-            # A split backward pass refuses recomputation: such layouts are offered without it.
+            # A split backward pass refuses recomputation, so such layouts are offered without it.
             "recompute": "none",
             "batch.micro_size": None,
         }

@@ -1,7 +1,7 @@
-"""Facts about GPUs and networks, and what of their peaks training reaches.
+"""Facts about GPUs and networks, and the share of their peaks that training reaches.
 
-The facts are data sheets' figures; the shares are this project's own, measured on one H100
-(docs/performance.md) or assumed where nothing was measured (docs/scaling.md says which is which).
+The facts are figures from data sheets. The shares are this project's own, measured on one H100
+(docs/performance.md) or, where nothing was measured, assumed (docs/scaling.md says which is which).
 `tools/plan.py --calibrate` measures a machine's own shares.
 """
 
@@ -20,17 +20,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU (or the CPU in the place of one).
+    """One kind of GPU (or the CPU in place of one).
 
     Attributes:
         name: as the command line takes it.
         bf16_tflops: dense BF16 peak.
         fp32_tflops: FP32 peak of the vector units, which `precision.compute=fp32` uses.
-        memory_gib: what a process can allocate at most, context not subtracted.
+        memory_gib: the most that a process can allocate, without subtracting the context.
         bandwidth: of its memory, GB/s.
         link: to the other GPUs of its node, GB/s in one direction.
-        per_node: GPUs of a node, where nothing else is said.
-        source: where the figures stand.
+        per_node: default number of GPUs per node.
+        source: where the figures come from.
         kind: `cuda` or `cpu`.
     """
 
@@ -49,7 +49,7 @@ _H100_TFLOPS, _A100_TFLOPS = PEAK_TFLOPS["H100"], PEAK_TFLOPS["A100"]
 _H100_SHEET = "NVIDIA H100 Tensor Core GPU data sheet, SXM (half of the rates with sparsity)"
 _A100_SHEET = "NVIDIA A100 Tensor Core GPU data sheet, SXM"
 
-# NVLink: half of the sheet's figure, which adds up both directions. Memory: as the driver shows it.
+# NVLink: half of the data sheet's figure, which sums both directions. Memory: as the driver shows.
 GPUS: Mapping[str, Gpu] = MappingProxyType(
     {
         gpu.name: gpu
@@ -78,15 +78,15 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
             ),
             Gpu("a100-80gb", _A100_TFLOPS, 19.5, 79.1, 2039.0, 300.0, 8, _A100_SHEET),
             Gpu("a100-40gb", _A100_TFLOPS, 19.5, 39.4, 1555.0, 300.0, 8, _A100_SHEET),
-            # A stand-in for whatever host: rough figures of a core or two of a server.
+            # A stand-in for any host: rough figures for a core or two of a server.
             Gpu("cpu", 0.05, 0.1, 8.0, 10.0, 2.0, 1, "assumed; --calibrate measures", "cpu"),
         )
     }
 )
 
-# Of a card's memory that a driver shows at least; less is a part of a card.
+# A driver shows at least this share of a whole card's memory; less means a part of a card.
 _WHOLE = 0.9
-# Words in a driver's name of a card that is no whole SXM module.
+# Words in the driver's name of a device that is not a whole SXM module.
 _OTHER_CARDS = frozenset({"pcie", "nvl", "mig", "grid"})
 
 
@@ -96,7 +96,7 @@ class Network:
 
     Attributes:
         name: as the command line takes it.
-        per_node: GB/s in one direction that a node sends, over all its adapters.
+        per_node: GB/s that a node sends in one direction, over all its adapters.
     """
 
     name: str
@@ -123,29 +123,29 @@ _ADAPTERS: Mapping[str, int] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Rates:
-    """What training reaches of the facts.
+    """The share of the facts that training reaches, and its overheads.
 
     Attributes:
         gemm: share of the peak in large products.
-        gemm_seconds: that each product takes beside.
+        gemm_seconds: fixed additional seconds of each product.
         attention_forward: share of the peak in attention's products, with dropout.
-        attention_backward: the same backward.
+        attention_backward: the same in the backward pass.
         no_dropout: how many times as fast attention is without dropout.
         elementwise: share of the memory's bandwidth in norms, activations, sums and the optimizer.
         fused: the same between the products of blocks with fused kernels.
-        eager: how many times the bytes move where blocks have neither these nor are compiled.
-        link: share of the links inside a node.
-        network: share of the adapters.
-        link_latency: seconds of a message inside a node, and as much again a 16th for each rank.
+        eager: how many times as many bytes move in blocks that are neither fused nor compiled.
+        link: share of the bandwidth of the links inside a node.
+        network: share of the bandwidth of the adapters.
+        link_latency: seconds of a message inside a node, plus a 16th of it for each rank.
         network_latency: the same across nodes.
-        idle: seconds a block and micro-batch in which the device waits.
-        idle_recorded: the same where passes are recorded, which the host then does not bound.
-        host: seconds that the host takes to launch a block, forward and backward: the least time
-            of a block, however few its tokens; a third more where it is computed again.
-        host_compiled: the same of compiled blocks.
-        host_message: that it takes beside for each message over a tensor-parallel group.
-        step: seconds a step beside the model: ranks agree, metrics are written.
-        reserved_gib: memory that training cannot have: context, communicators, fragments.
+        idle: seconds per block and micro-batch in which the device waits.
+        idle_recorded: the same for recorded passes, which the host does not limit.
+        host: seconds that the host takes to launch a block, forward and backward: the minimum time
+            of a block, however few its tokens; a third more if it is recomputed.
+        host_compiled: the same for compiled blocks.
+        host_message: additional seconds of the host for each message over a tensor-parallel group.
+        step: seconds per step outside the model: ranks agree, metrics are written.
+        reserved_gib: memory that training cannot use: context, communicators, fragments.
     """
 
     # One H100 80 GB, by docs/performance.md: 26 November 2026 (commits 615cc3d, a5f806f) and, on a
@@ -155,12 +155,12 @@ class Rates:
     # 27 November: the kernels' times at lengths 128, 512 and 2,048.
     attention_forward: float = 0.335
     attention_backward: float = 0.26
-    # 26 November, as the next and `idle`.
+    # 26 November, as are the next one and `idle`.
     no_dropout: float = 1.4
     elementwise: float = 0.64
     # 27 November: 5.2 GB a layer and micro-batch of 32,768 slots in 1.95 ms.
     fused: float = 0.8
-    # Assumed, as what is said of no run.
+    # Assumed, like all values without a run.
     eager: float = 2.5
     link: float = 0.8
     network: float = 0.85
@@ -185,8 +185,8 @@ class Machine:
     Attributes:
         gpu: its GPUs.
         network: between its nodes.
-        gpus_per_node: of a node.
-        rates: what training reaches.
+        gpus_per_node: GPUs of a node.
+        rates: what training reaches of its peaks.
     """
 
     gpu: Gpu
@@ -196,29 +196,30 @@ class Machine:
 
     @property
     def usable_bytes(self) -> float:
-        """Memory of a GPU that training can have."""
+        """Bytes of a GPU's memory that training can use."""
         return (self.gpu.memory_gib - self.rates.reserved_gib) * GIB
 
     def with_memory(self, gib: float) -> Machine:
-        """The same, with GPUs of another memory."""
+        """The same machine with another amount of memory per GPU."""
         return replace(self, gpu=replace(self.gpu, memory_gib=gib))
 
     def peak(self, compute: str) -> float:
-        """FLOP/s of a GPU in a compute type."""
+        """FLOP/s of a GPU in a compute dtype."""
         return 1e12 * (self.gpu.bf16_tflops if compute == "bf16" else self.gpu.fp32_tflops)
 
 
 def find_machine(gpu: str, nodes_of: int | None = None, network: str | None = None) -> Machine:
-    """Look a machine up by the names that the command line takes.
+    """Look up a machine by the names that the command line takes.
 
     Args:
         gpu: a name of `GPUS`.
         nodes_of: GPUs of a node. Default: the usual number of that GPU.
-        network: an adapter and how many of them a node has, as `ndr200x4`. Default: an `ndr200`
-            for each GPU.
+        network: an adapter and how many of them a node has, such as `ndr200x4`. Default: an
+            `ndr200` for each GPU.
 
     Raises:
-        ConfigError: A name is unknown, or a number is not above 0; the message lists those known.
+        ConfigError: A name is unknown (the message lists the known ones), or a number is not above
+            0.
     """
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: not known; use one of {', '.join(GPUS)}")
@@ -233,7 +234,7 @@ def find_machine(gpu: str, nodes_of: int | None = None, network: str | None = No
 def _default_rates(gpu: str) -> Rates:
     if gpu != "cpu":
         return Rates()
-    # Written-out attention is products of the usual kind; a rank is a process, without a context.
+    # Attention that writes its scores is ordinary products; a rank is a process without a context.
     return Rates(
         gemm=0.6, attention_forward=0.3, attention_backward=0.3, no_dropout=3.0, eager=2.0,
         link_latency=100e-6, network_latency=200e-6, idle=0.0, idle_recorded=0.0,
@@ -242,11 +243,11 @@ def _default_rates(gpu: str) -> Rates:
 
 
 def find_network(name: str, named_by: str = "--network") -> Network:
-    """Look a network up by its name, as `ndr200x4`: an adapter and how many of them a node has.
+    """Look up a network by a name such as `ndr200x4`: an adapter and how many a node has.
 
     Args:
         name: what the user gave.
-        named_by: and behind what, for the error.
+        named_by: the option or key that it was given with, for the error message.
 
     Raises:
         ConfigError: The name is unknown; the message lists the adapters.
@@ -261,14 +262,14 @@ def find_network(name: str, named_by: str = "--network") -> Network:
 
 
 def gpu_of_device(device_name: str, memory_gib: float) -> str | None:
-    """The name in `GPUS` of a device such as "NVIDIA H100 80GB HBM3"; None where it is none.
+    """The name in `GPUS` of a device such as "NVIDIA H100 80GB HBM3"; None if it is not there.
 
     The table's cards are SXM modules: PCIe and NVL cards, superchips (GH200) and parts of a card
     (MIG, vGPU) have other peaks, memories and links.
 
     Args:
-        device_name: what the driver calls it.
-        memory_gib: what it has, which tells models of one name apart.
+        device_name: the driver's name for it.
+        memory_gib: its memory, which distinguishes models of the same name.
     """
     words = set(re.split(r"[\s-]+", device_name.lower()))
     model = next((name for name in ("h200", "h100", "a100") if name in words), None)

@@ -1,4 +1,4 @@
-"""Memory of the fullest rank, by part."""
+"""Memory of the fullest rank, by what it holds."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Memory(Generic[Number]):
 
     Attributes:
         weights: its fp32 shard.
-        gradients: fp32, whole while micro-batches are accumulated.
-        optimizer: two moments; of Muon's matrices one.
-        gathered: weights in the compute type.
+        gradients: fp32, unsharded while micro-batches are accumulated.
+        optimizer: two moments; for Muon's matrices one.
+        gathered: weights in the compute dtype.
         activations: of the micro-batches in flight.
-        working: of what is being computed beside, a block or the head.
-        logits: with their softmax, where logits stand at that moment.
+        working: additional memory of the block or head being computed.
+        logits: with their softmax, if there are any at that moment.
         buffers: of messages.
     """
 
@@ -60,22 +60,24 @@ class Memory(Generic[Number]):
 
 @dataclass(frozen=True)
 class RankNeeds(Generic[Number]):
-    """What a pipeline rank needs in a stage of the curriculum, all shards counted together.
+    """What a pipeline rank needs in a stage of the curriculum, before data-parallel sharding.
+
+    Memory is in bytes.
 
     Attributes:
-        parameters: of the rank, with the shards of its data-parallel ranks.
+        parameters: of the rank, including all its data-parallel ranks' shards.
         root: parameters outside the blocks.
         block: parameters of a block.
         matrices: parameters of the blocks' matrices.
         alike: parameters of the blocks' matrices of one shape.
         owners: ranks that hold parts of its blocks.
-        accumulates: 1 where it takes several micro-batches a step, else 0.
-        activations: of the micro-batches in flight, in bytes.
-        of_block: of one block and micro-batch among them.
-        forward: beside, while a block goes forward.
-        backward: beside, while a block goes backward.
-        table: the decoder's gradient, which waits until the embeddings have gone backward.
-        head: beside, while the head computes, without its logits.
+        accumulates: 1 if it takes several micro-batches a step, else 0.
+        activations: of the micro-batches in flight.
+        of_block: the part of these that belongs to one block and micro-batch.
+        forward: additional, during a block's forward pass.
+        backward: additional, during a block's backward pass.
+        table: the decoder's gradient, held until the embeddings' backward pass is done.
+        head: additional, while the head computes, without its logits.
         logits: of the head.
     """
 
@@ -96,11 +98,11 @@ class RankNeeds(Generic[Number]):
 
 
 class Moments:
-    """The moments of a step of which one takes the most memory: each part [needs, choices].
+    """The moments of a step that may take the most memory; each part is [needs, choices].
 
     Args:
         job: the run.
-        needs: of the ranks among which the fullest is, [needs, choices or 1].
+        needs: of the candidates for the fullest rank, [needs, choices or 1].
         choices: copies and shards of each layout's weights.
     """
 
@@ -108,10 +110,10 @@ class Moments:
         self._job, self._needs, self._choices = job, needs, choices
         self._shards = choices.shards.astype(np.float64)
         self._several = choices.shards > 1
-        # With one rank for all rows nothing is reduced, and sums stay in fp32.
+        # With a single data-parallel rank nothing is reduced, and sums stay in fp32.
         shares = choices.shards * choices.replicate > 1
         self._reduced = np.where(shares, float(job.reduce_bytes), 4.0)
-        # Recorded passes have sums of gradients, which they keep, of a single micro-batch too.
+        # Recorded passes keep sums of gradients even for a single micro-batch.
         self._records = choices.recorded.astype(np.float64)
         self._accumulates = np.maximum(self._needs.accumulates, self._records)
         self._once = 1.0 - self._accumulates
@@ -119,15 +121,15 @@ class Moments:
         self._gathered = job.element_bytes * np.where(
             choices.reshard_after_forward, self._needs.root + 2 * block, parameters
         )
-        # They keep their memory from step to step, unless each block's is given back.
+        # Gathered weights keep their memory from step to step, unless each block frees its own.
         self._kept = job.element_bytes * np.where(choices.reshard_after_forward, 0.0, parameters)
-        # Whole gradients, where micro-batches are added up before ranks reduce them.
+        # Unsharded gradients, if micro-batches are accumulated before ranks reduce them.
         self._sums = self._accumulates * self._reduced * parameters
         self._weights = 4.0 * parameters / self._shards
         saved = 4.0 * self._needs.matrices if muon.is_used(job) else 0.0
         self._optimizer = (8.0 * parameters - saved) / self._shards
         self._buffers = job.element_bytes * block * self._several * self._accumulates
-        # Graphs keep what activations and the rest of a pass took at the most.
+        # Graphs keep the peak memory of a pass: activations and everything else.
         passes = self._needs.activations + np.maximum(
             np.maximum(self._needs.forward, self._needs.table + self._needs.backward),
             self._needs.head + self._needs.logits,
@@ -140,7 +142,7 @@ class Moments:
         return reduce(np.maximum, totals)
 
     def all(self) -> Iterator[Memory[Floats]]:
-        """Every moment that may be the worst."""
+        """Yield every moment that may be the worst."""
         yield self._forward()
         yield self._head()
         yield self._backward()
@@ -150,24 +152,24 @@ class Moments:
             yield self._update()
 
     def _forward(self) -> Memory[Floats]:
-        """The last block goes forward."""
+        """The last block's forward pass."""
         return self._moment(self._sums, self._needs.forward)
 
     def _head(self) -> Memory[Floats]:
-        """The head computes, forward and backward."""
+        """The head's forward and backward pass."""
         return self._moment(self._sums, self._needs.head, logits=self._needs.logits)
 
     def _backward(self) -> Memory[Floats]:
-        """The first block that goes backward has its gradients."""
+        """The first block in backward order has computed its gradients."""
         fresh = self._once * self._job.element_bytes * self._needs.block
         return self._moment(self._sums + fresh, self._needs.table + self._needs.backward)
 
-    # One micro-batch's gradients are packed, summed and freed unit by unit. What a unit kept for
-    # its backward pass is gone by then; shards of gradients come as activations go, so that the
-    # first or the last unit is the worst.
+    # A single micro-batch's gradients are packed, summed and freed unit by unit. By then a unit's
+    # activations are freed; gradient shards grow as activations shrink, so that the first or the
+    # last unit is the worst.
 
     def _first_reduction(self) -> Memory[Floats]:
-        """A block is reduced, while the other blocks' activations wait."""
+        """A block's gradients are reduced, while the other blocks' activations are still held."""
         e, block = self._job.element_bytes, self._needs.block
         packed = e + self._several * self._reduced + 4.0 / self._shards
         return self._moment(
@@ -177,12 +179,12 @@ class Moments:
         )
 
     def _last_reduction(self) -> Memory[Floats]:
-        """Parameters outside the blocks are reduced, the last of all."""
+        """The gradients outside the blocks are reduced, last of all."""
         e, root = self._job.element_bytes, self._needs.root
         shards = 4.0 * self._needs.parameters / self._shards
         packed = (e + self._several * self._reduced) * root
         return self._moment(
-            # Of recorded passes the sums stay, beside what they are reduced to.
+            # Recorded passes keep their sums, in addition to the reduced gradients.
             np.maximum(self._sums, self._once * (shards + packed))
             + self._records * self._several * (shards + packed),
             0.0 * root,
@@ -191,7 +193,7 @@ class Moments:
         )
 
     def _update(self) -> Memory[Floats]:
-        """Muon updates the weights; gradients are shards."""
+        """Muon updates the weights; gradients are sharded."""
         working = muon.working_bytes(
             self._job,
             self._needs.matrices,
@@ -228,7 +230,7 @@ class Moments:
 
 
 def rank_needs(job: Job, layout: Layout, span: StageSpan) -> list[RankNeeds[float]]:
-    """Needs of the pipeline ranks among which the fullest is: the first two, and the last.
+    """Needs of the pipeline ranks that may be the fullest: the first two, and the last.
 
     Earlier ranks have more micro-batches in flight, and the first may hold a block less.
     """
@@ -277,9 +279,9 @@ def memory(job: Job, layout: Layout, span: StageSpan) -> Memory[float]:
 
 
 def in_flight_layers(split: Split, rank: int, layers: int, micro_batches: int) -> float:
-    """Blocks times micro-batches whose activations a rank holds at the most.
+    """The most blocks, times micro-batches, whose activations a rank holds at once.
 
-    What `parallel.schedule` has waiting for their backward pass.
+    These are what `parallel.schedule` has waiting for the backward pass.
     """
     if split.pipeline == 1:
         return float(layers)

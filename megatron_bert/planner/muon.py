@@ -1,7 +1,7 @@
-"""What Muon's update takes beside AdamW's: whole matrices brought together, and orthogonalised.
+"""What Muon's update takes in addition to AdamW's: matrices are assembled and orthogonalised.
 
-Ranks that hold parts of the blocks' matrices, or copies of them, divide the whole ones among
-themselves (`parallel.whole_matrices`); each is orthogonalised by some iterations (`optim.muon`).
+Ranks that hold shards or copies of the blocks' matrices divide the whole matrices among themselves
+(`parallel.whole_matrices`); each is orthogonalised by some iterations (`optim.muon`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import Split
 from megatron_bert.planner.network import Group
 
-# Momentum, weights and gradients pass through kernels of one operation each, in fp32.
+# Bytes moved per element: momentum, weights and gradients pass through fp32 kernels of one
+# operation each.
 MOVED_BYTES = 104.0
 
 
@@ -29,9 +30,9 @@ class _Matrix:
     """Matrices of one shape in a block.
 
     Attributes:
-        shorter: side.
-        longer: side.
-        count: in a block.
+        shorter: length of the shorter side.
+        longer: length of the longer side.
+        count: number of them in a block.
     """
 
     shorter: int
@@ -40,22 +41,22 @@ class _Matrix:
 
     @property
     def elements(self) -> float:
-        """Of one."""
+        """Elements of one matrix."""
         return float(self.shorter * self.longer)
 
     @property
     def flops(self) -> float:
-        """Of orthogonalising one."""
+        """FLOPs of orthogonalising one matrix."""
         return float(ITERATIONS * iteration_flops(self.shorter, self.longer))
 
 
 def is_used(job: Job) -> bool:
-    """Whether blocks' matrices are Muon's."""
+    """Whether Muon updates the blocks' matrices."""
     return job.config.optimizer.name == "muon"
 
 
 def update_seconds(job: Job, split: Split, replicate: int, part: RankParameters) -> float:
-    """Seconds of a pipeline rank's iterations and messages; its kernels by bytes not counted.
+    """Seconds of a pipeline rank's iterations and messages, without its elementwise kernels.
 
     Args:
         job: the run.
@@ -67,7 +68,7 @@ def update_seconds(job: Job, split: Split, replicate: int, part: RankParameters)
 
 
 def _iterations(job: Job, split: Split, layers: int) -> float:
-    """Seconds on the busiest rank; the costliest matrices go first, to the rank with the least."""
+    """Seconds on the busiest rank; the costliest matrices go first, each to the least busy rank."""
     owners, machine = split.tensor * split.data, job.machine
     matrices = list(_matrices(job))
     mean = layers * sum(matrix.count * matrix.flops for matrix in matrices) / owners
@@ -78,7 +79,7 @@ def _iterations(job: Job, split: Split, layers: int) -> float:
 
 
 def _messages(job: Job, split: Split, replicate: int, part: RankParameters) -> float:
-    """To the owners and back, axis by axis; copies need nothing on the way there."""
+    """Seconds to the owners and back, axis by axis; copies need no message on the way there."""
     shards, machine = split.data // replicate, job.machine
     of_rank = job.element_bytes * part.matrices / shards
     over_shards = Group(shards, split.tensor).exchange(machine, of_rank)
@@ -90,42 +91,42 @@ def _messages(job: Job, split: Split, replicate: int, part: RankParameters) -> f
 def working_bytes(
     job: Job, held: Floats, alike: Floats, owners: Floats, replicate: Floats, shards: Floats
 ) -> Floats:
-    """Bytes that the update holds beside weights, gradients and states.
+    """Bytes that the update holds in addition to weights, gradients and states.
 
     Args:
         job: the run.
-        held: elements of a rank's matrices, with the shards of its data-parallel ranks.
+        held: elements of a rank's matrices, including all its data-parallel ranks' shards.
         alike: elements of the matrices of one shape.
         owners: ranks that divide the matrices.
         replicate: copies of the weights.
-        shards: ranks that share a copy out.
+        shards: ranks over which a copy is sharded.
     """
     e, largest = job.element_bytes, max(matrix.elements for matrix in _matrices(job))
     own = held / shards
     owned = np.maximum(own / replicate, largest)
-    # A larger matrix is alone.
+    # A larger matrix is a batch of its own.
     batch = np.minimum(np.minimum(alike, max(BATCH_ELEMENTS, largest)), owned)
     moments: list[Floats] = [
-        # The momentum's change, and directions in the compute type.
+        # The momentum's change, and directions in the compute dtype.
         (4.0 + e) * own,
-        # What is owned and the other batches' results; of a batch the stack, x before and after,
-        # and two products x x^T, which have about 3/8 of its elements each.
+        # The owned matrices and the other batches' results; for the current batch the stack, x
+        # before and after, and two products x x^T, which have about 3/8 of its elements each.
         e * (2 * owned + 2.75 * batch),
-        # Directions, the message made of them, and what came; results on their way back.
+        # Directions, the message made from them, and the received one; results on the way back.
         (owners > 1).astype(np.float64) * e * np.maximum(3 * own + owned, 3 * owned + own),
     ]
     return np.maximum(np.maximum(moments[0], moments[1]), moments[2])
 
 
 def elements_alike(job: Job) -> float:
-    """Elements of a block's matrices of one shape, which are orthogonalised together; 0: none."""
+    """Elements of a block's matrices of one shape, orthogonalised together; 0 without Muon."""
     if not is_used(job):
         return 0.0
     return max(matrix.count * matrix.elements for matrix in _matrices(job))
 
 
 def _matrices(job: Job) -> Iterator[_Matrix]:
-    """A block's, by their shapes."""
+    """A block's matrices, grouped by shape."""
     counts = Counter((matrix.outputs, matrix.inputs) for matrix in block_matrices(job.config.model))
     for (outputs, inputs), count in counts.items():
         yield _Matrix(min(outputs, inputs), max(outputs, inputs), count)

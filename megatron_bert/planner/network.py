@@ -1,8 +1,9 @@
 """How long messages between ranks take.
 
-Rings: of n ranks each sends and receives (n - 1) / n of a gathering's or scattering's bytes, and
-twice that of a sum's. Ranks are numbered as `distributed.topology` numbers them: those of a
-tensor-parallel group are neighbours, then shards, then copies, then pipeline stages.
+Collectives are rings: each of n ranks sends and receives (n - 1) / n of the bytes of an all-gather
+or reduce-scatter, and twice that for an all-reduce. Ranks are numbered as in
+`distributed.topology`: those of a tensor-parallel group are adjacent, then shards, then copies,
+then pipeline stages.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ class Group:
     stride: int
 
     def per_node(self, machine: Machine) -> int:
-        """How many of its ranks share a node, in the group of which the fewest do."""
+        """How many of its ranks share a node; the minimum over all groups of this kind."""
         together = math.gcd(self.size * self.stride, machine.gpus_per_node)
         return max(1, together // self.stride)
 
     def gathering(self, machine: Machine, total_bytes: float) -> float:
-        """Seconds to gather, or to sum and scatter, `total_bytes` (those of all ranks together)."""
+        """Seconds to all-gather or reduce-scatter `total_bytes` (of all ranks together)."""
         if self.size == 1:
             return 0.0
         rate = self._rate(machine)
         return (self.size - 1) / self.size * total_bytes / rate + self._latency(machine)
 
     def sum(self, machine: Machine, total_bytes: float) -> float:
-        """Seconds to sum `total_bytes` over the ranks, with the result on all of them.
+        """Seconds to all-reduce `total_bytes` over the ranks.
 
-        A ring, or where that is sooner (small messages) a tree.
+        Takes a ring or, where that is faster (small messages), a tree.
         """
         if self.size == 1:
             return 0.0
@@ -51,7 +52,7 @@ class Group:
         return min(2 * self.gathering(machine, total_bytes), tree)
 
     def exchange(self, machine: Machine, rank_bytes: float) -> float:
-        """Seconds in which each rank sends every other one its share of `rank_bytes`."""
+        """Seconds of an all-to-all: each rank sends every other one its share of `rank_bytes`."""
         if self.size == 1:
             return 0.0
         rates, inside = machine.rates, self.per_node(machine)
@@ -61,7 +62,7 @@ class Group:
         return max(within, across) + self._latency(machine)
 
     def message(self, machine: Machine, message_bytes: float) -> float:
-        """Seconds that a message to the neighbour is under way, on the slowest hop."""
+        """Seconds of a message to the neighbouring rank, on the slowest hop."""
         if self.size == 1:
             return 0.0
         inside = self.per_node(machine) == self.size
@@ -78,7 +79,7 @@ class Group:
         inside = self.per_node(machine)
         if inside == self.size:
             return 1e9 * link
-        # A ring leaves a node as often as it has ranks there, each time by another adapter.
+        # A ring leaves a node as often as it has ranks there, each time through another adapter.
         adapters = machine.network.per_node * inside / machine.gpus_per_node
         return 1e9 * min(link, adapters * machine.rates.network)
 

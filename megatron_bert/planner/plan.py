@@ -16,14 +16,14 @@ class StagePlan:
 
     Attributes:
         step: seconds of a step.
-        is_simulated: whether the pipeline was simulated; else its bubble is had by the formula.
+        is_simulated: whether the pipeline was simulated; otherwise its bubble is by the formula.
         memory: of the fullest rank.
-        logits: bytes of them on the rank that has the head, at whatever moment.
-        tokens_per_second: slots of the global batch, surplus rows not counted.
-        mfu: share of the GPUs' peak that the needed products take, attention over whole rows.
-        micro_batches: of a step and rank.
-        micro_rows: of a micro-batch.
-        surplus_share: of computed rows that are surplus.
+        logits: peak bytes of the logits, on the rank with the head.
+        tokens_per_second: slots of the global batch, without surplus rows.
+        mfu: share of the GPUs' peak that the needed products take, with attention over whole rows.
+        micro_batches: per step and rank.
+        micro_rows: rows of a micro-batch.
+        surplus_share: share of the computed rows that are surplus.
     """
 
     step: Step
@@ -44,8 +44,8 @@ class LayoutPlan:
     Attributes:
         layout: its keys.
         stages: of the curriculum, in order.
-        days: of the run, without evaluation, checkpoints and time between jobs.
-        gpu_hours: of the run, over all GPUs.
+        days: duration of the run, without evaluation, checkpoints and time between jobs.
+        gpu_hours: the same, summed over all GPUs.
     """
 
     layout: Layout
@@ -60,23 +60,23 @@ class LayoutPlan:
 
     @property
     def peak_bytes(self) -> float:
-        """Memory of the fullest rank in it."""
+        """Memory of the fullest rank in the fullest stage."""
         return self.fullest.memory.total
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found.
+    """The result of a search.
 
     Attributes:
         job: what was planned.
-        best: of each way to share the model the quickest layout that fits, in order; of those
-            that are alike the simplest comes first, and last those that leave little memory.
-        alternatives: for each key that can be chosen the best layout that differs from the best of
-            all in it.
-        of_stages: for each stage of the curriculum the layout that is the quickest in it.
-        legal: layouts of the job.
-        too_large: legal layouts that do not fit.
+        best: the fastest fitting layout of each way to share the model, in order; of about equally
+            fast ones the simplest comes first, and those that leave little memory come last.
+        alternatives: for each key that can be chosen, the best layout that differs from the overall
+            best in it.
+        of_stages: for each stage of the curriculum, the fastest layout in it.
+        legal: number of legal layouts of the job.
+        too_large: number of legal layouts that do not fit.
         smallest: the legal layout that takes the least memory.
     """
 

@@ -12,12 +12,12 @@ from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.plan import LayoutPlan, Plan
 from megatron_bert.planner.wording import remarks
 
-# How a configuration begins that a plan wrote.
+# The beginning of a configuration written by a plan.
 _PLANNED_FOR = "# Layout planned for"
 
 
 def document(plan: Plan, assumed: Sequence[str] = ()) -> dict[str, Any]:
-    """The plan as plain values: seconds, bytes, days; arguments as those of `describe`."""
+    """The plan as plain values: seconds, bytes, days; takes the arguments of `describe`."""
     machine = plan.job.machine
     return {
         "machine": asdict(machine) | {"ranks": plan.job.ranks},
@@ -44,7 +44,7 @@ def configuration(plan: Plan, layout: Layout) -> str:
 
 
 def is_written_plan(path: Path) -> bool:
-    """Whether a file is one that `configuration` gave."""
+    """Whether a file was written by `configuration`."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.read(len(_PLANNED_FOR)) == _PLANNED_FOR

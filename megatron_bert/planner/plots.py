@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of a step's micro-batches as many as can be told apart.
+# Rounds of micro-batches to draw: as many as can be distinguished.
 _DRAWN_ROUNDS = 2
 _COLOURS = {
     Kind.FORWARD: "tab:blue",
@@ -52,9 +52,9 @@ def write_picture(plan: Plan, path: Path) -> None:
 
 
 def draw(plan: Plan) -> Figure:
-    """Draw the best layouts and those that differ from the best in one key.
+    """Draw the best layout and those that differ from it in one key.
 
-    The timeline is that of the quickest of them that has a pipeline; without one it is left out.
+    The timeline is that of the first of them that has a pipeline; without any it is left out.
 
     Raises:
         UserError: matplotlib is missing.
@@ -77,7 +77,7 @@ def draw(plan: Plan) -> Figure:
 
 
 def _shown(plan: Plan) -> list[tuple[str, LayoutPlan]]:
-    """The best layout, and those without each of its choices, the same ones once."""
+    """The best layout, and for each of its choices the best one without it; each layout once."""
     found: dict[Layout, str] = {plan.best[0].layout: "best"}
     entries = {plan.best[0].layout: plan.best[0]}
     for name, entry in plan.alternatives:
@@ -123,7 +123,7 @@ def _stacked(axis: Axes, names: Sequence[str], parts: dict[str, list[float]]) ->
 
 
 def _draw_timeline(axis: Axes, plan: Plan, layout: Layout) -> None:
-    """Each rank's computations in the longest stage of the curriculum, as far as they fit."""
+    """Draw each rank's computations in the curriculum's longest stage, as far as they fit."""
     split = layout.split
     index = max(range(len(plan.job.spans)), key=lambda n: plan.job.spans[n].num_rows)
     model = StepModel(plan.job, layout, plan.job.spans[index])
@@ -133,7 +133,7 @@ def _draw_timeline(axis: Axes, plan: Plan, layout: Layout) -> None:
     ends = end_times(schedule, stages, model.message)
     for action, end in ends.items():
         seconds = stages[action.stage].of(action.kind)
-        # Stages that a rank holds are told apart by how light they are.
+        # A rank's stages are distinguished by their lightness.
         lightness = 1.0 - 0.6 * (action.stage // split.pipeline) / split.virtual
         axis.barh(
             action.stage % split.pipeline,

@@ -1,4 +1,4 @@
-"""What each pipeline rank of a split holds, counted once a job."""
+"""What each pipeline rank of a split holds, counted once per job."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rank_parts(job: Job, split: Split) -> tuple[RankParameters, ...]:
 
 
 def layers_of_stages(job: Job, num_stages: int) -> tuple[int, ...]:
-    """Blocks of each stage; only the number of stages counts, not how ranks hold them."""
+    """Blocks of each stage; these depend on the number of stages, not on which rank holds them."""
 
     def divide() -> tuple[int, ...]:
         keys = {"parallel.pipeline": num_stages, "parallel.pipeline_schedule": PLAIN_SCHEDULE}

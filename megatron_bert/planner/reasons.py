@@ -1,4 +1,4 @@
-"""Why a plan's best layout is that one, and not another."""
+"""Why a plan's best layout is the best one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORTH_ANOTHER_LAYOUT_PERCENT = 2.0
 
 
 def beside_best(plan: Plan, entry: LayoutPlan) -> str:
-    """Why a quicker layout does not come first, and whether its memory is scarce."""
+    """Notes on a layout: how much faster than the best it is, and whether memory is scarce."""
     best, notes = plan.best[0], []
     if entry.days < best.days:
         more, memory = entry.peak_bytes - best.peak_bytes, memory_unit(plan)
@@ -36,7 +36,7 @@ def beside_best(plan: Plan, entry: LayoutPlan) -> str:
 
 
 def why(plan: Plan) -> str:
-    """What speaks for the best, in a sentence."""
+    """A sentence on why the best layout is the best."""
     best = plan.best[0]
     shares = _shares(plan, best)
     computing = sum(shares.pop(name) for name in ("gemm", "attention", "elementwise"))
@@ -68,14 +68,14 @@ def alternatives(plan: Plan) -> Iterator[str]:
 
 
 def _reason(plan: Plan, other: LayoutPlan) -> str:
-    """What the other one spends more on, over the whole curriculum."""
+    """What another layout spends more time on than the best, over the whole curriculum."""
     ours, theirs = _shares(plan, plan.best[0]), _shares(plan, other)
     largest, name = max((100 * (theirs[name] - ours[name]), name) for name in ours)
     return f": {name} {largest:+.1f} %" if largest > 0.05 else ""
 
 
 def _shares(plan: Plan, entry: LayoutPlan) -> dict[str, float]:
-    """What the parts of a layout's steps take, as shares of the best layout's whole time."""
+    """Time of the parts of a layout's steps, as shares of the best layout's total time."""
     return {
         field.name: sum(
             getattr(stage.step, field.name) * span.num_steps
@@ -87,7 +87,7 @@ def _shares(plan: Plan, entry: LayoutPlan) -> dict[str, float]:
 
 
 def quicker_in_a_stage(plan: Plan) -> Iterator[str]:
-    """Where another layout is quicker in a stage: the jobs of a run may each have their own."""
+    """Yield stages in which another layout is faster: each job of a run may have its own."""
     best = plan.best[0]
     for index, (entry, span) in enumerate(zip(plan.of_stages, plan.job.spans, strict=True)):
         ours: StagePlan = best.stages[index]

@@ -21,7 +21,7 @@ from megatron_bert.planner.wording import (
     unit_for,
 )
 
-# The prediction is not so exact that it could tell these apart.
+# The prediction is not accurate enough to distinguish layouts within this margin.
 _UNCERTAIN_PERCENT = 3.0
 
 
@@ -30,7 +30,7 @@ def describe(plan: Plan, assumed: Sequence[str] = ()) -> Iterator[str]:
 
     Args:
         plan: what was found.
-        assumed: sentences on what the caller put in where the configuration says nothing.
+        assumed: sentences on what the caller assumed where the configuration says nothing.
     """
     yield from _heading(plan)
     yield from (*remarks(plan.job.config), *assumed)

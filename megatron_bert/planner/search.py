@@ -1,4 +1,4 @@
-"""The best layouts of a job, and what rules the others out."""
+"""Searching for the best layouts of a job."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from megatron_bert.planner.ordering import band_of, is_scarce, parts_of
 from megatron_bert.planner.plan import LayoutPlan, Plan, StagePlan
 from megatron_bert.planner.step import StepModel, StepTerms, total_seconds
 
-# All layouts are ranked with their bubble by the formula, and the first of them, with as many more
-# as are asked for, again with it simulated: a computation of a pipeline takes about 10 us.
+# All layouts are ranked with the bubble by the formula. The first of them (this many, or as many as
+# are asked for) are then ranked again with the bubble simulated, which takes about 10 us for each
+# computation of a pipeline.
 _SIMULATED_AT_LEAST = 12
 _MOST_SIMULATED_ACTIONS = 5_000
-# `rank_needs` tells of so many at the most.
+# The most ranks that `rank_needs` returns.
 _MOST_RANKS = 3
 
 
@@ -47,14 +48,14 @@ def make_plan(
     """Rank every legal layout by the predicted time of the whole curriculum.
 
     Args:
-        config: the run; its own layout counts for nothing.
+        config: the run; its own layout is ignored.
         vocab_size: padded vocabulary.
         machine: the cluster.
         ranks: GPUs of the job.
         keep: how many of the best ways to share the model are returned.
 
     Raises:
-        ConfigError: No layout of so many ranks is legal, or none fits; the message says why.
+        ConfigError: No layout of that many ranks is legal, or none fits; the message says why.
     """
     job = Job(config, vocab_size, machine, ranks)
     search = _Search(job)
@@ -81,10 +82,10 @@ def make_plan(
 
 
 class _Search:
-    """All layouts of a job, and the quickest of them more closely.
+    """Evaluates all layouts of a job, and the fastest ones in more detail.
 
-    Layouts are numbered: the layouts of a base (split, micro-batches, recomputation) follow one
-    another, one for each of its data-parallel choices. Arrays have an element for each layout.
+    Layouts are numbered: the layouts of a base (split, micro-batches, recomputation) are
+    consecutive, one for each of its data-parallel choices. Arrays have an element for each layout.
     """
 
     def __init__(self, job: Job) -> None:
@@ -119,7 +120,7 @@ class _Search:
         self.fitting = order[self._peaks[order] <= job.machine.usable_bytes]
 
     def best(self, keep: int) -> list[LayoutPlan]:
-        """The quickest way to share the model, each with the best of all else, that fit."""
+        """The fastest fitting ways to share the model, each with the best of all other choices."""
         plans = self._planned(self.fitting, max(keep, _SIMULATED_AT_LEAST))
         bands = band_of(np.array([plan.days for plan in plans])).tolist()
 
@@ -132,7 +133,7 @@ class _Search:
         return [plans[number] for number in sorted(range(len(plans)), key=place)[:keep]]
 
     def alternatives(self, best: Layout) -> Iterator[tuple[str, LayoutPlan]]:
-        """The quickest layout without each choice of the best one."""
+        """Yield, for each choice of the best layout, the fastest layout that differs in it."""
         differs = {
             name: np.array([choice(base) != choice(best) for base in self._bases])[self._base_of]
             for name, choice in _CHOICES.items()
@@ -147,7 +148,7 @@ class _Search:
                 yield name, min(others, key=lambda plan: plan.days)
 
     def _planned(self, numbers: Iterable[int], most: int) -> list[LayoutPlan]:
-        """The first of these layouts that have `most` different splits, planned in full."""
+        """The first layouts of the first `most` different splits, planned in full."""
         near: dict[Split, int] = {}
         for number in numbers:
             near.setdefault(self._bases[self._base_of[number]].split, number)
@@ -156,7 +157,7 @@ class _Search:
         return [self.plan(self._layout(number)) for number in near.values()]
 
     def best_of_stage(self, index: int) -> LayoutPlan:
-        """The layout that fits and is the quickest in a stage of the curriculum."""
+        """The fastest fitting layout in a stage of the curriculum."""
         quickest = self.fitting[self._of_stages[index][self.fitting].argmin()]
         return self.plan(self._layout(quickest))
 
@@ -173,7 +174,7 @@ class _Search:
         )
 
     def plan(self, layout: Layout) -> LayoutPlan:
-        """All about one layout."""
+        """The full plan of one layout."""
         stages = tuple(self._stage_plan(layout, index) for index in range(len(self.job.spans)))
         seconds = sum(
             stage.step.total * steps for stage, steps in zip(stages, self._steps, strict=True)
@@ -181,11 +182,11 @@ class _Search:
         return LayoutPlan(layout, stages, seconds / 86400, seconds / 3600 * self.job.ranks)
 
     def _all_bases(self) -> Iterator[Layout]:
-        """Every layout of one copy that frees no weights."""
+        """Every layout with one copy of the weights and without freeing them."""
         job = self.job
         recomputations: tuple[Recompute, ...] = get_args(Recompute)
         if job.has_kernel:
-            # It holds no scores that could be computed again.
+            # The kernel stores no scores that could be recomputed.
             recomputations = ("none", "full")
         for split in all_splits(job.config, job.ranks, job.vocab_size):
             for micro_tokens in micro_token_choices(job.spans, split):
@@ -196,11 +197,11 @@ class _Search:
     def _of_stage(self, index: int, choices: DataParallelChoices) -> tuple[Floats, Floats]:
         """Seconds of a step, and bytes of the fullest rank, under each layout."""
         job, span = self.job, self.job.spans[index]
-        # Limits of a micro-batch that give the same rows are one case.
+        # Micro-batch limits that give the same rows are one case.
         numbers: dict[Hashable, int] = {}
         terms: list[StepTerms[float]] = []
         needs: list[RankNeeds[float]] = []
-        # With weights kept, and with weights freed, under which passes may not be recorded.
+        # Both with weights kept and with weights freed; the latter may rule out recorded passes.
         cases_of = []
         for base in self._bases:
             batch, cases_of_base = job.batch(base, span), []
@@ -209,7 +210,7 @@ class _Search:
                 if key not in numbers:
                     numbers[key] = len(terms)
                     terms.append(StepModel(job, layout, span).terms)
-                    # As many of each: of three ranks the fullest is that of two of them, too.
+                    # Repeated to the same number for each case, which leaves the maximum unchanged.
                     needs += (rank_needs(job, base, span) * _MOST_RANKS)[:_MOST_RANKS]
                 cases_of_base.append(numbers[key])
             cases_of.append(cases_of_base)
@@ -241,7 +242,7 @@ class _Search:
         )
 
     def _bubble(self, layout: Layout, index: int, model: StepModel) -> tuple[float, bool]:
-        """Simulated, while that is worth its time."""
+        """The bubble, and whether it is simulated, which is done while it is worth its time."""
         key = (layout.split, layout.recompute, layout.micro_tokens, index)
         if key not in self._simulated:
             actions = model.simulated_actions
@@ -252,7 +253,7 @@ class _Search:
         return self._simulated[key], True
 
 
-# What can be chosen of a base.
+# The choices that make up a base.
 _CHOICES: dict[str, Callable[[Layout], object]] = {
     "parallel.tensor": lambda layout: layout.split.tensor,
     "parallel.pipeline": lambda layout: layout.split.pipeline,

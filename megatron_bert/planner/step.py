@@ -28,7 +28,7 @@ from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
 from megatron_bert.planner.rank_parts import layers_of_stages, rank_parts
 
-# Rounds of a pipeline after which each further one takes as long as the one before.
+# After this many rounds of a pipeline, each further round takes as long as the one before.
 _SIMULATED_ROUNDS = 4
 
 
@@ -41,11 +41,11 @@ class Step:
         attention: softmax attention.
         elementwise: norms, activations, dropout, sums of gradients.
         host: waiting for the host.
-        tensor: tensor parallelism's messages that nothing hides.
+        tensor: tensor parallelism's messages that no computation hides.
         bubble: waiting for other pipeline stages, and for messages between them.
-        gather: weights' gathering that nothing hides.
-        reduce: gradients' reduction that nothing hides.
-        optimizer: the update, and what a step takes beside the model.
+        gather: gathering of weights that no computation hides.
+        reduce: reduction of gradients that no computation hides.
+        optimizer: the update, and the part of a step outside the model.
     """
 
     gemm: float
@@ -66,18 +66,18 @@ class Step:
 
 @dataclass(frozen=True)
 class StepTerms(Generic[Number]):
-    """Terms of a step's time that hold under all `DataParallelChoices`, for `total_seconds`.
+    """Terms of a step's time that are common to all `DataParallelChoices`, for `total_seconds`.
 
     Attributes:
         busy: seconds of the busiest rank, with the bubble by the formula.
-        forward: of a block.
-        backward: of a block.
-        repeated: micro-batches after the first.
+        forward: seconds of a block.
+        backward: seconds of a block.
+        repeated: number of micro-batches after the first.
         layers: blocks that a pipeline rank holds.
-        ranks: pipeline ranks that hold this number of blocks.
-        other_layers: blocks of the other ranks; of three numbers of blocks the two that are met
-            first count.
-        other_ranks: how many these are, maybe none.
+        ranks: number of pipeline ranks that hold this number of blocks.
+        other_layers: blocks of the other ranks; if there are three different numbers of blocks,
+            only the first two are considered.
+        other_ranks: number of these ranks, possibly 0.
     """
 
     busy: Number
@@ -95,8 +95,8 @@ class StepModel:
 
     Args:
         job: the run and its ranks.
-        layout: its `replicate` counts for nothing, and its `reshard_after_forward`
-            only as far as it decides whether passes are recorded.
+        layout: its `replicate` is ignored, and its `reshard_after_forward` matters only for whether
+            passes are recorded.
         span: the stage.
     """
 
@@ -109,7 +109,7 @@ class StepModel:
         self._parts = rank_parts(job, layout.split)
         self._block = _block(self.work)
         self._embedding, self._head = _ends(self.work)
-        # Of ranks between the ends that with the most blocks.
+        # The rank with the most blocks, of those between the ends.
         middle = max(self._parts[1:-1], key=lambda part: part.layers, default=None)
         ends = {0: self._parts[0], len(self._parts) - 1: self._parts[-1]}
         candidates = [*ends.items(), *([] if middle is None else [(1, middle)])]
@@ -118,11 +118,11 @@ class StepModel:
         self.busy = self._busiest.total * self.batch.num_micro_batches
 
     def step(self, choices: DataParallelChoices, bubble: float) -> Step:
-        """A step.
+        """The predicted time of a step.
 
         Args:
-            choices: one alone, of the layout.
-            bubble: what `estimated_bubble` or `simulated_bubble` says.
+            choices: the layout's single choice.
+            bubble: the result of `estimated_bubble` or `simulated_bubble`.
         """
         terms = StepTerms(**columns([self.terms], np.array([0])))
         gather, reduce = data_messages(terms, choices)
@@ -141,7 +141,7 @@ class StepModel:
 
     @cached_property
     def estimated_bubble(self) -> float:
-        """Seconds that a pipeline takes to fill and to empty, by the formula."""
+        """Seconds that a pipeline takes to fill and to drain, by the formula."""
         split = self._layout.split
         if split.pipeline == 1:
             return 0.0
@@ -153,7 +153,7 @@ class StepModel:
 
     @property
     def simulated_actions(self) -> int:
-        """Computations of the simulations, which say how long they take."""
+        """Number of computations to simulate, which determines how long simulating takes."""
         split = self._layout.split
         if split.pipeline == 1:
             return 0
@@ -161,14 +161,14 @@ class StepModel:
 
     @property
     def _simulated_micro_batches(self) -> list[int]:
-        # Between its ends a pipeline repeats itself: one round more tells what each further one
-        # takes.
+        # Between filling and draining a pipeline repeats itself: one more round tells how long each
+        # further one takes.
         count, ranks = self.batch.num_micro_batches, self._layout.split.pipeline
         most = _SIMULATED_ROUNDS * ranks
         return [count] if count <= most else [most - ranks, most]
 
     def simulated_bubble(self) -> float:
-        """By the schedule that training uses: how much longer it takes than the busiest rank."""
+        """Seconds that the simulated schedule of training takes longer than the busiest rank."""
         if self._layout.split.pipeline == 1:
             return 0.0
         durations = {count: self._simulate(count) for count in self._simulated_micro_batches}
@@ -177,7 +177,7 @@ class StepModel:
         if most < count:
             fewer = min(durations)
             each = (duration - durations[fewer]) / (most - fewer)
-            # Where the pipeline still fills up, the busiest rank sets the pace in the end.
+            # If the pipeline is still filling, the busiest rank sets the pace in the end.
             duration += (count - most) * max(each, self.busy / count)
         return duration - self.busy
 
@@ -211,7 +211,7 @@ class StepModel:
 
     @cached_property
     def message(self) -> float:
-        """Seconds that hidden states are under way to the next stage."""
+        """Seconds to send hidden states to the next stage."""
         work, split = self.work, self._layout.split
         size = work.job.element_bytes * work.tokens * work.share
         size *= work.job.config.model.hidden_size
@@ -219,7 +219,7 @@ class StepModel:
 
     @cached_property
     def terms(self) -> StepTerms[float]:
-        """Terms of a step's time that hold under every data-parallel choice."""
+        """Terms of a step's time that are common to all data-parallel choices."""
         block = self._block
         counts = list(Counter(part.layers for part in self._parts).items())
         (layers, ranks), (other_layers, other_ranks) = (*counts, (counts[0][0], 0))[:2]
@@ -239,7 +239,7 @@ def total_seconds(terms: StepTerms[Floats], choices: DataParallelChoices) -> Flo
     """A step's seconds under each data-parallel choice, with the bubble by the formula.
 
     Args:
-        terms: of the layout of each choice.
+        terms: terms of each choice's layout.
         choices: copies and shards of each layout's weights.
     """
     gather, reduce = data_messages(terms, choices)
@@ -248,15 +248,15 @@ def total_seconds(terms: StepTerms[Floats], choices: DataParallelChoices) -> Flo
 
 
 def data_messages(terms: StepTerms[Floats], choices: DataParallelChoices) -> tuple[Floats, Floats]:
-    """Gathering of weights and reduction of gradients, as far as computation does not hide it.
+    """Seconds of gathering weights and of reducing gradients that computation does not hide.
 
-    Each block's gathering runs beside the block before it, each reduction beside the blocks
-    before it; what stands outside the blocks has nothing to run beside. In a pipeline a rank
-    begins to gather when its first micro-batch arrives, so that gatherings add up; reductions
-    end side by side.
+    Each block's all-gather overlaps with the block before it, and each reduction with the blocks
+    before it; parameters outside the blocks have nothing to overlap with. In a pipeline a rank
+    begins to gather when its first micro-batch arrives, so that all-gathers add up; reductions end
+    at the same time.
 
     Args:
-        terms: of the layout of each choice, or one for all.
+        terms: terms of each choice's layout, or one for all.
         choices: copies and shards of each layout's weights.
     """
     forward, backward = terms.forward, terms.backward
@@ -272,7 +272,7 @@ def data_messages(terms: StepTerms[Floats], choices: DataParallelChoices) -> tup
 
 
 def _not_hidden(layers: Floats, message: Floats, beside: Floats) -> Floats:
-    """Seconds that blocks' messages add to computation, each message beside the next block."""
+    """Seconds that blocks' messages add to computation; each overlaps with the next block."""
     total: Floats = np.maximum(layers * message + beside, message + layers * beside)
     return total - layers * beside
 
@@ -297,11 +297,11 @@ def _ends(work: Work) -> tuple[Passes, Passes]:
 
 
 def _tensor_messages(work: Work, hides: bool) -> tuple[float, float]:
-    """Seconds of a block's messages over the tensor-parallel group that nothing hides.
+    """Seconds of a block's tensor-parallel messages that no computation hides.
 
     Args:
         work: the micro-batch.
-        hides: whether weights' products follow the inputs' (zero bubble leaves them for later).
+        hides: whether weights' products directly follow the inputs' (zero bubble defers them).
     """
     split, machine = work.split, work.job.machine
     group = Group(split.tensor, 1)
@@ -310,6 +310,6 @@ def _tensor_messages(work: Work, hides: bool) -> tuple[float, float]:
     under = weight_product_seconds(work) if hides else (0.0, 0.0)
     if not split.sequence:
         return 2 * summing, sum(max(0.0, summing - beside) for beside in under)
-    # The second gathering of an input runs under the products that give its gradient: as many.
+    # The second all-gather of an input overlaps with the products for its gradient: just as many.
     hidden = sum(2 * max(0.0, gathering - beside) for beside in under)
     return 4 * gathering, 2 * gathering + hidden

@@ -1,4 +1,4 @@
-"""How a layout, its keys and the numbers of a plan are written."""
+"""How a layout, its keys and the numbers of a plan are written in text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_bert.planner.plan import Plan
 
 
 def remarks(config: Config) -> list[str]:
-    """Sentences on what of a configuration is planned as something else."""
+    """Sentences on settings of a configuration that are planned as something else."""
     if config.precision.fp8 == "none":
         return []
     return [
@@ -39,21 +39,21 @@ def describe_layout(layout: Layout) -> str:
 
 
 def describe_key(layout: Layout, name: str) -> str:
-    """One choice of a layout, as its key is set."""
+    """One choice of a layout, as a key and its value."""
     keys = layout.keys()
     stages = f" x {keys['parallel.virtual_stages']}" if name == "parallel.pipeline_schedule" else ""
     return f"{name}={plain(keys[name])}{stages}"
 
 
 def plain(value: object) -> str:
-    """A key's value as YAML and overrides have it."""
+    """A key's value as written in YAML and overrides."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def significant(value: float) -> str:
-    """A number to three digits, all that a prediction can be sure of: `1,250,000`, `0.0443`."""
+    """A number to three digits, as many as a prediction is good for: `1,250,000`, `0.0443`."""
     if not value:
         return "0"
     decimals = _decimals(value)
@@ -62,12 +62,12 @@ def significant(value: float) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """What the numbers of a column are shown in.
+    """The unit in which the numbers of a column are shown.
 
     Attributes:
         name: of the unit.
-        size: in what the numbers are given in: seconds, bytes.
-        decimals: of each of the numbers.
+        size: of the unit, in the base unit of the numbers: seconds, bytes.
+        decimals: of each number.
     """
 
     name: str
@@ -75,17 +75,17 @@ class Unit:
     decimals: int
 
     def show(self, value: float) -> str:
-        """A number of the unit."""
+        """A value as a number of this unit."""
         return f"{value / self.size:,.{self.decimals}f}"
 
 
 def unit_for(value: float, name: str, size: float) -> Unit:
-    """A unit in which a value, the least of a column that counts, has three digits."""
+    """A unit in which a value, the smallest of a column that matters, has three digits."""
     return Unit(name, size, max(0, _decimals(value / size)))
 
 
 def time_unit(plan: Plan) -> Unit:
-    """In which the run's time is shown: that of the best layout is 0.1 or more."""
+    """The unit for the run's time, in which the best layout's is 0.1 or more."""
     seconds = 86400 * plan.best[0].days
     sizes = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0}
     name = next((name for name, size in sizes.items() if seconds >= size / 10), "seconds")
@@ -93,12 +93,12 @@ def time_unit(plan: Plan) -> Unit:
 
 
 def memory_unit(plan: Plan) -> Unit:
-    """In which memory is shown, with that of the best layout to three digits."""
+    """The unit for memory, with the best layout's to three digits."""
     peak = plan.best[0].peak_bytes
     name, size = ("GiB", GIB) if peak >= GIB / 10 else ("MiB", 2.0**20)
     return unit_for(peak, name, size)
 
 
 def _decimals(value: float) -> int:
-    """Behind the point (before it, where negative), for three digits in all."""
+    """Decimals for three significant digits; negative if digits before the point are rounded."""
     return 2 - math.floor(math.log10(value))
