@@ -49,7 +49,7 @@ void count_positions(std::span<std::int32_t> positions) noexcept {
     }
 }
 
-/// The largest of the ids, as unsigned numbers, so that a negative one is larger than all others.
+/// The largest id, compared as unsigned, so that a negative id is larger than all others.
 MEGATRON_BERT_WIDE_VECTORS
 std::uint32_t largest_id(std::span<const std::int32_t> tokens) noexcept {
     std::uint32_t largest = 0;
@@ -91,7 +91,7 @@ std::uint64_t BatchAssembler::fill(const BatchArrays& batch) const {
     std::uint64_t batch_hash = 0;
     find_segments(batch.rows.empty() ? surplus_row : batch.rows.front(), scratch.next_segments);
     for (std::size_t index = 0; index < batch.rows.size(); ++index) {
-        // While a row is filled, the next one's tokens come out of memory.
+        // While a row is filled, the next row's tokens are prefetched.
         std::swap(scratch.segments, scratch.next_segments);
         find_segments(index + 1 < batch.rows.size() ? batch.rows[index + 1] : surplus_row,
                       scratch.next_segments);

@@ -100,7 +100,7 @@ Array<bool> documents_on_side(const CorpusLengths& lengths, std::int64_t first, 
     return on_side;
 }
 
-/// Keeps a Python object alive from C++ code that may drop it without holding the GIL.
+/// Keeps a Python object alive; C++ code may drop the result without holding the GIL.
 std::shared_ptr<const void> keep_alive(py::object object) {
     return {object.release().ptr(), [](const void* kept) {
                 const py::gil_scoped_acquire acquire;
@@ -212,7 +212,7 @@ std::vector<T> copy(const Array<T>& array) {
     return {values.begin(), values.end()};
 }
 
-/// A pointer to the first of `rows` x `columns` values, which the array must have.
+/// A pointer to the first value of the array, which must have the shape `rows` x `columns`.
 template <typename T>
 T* matrix(Array<T>& array, py::ssize_t rows, py::ssize_t columns, const char* name) {
     if (array.ndim() != 2 || array.shape(0) != rows || array.shape(1) != columns) {

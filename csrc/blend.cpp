@@ -22,7 +22,7 @@ std::vector<std::int64_t> shares_of(std::span<const double> weights) {
                                         std::to_string(weight));
         }
     }
-    // Scaled by the largest first, so that no sum of finite weights overflows.
+    // Scaled by the largest weight first, so that no sum of finite weights overflows.
     const double largest = *std::ranges::max_element(weights);
     double sum = 0;
     for (const double weight : weights) {
@@ -33,7 +33,7 @@ std::vector<std::int64_t> shares_of(std::span<const double> weights) {
         const double share = weight / largest / sum * static_cast<double>(whole);
         shares.push_back(std::max<std::int64_t>(1, static_cast<std::int64_t>(share)));
     }
-    // What rounding left over goes to the largest, where it matters least.
+    // The remainder of rounding goes to the largest share, where it matters least.
     const std::int64_t given = std::accumulate(shares.begin(), shares.end(), std::int64_t{0});
     *std::ranges::max_element(shares) += whole - given;
     return shares;
@@ -42,7 +42,7 @@ std::vector<std::int64_t> shares_of(std::span<const double> weights) {
 /// Deals rows one at a time.
 class Dealer {
   public:
-    /// `counts` has the rows that each corpus got of the first `row` rows.
+    /// `counts` says how many of the first `row` rows each corpus got.
     Dealer(const std::vector<std::int64_t>& shares, std::int64_t row,
            const std::vector<std::int64_t>& counts)
         : shares_(shares), deficits_(counts) {

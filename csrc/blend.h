@@ -8,12 +8,12 @@
 
 namespace megatron_bert {
 
-/// Shares a stage's rows among corpora by weight, evenly spread: after every row each corpus has
+/// Divides a stage's rows among corpora by weight, evenly spread: after every row each corpus is
 /// within a few rows of its share.
 ///
-/// Each row goes to the corpus with the largest deficit, that is its share of the rows up to and
-/// with this one less the rows it has; ties go to the corpus named first. Shares are integers
-/// (2^32 for the whole), so that every machine decides alike.
+/// Each row goes to the corpus with the largest deficit, which is its share of the rows up to and
+/// including this one, minus the rows it has; ties go to the corpus listed first. Shares are
+/// integers (the whole is 2^32), so that every machine decides alike.
 class Blend {
   public:
     /// Throws std::invalid_argument unless the weights are finite and positive and rows >= 0.
@@ -35,7 +35,7 @@ class Blend {
     std::vector<std::int64_t> totals_;
     /// The corpora's counts before every `block_rows`-th row.
     std::vector<std::int64_t> counts_;
-    /// What is dealt in a block before each of its strides; a choice is dealt again from there.
+    /// Rows dealt in a block before each of its strides; a choice is found by dealing from there.
     std::vector<std::uint8_t> dealt_in_block_;
 };
 

@@ -1,4 +1,4 @@
-// Document lengths: all that planning needs to know of a corpus.
+// Document lengths: all that planning needs to know about a corpus.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +15,12 @@
 
 namespace megatron_bert {
 
-/// The lengths, in tokens, of a corpus' documents: those of an opened dataset, of one side of its
-/// held-out split, or of an array (a length-only source). Views, without copying, what it keeps
-/// alive.
+/// The lengths, in tokens, of a corpus' documents: of an opened dataset, of one side of its
+/// held-out split, or from an array (a length-only source). A view without copies; it keeps its
+/// source alive.
 ///
-/// On the side that is trained on, documents that are held out have no tokens. The held-out side,
-/// which is the smaller one, has a list of its documents: they are numbered within it.
+/// On the training side, held-out documents count as having no tokens. The held-out side, which is
+/// the smaller one, has a list of its documents, and they are numbered by their place in it.
 class CorpusLengths {
   public:
     explicit CorpusLengths(std::shared_ptr<const IndexedDataset> dataset, HeldOutSplit split = {})
@@ -66,7 +66,7 @@ class CorpusLengths {
         return held_out_ == nullptr ? document : (*held_out_)[static_cast<std::size_t>(document)];
     }
 
-    /// Whether the dataset's document of that number is on this side.
+    /// Whether the dataset's document with that number is on this side.
     bool has(std::int64_t number) const noexcept { return split_.has(number); }
 
     std::int64_t operator[](std::int64_t document) const noexcept {
@@ -76,9 +76,9 @@ class CorpusLengths {
         return split_.has(document) ? length(document) : 0;
     }
 
-    /// How many of a document's tokens from `offset` on to take where there is room for `room`,
-    /// fewer than are left: up to the end of a sentence, if the set has sentences and one ends among
-    /// the last `slack` tokens; else all that there is room for.
+    /// How many of a document's tokens from `offset` on to take if there is room for `room`, which
+    /// is fewer than are left: up to the end of a sentence, if the dataset has sentences and one
+    /// ends within the last `slack` tokens of the room; else `room`.
     std::int64_t cut(std::int64_t document, std::int64_t offset, std::int64_t room,
                      std::int64_t slack) const noexcept {
         if (layout_ != Layout::dataset) {
@@ -89,7 +89,8 @@ class CorpusLengths {
         return end > 0 && end >= room - slack ? end : room;
     }
 
-    /// Whether these are lengths of that dataset's documents. Reads all lengths of an array.
+    /// Whether these are the lengths of that dataset's documents. Compares all lengths if they come
+    /// from an array.
     bool are_of(const IndexedDataset& dataset) const noexcept {
         if (dataset_ != nullptr) {
             return dataset_ == &dataset;
@@ -151,7 +152,7 @@ class CorpusLengths {
         return dataset_->document_length(number);
     }
 
-    /// Far above any corpus, low enough for sums of several to stay in range.
+    /// Far more than any corpus has, but low enough that sums over several stay in range.
     static constexpr std::int64_t max_tokens = std::int64_t{1} << 56;
 
     Layout layout_ = Layout::dataset;

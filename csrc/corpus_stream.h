@@ -19,8 +19,8 @@ struct Span {
     friend bool operator==(const Span&, const Span&) = default;
 };
 
-/// Where a corpus' stream stands when a stage begins: what the stages before cut into rows but did
-/// not read, all of one epoch, then the documents not yet begun.
+/// Where a corpus' stream is when a stage begins: first the spans that earlier stages cut into rows
+/// but did not read, all from one epoch; then the documents not yet begun.
 struct StreamStart {
     std::vector<Span> carried;
     std::int64_t carried_epoch = 0;
@@ -30,8 +30,8 @@ struct StreamStart {
 
 /// The order in which an epoch visits a corpus' documents.
 ///
-/// Groups of neighbouring documents are permuted, not single ones, so that lengths and tokens are
-/// read in runs rather than with a cache miss each.
+/// Groups of neighbouring documents are permuted instead of single documents, so that lengths and
+/// tokens are read in runs rather than with a cache miss each.
 class DocumentOrder {
   public:
     DocumentOrder(std::int64_t num_documents, std::uint64_t key) noexcept
@@ -41,7 +41,7 @@ class DocumentOrder {
           last_group_size_(num_documents - last_group_ * group_size_),
           last_group_place_(num_documents == 0 ? 0 : last_group_place()) {}
 
-    /// Positions [begin, end) of the order hold neighbouring documents from `first_document` on.
+    /// Positions [begin, end) of the order hold consecutive documents from `first_document` on.
     struct Run {
         std::int64_t begin = 0;
         std::int64_t end = 0;
@@ -50,7 +50,7 @@ class DocumentOrder {
 
     /// The run that holds `position`, which must be in [0, num_documents).
     Run run_at(std::int64_t position) const noexcept {
-        // Only the last group may be short; positions after it are shifted by what it lacks.
+        // Only the last group may be short; positions after it are shifted by its shortage.
         const std::int64_t last_group_begin = last_group_place_ * group_size_;
         const std::int64_t shortage = group_size_ - last_group_size_;
         const bool after_last_group = position >= last_group_begin + last_group_size_;
@@ -74,8 +74,8 @@ class DocumentOrder {
     std::int64_t last_group_place_;
 };
 
-/// What one epoch contributes to a stage: its carried spans, then its documents, as one numbered
-/// list of pieces.
+/// What one epoch contributes to a stage, as one numbered list of pieces: its carried spans, then
+/// its documents.
 class EpochPieces {
   public:
     EpochPieces(const CorpusLengths& lengths, const StreamStart& start, std::int64_t epoch,
@@ -91,7 +91,7 @@ class EpochPieces {
     std::int64_t size() const noexcept { return size_; }
     std::int64_t num_carried() const noexcept { return num_carried_; }
 
-    /// Place in the epoch's order of a piece that is a document.
+    /// The position in the epoch's order of a piece that is a document.
     std::int64_t position_of(std::int64_t piece) const noexcept {
         return first_position_ + piece - num_carried_;
     }
@@ -123,7 +123,7 @@ class EpochPieces {
 inline constexpr std::int64_t segment_overhead = 2;
 inline constexpr std::int64_t min_segment_slots = segment_overhead + 1;
 
-/// At most one slot in so many may stay empty for a row to end with a sentence.
+/// At most one slot in this many may stay empty so that a row ends with a sentence.
 inline constexpr std::int64_t slots_per_slack = 64;
 
 /// Cuts an epoch into rows, one after the other.
@@ -140,10 +140,10 @@ class RowCutter {
         load_piece();
     }
 
-    /// Whether no token is left.
+    /// Whether no tokens are left.
     bool at_end() const noexcept { return index_ == pieces_.size(); }
 
-    /// Where the next row begins: at the start of or within a piece that has tokens left.
+    /// Where the next row begins: at the start of, or within, a piece that has tokens left.
     Place place() const noexcept { return {index_, offset_}; }
 
     const EpochPieces& pieces() const noexcept { return pieces_; }
@@ -161,7 +161,7 @@ class RowCutter {
     }
 
     /// Cuts one row of `seq_length` slots and calls `emit(Span)` for each of its segments: whole
-    /// pieces while there is room, then the beginning of the next.
+    /// pieces while there is room, then the beginning of the next piece.
     template <typename Emit>
     void cut_row(std::int64_t seq_length, Emit&& emit) {
         std::int64_t free = seq_length;
@@ -182,7 +182,7 @@ class RowCutter {
     }
 
   private:
-    /// Fetches the piece at `index_`, passing over empty documents.
+    /// Fetches the piece at `index_`, skipping empty documents.
     void load_piece() noexcept {
         for (; index_ < pieces_.size(); ++index_) {
             piece_ = pieces_.at(index_);

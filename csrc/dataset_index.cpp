@@ -49,7 +49,7 @@ void DatasetIndex::read_header(std::span<const std::byte> bytes) {
 
     const auto num_sequences = load<std::uint64_t>(data + num_sequences_offset);
     const auto num_boundaries = load<std::uint64_t>(data + num_boundaries_offset);
-    // Counts are compared through division, which no count in the file can make overflow.
+    // Compare counts by division, so that no count in the file can cause an overflow.
     const std::uint64_t available = bytes.size() - header_size;
     if (num_sequences > available / 12 || num_boundaries > (available - 12 * num_sequences) / 8) {
         refuse("truncated: " + std::to_string(bytes.size()) + " bytes cannot hold " +
@@ -74,8 +74,8 @@ void DatasetIndex::read_header(std::span<const std::byte> bytes) {
 }
 
 void DatasetIndex::check_sequences(std::uint64_t bin_bytes) {
-    // The format's writers append, so each sequence starts where the one before ends. Relying on it
-    // makes a document one run of tokens, and shows an index that belongs to other tokens.
+    // The format's writers append, so each sequence starts where the one before ends. Requiring
+    // this makes a document one run of tokens, and reveals an index that belongs to another .bin.
     const std::int64_t token_bytes = bytes_of(token_type_);
     const auto bin_size = static_cast<std::int64_t>(bin_bytes);
     std::int64_t end = 0;
@@ -124,7 +124,7 @@ void DatasetIndex::check_documents() {
 
 std::int64_t DatasetIndex::last_sequence_end(std::int64_t document,
                                              std::int64_t tokens) const noexcept {
-    // Sequences are contiguous: each but the first begins where one ends.
+    // Sequences are contiguous: each one but the first begins where another ends.
     const std::int64_t target = document_begin(document) + tokens;
     std::int64_t first = boundary(document);
     std::int64_t last = boundary(document + 1);

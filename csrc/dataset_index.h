@@ -29,7 +29,7 @@ inline constexpr std::size_t num_boundaries_offset = 26;
 inline constexpr std::size_t header_size = 34;
 }  // namespace index_format
 
-/// Token types by their code in the .idx file. Megatron-LM writes text in these two.
+/// Token types by their code in the .idx file. Megatron-LM writes text as one of these two.
 enum class TokenType : std::uint8_t { int32 = 4, uint16 = 8 };
 
 constexpr std::int64_t bytes_of(TokenType type) noexcept {
@@ -46,15 +46,15 @@ T load(const std::byte* address) noexcept {
 
 /// An index, checked once and read in place.
 ///
-/// Everything that later reads rely on is checked here, so that a damaged or foreign file is
+/// Everything that later reads rely on is checked here, so that a damaged or unrelated file is
 /// refused and nothing is ever read out of bounds. Const methods are thread-safe.
 class DatasetIndex {
   public:
     /// Views `bytes`, the whole file, which must outlive the object. `bin_bytes` is the size of the
     /// .bin that it describes.
     ///
-    /// Throws std::runtime_error, which names `path` and what is wrong, when it is no index of text
-    /// or not that .bin's.
+    /// Throws std::runtime_error, naming `path` and what is wrong, if it is not an index of text or
+    /// does not belong to that .bin.
     DatasetIndex(std::span<const std::byte> bytes, std::uint64_t bin_bytes, std::string path);
 
     std::int64_t num_documents() const noexcept { return num_documents_; }
@@ -74,15 +74,15 @@ class DatasetIndex {
                                           : document_begin(document + 1) - document_begin(document);
     }
 
-    /// Number of the document's first token within .bin; for `num_documents()` that of the end.
+    /// Number of the document's first token within .bin; for `num_documents()`, the end of .bin.
     std::int64_t document_begin(std::int64_t document) const noexcept {
         const std::int64_t sequence = one_sequence_per_document_ ? document : boundary(document);
         return sequence == num_sequences_ ? num_tokens_
                                           : sequence_offset(sequence) / bytes_of(token_type_);
     }
 
-    /// The last end of a sequence (a sentence, where the set has them) within a document's first
-    /// `tokens` tokens, in tokens from the document's begin; 0 if there is none.
+    /// The last end of a sequence (a sentence, if the dataset has them) within a document's first
+    /// `tokens` tokens, counted in tokens from the document's beginning; 0 if there is none.
     std::int64_t last_sequence_end(std::int64_t document, std::int64_t tokens) const noexcept;
 
   private:

@@ -7,13 +7,14 @@ namespace megatron_bert {
 
 namespace {
 
-// Filled up to 17/20 and grown by 5/4, a shard is never less than 0.68 full: 16 / 0.68 = 23.5 bytes.
+// A shard is filled up to 17/20 and grows by 5/4, so it is always at least 0.68 full: 16 / 0.68 =
+// 23.5 bytes.
 constexpr std::size_t smallest_shard = 16;
 
-// Enough to hide the memory's latency behind the hashes before.
+// Enough to hide the memory's latency behind the work on the hashes before.
 constexpr std::size_t prefetch_distance = 8;
 
-/// Where a hash would stand if it were alone: proportional to it, so that shards of any size serve
+/// The preferred slot of a hash. It is proportional to the hash, so that shards can have any size
 /// and growing one reads and writes it from front to back.
 std::size_t home(Hash hash, std::size_t num_slots) noexcept {
     __extension__ using uint128 = unsigned __int128;

@@ -10,7 +10,7 @@
 
 namespace megatron_bert {
 
-/// A hash of 128 bits whose bits are all as good as random.
+/// A 128-bit hash, all of whose bits must be as good as random.
 struct Hash {
     std::uint64_t high = 0;
     std::uint64_t low = 0;
@@ -18,17 +18,17 @@ struct Hash {
     bool operator==(const Hash&) const = default;
 };
 
-/// Hashes by open addressing, in shards that grow one at a time and by a quarter: 19 to 24 bytes a
-/// hash once there are some tens of thousands, also while it grows. Calls from several threads come
-/// one after the other.
+/// A hash table with open addressing, in shards that grow by a quarter, one at a time: 19 to 24
+/// bytes a hash once there are some tens of thousands, even while it grows. Calls from several
+/// threads are serialised.
 class HashSet {
   public:
     HashSet() = default;
     HashSet(const HashSet&) = delete;
     HashSet& operator=(const HashSet&) = delete;
 
-    /// Adds hashes in order, given as their high and low words in turn; `is_new[k]` tells whether
-    /// hash k was neither in the set nor among those before it. Throws std::bad_alloc where memory
+    /// Adds hashes in order, given as alternating high and low words; `is_new[k]` tells whether
+    /// hash k was neither in the set nor among those before it. Throws std::bad_alloc if memory
     /// runs out; the set then holds the hashes before the one that did not fit.
     void insert(std::span<const std::uint64_t> words, std::span<bool> is_new);
 

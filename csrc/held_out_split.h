@@ -9,14 +9,14 @@
 
 namespace megatron_bert {
 
-/// Divides documents into a part to train on and a held-out one, by a hash of their number that no
-/// seed changes: a document stays on its side whatever the run.
+/// Divides documents into a training part and a held-out part, by a hash of their number that does
+/// not depend on any seed: a document stays on its side in every run.
 class HeldOutSplit {
   public:
     /// All documents are on one side.
     HeldOutSplit() = default;
 
-    /// The held-out side has about `fraction` of the documents, the other the rest.
+    /// The held-out side has about `fraction` of the documents, the other side the rest.
     /// Throws std::invalid_argument unless 0 <= fraction < 1.
     HeldOutSplit(double fraction, bool held_out) : held_out_(held_out) {
         if (!(fraction >= 0 && fraction < 1)) {

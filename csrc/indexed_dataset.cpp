@@ -8,8 +8,8 @@ namespace megatron_bert {
 
 namespace {
 
-/// Widens `count` u16 tokens. They may stand in the upper half of the place that they are widened
-/// into: a token is read before the place it stood at is written.
+/// Widens `count` u16 tokens. The source may be the upper half of the destination: each token is
+/// read before its place is overwritten.
 void widen(const std::byte* source, std::size_t count, std::int32_t* tokens) noexcept {
     for (std::size_t i = 0; i < count; ++i) {
         tokens[i] = load<std::uint16_t>(source + i * 2);
@@ -23,15 +23,15 @@ IndexedDataset::IndexedDataset(std::string prefix, FileAccess access)
       index_file_(prefix_ + ".idx", access),
       token_file_(prefix_ + ".bin", access),
       index_(index_file_.whole(), token_file_.size(), index_file_.path()) {
-    // Rows take a few kilobytes from all over the file. Read ahead, the pages around them displace
-    // others: measured, a cold corpus of paragraphs reads 7 times as much from disk (90 times with
-    // a read-ahead of 8 MB), and a warm one is as fast either way.
+    // Rows take a few kilobytes from all over the file. With read-ahead the pages around them
+    // displace others: as measured, a cold corpus of paragraphs then reads 7 times as much from
+    // disk (90 times with a read-ahead of 8 MB), and a warm one is as fast either way.
     token_file_.expect_random_reads();
 }
 
 void IndexedDataset::prefetch_tokens(std::int64_t document, std::int64_t offset,
                                      std::int64_t length) const noexcept {
-    // The processor's own prefetcher takes over after some lines.
+    // The processor's own prefetcher takes over after some cache lines.
     constexpr std::size_t line_bytes = 64;
     constexpr std::size_t most_bytes = 16 * line_bytes;
     const std::byte* mapped = token_file_.mapped();
@@ -49,7 +49,7 @@ void IndexedDataset::prefetch_tokens(std::int64_t document, std::int64_t offset,
 void IndexedDataset::copy_tokens(std::int64_t document, std::int64_t offset, std::int64_t length,
                                  std::int32_t* tokens) const {
     if (length == 0) {
-        return;  // The place of no tokens may be null, which memcpy does not take.
+        return;  // `tokens` may be null for no tokens, which memcpy does not allow.
     }
     const auto count = static_cast<std::size_t>(length);
     const std::size_t begin = byte_of(document, offset);

@@ -11,16 +11,17 @@
 
 namespace megatron_bert {
 
-/// A dataset opened for reading. Both files stay mapped and nothing is copied; where the system
-/// refuses to map them, the index is read into memory and tokens when they are asked for.
+/// A dataset opened for reading. Both files stay mapped and nothing is copied; if the system
+/// refuses to map them, the index is read into memory and tokens are read on demand.
 ///
-/// A damaged or foreign file is refused when the dataset is opened. Const methods are thread-safe.
+/// A damaged or unrelated file is refused when the dataset is opened. Const methods are
+/// thread-safe.
 class IndexedDataset {
   public:
     /// Opens `prefix`.idx and `prefix`.bin.
     ///
-    /// Throws std::system_error when a file cannot be read and std::runtime_error, naming the file
-    /// and what is wrong in it, when the files are not a valid dataset.
+    /// Throws std::system_error if a file cannot be read and std::runtime_error, naming the file
+    /// and what is wrong in it, if the files are not a valid dataset.
     explicit IndexedDataset(std::string prefix, FileAccess access = FileAccess::map);
 
     const std::string& prefix() const noexcept { return prefix_; }
@@ -37,26 +38,26 @@ class IndexedDataset {
         return index_.document_length(document);
     }
 
-    /// Number of the document's first token within .bin; for `num_documents()` that of the end.
+    /// Number of the document's first token within .bin; for `num_documents()`, the end of .bin.
     std::int64_t document_begin(std::int64_t document) const noexcept {
         return index_.document_begin(document);
     }
 
-    /// The last end of a sequence (a sentence, where the set has them) within a document's first
-    /// `tokens` tokens, in tokens from the document's begin; 0 if there is none.
+    /// The last end of a sequence (a sentence, if the dataset has them) within a document's first
+    /// `tokens` tokens, counted in tokens from the document's beginning; 0 if there is none.
     std::int64_t last_sequence_end(std::int64_t document, std::int64_t tokens) const noexcept {
         return index_.last_sequence_end(document, tokens);
     }
 
-    /// Fetches the beginning of a range of tokens into the cache, if the file is mapped;
-    /// `copy_tokens` then waits less.
+    /// Prefetches the beginning of a range of tokens into the cache, if the file is mapped, so that
+    /// `copy_tokens` waits less.
     void prefetch_tokens(std::int64_t document, std::int64_t offset,
                          std::int64_t length) const noexcept;
 
     /// Copies `length` tokens of a document, from its token `offset` on, to `tokens`.
-    /// The range must lie within the document.
+    /// The range must be within the document.
     ///
-    /// Throws std::system_error or std::runtime_error, naming the file, when a file that is not
+    /// Throws std::system_error or std::runtime_error, naming the file, if a file that is not
     /// mapped cannot be read there.
     void copy_tokens(std::int64_t document, std::int64_t offset, std::int64_t length,
                      std::int32_t* tokens) const;
@@ -66,8 +67,8 @@ class IndexedDataset {
     /// value, so that it is larger than any vocabulary. Throws as `copy_tokens`.
     std::int64_t max_token_id(std::int64_t sample_documents) const;
 
-    /// Throws std::runtime_error, saying what happened, when a file was truncated, modified,
-    /// replaced or removed since the dataset was opened. Costs two system calls.
+    /// Throws std::runtime_error, saying what happened, if a file was truncated, modified, replaced
+    /// or removed since the dataset was opened. Costs two system calls.
     void check_unchanged() const;
 
     /// Whether every document is one sequence, which makes `lengths_data` the documents' lengths.
@@ -77,7 +78,7 @@ class IndexedDataset {
     const std::byte* lengths_data() const noexcept { return index_.lengths_data(); }
 
   private:
-    /// Where a document's token stands in .bin.
+    /// Byte offset of a document's token in .bin.
     std::size_t byte_of(std::int64_t document, std::int64_t offset) const noexcept {
         return static_cast<std::size_t>((index_.document_begin(document) + offset) *
                                         bytes_of(token_type()));

@@ -46,7 +46,7 @@ void check_tables(const WordTables& words, std::size_t vocabulary_size) {
                 std::to_string(vocabulary_size) + " ids");
 }
 
-/// Moves a random one of the candidates from `next` on to `next`.
+/// Swaps a random candidate, among those from `next` on, into place `next`, and returns it.
 template <typename T>
 T draw(std::vector<T>& candidates, std::size_t next, CounterRandom& random) noexcept {
     const std::uint64_t place = next + random.below(candidates.size() - next);
@@ -179,7 +179,7 @@ void Masker::list_maskable(std::span<const std::int32_t> tokens, std::span<const
     for (const Text& text : texts) {
         const auto words = tokens.subspan(text.begin, text.length);
         if (smallest(words) > largest_special_) {
-            // As good as always: special ids are the first ones, and text holds none.
+            // Nearly always the case: special ids are the lowest ones, and text has none.
             std::iota(next, next + words.size(), static_cast<std::int32_t>(text.begin));
             next += words.size();
             scratch.runs.push_back(text);
@@ -235,7 +235,7 @@ void Masker::list_ngrams(CounterRandom& random, Scratch& scratch) const {
 
 std::int32_t Masker::draw_ngram_length(CounterRandom& random) const noexcept {
     const auto drawn = static_cast<std::int32_t>(random.below(num_ngram_shares_));
-    // Without a branch: lengths are hard to predict.
+    // Branch-free, because lengths are hard to predict.
     std::int32_t length = 1;
     for (const std::int32_t end : ngram_shares_end_) {
         length += drawn >= end ? 1 : 0;
@@ -278,7 +278,7 @@ void Masker::choose_units(std::int64_t target, std::size_t num_slots, CounterRan
         choose_unit(unit);
         covered += unit.length;
     }
-    // Only when all units are covered does the arc come around to where the first one begins.
+    // Only if all other units are covered does the arc come around to where the first one begins.
     if (first.begin != start && covered < target) {
         choose_unit(first);
     }

@@ -11,10 +11,10 @@ namespace megatron_bert {
 
 /// A keyed permutation of [0, size), in constant memory and, on average, constant time.
 ///
-/// A Feistel network over the next power of two permutes; values that fall outside [0, size) are
-/// sent through again until they fall inside ("cycle walking"; Black and Rogaway, Ciphers with
-/// Arbitrary Finite Domains, 2002). The power of two is below 2 * size, so fewer than two passes are
-/// expected.
+/// A Feistel network permutes the range up to the next power of two; values that fall outside
+/// [0, size) are sent through again until they fall inside ("cycle walking"; Black and Rogaway,
+/// Ciphers with Arbitrary Finite Domains, 2002). The power of two is below 2 * size, so fewer than
+/// two passes are expected.
 class Permutation {
   public:
     constexpr Permutation(std::uint64_t size, std::uint64_t key) noexcept : size_(size) {
@@ -30,7 +30,7 @@ class Permutation {
 
     constexpr std::uint64_t size() const noexcept { return size_; }
 
-    /// Where `value` < size is sent.
+    /// The image of `value` < size.
     constexpr std::uint64_t operator()(std::uint64_t value) const noexcept {
         do {
             value = encrypt(value);
@@ -38,7 +38,7 @@ class Permutation {
         return value;
     }
 
-    /// What is sent to `value` < size.
+    /// The preimage of `value` < size.
     constexpr std::uint64_t inverse(std::uint64_t value) const noexcept {
         do {
             value = decrypt(value);
@@ -49,7 +49,7 @@ class Permutation {
   private:
     static constexpr std::size_t num_rounds = 6;
 
-    // Each round changes one part by a function of the other, which the same round undoes.
+    // Each round XORs one part with a function of the other, so that the same round undoes it.
     constexpr std::uint64_t encrypt(std::uint64_t value) const noexcept {
         std::uint64_t high = value >> low_bits_;
         std::uint64_t low = value & low_mask_;

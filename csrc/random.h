@@ -1,4 +1,4 @@
-// Randomness as a function of what it is for, never as a stream that somebody has to keep.
+// Randomness as a function of its purpose, never as a stream whose state has to be kept.
 #pragma once
 
 #include <concepts>
@@ -20,7 +20,7 @@ inline constexpr std::uint64_t golden_step = 0x9e3779b97f4a7c15U;
 /// What a key is for; keys of different purposes are unrelated.
 enum class Purpose : std::uint64_t { document_order = 1, row_order = 2, masking = 3 };
 
-/// A key from the run's seed, a purpose, and the numbers that tell its uses apart.
+/// A key from the run's seed, a purpose, and the numbers that distinguish its uses.
 template <std::integral... Numbers>
 constexpr std::uint64_t random_key(std::uint64_t seed, Purpose purpose, Numbers... numbers) noexcept {
     std::uint64_t key = mix(seed + golden_step);
@@ -29,7 +29,7 @@ constexpr std::uint64_t random_key(std::uint64_t seed, Purpose purpose, Numbers.
     return key;
 }
 
-/// The numbers that belong to one key, in order.
+/// The sequence of random numbers that belongs to one key.
 class CounterRandom {
   public:
     explicit constexpr CounterRandom(std::uint64_t key) noexcept : state_(key) {}

@@ -16,7 +16,7 @@ std::uint64_t document_order_key(std::uint64_t seed, std::size_t corpus, std::in
     return random_key(seed, Purpose::document_order, corpus, epoch);
 }
 
-/// Appends a span, as a part of the last one where it continues it.
+/// Appends a span, or extends the last one if the span continues it.
 void append_merged(std::vector<Span>& spans, const Span& span) {
     if (!spans.empty() && spans.back().document == span.document &&
         spans.back().offset + spans.back().length == span.offset) {
@@ -59,7 +59,7 @@ void CorpusStage::cut_windows() {
             ++num_rows_cut_;
         }
     }
-    // Counted so far is what was cut; take back what is not read.
+    // So far all cut tokens are counted; subtract those that are not read.
     const std::vector<bool> unread = unread_rows_of_last_window();
     rows = cutter(windows_.back().epoch, anchors_[windows_.back().first_anchor]);
     for (const bool is_unread : unread) {
@@ -90,7 +90,7 @@ Permutation CorpusStage::row_order(std::size_t window) const noexcept {
 }
 
 void CorpusStage::append_segments(std::int64_t row, std::vector<Segment>& segments) const {
-    // No window is longer than window_rows, so the row's is not before this one.
+    // No window is longer than window_rows, so the row's window is not before this one.
     const auto earliest = windows_.begin() + row / window_rows;
     const auto next = std::upper_bound(
         earliest, windows_.end(), row,

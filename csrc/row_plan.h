@@ -27,12 +27,12 @@ struct Segment {
 ///
 /// Rows are cut in stream order and visited in a pseudo-random order within windows. A window has
 /// `window_rows` rows (fewer where an epoch ends) whether or not the stage reads all of them, so
-/// that lengthening a stage changes no row before its end. What a stage leaves unread of its last
-/// window is carried to the next stage. Only every `anchor_rows`-th row's place is kept; the others
-/// are found by cutting again from there.
+/// that lengthening a stage changes no row before its old end. The rows of its last window that a
+/// stage does not read are carried to the next stage. Only every `anchor_rows`-th row's place is
+/// stored; the others are found by cutting again from there.
 class CorpusStage {
   public:
-    /// Names the stage among all of the run: what its random keys are made from.
+    /// Identifies the stage within the run; its random keys are made from this.
     struct Id {
         std::uint64_t seed = 0;
         std::size_t corpus = 0;
@@ -46,7 +46,7 @@ class CorpusStage {
     /// `lengths` must outlive the object and hold at least one token.
     CorpusStage(const CorpusLengths& lengths, Id id, Stage stage, StreamStart start);
 
-    // Moving keeps the carried spans where they are, and the epochs point to them; a copy would not.
+    // The epochs point to the carried spans: moving leaves these in place, a copy would not.
     CorpusStage(const CorpusStage&) = delete;
     CorpusStage(CorpusStage&&) = default;
 
@@ -62,16 +62,16 @@ class CorpusStage {
   private:
     struct Window {
         std::int64_t first_row = 0;
-        std::size_t epoch = 0;  ///< counted from the stage's first
+        std::size_t epoch = 0;  ///< counted from the stage's first epoch
         std::size_t first_anchor = 0;
     };
 
     void cut_windows();
-    /// The row, in the order of cutting, that is visited as number `row` of the window.
+    /// Maps the number of a visit in the window to a row in cutting order.
     Permutation row_order(std::size_t window) const noexcept;
     std::int64_t window_size(std::size_t window) const noexcept;
     void add_epoch();
-    /// Cuts on from a place in one of the stage's epochs, counted from its first.
+    /// A cutter that starts at a place in one of the stage's epochs, counted from its first.
     RowCutter cutter(std::size_t epoch, RowCutter::Place place) const noexcept;
     std::vector<bool> unread_rows_of_last_window() const;
 
@@ -87,12 +87,12 @@ class CorpusStage {
     std::int64_t tokens_read_ = 0;
 };
 
-/// All rows of a run. Building it reads every document's length about once for every epoch; a row
-/// is then found in constant time. Const methods are thread-safe.
+/// All rows of a run. Building it reads every document's length about once per epoch; a row is then
+/// found in constant time. Const methods are thread-safe.
 class RowPlan {
   public:
     /// Throws std::invalid_argument for a corpus without tokens, a weight that is not positive, a
-    /// row too short for a segment, and where the numbers of lengths and weights differ.
+    /// row too short for a segment, or different numbers of corpora and weights.
     RowPlan(std::vector<CorpusLengths> corpora, std::vector<double> weights,
             std::vector<Stage> stages, std::uint64_t seed);
 
@@ -112,7 +112,7 @@ class RowPlan {
     /// The stage of a row of the run. Throws std::out_of_range outside [0, num_rows()).
     StageRow stage_of(std::int64_t row) const;
 
-    /// Replaces `segments` by those of a row of the run, in order.
+    /// Replaces `segments` with those of a row of the run, in order.
     /// Throws std::out_of_range outside [0, num_rows()).
     void segments(std::int64_t row, std::vector<Segment>& segments) const;
 
@@ -132,8 +132,8 @@ class RowPlan {
     std::vector<std::vector<CorpusStage>> corpus_stages_;  ///< by corpus, then stage
 };
 
-/// How many rows of `seq_length` slots hold the first epoch of a corpus, as the plan of a run with
-/// `seed` in which it is corpus number `corpus` cuts them; `limit` if there are more.
+/// How many rows of `seq_length` slots the first epoch of a corpus takes in the plan of a run with
+/// `seed` in which it is corpus number `corpus`; `limit` if there are more.
 std::int64_t epoch_rows(const CorpusLengths& lengths, std::int64_t seq_length, std::uint64_t seed,
                         std::size_t corpus, std::int64_t limit);
 

@@ -86,7 +86,7 @@ std::span<const std::byte> StoredFile::whole() {
 
 void StoredFile::expect_random_reads() const noexcept {
     if (mapped_ != nullptr) {
-        // Advice only: a system that does not take it reads correctly all the same.
+        // Advice only: a system that ignores it still reads correctly.
         static_cast<void>(::madvise(const_cast<std::byte*>(mapped_), size(), MADV_RANDOM));
     }
 }

@@ -1,4 +1,4 @@
-// A file opened for reading, and how its bytes are got.
+// A file opened for reading, by memory map or by system calls.
 #pragma once
 
 #include <cstddef>
@@ -12,17 +12,17 @@
 
 namespace megatron_bert {
 
-/// How a file's bytes are got: by memory map where the system grants one, or always by pread.
+/// How a file's bytes are read: by memory map if the system grants one, or always by pread.
 enum class FileAccess { map, read };
 
-/// A file of bytes that are not to change while it is open.
+/// A file whose bytes must not change while it is open.
 ///
-/// A mapped file costs nothing per read and no descriptor. Some filesystems and limits refuse maps
-/// (ENODEV, ENOMEM, EACCES, ...); then, as with FileAccess::read, the descriptor is kept and bytes
-/// are read on demand. Const methods are thread-safe.
+/// A mapped file needs no system call per read and no descriptor. Some filesystems and limits
+/// refuse maps (ENODEV, ENOMEM, EACCES, ...); then, as with FileAccess::read, the descriptor is
+/// kept and bytes are read on demand. Const methods are thread-safe.
 class StoredFile {
   public:
-    /// Throws std::system_error, naming the file, when it cannot be opened.
+    /// Throws std::system_error, naming the file, if it cannot be opened.
     StoredFile(std::string path, FileAccess access);
     ~StoredFile();
 
@@ -39,22 +39,22 @@ class StoredFile {
     bool is_mapped() const noexcept { return mapped_ != nullptr || size() == 0; }
 
     /// Reads bytes of a file that is not mapped.
-    /// Throws std::system_error, naming the file and the offset, when they cannot be read, and
-    /// std::runtime_error when the file ends before them.
+    /// Throws std::system_error, naming the file and the offset, if they cannot be read, and
+    /// std::runtime_error if the file ends before them.
     void read(std::size_t offset, std::span<std::byte> bytes) const;
 
-    /// All bytes: the map, or, without one, a copy that the object keeps.
-    /// Throws as `read`, and std::runtime_error when memory cannot hold the copy. Not thread-safe.
+    /// All bytes: the map or, without one, a copy that the object keeps.
+    /// Throws as `read`, and std::runtime_error if memory cannot hold the copy. Not thread-safe.
     std::span<const std::byte> whole();
 
-    /// Has a mapped file's pages read one by one, without the pages around them.
+    /// Turns off read-ahead for a mapped file.
     void expect_random_reads() const noexcept;
 
     /// Throws std::runtime_error, saying what happened, unless the path still names this file with
     /// the size and modification time that it had when it was opened.
     ///
-    /// One system call. It finds changes after the fact: a truncated map raises SIGBUS when it is
-    /// read beyond the end before the next check.
+    /// Costs one system call. It finds changes only after the fact: a truncated map raises SIGBUS
+    /// if it is read beyond its end before the next check.
     void check_unchanged() const;
 
   private:
@@ -74,7 +74,7 @@ class StoredFile {
     std::string path_;
     std::string absolute_path_;  ///< the working directory may change
     State state_;
-    int descriptor_ = -1;  ///< kept only where the file is not mapped
+    int descriptor_ = -1;  ///< kept only if the file is not mapped
     const std::byte* mapped_ = nullptr;
     std::unique_ptr<std::byte[]> copy_;
 };

@@ -35,7 +35,7 @@ Array<T> as_array(std::vector<T> values) {
     return Array<T>(static_cast<py::ssize_t>(kept.size()), kept.data(), owner);
 }
 
-/// The characters of a Python string as they lie in memory, 1, 2 or 4 bytes each.
+/// The characters of a Python string as stored in memory, 1, 2 or 4 bytes each.
 class Text {
   public:
     explicit Text(const py::handle& text) : text_(py::reinterpret_borrow<py::object>(text)) {

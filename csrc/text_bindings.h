@@ -1,4 +1,4 @@
-// What the Python module offers for making datasets of text.
+// The part of the Python module for making datasets from text.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -81,7 +81,7 @@ void UnigramEncoder::build(std::span<const Piece> sorted) {
                 path.back()->number &= ~leaf;
                 parent = path.back()->number;
             }
-            // A piece sorts behind its own beginnings, so their nodes have their ids by now.
+            // A piece sorts after its own prefixes, so those that are pieces have their ids by now.
             const bool ends = depth + 1 == piece.text.size();
             const Node node = ends ? Node{static_cast<std::uint32_t>(piece.id), piece.score}
                                    : Node{next_number++, unknown_score_};
@@ -163,7 +163,7 @@ void UnigramEncoder::segment(Workspace& workspace) const {
         };
         Node node = first_node(text[begin]);
         ++end;
-        // A first character that is no piece itself has the score of the unknown.
+        // A first character that is not itself a piece has the score of an unknown one.
         propose(node.score, (node.number & ~leaf) < root ? node.number & ~leaf : no_piece);
         while ((node.number & leaf) == 0 && end < text.size()) {
             const Node* next = child_of(node.number, text[end]);

@@ -13,10 +13,10 @@ namespace megatron_bert {
 /// Finds the most probable segmentation of a text into pieces (Kudo, Subword Regularization, 2018,
 /// section 3.1), with the ids of SentencePiece's own encoder.
 ///
-/// In a long text, segmentations differ by less than a float can tell, so equal ids need equal
-/// arithmetic: log probabilities are added up in float from the beginning of the text, the piece
-/// that begins first wins a draw, and a sum beyond 100,000 is set back to 0, all as in SentencePiece
-/// 0.2.3. What is faster is the way to a piece: one step for each character, not for each byte.
+/// In a long text, segmentations differ by less than a float can resolve, so equal ids need equal
+/// arithmetic: log probabilities are summed in float from the beginning of the text, the piece that
+/// begins first wins a tie, and a sum beyond 100,000 is reset to 0, all as in SentencePiece 0.2.3.
+/// The speed comes from looking up pieces in one step per character instead of one per byte.
 class UnigramEncoder {
   public:
     struct Piece {
@@ -25,7 +25,7 @@ class UnigramEncoder {
         std::int32_t id;
     };
 
-    /// Memory that one thread uses for text after text.
+    /// Memory that one thread reuses for successive texts.
     class Workspace {
         friend class UnigramEncoder;
         struct Step {
@@ -37,7 +37,7 @@ class UnigramEncoder {
     };
 
     /// `byte_ids[b]` is the id of byte b of a character that no piece covers; `space_in_front` puts
-    /// a space before every text. Throws std::invalid_argument for a piece that is empty, stands
+    /// a space before every text. Throws std::invalid_argument for a piece that is empty, occurs
     /// twice, is too long, or has a score or an id that cannot be used.
     UnigramEncoder(std::vector<Piece> pieces, const std::array<std::int32_t, 256>& byte_ids,
                    bool space_in_front);
@@ -64,8 +64,8 @@ class UnigramEncoder {
     }
 
   private:
-    /// A node of the prefix tree of all pieces. One that ends a piece has the piece's id as its
-    /// number, and `leaf` is set where no piece goes on from it.
+    /// A node of the prefix tree of all pieces. A node that ends a piece has the piece's id as its
+    /// number, and `leaf` is set if no piece continues from the node.
     struct Node {
         std::uint32_t number;
         float score;
@@ -87,7 +87,7 @@ class UnigramEncoder {
     std::size_t slot_of(std::uint32_t parent, char32_t character) const noexcept;
     const Node* child_of(std::uint32_t parent, char32_t character) const noexcept;
     Node first_node(char32_t character) const noexcept;
-    /// Most of the time goes by waiting for memory: begins to fetch the edge between two characters.
+    /// Prefetches the edge between two characters: most of the time is spent waiting for memory.
     void fetch_ahead(char32_t first, char32_t second) const noexcept;
     void segment(Workspace& workspace) const;
     void append_ids(const Workspace& workspace, std::vector<std::int32_t>& ids) const;

@@ -1,11 +1,11 @@
-// Loops over tokens in the widest vectors that the machine has, from one build for all machines.
+// Lets one build for all machines loop over tokens in the widest vectors that each machine has.
 #pragma once
 
 #if __has_include(<features.h>)
 #include <features.h>  // defines __GLIBC__
 #endif
 
-// Sanitizers start after the choice between clones is made, and do not survive it.
+// Sanitizers start only after the choice between clones is made, and do not survive it.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define MEGATRON_BERT_SANITIZED
 #elif defined(__has_feature)

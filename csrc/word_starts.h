@@ -1,5 +1,5 @@
-// Where words begin, as a dictionary saw it when the text was tokenized: one bit for each token of
-// a dataset, beside its .bin.
+// Where words begin according to a dictionary, found when the text was tokenized: one bit for each
+// token of a dataset, in a file beside its .bin.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,8 @@ namespace megatron_bert {
 /// A `.words` file: bit `k % 8` of byte `k / 8` is 1 if a word begins at token k of the .bin.
 class WordStarts {
   public:
-    /// Throws std::system_error when the file cannot be read and std::runtime_error, naming it,
-    /// when it has not one bit for each of `num_tokens` tokens.
+    /// Throws std::system_error if the file cannot be read and std::runtime_error, naming it, if it
+    /// does not have one bit for each of `num_tokens` tokens.
     WordStarts(const std::string& path, std::int64_t num_tokens,
                FileAccess access = FileAccess::map)
         : bits_(path, access), num_tokens_(num_tokens) {
