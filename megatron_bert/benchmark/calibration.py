@@ -1,7 +1,7 @@
-"""What a machine reaches: products, attention, norms, memory and sums over ranks, for the planner.
+"""Measures for the planner what a machine reaches: products, attention, norms, memory, all-reduces.
 
-Started by torchrun it also times an all-reduce over all ranks: with one node that of its links,
-with several that of their network.
+Under torchrun it also times an all-reduce over all ranks, which measures the links of a single node
+or the network of several.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _HEADS, _HEAD_SIZE, _DROPOUT = 24, 64, 0.1
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
+    """The sizes at which a machine is measured.
 
     Attributes:
-        sides: of square products.
+        sides: of the matrices in square products.
         tokens: of a norm, at width 1,536.
         rows: of attention.
         length: slots of a row.
@@ -70,14 +70,14 @@ def calibrate(
     network: str | None = None,
     sizes: Sizes | None = None,
 ) -> Calibration:
-    """Measure this machine. Collective where there is a process group.
+    """Measure this machine. Collective if there is a process group.
 
     Args:
-        name: what it is called from then on.
+        name: the machine's name from then on.
         device: this rank's.
-        say: is told what is being measured.
-        network: between nodes, as `--network` takes it; counts with ranks on several.
-        sizes: how much is measured. Default: what fills the device.
+        say: called with what is being measured.
+        network: between nodes, as `--network` takes it; used if ranks are on several nodes.
+        sizes: the sizes to measure. Default: sizes that fill the device.
     """
     is_cuda = device.type == "cuda"
     sizes = sizes or (_CUDA if is_cuda else _CPU)
@@ -110,7 +110,7 @@ def _product(side: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _norm(tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Forward and backward, which read and write five times the tokens' values."""
+    """Seconds of forward and backward, which read or write the tokens' values five times."""
     width = _HEADS * _HEAD_SIZE
     norm = torch.nn.LayerNorm(width, dtype=dtype, device=device)
     x = torch.randn(tokens, width, dtype=dtype, device=device, requires_grad=True)
@@ -121,7 +121,7 @@ def _norm(tokens: int, dtype: torch.dtype, device: torch.device) -> float:
 def _attention(
     sizes: Sizes, dropout: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
-    """Forward, and forward with backward."""
+    """Seconds of forward, and of forward with backward."""
     rows, length = sizes.rows, sizes.length
     shape = (rows, _HEADS, length, _HEAD_SIZE)
     q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
@@ -152,7 +152,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _facts(name: str, device: torch.device, curves: dict[str, Curve]) -> tuple[Gpu, bool]:
-    """The table's facts under the new name, or measured ones; and whether they were measured."""
+    """The table's facts under the new name, or measured ones, and whether they were measured."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / GIB
@@ -195,7 +195,7 @@ def _rates(
     slots, width = sizes.rows * sizes.length, _HEADS * _HEAD_SIZE
     flops = 4 * slots * sizes.length * width
     (_, forward, both), (_, _, plain_both) = curves["attention"]
-    # The planner adds what attention reads and writes to its products.
+    # The planner adds the time of attention's reads and writes to that of its products.
     moved = compute.itemsize * slots * 4 * width / (1e9 * facts.bandwidth * 0.95)
     forward_products = max(forward - moved, forward / 2)
     backward_products = max(
@@ -213,7 +213,7 @@ def _rates(
     if "all_reduce" not in curves:
         return found
     rate, ranks = _ring_rate(curves["all_reduce"]), dist.get_world_size()
-    # `network.Group.sum`: a ring's latencies or a tree's, whichever are fewer.
+    # As in `network.Group.sum`: the latencies of a ring or of a tree, whichever are fewer.
     latency = curves["all_reduce"][0][1] / min(2 * (1 + ranks / 16), 2 * math.log2(ranks))
     if dist.get_world_size() <= facts.per_node:
         share = 1.0 if is_measured else rate / facts.link
@@ -223,12 +223,12 @@ def _rates(
 
 
 def _norm_rate(curve: Curve, element_bytes: int) -> float:
-    """GB/s of the largest."""
+    """GB/s of the largest norm."""
     tokens, seconds = curve[-1]
     return 5 * tokens * _HEADS * _HEAD_SIZE * element_bytes / seconds / 1e9
 
 
 def _ring_rate(curve: Curve) -> float:
-    """GB/s that each rank sends in the quickest."""
+    """GB/s that each rank sends in the all-reduce with the highest rate."""
     ranks = dist.get_world_size()
     return max(2 * (ranks - 1) / ranks * size / seconds / 1e9 for size, seconds in curve)

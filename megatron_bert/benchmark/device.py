@@ -1,4 +1,4 @@
-"""The device that figures are of."""
+"""The name of the device that figures are measured on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrix products timed by themselves: what a step cannot be faster than."""
+"""Matrix products timed by themselves: a lower bound for the time of a step."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _REPETITIONS, _SECONDS_A_REPETITION, _MOST_CALLS = 10, 5e-3, 200
 
 @dataclass(frozen=True)
 class Gemm:
-    """A linear layer's products on a micro-batch, forward and both backward.
+    """A linear layer's products on a micro-batch: one forward and two backward.
 
     Attributes:
         tokens: rows of the input.
         inputs: features in.
         outputs: features out.
-        count: how often a micro-batch has it.
+        count: how often it occurs in a micro-batch.
     """
 
     tokens: int
@@ -38,7 +38,7 @@ class Gemm:
 
 
 def model_gemms(model: ModelConfig, vocab_size: int, tokens: int, masked: int) -> list[Gemm]:
-    """The products of a micro-batch, but for attention's.
+    """The products of a micro-batch, without attention's.
 
     Args:
         model: the model's sizes.
@@ -61,7 +61,7 @@ def time_gemms(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) 
 
 
 def square_matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """10^12 operations a second of one product of square matrices of random numbers."""
+    """TFLOP/s of one product of square matrices of random numbers."""
     side = _CUDA_SIDE if device.type == "cuda" else _CPU_SIDE
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     seconds = seconds_of(lambda: left @ right, device)
@@ -81,11 +81,11 @@ def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> float
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a piece of work: on CUDA the median of repetitions, on a CPU the least of three.
+    """Seconds of a piece of work: on CUDA the median of repetitions, on a CPU the minimum of three.
 
-    On CUDA a repetition is as many calls one after another as take some milliseconds, so that
-    events between them do not count. Work that the device does faster than the host asks for it
-    still shows the host's time, and small inputs come out of the device's cache.
+    On CUDA a repetition consists of enough successive calls to take some milliseconds, so that the
+    events between repetitions do not matter. Work that the device does faster than the host
+    launches it still shows the host's time, and small inputs come from the device's cache.
 
     Args:
         work: what is called.
@@ -108,7 +108,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 def _event_seconds(
     work: Callable[[], object], device: torch.device, calls: int, repetitions: int
 ) -> list[float]:
-    """Seconds of each repetition of so many calls, on CUDA."""
+    """Seconds of each repetition of `calls` calls, on CUDA."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]  # type: ignore[no-untyped-call]
     events[0].record()
     for event in events[1:]:

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The hardware and software that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = ("megatron-bert", "numpy", "sentencepiece", "tokenizers", "torch")
-# Where they are installed.
+# Listed if they are installed.
 _OPTIONAL = ("apex", "flash-attn", "flash-attn-3", "transformer-engine", "triton")
 
 
@@ -22,10 +22,10 @@ class Hardware:
 
     Attributes:
         processor: its model's name.
-        cores: how many this process may use.
+        cores: number of cores that this process may use.
         memory_gb: in 10^9 bytes.
-        load_average: runnable processes over the last minute, before the measurements; near 0 on a
-            machine that does nothing else.
+        load_average: runnable processes over the last minute, before the measurements; near 0 on
+            an otherwise idle machine.
     """
 
     processor: str
@@ -47,8 +47,8 @@ def describe_hardware() -> Hardware:
 def describe_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a figure depends on, and this code's commit.
 
-    Beside them `cuda`, what PyTorch was built for, where that is CUDA. A checkout that differs
-    from its commit says so by a `+`; one without git has none.
+    Also `cuda`, the version that PyTorch was built for, if any. A `+` marks a checkout that differs
+    from its commit; without git there is no commit.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     for name in _OPTIONAL:
@@ -84,5 +84,5 @@ def _processor() -> str:
         name, _, value = line.partition(":")
         if name.strip() == "model name":
             return value.strip()
-    # Where the kernel names no model (ARM), the architecture.
+    # If the kernel names no model (ARM), use the architecture.
     return platform.machine()

@@ -31,7 +31,7 @@ from megatron_bert.distributed.launch import (
 )
 from megatron_bert.training.runtime import keep_freed_memory, set_determinism
 
-# Those of RetrievaBERT's curriculum.
+# The row lengths of RetrievaBERT's curriculum.
 _LENGTHS = (128, 256, 512, 2048)
 
 _TOKENS = 4_000_000
@@ -45,10 +45,10 @@ class Subject:
     Attributes:
         config: the checked configuration.
         vocab_size: padded vocabulary.
-        num_ids: token ids of the rows are below it.
+        num_ids: all token ids of the rows are below it.
         lengths: of rows.
-        micro_tokens: slots of a micro-batch, at most.
-        dropouts: None leaves the configuration's.
+        micro_tokens: maximum slots of a micro-batch.
+        dropouts: None keeps the configuration's.
     """
 
     config: Config
@@ -60,7 +60,7 @@ class Subject:
 
 
 def subject_of(given: argparse.Namespace) -> Subject:
-    """Read the configuration and the options beside it.
+    """Read the configuration and the other options.
 
     Args:
         given: the command line.
@@ -70,7 +70,7 @@ def subject_of(given: argparse.Namespace) -> Subject:
     """
     config = load_config(given.config, given.overrides)
     if config.mlm.unit == "whole_word":
-        # Words need a dictionary's table; what is measured does not depend on them.
+        # Words would need a word table, and the measurements do not depend on them.
         config = config.with_keys({"mlm.unit": "ngram"})
     num_ids = min(VOCAB_SIZE, config.model.vocab_size or VOCAB_SIZE)
     if num_ids < 2 * NUM_SPECIAL:
@@ -92,7 +92,7 @@ def subject_of(given: argparse.Namespace) -> Subject:
 
 @contextmanager
 def joined_ranks(config: Config) -> Iterator[torch.device]:
-    """Prepare the process as training does and join the other ranks; gives this rank's device."""
+    """Prepare the process as training does and join the other ranks; yields this rank's device."""
     device = choose_device(config.run.device)
     set_determinism(config, device)
     if device.type == "cpu":
@@ -103,7 +103,7 @@ def joined_ranks(config: Config) -> Iterator[torch.device]:
 
 @contextmanager
 def corpora_of(given: argparse.Namespace, subject: Subject) -> Iterator[Corpora]:
-    """The dataset that was named, or one of made-up articles, which goes when the block ends.
+    """The named dataset, or one of made-up articles, which is removed when the block ends.
 
     Raises:
         DataError: the dataset cannot be used.

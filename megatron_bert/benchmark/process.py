@@ -1,4 +1,4 @@
-"""A process of its own to measure in, and what it uses."""
+"""Measuring in a separate process, and what a process uses."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def run_isolated(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kw
     """Call a function in a new process, whose memory nothing else has touched.
 
     Args:
-        function: of a module's top level; its arguments and result must be picklable.
+        function: a top-level function of a module; its arguments and result must be picklable.
         arguments: its positional arguments.
-        named: its named arguments.
+        named: its keyword arguments.
 
     Raises:
-        DataError: the process was killed, most likely for want of memory.
+        DataError: the process was killed, most likely for lack of memory.
     """
-    # A forked process would begin with its parent's pages.
+    # A forked process would start with its parent's pages.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
         try:
@@ -49,12 +49,12 @@ def pin_to_one_core() -> None:
 
 
 def resident_megabytes() -> float:
-    """Memory the process holds now, mapped files included, in 10^6 bytes."""
+    """Memory that the process holds now, including mapped files, in 10^6 bytes."""
     return _status_megabytes("VmRSS")
 
 
 def peak_resident_megabytes() -> float:
-    """The most memory the process has held since it began, mapped files included.
+    """The most memory that the process has held since it began, including mapped files.
 
     Not getrusage's figure, which a new process inherits from the one that started it.
     """
@@ -62,7 +62,7 @@ def peak_resident_megabytes() -> float:
 
 
 def anonymous_megabytes() -> float:
-    """Memory the process holds that is no page of a mapped file: what it allocated."""
+    """Memory that the process allocated, which excludes pages of mapped files."""
     return _status_megabytes("RssAnon")
 
 

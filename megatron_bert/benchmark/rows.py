@@ -24,16 +24,16 @@ def make_batches(
     *,
     pinned: bool,
 ) -> list[Batch]:
-    """Assemble some of the micro-batches of a step, the same ones each time.
+    """Assemble some of the micro-batches of a step, deterministically.
 
     Args:
         corpora: where the rows come from.
         mlm: how they are masked.
         seq_length: slots of a row.
         rows: of a micro-batch.
-        numbers: of the micro-batches, within the step.
-        of: how many the step has.
-        pinned: whether they lie in memory that a GPU can copy from.
+        numbers: numbers of the micro-batches within the step.
+        of: number of micro-batches of the step.
+        pinned: whether to use pinned memory, which a GPU can copy from.
     """
     datasets = corpora.open()
     plan = RowPlan(datasets, corpora.weights, [(seq_length, rows * of)], seed=0)
@@ -62,6 +62,6 @@ def keys_per_query(batches: Sequence[Batch]) -> float:
 
 
 def text_tokens(batches: Sequence[Batch]) -> int:
-    """Slots that hold text: no padding, no CLS, no SEP (nor a token masked by one of these)."""
+    """Number of slots with text: no padding, CLS or SEP (nor a token masked by one of these)."""
     no_text = torch.tensor([PAD, CLS, SEP], dtype=torch.int32)
     return sum(int((~torch.isin(batch.tokens_BS, no_text)).sum()) for batch in batches)

@@ -19,23 +19,23 @@ LENGTH_SPREAD = 1.0
 """Standard deviation of the logarithm of a document's length."""
 
 VOCAB_SIZE = 99_574
-"""Of the LLM-jp tokenizer v3.0, whose first eight ids are special."""
+"""Vocabulary of the LLM-jp tokenizer v3.0, whose first eight ids are special."""
 
 MASK, PAD, CLS, SEP = 3, 4, 5, 6
 NUM_SPECIAL = 8
 _TOKEN_BYTES = 4
 
-# What is drawn at a time, so that no temporary array is as large as a corpus.
+# Numbers drawn at a time, so that no temporary array is as large as a corpus.
 _DRAWN_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True)
 class DocumentKind:
-    """What a corpus' documents are.
+    """A kind of documents.
 
     Attributes:
         name: of the kind.
-        mean_tokens: a document's length, on average.
+        mean_tokens: average length of a document.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Corpora:
 
     Attributes:
         prefixes: of the datasets.
-        weights: one each.
-        num_ids: all token ids are below it, and so are those drawn when tokens are masked.
+        weights: one per dataset.
+        num_ids: all token ids are below it, including those drawn when tokens are masked.
     """
 
     prefixes: tuple[str, ...]
@@ -66,12 +66,12 @@ class Corpora:
 
 
 def draw_lengths(num_documents: int, mean_tokens: float, seed: int) -> NDArray[np.int32]:
-    """Log-normal document lengths, at least 1, made in place: int32 [D] and nothing beside it.
+    """Log-normal document lengths, at least 1: int32 [D], without large temporary arrays.
 
     Args:
         num_documents: D.
-        mean_tokens: their mean.
-        seed: the same numbers give the same lengths.
+        mean_tokens: mean of the lengths.
+        seed: the same arguments give the same lengths.
     """
     random = np.random.default_rng(seed)
     mean_of_logarithm = math.log(mean_tokens) - LENGTH_SPREAD**2 / 2
@@ -84,7 +84,7 @@ def draw_lengths(num_documents: int, mean_tokens: float, seed: int) -> NDArray[n
 
 
 def divide_documents(num_documents: int, weights: Sequence[float]) -> list[int]:
-    """Documents of each corpus, in proportion to its weight and at least 1."""
+    """Number of documents of each corpus, in proportion to its weight and at least 1."""
     return [max(1, round(num_documents * weight / sum(weights))) for weight in weights]
 
 
@@ -95,7 +95,7 @@ def write_corpora(
     weights: Sequence[float],
     num_ids: int = VOCAB_SIZE,
 ) -> Corpora:
-    """Write datasets of random tokens, about `num_tokens` together, in proportion to the weights.
+    """Write datasets of random tokens, about `num_tokens` in all, in proportion to the weights.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -113,13 +113,13 @@ def write_corpora(
 
 
 def write_sentences(prefix: str, num_tokens: int, mean_tokens: float, sentences: int) -> int:
-    """Write a dataset whose documents are several sentences each, about `num_tokens` in all.
+    """Write a dataset whose documents have several sentences each, about `num_tokens` in all.
 
     Args:
         prefix: of its files.
         num_tokens: of all documents.
-        mean_tokens: of a sentence.
-        sentences: of a document.
+        mean_tokens: mean length of a sentence.
+        sentences: number of sentences per document.
 
     Returns:
         The number of documents.

@@ -9,7 +9,7 @@ Row = tuple[str, str]
 
 
 def table_lines(hardware: Hardware, versions: dict[str, str], quick: bool, *rows: Row) -> list[str]:
-    """Lines of a table with what was measured on and with in front."""
+    """Lines of a table that begins with the machine and the versions."""
     machine = (
         f"{hardware.processor}, {hardware.cores} cores, {hardware.memory_gb:g} GB, "
         f"load average {hardware.load_average:g}"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 class Timing:
     """How long the repetitions of one piece of work took.
 
-    The shortest is the figure: what lengthens the others is mostly not the work's own doing. The
-    median shows how much that was.
+    The shortest is the figure to use: others are longer mostly for reasons outside the work. The
+    median shows by how much.
     """
 
     seconds: tuple[float, ...]
@@ -25,18 +25,18 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The one in the middle, in seconds."""
+        """The median, in seconds."""
         return statistics.median(self.seconds)
 
 
 def time_in_turns(works: Sequence[Callable[[], object]], repetitions: int) -> list[Timing]:
-    """Time several pieces of work in turns, so that a slow minute of the machine meets them all."""
+    """Time several pieces of work in turns, so that a slow minute of the machine affects all."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repetitions):
         for work, taken in zip(works, seconds, strict=True):
             begin = time.perf_counter()
             result = work()
             taken.append(time.perf_counter() - begin)
-            # Freed here, so that giving back its memory is not timed.
+            # Freed here, so that freeing its memory is not timed.
             del result
     return [Timing(tuple(taken)) for taken in seconds]

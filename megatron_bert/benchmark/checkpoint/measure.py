@@ -1,4 +1,4 @@
-"""How long a save stops training, how long it takes, and how long loading does."""
+"""How long a save stops training, how long it takes in all, and how long loading takes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CheckpointWork:
         layers: blocks.
         hidden_size: width; a head has 64 channels, the feed-forward part 2.75 times the width.
         vocab_size: rows of the embedding table.
-        repetitions: of each measurement.
+        repetitions: number of repetitions of each measurement.
     """
 
     layers: int
@@ -68,7 +68,7 @@ class CheckpointWork:
 
 FULL = CheckpointWork(layers=24, hidden_size=1024, vocab_size=32_768, repetitions=3)
 QUICK = CheckpointWork(layers=2, hidden_size=64, vocab_size=512, repetitions=2)
-"""Seconds rather than minutes: shows that everything runs; its figures mean nothing."""
+"""Takes seconds rather than minutes: shows that everything runs; its figures mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class SaveFigures:
     """A way of saving, in seconds.
 
     Attributes:
-        save_seconds: until the checkpoint is complete on the disk; the shortest.
-        median_save_seconds: the time in the middle.
-        blocked_seconds: for which training stands still; the shortest.
-        median_blocked_seconds: the time in the middle.
-        first_blocked_seconds: of the first save, which in the background allocates its memory.
+        save_seconds: until the checkpoint is complete on disk; the minimum.
+        median_save_seconds: the median.
+        blocked_seconds: for which training stands still; the minimum.
+        median_blocked_seconds: the median.
+        first_blocked_seconds: of the first save, which allocates memory if in the background.
     """
 
     save_seconds: float
@@ -92,16 +92,16 @@ class SaveFigures:
 
 @dataclass(frozen=True)
 class StateFigures:
-    """What was measured in the process of its own.
+    """What was measured in the separate process.
 
     Attributes:
         parameters: of the model.
-        bytes: of the checkpoint's files but the manifest.
-        files: how many these are.
+        bytes: of the checkpoint's files, without the manifest.
+        files: number of these files.
         synchronous: saves that training waits for.
         asynchronous: saves in the background (`checkpoint.async`); nothing else runs meanwhile.
-        load_seconds: finding, verifying and loading a checkpoint; the shortest.
-        median_load_seconds: the time in the middle.
+        load_seconds: finding, verifying and loading a checkpoint; the minimum.
+        median_load_seconds: the median.
     """
 
     parameters: int
@@ -115,7 +115,7 @@ class StateFigures:
 
 @dataclass(frozen=True)
 class CheckpointFigures:
-    """The figures, with what they were measured on."""
+    """The figures, and what they were measured on."""
 
     hardware: Hardware
     versions: dict[str, str]
@@ -123,7 +123,7 @@ class CheckpointFigures:
     state: StateFigures
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it: the state's figures beside the others, the two of most use in front."""
+        """The figures for JSON: the state's are inlined, and the two most useful ones repeated."""
         fields = asdict(self)
         state = fields.pop("state")
         return {
@@ -139,10 +139,10 @@ def measure_checkpoint(work: CheckpointWork, say: Callable[[str], None]) -> Chec
 
     Args:
         work: the model.
-        say: told what is being measured.
+        say: called with what is being measured.
 
     Raises:
-        DataError: disk or memory are too small.
+        DataError: the disk or the memory is too small.
     """
     hardware, versions = describe_hardware(), describe_versions()
     say("saving and loading checkpoints")
@@ -157,7 +157,7 @@ def measure_checkpoint(work: CheckpointWork, say: Callable[[str], None]) -> Chec
 
 
 def measure_state(work: CheckpointWork, root: Path) -> StateFigures:
-    """Measure in this process, which should be a new one and becomes a job of one rank."""
+    """Measure in this process, which should be new and becomes a job of one rank."""
     device = torch.device("cpu")
     keep_freed_memory()
     with process_group(device, _TIMEOUT_SECONDS):
@@ -165,7 +165,7 @@ def measure_state(work: CheckpointWork, root: Path) -> StateFigures:
         model = build_model(config, work.vocab_size, topology)
         optimizer = build_optimizer(config, model)
         tensors = state_tensors(model, optimizer)
-        # Moments begin as zeros that have no memory of their own yet.
+        # Moments begin as zeros without memory of their own; fill them, so that they have it.
         for moment in optimizer.state_tensors().values():
             local_part(moment).uniform_()
         store = CheckpointStore(root, keep=1, group=new_host_group(_TIMEOUT_SECONDS))
@@ -189,7 +189,7 @@ def measure_state(work: CheckpointWork, root: Path) -> StateFigures:
 def _time_saves(
     store: CheckpointStore, tensors: dict[str, torch.Tensor], repetitions: int
 ) -> list[SaveFigures]:
-    """Save with training waiting and in the background, in turns."""
+    """Save synchronously and in the background, in turns."""
     savers = [CheckpointSaver(store, in_background=way, max_failures=1) for way in (False, True)]
     saves: list[list[float]] = [[] for _ in savers]
     blocks: list[list[float]] = [[] for _ in savers]
@@ -204,7 +204,7 @@ def _time_saves(
 
 
 def _figures(saves: list[float], blocks: list[float]) -> SaveFigures:
-    """Figures of all but the first save."""
+    """Figures of all saves but the first."""
     saved, blocked = Timing(tuple(saves[1:])), Timing(tuple(blocks[1:]))
     return SaveFigures(
         save_seconds=round(saved.best, 3),
@@ -216,7 +216,7 @@ def _figures(saves: list[float], blocks: list[float]) -> SaveFigures:
 
 
 def _time_load(store: CheckpointStore, path: Path, tensors: dict[str, torch.Tensor]) -> float:
-    """Find, verify and load, as a job does that goes on; the files are not in memory before."""
+    """Find, verify and load, as a resuming job does; the files are first evicted from the cache."""
     for file in path.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""From a random row number to tokens, mask and labels: rows a second on one core."""
+"""Assembling rows, from a random row number to tokens, mask and labels: speed on one core."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class AssembleWork:
 
     Attributes:
         corpora: blended in every stage.
-        seq_lengths: of a plan's stages, each of about as many slots as the corpora have tokens.
+        seq_lengths: row lengths of the plan's stages; each stage has about as many slots as the
+            corpora have tokens.
         mlm: how rows are masked.
-        repetitions: how often every row of every stage is made, in random order.
+        repetitions: how often every row of every stage is assembled, in random order.
     """
 
     corpora: Corpora
@@ -38,14 +39,14 @@ class AssembleWork:
 
 @dataclass(frozen=True)
 class AssembleFigures:
-    """Token slots of a row length made a second, on one core.
+    """Token slots assembled per second at one row length, on one core.
 
     Attributes:
         tokens_per_second_per_core: in the shortest repetition.
-        median_tokens_per_second_per_core: in the one in the middle.
-        rows: made in each.
-        core_share: share of the time in which the core was at work on it; less than 1 where other
-            processes took it away, and all figures are too low then.
+        median_tokens_per_second_per_core: in the median repetition.
+        rows: rows of each repetition.
+        core_share: share of the time in which the core worked on it; below 1 if other processes
+            took the core, and then all figures are too low.
     """
 
     tokens_per_second_per_core: int
@@ -55,7 +56,7 @@ class AssembleFigures:
 
 
 class RowBuffers:
-    """Arrays of one batch: B rows of S slots, M of them masked."""
+    """Arrays of one batch: B rows of S slots, of which M are masked."""
 
     def __init__(self, mlm: MlmConfig, seq_length: int) -> None:
         shape_BM = (ROWS_AT_A_TIME, masked_slots(mlm.probability, mlm.unit, seq_length))
@@ -78,7 +79,7 @@ class RowBuffers:
 
 
 def equal_stages(tokens: int, seq_lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Stages of `tokens` slots each, of whole batches of rows."""
+    """Stages of about `tokens` slots each, in whole batches of rows."""
     return [
         (length, max(1, tokens // (length * ROWS_AT_A_TIME)) * ROWS_AT_A_TIME)
         for length in seq_lengths
@@ -86,10 +87,10 @@ def equal_stages(tokens: int, seq_lengths: Sequence[int]) -> list[tuple[int, int
 
 
 def measure_assembly(work: AssembleWork) -> dict[int, AssembleFigures]:
-    """Assemble in this process, which is kept on one core from then on.
+    """Assemble in this process, which is pinned to one core from then on.
 
-    Rows are asked for in an order that is random over the whole stage, harder than training's,
-    which goes through windows of rows.
+    Rows are requested in an order that is random over the whole stage. That is harder than
+    training's order, which goes through windows of rows.
 
     Returns:
         Figures by row length.
@@ -104,7 +105,7 @@ def measure_assembly(work: AssembleWork) -> dict[int, AssembleFigures]:
     for seq_length, rows in stages:
         numbers = np.arange(first_row, first_row + rows)
         assemble = _pass_over(assembler, RowBuffers(work.mlm, seq_length), numbers)
-        # Once beforehand: a page of the mapped file costs a fault when it is first touched.
+        # Once beforehand, because the first access to a page of the mapped file costs a fault.
         assemble()
         begin = time.process_time()
         (timing,) = time_in_turns([assemble], work.repetitions)

@@ -1,4 +1,4 @@
-"""What one epoch's rows hold: the share of slots filled, the share of tokens seen."""
+"""What the rows of one epoch hold: the share of slots filled and of tokens seen."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class EpochFigures:
     """Counted over all rows of a corpus' first epoch.
 
     Attributes:
-        filled: share of the slots that hold text, [CLS] or [SEP], not padding.
-        seen_once: share of the corpus' tokens that stand in exactly one row.
+        filled: share of the slots that hold text, [CLS] or [SEP] rather than padding.
+        seen_once: share of the corpus' tokens that occur in exactly one row.
     """
 
     filled: float
@@ -42,7 +42,7 @@ def count_epoch(lengths_D: NDArray[np.int32], seq_length: int) -> EpochFigures:
 def _coverage(
     begins: NDArray[np.int64], ends: NDArray[np.int64], num_tokens: int
 ) -> NDArray[np.int32]:
-    """How many of the ranges [begin, end) each of the tokens lies in."""
+    """For each token, how many of the ranges [begin, end) contain it."""
     changes = np.zeros(num_tokens + 1, dtype=np.int32)
     np.add.at(changes, begins, 1)
     np.add.at(changes, ends, -1)

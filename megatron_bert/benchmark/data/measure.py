@@ -45,15 +45,15 @@ class DataSizes:
     """How much each measurement works on.
 
     Attributes:
-        plan_documents: of all corpora of the plan.
-        plan_tokens: of them.
-        plan_shortening: the recipe's stages have their rows divided by it.
-        assemble_tokens: of the datasets that rows are assembled from.
-        epoch_tokens: of the corpora whose first epoch is counted.
-        text_bytes: of the text to preprocess, about.
-        rival_tokens: of the samples that Megatron-core makes of each length.
+        plan_documents: documents in all corpora of the plan.
+        plan_tokens: their tokens.
+        plan_shortening: factor by which the rows of the recipe's stages are divided.
+        assemble_tokens: tokens of the datasets that rows are assembled from.
+        epoch_tokens: tokens of the corpora whose first epoch is counted.
+        text_bytes: approximate size of the text to preprocess.
+        rival_tokens: tokens of the samples that Megatron-core makes at each length.
         memory_batches: batches assembled while memory is watched.
-        repetitions: of what is timed.
+        repetitions: of everything that is timed.
     """
 
     plan_documents: int
@@ -90,7 +90,7 @@ QUICK = DataSizes(
     memory_batches=50,
     repetitions=2,
 )
-"""Seconds rather than minutes: shows that everything runs; its figures mean nothing."""
+"""Takes seconds rather than minutes: shows that everything runs; its figures mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class DataOptions:
         corpus: text files to preprocess.
         json_key: key of their text.
         tokenizer: a SentencePiece model; None: one is trained on the corpus.
-        sizes: how much.
+        sizes: how much to measure.
     """
 
     recipe: Config
@@ -118,16 +118,16 @@ class DataFigures:
 
     Attributes:
         hardware: what they were measured on.
-        versions: and with.
-        quick: whether the work was too small for figures to mean anything.
-        plan: of the recipe.
-        assemble: of articles, single tokens masked.
-        assemble_paragraphs: of paragraphs, single tokens masked.
-        assemble_ngram: of articles, runs of tokens masked.
+        versions: of the packages they were measured with.
+        quick: whether the work was too small for the figures to mean anything.
+        plan: planning the recipe.
+        assemble: rows of articles, single tokens masked.
+        assemble_paragraphs: rows of paragraphs, single tokens masked.
+        assemble_ngram: rows of articles, runs of tokens masked.
         epoch: slots filled and tokens seen.
         memory: of the data side.
-        preprocess: of the text.
-        megatron_core: the same for its samples; None where it is not installed.
+        preprocess: preprocessing the text.
+        megatron_core: making Megatron-core's samples; None if it is not installed.
     """
 
     hardware: Hardware
@@ -143,7 +143,7 @@ class DataFigures:
     megatron_core: MegatronCoreFigures | None
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it: `fill` and `seen_once` apart, shares by kind and length."""
+        """The figures for JSON: `fill` and `seen_once` separately, shares by kind and length."""
         fields = asdict(self)
         epoch = fields.pop("epoch")
         for share, name in (("fill", "filled"), ("seen_once", "seen_once")):
@@ -159,10 +159,10 @@ def measure_data(options: DataOptions, say: Callable[[str], None]) -> DataFigure
 
     Args:
         options: what to measure with.
-        say: told what is being measured.
+        say: called with what is being measured.
 
     Raises:
-        DataError: the corpus or the tokenizer cannot be used, or disk or memory are too small.
+        DataError: the corpus or tokenizer cannot be used, or the disk or the memory is too small.
     """
     hardware, versions = describe_hardware(), describe_versions()
     try:
@@ -182,7 +182,7 @@ def _measure(
     say: Callable[[str], None],
 ) -> DataFigures:
     sizes, weights = options.sizes, _weights(options.recipe)
-    # First, because the user's files can be wrong.
+    # First, because the user's files may be wrong.
     say("preparing the corpus and the tokenizer")
     texts = read_documents(options.corpus, options.json_key, sizes.text_bytes)
     tokenizer = tokenizer_for(options.tokenizer, texts, folder)

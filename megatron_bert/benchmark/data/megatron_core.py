@@ -1,4 +1,4 @@
-"""Masked samples made by Megatron-core's BERT dataset, where that package is installed."""
+"""Masked samples made by Megatron-core's BERT dataset, if that package is installed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_bert.benchmark.synthetic import CLS, MASK, PAD, SEP, VOCAB_SIZE, w
 from megatron_bert.benchmark.timing import time_in_turns
 from megatron_bert.config.schema import MlmConfig
 
-# Samples are whole sentences of one document, and a sentence of more than 512 tokens costs its
-# whole document: short sentences, many to a document, fill them best.
+# Samples are whole sentences of one document, and a sentence of more than 512 tokens loses its
+# whole document: documents of many short sentences fill samples best.
 _SENTENCE_TOKENS = 30
 _SENTENCES_A_DOCUMENT = 100
 _TOKENS_ON_DISK = 1_000_000
@@ -30,7 +30,7 @@ class MegatronCoreFigures:
 
     Attributes:
         version: of Megatron-core.
-        tokens_per_second_per_core: by sample length; padding does not count.
+        tokens_per_second_per_core: by sample length, without padding.
     """
 
     version: str
@@ -38,9 +38,9 @@ class MegatronCoreFigures:
 
 
 class TableTokenizer:
-    """What the dataset asks a tokenizer for, answered as fast as can be.
+    """Answers what the dataset asks a tokenizer for, as fast as possible.
 
-    Megatron-core's own class for SentencePiece builds `inv_vocab` anew for every token.
+    Megatron-core's own class for SentencePiece rebuilds `inv_vocab` for every token.
     """
 
     cls, sep, mask, pad, eod = CLS, SEP, MASK, PAD, VOCAB_SIZE
@@ -58,12 +58,12 @@ def is_installed() -> bool:
 def measure_megatron_core(
     folder: Path, seq_lengths: Sequence[int], num_tokens: int, repetitions: int
 ) -> MegatronCoreFigures:
-    """Make samples in this process, which is kept on one core from then on.
+    """Make samples in this process, which is pinned to one core from then on.
 
     Args:
         folder: for the dataset and Megatron-core's caches.
-        seq_lengths: of the samples.
-        num_tokens: of the samples of each length, at most.
+        seq_lengths: lengths of the samples.
+        num_tokens: maximum tokens of the samples of each length.
         repetitions: how often each length's samples are made.
 
     Raises:
@@ -94,7 +94,7 @@ class _Samples:
 
 
 def _dataset(prefix: str, documents: int, seq_length: int) -> Any:
-    # Only here, as the package need not be there; its optional parts announce their absence.
+    # Imported here because the package is optional; its own optional parts warn if absent.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch.distributed as dist
@@ -123,7 +123,7 @@ def _dataset(prefix: str, documents: int, seq_length: int) -> Any:
         masking_use_geometric_distribution=False,
         classification_head=False,
     )
-    # One sample asked for makes it index one epoch.
+    # Requesting one sample makes it index one epoch.
     every_document = np.arange(documents, dtype=np.int32)
     return BERTMaskedWordPieceDataset(
         IndexedDataset(prefix), prefix, every_document, 1, Split.train, config

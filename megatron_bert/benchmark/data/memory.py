@@ -1,4 +1,4 @@
-"""Memory that the data side of a training process holds beyond the pages of its mapped files."""
+"""Memory that the data side of a training process holds, without the pages of its mapped files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class MemoryFigures:
     """Anonymous resident memory, in 10^6 bytes.
 
     Attributes:
-        data_mb: what opening the corpora, planning and a tenth of the batches added.
-        growth_mb: what the other batches added to that.
-        batches: assembled.
+        data_mb: added by opening the corpora, planning and a tenth of the batches.
+        growth_mb: added by the other batches.
+        batches: number of batches assembled.
     """
 
     data_mb: float
@@ -29,7 +29,7 @@ class MemoryFigures:
 
 
 def measure_memory(corpora: Corpora, seq_length: int, batches: int) -> MemoryFigures:
-    """Assemble batches, each into new arrays, in this process, which should be a new one."""
+    """Assemble batches, each into new arrays, in this process, which should be new."""
     mlm = MlmConfig()
     before_mb = anonymous_megabytes()
     datasets = corpora.open()

@@ -27,9 +27,9 @@ class PlanWork:
     Attributes:
         documents: of all corpora.
         tokens: of all corpora, about.
-        weights: of each corpus; the documents are divided in proportion.
-        stages: (seq_length, rows) of each.
-        repetitions: how often it is planned.
+        weights: of each corpus; the documents are divided in proportion to them.
+        stages: (seq_length, rows) of each stage.
+        repetitions: how often the run is planned.
     """
 
     documents: int
@@ -48,11 +48,11 @@ class PlanFigures:
         tokens: of all corpora.
         rows: of all stages.
         epochs: how many times over the run reads each corpus.
-        seconds: the shortest time.
-        median_seconds: the time in the middle.
-        peak_rss_mb: the most the process held up to the end of the first plan: interpreter,
+        seconds: the minimum.
+        median_seconds: the median.
+        peak_rss_mb: the most that the process held up to the end of the first plan: interpreter,
             document lengths and plan.
-        lengths_rss_mb: what it held before: interpreter and document lengths.
+        lengths_rss_mb: what it held before that: interpreter and document lengths.
         kept_mb: what the plan itself keeps.
         bytes_written: to files of any kind, while planning.
     """
@@ -70,7 +70,7 @@ class PlanFigures:
 
 
 def measure_plan(work: PlanWork) -> PlanFigures:
-    """Plan a run in this process, which should have done nothing before."""
+    """Plan a run in this process, which should be new."""
     counts = divide_documents(work.documents, work.weights)
     mean_tokens = work.tokens / work.documents
     lengths = [draw_lengths(count, mean_tokens, seed) for seed, count in enumerate(counts)]

@@ -1,4 +1,4 @@
-"""From text to a dataset, against SentencePiece's own speed on the same documents."""
+"""The speed of preprocessing text into a dataset, compared with SentencePiece alone."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _TRAINING_LINES = 20_000
 
 @dataclass(frozen=True)
 class PreprocessFigures:
-    """Two threads each, the shortest of several times.
+    """With two threads each; the minimum of several times unless stated otherwise.
 
     Attributes:
-        tokens_per_second: of `preprocess`, from the file to the dataset on disk, opening the
-            tokenizer included.
+        tokens_per_second: of `preprocess`, from the file to the dataset on disk, including opening
+            the tokenizer.
         sentencepiece_tokens_per_second: of SentencePiece's own call for many documents, from text
             in memory to ids in memory.
-        median_tokens_per_second: of `preprocess`, by the time in the middle.
-        median_sentencepiece_tokens_per_second: of SentencePiece, by the time in the middle.
-        start_seconds: what `preprocess` takes for one word, most of it to open the tokenizer.
+        median_tokens_per_second: of `preprocess`, by the median time.
+        median_sentencepiece_tokens_per_second: of SentencePiece, by the median time.
+        start_seconds: the time of `preprocess` for one word, mostly for opening the tokenizer.
         documents: in the file.
         tokens: in the file.
         text_bytes: of UTF-8.
@@ -56,12 +56,12 @@ class PreprocessFigures:
 
 
 def read_documents(paths: Sequence[Path], json_key: str, text_bytes: int) -> list[str]:
-    """Documents to measure on; lines that cannot be used are left out.
+    """Read the documents to measure on; lines that cannot be used are left out.
 
     Args:
-        paths: text files; no more is read than is needed.
+        paths: text files; only as much as needed is read.
         json_key: key of the text in `.jsonl`, its column in `.parquet`.
-        text_bytes: about how much, in UTF-8; a smaller corpus is repeated.
+        text_bytes: approximate size in UTF-8; a smaller corpus is repeated.
 
     Raises:
         DataError: a file is missing or damaged, or none holds text.
@@ -85,7 +85,7 @@ def read_documents(paths: Sequence[Path], json_key: str, text_bytes: int) -> lis
 
 
 def tokenizer_for(given: Path | None, texts: Sequence[str], folder: Path) -> Path:
-    """The tokenizer given, or one trained on the documents and written into the folder.
+    """The given tokenizer, or one trained on the documents and written into the folder.
 
     Raises:
         DataError: it is missing or damaged, or not a SentencePiece model.
@@ -93,7 +93,7 @@ def tokenizer_for(given: Path | None, texts: Sequence[str], folder: Path) -> Pat
     if given is None:
         path = folder / "trained.model"
         model = train_tokenizer(
-            # A repeated corpus has each text many times, which teaches nothing.
+            # A repeated corpus has each text many times; copies teach nothing.
             list(dict.fromkeys(texts)),
             _TRAINED_PIECES,
             max_sentences=_TRAINING_LINES,
@@ -113,7 +113,7 @@ def tokenizer_for(given: Path | None, texts: Sequence[str], folder: Path) -> Pat
 def measure_preprocessing(
     texts: Sequence[str], tokenizer: Path, folder: Path, repetitions: int
 ) -> PreprocessFigures:
-    """Write the documents as .jsonl into the folder, and time both in turns.
+    """Write the documents as .jsonl into the folder, and time both tools in turns.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -121,7 +121,7 @@ def measure_preprocessing(
     ours = _preprocessing(texts, tokenizer, folder / "corpus.jsonl")
     start = _preprocessing(["word"], tokenizer, folder / "word.jsonl")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    # Of its ways to give back the ids of many documents, the fastest.
+    # The fastest of its ways to return the ids of many documents.
     theirs = partial(processor.encode, list(texts), out_type="numpy", num_threads=WORKERS)
     counts = ours()
     their_tokens = sum(map(len, theirs()))
@@ -143,7 +143,7 @@ def measure_preprocessing(
 def _preprocessing(
     texts: Sequence[str], tokenizer: Path, corpus: Path
 ) -> Callable[[], PreprocessCounts]:
-    """What preprocesses the documents, which are written as .jsonl, as the tool does."""
+    """Write the documents as .jsonl; return a function that preprocesses them as the tool does."""
     with corpus.open("w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")

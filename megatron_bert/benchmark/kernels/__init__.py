@@ -1,1 +1,1 @@
-"""The pieces of a step alone, each by all that can compute it."""
+"""The pieces of a step timed alone, each by every implementation available."""

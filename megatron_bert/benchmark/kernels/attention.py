@@ -1,4 +1,4 @@
-"""Attention over packed rows, by all that can compute it.
+"""Attention over packed rows, by every implementation available.
 
 Shape suffixes: B rows, S slots, N = B x S, H query heads, G key/value heads, K head size.
 """
@@ -32,11 +32,11 @@ class _Case:
         q_BSHK: queries.
         k_BSGK: keys.
         v_BSGK: values.
-        layout: the segments, with the bias that keeps them apart.
-        ends: int32 [segments + 1], where segments end in all rows, 0 in front.
+        layout: the segments, with the bias that separates them.
+        ends: int32 [segments + 1], 0 and then where each segment of all rows ends.
         longest: slots of the longest segment.
         dropout: of attention weights.
-        keys_B: of dropout.
+        keys_B: random keys of dropout.
     """
 
     q_BSHK: Tensor
@@ -81,7 +81,7 @@ class _Case:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What gets a gradient."""
+        """The tensors that get a gradient."""
         return self.q_BSHK, self.k_BSGK, self.v_BSGK
 
     def heads_first(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ class _Case:
         return q, k, v
 
     def all_slots(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, heads, K] each: rows after one another, as segments of any length are taken."""
+        """[N, heads, K] each: rows concatenated, the layout for segments of variable length."""
         q, k, v = (x.flatten(0, 1) for x in self.inputs)
         return q, k, v
 
@@ -98,7 +98,7 @@ class _Case:
 def own_attention(
     model: ModelConfig, batch: Batch, dropout: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[Tensor, ...], Compute]:
-    """Queries, keys and values, and attention as training computes it; `attention_piece`'s."""
+    """Queries, keys and values, and attention as training computes it; see `attention_piece`."""
     case = _Case.make(model, batch, dropout, dtype, device)
     is_ours = has_kernel(device, dtype, model.head_dim)
     return case.inputs, partial(_ours if is_ours else _written_out, case)
@@ -107,14 +107,14 @@ def own_attention(
 def attention_piece(
     model: ModelConfig, batch: Batch, dropout: float, dtype: torch.dtype, device: torch.device
 ) -> Piece:
-    """Attention of a layer whose tokens see all of their segment.
+    """Attention of a layer whose tokens see their whole segment.
 
     Args:
-        model: its heads.
-        batch: rows, of which the segments count.
+        model: determines the heads.
+        batch: rows; only their segments matter.
         dropout: of attention weights.
         dtype: of the tensors.
-        device: theirs.
+        device: of the tensors.
     """
     case = _Case.make(model, batch, dropout, dtype, device)
     rows, slots = batch.positions_BS.shape
@@ -167,7 +167,7 @@ def _ours(case: _Case) -> Tensor:
 
 def _sdpa(case: _Case) -> Tensor:
     q, k, v = case.heads_first()
-    # Of the kernels only some take fewer heads of keys.
+    # Only some of the kernels take fewer key/value heads than query heads.
     sharing = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(sharing, dim=1) if sharing > 1 else x for x in (k, v))
     out_BHSK = F.scaled_dot_product_attention(q, k, v, case.layout.bias_B1SS, case.dropout)
@@ -200,7 +200,7 @@ def _flash_3(case: _Case) -> Compute:
     def compute() -> Tensor:
         arguments = (case.ends, case.ends, case.longest, case.longest)
         out = function(*case.all_slots(), *arguments)
-        # Some versions return the softmax's sums beside it.
+        # Some versions also return the softmax's sums.
         out_NHK: Tensor = out[0] if isinstance(out, tuple) else out
         return out_NHK.view_as(case.q_BSHK)
 

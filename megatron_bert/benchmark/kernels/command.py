@@ -14,7 +14,7 @@ from megatron_bert.distributed.launch import requested_world_size
 
 
 def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> KernelFigures:
-    """Measure on this process alone.
+    """Measure in this process alone.
 
     Raises:
         UserError: the configuration or the dataset cannot be used.

@@ -1,4 +1,4 @@
-"""What stands between a block's products, in the pieces in which `kernels: fused` computes it.
+"""The work between a block's products, in the pieces in which `kernels: fused` computes it.
 
 Shape suffixes: T tokens, D hidden, F feed-forward, P = 2 F: gate's features and then up's.
 """
@@ -16,10 +16,10 @@ from megatron_bert.model.fused_reference import plain_gated_down, plain_residual
 
 
 def residual_norm_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
-    """A sub-layer's end and the next one's norm; both outputs are read.
+    """A sub-layer's end and the next one's norm; both outputs are used.
 
     Args:
-        work: the model, the type of numbers and where they lie.
+        work: the model, the dtype and the device.
         tokens: of a micro-batch.
         dropout: of hidden states.
     """
@@ -43,8 +43,8 @@ def residual_norm_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
     alternatives, absent = with_compiled(work, plain, inputs, partial(plain, *inputs))
     add_fused(work, fused, alternatives, absent)
     size = x_TD.numel() * x_TD.element_size()
-    # Forward two in and two out; backward their two gradients and the sum in, and out one gradient,
-    # or with dropout two.
+    # Forward reads two tensors and writes two; backward reads their two gradients and the sum, and
+    # writes one gradient, or two with dropout.
     backward = 5.0 if dropout else 4.0
     return Piece(
         "dropout, residual, norm",
@@ -60,7 +60,7 @@ def activation_product_piece(work: KernelWork, tokens: int) -> Piece:
     """The gated activation and the product that reads it.
 
     Args:
-        work: the model, the type of numbers and where they lie.
+        work: the model, the dtype and the device.
         tokens: of a micro-batch.
     """
     model = work.config.model

@@ -1,4 +1,4 @@
-"""The fused kernels one by one, as functions that autograd knows; a block calls them by itself.
+"""The fused kernels one by one, as autograd functions; a block calls the kernels directly.
 
 Shape suffixes: T tokens, D hidden, F feed-forward, P = 2 F: gate's features and then up's.
 """
@@ -39,7 +39,7 @@ def residual_norm(
     bias_D: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + dropout(y + bias) and its norm, [T, D] both; without a mask x and its norm."""
+    """The sum x + dropout(y + bias) and its norm, [T, D] each; without a mask, x and its norm."""
     return _ResidualNorm.apply(  # type: ignore[no-any-return,no-untyped-call]
         x_TD, y_TD, y_bias_D, weight_D, bias_D, mask, eps
     )

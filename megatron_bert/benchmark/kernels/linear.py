@@ -1,4 +1,4 @@
-"""Linear layers of a block, in BF16 or FP32 and in FP8, by all that can compute them.
+"""Linear layers of a block, in BF16 or FP32 and in FP8, by every implementation available.
 
 Shape suffixes: N tokens, D features in, F features out.
 """
@@ -26,14 +26,14 @@ _COMPILED_FP8 = "fp8 (ours), compiled"
 def linear_pieces(
     model: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, *, compiled: bool
 ) -> Iterator[Piece]:
-    """The products of one block, those of one shape once.
+    """Yield the products of one block, each shape once.
 
     Args:
-        model: its widths.
+        model: determines the widths.
         tokens: of a micro-batch.
         dtype: of the tensors.
-        device: theirs.
-        compiled: whether FP8's scaling is measured compiled too.
+        device: of the tensors.
+        compiled: whether FP8's scaling is also measured compiled.
     """
     layers: dict[tuple[int, int], list[str]] = {}
     for matrix in block_matrices(model):

@@ -1,4 +1,4 @@
-"""The pieces of a step alone, each by all that can compute it here."""
+"""Measures the pieces of a step alone, each by every implementation available here."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 def made_at_first_call(make: Callable[[], Compute]) -> Compute:
-    """What an optional package computes, imported and built when it is first called.
+    """A computation of an optional package, which is imported and built at the first call.
 
-    So what fails there fails as what is computed does: that alternative is listed as absent.
+    A failure to import or build is thus handled like a failure to compute: the alternative is
+    listed as absent.
     """
     made = cache(make)
     return lambda: made()()
@@ -38,13 +39,13 @@ class Piece:
     Attributes:
         name: what it computes.
         shape: its sizes, in words.
-        inputs: what gets a gradient; empty where nothing does, as in the optimizer.
-        alternatives: what can compute it here by name, the project's own reference first; each
-            of several outputs gets a gradient.
-        absent: what else could, and why it does not here.
-        products: operations of its matrix products, forward, where these are most of it.
-        moved: bytes that have to be read or written at least: forward, and with backward.
-        is_random: whether alternatives draw different numbers, so that outputs differ.
+        inputs: the tensors that get a gradient; empty if there are none, as in the optimizer.
+        alternatives: implementations available here, by name, the project's own reference first;
+            if there are several outputs, each gets a gradient.
+        absent: other implementations, and why they are not available here.
+        products: operations of its forward matrix products, if these dominate.
+        moved: minimum bytes to read or write: forward, and forward with backward.
+        is_random: whether alternatives draw different random numbers, so that outputs differ.
     """
 
     name: str
@@ -59,17 +60,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """What one alternative takes.
+    """The time of one alternative.
 
     Attributes:
         name: of the alternative.
-        forward_microseconds: without recording for backward; the whole of it in the optimizer.
-        both_microseconds: forward and backward; None where there is no backward.
+        forward_microseconds: without recording for backward; for the optimizer, the whole update.
+        both_microseconds: forward and backward; None if there is no backward.
         tflops: of matrix products, 10^12 operations a second, in `both_microseconds`.
         gb_per_second: of the bytes that have to move, 10^9 a second, in `both_microseconds`, or
-            forward where there is no backward.
-        difference: of its output from the first alternative's, as a share of its norm; None
-            where they draw different numbers.
+            forward if there is no backward.
+        difference: of its output from the first alternative's, relative to the latter's norm; None
+            if they draw different random numbers.
     """
 
     name: str
@@ -87,8 +88,8 @@ class PieceFigures:
     Attributes:
         piece: what is computed.
         shape: its sizes, in words.
-        times: of what was measured, the project's own reference first.
-        absent: what was not, and why.
+        times: of the measured alternatives, the project's own reference first.
+        absent: the alternatives that were not measured, and why.
     """
 
     piece: str
@@ -104,10 +105,10 @@ class KernelFigures:
     Attributes:
         hardware: the machine.
         device: the GPU's name, or "cpu".
-        compute: the type of numbers, "bf16" or "fp32".
+        compute: the compute dtype, "bf16" or "fp32".
         versions: of packages, and the commit.
         quick: whether the work was cut short.
-        pieces: in the order of measuring.
+        pieces: in the order in which they were measured.
     """
 
     hardware: Hardware
@@ -132,11 +133,11 @@ def measure_kernels(
     """Time every alternative of every piece.
 
     Args:
-        pieces: made one after another, so that only one's tensors are held.
-        device: where they lie.
-        compute: the type of numbers, for the record.
+        pieces: made one after another, so that only one piece's tensors are held at a time.
+        device: of the tensors.
+        compute: the compute dtype, for the record.
         quick: whether the work was cut short, for the record.
-        say: is told what is being measured.
+        say: called with what is being measured.
     """
     hardware, versions = describe_hardware(), describe_versions()
     figures = []
@@ -156,7 +157,7 @@ def _measure(piece: Piece, device: torch.device) -> PieceFigures:
             with torch.no_grad():
                 outputs = [output.clone() for output in _outputs(compute)]
             times.append(_time(piece, name, compute, outputs, device))
-        # An optional kernel refuses shapes, types or devices in as many ways as there are.
+        # Optional kernels refuse shapes, dtypes or devices with all kinds of exceptions.
         except Exception as error:
             absent[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
@@ -190,7 +191,7 @@ def _time(
     if piece.moved is not None:
         seconds, moved = (forward, piece.moved[0]) if both is None else (both, piece.moved[1])
         rate = moved / seconds / 1e9
-    # Backward takes twice the products of forward.
+    # Backward has twice as many products as forward.
     tflops = None
     if piece.products is not None and both is not None:
         tflops = 3 * piece.products / both / 1e12

@@ -1,4 +1,4 @@
-"""The pieces of a step but attention, by all that can compute them.
+"""The pieces of a step other than attention, by every implementation available.
 
 Shape suffixes: N tokens, M masked ones, D hidden, F feed-forward, V vocabulary.
 """
@@ -37,7 +37,7 @@ from megatron_bert.parallel.vocabulary import vocab_parallel_cross_entropy
 
 
 def make_pieces(work: KernelWork) -> Iterator[Piece]:
-    """Each piece at the shapes that its cost depends on."""
+    """Yield each piece at the shapes that its cost depends on."""
     model = work.config.model
     for tokens in work.micro_tokens:
         for length in work.seq_lengths:
@@ -99,7 +99,7 @@ def _engine_norm(x_ND: Tensor, weight_D: nn.Parameter, bias_D: nn.Parameter, eps
     module = import_module("transformer_engine.pytorch").LayerNorm(
         x_ND.shape[1], eps=eps, device=x_ND.device, dtype=x_ND.dtype
     )
-    # The module's for good: backward, it reads its weight again.
+    # Replaced permanently: the module reads its weight again in the backward pass.
     module.weight, module.bias = weight_D, bias_D
     return lambda: module(x_ND)
 
@@ -123,7 +123,8 @@ def _activation_piece(work: KernelWork, tokens: int) -> Piece:
 
     alternatives, absent = with_compiled(work, gated, inputs, partial(gated, *inputs))
     size = inputs[0].numel() * inputs[0].element_size()
-    # Forward two in and one out; backward these two, one gradient in and two out.
+    # Forward reads two tensors and writes one; backward reads these two and one gradient, and
+    # writes two.
     return Piece(
         "activation",
         f"{model.family.activation}, 2 x {tokens} x {ffn}{', biases' * model.family.biases}",
@@ -159,8 +160,8 @@ def _residual_piece(work: KernelWork, tokens: int, dropout: float) -> Piece:
     add_fused(work, fused, alternatives, absent)
     alternatives["by a generator"] = partial(generated, *inputs)
     size = x_ND.numel() * x_ND.element_size()
-    # The residual's gradient is the output's. With dropout, backward reads that, writes y's and
-    # sums the bias's meanwhile; without, y's is the output's too, read for the bias's alone.
+    # The residual's gradient is the output's. With dropout, backward reads it, writes y's gradient
+    # and sums the bias's meanwhile; without, y's is the output's too, read only for the bias's.
     backward = 2.0 if dropout else len(biases)
     return Piece(
         "bias, dropout, residual" if biases else "dropout, residual",
@@ -221,7 +222,7 @@ def _optimizer_piece(work: KernelWork) -> Piece:
         alternatives,
         absent,
         moved=(moved, moved),
-        # Each alternative goes on from where the one before left the weights.
+        # Each alternative starts from the weights that the previous one left.
         is_random=True,
     )
 
@@ -236,7 +237,7 @@ def _block_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
 
 
 def _updating(make: type[UpdateRule], shards: list[Tensor], config: OptimizerConfig) -> Compute:
-    """The update as training makes it: with what gradients are divided by, and a possible skip."""
+    """The update as in training: with a divisor of the gradients, and a flag to skip it."""
     device = shards[0].device
     matrices, vectors = (
         [s for s in shards if (s.dim() > 1) == is_matrix] for is_matrix in (True, False)
@@ -255,7 +256,7 @@ def _updating(make: type[UpdateRule], shards: list[Tensor], config: OptimizerCon
 
 
 def _missing(name: str) -> str | None:
-    """Why NVIDIA's optional package cannot be used; None where it can."""
+    """Why NVIDIA's optional package cannot be used; None if it can."""
     if name == "transformer engine":
         there = find_spec("transformer_engine") is not None
         return None if there else "the package transformer_engine is not installed"

@@ -1,4 +1,4 @@
-"""What the pieces of a step are measured at, and what several of them share.
+"""The settings at which pieces of a step are measured, and what several of them share.
 
 Shape suffixes: T tokens, D hidden.
 """
@@ -32,9 +32,9 @@ class KernelWork:
         vocab_size: padded vocabulary.
         corpora: where the rows come from.
         seq_lengths: of the rows.
-        micro_tokens: of a micro-batch, at most.
-        dropouts: of hidden states and attention weights; None leaves the configuration's.
-        device: where.
+        micro_tokens: maximum tokens of a micro-batch.
+        dropouts: of hidden states and attention weights; None keeps the configuration's.
+        device: where to measure.
     """
 
     config: Config
@@ -47,11 +47,11 @@ class KernelWork:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is computed."""
+        """The compute dtype."""
         return DTYPES[self.config.precision.compute]
 
     def random(self, *shape: int) -> Tensor:
-        """Random numbers that get a gradient."""
+        """A tensor of random numbers that gets a gradient."""
         return torch.randn(shape, dtype=self.dtype, device=self.device, requires_grad=True)
 
 
@@ -61,7 +61,7 @@ def with_compiled(
     inputs: Sequence[Any],
     plain: Callable[[], Made],
 ) -> tuple[dict[str, Callable[[], Made]], dict[str, str]]:
-    """The function as it stands and, where blocks are compiled, by the compiler too."""
+    """The function as it is and, if blocks are compiled, also compiled; and what is absent."""
     if not work.config.compile.enabled:
         return {"eager": plain}, {"compiled": "compile.enabled=false"}
     compiled = torch.compile(function, dynamic=False)
@@ -74,7 +74,7 @@ def add_fused(
     alternatives: dict[str, Callable[[], Made]],
     absent: dict[str, str],
 ) -> None:
-    """List what `kernels: fused` computes, or why it does not here."""
+    """Add the implementation of `kernels: fused`, or why it is not available here."""
     if work.device.type == "cuda" and find_spec("triton") is not None:
         alternatives["fused (ours)"] = fused
     else:
@@ -82,7 +82,7 @@ def add_fused(
 
 
 def hidden_draws(work: KernelWork, tokens: int) -> tuple[Tensor, Tensor]:
-    """The draws [T] and [D] of which masks over hidden states are made."""
+    """The draws [T] and [D] from which masks over hidden states are made."""
     rows = torch.zeros(1, dtype=torch.int64, device=work.device)
     key = dropout_keys(rows, 0, "benchmark", range(1))[0]
     return (

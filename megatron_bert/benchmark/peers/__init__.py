@@ -1,1 +1,1 @@
-"""The same training by others: transformers' Trainer and Megatron-core's BERT."""
+"""The same training by other software: transformers' Trainer and Megatron-core's BERT."""

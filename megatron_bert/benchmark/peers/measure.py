@@ -1,4 +1,4 @@
-"""Training steps here and by others, on the same documents, at the same shapes, in one run."""
+"""Training steps of this and other software: same documents, same shapes, in one run."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class PeersWork:
     """What is compared.
 
     Attributes:
-        config: model, dropout, precision and masking of all; compilation, kernels, optimizer and
-            recomputation of ours alone.
+        config: model, dropout, precision and masking apply to all trainers; compilation, kernels,
+            optimizer and recomputation only to ours.
         vocab_size: padded vocabulary.
         corpora: where the documents come from.
-        seq_lengths: of the rows; a case each.
-        micro_tokens: slots of a micro-batch, at most.
-        micro_batches: of a step, where these fit.
-        steps: timed.
-        warm_up: steps before them.
+        seq_lengths: of the rows; one case each.
+        micro_tokens: maximum slots of a micro-batch.
+        micro_batches: of a step, if these fit in memory.
+        steps: number of timed steps.
+        warm_up: number of steps before them.
     """
 
     config: Config
@@ -73,14 +73,14 @@ class PeerCase:
     """One trainer at one row length.
 
     Attributes:
-        trainer: whose steps.
+        trainer: name of the trainer.
         seq_length: slots of a row.
         rows: of a step.
-        micro_batches: that it is computed in: more than asked for where memory did not suffice.
-        text_share: of the slots that hold text: no padding, no CLS, no SEP.
+        micro_batches: of a step: more than asked for if memory did not suffice.
+        text_share: share of the slots that hold text: no padding, no CLS, no SEP.
         step_seconds: of a step.
-        text_tokens_per_second: what counts.
-        ratio: ours over this one; None where ours was not measured.
+        text_tokens_per_second: the rate that is compared.
+        ratio: ours over this one; None if ours was not measured.
     """
 
     trainer: str
@@ -100,10 +100,10 @@ class PeersFigures:
     Attributes:
         hardware: the machine.
         device: the GPU's name, or "cpu".
-        versions: of packages, the others' too.
+        versions: of packages, including the others'.
         quick: whether the work was cut short.
-        ours: what of the configuration bears on speed, as key=value.
-        trainers: how the others compute, in words.
+        ours: the configuration's settings that affect speed, as key=value.
+        trainers: how each trainer computes, in words.
         cases: by row length, ours first.
         failed: cases that were not measured, and why.
     """
@@ -131,7 +131,7 @@ def measure_peers(
         work: the cases.
         device: where all of them train.
         quick: whether the work was cut short.
-        say: is told what is being measured.
+        say: called with what is being measured.
     """
     hardware, versions = describe_hardware(), describe_versions()
     cases: list[PeerCase] = []
@@ -146,7 +146,7 @@ def measure_peers(
             say(f"{name}, length {seq_length}")
             try:
                 case = _first_that_fits(work, name, seq_length, asked, device)
-            # Others fail in as many ways as there are; what was measured stays.
+            # Other software fails with all kinds of exceptions; keep what was measured.
             except Exception as error:
                 if name == OURS:
                     raise
@@ -186,7 +186,7 @@ def _in_keys(config: Config, device: ComputeDevice) -> str:
 
 
 def _obstacle(name: str, config: Config) -> str | None:
-    """Why a trainer cannot be measured; None where it can."""
+    """Why a trainer cannot be measured; None if it can."""
     modules = {TRAINER: ("transformers", "accelerate"), MEGATRON: ("megatron", "megatron.core")}
     if not all(find_spec(module) for module in modules[name]):
         return f"needs {' and '.join(_PACKAGES[name])}: pip install -e '.[peers]'"
@@ -198,7 +198,7 @@ def _obstacle(name: str, config: Config) -> str | None:
 def _first_that_fits(
     work: PeersWork, name: str, seq_length: int, asked: StepRows, device: torch.device
 ) -> PeerCase | None:
-    """Time a trainer at micro-batches as large as fit; the step has as many rows in any."""
+    """Time a trainer at the largest micro-batches that fit; the rows of a step stay the same."""
     for step in asked.smaller():
         release_memory(device)
         try:
@@ -221,7 +221,7 @@ def _first_that_fits(
 def _ours(
     work: PeersWork, seq_length: int, step: StepRows, device: torch.device
 ) -> tuple[float, float]:
-    """Steps on rows of their own, assembled within them: training does it in other threads."""
+    """Time steps, each on new rows, assembled within the step (training uses other threads)."""
     topology = Topology.of(work.config.parallel, device, work.config.distributed.timeout_seconds)
     subject = StepSubject.build(work.config, work.vocab_size, topology)
     steps = work.warm_up + work.steps
@@ -278,12 +278,12 @@ _MEASURES = {OURS: _ours, TRAINER: _trainer, MEGATRON: _megatron}
 
 
 def _pieces(work: PeersWork, seq_length: int, rows: int) -> list[NDArray[np.int32]]:
-    """Those of all steps, in an order of their own: neighbours are of one document."""
+    """The pieces of all steps, shuffled, because adjacent pieces come from one document."""
     pieces = document_pieces(work.corpora, seq_length, rows * (work.warm_up + work.steps))
     order = np.random.default_rng(0).permutation(len(pieces))
     return [pieces[number] for number in order]
 
 
 def _text_of_a_step(work: PeersWork, pieces: list[NDArray[np.int32]]) -> float:
-    """Tokens of text in a step, on average."""
+    """Average tokens of text in a step."""
     return sum(map(len, pieces)) / (work.warm_up + work.steps)

@@ -29,28 +29,28 @@ def time_megatron(
 ) -> float:
     """Train on padded rows; the process group has been started, with one rank.
 
-    Its layer specification without Transformer Engine, its vocabulary-parallel cross-entropy, and
-    PyTorch's fused AdamW on the weights as they are: in BF16 these are BF16 weights and moments,
-    and gradients of several micro-batches are added up in it, less work than Megatron's optimizer
-    has with its fp32 copies and sums.
+    Uses Megatron-core's layer specification without Transformer Engine, its vocabulary-parallel
+    cross-entropy, and PyTorch's fused AdamW on the weights as they are. In BF16, weights and
+    moments are BF16, and so are the gradients summed over several micro-batches: less work than
+    Megatron's optimizer has with its fp32 copies and sums.
 
     Args:
-        config: its model and precision are taken.
+        config: its model and precision are used.
         vocab_size: padded vocabulary.
         batches: micro-batches.
-        micro_batches: of a step.
-        warm_up: steps that are not timed.
+        micro_batches: per step.
+        warm_up: number of steps that are not timed.
         device: where it trains.
 
     Returns:
-        Seconds of a step, the mean of those after the warm-up.
+        Seconds of a step, averaged over those after the warm-up.
     """
     inputs = [
         [torch.from_numpy(array) for array in (rows.tokens_BS, rows.mask_BS, rows.labels_BS)]
         for rows in batches
     ]
     with warnings.catch_warnings(), _on(device):
-        # Its optional parts announce their absence.
+        # Megatron-core warns about absent optional parts.
         warnings.simplefilter("ignore")
         model = megatron_model(config, vocab_size).to(device)
         optimizer = torch.optim.AdamW(
@@ -76,7 +76,7 @@ def time_megatron(
 
 
 def megatron_model(config: Config, vocab_size: int) -> Any:
-    """Megatron-core's BERT of the configuration's shapes, in its compute type.
+    """Megatron-core's BERT with the configuration's shapes and compute dtype.
 
     Query, key and value are one product there, as are gate and up.
     """
@@ -106,7 +106,7 @@ def megatron_model(config: Config, vocab_size: int) -> Any:
         use_cpu_initialization=not torch.cuda.is_available(),
         bias_dropout_fusion=True,
         bias_activation_fusion=True,
-        # A kernel of Megatron-LM's or Apex's, not of this package's.
+        # This kernel belongs to Megatron-LM or Apex, not to this package.
         masked_softmax_fusion=find_spec("scaled_masked_softmax_cuda") is not None,
     )
     model = BertModel(
@@ -118,13 +118,13 @@ def megatron_model(config: Config, vocab_size: int) -> Any:
         add_binary_head=False,
         share_embeddings_and_output_weights=True,
     )
-    # Its type of parameters is that of the parallel layers alone; norms and positions follow here.
+    # `params_dtype` applies only to the parallel layers; convert norms and positions here.
     return model.bfloat16() if in_bf16 else model
 
 
 @contextlib.contextmanager
 def _on(device: torch.device) -> Iterator[None]:
-    """On a CPU: what it asks CUDA for, the device's number and generators, is answered for it."""
+    """On a CPU, answer what Megatron-core asks CUDA for: the device's number and generators."""
     if device.type == "cuda":
         yield
         return

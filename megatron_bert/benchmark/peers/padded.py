@@ -1,4 +1,4 @@
-"""The documents of a corpus as other trainers take them: one piece a row, padded."""
+"""The documents of a corpus as other trainers take them: one piece per row, padded."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class PaddedRows:
 
     Attributes:
         tokens_BS: int64, `[CLS] text [SEP] [PAD] ...`, masked.
-        mask_BS: int64, 1 where there is no padding.
-        labels_BS: int64, the token where one is to be predicted, else `IGNORED`.
+        mask_BS: int64, 1 except for padding.
+        labels_BS: int64, the original token where it is to be predicted, else `IGNORED`.
     """
 
     tokens_BS: NDArray[np.int64]
@@ -31,12 +31,12 @@ class PaddedRows:
 
 
 def document_pieces(corpora: Corpora, seq_length: int, count: int) -> list[NDArray[np.int32]]:
-    """Cut documents into pieces that fill a row each, as long as their text goes.
+    """Cut documents into pieces that each fill a row; a document's last piece may be shorter.
 
     Args:
-        corpora: where the documents come from, in order, from the first again after the last.
-        seq_length: slots of a row, of which a piece leaves two for CLS and SEP.
-        count: of pieces.
+        corpora: where the documents come from, in order, starting over after the last.
+        seq_length: slots of a row; a piece leaves two of them for CLS and SEP.
+        count: number of pieces.
 
     Returns:
         Tokens of each piece, 1 to `seq_length` - 2.
@@ -62,7 +62,7 @@ def pad_and_mask(
     vocab_size: int,
     random: np.random.Generator,
 ) -> PaddedRows:
-    """Make rows of pieces; of the tokens chosen, 80 % become MASK and 10 % another (BERT's way)."""
+    """Make rows from pieces; as in BERT, 80 % of the chosen tokens become MASK and 10 % another."""
     shape = (len(pieces), seq_length)
     tokens_BS = np.full(shape, PAD, dtype=np.int64)
     mask_BS = np.zeros(shape, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The rows of a step that trainers are compared by."""
+"""The rows of a step, for comparing trainers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from megatron_bert.config.schema import BatchConfig
 
-# Into which a micro-batch is cut where memory does not suffice.
+# The most parts into which a micro-batch is divided if memory does not suffice.
 _MOST_PARTS = 8
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """How a step's rows are computed.
+    """How a step's rows are divided into micro-batches.
 
     Attributes:
-        micro_rows: of a micro-batch.
-        micro_batches: whose gradients are added up.
+        micro_rows: rows of a micro-batch.
+        micro_batches: number of micro-batches, whose gradients are summed.
     """
 
     micro_rows: int
@@ -25,14 +25,14 @@ class StepRows:
 
     @classmethod
     def of(cls, micro_tokens: int, seq_length: int, micro_batches: int) -> StepRows:
-        """As many rows as fit into so many slots, less those over a multiple of what is tried."""
+        """As many rows as fit in `micro_tokens` slots, rounded down so that they can be divided."""
         rows = BatchConfig.rows_in(micro_tokens, seq_length)
         return cls(
             max(rows - rows % _MOST_PARTS, min(rows, 1 << rows.bit_length() - 1)), micro_batches
         )
 
     def smaller(self) -> Iterator[StepRows]:
-        """The same rows in micro-batches of all, half of them, and so on, to an eighth."""
+        """Yield the same rows in micro-batches of full size, half of it, and so on to an eighth."""
         parts = 1
         while parts <= _MOST_PARTS and self.micro_rows % parts == 0:
             yield StepRows(self.micro_rows // parts, self.micro_batches * parts)
@@ -40,5 +40,5 @@ class StepRows:
 
     @property
     def rows(self) -> int:
-        """Of the step."""
+        """Rows of the step."""
         return self.micro_rows * self.micro_batches

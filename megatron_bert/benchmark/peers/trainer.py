@@ -1,4 +1,4 @@
-"""Training steps of transformers' Trainer, on the model that an export of ours loads as."""
+"""Training steps of transformers' Trainer, on the model that our exports load as."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def time_trainer(
 ) -> float:
     """Train for one epoch of pieces, padded by its own collator to the longest of each batch.
 
-    SDPA, the compute type by autocast, its default optimizer (fused AdamW).
+    Uses SDPA, the compute dtype by autocast, and the Trainer's default optimizer (fused AdamW).
 
     Args:
-        config: its model, masking and precision are taken.
+        config: its model, masking and precision are used.
         vocab_size: padded vocabulary.
-        pieces: tokens of the rows, as many as divide into steps.
-        step: its rows.
-        warm_up: steps that are not timed.
+        pieces: tokens of the rows; their number divides evenly into steps.
+        step: the rows of a step.
+        warm_up: number of steps that are not timed.
         device: where it trains; one GPU or the CPU.
 
     Returns:
-        Seconds of a step, the mean of those after the warm-up.
+        Seconds of a step, averaged over those after the warm-up.
     """
-    # Only here: nothing else of this room needs transformers.
+    # Imported here: nothing else in this package needs transformers.
     from transformers import (
         DataCollatorForLanguageModeling,
         PrinterCallback,
@@ -64,13 +64,13 @@ def time_trainer(
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
-            # It would wait for the device in each step.
+            # This filter would wait for the device in each step.
             logging_nan_inf_filter=False,
             disable_tqdm=True,
-            # Batches are made beside the steps, where there are cores for it.
+            # Batches are made in parallel with the steps, if there are cores for it.
             dataloader_num_workers=4 if device.type == "cuda" else 0,
         )
-        # More GPUs would make it split each batch over them.
+        # With more GPUs it would split each batch over them.
         arguments._n_gpu = min(1, arguments.n_gpu)
         clock = _clock(warm_up, device)
         with device:
@@ -82,14 +82,14 @@ def time_trainer(
             data_collator=collator,
             callbacks=[clock],
         )
-        # It would print figures of its own on standard output.
+        # This callback would print its own figures on standard output.
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return float(clock.seconds_a_step)
 
 
 def trainer_model(config: Config, vocab_size: int) -> torch.nn.Module:
-    """The model as its export loads in transformers, of random weights."""
+    """The model as its export loads in transformers, with random weights."""
     ids = dict.fromkeys(
         [f"{role}_token_id" for role in ("pad", "bos", "eos", "cls", "sep", "unk", "mask")]
     )
@@ -110,7 +110,7 @@ def trainer_model(config: Config, vocab_size: int) -> torch.nn.Module:
 
 
 def _tokenizer(vocab_size: int) -> Any:
-    """One whose tokens are numbers, of the vocabulary's size."""
+    """A tokenizer with a vocabulary of this size, whose tokens are numbers."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -131,7 +131,7 @@ def _clock(warm_up: int, device: torch.device) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """Looks at the time when the warm-up and when the training ends."""
+        """Records the time at the end of the warm-up and at the end of training."""
 
         began = seconds_a_step = 0.0
 

@@ -1,1 +1,1 @@
-"""Pipeline schedules by ranks that sleep in place of computing."""
+"""Pipeline schedules, measured with ranks that sleep instead of computing."""

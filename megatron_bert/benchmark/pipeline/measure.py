@@ -1,7 +1,7 @@
-"""How long the ranks of a pipeline wait, beside what is predicted.
+"""How long the ranks of a pipeline wait, compared with predictions.
 
-Schedule, executor and messages are those of training. What a stage computes is a sleep of fixed
-length, so that the ranks do not share cores and what is measured is the order of the work alone.
+Schedule, executor and messages are those of training. A stage sleeps for a fixed time instead of
+computing, so that ranks do not compete for cores and only the order of the work is measured.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class PipelineWork:
     Attributes:
         ranks: of the pipeline.
         micro_batches: of a step.
-        virtual_stages: parts that a rank holds where they interleave.
-        seconds: that a rank takes for a micro-batch's forward pass; backward to the input, and to
-            the weights, take as long each.
-        steps: measured; the first is left out.
+        virtual_stages: parts that a rank holds under interleaved schedules.
+        seconds: a rank's time for a micro-batch's forward pass; backward to the input and backward
+            to the weights take as long each.
+        steps: number of measured steps, after a first one that is left out.
     """
 
     ranks: int
@@ -61,14 +61,15 @@ QUICK = PipelineWork(ranks=2, micro_batches=4, virtual_stages=2, seconds=0.001, 
 
 @dataclass(frozen=True)
 class ScheduleFigures:
-    """One schedule; shares are of the ranks' time in which they wait.
+    """One schedule; idle shares are the share of the ranks' time that they spend waiting.
 
     Attributes:
         name: of the schedule.
-        measured_idle_share: of the quickest step.
-        simulated_idle_share: what `parallel.schedule.simulate` says.
-        formula_idle_share: (p - 1) / (v m + p - 1); None for zero bubble, which has none so short.
-        step_seconds: of the quickest step.
+        measured_idle_share: in the fastest step.
+        simulated_idle_share: according to `parallel.schedule.simulate`.
+        formula_idle_share: (p - 1) / (v m + p - 1); None for zero bubble, which has no such simple
+            formula.
+        step_seconds: of the fastest step.
     """
 
     name: str
@@ -98,7 +99,7 @@ def measure_pipeline(work: PipelineWork, say: Callable[[str], None]) -> Pipeline
 
     Args:
         work: how many ranks and micro-batches.
-        say: is told what is being measured.
+        say: called with what is being measured.
     """
     hardware, versions = describe_hardware(), describe_versions()
     schedules = []
@@ -140,7 +141,7 @@ def _virtual_stages(name: ScheduleName, work: PipelineWork) -> int:
 
 
 def _time_steps(rank: int, name: ScheduleName, work: PipelineWork, rendezvous: Path) -> float:
-    """The shortest step of this rank, from where all begin to where all are done, in seconds."""
+    """Seconds of the shortest step, from when all ranks begin until all are done."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
@@ -168,7 +169,7 @@ def _time_steps(rank: int, name: ScheduleName, work: PipelineWork, rendezvous: P
 
 
 class _SleepingStage(nn.Module):
-    """A stage of one layer; the last gives what the head does."""
+    """A stage of one layer; the last stage's output has the form of the head's."""
 
     def __init__(self, number: int, work: PipelineWork, virtual_stages: int) -> None:
         super().__init__()
@@ -178,14 +179,14 @@ class _SleepingStage(nn.Module):
         self.is_last = number == work.ranks * virtual_stages - 1
 
     def forward(self, inputs: Tensor) -> Tensor | HeadOutput:
-        """[1, 1] or hidden states [1, D] -> [1, D], or what a head gives."""
+        """[1, 1] or hidden states [1, D] -> [1, D], or the head's output."""
         x_1D = inputs.expand(1, _HIDDEN) if self.is_first else inputs
         y_1D: Tensor = self.layers[0](x_1D * self.scale)
         return HeadOutput(y_1D[0, 0], y_1D[0, 1:].detach()) if self.is_last else y_1D
 
 
 class _SleepingLayer(nn.Module):
-    """Takes fixed times; leaves its weight's part for later where it is asked to."""
+    """A layer that takes fixed times; defers its weight's part if it is asked to."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -194,7 +195,7 @@ class _SleepingLayer(nn.Module):
         self.seconds = seconds
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same values, later."""
+        """Return the same values, after the fixed time."""
         weight = self.weight if self.deferred is None else self.weight.detach()
         y: Tensor = _Sleep.apply(x, weight, self)  # type: ignore[no-untyped-call]
         return y
@@ -222,15 +223,15 @@ class _Sleep(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _SleepingProducts:
-    """Stands for the products that a layer leaves."""
+    """Stand-in for the products that a layer defers."""
 
     layers: list[_SleepingLayer]
 
     def gather(self) -> Tensor:
-        """There is nothing to gather."""
+        """Return an empty tensor: there is nothing to gather."""
         return torch.empty(0)
 
     def compute(self, gathering: Tensor) -> list[Tensor]:
-        """Take the time."""
+        """Sleep for the fixed time."""
         time.sleep(self.layers[0].seconds)
         return [torch.zeros(1)]

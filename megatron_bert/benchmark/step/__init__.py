@@ -1,1 +1,1 @@
-"""Training steps: their speed, what it is made of, and what it is held against."""
+"""Training steps: their speed, what it is made of, and what it is compared with."""

@@ -1,4 +1,4 @@
-"""What stands beside matrix products in a step, timed by itself: attention and the softmax."""
+"""Parts of a step other than matrix products, timed by themselves: attention and the softmax."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def time_attention(
 
     Args:
         model: heads, layers and dropout.
-        batch: rows, of which the segments count.
+        batch: rows; only their segments matter.
         dtype: of the tensors.
-        device: where they lie.
+        device: of the tensors.
     """
     inputs, attend = own_attention(model, batch, model.attention_dropout, dtype, device)
     grad = torch.randn_like(attend())
@@ -37,9 +37,9 @@ def time_softmax(masked: int, vocab_size: int, dtype: torch.dtype, device: torch
 
     Args:
         masked: rows of logits.
-        vocab_size: their columns.
+        vocab_size: columns of logits.
         dtype: of the logits.
-        device: where they lie.
+        device: of the logits.
     """
     rows = min(masked, _SOFTMAX_ROWS)
     logits = torch.randn(rows, vocab_size, dtype=dtype, device=device, requires_grad=True)

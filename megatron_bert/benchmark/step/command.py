@@ -14,7 +14,7 @@ from megatron_bert.benchmark.synthetic import Corpora
 
 
 def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> StepFigures | None:
-    """Join the ranks, measure, and leave them; None on all ranks but the first.
+    """Join the ranks, measure, and leave the group; None on all ranks but the first.
 
     Raises:
         UserError: the configuration or the dataset cannot be used.
@@ -28,7 +28,7 @@ def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> St
 
 
 def _hush(_: str) -> None:
-    """Say nothing: the first rank does."""
+    """Say nothing: only the first rank does."""
 
 
 def _work(given: argparse.Namespace, subject: Subject, corpora: Corpora) -> StepWork:

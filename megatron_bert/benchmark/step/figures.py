@@ -1,4 +1,4 @@
-"""What is measured of training steps, and what comes out."""
+"""What is measured about training steps, and the resulting figures."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class StepWork:
         config: model, layout, precision, compilation; its curriculum and data are not used.
         vocab_size: padded vocabulary.
         corpora: where the rows come from.
-        seq_lengths: of the rows; a case each.
-        micro_tokens: of a micro-batch, at most; a case each.
-        dropouts: of hidden states and attention weights; None leaves the configuration's. A case
+        seq_lengths: of the rows; one case each.
+        micro_tokens: maximum tokens of a micro-batch; one case each.
+        dropouts: of hidden states and attention weights; None keeps the configuration's. One case
             each.
         micro_batches: of a step.
-        steps: timed; warm-up steps come first.
-        warm_up: steps before them, in which blocks are compiled.
-        profiles: whether a further step is taken apart by kernels, after one in which the profiler
+        steps: number of timed steps, after the warm-up.
+        warm_up: number of steps before them, in which blocks are compiled.
+        profiles: whether a further step is broken down by kernels, after one in which the profiler
             starts (CUDA).
     """
 
@@ -51,21 +51,21 @@ class StepCase:
         dropout: of hidden states.
         rows: of a micro-batch.
         micro_batches: of a step on a rank.
-        keys_per_query: slots that a slot attends to, on average.
+        keys_per_query: average number of slots that a slot attends to.
         tokens_per_second: slots of all ranks.
-        tflops_per_gpu: operations done, without those done again, 10^12 a second.
-        mfu: their share of the device's dense BF16 peak; None where that is unknown.
+        tflops_per_gpu: 10^12 operations a second, without recomputation.
+        mfu: their share of the device's dense BF16 peak; None if that is unknown.
         peak_memory_gb: allocated on the fullest device, 10^9 bytes; None on the CPU.
         step_seconds: mean of the timed steps.
-        gemm_seconds: a step's matrix products alone, each timed by itself, attention's left out;
-            None where ranks share the model.
-        attention_seconds: the same of attention, with the kernel that training takes.
-        softmax_seconds: the same of the cross-entropy over the vocabulary.
-        first_step_seconds: with compilation, of which the cache may hold parts.
+        gemm_seconds: a step's matrix products, each timed by itself, without attention's; None if
+            ranks share the model.
+        attention_seconds: the same for attention, with the kernel that training uses.
+        softmax_seconds: the same for the cross-entropy over the vocabulary.
+        first_step_seconds: including compilation, parts of which may come from the cache.
         loss: of the last step.
-        profiled_seconds: of a further step under the profiler, from its first kernel's begin to
-            its last one's end; None on the CPU.
-        shares: of that time, by kind of kernel, "idle" among them; empty on the CPU.
+        profiled_seconds: of a further step under the profiler, from the beginning of its first
+            kernel to the end of its last one; None on the CPU.
+        shares: of that time, by kind of kernel, including "idle"; empty on the CPU.
         kernels: the kernels that take longest, with their shares.
     """
 
@@ -96,12 +96,12 @@ class StepFigures:
     Attributes:
         hardware: the machine.
         device: the GPU's name, or "cpu".
-        ranks: processes.
+        ranks: number of processes.
         versions: of packages.
         quick: whether the work was cut short.
         matmul_tflops: of a plain product of 8192 x 8192 matrices (1024 x 1024 on the CPU) of the
-            compute type on the same device.
-        cases: in the order of measuring.
+            compute dtype on the same device.
+        cases: in the order in which they were measured.
         failed: cases that were not measured, and why.
     """
 

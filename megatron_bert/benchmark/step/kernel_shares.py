@@ -1,4 +1,4 @@
-"""What kinds of kernels a GPU spends a step's time in."""
+"""Which kinds of kernels a GPU spends a step's time in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, schedule
 
 from megatron_bert.training.profile import OneCycleProfile
 
-# The first pattern that a kernel's name matches says what it is.
+# The first pattern that a kernel's name matches determines its kind.
 _KINDS = (
     ("communication", r"nccl"),
     ("attention", r"flash|fmha|attention"),
@@ -25,15 +25,15 @@ _KINDS = (
         r"triton_|fused_|fp8_|elementwise|layer_norm|reduce|softmax|column_sums|vectorized|cat|copy",
     ),
 )
-# Enough to see where what is neither product nor attention goes.
+# Enough to see where the time other than products and attention goes.
 _LONGEST = 40
 
-# What the profiler itself records of a step with a schedule.
+# An event that the profiler itself records for a step with a schedule.
 _OWN_EVENT = "ProfilerStep"
 
 
 class Span(NamedTuple):
-    """A kernel's run on the device: its name, begin and end in nanoseconds."""
+    """A kernel's run on the device: its name, and its beginning and end in nanoseconds."""
 
     name: str
     begin: int
@@ -42,12 +42,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """What a step took of a device.
+    """How a device spent its time in a step.
 
     Attributes:
-        seconds: from the first kernel's begin to the last one's end.
-        kinds: their shares of it by kind, "idle" among them.
-        kernels: of the kernels that take longest, by name.
+        seconds: from the beginning of the first kernel to the end of the last one.
+        kinds: shares of this time by kind of kernel, including "idle".
+        kernels: shares of the kernels that take longest, by name.
     """
 
     seconds: float
@@ -56,22 +56,22 @@ class DeviceTime:
 
 
 def time_kernels(step: Callable[[], object]) -> DeviceTime | None:
-    """Take two steps and sum the device's time in the second; None where it tells of no kernel."""
+    """Take two steps and sum the device's time in the second; None if no kernel is recorded."""
     return sum_spans(profiled_spans(step, ProfilerActivity.CUDA, torch.cuda.synchronize))
 
 
 def profiled_spans(
     step: Callable[[], object], activity: ProfilerActivity, wait: Callable[[], object]
 ) -> list[Span]:
-    """Profile a step, after one that the profiler starts in: its start holds the device up.
+    """Profile a step, after one in which the profiler starts, because starting delays the device.
 
     Args:
-        step: is taken twice.
-        activity: of which device kernels are recorded.
-        wait: for the end of what the device was given.
+        step: is called twice.
+        activity: the device whose kernels are recorded.
+        wait: waits until the device has finished its work.
 
     Returns:
-        What the second step ran there.
+        The kernels that the second step ran there.
     """
     wait()
     once = schedule(wait=0, warmup=1, active=1, repeat=1)
@@ -81,7 +81,7 @@ def profiled_spans(
         profiler.step()
         step()
         wait()
-    # Events stay until a next cycle begins, and there is none.
+    # Events are kept until the next cycle begins, and there is none.
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     return [
@@ -92,7 +92,7 @@ def profiled_spans(
 
 
 def sum_spans(spans: Sequence[Span]) -> DeviceTime | None:
-    """Shares of the time that these kernels span; None where there is none."""
+    """Shares of the time that these kernels span; None if there are no kernels."""
     if not spans:
         return None
     kinds: dict[str, float] = defaultdict(float)
@@ -107,7 +107,7 @@ def sum_spans(spans: Sequence[Span]) -> DeviceTime | None:
 
 
 def _busy(spans: Sequence[Span]) -> int:
-    """Nanoseconds in which at least one kernel ran: those of several streams overlap."""
+    """Nanoseconds in which at least one kernel ran: kernels of several streams overlap."""
     busy = until = 0
     for _, begin, end in sorted(spans, key=lambda span: span.begin):
         busy += max(0, end - max(begin, until))
@@ -116,7 +116,7 @@ def _busy(spans: Sequence[Span]) -> int:
 
 
 def kind_of(name: str) -> str:
-    """What a kernel does, by its name."""
+    """A kernel's kind, by its name."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.I)), "other")
 
 

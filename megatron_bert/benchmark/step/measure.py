@@ -1,4 +1,4 @@
-"""Training steps on packed rows: tokens a second, how near to the chip, memory, and what costs."""
+"""Training steps on packed rows: tokens a second, share of the chip's peak, memory, and costs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def measure_steps(
         work: the cases.
         device: this rank's.
         quick: whether the work was cut short.
-        say: is told what is being measured.
+        say: called with what is being measured.
 
     Raises:
-        torch.OutOfMemoryError: with several ranks, of which the others would wait for this one.
+        torch.OutOfMemoryError: with several ranks, because the others would wait for this one.
     """
     topology = Topology.of(work.config.parallel, device, work.config.distributed.timeout_seconds)
     hardware, versions = describe_hardware(), describe_versions()
@@ -60,15 +60,15 @@ def measure_steps(
             try:
                 subject = subject or StepSubject.build(config, work.vocab_size, topology)
                 cases.append(_measure_case(work, subject, seq_length, rows))
-                # What was measured is not lost with a run that is cut off.
+                # So that figures are not lost if the run is cut off.
                 say(f"{name}: {cases[-1].tokens_per_second:,} tokens/s")
             except torch.OutOfMemoryError as error:
                 if dist.get_world_size() > 1:
                     raise
                 failed[name] = str(error).partition(". ")[0]
             if name in failed:
-                # What the step left half-way is told no further case. Here, as the error holds
-                # what the step had allocated.
+                # No further case uses the state that the failed step left. Done here, after the
+                # handler, because the error keeps what the step had allocated.
                 subject = None
                 release_memory(device)
         subject = None
@@ -79,7 +79,7 @@ def measure_steps(
 
 
 def with_dropout(config: Config, dropout: float | None) -> Config:
-    """The same with both rates replaced; None leaves them."""
+    """The configuration with both dropout rates replaced; None keeps them."""
     if dropout is None:
         return config
     return config.with_keys({"model.hidden_dropout": dropout, "model.attention_dropout": dropout})
@@ -96,13 +96,13 @@ class StepSubject:
 
     @classmethod
     def build(cls, config: Config, vocab_size: int, topology: Topology) -> StepSubject:
-        """Make both, of the configuration's random weights."""
+        """Make both, with the configuration's random weights."""
         model = build_model(config, vocab_size, topology)
         optimizer = build_optimizer(config, model)
         return cls(config, vocab_size, model, optimizer)
 
     def step(self, batches: list[Batch]) -> StepResult:
-        """One step as training takes it."""
+        """Take one step as training does."""
         agreement = agree(batches, False, self.model.topology)
         return take_step(self.model, self.optimizer, batches, agreement.masked_tokens, 1e-5)
 
@@ -167,7 +167,7 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
 def _seconds_alone(
     work: StepWork, config: Config, batch: Batch, masked: int, device: torch.device
 ) -> tuple[float, float, float]:
-    """A step's matrix products, attention and softmax, each by itself."""
+    """Seconds of a step's matrix products, attention and softmax, each timed by itself."""
     model, dtype = config.model, DTYPES[config.precision.compute]
     gemms = model_gemms(model, work.vocab_size, batch.tokens_BS.numel(), masked)
     seconds = (
@@ -180,7 +180,7 @@ def _seconds_alone(
 
 
 def _batches(work: StepWork, topology: Topology, seq_length: int, rows: int) -> list[Batch]:
-    """The micro-batches of a step, for this rank; the same ones are taken in every step."""
+    """This rank's micro-batches of a step; the same ones are used in every step."""
     first = topology.data_parallel_rank * work.micro_batches
     return make_batches(
         work.corpora,
@@ -194,7 +194,7 @@ def _batches(work: StepWork, topology: Topology, seq_length: int, rows: int) -> 
 
 
 def _peak_memory(device: torch.device) -> float | None:
-    """Of the rank that allocated most, 10^9 bytes."""
+    """Peak memory of the rank that allocated most, 10^9 bytes; None on a CPU."""
     if device.type != "cuda":
         return None
     peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
@@ -203,7 +203,7 @@ def _peak_memory(device: torch.device) -> float | None:
 
 
 def wait_for_device(device: torch.device) -> None:
-    """Wait until all that was begun is done, on all ranks."""
+    """Wait until all launched work is done, on all ranks."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     if dist.get_world_size() > 1:
@@ -211,7 +211,7 @@ def wait_for_device(device: torch.device) -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what nothing needs: a sharded model holds itself until it is collected."""
+    """Free unused memory: a sharded model has reference cycles, so it must be collected."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
