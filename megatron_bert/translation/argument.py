@@ -1,4 +1,4 @@
-"""What is known of one of Megatron-LM's arguments."""
+"""The description of one of Megatron-LM's arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Fate(Enum):
-    """What becomes of an argument here; the value is its name in the documentation."""
+    """What an argument becomes here; the value is its name in the documentation."""
 
     BECOMES = "becomes a key"
     HOLDS = "nothing to set"
@@ -22,14 +22,14 @@ class Argument:
 
     Attributes:
         flags: Its names, the usual one first. A name that ends in `*` stands for a family.
-        fate: What becomes of it.
+        fate: What it becomes.
         note: What differs, why there is nothing to set, or why there is no counterpart; one
-            sentence, or empty where the key says all.
+            sentence, or empty if the key says everything.
         keys: Keys that it sets.
-        default: What Megatron-LM takes where it is not given; None: nothing is then set.
-        read: Makes the value of its only key out of the argument's value; None where
-            `translation` needs other arguments too.
-        values: Of `HOLDS`: the values that this is true of; empty: all.
+        default: Megatron-LM's default if it is not given; None: nothing is set then.
+        read: Makes the value of its only key from the argument's value; None if the translation
+            needs other arguments too.
+        values: For `HOLDS`, the values to which it applies; empty: all.
     """
 
     flags: tuple[str, ...]
@@ -42,7 +42,7 @@ class Argument:
 
     @property
     def name(self) -> str:
-        """The usual one of its names."""
+        """Its usual name."""
         return self.flags[0]
 
 
@@ -60,12 +60,12 @@ def becomes(
 
 
 def holds(flags: str, note: str, *, values: str = "") -> Argument:
-    """An argument whose wish is met without a key (with these `values`, if not with all)."""
+    """An argument that needs no key here (only for these `values`, if any are given)."""
     return Argument(tuple(flags.split()), Fate.HOLDS, note, values=tuple(values.split()))
 
 
 def lacks(flags: str, note: str) -> Argument:
-    """An argument that asks for something that is not to be had, or not by an argument."""
+    """An argument for something that is not available here, or not through an argument."""
     return Argument(tuple(flags.split()), Fate.LACKS, note)
 
 

@@ -1,4 +1,4 @@
-"""Keys that take more than one of Megatron-LM's arguments to set."""
+"""Keys that depend on more than one of Megatron-LM's arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DECAYS = {"linear": "linear", "cosine": "cosine", "constant": "constant", "WSD"
 _OPTIMIZERS = {"adam": "adamw", "muon": "muon", "dist_muon": "muon"}
 _MEGATRON_MAX_NGRAM = 3
 
-# No file of this name will lie there by chance.
+# A name that no existing file will have by chance.
 _UNNAMED = "NAME-THE-TOKENIZER.model"
 
 
@@ -24,7 +24,7 @@ class Builder:
         given: The arguments.
         tree: The keys set so far, by section.
         by_hand: What the user has to fill in.
-        differs: What is done in another way than in Megatron-LM.
+        differs: What is done differently from Megatron-LM.
     """
 
     def __init__(self, given: Given) -> None:
@@ -112,7 +112,7 @@ def _set_corpora(builder: Builder) -> None:
 
 
 def _blend(flag: str, words: list[str]) -> list[dict[str, Any]]:
-    """Corpora of `PREFIX`, `WEIGHT PREFIX ...` or `PREFIX PREFIX ...`."""
+    """Corpora from `PREFIX`, `WEIGHT PREFIX ...` or `PREFIX PREFIX ...`."""
     weights = [number(word) for word in words[::2]]
     if len(words) < 2 or None in weights:
         alone = len(words) == 1
@@ -148,7 +148,7 @@ def _set_tokenizer(builder: Builder) -> None:
 
 
 def _set_masking(builder: Builder) -> None:
-    """Megatron-LM's BERT masks spans of up to three tokens, which no argument says."""
+    """Mask spans of up to three tokens, as Megatron-LM's BERT does without any argument."""
     builder.set("mlm.unit", "ngram")
     builder.set("mlm.max_ngram", _MEGATRON_MAX_NGRAM)
 
@@ -196,7 +196,7 @@ def _set_schedule(builder: Builder, steps: int) -> None:
 
 
 def _steps_of(given: Given, iters: str, samples: str, rows: int, default: int) -> int:
-    """A length given in steps or in samples of `rows` a step."""
+    """A number of steps, given as such or in samples, of which a step has `rows`."""
     if given.has(iters):
         return given.read(iters, int)
     return given.read(samples, int) // rows if given.has(samples) else default
@@ -252,6 +252,6 @@ def _set_output(builder: Builder) -> None:
         builder.set("log.wandb.mode", "online")
         builder.set("log.wandb.project", " ".join(given.words("--wandb-project")))
     if given.has("--profile"):
-        # There steps are counted from 0 and the last one is not recorded.
+        # Megatron-LM counts steps from 0 and does not record the last one.
         first = given.read("--profile-step-start", int) + 1
         builder.set("profile.steps", f"{first}:{given.read('--profile-step-end', int)}")

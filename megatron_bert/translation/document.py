@@ -1,4 +1,4 @@
-"""A translation as a file, and as lines for people."""
+"""Rendering a translation as a file, and as lines for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WIDTH = 100
 
 
 def render_file(translation: Translation) -> str:
-    """The configuration as YAML, with what is to be known about it in its head."""
+    """The configuration as YAML, with the remarks on it as a comment at the top."""
     head = [
         "Made of Megatron-LM's arguments by tools/translate_megatron.py.",
         *remarks(translation),
@@ -23,7 +23,7 @@ def render_file(translation: Translation) -> str:
 
 
 def remarks(translation: Translation) -> Iterator[str]:
-    """What the user has to do or to know, under headings, as lines."""
+    """Yield lines on what the user has to do or to know, under headings."""
     parts = {
         "To be filled in:": translation.by_hand,
         "Unknown, and left out:": translation.unknown,

@@ -18,7 +18,7 @@ GUIDE_FILE = "megatron.md"
 
 
 def render(guide: str) -> str:
-    """The guide with its table made anew; what stands outside the markers is kept.
+    """The guide with its table regenerated; text outside the markers is kept.
 
     Raises:
         ConfigError: A marker is missing.

@@ -16,11 +16,11 @@ _FLAG = re.compile(r"--[A-Za-z]")
 
 
 class Given:
-    """The values behind each flag; of a flag given twice the last, as Megatron-LM takes it.
+    """The values that follow each flag; of a flag given twice, the last ones, as in Megatron-LM.
 
     Attributes:
-        values: By the usual name of an argument that has one, else by the flag itself.
-        stray: Words that stand behind no flag.
+        values: By the argument's usual name if it has one, else by the flag itself.
+        stray: Words that follow no flag.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -39,11 +39,11 @@ class Given:
                 into.append(value)
 
     def has(self, flag: str) -> bool:
-        """Whether it was given."""
+        """Whether the flag was given."""
         return flag in self.values
 
     def words(self, flag: str) -> list[str]:
-        """All of its values; Megatron-LM's default where it was not given."""
+        """All values of a flag; Megatron-LM's default if it was not given."""
         if flag in self.values:
             return self.values[flag]
         entry = find(flag)
@@ -51,10 +51,10 @@ class Given:
         return [] if entry.default is None else [entry.default]
 
     def read(self, flag: str, read: Callable[[str], T]) -> T:
-        """Its value, which must have been given or have a default.
+        """The value of a flag, which must have been given or have a default.
 
         Raises:
-            ConfigError: It is of another kind.
+            ConfigError: `read` cannot read it.
         """
         value = " ".join(self.words(flag))
         try:
@@ -64,7 +64,7 @@ class Given:
 
 
 def number(word: str) -> float | None:
-    """A word as a number; None where it is none."""
+    """A word as a number; None if it is not one."""
     try:
         return float(word)
     except ValueError:
@@ -72,5 +72,5 @@ def number(word: str) -> float | None:
 
 
 def _is_one(entry: Argument) -> bool:
-    """Whether its flags are names of one argument: what sets a key is never a group."""
+    """Whether its flags are names of one argument: entries that set a key are never groups."""
     return bool(entry.keys)

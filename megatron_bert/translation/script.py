@@ -1,7 +1,7 @@
-"""The arguments of `pretrain_bert.py` in a text: alone, or behind the command that runs it.
+"""Finds the arguments of `pretrain_bert.py` in a text: alone, or after the command that runs it.
 
-Nothing is done here of what a shell does, but for splitting lines into words and taking quotes
-away. Whatever else a word needs is refused: a shell can print the line as it runs it.
+Of what a shell does, only splitting lines into words and removing quotes is done here. A word that
+needs more is refused: a shell can print the line as it runs it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class _Word(NamedTuple):
 
 
 def read_arguments(text: str, source: str) -> list[str]:
-    """The arguments in a text, which may hold other lines too where a command has them.
+    """The arguments in a text; if they follow a command, the text may have other lines too.
 
     Args:
-        text: Arguments alone, or a command in front of them: written, or printed by a script.
-        source: What errors call it: the file's path, or `-` for standard input.
+        text: Arguments alone, or after a command: written by hand, or printed by a script.
+        source: Name for error messages: the file's path, or `-` for standard input.
 
     Raises:
-        ConfigError: Only a shell knows them, or not exactly one command has some.
+        ConfigError: Only a shell could expand them, or not exactly one command has arguments.
     """
     remedy = (
         f"let a shell do it: put echo before the command that runs {PROGRAM} (before torchrun, "
@@ -50,7 +50,7 @@ def read_arguments(text: str, source: str) -> list[str]:
     ]
     if lines and PROGRAM not in text and lines[0][0].text.startswith("--"):
         runs = [(len(lines), [word for line in lines for word in line])]
-    # A shell's trace may show a line that its script prints too.
+    # A shell's trace may show a line that its script also prints.
     if len({tuple(word.text for word in words) for _, words in runs}) != 1:
         where = ", ".join(str(words[0].line) for _, words in runs) or "none"
         raise ConfigError(
@@ -75,7 +75,7 @@ def read_arguments(text: str, source: str) -> list[str]:
 
 
 def _lines(text: str) -> Iterator[list[_Word]]:
-    """Lines as words; those that end in a backslash together with the next."""
+    """Yield lines as words; a line that ends in a backslash is joined with the next."""
     for blank in " \t":
         text = text.replace(f"\\\n{blank}", f" \\\n{blank}")
     words: list[_Word] = []
@@ -89,7 +89,7 @@ def _lines(text: str) -> Iterator[list[_Word]]:
                 word = lexer.get_token() or ""
                 written = line[start : stream.tell()].rstrip(" \t\r")
                 words.append(_Word(word, written, number, _is_certain(written)))
-            except ValueError:  # A quote does not end in its line.
+            except ValueError:  # A quote is not closed on its line.
                 words.append(_Word(rest, rest, number, is_certain=False))
         if rest != "\\":
             yield words
@@ -98,9 +98,9 @@ def _lines(text: str) -> Iterator[list[_Word]]:
 
 
 def _is_certain(written: str) -> bool:
-    """Whether a shell makes nothing more of a word than to take quotes and backslashes away."""
+    """Whether a shell would only remove quotes and backslashes from a word."""
     quote = written[0]
     if quote in "'\"" and written.endswith(quote) and written.count(quote) == 2:
         return quote == "'" or not set(written) & set("$`\\")
-    # A backslash alone has a blank behind it, and joins no lines.
+    # A backslash that is a word of its own is followed by a blank, and joins no lines.
     return written != "\\" and not _FOR_A_SHELL & set(written)

@@ -27,7 +27,7 @@ ARGUMENTS: tuple[Argument, ...] = tuple(entry for part in PARTS.values() for ent
 _EXACT: Mapping[str, Argument] = MappingProxyType(
     {flag: entry for entry in ARGUMENTS for flag in entry.flags if "*" not in flag}
 )
-# A longer pattern says more than a shorter one.
+# A longer pattern is more specific than a shorter one.
 _FAMILIES = sorted(
     ((flag, entry) for entry in ARGUMENTS for flag in entry.flags if "*" in flag),
     key=lambda family: -len(family[0]),
@@ -35,12 +35,12 @@ _FAMILIES = sorted(
 
 
 def find(flag: str) -> Argument | None:
-    """The argument of this name, else the family that it belongs to."""
+    """The argument with this name, else the family that the name belongs to."""
     if flag in _EXACT:
         return _EXACT[flag]
     return next((entry for family, entry in _FAMILIES if fnmatchcase(flag, family)), None)
 
 
 def nearest(flag: str) -> str | None:
-    """The name that an unknown one is a slip of, by all appearances."""
+    """The name that an unknown one is most likely a misspelling of; None if there is none."""
     return next(iter(difflib.get_close_matches(flag, _EXACT, n=1, cutoff=0.8)), None)

@@ -1,4 +1,4 @@
-"""The arguments of training: its length, batches, optimizer, schedule and what it writes."""
+"""The arguments of training: length, batches, optimizer, schedule, and output."""
 
 from __future__ import annotations
 

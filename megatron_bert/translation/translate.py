@@ -1,4 +1,4 @@
-"""From Megatron-LM's arguments to a configuration, and what cannot be said in one."""
+"""Translates Megatron-LM's arguments into a configuration, and lists what has no key."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _KEY = re.compile(r"[a-z_]+(?:\.\w+)+")
 
 @dataclass(frozen=True)
 class Translation:
-    """A configuration made of Megatron-LM's arguments.
+    """A configuration made from Megatron-LM's arguments.
 
     Attributes:
-        tree: The keys that are set, by section; it loads and holds no contradictions.
+        tree: The keys that are set, by section; it loads and has no contradictions.
         by_hand: What the user has to fill in, a sentence each.
-        differs: What is done in another way than in Megatron-LM, a sentence each.
+        differs: What is done differently from Megatron-LM, a sentence each.
         lacks: Arguments without a counterpart, with the reason.
-        holds: Arguments whose wish is met without a key, with the reason.
-        unknown: Flags that are not in the table, with the nearest that is.
+        holds: Arguments that need no key here, with the reason.
+        unknown: Flags that are not in the table, with the nearest one that is.
     """
 
     tree: dict[str, Any]
@@ -55,12 +55,12 @@ class Translation:
 def translate(words: Sequence[str]) -> Translation:
     """Translate the arguments of Megatron-LM's `pretrain_bert.py`.
 
-    What Megatron-LM takes for arguments that were not given is written out where it is not this
-    project's default too.
+    Megatron-LM's defaults for arguments that were not given are written out if they differ from
+    this project's.
 
     Raises:
-        ConfigError: An argument that a configuration cannot do without is missing, a value is of
-            the wrong kind, or the configuration would contradict itself; with the remedy.
+        ConfigError: An argument that a configuration requires is missing, a value is of the wrong
+            kind, or the configuration would contradict itself; with the remedy.
     """
     given = Given(words)
     _check_required(given)
@@ -131,7 +131,7 @@ def _check(builder: Builder) -> None:
 
 
 def _with_flags(problem: str, given: Given) -> str:
-    """A problem of keys, with the arguments that set them, which are what the user wrote."""
+    """A problem with keys; the arguments that set them, which the user wrote, are named too."""
 
     def name(found: re.Match[str]) -> str:
         key = found[0]
