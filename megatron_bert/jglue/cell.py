@@ -25,14 +25,14 @@ from megatron_bert.progress_bar import ProgressBar
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """What tells one training of the grid from the others."""
+    """What distinguishes one training run of the grid from the others."""
 
     learning_rate: float
     epochs: int
     seed: int
 
     def __str__(self) -> str:
-        """As it is shown."""
+        """The cell in words, for display."""
         return f"learning rate {self.learning_rate:g}, {self.epochs} epoch(s), seed {self.seed}"
 
 
@@ -52,10 +52,10 @@ class Batches:
     precision: str
 
     def check(self) -> None:
-        """Refuse what this machine cannot compute.
+        """Refuse a precision that this machine does not support.
 
         Raises:
-            UserError: BF16 on a GPU that lacks it.
+            UserError: BF16 on a GPU that does not support it.
         """
         if (
             self.precision == "bf16"
@@ -84,8 +84,9 @@ def train_cell(
 ) -> dict[str, Any]:
     """Fine-tune a fresh model on all of `task.train` and score it once on `task.valid`.
 
-    AdamW without weight decay, gradients clipped to 1, learning rate linear up over the warm-up and
-    down to 0. The head's weights, the order of rows and dropout come from the seed.
+    Uses AdamW without weight decay, gradients clipped to 1, and a learning rate that rises linearly
+    over the warm-up and falls linearly to 0. The seed determines the head's weights, the order of
+    rows and dropout.
 
     Returns:
         The cell's record: `learning_rate`, `epochs`, `seed`; `scores` by metric; `diverged`: the
@@ -108,14 +109,14 @@ def train_cell(
             callbacks=[_Progress(str(cell))],
         )
         trainer.remove_callback(PrinterCallback)
-        # The heads' losses are means over rows, whatever their forward passes take.
+        # The heads' losses are means over rows, whatever arguments their forward passes accept.
         trainer.model_accepts_loss_kwargs = False
         trainer.train()
         logits = trainer.predict(list(task.valid.rows)).predictions
     device = trainer.args.device
     scores = _scores(task.valid, logits)
     del trainer, model
-    # A trainer refers to itself in circles, which hold the model's memory.
+    # A trainer has reference cycles, which keep the model's memory.
     gc.collect()
     torch.cuda.empty_cache()
     return {
@@ -135,13 +136,13 @@ def _arguments(folder: str, cell: Cell, batches: Batches, steps: int) -> Trainin
         output_dir=folder,
         learning_rate=cell.learning_rate,
         num_train_epochs=cell.epochs,
-        # Counted here: releases of transformers differ in how they take a ratio.
+        # Computed here, because releases of transformers differ in how they take a ratio.
         warmup_steps=math.ceil(WARMUP_RATIO * steps),
         lr_scheduler_type="linear",
         per_device_train_batch_size=batches.micro_size,
         gradient_accumulation_steps=batches.size // batches.micro_size,
         per_device_eval_batch_size=batches.micro_size,
-        # Said, or BF16 on the CPU is refused.
+        # Set explicitly; otherwise BF16 on the CPU is refused.
         use_cpu=not torch.cuda.is_available(),
         bf16=batches.precision == "bf16",
         seed=cell.seed,
@@ -156,7 +157,7 @@ def _arguments(folder: str, cell: Cell, batches: Batches, steps: int) -> Trainin
 
 
 def _scores(valid: ValidSet, logits: Any) -> Scores | None:
-    """Scores, or None where the model has diverged."""
+    """Scores, or None if the model has diverged."""
     arrays = logits if isinstance(logits, tuple) else (logits,)
     if not all(np.isfinite(array).all() for array in arrays):
         return None
@@ -164,7 +165,7 @@ def _scores(valid: ValidSet, logits: Any) -> Scores | None:
 
 
 class _Progress(TrainerCallback):
-    """Steps on standard error."""
+    """Shows steps on standard error."""
 
     def __init__(self, title: str) -> None:
         self._title = title

@@ -1,4 +1,4 @@
-"""A model's grid on one task: prepared once, trained cell by cell, recorded as it goes."""
+"""A model's grid on one task: prepared once, then trained and recorded cell by cell."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class GridOptions:
 
     Attributes:
         learning_rates, epochs, seeds: every combination is a cell.
-        max_length: tokens of an input.
-        max_train, max_valid: use only the first so many rows; None for all.
+        max_length: maximum tokens of an input.
+        max_train, max_valid: use only that many rows, from the first; None for all.
     """
 
     source: ModelSource
@@ -52,7 +52,7 @@ class GridOptions:
 
 
 def run_grid(options: GridOptions) -> Results:
-    """Train and evaluate every cell that does not yet stand in `results.json`.
+    """Train and evaluate every cell that is not yet in `results.json`.
 
     Everything that can be checked without training is checked before the output folder is made.
 
@@ -96,10 +96,10 @@ def _prepare(options: GridOptions, train: TaskFile, valid: TaskFile) -> Prepared
 
 
 def _settings(options: GridOptions, files: dict[str, TaskFile]) -> Record:
-    """All that results depend on besides the model and the cell.
+    """Everything that results depend on besides the model and the cell.
 
     The rows of one forward pass are left out: they change scores no more than a seed does, and a
-    grid that ran out of memory has to go on with fewer.
+    grid that ran out of memory has to continue with fewer.
     """
     return {
         **{f"{split}_sha256": file.sha256 for split, file in files.items()},
@@ -134,7 +134,7 @@ def _told(record: Record) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the output folder; if nothing was written it goes again, where it was made here."""
+    """Lock the output folder; if it was created here and stays empty, remove it at the end."""
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Models and tokenizers out of a directory that `from_pretrained` reads."""
+"""Models and tokenizers from a directory that `from_pretrained` can read."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from megatron_bert.huggingface.modeling_retrieva_bert import (
 from megatron_bert.jglue.recipes import Recipe
 from megatron_bert.jglue.results import FILE_NAME
 
-# Without one of these transformers may make a tokenizer of nothing but its special tokens.
+# Without one of these, transformers may make a tokenizer that has only its special tokens.
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _NEEDED_TOKENS = ("cls_token", "sep_token", "pad_token")
-# What decides on the results, as far as it lies in the directory.
+# The files in the directory that determine the results.
 _DECIDING_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py")
 
 
 def use_own_classes() -> None:
     """Load `retrieva-bert` with the project's own classes.
 
-    The code that lies in an exported directory is then not executed.
+    The code in an exported directory is then not executed.
     """
     AutoConfig.register(RetrievaBertConfig.model_type, RetrievaBertConfig, exist_ok=True)
     for auto, model in (
@@ -55,8 +55,8 @@ class ModelSource:
 
     Attributes:
         folder: the directory.
-        trust_remote_code: whether code that lies in it may be executed.
-        random_weights: take the shape from it and leave its weights.
+        trust_remote_code: whether code in it may be executed.
+        random_weights: whether to use only its shape, not its weights.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class ModelSource:
     random_weights: bool = False
 
     def check(self) -> None:
-        """Refuse what is not such a directory.
+        """Refuse a folder that is not such a directory.
 
         Raises:
             DataError: it holds no configuration that transformers knows.
@@ -78,9 +78,9 @@ class ModelSource:
             use_own_classes()
 
     def fingerprint(self) -> dict[str, str]:
-        """Return the SHA-256 of every file that decides on the results, by name."""
+        """Return the SHA-256 of every file that determines the results, by name."""
         files = {path for kind in _DECIDING_FILES for path in self.folder.glob(kind)}
-        # It is the tool's own, where the results go beside the model.
+        # The tool's own file, if the results are written beside the model.
         files.discard(self.folder / FILE_NAME)
         answer = {}
         for path in sorted(files):
@@ -92,11 +92,12 @@ class ModelSource:
         """Load the tokenizer.
 
         Args:
-            recipe: what it is for.
-            max_length: tokens of an input, which the model must have room for.
+            recipe: the kind of task that it is for.
+            max_length: maximum tokens of an input; the model must have positions for them.
 
         Raises:
-            DataError: there is none, it lacks a special token or offsets, or inputs are too long.
+            DataError: there is none, it lacks a special token or offsets, or the model does not
+                take inputs of that length.
         """
         if not any(any(self.folder.glob(kind)) for kind in _TOKENIZER_FILES):
             raise DataError(
@@ -122,11 +123,11 @@ class ModelSource:
         return tokenizer
 
     def load_model(self, recipe: Recipe) -> Any:
-        """Load the encoder in fp32 under a new head, whose weights come from torch's generator.
+        """Load the encoder in fp32 with a new head, whose weights come from torch's generator.
 
         Raises:
-            DataError: the weights are missing or damaged, are not those of the configuration, or
-                the architecture has no such head.
+            DataError: the weights are missing or damaged, do not match the configuration, or the
+                architecture has no such head.
         """
         auto = recipe.auto_class
         with self._refused("model"):
@@ -161,7 +162,7 @@ class ModelSource:
             )
 
     def _check_loaded(self, model: Any, missing: Iterator[str]) -> None:
-        """Refuse an encoder that would keep random weights; a head and a pooler may be new."""
+        """Refuse an encoder with missing weights, which would stay random; head and pooler may."""
         encoder = f"{model.base_model_prefix}."
         new = sorted(
             name for name in missing if name.startswith(encoder) and ".pooler." not in name
@@ -174,11 +175,11 @@ class ModelSource:
 
     @contextmanager
     def _refused(self, part: str) -> Iterator[None]:
-        """Tell a user what transformers finds wrong with the directory."""
+        """Turn errors of transformers about the directory into a `DataError`."""
         try:
             yield
         except Exception as error:
-            # Of any kind: the tokenizers library raises plain exceptions for a damaged file.
+            # Any exception: the tokenizers library raises bare ones for a damaged file.
             told = " ".join(str(error).split())
             remedy = (
                 "give --trust-remote-code to execute the code that lies in it"

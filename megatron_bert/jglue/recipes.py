@@ -1,4 +1,4 @@
-"""How each kind of task becomes inputs of a model, and a model's outputs become scores."""
+"""How each kind of task becomes a model's inputs, and how the model's outputs become scores."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class ValidSet:
     """Rows to evaluate on.
 
     Attributes:
-        rows: what a model is given.
-        score: metrics of the model's logits for the rows, in their order.
+        rows: the model's inputs.
+        score: computes the metrics from the model's logits for the rows, in their order.
     """
 
     rows: list[Row]
@@ -52,8 +52,8 @@ class Recipe(Protocol):
     """A kind of task.
 
     Attributes:
-        auto_class: the Auto class of the head.
-        head: keys of the configuration that the head depends on.
+        auto_class: transformers' Auto class with the head.
+        head: configuration keys that the head needs.
         needs_offsets: whether the tokenizer must tell which characters a token stands for.
     """
 
@@ -62,23 +62,23 @@ class Recipe(Protocol):
     needs_offsets: bool
 
     def train_rows(self, examples: Sequence[Any], tokenizer: Any, max_length: int) -> list[Row]:
-        """Return what the model is trained on; examples that cannot be used are left out."""
+        """Return the training rows; examples that cannot be used are left out."""
 
     def valid_set(self, examples: Sequence[Any], tokenizer: Any, max_length: int) -> ValidSet:
-        """Return what the model is evaluated on."""
+        """Return the rows to evaluate on."""
 
     def collator(self, tokenizer: Any) -> Any:
-        """Return what makes a batch of rows, padded to its longest."""
+        """Return a collator that makes a batch of rows, padded to the longest."""
 
 
 class Classification:
-    """One class of several for a text or a pair of texts; a similarity where there is no class."""
+    """Predict a class for a text or a pair of texts, or, without classes, a similarity."""
 
     auto_class = AutoModelForSequenceClassification
     needs_offsets = False
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
-        """`labels` name the classes."""
+        """`labels` are the names of the classes; none: a similarity is predicted."""
         self._is_regression = not labels
         self.head: Mapping[str, Any] = (
             {"num_labels": 1, "problem_type": "regression"}
@@ -99,7 +99,7 @@ class Classification:
         ]
 
     def valid_set(self, examples: Sequence[Labelled], tokenizer: Any, max_length: int) -> ValidSet:
-        """Scored by accuracy, or by the two correlations."""
+        """Rows scored by accuracy, or by the two correlations."""
         right = [example.label for example in examples]
 
         def score(logits: Any) -> Scores:
@@ -111,12 +111,12 @@ class Classification:
         return ValidSet(self.train_rows(examples, tokenizer, max_length), score)
 
     def collator(self, tokenizer: Any) -> Any:
-        """Texts of a batch."""
+        """Return a collator that pads the texts of a batch."""
         return DataCollatorWithPadding(tokenizer)
 
 
 class MultipleChoice:
-    """One of several texts that answers a question; each is encoded with the question before it."""
+    """Choose the text that answers a question; each choice is encoded after the question."""
 
     auto_class = AutoModelForMultipleChoice
     head: Mapping[str, Any] = MappingProxyType({})
@@ -135,7 +135,7 @@ class MultipleChoice:
         return rows
 
     def valid_set(self, examples: Sequence[Choice], tokenizer: Any, max_length: int) -> ValidSet:
-        """Scored by accuracy."""
+        """Rows scored by accuracy."""
         right = [example.label for example in examples]
         return ValidSet(
             self.train_rows(examples, tokenizer, max_length),
@@ -143,12 +143,12 @@ class MultipleChoice:
         )
 
     def collator(self, tokenizer: Any) -> Any:
-        """All choices of a batch."""
+        """Return a collator that pads all choices of a batch."""
         return DataCollatorForMultipleChoice(tokenizer)
 
 
 class AnswerExtraction:
-    """A span of a context that answers a question; a row is a window of the context."""
+    """Find the span of a context that answers a question; a row is a window of the context."""
 
     auto_class = AutoModelForQuestionAnswering
     head: Mapping[str, Any] = MappingProxyType({})
@@ -157,7 +157,7 @@ class AnswerExtraction:
     def train_rows(
         self, examples: Sequence[Question], tokenizer: Any, max_length: int
     ) -> list[Row]:
-        """Every window, with the CLS token as the answer where the right one is elsewhere."""
+        """Every window; the CLS token is the answer in windows that do not hold the right one."""
         usable = list(filter(is_locatable, examples))
         if left_out := len(examples) - len(usable):
             _LOGGER.warning(
@@ -174,7 +174,7 @@ class AnswerExtraction:
         return rows
 
     def valid_set(self, examples: Sequence[Question], tokenizer: Any, max_length: int) -> ValidSet:
-        """Scored by exact match and F1 over characters, means over the questions."""
+        """Rows scored by exact match and F1 over characters, averaged over the questions."""
         cut = [cut_windows(example, tokenizer, max_length) for example in examples]
 
         def score(logits: Any) -> Scores:
@@ -191,7 +191,7 @@ class AnswerExtraction:
         return ValidSet([dict(window.inputs) for windows in cut for window in windows], score)
 
     def collator(self, tokenizer: Any) -> Any:
-        """Windows of a batch."""
+        """Return a collator that pads the windows of a batch."""
         return DataCollatorWithPadding(tokenizer)
 
 
@@ -202,10 +202,10 @@ RECIPES: Mapping[str, Recipe] = {
     "jsquad": AnswerExtraction(),
     "jcommonsenseqa": MultipleChoice(),
 }
-"""By name of the task."""
+"""Recipes by name of the task."""
 
 
 def _encode(tokenizer: Any, max_length: int, *texts: str) -> Row:
-    # What looks like a special token in a text is text.
+    # A special token's name within a text is encoded as text.
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, split_special_tokens=True)
     return {name: encoded[name] for name in tokenizer.model_input_names if name in encoded}

@@ -1,11 +1,11 @@
-"""`results.json`: what a model reached in the tasks, cell by cell, and its row in the card's table.
+"""`results.json`: a model's scores in the tasks, cell by cell, and its row in the card's table.
 
     {"model": {"folder", "files": {NAME: SHA-256}, "random_weights"},
      "tasks": {TASK: {"settings": {...}, "departures": [...], "cells": [...], "selected": {...}}},
      "row": {COLUMN: {"mean", "std"} or null},
      "notes": [...]}
 
-The file is written anew after each cell, so that a killed grid goes on where it was.
+The file is rewritten after each cell, so that a killed grid continues where it was.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Results:
     """The results of one model, in a folder."""
 
     def __init__(self, folder: Path, model: Record) -> None:
-        """Take up what stands in the folder.
+        """Read the results that are in the folder, if any.
 
         Args:
             folder: for `results.json`; it need not exist.
             model: `folder`, `files` and `random_weights`.
 
         Raises:
-            UserError: the file there is damaged, or tells of another model.
+            UserError: the file there is damaged, or is about another model.
         """
         self.path = folder / FILE_NAME
         self._model = model
@@ -46,10 +46,10 @@ class Results:
             self._tasks = self._read()
 
     def take_up(self, task: Task, settings: Record) -> None:
-        """Begin a task, or go on with it.
+        """Begin a task, or continue it.
 
         Raises:
-            UserError: what stands there was trained or evaluated otherwise.
+            UserError: the existing results were made with other settings.
         """
         known = self._tasks.setdefault(task.name, {"settings": settings, "cells": []})
         for key, value in settings.items():
@@ -61,14 +61,14 @@ class Results:
                 )
 
     def is_done(self, task: Task, cell: Mapping[str, Any]) -> bool:
-        """Say whether a cell (`learning_rate`, `epochs`, `seed`) stands there."""
+        """Say whether there is a result for a cell (`learning_rate`, `epochs`, `seed`)."""
         return any(cell.items() <= record.items() for record in self._cells(task))
 
     def add(self, task: Task, record: Record) -> None:
         """Add a finished cell and write the file.
 
         Raises:
-            UserError: the host cannot write; the file is as it was.
+            UserError: the file cannot be written; it is unchanged.
         """
         entry = self._tasks[task.name]
         entry["cells"].append(record)
@@ -95,7 +95,7 @@ class Results:
         return selected
 
     def departures(self) -> list[str]:
-        """Return in what the row departs from JGLUE's protocol, a sentence each."""
+        """Return how the row departs from JGLUE's protocol, a sentence each."""
         return [
             f"{TASKS[name].title}: {departure}"
             for name, entry in self._tasks.items()
@@ -103,7 +103,7 @@ class Results:
         ]
 
     def row(self) -> dict[str, Record | None]:
-        """Return mean and standard deviation by column of the card, None for what is not there."""
+        """Return mean and standard deviation by column of the card; None if there are no cells."""
         return {
             f"{task.title} {metric}": self._tasks[task.name]["selected"]["scores"][metric]
             if self._cells(task)
@@ -113,7 +113,7 @@ class Results:
         }
 
     def notes(self) -> list[str]:
-        """Return what a reader should know who compares the row with the card."""
+        """Return what to know when comparing the row with the card."""
         return [SWAPPED_COLUMNS] if self._cells(TASKS["jsquad"]) else []
 
     def _cells(self, task: Task) -> Sequence[Record]:
@@ -126,7 +126,7 @@ class Results:
             model, tasks = content["model"], dict(content["tasks"])
             same = [model[key] == self._model[key] for key in ("files", "random_weights")]
             for name, entry in tasks.items():
-                # All that is read of a task later.
+                # Everything that is read of a task later, so that damage shows now.
                 entry["settings"].items()
                 entry["departures"] = departures(TASKS[name], entry["settings"], entry["cells"])
                 entry["selected"] = select(TASKS[name], entry["cells"])
@@ -146,9 +146,8 @@ class Results:
 def select(task: Task, cells: Sequence[Record]) -> Record:
     """Choose learning rate and epochs by the mean over seeds of `task.selected_by`.
 
-    Only pairs with the most seeds take part, so that a grid of which a part is done, or a pair that
-    was tried with one lucky seed, does not decide. `std` is the sample's standard deviation, None
-    for one seed.
+    Only pairs with the most seeds are considered, so that neither a partly finished grid nor a pair
+    tried with one lucky seed decides. `std` is the sample standard deviation, None for one seed.
 
     Raises:
         ValueError: there are no cells.
@@ -173,7 +172,7 @@ def select(task: Task, cells: Sequence[Record]) -> Record:
 
 
 def departures(task: Task, settings: Mapping[str, Any], cells: Iterable[Record]) -> list[str]:
-    """Return in what results depart from JGLUE's protocol, a sentence each."""
+    """Return how results depart from JGLUE's protocol, a sentence each."""
     found = [
         f"{key} = {settings[key]}, where JGLUE has {protocol}"
         for key, protocol in (("max_length", task.max_length), ("batch_size", task.batch_size))

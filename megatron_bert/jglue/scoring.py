@@ -1,7 +1,7 @@
 """Scores of the five tasks, as JGLUE defines them.
 
-Every score of a task is a plain float. A correlation with a constant is undefined; it counts as 0
-here, since such predictions order nothing.
+Every score is a plain float. A correlation with a constant is undefined; it counts as 0 here,
+because such predictions do not rank anything.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def correlations(predicted: ArrayLike, right: ArrayLike) -> tuple[float, float]:
 
 
 def normalize_answer(text: str) -> str:
-    """Return an answer as it is compared.
+    """Return an answer in the form in which it is compared.
 
-    Lower case, without any `。` at its end, white space runs as one space and none around it, in
-    this order: a `。` before a space at the end stays, as in JGLUE's patch of SQuAD's script.
+    In this order: lower-case it, strip every `。` at its end, and collapse runs of white space to
+    one space, with none around the answer. A `。` before a space at the end therefore stays, as in
+    JGLUE's patch of SQuAD's script.
     """
     return " ".join(text.lower().rstrip("。").split())
 
@@ -44,14 +45,14 @@ def exact_match(predicted: str, golds: Sequence[str]) -> float:
 
 
 def character_f1(predicted: str, golds: Sequence[str]) -> float:
-    """Return F1 over characters, each as often as it stands there, with the nearest gold answer."""
+    """Return F1 over characters, counted with multiplicity, with the closest gold answer."""
     return max(
         _f1(normalize_answer(predicted), normalize_answer(gold)) for gold in _with_text(golds)
     )
 
 
 def _with_text(golds: Sequence[str]) -> Sequence[str]:
-    """Gold answers of which something is left; where nothing is, the empty one is right."""
+    """Gold answers that are not empty when normalised; without any, the empty one is right."""
     return [gold for gold in golds if normalize_answer(gold)] or [""]
 
 

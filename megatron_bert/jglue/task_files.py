@@ -33,7 +33,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Choice:
-    """A question with `NUM_CHOICES` choices, of which number `label` is right."""
+    """A question with `NUM_CHOICES` choices, of which the one with index `label` is right."""
 
     question: str
     choices: tuple[str, ...]
@@ -42,7 +42,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, and the number of its first character in the context."""
+    """An answer's text, and the index of its first character in the context."""
 
     text: str
     start: int
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A question whose answers stand in a context; training takes the first of them."""
+    """A question whose answers are in a context; training uses the first of them."""
 
     question: str
     context: str
@@ -65,9 +65,9 @@ class TaskFile:
     """The rows of a file that are used.
 
     Attributes:
-        path: where it lies.
+        path: of the file.
         sha256: of the whole file.
-        examples: the first ones, as many as were asked for.
+        examples: the first rows, as many as were asked for.
     """
 
     path: Path
@@ -82,11 +82,11 @@ def read_task_file(task: str, folder: Path, split: str, limit: int | None = None
         task: name of the task.
         folder: holds the file.
         split: `train` or `valid`.
-        limit: take no more than the first so many rows (questions, for JSQuAD); all are checked.
+        limit: maximum number of rows (questions, for JSQuAD), from the first; all are checked.
 
     Raises:
         DataError: there is no such file or more than one, it cannot be read, or a row lacks a field
-            or holds a value that the task has no use for.
+            or has a value that is invalid for the task.
     """
     path = _find(folder, split)
     try:
@@ -126,7 +126,7 @@ class _Record:
         if name not in self._value:
             raise DataError(f"{self._place}: the field {name!r} is missing; {_REMEDY}")
         value = self._value[name]
-        # A JSON true is no number, though Python's is an int.
+        # A JSON true is not a number, although Python's True is an int.
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise self.wrong(name, meant)
         return value
@@ -135,7 +135,7 @@ class _Record:
         return str(self.field(name, str, "a string"))
 
     def one_of(self, name: str, values: Sequence[str]) -> int:
-        """Return the number of the field's value among `values`."""
+        """Return the index of the field's value in `values`."""
         meant = "one of " + ", ".join(values)
         value = self.field(name, str, meant)
         if value not in values:

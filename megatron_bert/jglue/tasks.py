@@ -16,7 +16,7 @@ JNLI_LABELS = ("entailment", "contradiction", "neutral")
 MARC_JA_LABELS = ("positive", "negative")
 NUM_CHOICES = 5
 
-# What the scores of extracted answers depend on; the defaults of the script that JGLUE used.
+# Settings that the scores of extracted answers depend on; the defaults of JGLUE's script.
 MAX_ANSWER_TOKENS = 30
 MAX_QUESTION_TOKENS = 64
 DOC_STRIDE = 128
@@ -34,9 +34,9 @@ class Task:
     Attributes:
         name: on the command line.
         title: in the model card.
-        metrics: in the card's order, each from 0 to 1, or from -1 for correlations.
+        metrics: in the card's order, each from 0 to 1, or from -1 to 1 for correlations.
         selected_by: the metric by which learning rate and epochs are chosen.
-        max_length: of an input, in tokens, special ones included.
+        max_length: of an input, in tokens, including special ones.
         batch_size: rows of a training step.
     """
 
@@ -58,4 +58,4 @@ TASKS = {
         Task("jcommonsenseqa", "JComQA", ("acc",), "acc", 64, batch_size=64),
     )
 }
-"""By name, in the order of the card's columns."""
+"""Tasks by name, in the order of the card's columns."""

@@ -1,9 +1,9 @@
 """JSQuAD's contexts as windows of tokens, and the answers in them.
 
 A window is `[CLS] question [SEP] part of the context [SEP]`. Windows begin `DOC_STRIDE` tokens
-after each other. An answer is what the context holds between the first character of its first token
-and the last of its last one; with a tokenizer whose pieces are not cut where answers are, some
-right answers cannot be given exactly (JGLUE leaves such models out of its table for that reason).
+apart. An answer is the text of the context from the first character of its first token to the last
+character of its last one. If a tokenizer's pieces do not end where answers do, some right answers
+cannot be given exactly (JGLUE leaves such models out of its table for that reason).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Window:
     """A part of a context, with the question before it.
 
     Attributes:
-        inputs: what the model takes, each a list of one number a token.
-        first: number of the first token of the context; the others follow without a gap.
-        offsets: characters of the context that each of its tokens in the window stands for.
+        inputs: the model's inputs, each a list of one number per token.
+        first: index of the context's first token in the window; the others follow without a gap.
+        offsets: for each of the context's tokens in the window, the characters it stands for.
     """
 
     inputs: dict[str, list[int]]
@@ -36,14 +36,14 @@ class Window:
     offsets: list[Span]
 
     def locate(self, answer: Answer) -> Span | None:
-        """Return the first and last token that share a character with an answer, if any does."""
+        """Return the first and last token that share a character with an answer; None if none."""
         begin, end = answer.start, answer.start + len(answer.text)
         inside = [n for n, (a, b) in enumerate(self.offsets) if a < end and b > begin and a < b]
         return (self.first + inside[0], self.first + inside[-1]) if inside else None
 
 
 def is_locatable(question: Question) -> bool:
-    """Say whether the first answer stands where it is said to stand."""
+    """Say whether the first answer is where its `answer_start` says."""
     answer = question.answers[0]
     return answer.start >= 0 and question.context.startswith(answer.text, answer.start)
 
@@ -51,8 +51,8 @@ def is_locatable(question: Question) -> bool:
 def cut_windows(question: Question, tokenizer: Any, max_length: int) -> list[Window]:
     """Cut a context into windows of at most `max_length` tokens, in the order of the context.
 
-    A long question is cut after `MAX_QUESTION_TOKENS` tokens. What looks like a special token in
-    the texts (JSQuAD writes `[SEP]` behind a title) is text.
+    A long question is cut after `MAX_QUESTION_TOKENS` tokens. A special token's name within the
+    texts (JSQuAD writes `[SEP]` after a title) is encoded as text.
     """
     asked, taken = _cut_question(question.question, tokenizer, max_length)
     room = max_length - taken - tokenizer.num_special_tokens_to_add(pair=True)
@@ -61,7 +61,7 @@ def cut_windows(question: Question, tokenizer: Any, max_length: int) -> list[Win
         question.context,
         truncation="only_second",
         max_length=max_length,
-        # The library's stride is what two windows share.
+        # The library's stride is the overlap of two windows.
         stride=max(0, room - DOC_STRIDE),
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
@@ -71,13 +71,13 @@ def cut_windows(question: Question, tokenizer: Any, max_length: int) -> list[Win
 
 
 def answer_tokens(question: Question, windows: Sequence[Window]) -> Iterator[Span]:
-    """Yield the tokens of the first answer in each window, 0 and 0 where it does not lie in it.
+    """Yield the tokens of the first answer in each window; 0 and 0 if it is not in the window.
 
-    Token 0 is the CLS token. An answer that a window's edge cuts does not lie in it.
+    Token 0 is the CLS token. An answer that a window's edge cuts is not in the window.
     """
     answer = question.answers[0]
     characters = [offset for window in windows for offset in window.offsets]
-    # Characters before the first token or behind the last belong to no token, and are not cut off.
+    # Characters before the first token or after the last belong to no token, and are not cut off.
     begin = max(answer.start, min((a for a, _ in characters), default=0))
     end = min(answer.start + len(answer.text), max((b for _, b in characters), default=0))
     for window in windows:
@@ -95,9 +95,9 @@ def best_answer(
     Args:
         question: what was asked.
         windows: of its context.
-        logits: of each window, of an answer's first and last token, each `[S]` with S at least the
-            number of tokens in the window. The sum of the two decides, within windows and among
-            them; the earlier answer goes first where sums are equal.
+        logits: for each window, the logits of an answer's first and of its last token, each `[S]`
+            with S at least the number of tokens in the window. The sum of the two decides, within
+            windows and among them; the earlier answer wins if sums are equal.
     """
     best, text = -np.inf, ""
     for window, (starts, ends) in zip(windows, logits, strict=True):
@@ -122,11 +122,11 @@ def _best_span(
 
 
 def _cut_question(text: str, tokenizer: Any, max_length: int) -> tuple[str, int]:
-    """Return the part of a question that is used, and its tokens' number."""
+    """Return the part of a question that is used, and its number of tokens."""
     offsets = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
     )["offset_mapping"]
-    # Half of a short window is left to the context.
+    # Half of a short window is left for the context.
     limit = min(MAX_QUESTION_TOKENS, max_length // 2)
     if len(offsets) <= limit:
         return text, len(offsets)
