@@ -61,7 +61,7 @@ def time_gemms(gemms: Sequence[Gemm], dtype: torch.dtype, device: torch.device) 
 
 
 def square_matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """TFLOP/s of one product of square matrices of random numbers."""
+    """TFLOP/s (10^12 operations a second) of one product of square matrices of random numbers."""
     side = _CUDA_SIDE if device.type == "cuda" else _CPU_SIDE
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     seconds = seconds_of(lambda: left @ right, device)

@@ -133,7 +133,7 @@ def _length_problems(config: Config) -> Iterator[str]:
 
 def _mlm_problems(config: Config) -> Iterator[str]:
     mlm = config.mlm
-    # The sum may exceed 1 by a rounding error.
+    # Sums of shares such as 0.7 + 0.2 + 0.1 may miss 1 by a rounding error.
     if mlm.mask_ratio + mlm.random_ratio > 1 + 1e-9:
         yield (
             f"mlm.random_ratio = {mlm.random_ratio:g}: together with mlm.mask_ratio = "
