@@ -193,16 +193,27 @@ class _ColumnParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_NF: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        sharing = ctx.group if ctx.shards_tokens else None
-        x_grad, weight_grads = _column_gradients(
-            grads_NF, x, weights, ctx.group, sharing, ctx.deferring
+        x_TD, *weights = ctx.saved_tensors
+        group, shards_tokens, layers = ctx.group, ctx.shards_tokens, ctx.deferring
+
+        def weight_grads(x_ND: Tensor) -> Sequence[Tensor | None]:
+            if layers is None:
+                return [grad_NF.T @ x_ND for grad_NF in grads_NF]
+            return _defer(layers, x_TD, grads_NF, group if shards_tokens else None)
+
+        x_grad, w_grads = _overlapping_gradients(
+            x_TD,
+            group,
+            lambda: _sum_of_products(grads_NF, weights),
+            weight_grads,
+            shares_tokens=shards_tokens,
+            gathers_tokens=shards_tokens and layers is None,
         )
         bias_grads = [
             grad_NF.sum(0) if has_bias else None
             for grad_NF, has_bias in zip(grads_NF, ctx.has_biases, strict=True)
         ]
-        return x_grad, None, None, None, *weight_grads, *bias_grads
+        return x_grad, None, None, None, *w_grads, *bias_grads
 
 
 def joined_gradients(
@@ -229,52 +240,76 @@ def joined_gradients(
         The input's gradient, [T, in], and the weights' gradients, for autograd: None in place of
         those that were deferred or added to their sums.
     """
-    group = tp.group if tp.size > 1 else None
-    sharing = group if tp.shards_tokens else None
-    deferring = None if layers[0].deferred is None else tuple(layers)
-    return _column_gradients([grad_NF], x_TD, weights, group, sharing, deferring, known)
+    shares_tokens, defers = tp.size > 1 and tp.shards_tokens, layers[0].deferred is not None
+
+    def weight_grads(x_ND: Tensor) -> Sequence[Tensor | None]:
+        if not defers:
+            return weight_gradients(grad_NF, x_ND, known)
+        return _defer(layers, x_TD, [grad_NF], tp.group if shares_tokens else None, joined=True)
+
+    return _overlapping_gradients(
+        x_TD,
+        tp.group if tp.size > 1 else None,
+        lambda: grad_NF @ joined_rows(weights),
+        weight_grads,
+        shares_tokens=shares_tokens,
+        gathers_tokens=shares_tokens and not defers,
+    )
 
 
-def _column_gradients(
-    grads_NF: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
+def _overlapping_gradients(
+    x_TD: Tensor,
     group: dist.ProcessGroup | None,
-    sharing: dist.ProcessGroup | None,
-    deferring: tuple[ColumnParallelLinear, ...] | None,
-    known: Sequence[Tensor] | None = None,
+    input_grad: Callable[[], Tensor],
+    weight_grads: Callable[[Tensor], Sequence[Tensor | None]],
+    *,
+    shares_tokens: bool,
+    gathers_tokens: bool,
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Gradients of the input and the weights; `sharing` are the ranks that share the tokens.
+    """A column-parallel layer's backward pass: each collective runs beside the other's products.
 
-    `known` are the weights as autograd knows them, given if one product computed all layers.
+    Args:
+        x_TD: the layer's input, for the tokens that this rank holds.
+        group: the ranks that hold a part of the layer each; None for one that holds all of it.
+        input_grad: computes this rank's part of the input's gradient, [N, D].
+        weight_grads: computes the weights' gradients from x_ND, or defers them.
+        shares_tokens: whether the ranks share the tokens.
+        gathers_tokens: whether `weight_grads` needs those of all ranks; else it is given x_TD.
+
+    Returns:
+        The input's gradient, [T, D], and what `weight_grads` returned.
     """
-    gathers = sharing is not None and deferring is None
-    gathering = start_all_gather(x, sharing) if sharing is not None and gathers else None
-    x_grad_ND = _input_gradient(grads_NF, weights)
-    x_ND = x if gathering is None else wait(gathering)
-    if group is not None:
-        start = start_all_reduce if sharing is None else start_reduce_scatter
-        reducing = start(x_grad_ND, group)
-    weight_grads: Sequence[Tensor | None]
-    if deferring is not None:
-        weight_grads = [None] * len(weights)
-        assert deferring[0].deferred is not None
-        left = WeightProducts(deferring, x, grads_NF, sharing, joined=known is not None)
-        deferring[0].deferred.append(left)
-    elif known is not None:
-        weight_grads = weight_gradients(grads_NF[0], x_ND, known)
-    else:
-        weight_grads = [grad_NF.T @ x_ND for grad_NF in grads_NF]
-    return x_grad_ND if group is None else wait(reducing), weight_grads
+    gathering = start_all_gather(x_TD, group) if group is not None and gathers_tokens else None
+    x_grad_ND = input_grad()
+    x_ND = x_TD if gathering is None else wait(gathering)
+    if group is None:
+        return x_grad_ND, weight_grads(x_ND)
+    start = start_reduce_scatter if shares_tokens else start_all_reduce
+    reducing = start(x_grad_ND, group)
+    w_grads = weight_grads(x_ND)
+    return wait(reducing), w_grads
 
 
-def _input_gradient(grads_NF: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    if len(grads_NF) < len(weights):
-        return grads_NF[0] @ joined_rows(weights)
+def _sum_of_products(grads_NF: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     x_grad_ND = grads_NF[0] @ weights[0]
     for grad_NF, weight in zip(grads_NF[1:], weights[1:], strict=True):
         x_grad_ND = x_grad_ND + grad_NF @ weight
     return x_grad_ND
+
+
+def _defer(
+    layers: Sequence[ColumnParallelLinear],
+    x_TD: Tensor,
+    grads_NF: Sequence[Tensor],
+    sharing: dist.ProcessGroup | None,
+    *,
+    joined: bool = False,
+) -> Sequence[None]:
+    """Leave the weights' products to `accumulate_deferred`; see `WeightProducts`."""
+    queue = layers[0].deferred
+    assert queue is not None
+    queue.append(WeightProducts(layers, x_TD, grads_NF, sharing, joined=joined))
+    return [None] * len(layers)
 
 
 def gathered_tokens(x_TD: Tensor, tp: TensorParallelGroup) -> Tensor:
