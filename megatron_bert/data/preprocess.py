@@ -152,10 +152,15 @@ def _write_documents(
             raise
         # Whatever cannot be used, the writer holds the complete batches that came before it.
         writer.commit(state.note(inputs))
+        begun = inputs.reader.paths[: state.position.num_begun]
+        remedy = (
+            "documents of this file are among it, so if the file is changed, begin anew with "
+            f"{argument('restart', True)}"
+            if any(str(path) in str(error) for path in begun)
+            else "mend that and do the same again to go on"
+        )
         raise DataError(
-            f"{error}; what was done until then is kept in {writer.partial}: mend that "
-            f"and do the same again to go on (or begin anew, with {argument('restart', True)}, if "
-            f"an input was changed after the first of its documents)"
+            f"{error}; what was done until then is kept in {writer.partial}: {remedy}"
         ) from error
 
 

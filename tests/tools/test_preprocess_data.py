@@ -162,7 +162,7 @@ def test_all_documents_before_a_cut_in_a_file_are_kept_and_the_next_file_may_be_
     first = workshop.write("a.jsonl", jsonl(tiny_texts[:100]))
     content = gzip.compress(jsonl(tiny_texts[100:]))
     second = workshop.write("b.jsonl.gz", content[:12])
-    with pytest.raises(DataError, match=r"b\.jsonl\.gz is damaged or cut short"):
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz is damaged or.*the same again"):
         workshop.run(first, second, workers=workers)
     journal = json.loads((workshop.prefix.parent / "corpus.partial/journal.json").read_text())
     assert journal["progress"]["note"]["counts"]["documents"] == 100
@@ -179,7 +179,7 @@ def test_all_whole_batches_before_a_cut_are_kept_however_far_the_reader_is_ahead
     monkeypatch.setattr("megatron_bert.data.preprocess._BATCH_BYTES", 2000)
     whole = zstandard.compress(jsonl(tiny_texts[:200]))
     corpus = workshop.write("a.jsonl.zst", whole + zstandard.compress(jsonl(tiny_texts[200:]))[:20])
-    with pytest.raises(DataError, match=r"a\.jsonl\.zst is damaged or cut short"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst is damaged or.*anew with"):
         workshop.run(corpus, workers=3)
     journal = json.loads((workshop.prefix.parent / "corpus.partial/journal.json").read_text())
     assert 195 <= journal["progress"]["note"]["counts"]["documents"] <= 200
