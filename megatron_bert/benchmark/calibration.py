@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.machine import describe_hardware
+from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.model.attention import PackedLayout, attend, has_kernel
 from megatron_bert.planner.calibrated import Calibration
 from megatron_bert.planner.compute import ATTENTION_BACKWARD_MOVES
@@ -142,7 +143,12 @@ def _attention(
 
 def _all_reduce(size: int, device: torch.device) -> float:
     numbers = torch.ones(size // 4, device=device)
-    return seconds_of(lambda: dist.all_reduce(numbers), device)
+
+    def most_of_any_rank(calls: int) -> int:
+        # A rank that made fewer calls than another would leave it waiting in the others.
+        return max(Ranks().on_all(lambda: calls))
+
+    return seconds_of(lambda: dist.all_reduce(numbers), device, most_of_any_rank)
 
 
 def _device_name(device: torch.device) -> str:

@@ -80,7 +80,11 @@ def _gemm_seconds(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> float
     return sum(seconds_of(product, device) for product in products)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+def seconds_of(
+    work: Callable[[], object],
+    device: torch.device,
+    agree: Callable[[int], int] = lambda calls: calls,
+) -> float:
     """Seconds of a piece of work: on CUDA the median of repetitions, on a CPU the minimum of three.
 
     On CUDA a repetition consists of enough successive calls to take some milliseconds, so that the
@@ -90,6 +94,8 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     Args:
         work: what is called.
         device: where it computes.
+        agree: for work in which several ranks take part: turns the number of calls that this
+            rank's clock suggests into one that is the same on all of them. Collective.
     """
     if device.type != "cuda":
         work()
@@ -101,7 +107,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
         return min(taken)
     _event_seconds(work, device, calls=1, repetitions=3)
     once = min(_event_seconds(work, device, calls=1, repetitions=3))
-    calls = min(_MOST_CALLS, math.ceil(_SECONDS_A_REPETITION / max(once, 1e-6)))
+    calls = agree(min(_MOST_CALLS, math.ceil(_SECONDS_A_REPETITION / max(once, 1e-6))))
     return statistics.median(_event_seconds(work, device, calls, _REPETITIONS)) / calls
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from megatron_bert.benchmark.calibration import QUICK, _facts, _rates, calibrate
+from megatron_bert.benchmark.calibration import QUICK, _all_reduce, _facts, _rates, calibrate
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.planner.calibrated import (
     Calibration,
@@ -22,6 +24,7 @@ from megatron_bert.planner.calibrated import (
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.network import Group
 from megatron_bert.planner.search import make_plan
+from tests.benchmark.device_clock import DeviceClock
 from tests.distributed_harness import run_ranks
 from tests.planner.jobs import VOCABULARY, recipe
 
@@ -48,6 +51,29 @@ def test_products_norms_attention_and_messages_are_measured(measured: Calibratio
     quickest = max(size / seconds for size, seconds in measured.curves["all_reduce"])
     assert measured.gpu.link == pytest.approx(quickest / 1e9)
     assert measured.rates.link == 1.0
+
+
+def _count_sums() -> int:
+    """All-reduces of a GPU's measurement, on a rank whose clock says that it is the slower."""
+    sums, ones, all_reduce = 0, torch.ones, dist.all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        clock = DeviceClock(patch)
+
+        def count(numbers: Tensor) -> None:
+            nonlocal sums
+            sums += 1
+            clock.seconds += 1e-3 * (1 + dist.get_rank())
+            all_reduce(numbers)
+
+        patch.setattr(torch, "ones", lambda size, device: ones(size))
+        patch.setattr(dist, "all_reduce", count)
+        _all_reduce(4096, torch.device("cuda", 0))
+    return sums
+
+
+def test_ranks_whose_clocks_differ_take_part_in_as_many_sums() -> None:
+    faster, slower = run_ranks(2, _count_sums)
+    assert faster == slower > 20
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from megatron_bert.benchmark.kernels.work import KernelWork
 from megatron_bert.benchmark.step.alone import time_attention
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.optim import update_rules
+from tests.benchmark.device_clock import DeviceClock
 from tests.benchmark.test_benchmark_tool import run_tool
 from tests.benchmark.test_step import MODEL
 from tests.small_model import packed_inputs, small_config
@@ -298,36 +299,15 @@ def test_fused_kernels_compute_the_pieces_that_they_are_timed_at(
         assert times["fused (ours)"].difference < 1e-5, piece.absent
 
 
-class _Device:
-    """A device whose clock work moves on, and the recording of an event too."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def event(self, enable_timing: bool) -> SimpleNamespace:
-        assert enable_timing
-        event = SimpleNamespace(at=0.0)
-
-        def record() -> None:
-            event.at = self.seconds
-            self.seconds += 1e-5
-
-        event.record = record
-        event.elapsed_time = lambda later: 1e3 * (later.at - event.at)
-        return event
-
-
 @pytest.mark.parametrize(("taken", "most_calls"), [(1e-5, 3000), (0.02, 20)])
 def test_short_work_on_a_gpu_is_timed_over_many_calls_and_long_work_over_one(
     taken: float, most_calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device, calls = _Device(), []
-    monkeypatch.setattr(torch.cuda, "Event", device.event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    clock, calls = DeviceClock(monkeypatch), []
 
     def work() -> None:
         calls.append(1)
-        device.seconds += taken
+        clock.seconds += taken
 
     assert seconds_of(work, torch.device("cuda", 0)) == pytest.approx(taken, rel=0.01)
     assert len(calls) <= most_calls
