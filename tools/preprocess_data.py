@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import Parser, run_cli, told_errors
 
 with told_errors():
+    from megatron_bert.cores import usable_cores
     from megatron_bert.data.dictionary_words import Dictionary
     from megatron_bert.data.parsing import Normalization
     from megatron_bert.data.preprocess import preprocess
@@ -57,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
+        default=usable_cores(),
         metavar="N",
-        help="tokenizing threads (default: one a core, here %(default)s)",
+        help="tokenizing threads (default: one for each core that this process may use, here "
+        "%(default)s)",
     )
     parser.add_argument(
         "--word-boundaries",

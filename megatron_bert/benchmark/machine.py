@@ -11,6 +11,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_bert.cores import usable_cores
+
 _PACKAGES = ("megatron-bert", "numpy", "sentencepiece", "tokenizers", "torch")
 # Listed if they are installed.
 _OPTIONAL = ("apex", "flash-attn", "flash-attn-3", "transformer-engine", "triton")
@@ -38,7 +40,7 @@ def describe_hardware() -> Hardware:
     """Look at the machine."""
     return Hardware(
         processor=_processor(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         load_average=round(os.getloadavg()[0], 2),
     )

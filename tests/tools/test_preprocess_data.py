@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -314,6 +315,15 @@ def test_a_long_document_keeps_every_token(
 def command(workshop: Workshop, tokenizer: Path, corpus: Path, *more: str) -> list[str]:
     options = ["--tokenizer", str(tokenizer), "--output-prefix", str(workshop.prefix), *more]
     return [sys.executable, str(TOOL), "--input", str(corpus), *options]
+
+
+def test_the_tool_tokenizes_with_a_thread_for_each_core_that_it_may_use(
+    workshop: Workshop, tiny_tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8})
+    monkeypatch.setattr(os, "cpu_count", lambda: 192)
+    arguments = command(workshop, tiny_tokenizer_path, Path("a.jsonl"))[2:]
+    assert tool._parser().parse_args(arguments).workers == 3
 
 
 def test_the_tool_reports_what_it_wrote_and_left_out(
