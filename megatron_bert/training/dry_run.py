@@ -16,7 +16,7 @@ from megatron_bert.config.errors import UserError
 from megatron_bert.config.rank_layout import RankLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
-from megatron_bert.data.source import training_source
+from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.device_facts import facts_at_hand
 from megatron_bert.run.directory import check_usable
@@ -57,8 +57,7 @@ def dry_run(config: Config, world_size: int | None) -> None:
     if tokenizer is not None:
         vocab_size = _attempt(partial(_resolve_vocab_size, config, world_size, tokenizer), problems)
         if not problems:
-            data_lines = _attempt(partial(_describe_data, config, tokenizer), problems) or []
-            data_lines += _attempt(partial(_describe_start, config, tokenizer), problems) or []
+            data_lines = _data_lines(config, tokenizer, problems)
     device = facts_at_hand(config.run.device)
     plan = describe_plan(config, vocab_size, world_size, device, whole=True)
     tell_plan([*plan, *data_lines, *precision_warnings(config)])
@@ -87,22 +86,33 @@ def _fewest_ranks(config: Config) -> int:
     return fewest
 
 
-def _describe_data(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Open and plan all data; return a line per corpus, and warnings."""
-    training = training_source(config, tokenizer)
-    return list(describe_data(training, HeldOutRows.plan(config, tokenizer), whole=True))
+def _data_lines(config: Config, tokenizer: Tokenizer, problems: list[str]) -> list[str]:
+    """Open and plan all data; return lines on it and on where the job would start."""
+    # Planned once: a long curriculum takes minutes and gigabytes.
+    source = _attempt(partial(training_source, config, tokenizer), problems)
+    lines: list[str] = []
+    if source is not None:
+        lines += _attempt(partial(_describe_data, config, tokenizer, source), problems) or []
+    lines += _attempt(partial(_describe_start, config, tokenizer, source), problems) or []
+    return lines
 
 
-def _describe_start(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Find the checkpoint that the job would resume from, and check that it may."""
+def _describe_data(config: Config, tokenizer: Tokenizer, source: RowSource) -> list[str]:
+    """Open and plan held-out text too; return a line per corpus, and warnings."""
+    return list(describe_data(source, HeldOutRows.plan(config, tokenizer), whole=True))
+
+
+def _describe_start(config: Config, tokenizer: Tokenizer, source: RowSource | None) -> list[str]:
+    """Find the checkpoint that the job would resume from; check that it may, if data is there."""
     store = CheckpointStore(config.run.paths.checkpoints, config.checkpoint.keep)
     start = starting_point(config, store)
     if start is None:
         metrics = config.run.paths.metrics
         kept = f"; {metrics}, of an earlier start, is set aside" if _has_content(metrics) else ""
         return [f"begins      afresh{kept}"]
-    state = RunState(start.path, store.read_state(start.path))
-    check_continuity(start, state, config, tokenizer, training_source(config, tokenizer))
+    if source is not None:
+        state = RunState(start.path, store.read_state(start.path))
+        check_continuity(start, state, config, tokenizer, source)
     return [f"goes on     from {start.path}"]
 
 

@@ -17,12 +17,13 @@ from megatron_bert.config.errors import ConfigError, UserError
 from megatron_bert.config.kernels import ComputeDevice
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
-from megatron_bert.data.source import training_source
+from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.parallel.sharding import local_part
 from megatron_bert.run.metrics import read
+from megatron_bert.training import dry_run as dry_run_module
 from megatron_bert.training import resume
 from megatron_bert.training.dry_run import dry_run
 from megatron_bert.training.optimizer import build_optimizer
@@ -248,6 +249,22 @@ def test_the_dry_run_says_where_the_job_would_go_on_or_that_it_may_not(
     assert f"goes on     from {saved}" in caplog.text
     with pytest.raises(UserError, match=r"optimizer\.lr"):
         dry_run(tiny_run(optimizer={"lr": 0.5}), 1)
+
+
+def test_the_dry_run_of_a_job_that_would_go_on_plans_its_rows_once(
+    tiny_run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run()
+    run_ranks(1, _train_once, config, {"stop_after": 2})
+    made: list[RowSource] = []
+
+    def make(config: Config, tokenizer: Tokenizer) -> RowSource:
+        made.append(training_source(config, tokenizer))
+        return made[-1]
+
+    monkeypatch.setattr(dry_run_module, "training_source", make)
+    dry_run(config, 1)
+    assert len(made) == 1
 
 
 def test_a_run_directory_given_for_a_checkpoint_is_told_from_one(
