@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--no-verify",
         action="store_true",
-        help="do not read a checkpoint's files to compare them with its manifest",
+        help="do not read a checkpoint's files to compare them with its manifest; of a run the "
+        "newest checkpoint is shown, intact or not",
     )
     return parser
 
@@ -168,8 +169,9 @@ def _inspect(options: argparse.Namespace) -> None:
     if is_huggingface(options.directory):
         lines = describe_huggingface(options.directory)
     else:
-        folder = find_checkpoint(options.directory)
-        lines = describe_checkpoint(folder, verify=not options.no_verify)
+        verify = not options.no_verify
+        folder = find_checkpoint(options.directory, verify=verify)
+        lines = describe_checkpoint(folder, is_verified=verify)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 

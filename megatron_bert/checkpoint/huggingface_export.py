@@ -26,7 +26,7 @@ from megatron_bert.checkpoint.huggingface_names import (
     their_tensors,
 )
 from megatron_bert.checkpoint.huggingface_weights import WEIGHTS_NAME
-from megatron_bert.checkpoint.manifest import verified_manifest
+from megatron_bert.checkpoint.manifest import Manifest, verified_manifest
 from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
 from megatron_bert.checkpoint.run_state import MODEL_PREFIX, RunState
 from megatron_bert.checkpoint.shard_files import Piece, write_file
@@ -51,11 +51,12 @@ def export_checkpoint(
     figures: RunFigures | None = None,
     license_id: str = "unknown",
     languages: Sequence[str] = (),
+    is_verified: bool = False,
 ) -> None:
     """Write `output`: configuration, modeling code, weights, tokenizer and card of a checkpoint.
 
-    The directory appears whole or not at all; the checkpoint is verified first. Weights pass
-    through memory one after another (`read_whole_tensors`).
+    The directory appears whole or not at all; the checkpoint is verified first, unless
+    it has just been. Weights pass through memory one after another (`read_whole_tensors`).
 
     Args:
         checkpoint: a checkpoint's folder (`step_00001234`), saved under any layout.
@@ -65,13 +66,15 @@ def export_checkpoint(
         figures: what the run measured until then, for the card; None if that is not known.
         license_id: the licence of the weights, for the card.
         languages: ISO 639 codes, for the card.
+        is_verified: whether `find_checkpoint` has just verified the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or `output` cannot be made.
         DataError: the tokenizer is missing or is not the one that the run was trained with.
     """
     check_is_new(output)
-    state = RunState(checkpoint, verified_manifest(checkpoint).state)
+    manifest = Manifest.read(checkpoint) if is_verified else verified_manifest(checkpoint)
+    state = RunState(checkpoint, manifest.state)
     tokenizer = state.tokenizer if tokenizer is None else tokenizer
     num_pieces = _checked_tokenizer(tokenizer, state).vocab_size
     model, shapes = state.model, _model_shapes(checkpoint)

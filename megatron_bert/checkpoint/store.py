@@ -18,6 +18,7 @@ from megatron_bert.checkpoint.manifest import (
     MANIFEST_NAME,
     DamagedCheckpointError,
     Manifest,
+    verified_manifest,
 )
 from megatron_bert.checkpoint.shards import LocalShards
 from megatron_bert.checkpoint.tensors import read_tensors, total_bytes, write_tensors
@@ -269,19 +270,22 @@ class CheckpointStore:
         )
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, *, verify: bool = True) -> Path:
     """Return the checkpoint that a user means by `path`.
 
     Args:
         path: a checkpoint's folder, or a run directory or its `checkpoints`, whose newest intact
             one is meant.
+        verify: compare every file with the manifest; a run's damaged checkpoints are passed over.
+            Otherwise nothing is read, and a run's newest checkpoint is taken as it is.
 
     Raises:
-        CheckpointError: there is none, or all are damaged.
+        CheckpointError: there is none, or it is damaged, or all of a run's are.
     """
     for root in (RunPaths(path).checkpoints, path):
         if root == RunPaths(root.parent).checkpoints and root.is_dir():
-            newest = CheckpointStore(root, keep=1).newest()
+            store = CheckpointStore(root, keep=1)
+            newest = store.newest() if verify else next(iter(store.folders()), None)
             if newest is None:
                 raise CheckpointError(f"{root} holds no checkpoint yet; train first")
             return newest
@@ -291,6 +295,8 @@ def find_checkpoint(path: Path) -> Path:
             f"{path}: {problem}; name a complete checkpoint "
             "(runs/NAME/checkpoints/step_00001234) or a run directory that holds one"
         )
+    if verify:
+        verified_manifest(path)
     return path
 
 

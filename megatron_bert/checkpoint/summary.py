@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_bert.checkpoint.huggingface_config import CONFIG_NAME, read_config
 from megatron_bert.checkpoint.huggingface_names import model_parameters
 from megatron_bert.checkpoint.huggingface_weights import HuggingFaceWeights
-from megatron_bert.checkpoint.manifest import MANIFEST_NAME, Manifest, verified_manifest
+from megatron_bert.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_bert.checkpoint.run_state import MODEL_PREFIX, RunState
 from megatron_bert.checkpoint.tensors import saved_shapes
 from megatron_bert.config.schema import ModelConfig
@@ -20,17 +20,17 @@ def is_huggingface(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() and not (folder / MANIFEST_NAME).is_file()
 
 
-def describe_checkpoint(folder: Path, *, verify: bool = True) -> Iterator[str]:
+def describe_checkpoint(folder: Path, *, is_verified: bool) -> Iterator[str]:
     """Yield the lines that describe a training checkpoint.
 
     Args:
         folder: the checkpoint's folder.
-        verify: compare every file with the manifest first.
+        is_verified: whether its files were compared with the manifest, which a line says.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
     """
-    manifest = verified_manifest(folder) if verify else Manifest.read(folder)
+    manifest = Manifest.read(folder)
     state = RunState(folder, manifest.state)
     shapes = saved_shapes(folder)
     parameters = sum(math.prod(s) for name, s in shapes.items() if name.startswith(MODEL_PREFIX))
@@ -45,7 +45,7 @@ def describe_checkpoint(folder: Path, *, verify: bool = True) -> Iterator[str]:
         yield f"data        {'; '.join(state.data)}"
         yield f"saved by    {_layout(state)}"
     yield f"content     {len(shapes):,} tensors in {len(manifest.files)} files, {size:,} bytes"
-    if verify:
+    if is_verified:
         yield "intact      every size and checksum is the manifest's"
     else:
         yield "intact      not verified"

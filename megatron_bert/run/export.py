@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_bert.checkpoint.huggingface_config import ExportDtype
 from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.checkpoint.manifest import Manifest
+from megatron_bert.checkpoint.new_directory import check_is_new
 from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.config.argument_checks import checked
 from megatron_bert.config.arguments import argument
@@ -59,6 +60,8 @@ def export_model(
                 f"{argument('languages')} = {code!r}: no code of a language; give those of "
                 "ISO 639, two or three small letters each, such as 'ja'"
             )
+    # Before the checkpoint is read, which takes minutes.
+    check_is_new(Path(output))
     checkpoint = find_checkpoint(Path(source))
     export_checkpoint(
         checkpoint,
@@ -68,5 +71,6 @@ def export_model(
         figures=run_figures(checkpoint, Manifest.read(checkpoint).step),
         license_id=license_id,
         languages=languages,
+        is_verified=True,
     )
     return checkpoint

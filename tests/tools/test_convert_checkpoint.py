@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_bert.checkpoint.manifest import Manifest, verified_manifest
+from megatron_bert.checkpoint import manifest as manifest_module
+from megatron_bert.checkpoint.manifest import Manifest, file_checksum, verified_manifest
 from megatron_bert.config.errors import run_cli
 from tests.checkpoint.huggingface_run import make_run
 from tests.deadlines import DEADLINE_SECONDS
@@ -103,6 +104,42 @@ def test_inspect_shows_a_runs_checkpoint(made: Path) -> None:
     assert "intact      every size and checksum is the manifest's" in shown
     (checkpoint,) = (made / "run" / "checkpoints").glob("step_*")
     assert "intact      not verified" in _succeeds("inspect", checkpoint, "--no-verify")
+
+
+@pytest.mark.parametrize("named", ["run", "run/checkpoints/step_00000010"])
+@pytest.mark.parametrize(
+    ("command", "times"),
+    [(("to-hf", "--checkpoint"), 1), (("inspect",), 1), (("inspect", "--no-verify"), 0)],
+    ids=["to-hf", "inspect", "no-verify"],
+)
+def test_a_checkpoints_files_are_verified_once_and_not_at_all_where_that_is_asked(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: str,
+    command: tuple[str, ...],
+    times: int,
+) -> None:
+    read: list[Path] = []
+
+    def count(path: Path) -> str:
+        read.append(path)
+        return file_checksum(path)
+
+    monkeypatch.setattr(manifest_module, "file_checksum", count)
+    output = ("--output", tmp_path / "new") if command[0] == "to-hf" else ()
+    _succeeds(*command, made / named, *output)
+    files = (made / "run" / "checkpoints" / "step_00000010").glob("*.safetensors")
+    assert sorted(read) == sorted([*files] * times)
+
+
+def test_an_output_that_exists_is_refused_before_the_checkpoint_is_read(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "file_checksum", pytest.fail)
+    refused = _tool("to-hf", "--checkpoint", made / "run", "--output", made / "exported")
+    assert refused.returncode == 2
+    assert "exported exists already" in refused.stderr
 
 
 def test_inspect_shows_an_import_and_an_export(made: Path) -> None:
