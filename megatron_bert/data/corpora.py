@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -110,11 +111,13 @@ class OpenCorpus:
                 f"job again, or begin a new run with the new data"
             ) from error
 
+    @cached_property
     def fingerprint(self) -> str:
         """A line that changes when the content does, independent of where the files are.
 
-        It has counts and a digest of evenly spaced documents and blocks of the words file: hashing
-        all of a large corpus would take minutes.
+        It has counts and a digest of evenly spaced documents and blocks of the words: all of a
+        large corpus would take minutes. It is computed once, before training: a file that is
+        swapped later must not be recorded as what was trained on.
         """
         digest = hashlib.sha256()
         count = min(self.dataset.num_documents, _FINGERPRINT_DOCUMENTS)

@@ -152,8 +152,8 @@ class RowSource:
         return blend_warnings([c.part.corpus for c in self._corpora], self._plan.epochs())
 
     def fingerprint(self) -> list[str]:
-        """A line for each corpus that changes when its content does, wherever its files are."""
-        return [corpus.fingerprint() for corpus in self._corpora]
+        """For each corpus a line on its content at the first call, wherever its files lie."""
+        return [corpus.fingerprint for corpus in self._corpora]
 
 
 def training_source(config: Config, tokenizer: Tokenizer) -> RowSource:

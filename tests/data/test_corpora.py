@@ -221,7 +221,7 @@ def test_a_fingerprint_follows_the_words(prefix: Path, tiny_tokenizer: Tokenizer
     for starts in (None, [1] * 2800, [1, 0] * 1400):
         if starts is not None:
             _words(prefix, starts)
-        fingerprints.add(open_corpus(part, tiny_tokenizer, with_words=True).fingerprint())
+        fingerprints.add(open_corpus(part, tiny_tokenizer, with_words=True).fingerprint)
     assert len(fingerprints) == 3
 
 
@@ -234,7 +234,7 @@ def test_a_fingerprint_follows_the_words_to_their_end(
     fingerprints = set[str]()
     for last in (b"\0", b"\1"):
         words.write_bytes(bytes(9_000_000 // 8 - 1) + last)
-        fingerprints.add(open_corpus(part, tiny_tokenizer, with_words=True).fingerprint())
+        fingerprints.add(open_corpus(part, tiny_tokenizer, with_words=True).fingerprint)
     assert len(fingerprints) == 2
 
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.errors import ConfigError, UserError
 from megatron_bert.config.kernels import ComputeDevice
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
+from megatron_bert.data import corpora
+from megatron_bert.data.corpora import OpenCorpus
 from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.parallel.sharding import local_part
+from megatron_bert.run.directory import RunDirectory
 from megatron_bert.run.metrics import read
 from megatron_bert.training import dry_run as dry_run_module
 from megatron_bert.training import resume
@@ -29,8 +36,9 @@ from megatron_bert.training.dry_run import dry_run
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.resume import StartingPoint
 from megatron_bert.training.state import load_state
+from megatron_bert.training.trainer import Trainer
 from tests.distributed_harness import run_ranks
-from tests.training.runs import run_config, steps_of, train
+from tests.training.runs import Stops, run_config, steps_of, train
 
 FP8 = {"precision": {"compute": "bf16", "fp8": "current"}}
 EXACT = ("loss", "grad_norm", "lr", "batch_hash", "consumed_rows", "stage", "tokens")
@@ -354,6 +362,39 @@ def test_data_made_anew_under_the_same_name_is_refused_in_the_same_run(
     assert "was trained on" in message
     assert "60 documents" in message
     assert "50 documents" in message
+
+
+def _recorded_data(config: Config, text: Path) -> tuple[list[str], Any, int]:
+    """A corpus as it was when a job opened it, as a save after a change has it, and readings."""
+    readings, sha256 = 0, hashlib.sha256
+
+    def begin_reading() -> Any:
+        nonlocal readings
+        readings += 1
+        return sha256()
+
+    directory = RunDirectory(config.run.directory)
+    with pytest.MonkeyPatch.context() as patch, closing(directory):
+        patch.setattr(OpenCorpus, "check_unchanged", lambda _: None)
+        patch.setattr(corpora, "hashlib", SimpleNamespace(sha256=begin_reading))
+        trainer = Trainer(config, torch.device("cpu"), directory)
+        opened = trainer._source.fingerprint()
+        text.write_bytes(bytes(text.stat().st_size))
+        trainer.run(Stops(stop_after=1))
+    newest = CheckpointStore(config.run.paths.checkpoints, keep=1).folders()[0]
+    return opened, Manifest.read(newest).state["data"], readings
+
+
+def test_a_save_records_the_data_that_the_job_opened_though_they_changed_since(
+    tiny_run: Callable[..., Config], tiny_data: Path, tmp_path: Path
+) -> None:
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(tiny_data / f"train.{suffix}", tmp_path / f"mine.{suffix}")
+    config = tiny_run(data={"train": [{"prefix": str(tmp_path / "mine")}]})
+    opened, saved, readings = run_ranks(1, _recorded_data, config, tmp_path / "mine.bin")[0]
+    assert saved == opened
+    assert readings == 2, "of what is trained on and of what is evaluated"
+    assert "was trained on" in run_ranks(1, _refused, config)[0]
 
 
 def test_other_weights_of_the_corpora_are_refused_in_the_same_run(
