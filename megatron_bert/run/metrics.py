@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,7 +42,7 @@ class MetricsFile:
         self.path = path
         self._stream: TextIO | None = None
 
-    def truncate_after(self, step: int, *, sets_aside: bool = False) -> None:
+    def truncate_after(self, step: int, *, sets_aside: bool = False) -> list[str]:
         """Keep only the whole lines whose `step` is at most `step`, unchanged.
 
         Args:
@@ -50,12 +50,15 @@ class MetricsFile:
             sets_aside: Whether to keep the old file under another name, with a warning, if lines of
                 later steps would be lost, because no checkpoint leads to them again.
 
+        Returns:
+            The lines kept.
+
         Raises:
             RunError: The file could not be rewritten; it is as it was.
         """
         self.close()
         if not self.path.exists():
-            return
+            return []
         lines = _lines(self.path)
         kept: list[str] = []
         later = 0
@@ -74,6 +77,7 @@ class MetricsFile:
                 write_atomically(self.path, "".join(kept))
             except OSError as error:
                 raise self._unwritable(error) from error
+        return kept
 
     def write(self, record: Mapping[str, object]) -> None:
         """Append `record` as one line and flush it.
@@ -168,6 +172,19 @@ def stream(path: Path) -> Iterator[dict[str, Any] | None]:
         raise UserError(
             f"{path}: cannot read metrics ({error.strerror}); name a run that has some"
         ) from error
+
+
+def last_losses(lines: Sequence[str], count: int) -> list[tuple[float, int]]:
+    """Return loss and stage of the last steps, oldest first, that were not skipped.
+
+    Args:
+        lines: Of a metrics file.
+        count: How many steps, at most.
+    """
+    records = filter(None, map(parse_record, reversed(lines)))
+    taken = (r for r in records if {"loss", "stage"} <= r.keys() and not r.get("skipped"))
+    losses = [(record["loss"], record["stage"]) for record in itertools.islice(taken, count)]
+    return losses[::-1]
 
 
 def last_step(path: Path) -> int:

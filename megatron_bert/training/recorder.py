@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,6 +53,7 @@ class StepRecorder:
         device: torch.device,
         metrics: MetricsFile | None,
         last_saved: Callable[[], int],
+        earlier_losses: Iterable[tuple[float, int]] = (),
     ) -> None:
         """Record on the rank that has a metrics file; every rank watches for divergence.
 
@@ -64,6 +65,8 @@ class StepRecorder:
             device: the device that computes the steps.
             metrics: where lines go; None on every rank but the first.
             last_saved: returns the step of the newest checkpoint, 0 if there is none.
+            earlier_losses: losses and stages of the last steps of the jobs before; only read where
+                there is a metrics file.
         """
         self._curriculum = curriculum
         self._metrics = metrics
@@ -76,7 +79,7 @@ class StepRecorder:
         self._world_size = world_size
         self._device = device
         self._taken: _Taken | None = None
-        self._spikes = SpikeWatch()
+        self._spikes = SpikeWatch(earlier_losses)
         self._divergence = DivergenceWatch(
             config.optimizer.max_skipped, config.run.paths.checkpoints
         )

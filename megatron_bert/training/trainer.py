@@ -34,7 +34,7 @@ from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import build_model
 from megatron_bert.optim.schedule import learning_rate
 from megatron_bert.run.directory import RunDirectory
-from megatron_bert.run.metrics import MetricsFile
+from megatron_bert.run.metrics import MetricsFile, last_losses
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
 from megatron_bert.training.description import describe_data, describe_plan, tell_plan
 from megatron_bert.training.due import Due
@@ -48,6 +48,7 @@ from megatron_bert.training.recorder import StepRecorder
 from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.runtime import precision_warnings
 from megatron_bert.training.slow_ranks import SlowRankWatch
+from megatron_bert.training.spikes import WINDOW as SPIKE_WINDOW
 from megatron_bert.training.staging import HostMemory
 from megatron_bert.training.state import load_state, local_bytes, save_state
 from megatron_bert.training.step import agree, take_step
@@ -268,10 +269,12 @@ class Trainer:
     def _begin_recording(self, vocab_size: int, held_out: HeldOutRows) -> StepRecorder:
         """Make the run directory describe this job, from the restored step on, and log the plan."""
         config, world_size, metrics = self._config, dist.get_world_size(), None
+        earlier_losses: list[tuple[float, int]] = []
         if self._directory is not None:
             metrics = MetricsFile(self._directory.paths.metrics)
             # Without a checkpoint here, no later job can get back to the steps in that file.
-            metrics.truncate_after(self._step, sets_aside=not self._store.folders())
+            kept = metrics.truncate_after(self._step, sets_aside=not self._store.folders())
+            earlier_losses = last_losses(kept, SPIKE_WINDOW)
             # Only once the checkpoint has been found to fit: a refused job leaves the run as it
             # was.
             self._directory.write_config(dump_config(config))
@@ -288,6 +291,7 @@ class Trainer:
             self._topology.device,
             metrics,
             lambda: self._saver.saved_step or resumed_from,
+            earlier_losses,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ from megatron_bert.parallel.sharding import local_part
 from megatron_bert.run.directory import RunDirectory
 from megatron_bert.run.metrics import read
 from megatron_bert.training import dry_run as dry_run_module
-from megatron_bert.training import resume
+from megatron_bert.training import resume, spikes
 from megatron_bert.training.dry_run import dry_run
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.resume import StartingPoint
@@ -132,6 +132,32 @@ def _check_stop(uncut: Config, stopped: Config) -> None:
 
 def test_a_stopped_run_saves_its_step_and_goes_on(tiny_run: Callable[..., Config]) -> None:
     run_ranks(2, _check_stop, tiny_run("uncut"), tiny_run("stopped"))
+
+
+def _spike_limits(config: Config, stops: Sequence[int]) -> dict[int, float]:
+    """Of a run that is stopped after these steps, where nearly every loss is called a spike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spikes, "_LEAST_STEPS", 2)
+        patch.setattr(spikes, "_LEAST_NATS", -100.0)
+        patch.setattr(spikes, "_DEVIATIONS", -6.0)
+        for step in stops:
+            train(config, stop_after=step)
+        lines = steps_of(train(config))
+    return {step: line["spike_limit"] for step, line in lines.items() if "spike_limit" in line}
+
+
+def test_a_spike_is_told_by_the_losses_of_the_jobs_before_too(
+    tiny_run: Callable[..., Config],
+) -> None:
+    constant = {"valid": False, "schedule": {"decay": "constant", "warmup_steps": 1}}
+    optimizer = {"lr": 1e-7, "min_lr": 0.0}
+    uncut = tiny_run("uncut", optimizer=optimizer, **constant)
+    cut = tiny_run("cut", optimizer=optimizer, **constant)
+    expected = run_ranks(1, _spike_limits, uncut, ())[0]
+    # The first ones after each stop, which a job that begins with no losses cannot have.
+    assert expected.keys() & {5, 6}
+    assert expected.keys() & {10, 11}
+    assert run_ranks(1, _spike_limits, cut, (4, 9))[0] == expected
 
 
 def _progress_lines(config: Config, stop_after: int) -> list[str]:
