@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import UserError
 from megatron_bert.config.places import write_output
 
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def check_name(output: Path) -> None:
+def check_name(picture: Path) -> None:
     """Refuse a picture's name before any work begins.
 
     Raises:
         UserError: it ends neither in `.svg` nor in `.png`.
     """
-    if output.suffix not in (".svg", ".png"):
-        raise UserError(f"--picture {output}: give a name that ends in .svg or .png")
+    if picture.suffix not in (".svg", ".png"):
+        raise UserError(f"{argument('picture')} {picture}: give a name that ends in .svg or .png")
 
 
 def figure_class() -> type[Figure]:
@@ -40,20 +41,20 @@ def figure_class() -> type[Figure]:
     return Figure
 
 
-def write_figure(figure: Figure, output: Path) -> None:
+def write_figure(figure: Figure, picture: Path) -> None:
     """Write a figure as `.svg` or `.png`, by the name's ending: whole, or not at all.
 
     Raises:
         UserError: the name has another ending, the path climbs out of a folder that it names, or
             the file cannot be written.
     """
-    check_name(output)
-    if output.suffix == ".svg":
-        write_output(output, _as_svg(figure))
+    check_name(picture)
+    if picture.suffix == ".svg":
+        write_output(picture, _as_svg(figure))
         return
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_output(output, buffer.getvalue())
+    write_output(picture, buffer.getvalue())
 
 
 def _as_svg(figure: Figure) -> str:

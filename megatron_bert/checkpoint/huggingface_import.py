@@ -26,6 +26,7 @@ from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
 from megatron_bert.checkpoint.run_state import MODEL_PREFIX, imported_state
 from megatron_bert.checkpoint.shard_files import Piece, write_shard
 from megatron_bert.checkpoint.store import MAX_FILE_BYTES
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import CheckpointError, DataError
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.tokenizer import Tokenizer
@@ -129,8 +130,8 @@ def _read(
 def _vocabulary(found: int, asked: int | None, directory: Path) -> int:
     if asked is not None and asked < found:
         raise CheckpointError(
-            f"--vocab-size {asked}: {directory / CONFIG_NAME} has a vocab_size of {found}; rows "
-            f"can be added, not taken away: give {found} or more"
+            f"{argument('vocab_size', asked)}: {directory / CONFIG_NAME} has a vocab_size of "
+            f"{found}; rows can be added, not taken away: give {found} or more"
         )
     return found if asked is None else asked
 
@@ -139,17 +140,20 @@ def _checked_tokenizer(path: Path, directory: Path, config: ReadConfig) -> Token
     """Load the tokenizer of the run to come, which must have the pieces of the model's own."""
     own = directory / TOKENIZER_NAME
     if path == own and not own.is_file():
-        raise DataError(f"tokenizer {own}: no such file; name the model's with --tokenizer")
+        raise DataError(
+            f"tokenizer {own}: no such file; name the model's with {argument('tokenizer')}"
+        )
     known = Tokenizer.load(path)
     if known.vocab_size > config.vocab_size:
         raise DataError(
             f"tokenizer {path} has {known.vocab_size} pieces, but {directory / CONFIG_NAME} a "
-            f"vocab_size of {config.vocab_size}; name the model's own with --tokenizer"
+            f"vocab_size of {config.vocab_size}; name the model's own with {argument('tokenizer')}"
         )
     if config.pad_token_id not in (None, known.pad_id):
         raise DataError(
             f"tokenizer {path} pads with {known.pad_id}, but {directory / CONFIG_NAME} has a "
-            f"pad_token_id of {config.pad_token_id}; name the model's own with --tokenizer"
+            f"pad_token_id of {config.pad_token_id}; name the model's own with "
+            f"{argument('tokenizer')}"
         )
     if path != own and own.is_file():
         _check_same_pieces(known, path, Tokenizer.load(own), own)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 # Options whose name is not the argument's with dashes: they take several values in turn.
 _OPTIONS = {
+    "calibration_name": "--calibrate",
     "documents": "--input",
     "field_keys": "--field-key",
     "inputs": "--input",

@@ -139,8 +139,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            f"configuration file {path} does not exist; give an existing file (--config; "
-            "examples/ has some)"
+            f"configuration file {path} does not exist; give an existing file; examples/ has some"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(

@@ -80,19 +80,19 @@ def dataset_file(prefix: str | Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
 
 
-def prefix_of(path: Path, option: str) -> Path:
+def prefix_of(path: Path, named_by: str) -> Path:
     """Accept `P.idx` and `P.bin` as P, so that a shell can complete or list a folder's datasets.
 
     Args:
         path: as the user gave it.
-        option: the option it was given with, for the error message.
+        named_by: the option or argument it was given with, for the error message.
 
     Raises:
         DataError: the path names no dataset.
     """
     name = path.stem if path.suffix in (".idx", ".bin") else path.name
     if name in ("", "..", ".idx", ".bin"):
-        raise DataError(f"{option} {path}: names no dataset; give a prefix, as data/train")
+        raise DataError(f"{named_by} {path}: names no dataset; give a prefix, as data/train")
     return path.with_name(name)
 
 

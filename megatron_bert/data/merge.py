@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.data.index_file import MappedIndices, write_joined_index
@@ -71,7 +72,7 @@ def merge_datasets(
         DataError: an input cannot be used or does not match the others, shards are missing, or the
             result cannot be written. Nothing is left behind then.
     """
-    prefixes = in_shard_order([prefix_of(path, "--input") for path in inputs])
+    prefixes = in_shard_order([prefix_of(path, argument("inputs")) for path in inputs])
     _check_places(prefixes, Path(output_prefix))
     check_name(output_prefix)
     output_prefix = Path(output_prefix)
@@ -166,8 +167,8 @@ def _join_sources(sources: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
 def _check_places(prefixes: Sequence[Path], output_prefix: Path) -> None:
     if output_prefix.resolve() in [prefix.resolve() for prefix in prefixes]:
         raise DataError(
-            f"--output-prefix {output_prefix} is one of the inputs; choose another, so that the "
-            f"input stays as it is"
+            f"{argument('output_prefix')} {output_prefix} is one of the inputs; choose another, so "
+            f"that the input stays as it is"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from _megatron_bert_core import IndexedDataset, WordStarts
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import (
     DatasetInfo,
@@ -89,8 +90,8 @@ def check_shard_sets(parts: Sequence[MergePart]) -> None:
         assert first.info is not None
         if part.info.shard_set != first.info.shard_set:
             raise DataError(
-                f"{first.prefix} and {part.prefix} are not shards of one input: their --input "
-                f"files, the order of these or the N of --shard K/N differed (shard_set in "
-                f"{first.file('.json')} and {part.file('.json')}); make one of them anew with the "
-                f"other's"
+                f"{first.prefix} and {part.prefix} are not shards of one input: the files of "
+                f"{argument('inputs')}, their order or the N of {argument('shard')} K/N differed "
+                f"(shard_set in {first.file('.json')} and {part.file('.json')}); make one of "
+                f"them anew with the other's"
             )

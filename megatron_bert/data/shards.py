@@ -99,14 +99,14 @@ def in_shard_order(prefixes: Sequence[Path]) -> list[Path]:
         number, count = int(shard["number"]), int(shard["count"])
         if number >= count:
             raise DataError(
-                f"--input {prefix}: shards are counted from 0, so none of {count} has the number "
-                f"{number}; rename it"
+                f"{argument('inputs')} {prefix}: shards are counted from 0, so none of {count} has "
+                f"the number {number}; rename it"
             )
         shards = sets.setdefault((shard["set"], shard["count"]), {})
         if number in shards:
             raise DataError(
-                f"--input {shards[number]} and {prefix} are both shard {number}; leave one of them "
-                f"out, or rename it"
+                f"{argument('inputs')} {shards[number]} and {prefix} are both shard {number}; "
+                f"leave one of them out, or rename it"
             )
         shards[number] = prefix
     for (name, count_text), shards in sets.items():
@@ -128,7 +128,7 @@ def _check_complete(name: str, count: int, numbers: Collection[int]) -> None:
         some = numbered("shard", list(itertools.islice(missing, _MOST_NUMBERS)))
         more = f" and {num_missing - _MOST_NUMBERS:,} more" if num_missing > _MOST_NUMBERS else ""
         raise DataError(
-            f"--input {name}: {some}{more} of its {counted(count, 'shard')} "
+            f"{argument('inputs')} {name}: {some}{more} of its {counted(count, 'shard')} "
             f"{'is' if num_missing == 1 else 'are'} not given (the first is shard 0); give "
             f"{'it' if num_missing == 1 else 'them'} too, or rename what is to be merged without "
             f"{'it' if num_missing == 1 else 'them'}"

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_no_folder, make_folder
 from megatron_bert.data.parsing import OnError
@@ -98,7 +99,7 @@ def _check_places(reader: DocumentReader, train: Path, held_out: Path, overwrite
         if place.exists() and not overwrite:
             raise DataError(
                 f"{place} exists already, and a model may have been trained on what it leaves out; "
-                "choose another name, or replace it with --overwrite"
+                f"choose another name, or replace it with {argument('overwrite', True)}"
             )
     for place in (train, held_out):
         make_folder(place)

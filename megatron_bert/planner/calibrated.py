@@ -12,6 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.files import write_atomically
 from megatron_bert.planner.machines import GPUS, Gpu, Machine, Rates, find_machine
@@ -37,14 +38,14 @@ class Calibration:
     rates: Rates
     curves: Mapping[str, list[list[float]]]
 
-    def save(self, folder: Path) -> Path:
-        """Write it under its GPU's name; return the file's path.
+    def save(self, machines: Path) -> Path:
+        """Write it into the folder `machines` under its GPU's name; return the file's path.
 
         Raises:
             ConfigError: as `check_calibration`.
         """
-        check_calibration(self.gpu.name, folder)
-        path = folder / f"{self.gpu.name}.json"
+        check_calibration(self.gpu.name, machines)
+        path = machines / f"{self.gpu.name}.json"
         try:
             write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
         except OSError as error:
@@ -52,28 +53,30 @@ class Calibration:
         return path
 
 
-def check_calibration(name: str, folder: Path) -> None:
-    """Make the folder and try writing to it, before the minute that measuring takes.
+def check_calibration(calibration_name: str, machines: Path) -> None:
+    """Make the folder `machines` and try writing to it, before the minute that measuring takes.
 
     Raises:
         ConfigError: the name is a built-in one or not a valid file name, or the folder cannot be
             written to.
     """
-    if name in GPUS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if calibration_name in GPUS or not re.fullmatch(
+        r"[A-Za-z0-9][A-Za-z0-9._-]*", calibration_name
+    ):
         raise ConfigError(
-            f"--calibrate {name}: give a name of letters, digits, - and _ that is none of "
-            f"{', '.join(GPUS)}"
+            f"{argument('calibration_name', calibration_name)}: give a name of letters, "
+            f"digits, - and _ that is none of {', '.join(GPUS)}"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        machines.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=machines):
             pass
     except OSError as error:
-        raise _no_folder(folder, error) from None
+        raise _no_folder(machines, error) from None
 
 
 def _no_folder(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{path}: {error.strerror}; name another folder by --machines")
+    return ConfigError(f"{path}: {error.strerror}; name another folder by {argument('machines')}")
 
 
 def machines_folder() -> Path:
@@ -99,20 +102,20 @@ def calibration_of_device(device: str, folder: Path) -> Calibration | None:
 
 
 def machine_by_name(
-    gpu: str, folder: Path, nodes_of: int | None = None, network: str | None = None
+    gpu: str, machines: Path, nodes_of: int | None = None, network: str | None = None
 ) -> Machine:
-    """A built-in machine or a calibrated one; see `find_machine`.
+    """A built-in machine or one of the folder `machines`; see `find_machine`.
 
     Raises:
         ConfigError: a name is unknown; the message lists the known ones.
     """
     if gpu in GPUS:
         return find_machine(gpu, nodes_of, network)
-    paths = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    paths = {path.stem: path for path in sorted(machines.glob("*.json"))}
     if gpu not in paths:
         raise ConfigError(
-            f"--gpu {gpu}: not known; use one of {', '.join([*GPUS, *paths])}, or measure this "
-            "machine: tools/plan.py --calibrate NAME"
+            f"{argument('gpu', gpu)}: not known; use one of {', '.join([*GPUS, *paths])}, "
+            "or measure this machine: tools/plan.py --calibrate NAME"
         )
     return measured_machine(read_calibration(paths[gpu]), nodes_of, network)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.flops import PEAK_TFLOPS
 
@@ -79,7 +80,7 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
             Gpu("a100-80gb", _A100_TFLOPS, 19.5, 79.1, 2039.0, 300.0, 8, _A100_SHEET),
             Gpu("a100-40gb", _A100_TFLOPS, 19.5, 39.4, 1555.0, 300.0, 8, _A100_SHEET),
             # A stand-in for any host: rough figures for a core or two of a server.
-            Gpu("cpu", 0.05, 0.1, 8.0, 10.0, 2.0, 1, "assumed; --calibrate measures", "cpu"),
+            Gpu("cpu", 0.05, 0.1, 8.0, 10.0, 2.0, 1, "assumed, not measured", "cpu"),
         )
     }
 )
@@ -222,9 +223,11 @@ def find_machine(gpu: str, nodes_of: int | None = None, network: str | None = No
             0.
     """
     if gpu not in GPUS:
-        raise ConfigError(f"--gpu {gpu}: not known; use one of {', '.join(GPUS)}")
+        raise ConfigError(f"{argument('gpu', gpu)}: not known; use one of {', '.join(GPUS)}")
     if nodes_of is not None and nodes_of < 1:
-        raise ConfigError(f"--nodes-of {nodes_of}: a node has at least 1 GPU; give their number")
+        raise ConfigError(
+            f"{argument('nodes_of', nodes_of)}: a node has at least 1 GPU; give their number"
+        )
     per_node = GPUS[gpu].per_node if nodes_of is None else nodes_of
     default = f"eth10x{per_node}" if gpu == "cpu" else f"ndr200x{per_node}"
     found = find_network(network or default)
@@ -242,12 +245,13 @@ def _default_rates(gpu: str) -> Rates:
     )  # fmt: skip
 
 
-def find_network(name: str, named_by: str = "--network") -> Network:
+def find_network(name: str, named_by: str | None = None) -> Network:
     """Look up a network by a name such as `ndr200x4`: an adapter and how many a node has.
 
     Args:
         name: what the user gave.
-        named_by: the option or key that it was given with, for the error message.
+        named_by: the option or key that it was given with, for the error message. Default: the
+            argument `network`.
 
     Raises:
         ConfigError: The name is unknown; the message lists the adapters.
@@ -255,8 +259,8 @@ def find_network(name: str, named_by: str = "--network") -> Network:
     match = re.fullmatch(r"([a-z]+\d+)x(\d+)", name)
     if match is None or match[1] not in _ADAPTERS or not int(match[2]):
         raise ConfigError(
-            f"network {name} of {named_by} is not known; give an adapter and how many of them a "
-            f"node has, as ndr200x4; adapters are {', '.join(_ADAPTERS)}"
+            f"network {name} of {named_by or argument('network')} is not known; give an adapter "
+            f"and how many of them a node has, as ndr200x4; adapters are {', '.join(_ADAPTERS)}"
         )
     return Network(name, _ADAPTERS[match[1]] * int(match[2]) / 8)
 

@@ -37,18 +37,18 @@ _WORDS = {
 }
 
 
-def write_picture(plan: Plan, path: Path) -> None:
+def write_picture(plan: Plan, picture: Path) -> None:
     """Draw a plan into a file.
 
     Args:
         plan: what to draw.
-        path: ends in `.svg` or `.png`.
+        picture: ends in `.svg` or `.png`.
 
     Raises:
         UserError: the ending is another, matplotlib is missing, or the file cannot be written.
     """
-    check_name(path)
-    write_figure(draw(plan), path)
+    check_name(picture)
+    write_figure(draw(plan), picture)
 
 
 def draw(plan: Plan) -> Figure:

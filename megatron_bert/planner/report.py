@@ -37,7 +37,7 @@ def describe(plan: Plan, assumed: Sequence[str] = ()) -> Iterator[str]:
     if plan.job.machine.gpu.name == "cpu":
         yield (
             "a CPU as such is not known: a run was seen to take 5 to 9 times as long or short as "
-            "is said here; --calibrate NAME measures this one"
+            "is said here; tools/plan.py --calibrate NAME measures this one"
         )
     yield ""
     yield from _ranking(plan)

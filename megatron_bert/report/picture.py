@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write_picture(runs: Sequence[RunRecords], output: Path) -> None:
+def write_picture(runs: Sequence[RunRecords], picture: Path) -> None:
     """Write the curves as `.svg` or `.png`, by the name's ending.
 
     Raises:
         UserError: the ending is another, matplotlib is missing, two runs are the same directory, or
             the file cannot be written.
     """
-    check_name(output)
-    write_figure(draw_curves(runs), output)
+    check_name(picture)
+    write_figure(draw_curves(runs), picture)
 
 
 @checked

@@ -98,7 +98,9 @@ def _listed(label: str, items: Sequence[str], most_lines: int | None) -> Iterato
         a_line = -(-len(shown) // lines)
         text = "; ".join(shown[number * a_line : (number + 1) * a_line])
         if number == lines - 1 and len(shown) < len(items):
-            text += f"; and {len(items) - len(shown):,} more (--dry-run lists them)"
+            text += (
+                f"; and {len(items) - len(shown):,} more (pretrain_bert.py --dry-run lists them)"
+            )
         yield f"{label:<{_LABEL_WIDTH}}{text}"
 
 

@@ -116,7 +116,7 @@ def test_unknown_names_list_the_measured_machines_too(
     measured: Calibration, tmp_path: Path
 ) -> None:
     measured.save(tmp_path)
-    with pytest.raises(ConfigError, match=r"--gpu there: not known; use one of h100-80gb, .*here"):
+    with pytest.raises(ConfigError, match=r"gpu='there': not known; use one of h100-80gb, .*here"):
         machine_by_name("there", tmp_path)
 
 
@@ -125,7 +125,7 @@ def test_names_that_are_taken_or_no_names_of_files_are_refused(
     measured: Calibration, tmp_path: Path, name: str
 ) -> None:
     renamed = dataclasses.replace(measured, gpu=dataclasses.replace(measured.gpu, name=name))
-    with pytest.raises(ConfigError, match="--calibrate"):
+    with pytest.raises(ConfigError, match="calibration_name"):
         renamed.save(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -252,7 +252,7 @@ def test_another_tokenizer_than_the_models_is_refused(
     with pytest.raises(DataError, match=r"pads with 4, but .*config.json has a pad_token_id of 7"):
         import_model(directory, tmp_path / "back")
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"tokenizer.json: no such file; .*--tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer.json: no such file; .*with tokenizer"):
         import_model(directory, tmp_path / "back")
 
 
@@ -275,7 +275,7 @@ def test_an_odd_vocabulary_is_kept_or_enlarged_without_a_change_of_what_is_compu
     probabilities = [one.softmax(-1) for one in logits]
     assert torch.allclose(probabilities[1][:, : VOCABULARY + 5], probabilities[0], atol=1e-6)
     assert not probabilities[1][:, VOCABULARY + 5 :].any()
-    with pytest.raises(CheckpointError, match=r"--vocab-size 512: .*vocab_size of 517"):
+    with pytest.raises(CheckpointError, match=r"vocab_size=512: .*vocab_size of 517"):
         import_model(directory, tmp_path / "less", vocab_size=512)
 
 

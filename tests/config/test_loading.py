@@ -254,7 +254,7 @@ def test_a_file_that_is_not_yaml_is_refused_with_its_line(
 
 def test_a_missing_file_is_refused_with_its_name_and_the_remedy(tmp_path: Path) -> None:
     message = refusal(tmp_path / "none.yaml")
-    assert "none.yaml does not exist; give an existing file (--config;" in message
+    assert "none.yaml does not exist; give an existing file; examples/" in message
     assert "cannot be read" in refusal(tmp_path)
 
 

@@ -238,10 +238,10 @@ def test_the_size_of_micro_batches_is_chosen_whatever_the_keys_say() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("h1000",), ["--gpu h1000", *GPUS]),
-        (("h200", 0), ["--nodes-of 0", "at least 1"]),
-        (("h200", 8, "ndr200"), ["network ndr200 of --network", "ndr200x4"]),
-        (("h200", 8, "tin100x4"), ["network tin100x4 of --network", "hdr200"]),
+        (("h1000",), ["gpu='h1000'", *GPUS]),
+        (("h200", 0), ["nodes_of=0", "at least 1"]),
+        (("h200", 8, "ndr200"), ["network ndr200 of network", "ndr200x4"]),
+        (("h200", 8, "tin100x4"), ["network tin100x4 of network", "hdr200"]),
     ],
 )
 def test_unknown_machines_are_refused_with_those_known(

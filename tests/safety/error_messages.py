@@ -163,8 +163,8 @@ def _texts(node: ast.expr, scopes: list[ast.AST], calls: _Calls) -> Iterator[str
         yield from _texts(node.orelse, scopes, calls)
     elif isinstance(node, ast.Name):
         yield from _given(node.id, scopes, calls) or [f"{{{node.id}}}"]
-    elif (name := _argument(node)) is not None:
-        yield f"--{name.replace('_', '-')}"
+    elif (option := _argument(node)) is not None:
+        yield option
     elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.GeneratorExp):
         # Lines that are joined.
         yield from _texts(node.args[0].elt, scopes, calls)
@@ -173,10 +173,12 @@ def _texts(node: ast.expr, scopes: list[ast.AST], calls: _Calls) -> Iterator[str
 
 
 def _argument(node: ast.expr) -> str | None:
-    """What `argument("name")` names: an option of a command line, or Python's argument."""
+    """What `argument("name", value)` writes on a command line; in Python the name is another."""
     match node:
-        case ast.Call(func=ast.Name(id="argument"), args=[ast.Constant(value=str(name)), *_]):
-            return name
+        case ast.Call(func=ast.Name(id="argument"), args=[ast.Constant(value=str(name)), *value]):
+            option = f"--{name.replace('_', '-')}"
+            known = value and isinstance(value[0], ast.Constant)
+            return f"{option} {{{_label(value[0])}}}" if value and not known else option
     return None
 
 

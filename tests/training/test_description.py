@@ -137,7 +137,7 @@ def test_the_plan_of_four_stages_and_five_corpora_is_ten_lines_that_tell_all(
     train = [line for line in lines if line.startswith("train")]
     assert [line.count("corpus") for line in train] == [3, 2]
     assert line("layout", lines) == "4 ranks: pipeline 2 (1f1b) x data 2 x tensor 1; 1, 1 blocks"
-    assert line("valid", lines).endswith("; and 2 more (--dry-run lists them)")
+    assert line("valid", lines).endswith("; and 2 more (pretrain_bert.py --dry-run lists them)")
     assert "a checkpoint every step, the newest is kept" in text
 
 
@@ -149,8 +149,8 @@ def test_the_plan_of_any_run_is_ten_lines_and_a_dry_runs_has_one_for_each_thing(
     curriculum, train = (
         [line for line in lines if line.startswith(name)][-1] for name in ("curriculum", "train")
     )
-    assert curriculum.endswith("; and 7 more (--dry-run lists them)")
-    assert train.endswith("; and 3 more (--dry-run lists them)")
+    assert curriculum.endswith("; and 7 more (pretrain_bert.py --dry-run lists them)")
+    assert train.endswith("; and 3 more (pretrain_bert.py --dry-run lists them)")
     everything = planned_with_data(tmp_path, tiny_tokenizer, corpora=9, stages=12, whole=True)
     counts = Counter(line.split()[0] for line in everything)
     assert (counts["curriculum"], counts["train"], counts["valid"]) == (13, 9, 9)
