@@ -81,6 +81,28 @@ def make_schedule(
     return _with_messages(rounds.num_stages, computations)
 
 
+def most_in_flight(num_ranks: int, virtual_stages: int, rank: int) -> int:
+    """The most forward passes, over a rank's stages, that await their backward under 1F1B.
+
+    With one stage a rank: one for each rank from this one to the last. While the first gradient
+    comes back the rank waits, since more forward passes would take memory and save no time.
+
+    With several: enough to keep the rank busy until the first gradient comes back. That is one
+    round for each further stage, since a round goes through one stage before it goes through the
+    next, and each rank behind this one twice: on the first micro-batch's way there, and on its
+    gradient's way back.
+
+    Args:
+        num_ranks: p, ranks of the pipeline.
+        virtual_stages: stages that each rank holds.
+        rank: of the pipeline, from 0.
+    """
+    to_the_last = num_ranks - 1 - rank
+    if virtual_stages == 1:
+        return to_the_last + 1
+    return 2 * to_the_last + (virtual_stages - 1) * num_ranks + 1
+
+
 def make_forward_schedule(
     num_ranks: int, num_micro_batches: int, virtual_stages: int = 1
 ) -> Schedule:
@@ -136,17 +158,6 @@ class _Rounds:
         stages = range(rank, self.num_stages, self.num_ranks)
         return list(self._in_rounds(kind, stages[::-1]))
 
-    def most_in_flight(self, rank: int) -> int:
-        """The most forward passes, over the rank's stages, that await their backward under 1F1B.
-
-        As many as keep the rank busy until the first comes back, plus one round for each further
-        stage, since a round goes through one stage before it goes through the next.
-        """
-        to_the_last = self.num_ranks - 1 - rank
-        if self.virtual_stages == 1:
-            return to_the_last + 1
-        return 2 * to_the_last + (self.virtual_stages - 1) * self.num_ranks + 1
-
     def _in_rounds(self, kind: Kind, stages: Iterable[int]) -> Iterator[Action]:
         stages = list(stages)
         for first in range(0, self.num_micro_batches, self.num_ranks):
@@ -159,7 +170,8 @@ class _Rounds:
 def _one_forward_one_backward(rounds: _Rounds, rank: int) -> list[Action]:
     """Forward passes until the first gradient comes back, then one of each in turn."""
     forwards, backwards = rounds.forwards(rank), rounds.backwards(rank, Kind.BACKWARD)
-    ahead = min(rounds.most_in_flight(rank) - 1, len(forwards))
+    most = most_in_flight(rounds.num_ranks, rounds.virtual_stages, rank)
+    ahead = min(most - 1, len(forwards))
     order = forwards[:ahead]
     for forward, backward in zip(forwards[ahead:], backwards, strict=False):
         order += [forward, backward]
@@ -174,7 +186,7 @@ def _zero_bubble(rounds: _Rounds) -> list[list[Action]]:
     under 1F1B; no rank may hold more, and a micro-batch is held until its weight gradients are
     computed.
     """
-    limit = rounds.most_in_flight(0)
+    limit = most_in_flight(rounds.num_ranks, rounds.virtual_stages, rank=0)
     ranks = [_ZeroBubbleRank(rounds, rank, limit) for rank in range(rounds.num_ranks)]
     done: set[Action] = set()
     while any(rank.is_busy for rank in ranks):

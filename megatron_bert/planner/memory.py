@@ -10,6 +10,7 @@ from typing import Generic
 import numpy as np
 
 from megatron_bert.config.curriculum import StageSpan
+from megatron_bert.parallel.schedule import most_in_flight
 from megatron_bert.planner import muon
 from megatron_bert.planner.activations import HeadBytes, block_bytes, head_bytes
 from megatron_bert.planner.arrays import Floats, Number, columns
@@ -285,8 +286,7 @@ def in_flight_layers(split: Split, rank: int, layers: int, micro_batches: int) -
     """
     if split.pipeline == 1:
         return float(layers)
-    if split.virtual == 1:
-        return float(layers * min(micro_batches, split.pipeline - rank))
-    first = 0 if split.splits_backward else rank
-    ahead = 2 * (split.pipeline - 1 - first) + (split.virtual - 1) * split.pipeline + 1
-    return layers / split.virtual * min(micro_batches * split.virtual, ahead)
+    # Where backward passes are split, every rank may hold as many as rank 0.
+    limiting = 0 if split.splits_backward else rank
+    most = most_in_flight(split.pipeline, split.virtual, limiting)
+    return layers / split.virtual * min(micro_batches * split.virtual, most)

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.planner.memory import memory
+from megatron_bert.config.pipeline_schedules import SCHEDULES, ScheduleName
+from megatron_bert.parallel.actions import Kind
+from megatron_bert.parallel.schedule import make_schedule
+from megatron_bert.planner.layouts import Split
+from megatron_bert.planner.memory import in_flight_layers, memory
 from tests.distributed_harness import run_ranks
 from tests.planner.jobs import job, single
 from tests.planner.measured_memory import Case, measure
@@ -118,3 +122,22 @@ def test_predicted_memory_is_what_an_h100_took(
     )
     predicted = memory(planned, single(micro_tokens), planned.spans[0]).total / 1e9
     assert predicted == pytest.approx(gigabytes, rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("virtual", [1, 2, 3])
+@pytest.mark.parametrize(("ranks", "rounds"), [(2, 1), (2, 4), (4, 1), (4, 4)])
+def test_activations_in_flight_are_those_of_the_schedule(
+    schedule: ScheduleName, virtual: int, ranks: int, rounds: int
+) -> None:
+    if virtual > 1 and not SCHEDULES[schedule].interleaves:
+        return
+    split = Split(1, False, ranks, schedule, virtual, 1)
+    micro_batches = ranks * rounds
+    for rank, actions in enumerate(make_schedule(schedule, ranks, micro_batches, virtual).actions):
+        held = most = 0
+        for action in actions:
+            held += action.kind is Kind.FORWARD
+            held -= action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
+            most = max(most, held)
+        assert in_flight_layers(split, rank, virtual, micro_batches) == most
