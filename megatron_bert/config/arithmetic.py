@@ -88,6 +88,11 @@ def resolve_vocab_size(model: ModelConfig, tokenizer_pieces: int) -> int:
     return size
 
 
+def ceil_div(number: int, divisor: int) -> int:
+    """`number / divisor`, rounded up: how many parts of at most `divisor` cover `number`."""
+    return -(-number // divisor)
+
+
 def next_multiple(value: int, factor: int) -> int:
     """The smallest multiple of `factor` that is no smaller than `value`."""
-    return -(-value // factor) * factor
+    return ceil_div(value, factor) * factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bert.config.arithmetic import ceil_div, next_multiple
 from megatron_bert.config.schema import Config
 
 
@@ -49,14 +50,14 @@ class BatchLayout:
             interleaved: whether pipeline ranks hold several stages; the number of micro-batches is
                 then a multiple of `pipeline`.
         """
-        rows = _ceil_div(global_size, data_parallel)
-        num_micro_batches = max(pipeline, _ceil_div(rows, max_micro_rows))
+        rows = ceil_div(global_size, data_parallel)
+        num_micro_batches = max(pipeline, ceil_div(rows, max_micro_rows))
         if interleaved:
-            num_micro_batches = _ceil_div(num_micro_batches, pipeline) * pipeline
+            num_micro_batches = next_multiple(num_micro_batches, pipeline)
         return cls(
             global_size=global_size,
             data_parallel=data_parallel,
-            micro_size=_ceil_div(rows, num_micro_batches),
+            micro_size=ceil_div(rows, num_micro_batches),
             num_micro_batches=num_micro_batches,
         )
 
@@ -112,7 +113,3 @@ class BatchLayout:
         assert 0 <= micro_batch < self.num_micro_batches
         rows = self.micro_size * self.data_parallel
         return range(micro_batch * rows + data_rank, (micro_batch + 1) * rows, self.data_parallel)
-
-
-def _ceil_div(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)

@@ -10,7 +10,12 @@ import math
 from collections.abc import Callable, Iterator
 from itertools import chain
 
-from megatron_bert.config.arithmetic import VOCABULARY_MULTIPLE, computed_lengths, next_multiple
+from megatron_bert.config.arithmetic import (
+    VOCABULARY_MULTIPLE,
+    ceil_div,
+    computed_lengths,
+    next_multiple,
+)
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.kernels import fp8_problems, kernel_conflicts
 from megatron_bert.config.pipeline_stages import num_stages, virtual_stages
@@ -246,5 +251,5 @@ def _world_sizes_that_work(
     }
     # One rank holds every model and every batch.
     below = max(n * min(rows, world_size // n) for n in model_ranks if n <= world_size)
-    above = [n * -(-world_size // n) for n in model_ranks if -(-world_size // n) <= rows]
+    above = [next_multiple(world_size, n) for n in model_ranks if ceil_div(world_size, n) <= rows]
     return (below, min(above)) if above else (below,)

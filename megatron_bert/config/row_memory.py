@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.schema import Config
 from megatron_bert.host_memory import host_memory
@@ -68,7 +69,7 @@ def _step_problems(config: Config, world_size: int) -> Iterator[str]:
         key = f"curriculum.{span.index}.batch.global_size" if own else "batch.global_size"
         largest[key] = max(largest.get(key, span), span, key=_row_bytes)
     for key, span in largest.items():
-        rows, row_bytes = -(-span.global_size // data_parallel), _STEPS_HELD * _row_bytes(span)
+        rows, row_bytes = ceil_div(span.global_size, data_parallel), _STEPS_HELD * _row_bytes(span)
         if rows * row_bytes > room:
             yield (
                 f"{key} = {span.global_size}: a rank's {counted(rows, 'row')} of "

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bert.config.arguments import argument
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.index_file import index_size, write_index
 from megatron_bert.data.indexed_dataset import DatasetInfo, write_dataset_info
@@ -173,7 +174,7 @@ class DatasetWriter:
         sizes = {
             ".bin": self._work.size(_TOKENS),
             ".idx": index_size(num_documents, num_documents),
-            ".words": -(-self.num_tokens // 8),
+            ".words": ceil_div(self.num_tokens, 8),
         }
         self._work.commit({"suffixes": sync_staged(staged, sizes), "note": note}, last=True)
         self.place()

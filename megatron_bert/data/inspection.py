@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from _megatron_bert_core import IndexedDataset
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import check_tokenizer, open_dataset, read_dataset_info
 from megatron_bert.data.length_histogram import count_lengths, histogram
@@ -105,7 +106,7 @@ def _token_counts(
     dataset: IndexedDataset,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """The distinct ids in evenly spaced documents, and how often each occurs there."""
-    stride = -(-dataset.num_tokens // _COUNTED_TOKENS)
+    stride = ceil_div(dataset.num_tokens, _COUNTED_TOKENS)
     numbers = range(0, dataset.num_documents, stride)
     tokens = np.concatenate([dataset.document(number) for number in numbers])
     return np.unique(tokens, return_counts=True)

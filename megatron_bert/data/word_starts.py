@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert.config.arithmetic import ceil_div
+
 _BITS_AT_A_TIME = 1 << 23
 
 
@@ -39,7 +41,7 @@ def _pieces(path: Path, num_tokens: int) -> Iterator[npt.NDArray[np.uint8]]:
     with path.open("rb") as source:
         while left:
             count = min(left, _BITS_AT_A_TIME)
-            num_bytes = -(-count // 8)
+            num_bytes = ceil_div(count, 8)
             content = np.frombuffer(source.read(num_bytes), dtype=np.uint8)
             if len(content) < num_bytes:
                 raise RuntimeError(

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.model import flash_gradient_kernels, flash_kernels
-from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.random import keep_threshold
 
 _LOG2_E = math.log2(math.e)
@@ -168,7 +168,7 @@ class PackedAttention:
         B, S, H, K = q.shape
         out, log_sum = q.new_empty((B, S, H, K)), q.new_empty((B, H, S), dtype=torch.float32)
         tile = TILING.forward.of_heads(K)
-        flash_kernels.flash_forward_kernel[(cdiv(S, tile.queries) * B * H,)](
+        flash_kernels.flash_forward_kernel[(ceil_div(S, tile.queries) * B * H,)](
             q, k, v, out, log_sum, self.begins_BS, self.ends_BS, self.keys_B,
             q.stride(1), k.stride(1), S, H, self.first_head,
             _LOG2_E / math.sqrt(K), *self._dropping(), **self._meta(q, k, tile), **tile.options(),
@@ -198,7 +198,7 @@ class PackedAttention:
         scales = (_LOG2_E / math.sqrt(K), 1.0 / math.sqrt(K))
         delta, draws = (torch.empty_like(log_sum_BHS, dtype=t) for t in (None, torch.int32))
         tile = TILING.query_gradient.of_heads(K)
-        tiles = B * cdiv(S, tile.queries)
+        tiles = B * ceil_div(S, tile.queries)
         q_sums = delta.new_empty((tiles if sums else 0, H, K))
         flash_gradient_kernels.flash_query_gradient_kernel[(tiles * H,)](
             q, k, v, out_BSHK, log_sum_BHS, do, delta, draws, dq, q_sums,
@@ -207,7 +207,7 @@ class PackedAttention:
             **self._meta(q, k, tile), **tile.options(),
         )  # fmt: skip
         tile = TILING.key_gradient.of_heads(K)
-        tiles = B * cdiv(S, tile.keys)
+        tiles = B * ceil_div(S, tile.keys)
         parts = _parts(tiles * G, H // G)
         written = (dk, dv)
         if parts > 1:
@@ -220,7 +220,7 @@ class PackedAttention:
             **self._meta(q, k, tile), **tile.options(),
         )  # fmt: skip
         if parts > 1:
-            flash_gradient_kernels.flash_key_sum_kernel[(cdiv(B * S, _SUMMED_SLOTS) * G,)](
+            flash_gradient_kernels.flash_key_sum_kernel[(ceil_div(B * S, _SUMMED_SLOTS) * G,)](
                 *written, dk, dv, B * S, dk.stride(1),
                 GROUPS=G, PARTS=parts, SIZE=K, SLOTS=_SUMMED_SLOTS, enable_fp_fusion=True,
             )  # fmt: skip

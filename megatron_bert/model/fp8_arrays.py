@@ -15,11 +15,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.model import fp8_kernels, fused_tiles
 from megatron_bert.model.fp8 import E4M3, E5M2, SMALLEST_SCALE, largest_of
 from megatron_bert.model.fused_activation import Activation, Biases, is_gelu
 from megatron_bert.model.fused_norm import BranchMask, dropping
-from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
 
 # Triton's names of the formats.
@@ -116,7 +116,7 @@ def _cast(
     assert x.is_contiguous()
     draws, sums = ((), False) if mask is None else (mask.draws, mask.has_bias)
     tile = fused_tiles.TILING.fp8
-    tiles = cdiv(D, tile.columns)
+    tiles = ceil_div(D, tile.columns)
     programs = tile.programs(T, max(1, fused_tiles.TILING.fp8_programs // tiles))
     parts = x.new_empty((programs if sums else 0, D), dtype=torch.float32)
     fp8_kernels.fp8_cast_kernel[(programs * tiles,)](
@@ -150,7 +150,7 @@ def norm_columns(
     assert N % 4 == 0
     assert x_ND.is_contiguous()
     columns = x_ND.new_empty((D, N), dtype=E4M3)
-    fp8_kernels.fp8_norm_columns_kernel[(cdiv(N, tile.tokens) * cdiv(D, tile.columns),)](
+    fp8_kernels.fp8_norm_columns_kernel[(ceil_div(N, tile.tokens) * ceil_div(D, tile.columns),)](
         x_ND, mean, rstd, weight, x_ND if bias is None else bias, scale,
         columns.view(torch.int32), N, D, FORMAT=_FORMATS[E4M3], HAS_BIAS=bias is not None,
         **tile.options(),
@@ -176,7 +176,7 @@ def activation_rows(
     rows = gate_up_NP.new_empty((N, size), dtype=E4M3)
     scales, largest = (gate_up_NP.new_empty(N, dtype=torch.float32) for _ in range(2))
     tile = fused_tiles.TILING.whole_rows(size)
-    fp8_kernels.fp8_gated_activation_kernel[(cdiv(N, tile.tokens),)](
+    fp8_kernels.fp8_gated_activation_kernel[(ceil_div(N, tile.tokens),)](
         gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), rows, scales, largest, N, size,
         largest_of(E4M3), SMALLEST_SCALE, BIASES=biases is not None, GELU=is_gelu(activation),
         **tile.options(),
@@ -215,7 +215,7 @@ def gate_up_gradients(
     rows = torch.empty_like(gate_up_NP, dtype=E5M2)
     columns = gate_up_NP.new_empty((2 * size, N), dtype=E5M2)
     active = gate_up_NP.new_empty((size, N), dtype=E4M3)
-    tiles = cdiv(size, tile.columns)
+    tiles = ceil_div(size, tile.columns)
     programs = tile.programs(N, max(1, fused_tiles.TILING.fp8_programs // tiles))
     parts = gate_up_NP.new_empty((programs if biases else 0, 2, size), dtype=torch.float32)
     fp8_kernels.fp8_gated_activation_gradient_kernel[(programs * tiles,)](

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.model import fused_activation_kernels, fused_tiles
-from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
 
 Activation = Callable[[Tensor], Tensor]
@@ -46,7 +46,7 @@ def gated_activation(gate_up_NP: Tensor, biases: Biases, activation: Activation)
     assert gate_up_NP.is_contiguous()
     N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.TILING.activation
     active_NF = gate_up_NP.new_empty(N, size)
-    programs = cdiv(N, tile.tokens) * cdiv(size, tile.columns)
+    programs = ceil_div(N, tile.tokens) * ceil_div(size, tile.columns)
     fused_activation_kernels.fused_gated_activation_kernel[(programs,)](
         gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), active_NF, N, size,
         BIASES=biases is not None, GELU=is_gelu(activation), **tile.options(),
@@ -75,7 +75,7 @@ def gated_activation_gradients(
     """
     N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.TILING.activation
     grad_NP = torch.empty_like(gate_up_NP)
-    column_tiles = cdiv(size, tile.columns)
+    column_tiles = ceil_div(size, tile.columns)
     programs = tile.programs(N, max(1, fused_tiles.TILING.activation_programs // column_tiles))
     sums = gate_up_NP.new_empty((programs if biases else 0, 2, size), dtype=torch.float32)
     fused_activation_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.model import fused_norm_kernels, fused_tiles
 from megatron_bert.model.fp8 import E4M3, SMALLEST_SCALE, largest_of
-from megatron_bert.model.fused_tiles import cdiv
 from megatron_bert.parallel.column_sums import column_sums
 from megatron_bert.parallel.random import keep_threshold
 
@@ -91,7 +91,7 @@ def add_branch(
     # Where an array does not exist, the kernel does not read what it is given in its place.
     token_draws, channel_draws = draws or (x, x)
     tile = fused_tiles.TILING.rows(D)
-    fused_norm_kernels.fused_residual_norm_kernel[(cdiv(T, tile.tokens),)](
+    fused_norm_kernels.fused_residual_norm_kernel[(ceil_div(T, tile.tokens),)](
         x, x if y is None else y.contiguous(), x if y_bias is None else y_bias, token_draws,
         channel_draws, weight, x if bias is None else bias, sum_TD, normed, mean, rstd,
         x if scale is None else scale, T, D, eps, *dropping(branch), largest_of(E4M3),
@@ -109,7 +109,7 @@ def norm_again(
     """Compute a norm's output again, [T, D], from its input and the results of `add_branch`."""
     T, D = x.shape
     normed, tile = torch.empty_like(x), fused_tiles.TILING.rows(D)
-    fused_norm_kernels.fused_norm_again_kernel[(cdiv(T, tile.tokens),)](
+    fused_norm_kernels.fused_norm_again_kernel[(ceil_div(T, tile.tokens),)](
         x, mean, rstd, weight, x if bias is None else bias, normed, T, D,
         HAS_BIAS=bias is not None, **tile.options(),
     )  # fmt: skip

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-
-def cdiv(number: int, size: int) -> int:
-    """How many tiles of `size` cover `number`; Triton's own function takes microseconds."""
-    return -(-number // size)
+from megatron_bert.config.arithmetic import ceil_div
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Tile:
 
     def programs(self, tokens: int, most: int) -> int:
         """Number of programs, up to `most`, of a kernel whose programs take several tiles each."""
-        return min(cdiv(tokens, self.tokens), most)
+        return min(ceil_div(tokens, self.tokens), most)
 
     def options(self, *, loops: bool = False) -> dict[str, int]:
         """The keyword arguments of a kernel's launch."""

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_bert.config.arithmetic import ceil_div
+
 _TILE, _COLUMNS, _WARPS = 64, 32, 4
 
 
@@ -27,7 +29,7 @@ def column_sums(rows_PX: Tensor, dtype: torch.dtype) -> Tensor:
     """
     (P, X), rows_PX = rows_PX.shape, rows_PX.contiguous()
     sums_X = rows_PX.new_empty(X, dtype=dtype)
-    column_sums_kernel[(-(-X // _COLUMNS),)](
+    column_sums_kernel[(ceil_div(X, _COLUMNS),)](
         rows_PX, sums_X, P, X,
         TILE=_TILE, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_bert.config.arithmetic import next_multiple
 from megatron_bert.distributed.collectives import (
     Pending,
     start_all_gather,
@@ -263,7 +264,7 @@ def _aligned(
 ) -> tuple[Tensor, list[Tensor]]:
     """Allocate one buffer, and return it with aligned slices of these lengths."""
     step = _ALIGNMENT // dtype.itemsize
-    rooms = [-(-size // step) * step for size in sizes]
+    rooms = [next_multiple(size, step) for size in sizes]
     memory = torch.empty(sum(rooms), dtype=dtype, device=device)
     parts = torch.split(memory, rooms)
     return memory, [part[:size] for part, size in zip(parts, sizes, strict=True)]

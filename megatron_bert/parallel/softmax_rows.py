@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.distributed.device_facts import facts_of
 
 _COLUMNS, _WARPS = 4096, 8
@@ -121,7 +122,7 @@ class _KernelRows:
         from megatron_bert.parallel.column_sums import column_sums
 
         n, V = self._logits_nV.shape
-        softmax_kernels.softmax_gradient_kernel[(n * -(-V // _COLUMNS),)](
+        softmax_kernels.softmax_gradient_kernel[(n * ceil_div(V, _COLUMNS),)](
             self._logits_nV, self._labels_n, log_sum_n.contiguous(), weights_n.contiguous(), V,
             COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.muon import iteration_flops
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.parallel.sharding import is_split_over
@@ -205,6 +206,6 @@ def _part_over(axes: Sequence[str], matrix: Tensor, mesh: DeviceMesh) -> Shape:
 
 def _stretch(length: int, rank: int, ranks: int) -> tuple[int, int]:
     """Start and length of a rank's part of a dimension, split as by `torch.chunk` and DTensor."""
-    longest = -(-length // ranks)
+    longest = ceil_div(length, ranks)
     begin = min(rank * longest, length)
     return begin, min(longest, length - begin)

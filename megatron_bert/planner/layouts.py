@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.checks import value_problems
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.layout_checks import legal_layouts
@@ -146,7 +147,7 @@ def micro_token_choices(spans: Sequence[StageSpan], split: Split) -> Iterator[in
     for micro_tokens in _MICRO_TOKENS:
         rows = tuple(
             min(
-                -(-span.global_size // split.data),
+                ceil_div(span.global_size, split.data),
                 BatchConfig.rows_in(micro_tokens, span.seq_length),
             )
             for span in spans

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.block_matrices import block_matrices
 from megatron_bert.config.muon import BATCH_ELEMENTS, ITERATIONS, iteration_flops
 from megatron_bert.config.parameters import RankParameters
@@ -73,7 +74,7 @@ def _iterations(job: Job, split: Split, layers: int) -> float:
     matrices = list(_matrices(job))
     mean = layers * sum(matrix.count * matrix.flops for matrix in matrices) / owners
     costliest = max(matrices, key=lambda matrix: matrix.flops)
-    most = -(-layers * costliest.count // owners) * costliest.flops
+    most = ceil_div(layers * costliest.count, owners) * costliest.flops
     peak = machine.peak(job.config.precision.compute) * machine.rates.gemm
     return max(mean, most) / peak
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.planner.machines import GIB
 from megatron_bert.planner.memory import Memory
 from megatron_bert.planner.ordering import ALIKE_PERCENT
@@ -59,7 +60,7 @@ def describe(plan: Plan, assumed: Sequence[str] = ()) -> Iterator[str]:
 
 def _heading(plan: Plan) -> Iterator[str]:
     machine = plan.job.machine
-    nodes = -(-plan.job.ranks // machine.gpus_per_node)
+    nodes = ceil_div(plan.job.ranks, machine.gpus_per_node)
     yield (
         f"{plan.job.ranks:,} x {machine.gpu.name} on {nodes:,} nodes of {machine.gpus_per_node}, "
         f"network {machine.network.name} ({machine.network.per_node:g} GB/s a node), "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.leaves import leaves
 from megatron_bert.report.records import Floats, RunRecords
 from megatron_bert.run.journal import SAVE
@@ -205,7 +206,7 @@ def _buckets(values: Floats, most: int = POINTS) -> tuple[Floats, Floats, Floats
 
     Values that are not finite are ignored; a bucket without any other value is NaN.
     """
-    size = -(-len(values) // most)
+    size = ceil_div(len(values), most)
     firsts = np.arange(0, len(values), size)
     finite = np.isfinite(values)
     count = np.add.reduceat(finite, firsts, dtype=np.int64)

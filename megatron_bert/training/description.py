@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.kernels import ComputeDevice, describe_kernels, records_passes
@@ -95,7 +96,7 @@ def _listed(label: str, items: Sequence[str], most_lines: int | None) -> Iterato
     lines = len(items) if most_lines is None else min(most_lines, len(items))
     shown = items if most_lines is None else items[: lines * _MOST_ITEMS]
     for number in range(lines):
-        a_line = -(-len(shown) // lines)
+        a_line = ceil_div(len(shown), lines)
         text = "; ".join(shown[number * a_line : (number + 1) * a_line])
         if number == lines - 1 and len(shown) < len(items):
             text += (

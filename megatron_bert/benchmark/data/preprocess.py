@@ -11,6 +11,7 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_bert.benchmark.timing import time_in_turns
+from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.preprocess_options import PreprocessOptions
@@ -81,7 +82,7 @@ def read_documents(paths: Sequence[Path], json_key: str, text_bytes: int) -> lis
             f"--corpus {' '.join(map(str, paths))}: no text under the key {json_key!r}; give "
             f"files that hold text, or its key with --json-key"
         )
-    return texts * -(-text_bytes // total)
+    return texts * ceil_div(text_bytes, total)
 
 
 def tokenizer_for(given: Path | None, texts: Sequence[str], folder: Path) -> Path:
