@@ -12,75 +12,19 @@ Shape suffixes: B rows, S slots, H query heads, G key/value heads, K head size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_bert.config.arithmetic import ceil_div
-from megatron_bert.model import flash_gradient_kernels, flash_kernels
+from megatron_bert.model import flash_gradient_kernels, flash_kernels, flash_tiles
+from megatron_bert.model.flash_tiles import AttentionTile
 from megatron_bert.parallel.random import keep_threshold
 
 _LOG2_E = math.log2(math.e)
 _SUMMED_SLOTS = 32
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel is tiled.
-
-    Attributes:
-        queries: queries per tile.
-        keys: keys per tile.
-        warps: warps that share a tile.
-        stages: pipeline stages of tiles that are loaded ahead.
-        registers: most registers per thread, so that more programs share a multiprocessor; None
-            leaves that to the compiler.
-    """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    def options(self) -> dict[str, int]:
-        """The keyword arguments of a kernel's launch."""
-        options = {
-            "QUERIES": self.queries,
-            "KEYS": self.keys,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "enable_fp_fusion": True,
-        }
-        return options if self.registers is None else options | {"maxnreg": self.registers}
-
-    def of_heads(self, size: int) -> Tile:
-        """The tile for heads of `size` channels; it was tuned for heads of at most 64."""
-        return self if size <= 64 else replace(self, warps=8, stages=2, registers=None)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Every kernel's tile, the quickest on an H100 with heads of 64 channels.
-
-    Attributes:
-        forward: tile of the forward kernel.
-        query_gradient: tile of the queries' gradient.
-        key_gradient: tile of the keys' and values' gradient.
-        key_gradient_programs: the fewest programs that the last kernel should have where heads
-            share keys: eight for each multiprocessor, of which two run at once. (With half as many
-            it took a tenth longer on rows of 512 slots.)
-    """
-
-    forward: Tile = Tile(64, 64, 4, 3, 128)
-    query_gradient: Tile = Tile(64, 64, 4, 3)
-    key_gradient: Tile = Tile(64, 64, 4, 3)
-    key_gradient_programs: int = 1024
-
-
-TILING = Tiling()
 
 
 def flash_attention(
@@ -167,7 +111,7 @@ class PackedAttention:
         q, k, v = _even(q_BSHK, k_BSGK, v_BSGK)
         B, S, H, K = q.shape
         out, log_sum = q.new_empty((B, S, H, K)), q.new_empty((B, H, S), dtype=torch.float32)
-        tile = TILING.forward.of_heads(K)
+        tile = flash_tiles.ATTENTION_TILING.forward.of_heads(K)
         flash_kernels.flash_forward_kernel[(ceil_div(S, tile.queries) * B * H,)](
             q, k, v, out, log_sum, self.begins_BS, self.ends_BS, self.keys_B,
             q.stride(1), k.stride(1), S, H, self.first_head,
@@ -197,7 +141,7 @@ class PackedAttention:
         (B, S, H, K), G = q.shape, k.shape[2]
         scales = (_LOG2_E / math.sqrt(K), 1.0 / math.sqrt(K))
         delta, draws = (torch.empty_like(log_sum_BHS, dtype=t) for t in (None, torch.int32))
-        tile = TILING.query_gradient.of_heads(K)
+        tile = flash_tiles.ATTENTION_TILING.query_gradient.of_heads(K)
         tiles = B * ceil_div(S, tile.queries)
         q_sums = delta.new_empty((tiles if sums else 0, H, K))
         flash_gradient_kernels.flash_query_gradient_kernel[(tiles * H,)](
@@ -206,7 +150,7 @@ class PackedAttention:
             S, H, self.first_head, *scales, *self._dropping(), SUMS=sums,
             **self._meta(q, k, tile), **tile.options(),
         )  # fmt: skip
-        tile = TILING.key_gradient.of_heads(K)
+        tile = flash_tiles.ATTENTION_TILING.key_gradient.of_heads(K)
         tiles = B * ceil_div(S, tile.keys)
         parts = _parts(tiles * G, H // G)
         written = (dk, dv)
@@ -231,7 +175,7 @@ class PackedAttention:
     def _dropping(self) -> tuple[int, float]:
         return keep_threshold(self.dropout), 1.0 / (1.0 - self.dropout)
 
-    def _meta(self, q_BSHK: Tensor, k_BSGK: Tensor, tile: Tile) -> dict[str, int | bool]:
+    def _meta(self, q_BSHK: Tensor, k_BSGK: Tensor, tile: AttentionTile) -> dict[str, int | bool]:
         return {
             "EVEN": q_BSHK.shape[1] % math.lcm(tile.queries, tile.keys) == 0,
             "SHARING": q_BSHK.shape[2] // k_BSGK.shape[2],
@@ -259,7 +203,10 @@ def _parts(programs: int, heads: int) -> int:
     If there are several, each writes a part of the gradient in fp32, and the parts are then summed.
     """
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-    return next((n for n in divisors if n * programs >= TILING.key_gradient_programs), heads)
+    return next(
+        (n for n in divisors if n * programs >= flash_tiles.ATTENTION_TILING.key_gradient_programs),
+        heads,
+    )
 
 
 @torch.library.custom_op("megatron_bert::flash_forward", mutates_args=())

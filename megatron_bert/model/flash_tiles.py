@@ -1,4 +1,4 @@
-"""What the kernels of `flash_attention` share: which tiles see each other, and their draws.
+"""The tiles of `flash_attention`: how large they are, which see each other, and their draws.
 
 Shape suffixes: S slots, K head size.
 """
@@ -8,10 +8,64 @@ Shape suffixes: S slots, K head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import triton
 import triton.language as tl
 
+from megatron_bert.model.fused_tiles import launch_options
 from megatron_bert.parallel.random_kernels import GROUP, group_draws, member_draws
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """How a kernel of attention is tiled.
+
+    Attributes:
+        queries: queries per tile.
+        keys: keys per tile.
+        warps: warps that share a tile.
+        stages: pipeline stages of tiles that are loaded ahead.
+        registers: most registers per thread, so that more programs share a multiprocessor; None
+            leaves that to the compiler.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a kernel's launch."""
+        sizes = {"QUERIES": self.queries, "KEYS": self.keys, "num_stages": self.stages}
+        return sizes | launch_options(self.warps, self.registers)
+
+    def of_heads(self, size: int) -> AttentionTile:
+        """The tile for heads of `size` channels; it was tuned for heads of at most 64."""
+        return self if size <= 64 else replace(self, warps=8, stages=2, registers=None)
+
+
+@dataclass(frozen=True)
+class AttentionTiling:
+    """The tile of each kernel of attention, the quickest on an H100 with heads of 64 channels.
+
+    Attributes:
+        forward: tile of the forward kernel.
+        query_gradient: tile of the queries' gradient.
+        key_gradient: tile of the keys' and values' gradient.
+        key_gradient_programs: the fewest programs that the last kernel should have where heads
+            share keys: nearly eight for each of an H100's 132 multiprocessors, of which two run at
+            once. (With half as many it took a tenth longer on rows of 512 slots.)
+    """
+
+    forward: AttentionTile = AttentionTile(64, 64, 4, 3, 128)
+    query_gradient: AttentionTile = AttentionTile(64, 64, 4, 3)
+    key_gradient: AttentionTile = AttentionTile(64, 64, 4, 3)
+    key_gradient_programs: int = 1024
+
+
+ATTENTION_TILING = AttentionTiling()
 
 
 @triton.jit

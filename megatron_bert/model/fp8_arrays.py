@@ -115,9 +115,9 @@ def _cast(
     assert T % 4 == 0
     assert x.is_contiguous()
     draws, sums = ((), False) if mask is None else (mask.draws, mask.has_bias)
-    tile = fused_tiles.TILING.fp8
+    tile = fused_tiles.ROW_TILING.fp8
     tiles = ceil_div(D, tile.columns)
-    programs = tile.programs(T, max(1, fused_tiles.TILING.fp8_programs // tiles))
+    programs = tile.programs(T, max(1, fused_tiles.ROW_TILING.fp8_programs // tiles))
     parts = x.new_empty((programs if sums else 0, D), dtype=torch.float32)
     fp8_kernels.fp8_cast_kernel[(programs * tiles,)](
         x, scale, *(draws or (x, x)), x if rows is None else rows,
@@ -146,7 +146,7 @@ def norm_columns(
         bias: [D] or None.
         scale: the scale that `add_branch` wrote.
     """
-    (N, D), tile = x_ND.shape, fused_tiles.TILING.fp8
+    (N, D), tile = x_ND.shape, fused_tiles.ROW_TILING.fp8
     assert N % 4 == 0
     assert x_ND.is_contiguous()
     columns = x_ND.new_empty((D, N), dtype=E4M3)
@@ -175,7 +175,7 @@ def activation_rows(
     N, size = len(gate_up_NP), gate_up_NP.shape[1] // 2
     rows = gate_up_NP.new_empty((N, size), dtype=E4M3)
     scales, largest = (gate_up_NP.new_empty(N, dtype=torch.float32) for _ in range(2))
-    tile = fused_tiles.TILING.whole_rows(size)
+    tile = fused_tiles.ROW_TILING.whole_rows(size)
     fp8_kernels.fp8_gated_activation_kernel[(ceil_div(N, tile.tokens),)](
         gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), rows, scales, largest, N, size,
         largest_of(E4M3), SMALLEST_SCALE, BIASES=biases is not None, GELU=is_gelu(activation),
@@ -208,7 +208,7 @@ def gate_up_gradients(
         The gradients of gate and up in E5M2 as rows, [N, P], and as columns, [P, N]; the activation
         in E4M3 as columns, [F, N]; the gradients of the biases, [2, F], where there are any.
     """
-    (N, size), tile = active_grad_NF.shape, fused_tiles.TILING.fp8_gradient
+    (N, size), tile = active_grad_NF.shape, fused_tiles.ROW_TILING.fp8_gradient
     assert N % 4 == 0
     assert active_grad_NF.is_contiguous()
     assert gate_up_NP.is_contiguous()
@@ -216,7 +216,7 @@ def gate_up_gradients(
     columns = gate_up_NP.new_empty((2 * size, N), dtype=E5M2)
     active = gate_up_NP.new_empty((size, N), dtype=E4M3)
     tiles = ceil_div(size, tile.columns)
-    programs = tile.programs(N, max(1, fused_tiles.TILING.fp8_programs // tiles))
+    programs = tile.programs(N, max(1, fused_tiles.ROW_TILING.fp8_programs // tiles))
     parts = gate_up_NP.new_empty((programs if biases else 0, 2, size), dtype=torch.float32)
     fp8_kernels.fp8_gated_activation_gradient_kernel[(programs * tiles,)](
         active_grad_NF, gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), grad_scale,

@@ -44,7 +44,7 @@ def gated_activation(gate_up_NP: Tensor, biases: Biases, activation: Activation)
     """
     # A copy of it would cost as much as the kernel.
     assert gate_up_NP.is_contiguous()
-    N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.TILING.activation
+    N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.ROW_TILING.activation
     active_NF = gate_up_NP.new_empty(N, size)
     programs = ceil_div(N, tile.tokens) * ceil_div(size, tile.columns)
     fused_activation_kernels.fused_gated_activation_kernel[(programs,)](
@@ -73,10 +73,10 @@ def gated_activation_gradients(
     Returns:
         The gradient of gate and up, [N, P], and those of the biases, [2, F], where there are any.
     """
-    N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.TILING.activation
+    N, size, tile = len(gate_up_NP), gate_up_NP.shape[1] // 2, fused_tiles.ROW_TILING.activation
     grad_NP = torch.empty_like(gate_up_NP)
     column_tiles = ceil_div(size, tile.columns)
-    programs = tile.programs(N, max(1, fused_tiles.TILING.activation_programs // column_tiles))
+    programs = tile.programs(N, max(1, fused_tiles.ROW_TILING.activation_programs // column_tiles))
     sums = gate_up_NP.new_empty((programs if biases else 0, 2, size), dtype=torch.float32)
     fused_activation_kernels.fused_gated_activation_gradient_kernel[(programs * column_tiles,)](
         active_grad_NF, gate_up_NP, *(biases or (gate_up_NP, gate_up_NP)), grad_NP,

@@ -90,7 +90,7 @@ def add_branch(
         mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
     # Where an array does not exist, the kernel does not read what it is given in its place.
     token_draws, channel_draws = draws or (x, x)
-    tile = fused_tiles.TILING.rows(D)
+    tile = fused_tiles.ROW_TILING.rows(D)
     fused_norm_kernels.fused_residual_norm_kernel[(ceil_div(T, tile.tokens),)](
         x, x if y is None else y.contiguous(), x if y_bias is None else y_bias, token_draws,
         channel_draws, weight, x if bias is None else bias, sum_TD, normed, mean, rstd,
@@ -108,7 +108,7 @@ def norm_again(
 ) -> Tensor:
     """Compute a norm's output again, [T, D], from its input and the results of `add_branch`."""
     T, D = x.shape
-    normed, tile = torch.empty_like(x), fused_tiles.TILING.rows(D)
+    normed, tile = torch.empty_like(x), fused_tiles.ROW_TILING.rows(D)
     fused_norm_kernels.fused_norm_again_kernel[(ceil_div(T, tile.tokens),)](
         x, mean, rstd, weight, x if bias is None else bias, normed, T, D,
         HAS_BIAS=bias is not None, **tile.options(),
@@ -149,8 +149,8 @@ def norm_gradients(
     draws, has_branch_bias = (branch.draws, branch.has_bias) if branch else ((), False)
     x_grad = torch.empty_like(sum_TD)
     y_grad = torch.empty_like(sum_TD) if draws else x_grad
-    tile = fused_tiles.TILING.gradient_rows(D)
-    programs = tile.programs(T, fused_tiles.TILING.row_programs)
+    tile = fused_tiles.ROW_TILING.gradient_rows(D)
+    programs = tile.programs(T, fused_tiles.ROW_TILING.row_programs)
     sums = mean.new_empty((programs, 1 + has_bias + has_branch_bias, D))
     fused_norm_kernels.fused_residual_norm_gradient_kernel[(programs,)](
         normed_grad.contiguous(), sum_grad.contiguous(), sum_TD, mean, rstd, weight,
@@ -171,8 +171,8 @@ def branch_gradients(
         return sum_grad, None
     T, D = sum_grad.shape
     y_grad = torch.empty_like(sum_grad) if draws else sum_grad
-    tile = fused_tiles.TILING.rows(D)
-    programs = tile.programs(T, fused_tiles.TILING.row_programs)
+    tile = fused_tiles.ROW_TILING.rows(D)
+    programs = tile.programs(T, fused_tiles.ROW_TILING.row_programs)
     sums = sum_grad.new_empty((programs if has_bias else 0, D), dtype=torch.float32)
     fused_norm_kernels.fused_branch_gradient_kernel[(programs,)](
         sum_grad, *(draws or (sums, sums)), y_grad, sums, T, D, *dropping(branch),

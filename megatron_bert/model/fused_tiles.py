@@ -8,9 +8,15 @@ from functools import lru_cache
 from megatron_bert.config.arithmetic import ceil_div
 
 
+def launch_options(warps: int, registers: int | None) -> dict[str, int]:
+    """The keyword arguments of any kernel's launch; `registers` are the most per thread."""
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return options if registers is None else options | {"maxnreg": registers}
+
+
 @dataclass(frozen=True)
-class Tile:
-    """How a kernel is tiled.
+class RowTile:
+    """How a kernel on rows of tokens is tiled.
 
     Attributes:
         tokens: tokens per tile.
@@ -32,20 +38,14 @@ class Tile:
 
     def options(self, *, loops: bool = False) -> dict[str, int]:
         """The keyword arguments of a kernel's launch."""
-        options = {
-            "TOKENS": self.tokens,
-            "COLUMNS": self.columns,
-            "num_warps": self.warps,
-            "enable_fp_fusion": True,
-        }
-        if self.registers is not None:
-            options["maxnreg"] = self.registers
-        return options | ({"STAGES": self.stages} if loops else {})
+        sizes = {"TOKENS": self.tokens, "COLUMNS": self.columns}
+        looping = {"STAGES": self.stages} if loops else {}
+        return sizes | launch_options(self.warps, self.registers) | looping
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """How kernels are tiled, according to their registers and the bytes that they have in flight.
+class RowTiling:
+    """How these kernels are tiled, by the registers and the bytes in flight that each needs.
 
     Attributes:
         elements: elements per tile of whole rows, unless one row has more: enough rows that the
@@ -62,34 +62,34 @@ class Tiling:
 
     elements: int = 8192
     gradient_elements: int = 4096
-    activation: Tile = Tile(8, 256, 4)
+    activation: RowTile = RowTile(8, 256, 4)
     row_programs: int = 264
     activation_programs: int = 396
-    fp8: Tile = Tile(64, 64, 4)
-    fp8_gradient: Tile = Tile(64, 64, 8, registers=128)
+    fp8: RowTile = RowTile(64, 64, 4)
+    fp8_gradient: RowTile = RowTile(64, 64, 8, registers=128)
     fp8_programs: int = 1056
 
-    def rows(self, size: int) -> Tile:
+    def rows(self, size: int) -> RowTile:
         """A tile of rows of D elements."""
         return _of_rows(size, self.elements)
 
-    def whole_rows(self, size: int) -> Tile:
+    def whole_rows(self, size: int) -> RowTile:
         """A tile of one row of F elements: scaling it takes all of gate, up and the row at once."""
         columns = 1 << (size - 1).bit_length()
-        return Tile(1, columns, min(16, max(1, columns // 1024)))
+        return RowTile(1, columns, min(16, max(1, columns // 1024)))
 
-    def gradient_rows(self, size: int) -> Tile:
+    def gradient_rows(self, size: int) -> RowTile:
         """The same as `rows`, for the norm's gradient."""
         return _of_rows(size, self.gradient_elements)
 
 
 @lru_cache
-def _of_rows(size: int, elements: int) -> Tile:
+def _of_rows(size: int, elements: int) -> RowTile:
     columns = 1 << (size - 1).bit_length()
     tokens = min(16, max(1, elements // columns))
     # 16 to 32 elements of an array per thread.
     most = 8 if columns <= 4096 else 16
-    return Tile(tokens, columns, min(most, max(1, tokens * columns // 512)))
+    return RowTile(tokens, columns, min(most, max(1, tokens * columns // 512)))
 
 
-TILING = Tiling()
+ROW_TILING = RowTiling()

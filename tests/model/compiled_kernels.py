@@ -29,6 +29,7 @@ from megatron_bert.model import (
     flash_attention,
     flash_gradient_kernels,
     flash_kernels,
+    flash_tiles,
     fp8_kernels,
     fused_activation_kernels,
     fused_norm_kernels,
@@ -143,7 +144,7 @@ def cases() -> Iterator[tuple[int, Case]]:
 
 
 def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
-    tiling = flash_attention.TILING
+    tiling = flash_tiles.ATTENTION_TILING
     sharing = model.num_attention_heads // model.num_query_groups
     reach = model.local_attention // 2 if model.family.alternates else -1
     meta = {
@@ -172,7 +173,7 @@ def _flash(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
 
 
 def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
-    tiling, biases = fused_tiles.TILING, model.family.biases
+    tiling, biases = fused_tiles.ROW_TILING, model.family.biases
     rows, activation = tiling.rows(model.hidden_size), tiling.activation
     gradient = tiling.gradient_rows(model.hidden_size).options(loops=True)
     norm, branch = {"HAS_BIAS": biases}, {"HAS_BRANCH_BIAS": biases, "DROPOUT": dropout}
@@ -189,7 +190,7 @@ def _fused(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
 
 
 def _fp8(model: ModelConfig, dropout: bool) -> dict[str, dict[str, Any]]:
-    tiling, biases = fused_tiles.TILING, model.family.biases
+    tiling, biases = fused_tiles.ROW_TILING, model.family.biases
     gated = {"BIASES": biases, "GELU": model.family.activation == "gelu"}
     formats, norm = {"FORMAT": tl.float8e4nv}, {"HAS_BIAS": biases}
     cast = {"DROPOUT": dropout, "SUMS": biases, "HAS_ROWS": True, "HAS_COLUMNS": True}

@@ -11,8 +11,9 @@ from megatron_bert.parallel.random import dropout_keys
 
 pytest.importorskip("triton", reason="needs Triton (tests/run.sh --peers installs it)")
 
-from megatron_bert.model import flash_attention as flash
-from megatron_bert.model.flash_attention import PackedAttention, Tile, Tiling, flash_attention
+from megatron_bert.model import flash_tiles
+from megatron_bert.model.flash_attention import PackedAttention, flash_attention
+from megatron_bert.model.flash_tiles import AttentionTile, AttentionTiling
 from megatron_bert.model.joined_attention import joined_attention
 
 pytestmark = pytest.mark.peers
@@ -22,9 +23,13 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # The interpreter computes in fp32 as it is; a GPU's matrix units round.
 DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if ON_GPU else (torch.float32, 1e-5)
 TILINGS = {
-    "small": Tiling(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), 1),
-    "oblong": Tiling(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), 40),
-    "default": Tiling(),
+    "small": AttentionTiling(
+        AttentionTile(16, 16, 4, 1), AttentionTile(16, 16, 4, 1), AttentionTile(16, 16, 4, 1), 1
+    ),
+    "oblong": AttentionTiling(
+        AttentionTile(32, 16, 4, 1), AttentionTile(16, 32, 4, 1), AttentionTile(16, 32, 4, 1), 40
+    ),
+    "default": AttentionTiling(),
 }
 
 
@@ -66,7 +71,7 @@ def test_the_kernels_are_the_written_out_attention(
     tiling: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flash, "TILING", TILINGS[tiling])
+    monkeypatch.setattr(flash_tiles, "ATTENTION_TILING", TILINGS[tiling])
     random = torch.Generator().manual_seed(slots)
     layout = PackedLayout.from_positions(_positions(2, slots, seed=heads).to(DEVICE), reach)
     keys = dropout_keys(torch.arange(2, device=DEVICE), 1, "x", range(1))[0]
@@ -104,7 +109,7 @@ def test_what_stands_in_other_segments_changes_nothing(monkeypatch: pytest.Monke
     """Not a bit: what lies beyond a border is multiplied by 0."""
     random = torch.Generator().manual_seed(0)
     # Small tiles: some are whole, some have the border, some are not seen.
-    monkeypatch.setattr(flash, "TILING", TILINGS["small"])
+    monkeypatch.setattr(flash_tiles, "ATTENTION_TILING", TILINGS["small"])
     positions = torch.cat([torch.arange(40), torch.arange(60)])[None].to(DEVICE)
     layout = PackedLayout.from_positions(positions)
     arguments = (layout.begins_BS, layout.ends_BS)

@@ -147,8 +147,8 @@ def test_the_activation_is_scaled_row_by_row_and_its_gradients_by_a_bound(
 def test_a_program_that_takes_several_tiles_sums_and_writes_all_of_them(
     has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiling = dataclasses.replace(fused_tiles.TILING, fp8_programs=1)
-    monkeypatch.setattr(fused_tiles, "TILING", tiling)
+    tiling = dataclasses.replace(fused_tiles.ROW_TILING, fp8_programs=1)
+    monkeypatch.setattr(fused_tiles, "ROW_TILING", tiling)
     tokens = 4 * tiling.fp8.tokens - 16
     grad, channels = _numbers(tokens, HIDDEN), element_draws(HIDDEN, DEVICE)
     mask = BranchMask(0.3, torch.arange(tokens, device=DEVICE), channels, has_bias)

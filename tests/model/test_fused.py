@@ -18,7 +18,7 @@ from megatron_bert.model import fused_tiles
 from megatron_bert.model.fused_activation import Activation
 from megatron_bert.model.fused_norm import BranchMask, add_branch, norm_again
 from megatron_bert.model.fused_reference import plain_gated_down, plain_residual_norm
-from megatron_bert.model.fused_tiles import Tile, Tiling
+from megatron_bert.model.fused_tiles import RowTile, RowTiling
 from megatron_bert.parallel.column_sums import column_sums
 
 pytestmark = pytest.mark.peers
@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 EPS = 1e-5
 # Programs that take several tiles, and not all as many.
-FEW_PROGRAMS = Tiling(row_programs=3, activation_programs=6)
+FEW_PROGRAMS = RowTiling(row_programs=3, activation_programs=6)
 
 
 class _Inputs:
@@ -121,7 +121,7 @@ def test_residual_and_norm_are_the_plain_ones(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
+    monkeypatch.setattr(fused_tiles, "ROW_TILING", FEW_PROGRAMS)
     inputs = _Inputs(dtype, seed=tokens)
     x, plain_x = inputs.make(tokens, size)
     branch, plain_branch = _branch(inputs, tokens, size, biases, dropout)
@@ -171,7 +171,7 @@ def test_a_branch_is_added_without_a_norm(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
+    monkeypatch.setattr(fused_tiles, "ROW_TILING", FEW_PROGRAMS)
     inputs = _Inputs(dtype, seed=tokens)
     x, plain_x = inputs.make(tokens, size)
     branch, plain_branch = _branch(inputs, tokens, size, bias, dropout)
@@ -212,7 +212,7 @@ def test_the_gated_activation_and_its_product_are_the_plain_ones(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused_tiles, "TILING", FEW_PROGRAMS)
+    monkeypatch.setattr(fused_tiles, "ROW_TILING", FEW_PROGRAMS)
     inputs, width = _Inputs(dtype, seed=tokens), 24
     gate_up, plain_gate_up = inputs.make(tokens, 2 * size)
     none = (None, None)
@@ -242,13 +242,13 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 
 def test_tiles_hold_as_much_whatever_the_width() -> None:
-    tiling = Tiling()
-    assert tiling.rows(1536) == Tile(4, 2048, 8)
-    assert tiling.gradient_rows(1536) == Tile(2, 2048, 8)
-    assert tiling.gradient_rows(768) == Tile(4, 1024, 8)
-    assert tiling.rows(96) == Tile(16, 128, 4)
-    assert tiling.rows(16) == Tile(16, 16, 1)
-    assert tiling.gradient_rows(5120) == Tile(1, 8192, 16)
+    tiling = RowTiling()
+    assert tiling.rows(1536) == RowTile(4, 2048, 8)
+    assert tiling.gradient_rows(1536) == RowTile(2, 2048, 8)
+    assert tiling.gradient_rows(768) == RowTile(4, 1024, 8)
+    assert tiling.rows(96) == RowTile(16, 128, 4)
+    assert tiling.rows(16) == RowTile(16, 16, 1)
+    assert tiling.gradient_rows(5120) == RowTile(1, 8192, 16)
 
 
 @pytest.mark.parametrize(
