@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.machine import describe_hardware
 from megatron_bert.distributed.agreement import Ranks
+from megatron_bert.distributed.device_facts import device_name
 from megatron_bert.model.attention import PackedLayout, attend, has_kernel
 from megatron_bert.planner.calibrated import Calibration
 from megatron_bert.planner.compute import ATTENTION_BACKWARD_MOVES
@@ -98,7 +99,7 @@ def calibrate(
         curves["all_reduce"] = [[size, _all_reduce(size, device)] for size in sizes.message_bytes]
     facts, is_measured = _facts(name, device, curves)
     return Calibration(
-        device=_device_name(device),
+        device=device_name(device) if device.type == "cuda" else describe_hardware().processor,
         gpu=facts,
         rates=_rates(facts, is_measured, sizes, curves, compute, network),
         curves=curves,
@@ -151,18 +152,12 @@ def _all_reduce(size: int, device: torch.device) -> float:
     return seconds_of(lambda: dist.all_reduce(numbers), device, most_of_any_rank)
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_properties(device).name)
-    return describe_hardware().processor
-
-
 def _facts(name: str, device: torch.device, curves: dict[str, Curve]) -> tuple[Gpu, bool]:
     """The table's facts under the new name, or measured ones, and whether they were measured."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / GIB
-        known = gpu_of_device(_device_name(device), memory)
+        known = gpu_of_device(device_name(device), memory)
         if known is not None:
             return replace(GPUS[known], name=name, memory_gib=memory, per_node=per_node), False
     else:

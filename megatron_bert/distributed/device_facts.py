@@ -1,4 +1,4 @@
-"""What the choice of kernels needs to know about a device."""
+"""What a rank knows about its device: its name, and what the choice of kernels needs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import torch
 
 from megatron_bert.config.kernels import ComputeDevice
 from megatron_bert.config.schema import DeviceChoice
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, as its driver gives it, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def facts_of(device: torch.device) -> ComputeDevice:

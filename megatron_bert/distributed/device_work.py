@@ -49,6 +49,15 @@ def work_point(device: torch.device, *, timed: bool = False) -> WorkPoint:
     return DevicePoint(device, timed=timed) if device.type == "cuda" else HostPoint()
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a device has done all that it was given, as a CPU always has.
+
+    For measurements: if a rank is gone whose part the device needs, this does not end.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def wait_for_step(end: WorkPoint, timeout_seconds: float) -> None:
     """Wait until the device has finished a step.
 

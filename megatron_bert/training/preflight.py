@@ -22,6 +22,7 @@ from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.config.keys import dotted
 from megatron_bert.config.leaves import leaves
 from megatron_bert.distributed.agreement import Ranks
+from megatron_bert.distributed.device_work import wait_for_device
 from megatron_bert.words import numbered
 
 # A network file system may show a new file to another node only after a while.
@@ -153,10 +154,10 @@ def measure_all_reduce(device: torch.device) -> str | None:
     # The first all-reduce also connects the ranks; the second is the one that is timed.
     for _ in range(2):
         numbers.fill_(_number_of(dist.get_rank()))
-        _wait_for(device)
+        wait_for_device(device)
         began = time.perf_counter()
         dist.all_reduce(numbers)
-        _wait_for(device)
+        wait_for_device(device)
         seconds = time.perf_counter() - began
     low, high = (float(value) for value in numbers.aminmax())
     expected = sum(map(_number_of, range(ranks)))
@@ -189,11 +190,6 @@ def _is_seen(path: Path, content: str, wait_seconds: float) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(_LOOK_AGAIN_SECONDS)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _difference(name: str, values: Sequence[Any], hosts: Sequence[str]) -> str | None:

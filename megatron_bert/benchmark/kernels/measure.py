@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.benchmark.device import device_name
 from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.machine import (
     Hardware,
     describe_hardware,
     describe_versions,
 )
+from megatron_bert.distributed.device_facts import device_name
 
 Compute = Callable[[], Tensor]
 Outputs = Tensor | tuple[Tensor, ...]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_bert.benchmark.device import device_name
 from megatron_bert.benchmark.machine import (
     Hardware,
     describe_hardware,
@@ -24,11 +23,11 @@ from megatron_bert.benchmark.peers.padded import document_pieces, pad_and_mask
 from megatron_bert.benchmark.peers.step_rows import StepRows
 from megatron_bert.benchmark.peers.trainer import time_trainer
 from megatron_bert.benchmark.rows import make_batches, text_tokens
-from megatron_bert.benchmark.step.measure import StepSubject, release_memory, wait_for_device
+from megatron_bert.benchmark.step.measure import StepSubject, release_memory, wait_for_ranks
 from megatron_bert.benchmark.synthetic import Corpora
 from megatron_bert.config.kernels import ComputeDevice, records_passes
 from megatron_bert.config.schema import Config
-from megatron_bert.distributed.device_facts import facts_of
+from megatron_bert.distributed.device_facts import device_name, facts_of
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.words import counted
 
@@ -228,7 +227,7 @@ def _ours(
     text = began = 0.0
     for number in range(steps):
         if number == work.warm_up:
-            wait_for_device(device)
+            wait_for_ranks(device)
             began = time.perf_counter()
         batches = make_batches(
             work.corpora,
@@ -241,7 +240,7 @@ def _ours(
         )
         subject.step(batches)
         text += text_tokens(batches)
-    wait_for_device(device)
+    wait_for_ranks(device)
     return text / steps, (time.perf_counter() - began) / work.steps
 
 

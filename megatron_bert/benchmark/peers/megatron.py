@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from megatron_bert.benchmark.peers.padded import IGNORED, PaddedRows
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_work import wait_for_device
 
 _LEARNING_RATE = 1e-5
 
@@ -59,7 +60,7 @@ def time_megatron(
         began, steps = 0.0, len(inputs) // micro_batches
         for number, tensors in enumerate(inputs):
             if number == warm_up * micro_batches:
-                _wait(device)
+                wait_for_device(device)
                 began = time.perf_counter()
             tokens, mask, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
             chosen = labels != IGNORED
@@ -71,7 +72,7 @@ def time_megatron(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        _wait(device)
+        wait_for_device(device)
     return (time.perf_counter() - began) / (steps - warm_up)
 
 
@@ -135,8 +136,3 @@ def _on(device: torch.device) -> Iterator[None]:
         mock.patch.object(CudaRNGStatesTracker, "fork", return_value=contextlib.nullcontext()),
     ):
         yield
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

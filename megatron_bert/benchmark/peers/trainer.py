@@ -14,6 +14,7 @@ from megatron_bert.benchmark.peers.step_rows import StepRows
 from megatron_bert.benchmark.synthetic import CLS, MASK, PAD, SEP
 from megatron_bert.checkpoint.huggingface_config import huggingface_config
 from megatron_bert.config.schema import Config
+from megatron_bert.distributed.device_work import wait_for_device
 
 
 def time_trainer(
@@ -136,8 +137,8 @@ def _clock(warm_up: int, device: torch.device) -> Any:
         began = seconds_a_step = 0.0
 
         def on_step_end(self, _arguments: Any, state: Any, _control: Any, **_: Any) -> None:
-            if device.type == "cuda" and state.global_step in (warm_up, state.max_steps):
-                torch.cuda.synchronize(device)
+            if state.global_step in (warm_up, state.max_steps):
+                wait_for_device(device)
             if state.global_step == warm_up:
                 self.began = time.perf_counter()
             elif state.global_step == state.max_steps:

@@ -12,7 +12,6 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from megatron_bert.benchmark.device import device_name
 from megatron_bert.benchmark.gemm import model_gemms, square_matmul_tflops, time_gemms
 from megatron_bert.benchmark.machine import describe_hardware, describe_versions
 from megatron_bert.benchmark.rows import keys_per_query, make_batches
@@ -23,6 +22,8 @@ from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.flops import peak_tflops, row_flops
 from megatron_bert.config.schema import BatchConfig, Config
 from megatron_bert.data.batch import Batch
+from megatron_bert.distributed.device_facts import device_name
+from megatron_bert.distributed.device_work import wait_for_device
 from megatron_bert.distributed.topology import Topology
 from megatron_bert.model.build import DTYPES, RankModel, build_model
 from megatron_bert.optim.sharded import ShardedOptimizer
@@ -116,15 +117,15 @@ def _measure_case(work: StepWork, subject: StepSubject, seq_length: int, rows: i
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
     result = subject.step(batches)
-    wait_for_device(device)
+    wait_for_ranks(device)
     first_seconds = time.perf_counter() - begin
     for _ in range(work.warm_up - 1):
         subject.step(batches)
-    wait_for_device(device)
+    wait_for_ranks(device)
     begin = time.perf_counter()
     for _ in range(work.steps):
         result = subject.step(batches)
-    wait_for_device(device)
+    wait_for_ranks(device)
     seconds = (time.perf_counter() - begin) / work.steps
     memory = _peak_memory(device)
     profiled: DeviceTime | None = None
@@ -202,10 +203,9 @@ def _peak_memory(device: torch.device) -> float | None:
     return int(peak) / 1e9
 
 
-def wait_for_device(device: torch.device) -> None:
+def wait_for_ranks(device: torch.device) -> None:
     """Wait until all launched work is done, on all ranks."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for_device(device)
     if dist.get_world_size() > 1:
         dist.barrier()
 
