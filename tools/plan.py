@@ -16,6 +16,7 @@ from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_error
 with told_errors():
     from megatron_bert.config.load import load_config
     from megatron_bert.config.places import check_no_folder, write_output
+    from megatron_bert.config.presets import LLM_JP_VOCABULARY
     from megatron_bert.config.remedies import near_divisors, near_multiples
     from megatron_bert.config.schema import Config
     from megatron_bert.figures import check_name
@@ -30,9 +31,6 @@ with told_errors():
     from megatron_bert.planner.report import describe
     from megatron_bert.planner.search import make_plan
     from megatron_bert.words import counted
-
-# The padded size of RetrievaBERT's LLM-jp tokenizer, assumed if no tokenizer is at hand.
-_USUAL_VOCABULARY = 99_584
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,8 +143,8 @@ def _vocabulary(config: Config) -> tuple[int, list[str]]:
         from megatron_bert.data.vocabulary import padded_vocab_size
 
         return padded_vocab_size(config), []
-    return _USUAL_VOCABULARY, [
-        f"there is no tokenizer {config.data.tokenizer}: a vocabulary of {_USUAL_VOCABULARY:,} is "
+    return LLM_JP_VOCABULARY, [
+        f"there is no tokenizer {config.data.tokenizer}: a vocabulary of {LLM_JP_VOCABULARY:,} is "
         "assumed, LLM-jp's; model.vocab_size=N plans with another"
     ]
 

@@ -8,8 +8,10 @@ from typing import Literal
 
 PresetName = Literal["retrievabert-1.3b", "modernbert-base"]
 
-# RetrievaBERT's published config.json: multi-query attention, SwiGLU, learned positions; the
-# vocabulary is LLM-jp v3.0's 99,574 pieces padded to a multiple of 128.
+LLM_JP_VOCABULARY = 99_584
+"""Rows for LLM-jp v3.0's tokenizer: its 99,574 pieces, padded to a multiple of 128."""
+
+# RetrievaBERT's published config.json: multi-query attention, SwiGLU, learned positions.
 _RETRIEVABERT_1_3B: Mapping[str, int | float | str] = MappingProxyType(
     {
         "num_layers": 48,
@@ -18,7 +20,7 @@ _RETRIEVABERT_1_3B: Mapping[str, int | float | str] = MappingProxyType(
         "num_attention_heads": 24,
         "num_query_groups": 1,
         "max_position_embeddings": 2048,
-        "vocab_size": 99584,
+        "vocab_size": LLM_JP_VOCABULARY,
         "hidden_dropout": 0.1,
         "attention_dropout": 0.1,
         "norm_eps": 1e-12,

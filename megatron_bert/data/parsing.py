@@ -14,7 +14,7 @@ from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.raw_documents import RawBatch, RawDocument, RawLines
 
-OnError = Literal["skip", "fail"]
+OnError = Literal["fail", "skip"]
 """What happens at a line that cannot be used: it is skipped and counted, or the job fails."""
 
 Normalization = Literal["none", "nfkc"]

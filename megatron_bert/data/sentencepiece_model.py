@@ -20,6 +20,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 """SentencePiece.Type."""
 UNIGRAM = 1
 """TrainerSpec.ModelType."""
+SPACE = "▁"
+"""What stands for a space in a piece."""
 
 # Field numbers of sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3

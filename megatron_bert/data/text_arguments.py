@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
-from megatron_bert.data.text import DocumentReader
+from megatron_bert.data.parsing import OnError
+from megatron_bert.data.text import DocumentReader, TextDocuments
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +29,13 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--txt-documents",
-        choices=("line", "blank-line"),
+        choices=get_args(TextDocuments),
         default="line",
         help="a document of .txt is a line, or a block ended by blank lines (default: %(default)s)",
     )
     parser.add_argument(
         "--on-error",
-        choices=("fail", "skip"),
+        choices=get_args(OnError),
         default="fail",
         help="at a line or row that cannot be used: stop, or leave it out (default: %(default)s)",
     )

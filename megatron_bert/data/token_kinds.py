@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_bert.data.sentencepiece_model import SPACE
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.word_boundaries import CharacterClass, UInt8Array, character_class
 
-_SPACE = "▁"
 # What a piece that holds only some of a character's bytes decodes to.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -41,7 +41,7 @@ def token_kinds(tokenizer: Tokenizer) -> UInt8Array:
     Ids that pad the vocabulary beyond the pieces have no kind: no text, and so no label, has them.
     """
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size)]
-    marks_words = any(piece.startswith(_SPACE) for piece in pieces)
+    marks_words = any(piece.startswith(SPACE) for piece in pieces)
     special = frozenset(tokenizer.special_ids)
     kinds = np.full(len(pieces), TOKEN_KINDS.index("other"), dtype=np.uint8)
     for token, piece in enumerate(pieces):
@@ -50,13 +50,13 @@ def token_kinds(tokenizer: Tokenizer) -> UInt8Array:
         # Byte-level BPE pieces are not text themselves, and WordPiece marks continuations by ##.
         kind = _kind(piece if marks_words else tokenizer.decode([token]).removeprefix("##"))
         if kind == "latin" and marks_words:
-            kind = "latin_start" if piece.startswith(_SPACE) else "latin_continued"
+            kind = "latin_start" if piece.startswith(SPACE) else "latin_continued"
         kinds[token] = TOKEN_KINDS.index(kind)
     return kinds
 
 
 def _kind(text: str) -> str:
-    found = {_character_kind(character) for character in text if character not in (_SPACE, " ")}
+    found = {_character_kind(character) for character in text if character not in (SPACE, " ")}
     if len(found) > 1:
         return "mixed"
     return found.pop() if found else "other"

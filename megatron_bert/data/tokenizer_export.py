@@ -20,6 +20,7 @@ from megatron_bert.data.sentencepiece_model import (
     BYTE,
     CONTROL,
     NORMAL,
+    SPACE,
     UNKNOWN,
     USER_DEFINED,
     Piece,
@@ -45,7 +46,6 @@ _RENAMED_BY_LLM_JP = (MASK, PAD, CLS, SEP, EOD)
 
 _PLAIN = {f"{piece[:-1]}|LLM-jp>": piece for piece in _RENAMED_BY_LLM_JP}
 
-_SPACE = "▁"
 # A log probability below that of any six pieces together: a literal <0x41> has six characters.
 _NEVER = -1000.0
 
@@ -161,10 +161,10 @@ def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
     tokenizer = tokenizers.Tokenizer(unigram)
     tokenizer.normalizer = normalizers.Sequence(_normalization(model))
     tokenizer.pre_tokenizer = _pre_tokenizer(model)
-    prefix = [decoders.Strip(_SPACE, 1, 0)] if model.add_dummy_prefix else []
+    prefix = [decoders.Strip(SPACE, 1, 0)] if model.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         # The first space goes before the others become spaces, or text's own would go with it.
-        [decoders.ByteFallback(), decoders.Fuse(), *prefix, decoders.Replace(_SPACE, " ")]
+        [decoders.ByteFallback(), decoders.Fuse(), *prefix, decoders.Replace(SPACE, " ")]
     )
     return tokenizer, names
 
@@ -195,7 +195,7 @@ def _normalization(model: SentencePieceModel) -> list[normalizers.Normalizer]:
     if model.remove_extra_whitespaces:
         # Not normalizers.Strip: it would take tabs, line ends and ideographic spaces too.
         steps += [
-            normalizers.Replace(tokenizers.Regex(rf"[ {_SPACE}]+\z"), ""),
+            normalizers.Replace(tokenizers.Regex(rf"[ {SPACE}]+\z"), ""),
             normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
         ]
         if model.add_dummy_prefix:
@@ -205,7 +205,7 @@ def _normalization(model: SentencePieceModel) -> list[normalizers.Normalizer]:
         else:
             steps.append(normalizers.Replace(tokenizers.Regex(r"\A "), ""))
     # Done here already, so that the pre-tokenizer can tell the dummy prefix from a text's space.
-    return [*steps, normalizers.Replace(tokenizers.Regex(space), _SPACE)]
+    return [*steps, normalizers.Replace(tokenizers.Regex(space), SPACE)]
 
 
 def _rules(charsmap: bytes) -> list[normalizers.Normalizer]:
@@ -231,7 +231,7 @@ def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
         # one prepends a space, which no normalized text has, and the second rewrites it.
         steps += [
             pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
-            pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
+            pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False),
         ]
     defined = [p.text for p in model.pieces if p.kind == USER_DEFINED and p.text not in _SPECIAL]
     if defined:
@@ -249,7 +249,7 @@ def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
 def _known_characters(model: SentencePieceModel) -> set[str]:
     """The characters of all pieces that text can match."""
     matched = (p.text for p in model.pieces if p.kind in (NORMAL, USER_DEFINED))
-    return {_SPACE, *chain.from_iterable(matched)}
+    return {SPACE, *chain.from_iterable(matched)}
 
 
 def _as_ranges(characters: set[str]) -> str:

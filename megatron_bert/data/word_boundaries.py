@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data.sentencepiece_model import SPACE
 from megatron_bert.data.tokenizer import Tokenizer
-
-_SPACE = "▁"
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -125,7 +124,7 @@ def character_class(character: str) -> CharacterClass:
 
 
 def _class_at_end(text: str) -> CharacterClass:
-    return CharacterClass.OTHER if text[-1] == _SPACE else character_class(text[-1])
+    return CharacterClass.OTHER if text[-1] == SPACE else character_class(text[-1])
 
 
 @lru_cache(maxsize=1)
@@ -147,14 +146,14 @@ def word_tables(tokenizer: Tokenizer) -> WordTables:
             continue
         piece = tokenizer.id_to_piece(token)
         foreign += piece.startswith(("Ġ", "##"))
-        tables.starts_word[token] = piece.startswith(_SPACE)
-        text = piece.lstrip(_SPACE)
+        tables.starts_word[token] = piece.startswith(SPACE)
+        text = piece.lstrip(SPACE)
         if text:
             tables.first_class[token] = character_class(text[0])
             tables.last_class[token] = _class_at_end(text)
     if foreign and not tables.starts_word.any():
         raise DataError(
-            f"tokenizer {tokenizer.name} does not mark the beginnings of words by '{_SPACE}' as "
+            f"tokenizer {tokenizer.name} does not mark the beginnings of words by '{SPACE}' as "
             f"SentencePiece does, so whole words cannot be told; set mlm.unit=token or ngram"
         )
     for table in (tables.first_class, tables.last_class, tables.starts_word):

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_bert.config.emitted_tables import guide_to_write, with_tables
 from megatron_bert.config.errors import run_cli
 from megatron_bert.config.load import load_config
+from megatron_bert.config.presets import LLM_JP_VOCABULARY
 from megatron_bert.config.schema import Config
 from megatron_bert.files import write_atomically
 from megatron_bert.planner.data_parallel_choices import DataParallelChoices
@@ -26,7 +27,6 @@ from megatron_bert.planner.wording import describe_layout
 GUIDE_FILE = "scaling.md"
 PICTURE_FILE = "scaling_30b_512.svg"
 _RECIPE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"
-_VOCABULARY = 99_584
 
 # Shapes of published models of these sizes.
 _LARGE = {
@@ -60,7 +60,7 @@ def _pictured() -> Plan:
 
 
 def _plan(config: Config, machine: Machine, ranks: int) -> Plan:
-    return make_plan(config, _VOCABULARY, machine, ranks, keep=1)
+    return make_plan(config, LLM_JP_VOCABULARY, machine, ranks, keep=1)
 
 
 def _retrievabert() -> Iterator[str]:

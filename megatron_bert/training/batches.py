@@ -20,6 +20,7 @@ from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.source import RowSource
 from megatron_bert.training.staging import HostMemory, StagingBuffer
 
+# `surplus_row` of csrc/batch.h.
 SURPLUS_ROW = -1
 
 # A check asks a file server about every file: once a step would be too often for short steps.

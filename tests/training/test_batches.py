@@ -37,6 +37,11 @@ def _global_batch(step: int, ranks: int, micro_size: int) -> GlobalBatch:
     return GlobalBatch(rows, 0, BatchLayout.divide(ROWS, ranks, micro_size))
 
 
+def test_a_surplus_row_has_the_number_that_the_extension_knows_it_by() -> None:
+    header = Path(__file__).resolve().parents[2] / "csrc" / "batch.h"
+    assert f" surplus_row = {SURPLUS_ROW};" in header.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("micro_size", [1, 2, 3, 10])
 def test_ranks_and_micro_batches_of_one_shape_share_out_every_row_once(
