@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,12 +27,13 @@ _CORPUS = [_CHECKOUT / "examples" / "corpus" / f"{name}.jsonl" for name in ("eng
 _Kinds: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for add in (_add_data, _add_checkpoint, _add_pipeline, _add_step, _add_kernels, _add_peers):
         add(kinds)
     for kind in kinds.choices.values():
+        kind.set_defaults(parser=kind)
         kind.add_argument(
             "--json", action="store_true", help="print one JSON document, not a table"
         )
@@ -274,10 +275,22 @@ _MEASURES = {
 }
 
 
+def _purposes(given: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
+    """What `Parser.check_purposes` asks for."""
+    without = "measure without --quick, which has a number of its own"
+    if given.kind == "kernels":
+        yield "--micro-tokens", not given.quick, without
+    if given.kind == "step":
+        yield "--micro-batches", not given.quick, without
+    if given.kind in ("step", "peers"):
+        yield "--steps", not given.quick, without
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     logging.basicConfig(format="%(message)s")
     given = _parser().parse_args(arguments)
+    given.parser.check_purposes(given, _purposes(given))
     measured = _MEASURES[given.kind](given)
     if measured is None:
         return

@@ -27,7 +27,7 @@ with told_errors():
 _SAMPLES = 3
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         description=__doc__,
         epilog="With --config, each step's line has its number, its stage and the batch_hash that "
@@ -99,7 +99,6 @@ def _steps(given: str | None) -> tuple[int, int]:
 
 
 def _lines(given: argparse.Namespace) -> Iterator[str]:
-    _check(given)
     num_samples = _SAMPLES if given.samples is None else given.samples
     if given.config is not None:
         config = load_config(given.config, given.overrides)
@@ -117,23 +116,14 @@ def _lines(given: argparse.Namespace) -> Iterator[str]:
         yield from samples(prefix, tokenizer, num_samples)
 
 
-def _check(given: argparse.Namespace) -> None:
-    """Refuse numbers below 0, and options that would have no effect."""
+def _check_numbers(given: argparse.Namespace) -> None:
     for option, number in (("--samples", given.samples), ("--rows", given.rows)):
         if number is not None and number < 0:
             raise DataError(f"{option} {number}: give 0 or more")
-    for option, has_effect, remedy in _purposes(given):
-        value = getattr(given, option.removeprefix("--"))
-        if value is None or value is False or has_effect:
-            continue
-        named = option if value is True else f"{option} {value}"
-        raise DataError(f"{named}: would have no effect; {remedy}, or leave it out")
-    if given.overrides and given.config is None:
-        raise DataError(f"{given.overrides[0]}: an override needs --config; give that, or leave it")
 
 
 def _purposes(given: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
-    """Yield each option without a use in every call, whether it has one here, and what gives it."""
+    """What `Parser.check_purposes` asks for."""
     of_a_run = given.config is not None
     of_steps = of_a_run and not given.duplicates
     yield "--tokenizer", not of_a_run, "a run's is its data.tokenizer: set that"
@@ -152,6 +142,7 @@ def _purposes(given: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
         given.duplicates or given.tokenizer is not None,
         "give --tokenizer beside --prefix, or --duplicates beside --config",
     )
+    yield "overrides", of_a_run, "give a run's --config instead of --prefix"
 
 
 def _rows(config: Config, given: argparse.Namespace) -> Iterator[str]:
@@ -179,7 +170,11 @@ def _terminal_has_colours() -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print what the command line asks for."""
-    for line in _lines(_parser().parse_intermixed_args(arguments)):
+    parser = _parser()
+    given = parser.parse_intermixed_args(arguments)
+    _check_numbers(given)
+    parser.check_purposes(given, _purposes(given))
+    for line in _lines(given):
         sys.stdout.write(line + "\n")
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +33,7 @@ with told_errors():
     from megatron_bert.words import counted
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         description=__doc__,
         epilog="Opens no data but the tokenizer. What is predicted, from what, and how far "
@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan and print, or measure."""
-    given = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    given = parser.parse_intermixed_args(arguments)
+    parser.check_purposes(given, _purposes(given))
     folder = given.machines or machines_folder()
     if given.calibrate is not None:
         _calibrate(given.calibrate, folder, given.network)
@@ -116,6 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = list(describe(plan, assumed))
         lines += [f"wrote {path}" for path in (given.output, given.picture) if path is not None]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _purposes(given: argparse.Namespace) -> Iterator[tuple[str, bool, str]]:
+    """What `Parser.check_purposes` asks for."""
+    plans = given.calibrate is None
+    for name in (
+        "--config", "--gpus", "--gpu", "--nodes-of", "--keep", "--output", "--picture", "--json",
+        "overrides",
+    ):  # fmt: skip
+        yield name, plans, f"plan without --calibrate {given.calibrate}"
 
 
 def _check_nodes(gpus: int, machine: Machine) -> None:

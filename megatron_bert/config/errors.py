@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -58,6 +58,35 @@ class Parser(argparse.ArgumentParser):
         """
         self.print_usage(sys.stderr)
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def check_purposes(
+        self, given: argparse.Namespace, purposes: Iterable[tuple[str, bool, str]]
+    ) -> None:
+        """Refuse what was given and would have no effect.
+
+        What was given with its default value is taken for not given.
+
+        Args:
+            given: what this parser made of the command line.
+            purposes: options (`--steps`) and other arguments (`overrides`) without a use in every
+                call, each with whether it has one in this call, and what would give it one.
+
+        Raises:
+            ConfigError: there is such an argument.
+        """
+        for name, has_effect, remedy in purposes:
+            key = name.removeprefix("--").replace("-", "_")
+            value = getattr(given, key)
+            default = self.get_default(key)
+            # Of a switch that is not given, an option, and a list that may be empty.
+            absent = value is False or value is None or value == []
+            if has_effect or absent or (default is not None and value == default):
+                continue
+            words = [name] if name.startswith("--") else []
+            if value is not True:
+                words += map(str, value if isinstance(value, list) else [value])
+            option = " ".join(words)
+            raise ConfigError(f"{option}: would have no effect; {remedy}, or leave it out")
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:

@@ -145,3 +145,18 @@ def test_a_full_disk_ends_the_tool_with_two_and_leaves_nothing(tmp_path: Path) -
     assert done.stderr.splitlines()[-1].startswith("error: cannot write benchmark data")
     assert "TMPDIR" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["kernels", "--micro-tokens", "512", "1024"],
+        ["step", "--micro-batches", "3"],
+        ["step", "--steps", "9"],
+        ["peers", "--steps", "9"],
+    ],
+)
+def test_what_a_quick_measurement_does_not_use_is_refused(arguments: list[str]) -> None:
+    told = " ".join(arguments[1:])
+    with pytest.raises(ConfigError, match=f"{told}: would have no effect; measure without --quick"):
+        tool.main([*arguments, "--quick"])

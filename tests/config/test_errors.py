@@ -53,6 +53,39 @@ def test_a_command_line_that_cannot_be_read_is_told_as_any_other_refusal(
     assert line.endswith("--help")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], None),
+        (["--steps", "5"], None),
+        (["--steps", "0"], "--steps 0"),
+        (["--lengths", "1", "2"], "--lengths 1 2"),
+        (["--text"], "--text"),
+        (["a=1", "b=2"], "a=1 b=2"),
+        (["--micro-tokens", "0"], "--micro-tokens 0"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused_with_its_value_and_what_gives_it_one(
+    arguments: list[str], told: str | None
+) -> None:
+    parser = Parser(prog="tool.py")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--micro-tokens", type=int)
+    parser.add_argument("--lengths", nargs="+")
+    parser.add_argument("--text", action="store_true")
+    names = ("overrides", "--steps", "--micro-tokens", "--lengths", "--text")
+    given = parser.parse_args(arguments)
+    parser.check_purposes(given, [(name, True, "") for name in names])
+    purposes = [(name, False, "give --far") for name in names]
+    if told is None:
+        parser.check_purposes(given, purposes)
+        return
+    with pytest.raises(ConfigError) as refused:
+        parser.check_purposes(given, purposes)
+    assert str(refused.value) == f"{told}: would have no effect; give --far, or leave it out"
+
+
 def test_an_option_is_not_taken_by_a_part_of_its_name() -> None:
     parser = Parser(prog="tool.py")
     parser.add_argument("--overwrite", action="store_true")

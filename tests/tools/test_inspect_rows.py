@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from _megatron_bert_core import IndexedDataset
 
-from megatron_bert.config.errors import DataError, UserError
+from megatron_bert.config.errors import ConfigError, DataError, UserError
 from megatron_bert.config.load import load_config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
@@ -282,5 +282,5 @@ DUPLICATES = ["--config", "{config}", "--duplicates"]
 def test_options_without_effect_are_refused(
     config: Path, arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         tool.main([argument.format(config=config) for argument in arguments])

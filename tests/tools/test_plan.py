@@ -70,6 +70,7 @@ def test_a_plan_loads_no_torch() -> None:
     [
         (["--gpu", "h1000"], ["--gpu h1000: not known", "h100-80gb", "a100-40gb"]),
         (["--gpus", "0"], ["--gpus 0", "1 or more"]),
+        (["--calibrate", "here"], ["would have no effect", "plan without --calibrate here"]),
         (["--network", "wet"], ["network wet of --network", "ndr200x4"]),
         (
             ["--output", "/dev/null/at/all.yaml"],
@@ -112,6 +113,24 @@ def test_a_calibration_that_could_not_be_stored_is_refused_before_anything_is_me
     with pytest.raises(UserError) as refused:
         main(["--calibrate", "here", *(change.format(file=file) for change in changes)])
     assert str(refused.value).startswith(told.format(file=file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--config", "x.yaml"], "--config x.yaml"),
+        (["--gpus", "8"], "--gpus 8"),
+        (["--output", "plan.yaml"], "--output plan.yaml"),
+        (["--picture", "plan.svg"], "--picture plan.svg"),
+        (["--json"], "--json"),
+        (["--keep", "3"], "--keep 3"),
+        (["run.seed=1"], "run.seed=1"),
+    ],
+)
+def test_what_a_calibration_does_not_use_is_refused(arguments: list[str], told: str) -> None:
+    message = f"{told}: would have no effect; plan without --calibrate here"
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["--calibrate", "here", *arguments])
 
 
 def test_a_plan_of_an_automatic_layout_is_one_by_hand(
