@@ -7,7 +7,7 @@ tables between the markers of `docs/configuration.md`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_bert.config.change_table import change_of
 from megatron_bert.config.emitted_tables import guide_to_write, with_tables
@@ -43,17 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _key_table() -> str:
-    sections = [key for key in all_keys().values() if "." not in key.name and key.is_section]
-    others = [key for key in all_keys().values() if "." not in key.name and not key.is_section]
-    parts = [f"### {key.name}\n\n{key.description}\n\n{_rows(f'{key.name}.')}" for key in sections]
-    parts.append(f"### Keys of their own\n\n{_rows(*(key.name for key in others))}")
+    of_sections: dict[str, list[Key]] = {}
+    others: list[Key] = []
+    for key in all_keys().values():
+        first = key.name.partition(".")[0]
+        keys = of_sections.setdefault(first, []) if all_keys()[first].is_section else others
+        if not key.is_section:
+            keys.append(key)
+    parts = [
+        f"### {name}\n\n{all_keys()[name].description}\n\n{_rows(keys)}"
+        for name, keys in of_sections.items()
+    ]
+    parts.append(f"### Keys of their own\n\n{_rows(others)}")
     return "\n\n".join(parts)
 
 
-def _rows(*prefixes: str) -> str:
-    keys = [
-        key for key in all_keys().values() if key.name.startswith(prefixes) and not key.is_section
-    ]
+def _rows(keys: Iterable[Key]) -> str:
     lines = ["| key | takes | default | meaning |", "|---|---|---|---|"]
     lines += [
         f"| `{key.name}` | {key.expected} | {_default(key)} | {key.description} |" for key in keys

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from megatron_bert.config import emit_schema
+from megatron_bert.config.change_table import change_of
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import all_keys, json_schema
 from megatron_bert.config.load import config_dict
@@ -80,3 +82,18 @@ def test_the_guides_smallest_file_loads(tmp_path: Path) -> None:
     smallest = guide.split("```yaml\n")[1].split("```")[0]
     assert json.loads(json.dumps(yaml.safe_load(smallest)))["batch"] == {"global_size": 256}
     jsonschema.validate(parse_document(smallest, "guide")[0], json_schema())
+
+
+def test_a_key_stands_in_one_table_even_if_its_name_begins_as_another_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = dict(all_keys())
+    for name, like in {"recompute_more": "run", "recompute_more.seed": "run.seed"}.items():
+        keys[name] = dataclasses.replace(keys[like], name=name)
+    monkeypatch.setattr(emit_schema, "all_keys", lambda: keys)
+    monkeypatch.setattr(
+        emit_schema, "change_of", lambda name: change_of(name.replace("_more.seed", ""))
+    )
+    guide = emit_schema.render_guide((DOCS / emit_schema.GUIDE_FILE).read_text(encoding="utf-8"))
+    for name in (key.name for key in keys.values() if not key.is_section):
+        assert guide.count(f"\n| `{name}` | {keys[name].expected} |") == 1, name
