@@ -24,10 +24,6 @@ with told_errors():
     from megatron_bert.run.export import export_model
 
 
-# Keys without a meaning for a model with learned positions and global attention.
-_OF_MODERNBERT = ("rope_theta", "local_rope_theta", "local_attention", "global_attention_every")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -147,9 +143,8 @@ def _to_hf(options: argparse.Namespace) -> None:
 def _from_hf(options: argparse.Namespace) -> None:
     model = import_model(options.model, options.output, options.tokenizer, options.vocab_size)
     tokenizer = options.tokenizer or options.model / TOKENIZER_NAME
-    foreign = () if model.family.rotary else _OF_MODERNBERT
     keys = {
-        "model": model.model_dump(mode="json", exclude={"preset", *foreign}),
+        "model": model.model_dump(mode="json", exclude={"preset", *model.unused_keys}),
         "data": {"tokenizer": str(tokenizer)},
         "checkpoint": {"resume": str(options.output)},
     }

@@ -8,6 +8,7 @@ more keys are in `checks`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,6 +105,13 @@ def _model_json_schema(schema: dict[str, Any]) -> None:
     ]
 
 
+@dataclass(frozen=True)
+class OnlyOf:
+    """Marks a key of the model that one architecture alone has a use for."""
+
+    architecture: ArchitectureName
+
+
 class ModelConfig(Section):
     """The encoder's shape; a preset fills in every key that is not given."""
 
@@ -139,14 +147,14 @@ class ModelConfig(Section):
     """Standard deviation of the initial weights; divided by sqrt(2 num_layers) for output
     projections."""
 
-    rope_theta: PositiveFloat = 160_000.0
+    rope_theta: Annotated[PositiveFloat, OnlyOf("modernbert")] = 160_000.0
     """`modernbert`: base of the wavelengths of rotary positions in layers that see whole
     segments."""
-    local_rope_theta: PositiveFloat = 10_000.0
+    local_rope_theta: Annotated[PositiveFloat, OnlyOf("modernbert")] = 10_000.0
     """`modernbert`: the same in local layers."""
-    local_attention: Annotated[int, Field(ge=2, multiple_of=2)] = 128
+    local_attention: Annotated[int, Field(ge=2, multiple_of=2), OnlyOf("modernbert")] = 128
     """`modernbert`: width of a local layer's window, in tokens: half of it to each side."""
-    global_attention_every: PositiveInt = 3
+    global_attention_every: Annotated[PositiveInt, OnlyOf("modernbert")] = 3
     """`modernbert`: one in this many layers, starting with the first, sees whole segments; with 1
     all layers do."""
 
@@ -180,6 +188,16 @@ class ModelConfig(Section):
     def family(self) -> Architecture:
         """What distinguishes the architecture apart from its sizes."""
         return ARCHITECTURES[self.architecture]
+
+    @property
+    def unused_keys(self) -> frozenset[str]:
+        """Keys that mean nothing for this architecture."""
+        return frozenset(
+            name
+            for name, field in type(self).model_fields.items()
+            for mark in field.metadata
+            if isinstance(mark, OnlyOf) and mark.architecture != self.architecture
+        )
 
     def is_local(self, layer: int) -> bool:
         """Whether tokens in the layer with this number see only their neighbourhood."""

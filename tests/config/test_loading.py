@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from megatron_bert.config.architectures import ARCHITECTURES, ArchitectureName
 from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.load import config_dict, dump_config, load_config
 from megatron_bert.config.presets import PRESETS
@@ -339,3 +340,18 @@ def test_a_dumped_configuration_loads_to_an_equal_one(
     path.write_bytes(dump_config(config).encode())
     assert load_config(path) == config
     assert config_dict(load_config(path)) == config_dict(config)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keys_that_an_architecture_does_not_use_are_those_described_as_anothers(
+    architecture: ArchitectureName,
+) -> None:
+    described = {
+        name
+        for name, field in ModelConfig.model_fields.items()
+        for other in ARCHITECTURES
+        if other != architecture and (field.description or "").startswith(f"`{other}`: ")
+    }
+    model = ModelConfig(preset="retrievabert-1.3b", architecture=architecture)  # type: ignore[call-arg]
+    assert model.unused_keys == described
+    assert bool(described) == (architecture == "retrievabert")
