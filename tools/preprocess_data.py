@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_bert.config.errors import Parser, run_cli, told_errors
 
 with told_errors():
-    from megatron_bert.cores import usable_cores
     from megatron_bert.data.dictionary_words import Dictionary
     from megatron_bert.data.parsing import Normalization
     from megatron_bert.data.preprocess import preprocess
     from megatron_bert.data.preprocess_options import PreprocessOptions
     from megatron_bert.data.shards import Shard
     from megatron_bert.data.text_arguments import add_text_arguments
+    from megatron_bert.host import usable_cores
     from megatron_bert.words import counted
 
 

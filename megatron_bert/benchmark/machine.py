@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_bert.cores import usable_cores
+from megatron_bert.host import usable_cores
 
 _PACKAGES = ("megatron-bert", "numpy", "sentencepiece", "tokenizers", "torch")
 # Listed if they are installed.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.curriculum import Curriculum, StageSpan
 from megatron_bert.config.schema import Config
-from megatron_bert.host_memory import host_memory
+from megatron_bert.host import usable_memory
 from megatron_bert.words import counted
 
 # The training loop assembles a step's rows while it reads those of the previous step.
@@ -25,7 +25,7 @@ _EPOCH_BYTES = 300
 
 def room_for_rows() -> int:
     """Bytes that a step's rows, or the plan, may take; the rest is for the model and other uses."""
-    return host_memory() // 2
+    return usable_memory() // 2
 
 
 def plan_bytes(rows: int, corpora: int, epochs: float = 0.0) -> float:

@@ -15,7 +15,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.vocabulary import padded_vocab_size
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import choose_device
-from megatron_bert.host_memory import host_memory
+from megatron_bert.host import usable_memory
 from megatron_bert.planner.calibrated import (
     calibration_of_device,
     machines_folder,
@@ -117,7 +117,7 @@ def _computing_on(device: torch.device) -> Machine:
     """This rank's machine: its actual memory and the usual network, calibrated if possible."""
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
-        return find_machine("cpu", per_node).with_memory(host_memory() / per_node / GIB)
+        return find_machine("cpu", per_node).with_memory(usable_memory() / per_node / GIB)
     facts = torch.cuda.get_device_properties(device)
     memory = facts.total_memory / GIB
     calibration = calibration_of_device(facts.name, machines_folder())

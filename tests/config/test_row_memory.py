@@ -11,7 +11,7 @@ GIGABYTE = 10**9
 
 @pytest.fixture(autouse=True)
 def machine_of_16_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_memory, "host_memory", lambda: 16 * GIGABYTE)
+    monkeypatch.setattr(row_memory, "usable_memory", lambda: 16 * GIGABYTE)
 
 
 @pytest.mark.parametrize("key", ["batch.global_size", "curriculum.1.batch.global_size"])

@@ -1,4 +1,4 @@
-"""How much memory a process may use: the machine's, or less where a container or job limits it."""
+"""What a process may use of its machine; a container, a job or `taskset` may limit it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ _MOUNT = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def host_memory(mount: Path = _MOUNT, membership: Path = _MEMBERSHIP) -> int:
+def usable_cores() -> int:
+    """How many cores this process may use; `os.cpu_count` counts all that the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def usable_memory(mount: Path = _MOUNT, membership: Path = _MEMBERSHIP) -> int:
     """Bytes of memory that this process and its neighbours in the same job have.
 
     Args:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.host_memory import host_memory
+from megatron_bert.host import usable_memory
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -29,7 +29,7 @@ def test_the_least_limit_of_the_groups_around_a_process_counts(
     _limit(mount / "system.slice/job_1/step_0", "memory.max", step)
     # Outside the mount nothing counts.
     _limit(tmp_path, "memory.max", "1000000")
-    assert host_memory(mount, membership) == expected
+    assert usable_memory(mount, membership) == expected
 
 
 def test_version_1_limits_the_memory_controllers_group(tmp_path: Path) -> None:
@@ -39,15 +39,15 @@ def test_version_1_limits_the_memory_controllers_group(tmp_path: Path) -> None:
     _limit(mount / "memory/slurm", "memory.limit_in_bytes", "9223372036854771712")
     _limit(mount / "memory/slurm/job_1", "memory.limit_in_bytes", "4000000")
     _limit(mount / "cpu,cpuacct/other", "memory.limit_in_bytes", "1000000")
-    assert host_memory(mount, membership) == 4_000_000
+    assert usable_memory(mount, membership) == 4_000_000
 
 
 def test_in_a_container_the_mounts_root_counts(tmp_path: Path) -> None:
     membership = tmp_path / "cgroup"
     membership.write_text("0::/docker/of_the_host\n")
     _limit(tmp_path / "mount", "memory.max", "5000000")
-    assert host_memory(tmp_path / "mount", membership) == 5_000_000
+    assert usable_memory(tmp_path / "mount", membership) == 5_000_000
 
 
 def test_without_control_groups_it_is_the_machines(tmp_path: Path) -> None:
-    assert host_memory(tmp_path, tmp_path / "none") == MACHINE
+    assert usable_memory(tmp_path, tmp_path / "none") == MACHINE
