@@ -108,8 +108,14 @@ def check_continuity(
             "with"
         )
     if not start.new_run and state.data != source.fingerprint():
+        corpora = zip(config.data.train, state.data, source.fingerprint(), strict=False)
+        changed = [
+            f"{corpus.prefix} had {then}, and has {now}"
+            for corpus, then, now in corpora
+            if then != now
+        ]
         raise CheckpointError(
-            f"{start.path} was trained on {state.data}, but data.train now holds "
-            f"{source.fingerprint()}; restore the datasets that the run began with, or branch "
-            f"off: checkpoint.resume={start.path} and a new run.dir"
+            f"{start.path} was trained on other data than data.train names now: "
+            f"{'; '.join(changed)}; restore the datasets that the run began with, or branch off: "
+            f"checkpoint.resume={start.path} and a new run.dir"
         )

@@ -385,7 +385,7 @@ def test_data_made_anew_under_the_same_name_is_refused_in_the_same_run(
     for suffix in ("bin", "idx", "json"):
         shutil.copy(tiny_data / f"valid.{suffix}", tmp_path / f"mine.{suffix}")
     message = run_ranks(1, _refused, tiny_run(data=data))[0]
-    assert "was trained on" in message
+    assert f"{tmp_path / 'mine'} had " in message
     assert "60 documents" in message
     assert "50 documents" in message
 
@@ -420,7 +420,7 @@ def test_a_save_records_the_data_that_the_job_opened_though_they_changed_since(
     opened, saved, readings = run_ranks(1, _recorded_data, config, tmp_path / "mine.bin")[0]
     assert saved == opened
     assert readings == 2, "of what is trained on and of what is evaluated"
-    assert "was trained on" in run_ranks(1, _refused, config)[0]
+    assert "was trained on other data" in run_ranks(1, _refused, config)[0]
 
 
 def test_other_weights_of_the_corpora_are_refused_in_the_same_run(
