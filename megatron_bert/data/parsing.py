@@ -199,10 +199,24 @@ def _json_object(document: RawDocument, decoded: str) -> dict[str, Any]:
         value = json.loads(decoded)
     # Besides JSONDecodeError: a number with more digits than Python converts; too deep nesting.
     except (ValueError, RecursionError) as error:
-        raise _line_error(document, f"broken JSON ({error})") from error
+        problem = f"broken JSON ({error})"
+        raise _line_error(document, problem, hint=_one_object_a_line(document)) from error
     if not isinstance(value, dict):
-        raise _line_error(document, "not a JSON object")
+        hint = _one_object_a_line(document)
+        raise _line_error(document, "not a JSON object", hint=hint)
     return value
+
+
+def _one_object_a_line(document: RawDocument) -> str:
+    """How to convert a file that may be one JSON array; empty for other lines and for rows."""
+    path, begins_array = document.path, document.data.lstrip().startswith(b"[")
+    if document.line != 1 or not begins_array or path.suffix != ".jsonl":
+        return ""
+    new = shlex.quote(str(path.with_name(f"lines-{path.name}")))
+    return (
+        "if the file is one JSON array, write an object a line: jq -c '.[]' "
+        f"{shlex.quote(str(path))} > {new}; else "
+    )
 
 
 def _json_text(document: RawDocument, values: Mapping[str, Any], json_key: str) -> str:

@@ -18,8 +18,8 @@ import xxhash
 from megatron_bert.config.arguments import argument
 from megatron_bert.config.errors import DataError
 from megatron_bert.config.places import check_no_folder, make_folder
-from megatron_bert.data.parsing import OnError
-from megatron_bert.data.text import DocumentReader, iterate_documents, iterate_parsed
+from megatron_bert.data.parsing import LineError, OnError, parse
+from megatron_bert.data.text import DocumentReader, iterate_documents
 from megatron_bert.files import sync_to_disk, temporary_path
 
 
@@ -66,7 +66,7 @@ def split_documents(
     partial_train, partial_held_out = temporary_path(train), temporary_path(held_out)
     try:
         with partial_train.open("wb") as to_train, partial_held_out.open("wb") as to_hold_out:
-            counts = _divide(reader, chosen, to_train, to_hold_out, on_error)
+            counts = _divide(reader, chosen, to_train, to_hold_out)
         sync_to_disk(partial_train)
         sync_to_disk(partial_held_out)
         # The larger part last: once it is in place, both are.
@@ -125,15 +125,16 @@ def _smallest_hashes(reader: DocumentReader, fraction: float, on_error: OnError)
 
 
 def _divide(
-    reader: DocumentReader,
-    chosen: Set[int],
-    train: BinaryIO,
-    held_out: BinaryIO,
-    on_error: OnError,
+    reader: DocumentReader, chosen: Set[int], train: BinaryIO, held_out: BinaryIO
 ) -> SplitCounts:
     """Write each document to its side; `chosen` are the hashes of those to hold out."""
     all_documents = num_held_out = 0
-    for document, text in iterate_parsed(reader, on_error):
+    for document in reader:
+        try:
+            text = parse(document, reader.json_key).text
+        except LineError:
+            # Reported when the hashes were computed.
+            continue
         if not text:
             continue
         is_held_out = _hash(text) in chosen

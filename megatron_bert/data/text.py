@@ -149,14 +149,7 @@ class DocumentReader:
 
 
 def iterate_documents(reader: DocumentReader, on_error: OnError = "fail") -> Iterator[str]:
-    """The texts alone of `iterate_parsed`."""
-    return (text for _, text in iterate_parsed(reader, on_error))
-
-
-def iterate_parsed(
-    reader: DocumentReader, on_error: OnError = "fail"
-) -> Iterator[tuple[RawDocument, str]]:
-    """Yield each document of a reader with its text; skip or fail at lines that cannot be used.
+    """Yield the texts of a reader's documents; skip or fail at lines that cannot be used.
 
     Skipped lines are reported in the log.
 
@@ -173,7 +166,7 @@ def iterate_parsed(
             report_skipped(error, skipped)
             skipped += 1
         else:
-            yield document, text
+            yield text
     if skipped:
         logger.warning("left out %s that cannot be used", counted(skipped, "line"))
 

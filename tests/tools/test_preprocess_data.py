@@ -186,6 +186,14 @@ def test_all_whole_batches_before_a_cut_are_kept_however_far_the_reader_is_ahead
     assert 195 <= journal["progress"]["note"]["counts"]["documents"] <= 200
 
 
+def test_a_json_array_in_place_of_lines_is_known_by_its_beginning(workshop: Workshop) -> None:
+    text = json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()
+    with pytest.raises(DataError, match=r"line 1: broken JSON.*one JSON array.*jq -c '\.\[\]'"):
+        workshop.run(workshop.write("a.jsonl", text))
+    with pytest.raises(DataError, match=r"line 1: not a JSON object.*one JSON array"):
+        workshop.run(workshop.write("a.jsonl", b'[{"text": "a"}, {"text": "b"}]\n'))
+
+
 def test_a_broken_first_line_leaves_nothing(workshop: Workshop) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl, line 1: broken JSON"):
         workshop.run(workshop.write("a.jsonl", b"{\n"))

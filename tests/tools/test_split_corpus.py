@@ -135,7 +135,9 @@ def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_a_broken_line_leaves_nothing_half_written_unless_it_is_to_skip(tmp_path: Path) -> None:
+def test_a_broken_line_leaves_nothing_half_written_unless_it_is_to_skip(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", numbered(4))
     with corpus.open("a") as file:
         file.write("{broken\n")
@@ -146,6 +148,7 @@ def test_a_broken_line_leaves_nothing_half_written_unless_it_is_to_skip(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
     tool.main([*arguments, "--on-error", "skip"])
     assert len(texts_of(tmp_path / "train.jsonl")) == 3
+    assert caplog.text.count("left out 1 line") == 1, "told in both passes over the text"
 
 
 def test_the_tool_splits_several_files_and_says_what_it_wrote(
