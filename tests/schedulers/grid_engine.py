@@ -95,6 +95,8 @@ class GridEngine:
         try:
             self._make_hosts()
             self._start_master()
+            # Jobs of a test that was killed would run before this one's.
+            self._delete_jobs()
             for host in HOSTS:
                 self.start_host(host)
             self.wait_for(lambda: self._hosts_up() == len(HOSTS), _START_SECONDS)
@@ -104,8 +106,7 @@ class GridEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(subprocess.SubprocessError):
-            self.call("qdel", "-f", "-u", "*")
+        self._delete_jobs()
         with suppress(subprocess.SubprocessError):
             self.call("qconf", "-ke", "all")
             self.call("qconf", "-km")
@@ -113,6 +114,10 @@ class GridEngine:
         for host in HOSTS:
             _kill_all(host)
             _shell(f"ip netns delete {host} 2>/dev/null; rm -rf /etc/netns/{host}")
+
+    def _delete_jobs(self) -> None:
+        with suppress(subprocess.SubprocessError):
+            self.call("qdel", "-f", "-u", "*")
 
     def submit(self, *arguments: str, cwd: Path, **environment: str) -> str:
         """Submit a job with qsub and return its number."""
