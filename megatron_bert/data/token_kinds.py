@@ -9,7 +9,12 @@ import numpy as np
 
 from megatron_bert.data.sentencepiece_model import SPACE
 from megatron_bert.data.tokenizer import Tokenizer
-from megatron_bert.data.word_boundaries import CharacterClass, UInt8Array, character_class
+from megatron_bert.data.word_boundaries import (
+    CharacterClass,
+    UInt8Array,
+    character_class,
+    word_mark,
+)
 
 # What a piece that holds only some of a character's bytes decodes to.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -41,7 +46,7 @@ def token_kinds(tokenizer: Tokenizer) -> UInt8Array:
     Ids that pad the vocabulary beyond the pieces have no kind: no text, and so no label, has them.
     """
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.vocab_size)]
-    marks_words = any(piece.startswith(SPACE) for piece in pieces)
+    marks_words = word_mark(tokenizer) == "space"
     special = frozenset(tokenizer.special_ids)
     kinds = np.full(len(pieces), TOKEN_KINDS.index("other"), dtype=np.uint8)
     for token, piece in enumerate(pieces):

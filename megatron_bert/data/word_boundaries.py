@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ import numpy.typing as npt
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.sentencepiece_model import SPACE
 from megatron_bert.data.tokenizer import Tokenizer
+
+# Byte-level BPE's mark of a space, and WordPiece's of a piece inside a word.
+_OTHER_MARKS = ("Ġ", "##")
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -127,6 +131,26 @@ def _class_at_end(text: str) -> CharacterClass:
     return CharacterClass.OTHER if text[-1] == SPACE else character_class(text[-1])
 
 
+def word_mark(tokenizer: Tokenizer) -> Literal["space", "other", "none"]:
+    """How most marked pieces show where words begin: by `▁`, in another way, or not at all.
+
+    The majority decides, because any vocabulary can hold a few pieces that look marked: the
+    character ▁ itself, or the `##` of a heading.
+    """
+    special = frozenset(tokenizer.special_ids)
+    ordinary = [
+        tokenizer.id_to_piece(token)
+        for token in range(tokenizer.vocab_size)
+        if token not in special
+    ]
+    by_space = sum(piece.startswith(SPACE) for piece in ordinary)
+    # Pieces of # alone are as likely to be text.
+    otherwise = sum(piece.startswith(_OTHER_MARKS) and bool(piece.strip("#")) for piece in ordinary)
+    if by_space > otherwise:
+        return "space"
+    return "other" if otherwise else "none"
+
+
 @lru_cache(maxsize=1)
 def word_tables(tokenizer: Tokenizer) -> WordTables:
     """Tables of a tokenizer's V = `vocab_size` pieces, read-only.
@@ -137,25 +161,23 @@ def word_tables(tokenizer: Tokenizer) -> WordTables:
     Raises:
         DataError: the pieces mark words otherwise than by `▁` (byte-level BPE, WordPiece).
     """
+    if word_mark(tokenizer) == "other":
+        raise DataError(
+            f"tokenizer {tokenizer.name} does not mark the beginnings of words by '{SPACE}' as "
+            f"SentencePiece does, so whole words cannot be told; set mlm.unit=token or ngram"
+        )
     size = tokenizer.vocab_size
     tables = WordTables.blank(size)
     special = frozenset(tokenizer.special_ids)
-    foreign = 0
     for token in range(size):
         if token in special or tokenizer.is_byte(token):
             continue
         piece = tokenizer.id_to_piece(token)
-        foreign += piece.startswith(("Ġ", "##"))
         tables.starts_word[token] = piece.startswith(SPACE)
         text = piece.lstrip(SPACE)
         if text:
             tables.first_class[token] = character_class(text[0])
             tables.last_class[token] = _class_at_end(text)
-    if foreign and not tables.starts_word.any():
-        raise DataError(
-            f"tokenizer {tokenizer.name} does not mark the beginnings of words by '{SPACE}' as "
-            f"SentencePiece does, so whole words cannot be told; set mlm.unit=token or ngram"
-        )
     for table in (tables.first_class, tables.last_class, tables.starts_word):
         table.flags.writeable = False
     return tables

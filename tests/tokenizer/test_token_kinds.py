@@ -48,6 +48,7 @@ def test_pieces_of_byte_level_bpe_are_read_as_text_and_mark_no_words(tmp_path: P
 
 def test_the_mark_of_wordpiece_is_no_part_of_a_piece(tmp_path: Path) -> None:
     expected = {"##ing": "latin", "##3": "digits", "##京": "han", "play": "latin"}
+    expected |= {"▁": "other", "##▁": "other"}  # stray: the character itself
     pieces = {piece: number for number, piece in enumerate(expected)}
     assert _kinds_of(pieces, tmp_path / "tokenizer.json") == expected
 

@@ -9,7 +9,12 @@ from tokenizers import models
 
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
-from megatron_bert.data.word_boundaries import CharacterClass, character_class, word_tables
+from megatron_bert.data.word_boundaries import (
+    CharacterClass,
+    character_class,
+    word_mark,
+    word_tables,
+)
 
 
 def words(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -75,9 +80,40 @@ def test_words_of_real_pieces_end_at_spaces_and_changes_of_script(shared_data: P
     assert words(tokenizer, "猫\U0001f9ab") == ["▁猫", "<0xF0><0x9F><0xA6><0xAB>"]
 
 
-def test_pieces_that_mark_words_in_another_way_are_refused(tmp_path: Path) -> None:
-    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL_PIECES, "Ġthe", "the"])}
-    path = tmp_path / "tokenizer.json"
-    tokenizers.Tokenizer(models.BPE(vocabulary, [])).save(str(path))
+def with_pieces(folder: Path, *pieces: str) -> Tokenizer:
+    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL_PIECES, *pieces])}
+    tokenizers.Tokenizer(models.BPE(vocabulary, [])).save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ("Ġthe", "the"),
+        # A vocabulary of web text holds the character itself.
+        ("play", "##ing", "##ed", "▁", "##▁"),
+        ("Ġthe", "Ġa", "▁"),
+    ],
+)
+def test_pieces_that_mark_words_in_another_way_are_refused(
+    tmp_path: Path, pieces: tuple[str, ...]
+) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.json does not mark .* mlm\.unit=token"):
-        word_tables(Tokenizer.load(path))
+        word_tables(with_pieces(tmp_path, *pieces))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "mark"),
+    [
+        (("▁the", "▁a", "Ġ", "ing"), "space"),
+        (("▁the", "##", "####"), "space"),
+        (("吾輩", "##", "猫"), "none"),
+    ],
+)
+def test_stray_pieces_with_another_mark_do_not_count(
+    tmp_path: Path, pieces: tuple[str, ...], mark: str
+) -> None:
+    tokenizer = with_pieces(tmp_path, *pieces)
+    assert word_mark(tokenizer) == mark
+    starts = word_tables(tokenizer).starts_word[len(SPECIAL_PIECES) :]
+    assert starts.tolist() == [piece.startswith("▁") for piece in pieces]
