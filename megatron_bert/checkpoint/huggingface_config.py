@@ -132,11 +132,15 @@ class ReadConfig:
         model: the shape; `vocab_size` is set.
         pad_token_id: id of the padding token, None where it is not said.
         dtype: type of the weights in PyTorch's words, None where it is not said.
+        saved_as: transformers' class of the saved model, None where it is not said.
+        head: transformers' class of the model that pretraining goes on with.
     """
 
     model: ModelConfig
     pad_token_id: int | None
     dtype: str | None
+    saved_as: str | None
+    head: str
 
     @property
     def vocab_size(self) -> int:
@@ -228,7 +232,9 @@ def read_config(directory: Path) -> ReadConfig:
             + "\nname a directory whose model the training model can be, as it stands"
         )
     model = _shape(content, architecture, path)
-    return ReadConfig(model, content.get("pad_token_id"), _dtype(content))
+    return ReadConfig(
+        model, content.get("pad_token_id"), _dtype(content), _saved_as(content), dialect.head
+    )
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -296,3 +302,10 @@ def _dtype(content: Mapping[str, Any]) -> str | None:
     # transformers 5 writes the first, 4 the second.
     found = content.get("dtype", content.get("torch_dtype"))
     return None if found is None else str(found)
+
+
+def _saved_as(content: Mapping[str, Any]) -> str | None:
+    match content.get("architectures"):
+        case [str(name)]:
+            return name
+    return None

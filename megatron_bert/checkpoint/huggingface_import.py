@@ -75,13 +75,8 @@ def import_model(
     weights = HuggingFaceWeights(directory)
     parameters = model_parameters(config.model, config.vocab_size)
     problems = list(weights.problems(parameters))
-    head = [parameter.theirs for parameter in parameters if parameter.name.startswith(_HEAD)]
-    if problems and not any(map(weights.holds, head)):
-        raise CheckpointError(
-            f"{directory}: has no head that predicts masked words ({listed(head)}), which "
-            "pretraining goes on with; name a directory that AutoModelForMaskedLM has saved"
-        )
     if problems:
+        _check_has_head(directory, config, weights, parameters)
         raise CheckpointError(
             "\n".join(f"{directory}: {problem}" for problem in problems)
             + f"\ncopy {directory} again, or name one whose weights are those of its config.json"
@@ -96,6 +91,23 @@ def import_model(
         files = write_shard(staging, 1, pieces, max_file_bytes, lambda: None)
         Manifest(0, files, imported_state(model, path, known.hash)).write(staging)
     return model
+
+
+def _check_has_head(
+    directory: Path, config: ReadConfig, weights: HuggingFaceWeights, parameters: list[Parameter]
+) -> None:
+    """Refuse a model that was saved without the pretraining head, e.g. a classifier."""
+    head = [parameter.theirs for parameter in parameters if parameter.name.startswith(_HEAD)]
+    # A classifier of ModernBERT has a part of the head.
+    missing = [name for name in head if not weights.holds(name)]
+    is_another = missing and config.saved_as not in (None, config.head)
+    if is_another or len(missing) == len(head):
+        model = f"a {config.saved_as}" if is_another else "a model"
+        raise CheckpointError(
+            f"{directory}: holds {model} without the head that predicts masked words (missing: "
+            f"{listed(missing)}), which pretraining goes on with; name a directory of a "
+            f"{config.head}, such as the model that this one was fine-tuned from"
+        )
 
 
 def _pieces(weights: HuggingFaceWeights, model: ModelConfig, config: ReadConfig) -> Iterator[Piece]:

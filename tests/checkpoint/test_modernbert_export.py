@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ModernBertConfig,
+    pipeline,
+)
 from transformers import ModernBertForMaskedLM as TheirModel
 
 from megatron_bert.checkpoint.huggingface_config import read_config
@@ -166,6 +172,17 @@ def test_every_parameter_is_mapped_once_there_and_back_to_the_bit(
     again = load_file(tmp_path / "again" / "model.safetensors")
     for name, tensor in load_file(exported / "model.safetensors").items():
         assert torch.equal(again[name], tensor), name
+
+
+def test_a_classifier_is_told_from_a_damaged_directory(run_folder: Path, tmp_path: Path) -> None:
+    exported, saved = run_folder / "exported", tmp_path / "saved"
+    AutoModelForSequenceClassification.from_pretrained(exported).save_pretrained(saved)
+    with pytest.raises(CheckpointError) as error:
+        import_model(saved, tmp_path / "start", run_folder / "tiny.model")
+    told = str(error.value)
+    assert "a ModernBertForSequenceClassification without the head" in told
+    assert "missing: decoder.bias" in told
+    assert "name a directory of a ModernBertForMaskedLM" in told
 
 
 def test_what_transformers_saved_goes_on_in_pretraining(
