@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 from megatron_bert.checkpoint.huggingface_card_training import (
     RunFigures,
@@ -22,15 +23,35 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 model = "."  # this directory, or the name under which it was published
 
 fill = pipeline("fill-mask", model{trust})
-for guess in fill("東京は日本の{mask}です。", top_k=3):
+for guess in fill("{masked}", top_k=3):
     print(guess["token_str"], guess["score"])
 
 tokenizer = AutoTokenizer.from_pretrained(model{trust})
 encoder = AutoModel.from_pretrained(model{trust})
-texts = tokenizer(["吾輩は猫である。", "名前はまだ無い。"], padding=True, return_tensors="pt")
+texts = tokenizer(["{first}", "{second}"], padding=True, return_tensors="pt")
 vectors = encoder(**texts).last_hidden_state  # [texts, tokens, {hidden}]
 """
 
+
+class _Samples(NamedTuple):
+    """Texts for the sample code: one with a place for a mask, and two to encode."""
+
+    masked: str
+    first: str
+    second: str
+
+
+_SAMPLES: Mapping[str, _Samples] = MappingProxyType(
+    {
+        "ja": _Samples("東京は日本の{mask}です。", "吾輩は猫である。", "名前はまだ無い。"),
+        "en": _Samples(
+            "London is the {mask} of England.",
+            "It was the best of times.",
+            "It was the worst of times.",
+        ),
+    }
+)
+_SAMPLES_OF_NO_LANGUAGE = _Samples("1, 2, 3, {mask}, 5", "1, 2, 3", "a, b, c, d")
 
 _NAMES: Mapping[ArchitectureName, str] = MappingProxyType(
     {"retrievabert": "RetrievaBERT", "modernbert": "ModernBERT"}
@@ -78,14 +99,14 @@ def model_card(
         figures: what the run measured; None if its metrics are not at hand.
         license_id: the licence of the weights, in the Hub's words.
         languages: ISO 639 codes of the languages that it was trained on; empty if they are not
-            given.
+            given. The sample code's texts are in the first of them that has samples here.
     """
     sections = (
         _front_matter(license_id, languages, mask_token),
         f"# {_NAMES[model.architecture]} encoder, {num_parameters:,} parameters\n",
         f"{_SUMMARIES[model.architecture]}\n",
         "## Usage\n",
-        f"```python\n{_usage(model, mask_token)}```\n",
+        f"```python\n{_usage(model, mask_token, languages)}```\n",
         "\n".join(f"- {note}" for note in _notes(model, dtype, state)) + "\n",
         "## Architecture\n",
         table(_architecture(model, vocab_size, num_pieces, dtype, num_parameters)),
@@ -109,9 +130,17 @@ def _front_matter(license_id: str, languages: Sequence[str], mask_token: str) ->
     )
 
 
-def _usage(model: ModelConfig, mask_token: str) -> str:
+def _usage(model: ModelConfig, mask_token: str, languages: Sequence[str]) -> str:
+    found = (_SAMPLES[code] for code in languages if code in _SAMPLES)
+    samples = next(found, _SAMPLES_OF_NO_LANGUAGE)
     trust = ", trust_remote_code=True" if model.architecture == "retrievabert" else ""
-    return _USAGE.format(mask=mask_token, hidden=model.hidden_size, trust=trust)
+    return _USAGE.format(
+        masked=samples.masked.format(mask=mask_token),
+        first=samples.first,
+        second=samples.second,
+        hidden=model.hidden_size,
+        trust=trust,
+    )
 
 
 def _notes(model: ModelConfig, dtype: ExportDtype, state: RunState) -> Iterator[str]:

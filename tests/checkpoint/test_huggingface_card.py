@@ -207,6 +207,35 @@ def test_the_card_warns_of_positions_that_no_row_has_reached(
         assert words in card
 
 
+@pytest.mark.parametrize(
+    ("languages", "told"),
+    [
+        (["en"], "London is the <MASK> of England."),
+        (["ja", "en"], "東京は日本の<MASK>です。"),
+        (["no", "en"], "London is the <MASK> of England."),
+        (["no"], "1, 2, 3, <MASK>, 5"),
+        ([], "1, 2, 3, <MASK>, 5"),
+    ],
+)
+def test_the_cards_sample_texts_are_in_the_models_language(languages: list[str], told: str) -> None:
+    config = small_config()
+    state = {"step": 3, "consumed_rows": 1, "topology": {}, "config": config_dict(config)}
+    card = model_card(
+        config.model,
+        512,
+        "fp32",
+        num_pieces=512,
+        num_parameters=1,
+        mask_token="<MASK>",
+        state=RunState(Path("step_3"), state),
+        figures=None,
+        license_id="other",
+        languages=languages,
+    )
+    assert f'fill("{told}", top_k=3)' in card
+    assert ("吾輩は猫である" in card) == ("ja" in languages)
+
+
 def test_no_file_of_an_export_names_a_place_on_this_machine(exported: Path) -> None:
     for path in exported.iterdir():
         content = path.read_bytes()
