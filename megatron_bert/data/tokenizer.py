@@ -30,7 +30,19 @@ EOD = "<EOD>"
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>", MASK, PAD, CLS, SEP, EOD)
 """All special pieces in LLM-jp's order, so that a tokenizer trained here has its ids 0 to 7."""
 
-_REQUIRED = (MASK, CLS, SEP, PAD, EOD)
+_REQUIRED = (MASK, CLS, SEP, PAD)
+
+# BERT's spellings, used if a vocabulary has [MASK] and not <MASK>.
+_BERTS = {
+    "<unk>": ("[UNK]",),
+    "<s>": ("[BOS]",),
+    "</s>": ("[EOS]",),
+    MASK: ("[MASK]",),
+    PAD: ("[PAD]",),
+    CLS: ("[CLS]",),
+    SEP: ("[SEP]",),
+    EOD: ("[EOD]", "<|endoftext|>"),
+}
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -41,10 +53,11 @@ class Tokenizer:
 
     `Tokenizer.load(PATH)` opens one.
 
-    Special tokens are found by piece, never by number, in the spelling `<MASK>` or, as in LLM-jp's
-    Hugging Face repositories, `<MASK|LLM-jp>`. Text that contains such a piece literally is encoded
-    as the characters it is made of. The only special id that text can produce is `<unk>`, for
-    characters that a vocabulary without byte fallback does not know.
+    Special tokens are found by piece, never by number, in one of three spellings: `<MASK>`;
+    `<MASK|LLM-jp>`, as in LLM-jp's Hugging Face repositories; `[MASK]`, as in BERT. Text that
+    contains such a piece literally is encoded as the characters it is made of. The only special id
+    that text can produce is `<unk>`, for characters that a vocabulary without byte fallback does
+    not know.
 
     Attributes:
         name: the file's name.
@@ -54,34 +67,33 @@ class Tokenizer:
         cls_id: id of `<CLS>`.
         sep_id: id of `<SEP>`.
         pad_id: id of `<PAD>`.
-        eod_id: id of `<EOD>`.
-        special_ids: ids of every special piece (control, unknown and the five above), ascending.
+        eod_id: id of `<EOD>`; None for a vocabulary without it, which nothing here needs.
+        named_ids: ids of those of `SPECIAL_PIECES` that the vocabulary has, in any spelling.
+        special_ids: ids of every special piece (control, unknown and the named ones), ascending.
         never_in_text: the special ids that no text produces: all but `<unk>` of a vocabulary
             without byte fallback.
         unknown_ids: ids that stand for characters that the vocabulary lacks.
         byte_ids: ids of pieces that stand for one raw byte (byte fallback, `<0x0A>`).
     """
 
-    def __init__(self, backend: Backend, name: str, digest: str) -> None:
-        """Wrap a backend; raises `DataError` if a required special piece is missing."""
+    def __init__(self, backend: Backend, path: Path, digest: str) -> None:
+        """Wrap the backend that opened `path`; raises `DataError` if a special piece is missing."""
         self._backend = backend
-        self.name = name
+        self.name = path.name
         self.hash = digest
         self.vocab_size = len(backend.pieces)
-        ids = {piece: _find_piece(backend, piece) for piece in SPECIAL_PIECES}
+        berts = _is_berts(backend)
+        ids = {piece: _find_piece(backend, piece, berts=berts) for piece in SPECIAL_PIECES}
         missing = [piece for piece in _REQUIRED if ids[piece] is None]
         if missing:
-            raise DataError(
-                f"tokenizer {name} has no special piece {', '.join(missing)}, named just so; "
-                "train one with tools/train_tokenizer.py, or add what is missing: to a "
-                "SentencePiece model as control symbols, to a tokenizer.json under added_tokens"
-            )
+            raise DataError(_missing_pieces(path, missing, berts=berts))
         found = {piece: number for piece, number in ids.items() if number is not None}
+        self.named_ids = found
         self.mask_id = found[MASK]
         self.cls_id = found[CLS]
         self.sep_id = found[SEP]
         self.pad_id = found[PAD]
-        self.eod_id = found[EOD]
+        self.eod_id = found.get(EOD)
         self.special_ids = sorted(set(backend.special_ids) | set(found.values()))
         self.unknown_ids = sorted(backend.unknown_ids)
         self.byte_ids = sorted(backend.byte_ids)
@@ -108,18 +120,21 @@ class Tokenizer:
                 f"cannot read tokenizer {path}: {error.strerror}; give a SentencePiece .model or a "
                 f"tokenizer.json, or make one with tools/train_tokenizer.py"
             ) from error
-        guarded = {spelling for piece in SPECIAL_PIECES for spelling in _spellings(piece)}
-        backend: Backend
-        if path.suffix == ".model":
-            backend = SentencePieceBackend(content, guarded, path)
-        elif path.suffix == ".json":
-            backend = TokenizersBackend(content, guarded, path)
-        else:
+        kinds: dict[str, type[SentencePieceBackend | TokenizersBackend]] = {
+            ".model": SentencePieceBackend,
+            ".json": TokenizersBackend,
+        }
+        if path.suffix not in kinds:
             raise DataError(
                 f"tokenizer {path} ends in {path.suffix!r}; give a SentencePiece .model or a "
                 f"tokenizer.json"
             )
-        return cls(backend, path.name, hashlib.sha256(content).hexdigest())
+        kind = kinds[path.suffix]
+        backend = kind(content, _guarded(berts=False), path)
+        if _is_berts(backend):
+            # Elsewhere, BERT's spellings are text like any other.
+            backend = kind(content, _guarded(berts=True), path)
+        return cls(backend, path, hashlib.sha256(content).hexdigest())
 
     @checked
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -201,13 +216,46 @@ class Tokenizer:
         return frozenset(self.special_ids)
 
 
-def _spellings(piece: str) -> tuple[str, str]:
-    return piece, f"{piece[:-1]}|LLM-jp>"
+def _is_berts(backend: Backend) -> bool:
+    """Whether the special pieces have BERT's spellings."""
+    (berts_mask,) = _BERTS[MASK]
+    return (
+        _find_piece(backend, MASK, berts=False) is None
+        and backend.piece_to_id(berts_mask) is not None
+    )
 
 
-def _find_piece(backend: Backend, piece: str) -> int | None:
-    for spelling in _spellings(piece):
+def _spellings(piece: str, *, berts: bool) -> tuple[str, ...]:
+    usual = (piece, f"{piece[:-1]}|LLM-jp>")
+    return (*_BERTS[piece], *usual) if berts else usual
+
+
+def _guarded(*, berts: bool) -> set[str]:
+    """The pieces that text must not become."""
+    return {spelling for piece in SPECIAL_PIECES for spelling in _spellings(piece, berts=berts)}
+
+
+def _find_piece(backend: Backend, piece: str, *, berts: bool) -> int | None:
+    for spelling in _spellings(piece, berts=berts):
         number = backend.piece_to_id(spelling)
         if number is not None:
             return number
     return None
+
+
+def _missing_pieces(path: Path, missing: list[str], *, berts: bool) -> str:
+    names = ", ".join(_spellings(piece, berts=berts)[0] for piece in missing)
+    both = "" if berts else f" (nor BERT's {', '.join(_BERTS[piece][0] for piece in missing)})"
+    message = f"tokenizer {path} has no special piece {names}{both}, spelled just so; "
+    if path.suffix == ".model":
+        return (
+            f"{message}train one with tools/train_tokenizer.py, or add the missing ones to this "
+            "model as control symbols"
+        )
+    return (
+        f"{message}if it has them under other names, such as <mask>, rename them in this file "
+        "wherever they occur (added_tokens, model.vocab, post_processor) and keep their ids; if "
+        "not, add them under added_tokens, for a model that exists already with ids below its "
+        "vocab_size. Do so in a copy if others use the file. For a new model, "
+        "tools/train_tokenizer.py makes one"
+    )

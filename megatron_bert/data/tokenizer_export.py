@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,7 +19,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from megatron_bert.config.errors import DataError
 from megatron_bert.data.sentencepiece_model import (
     BYTE,
-    CONTROL,
     NORMAL,
     SPACE,
     UNKNOWN,
@@ -40,7 +40,6 @@ _ROLES = {
     "cls_token": CLS,
     "sep_token": SEP,
 }
-_SPECIAL = (*_ROLES.values(), EOD)
 # The five pieces that LLM-jp's Hugging Face repositories spell `<MASK|LLM-jp>` and so on.
 _RENAMED_BY_LLM_JP = (MASK, PAD, CLS, SEP, EOD)
 
@@ -83,10 +82,10 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
     """
     known = Tokenizer.load(path)
     if path.suffix == ".model":
-        tokenizer, names = _from_sentencepiece(path)
+        tokenizer, names = _from_sentencepiece(path, known)
     else:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        names = {piece: known.id_to_piece(i) for piece, i in _special_ids(known).items()}
+        names = {piece: known.id_to_piece(i) for piece, i in known.named_ids.items()}
     ids = {piece: tokenizer.token_to_id(name) for piece, name in names.items()}
     tokenizer.add_special_tokens([_special_token(piece, name) for piece, name in names.items()])
     split_inside_special_tokens(tokenizer, set(names.values()))
@@ -99,15 +98,16 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     roles = {role: names[piece] for role, piece in _ROLES.items() if piece in names}
-    settings = {
+    settings: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         **roles,
-        # <EOD> has no role in transformers, but is not text either. Release 5 reads this older key.
-        "additional_special_tokens": [names[EOD]],
     }
+    if EOD in names:
+        # It has no role in transformers, but is not text either. Release 5 reads this older key.
+        settings["additional_special_tokens"] = [names[EOD]]
     return ExportedTokenizer(
         files={
             "tokenizer.json": tokenizer.to_str(pretty=False) + "\n",
@@ -128,22 +128,9 @@ def _special_token(piece: str, name: str) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(name, lstrip=piece == MASK, normalized=False, special=True)
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the special pieces that the vocabulary has, by their plain names."""
-    ids = {
-        CLS: tokenizer.cls_id,
-        SEP: tokenizer.sep_id,
-        PAD: tokenizer.pad_id,
-        MASK: tokenizer.mask_id,
-        EOD: tokenizer.eod_id,
-    }
-    for number in tokenizer.special_ids:
-        if (piece := tokenizer.id_to_piece(number)) in (_UNKNOWN_PIECE, _BEGIN, _END):
-            ids[piece] = number
-    return ids
-
-
-def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+def _from_sentencepiece(
+    path: Path, known: Tokenizer
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """Rebuild a unigram model; return it with the exported names of its special pieces."""
     model = parse_model(path.read_bytes())
     if not model.is_unigram:
@@ -152,15 +139,16 @@ def _from_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
             "cannot be exported; train one with tools/train_tokenizer.py, or name the "
             "tokenizer.json that belongs to it"
         )
-    names = _exported_names(model)
+    names = _exported_names(model, known)
+    exported = {known.id_to_piece(known.named_ids[piece]): name for piece, name in names.items()}
     unigram = models.Unigram(
-        [(names.get(piece.text, piece.text), _score(piece)) for piece in model.pieces],
+        [(exported.get(piece.text, piece.text), _score(piece)) for piece in model.pieces],
         unk_id=next(i for i, piece in enumerate(model.pieces) if piece.kind == UNKNOWN),
         byte_fallback=model.byte_fallback,
     )
     tokenizer = tokenizers.Tokenizer(unigram)
     tokenizer.normalizer = normalizers.Sequence(_normalization(model))
-    tokenizer.pre_tokenizer = _pre_tokenizer(model)
+    tokenizer.pre_tokenizer = _pre_tokenizer(model, exported.keys())
     prefix = [decoders.Strip(SPACE, 1, 0)] if model.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         # The first space goes before the others become spaces, or text's own would go with it.
@@ -174,18 +162,18 @@ def _score(piece: Piece) -> float:
     return _NEVER if piece.kind == BYTE else piece.score
 
 
-def _exported_names(model: SentencePieceModel) -> dict[str, str]:
+def _exported_names(model: SentencePieceModel, known: Tokenizer) -> dict[str, str]:
     """Exported names of the special pieces.
 
     LLM-jp's models are recognised by how they were trained: their own pieces were declared as
     user-defined symbols, which no model trained here has.
     """
-    special = {p.text for p in model.pieces if p.kind in (UNKNOWN, CONTROL, USER_DEFINED)}
     is_llm_jp = {MASK, CLS, SEP, EOD} <= model.user_defined_symbols
     return {
-        piece: f"{piece[:-1]}|LLM-jp>" if is_llm_jp and piece in _RENAMED_BY_LLM_JP else piece
-        for piece in _SPECIAL
-        if piece in special
+        piece: f"{piece[:-1]}|LLM-jp>"
+        if is_llm_jp and piece in _RENAMED_BY_LLM_JP
+        else known.id_to_piece(number)
+        for piece, number in known.named_ids.items()
     }
 
 
@@ -223,7 +211,9 @@ def _rules(charsmap: bytes) -> list[normalizers.Normalizer]:
     return [normalizers.Replace("\r\n", line_end), *steps] if line_end != "\r\n" else steps
 
 
-def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(
+    model: SentencePieceModel, special: Collection[str]
+) -> pre_tokenizers.PreTokenizer:
     """Add the dummy prefix and isolate user-defined pieces, as SentencePiece does, and bytes."""
     steps: list[pre_tokenizers.PreTokenizer] = []
     if model.add_dummy_prefix:
@@ -233,7 +223,7 @@ def _pre_tokenizer(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:
             pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
             pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False),
         ]
-    defined = [p.text for p in model.pieces if p.kind == USER_DEFINED and p.text not in _SPECIAL]
+    defined = [p.text for p in model.pieces if p.kind == USER_DEFINED and p.text not in special]
     if defined:
         # Longest first: of two that begin alike, SentencePiece takes the longer one.
         either = "|".join(re.escape(text) for text in sorted(defined, key=len, reverse=True))
