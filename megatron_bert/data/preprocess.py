@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.preprocess_state import PreprocessCounts, PreprocessState
 from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.tokenizer_export import export_obstacle
 from megatron_bert.progress_bar import ProgressBar
 from megatron_bert.words import rounded
 
@@ -67,6 +69,13 @@ def preprocess(options: PreprocessOptions) -> PreprocessCounts:
         options.shard,
     )
     tokenizer = Tokenizer.load(options.tokenizer)
+    obstacle = export_obstacle(Path(options.tokenizer), tokenizer)
+    if obstacle is not None:
+        logger.warning(
+            "tokenizer %s %s: runs with it cannot be exported to Hugging Face",
+            options.tokenizer,
+            obstacle,
+        )
     words = None if options.word_boundaries is None else WordFinder(options.word_boundaries)
     encoder = Encoder(
         tokenizer=tokenizer,

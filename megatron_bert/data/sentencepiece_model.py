@@ -16,9 +16,9 @@ from typing import TypeAlias
 _VARINT, _FIXED_64, _LENGTH_DELIMITED, _FIXED_32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED_64: 8, _FIXED_32: 4}
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """SentencePiece.Type."""
-UNIGRAM = 1
+UNIGRAM, BPE = 1, 2
 """TrainerSpec.ModelType."""
 SPACE = "▁"
 """What stands for a space in a piece."""
@@ -49,7 +49,8 @@ class SentencePieceSettings:
     """How a `.model` treats text.
 
     Attributes:
-        is_unigram: whether it is a unigram model (else BPE, word or char).
+        is_unigram: whether it is a unigram model.
+        is_bpe: whether it is a BPE model (if neither, its pieces are words or characters).
         byte_fallback: unknown characters become byte pieces.
         user_defined_symbols: pieces declared as such when the model was trained.
         has_user_defined_pieces: whether the vocabulary has pieces of that type, which is
@@ -62,6 +63,7 @@ class SentencePieceSettings:
     """
 
     is_unigram: bool
+    is_bpe: bool
     byte_fallback: bool
     user_defined_symbols: frozenset[str]
     has_user_defined_pieces: bool
@@ -97,8 +99,10 @@ def parse_settings(content: bytes) -> SentencePieceSettings:
             trainer = _by_number(_bytes(body))
         elif number == _NORMALIZER:
             normalizer = _by_number(_bytes(body))
+    model_type = _last(trainer, _MODEL_TYPE, UNIGRAM)
     return SentencePieceSettings(
-        is_unigram=_last(trainer, _MODEL_TYPE, UNIGRAM) == UNIGRAM,
+        is_unigram=model_type == UNIGRAM,
+        is_bpe=model_type == BPE,
         byte_fallback=bool(_last(trainer, _BYTE_FALLBACK, 0)),
         user_defined_symbols=frozenset(
             _bytes(symbol).decode() for symbol in trainer.get(_USER_DEFINED_SYMBOLS, [])

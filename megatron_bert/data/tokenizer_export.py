@@ -1,14 +1,15 @@
 """A pretraining tokenizer as the files that Hugging Face's fast tokenizers load.
 
 SentencePiece and the tokenizers library segment alike if both run the same unigram model on the
-same lattice; only white space, bytes and special pieces have to be rebuilt around it.
+same lattice, or join the same pairs in the same order (`bpe_export`). Only white space, bytes and
+special pieces have to be rebuilt around it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data.bpe_export import bpe_model, bpe_obstacle
 from megatron_bert.data.sentencepiece_model import (
     BYTE,
     NORMAL,
@@ -26,6 +28,7 @@ from megatron_bert.data.sentencepiece_model import (
     Piece,
     SentencePieceModel,
     parse_model,
+    parse_settings,
 )
 from megatron_bert.data.tokenizer import CLS, EOD, MASK, PAD, SEP, Tokenizer
 from megatron_bert.data.tokenizer_backends import split_inside_special_tokens
@@ -73,12 +76,12 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
     they are ordinary text, with the ids of pretraining.
 
     Args:
-        path: a SentencePiece unigram `.model`, or a `tokenizer.json`.
+        path: a SentencePiece `.model`, or a `tokenizer.json`.
         max_length: the longest row in tokens, special ones included.
 
     Raises:
-        DataError: the file is missing or damaged, lacks a special piece, or is a SentencePiece
-            model of another kind than unigram.
+        DataError: the file is missing or damaged, lacks a special piece, or has an
+            `export_obstacle`.
     """
     known = Tokenizer.load(path)
     if path.suffix == ".model":
@@ -118,6 +121,22 @@ def export_tokenizer(path: Path, max_length: int) -> ExportedTokenizer:
     )
 
 
+def export_obstacle(path: Path, tokenizer: Tokenizer) -> str | None:
+    """Return why the tokenizer file at `path` cannot be exported; None if it can.
+
+    Args:
+        path: the file.
+        tokenizer: what was loaded from it.
+    """
+    if path.suffix != ".model":
+        return None
+    content = path.read_bytes()
+    if parse_settings(content).is_unigram:
+        return None
+    special = {tokenizer.id_to_piece(number) for number in tokenizer.special_ids}
+    return bpe_obstacle(parse_model(content), special)
+
+
 def plain_piece(piece: str) -> str:
     """A special piece in the spelling of tokenizers trained here; any other piece as it is."""
     return _PLAIN.get(piece, piece)
@@ -131,22 +150,21 @@ def _special_token(piece: str, name: str) -> tokenizers.AddedToken:
 def _from_sentencepiece(
     path: Path, known: Tokenizer
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """Rebuild a unigram model; return it with the exported names of its special pieces."""
-    model = parse_model(path.read_bytes())
-    if not model.is_unigram:
+    """Rebuild a model; return it with the exported names of its special pieces."""
+    obstacle = export_obstacle(path, known)
+    if obstacle is not None:
         raise DataError(
-            f"tokenizer {path} is a SentencePiece model of another kind than unigram, which "
-            "cannot be exported; train one with tools/train_tokenizer.py, or name the "
-            "tokenizer.json that belongs to it"
+            f"tokenizer {path} {obstacle}, for which no tokenizer.json gives the same ids; a run "
+            "with it can go on and be evaluated, but not be exported. Begin a new run to have one "
+            "that can, with a unigram model (tools/train_tokenizer.py), a plain BPE model or a "
+            "tokenizer.json"
         )
+    model = parse_model(path.read_bytes())
     names = _exported_names(model, known)
     exported = {known.id_to_piece(known.named_ids[piece]): name for piece, name in names.items()}
-    unigram = models.Unigram(
-        [(exported.get(piece.text, piece.text), _score(piece)) for piece in model.pieces],
-        unk_id=next(i for i, piece in enumerate(model.pieces) if piece.kind == UNKNOWN),
-        byte_fallback=model.byte_fallback,
+    tokenizer = tokenizers.Tokenizer(
+        _unigram_model(model, exported) if model.is_unigram else bpe_model(model, exported)
     )
-    tokenizer = tokenizers.Tokenizer(unigram)
     tokenizer.normalizer = normalizers.Sequence(_normalization(model))
     tokenizer.pre_tokenizer = _pre_tokenizer(model, exported.keys())
     prefix = [decoders.Strip(SPACE, 1, 0)] if model.add_dummy_prefix else []
@@ -155,6 +173,14 @@ def _from_sentencepiece(
         [decoders.ByteFallback(), decoders.Fuse(), *prefix, decoders.Replace(SPACE, " ")]
     )
     return tokenizer, names
+
+
+def _unigram_model(model: SentencePieceModel, names: Mapping[str, str]) -> models.Unigram:
+    return models.Unigram(
+        [(names.get(piece.text, piece.text), _score(piece)) for piece in model.pieces],
+        unk_id=next(i for i, piece in enumerate(model.pieces) if piece.kind == UNKNOWN),
+        byte_fallback=model.byte_fallback,
+    )
 
 
 def _score(piece: Piece) -> float:

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from megatron_bert.config.arithmetic import ceil_div
 from megatron_bert.config.batch_layout import BatchLayout
@@ -17,6 +18,8 @@ from megatron_bert.config.parameters import parameter_count, rank_state_bytes
 from megatron_bert.config.pipeline_stages import stage_layers, virtual_stages
 from megatron_bert.config.schema import Config, ModelConfig
 from megatron_bert.data.source import RowSource
+from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.data.tokenizer_export import export_obstacle
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.words import counted, rounded
 
@@ -211,6 +214,15 @@ def describe_data(
     yield from _listed("valid", texts, None if whole else 1)
     for warning in (*training.warnings(), *held_out.warnings):
         yield f"warning     {warning}"
+
+
+def tokenizer_warnings(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """Warn if runs with this tokenizer, loaded from `path`, cannot be exported."""
+    obstacle = export_obstacle(path, tokenizer)
+    if obstacle is not None:
+        yield (
+            f"warning     tokenizer {path} {obstacle}: this run cannot be exported to Hugging Face"
+        )
 
 
 def _own_values(span: StageSpan, curriculum: Curriculum) -> str:

@@ -21,7 +21,12 @@ from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.device_facts import facts_at_hand
 from megatron_bert.run.directory import check_usable
 from megatron_bert.training.auto_layout import with_layout
-from megatron_bert.training.description import describe_data, describe_plan, tell_plan
+from megatron_bert.training.description import (
+    describe_data,
+    describe_plan,
+    tell_plan,
+    tokenizer_warnings,
+)
 from megatron_bert.training.held_out import HeldOutRows
 from megatron_bert.training.resume import check_continuity, starting_point
 from megatron_bert.training.runtime import precision_warnings
@@ -54,13 +59,15 @@ def dry_run(config: Config, world_size: int | None) -> None:
         _attempt(partial(open_dataset, corpus.prefix), problems)
     vocab_size = config.model.vocab_size
     data_lines: list[str] = []
+    warnings: list[str] = []
     if tokenizer is not None:
+        warnings = list(tokenizer_warnings(Path(config.data.tokenizer), tokenizer))
         vocab_size = _attempt(partial(_resolve_vocab_size, config, world_size, tokenizer), problems)
         if not problems:
             data_lines = _data_lines(config, tokenizer, problems)
     device = facts_at_hand(config.run.device)
     plan = describe_plan(config, vocab_size, world_size, device, whole=True)
-    tell_plan([*plan, *data_lines, *precision_warnings(config)])
+    tell_plan([*plan, *data_lines, *warnings, *precision_warnings(config)])
     if problems:
         raise UserError("\n".join(problems))
 

@@ -36,7 +36,12 @@ from megatron_bert.optim.schedule import learning_rate
 from megatron_bert.run.directory import RunDirectory
 from megatron_bert.run.metrics import MetricsFile, last_losses
 from megatron_bert.training.batches import GlobalBatch, ReadAhead
-from megatron_bert.training.description import describe_data, describe_plan, tell_plan
+from megatron_bert.training.description import (
+    describe_data,
+    describe_plan,
+    tell_plan,
+    tokenizer_warnings,
+)
 from megatron_bert.training.due import Due
 from megatron_bert.training.evaluation import Evaluator
 from megatron_bert.training.held_out import HeldOutRows
@@ -281,7 +286,8 @@ class Trainer:
             facts = facts_of(self._topology.device)
             plan = describe_plan(config, vocab_size, world_size, facts)
             data = describe_data(self._source, held_out)
-            tell_plan([*plan, *data, *precision_warnings(config)])
+            warnings = tokenizer_warnings(Path(config.data.tokenizer), self._tokenizer)
+            tell_plan([*plan, *data, *warnings, *precision_warnings(config)])
         resumed_from = self._step
         return StepRecorder(
             config,

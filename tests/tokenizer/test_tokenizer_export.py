@@ -6,7 +6,8 @@ import json
 import random
 import subprocess
 import sys
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -17,6 +18,14 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from megatron_bert.config.errors import DataError
+from megatron_bert.data.bpe_export import bpe_obstacle
+from megatron_bert.data.sentencepiece_model import (
+    NORMAL,
+    UNUSED,
+    Piece,
+    SentencePieceModel,
+    parse_model,
+)
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_export import export_tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
@@ -119,14 +128,13 @@ def assert_same_ids_and_texts(path: Path, texts: list[str]) -> None:
 
 def train(texts: list[str], path: Path, **options: Any) -> Path:
     model = io.BytesIO()
+    settings = {"vocab_size": 512, "byte_fallback": True, **options}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
-        vocab_size=512,
-        byte_fallback=True,
         control_symbols=list(SPECIAL_PIECES[3:]),
         minloglevel=2,
-        **options,
+        **settings,
     )
     path.write_bytes(model.getvalue())
     return path
@@ -368,7 +376,7 @@ json.dump(answer, open(sys.argv[3], "w"))
     "release",
     [installed_release(), pytest.param(older_release(), marks=pytest.mark.peers)],
 )
-@pytest.mark.parametrize("which", ["tiny", pytest.param("llm_jp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["tiny", "bpe", pytest.param("llm_jp", marks=pytest.mark.slow)])
 def test_transformers_loads_it_and_gives_sentencepieces_ids(
     tiny_tokenizer_path: Path,
     tmp_path: Path,
@@ -376,7 +384,7 @@ def test_transformers_loads_it_and_gives_sentencepieces_ids(
     which: str,
     release: str,
 ) -> None:
-    path = tiny_tokenizer_path if which == "tiny" else request.getfixturevalue("llm_jp_path")
+    path = tiny_tokenizer_path if which == "tiny" else request.getfixturevalue(f"{which}_path")
     folder = tmp_path / "exported"
     folder.mkdir()
     for name, text in export_tokenizer(path, 2048).files.items():
@@ -485,12 +493,138 @@ def test_normalization_leaves_user_defined_pieces_as_they_are(
     assert_same_ids_and_texts(path, ["a\tb"])
 
 
-def test_a_sentencepiece_model_of_another_kind_is_refused(
+RUNS = [c * n for c in "。-= aあーwハ.…#" for n in (2, 3, 4, 5, 7, 9, 16, 31)]
+MIXED_RUNS = ["abab" * 5, "ハハハハーーー", "ああああいいいい", "......。。。。"]
+
+
+@pytest.fixture(scope="module")
+def bpe_path(tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BPE model that leaves text as it is."""
+    return train(
+        tiny_texts,
+        tmp_path_factory.mktemp("bpe") / "bpe.model",
+        model_type="bpe",
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+    )
+
+
+def test_a_bpe_model_segments_as_sentencepiece_does(bpe_path: Path, tiny_texts: list[str]) -> None:
+    lines = [*HARD_LINES, *GRAPHEMES, *LEADING_SPACES, *drawn_lines(1000), BYTE_LITERAL]
+    assert_same_ids_and_texts(bpe_path, [*tiny_texts, *lines, *RUNS, *MIXED_RUNS])
+
+
+def test_offsets_of_an_exported_bpe_model_point_to_the_characters_of_each_piece(
+    bpe_path: Path,
+) -> None:
+    lines = [*HARD_LINES, *LEADING_SPACES, *drawn_lines(300)]
+    assert_offsets_point_to_pieces(rebuild(bpe_path), lines)
+
+
+def test_an_exported_bpe_model_is_a_tokenizer_for_pretraining_with_the_same_ids(
+    bpe_path: Path, tiny_texts: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(export_tokenizer(bpe_path, 512).files[path.name], "utf-8")
+    texts = [*tiny_texts, *HARD_LINES, *LEADING_SPACES, *SPECIAL_PIECES]
+    first, second = Tokenizer.load(bpe_path), Tokenizer.load(path)
+    assert second.encode_batch(texts) == first.encode_batch(texts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        # SentencePiece's own defaults: normalisation, a dummy prefix, spaces joined.
+        {"vocab_size": 8000},
+        {
+            "vocab_size": 4000,
+            "normalization_rule_name": "identity",
+            "split_by_whitespace": False,
+            "max_sentencepiece_length": 30,
+        },
+        {"vocab_size": 4000, "normalization_rule_name": "identity", "byte_fallback": False},
+    ],
+)
+def test_a_bpe_model_segments_real_text_as_sentencepiece_does(
+    shared_data: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    lines = real_lines(shared_data)
+    learned = [line for line in lines if line]
+    path = train(learned, tmp_path / "bpe.model", model_type="bpe", **options)
+    choose = random.Random(3)
+    characters = sorted(set("".join(lines[:3000])))
+    frequent = "。、 ー" + "あいのはた一二三-=.aetn"
+    odd = ["".join(choose.choices(characters, k=20)) for _ in range(3000)]
+    odd += ["".join(choose.choices(frequent, k=choose.randint(2, 40))) for _ in range(10_000)]
+    library, rebuilt = read_sentencepiece(path), rebuild(path)
+    for text in [*lines, *odd, *RUNS, *MIXED_RUNS]:
+        assert encode(rebuilt, text) == library.encode(text), text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"model_type": "word"}, "of words or characters"),
+        ({"model_type": "char"}, "of words or characters"),
+        (
+            {"model_type": "bpe", "user_defined_symbols": ["ab"]},
+            r"user-defined pieces of several characters \('ab'\)",
+        ),
+    ],
+)
+def test_a_sentencepiece_model_that_cannot_be_rebuilt_is_refused(
+    tiny_texts: list[str], tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    words = {"vocab_size": 100, "byte_fallback": False, "hard_vocab_limit": False}
+    options |= words if options["model_type"] != "bpe" else {}
+    path = train(tiny_texts, tmp_path / "other.model", **options)
+    with pytest.raises(DataError, match=rf"other\.model .*{told}.*Begin a new run"):
+        export_tokenizer(path, 512)
+
+
+def test_user_defined_special_pieces_of_a_bpe_model_are_no_obstacle(
     tiny_texts: list[str], tmp_path: Path
 ) -> None:
-    path = train(tiny_texts, tmp_path / "bpe.model", model_type="bpe")
-    with pytest.raises(DataError, match=r"unigram.*train_tokenizer"):
-        export_tokenizer(path, 512)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny_texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=512,
+        user_defined_symbols=["[MASK]", "[CLS]", "[SEP]", "[PAD]"],
+        minloglevel=2,
+    )
+    path = tmp_path / "bert.model"
+    path.write_bytes(model.getvalue())
+    export = export_tokenizer(path, 512)
+    rebuilt, known = rebuild(path), Tokenizer.load(path)
+    assert export.mask_token == "[MASK]"
+    assert known.eod_id is None
+    assert rebuilt.token_to_id("[MASK]") == known.mask_id
+    for text in tiny_texts:
+        assert encode(rebuilt, text) == known.encode_batch([text])[0]
+
+
+def scored(*pieces: tuple[str, float, int]) -> SentencePieceModel:
+    settings = parse_model(b"")
+    return replace(settings, is_unigram=False, is_bpe=True, pieces=tuple(starmap(Piece, pieces)))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "told"),
+    [
+        ([("a", -3, NORMAL), ("b", -4, NORMAL), ("ab", -1, NORMAL), ("ba", -2, NORMAL)], None),
+        ([("a", -3, NORMAL), ("aa", -1, NORMAL), ("aaa", -1, NORMAL)], "have one score"),
+        ([("a", -3, NORMAL), ("ab", -1, NORMAL)], "lacks single characters"),
+        ([("a", -3, NORMAL), ("aa", -1, UNUSED)], "marked as unused"),
+    ],
+)
+def test_what_the_library_would_segment_otherwise_is_an_obstacle(
+    pieces: list[tuple[str, float, int]], told: str | None
+) -> None:
+    found = bpe_obstacle(scored(*pieces), ())
+    assert found is None if told is None else told in str(found)
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
