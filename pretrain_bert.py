@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from megatron_bert.config.errors import run_cli
+from megatron_bert.command_line.run import run_cli
 
 # Loading torch takes seconds, on a slow file system minutes: `run.max_minutes` counts them.
 _BEGAN = time.monotonic()

@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # The model lies on the disk: nothing is looked up in a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli, told_errors
+from megatron_bert.errors import DataError
 
 with told_errors():
     from transformers import (

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from megatron_bert.config.argument_checks import checked
-from megatron_bert.config.errors import UserError
+from megatron_bert.command_line.argument_checks import checked
 from megatron_bert.config.load import build_config, config_dict, dump_config, load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch
@@ -25,6 +24,7 @@ from megatron_bert.data.row_view import item_lines, page
 from megatron_bert.data.step_inspection import StepBatches
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from megatron_bert.errors import UserError
 from megatron_bert.report.picture import draw_curves
 from megatron_bert.report.records import RunRecords
 from megatron_bert.run.export import export_model

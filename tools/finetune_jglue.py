@@ -13,10 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import Parser, UserError, run_cli, told_errors
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli, told_errors
+from megatron_bert.errors import UserError
 
 with told_errors():
-    from megatron_bert.config.places import check_place
+    from megatron_bert.command_line.places import check_place
     from megatron_bert.jglue.results import Results, table
     from megatron_bert.jglue.tasks import EPOCHS, LEARNING_RATES, TASKS, Task
 

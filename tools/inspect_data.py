@@ -10,11 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli, told_errors
+from megatron_bert.errors import DataError
 
 with told_errors():
+    from megatron_bert.command_line.places import write_output
     from megatron_bert.config.load import load_config
-    from megatron_bert.config.places import write_output
     from megatron_bert.config.schema import Config
     from megatron_bert.data.indexed_dataset import prefix_of
     from megatron_bert.data.inspection import describe_dataset, samples

@@ -11,15 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli, told_errors
+from megatron_bert.errors import ConfigError
 
 with told_errors():
+    from megatron_bert.command_line.places import check_no_folder, write_output
     from megatron_bert.config.load import load_config
-    from megatron_bert.config.places import check_no_folder, write_output
     from megatron_bert.config.presets import LLM_JP_VOCABULARY
     from megatron_bert.config.remedies import near_divisors, near_multiples
     from megatron_bert.config.schema import Config
-    from megatron_bert.figures import check_name
+    from megatron_bert.pictures import check_name
     from megatron_bert.planner.calibrated import (
         check_calibration,
         machine_by_name,

@@ -13,10 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli, told_errors
+from megatron_bert.errors import ConfigError
 
 with told_errors():
-    from megatron_bert.figures import check_name
+    from megatron_bert.pictures import check_name
     from megatron_bert.report.page import write_page
     from megatron_bert.report.picture import write_picture
     from megatron_bert.report.records import RunRecords

@@ -10,10 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import DataError, Parser, run_cli, told_errors
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli, told_errors
+from megatron_bert.errors import DataError
 
 with told_errors():
-    from megatron_bert.config.places import make_folder
+    from megatron_bert.command_line.places import make_folder
     from megatron_bert.data.text import DocumentReader, iterate_documents
     from megatron_bert.data.text_arguments import add_text_arguments, open_texts
     from megatron_bert.data.tokenizer import Tokenizer

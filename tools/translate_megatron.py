@@ -9,10 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli, told_errors
+from megatron_bert.errors import ConfigError
 
 with told_errors():
-    from megatron_bert.config.places import write_output
+    from megatron_bert.command_line.places import write_output
     from megatron_bert.translation.document import remarks, render_file
     from megatron_bert.translation.script import read_arguments
     from megatron_bert.translation.translate import translate

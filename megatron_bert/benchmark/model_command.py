@@ -21,7 +21,6 @@ from megatron_bert.benchmark.synthetic import (
 )
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import ConfigError, DataError
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.launch import (
@@ -29,6 +28,7 @@ from megatron_bert.distributed.launch import (
     process_group,
     requested_world_size,
 )
+from megatron_bert.errors import ConfigError, DataError
 from megatron_bert.training.runtime import keep_freed_memory, set_determinism
 
 # The row lengths of RetrievaBERT's curriculum.

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.errors import DataError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

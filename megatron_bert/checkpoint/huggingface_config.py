@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from megatron_bert.checkpoint.huggingface_modernbert import in_older_keys, newer_keys
 from megatron_bert.config.architectures import ArchitectureName
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.schema import ModelConfig
+from megatron_bert.errors import CheckpointError
 
 ExportDtype = Literal["fp32", "bf16"]
 

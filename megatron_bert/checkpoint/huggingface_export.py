@@ -31,11 +31,11 @@ from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
 from megatron_bert.checkpoint.run_state import MODEL_PREFIX, RunState
 from megatron_bert.checkpoint.shard_files import Piece, write_file
 from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import CheckpointError, DataError
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_export import export_tokenizer
+from megatron_bert.errors import CheckpointError, DataError
 from megatron_bert.files import write_durably
 
 _DTYPES: Mapping[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -26,11 +26,11 @@ from megatron_bert.checkpoint.new_directory import check_is_new, new_directory
 from megatron_bert.checkpoint.run_state import MODEL_PREFIX, imported_state
 from megatron_bert.checkpoint.shard_files import Piece, write_shard
 from megatron_bert.checkpoint.store import MAX_FILE_BYTES
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import CheckpointError, DataError
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.config.schema import ModelConfig
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_export import plain_piece
+from megatron_bert.errors import CheckpointError, DataError
 
 TOKENIZER_NAME = "tokenizer.json"
 # The logit bias of an added row: softmax gives the row no weight, so that predictions and gradients

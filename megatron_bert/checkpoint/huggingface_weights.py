@@ -20,7 +20,7 @@ from megatron_bert.checkpoint.huggingface_names import (
     listed,
     their_tensors,
 )
-from megatron_bert.config.errors import CheckpointError
+from megatron_bert.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import xxhash
 
-from megatron_bert.config.errors import CheckpointError
+from megatron_bert.errors import CheckpointError
 from megatron_bert.files import write_durably
 
 JSON: TypeAlias = "Mapping[str, JSON] | list[JSON] | str | int | float | bool | None"

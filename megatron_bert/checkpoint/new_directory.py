@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_bert.config.errors import CheckpointError
-from megatron_bert.config.places import check_place
+from megatron_bert.command_line.places import check_place
+from megatron_bert.errors import CheckpointError
 from megatron_bert.files import sync_to_disk, temporary_path
 
 

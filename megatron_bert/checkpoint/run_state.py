@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_bert.checkpoint.manifest import JSON, MANIFEST_NAME
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.schema import ModelConfig
+from megatron_bert.errors import CheckpointError
 
 MODEL_PREFIX = "model."
 """The prefix of the names of weights among a checkpoint's tensors."""

@@ -14,8 +14,8 @@ from megatron_bert.checkpoint.manifest import JSON
 from megatron_bert.checkpoint.save_result import SaveResult
 from megatron_bert.checkpoint.shards import HostCopy, LocalShards
 from megatron_bert.checkpoint.store import CheckpointDefectError, CheckpointStore
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.distributed.agreement import RanksFailedError
+from megatron_bert.errors import CheckpointError
 
 # A thread that is between two writes ends at once; one that waits for the disk or for a rank that
 # is gone is left behind.

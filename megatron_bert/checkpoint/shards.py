@@ -14,8 +14,8 @@ import torch
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.distributed.device_work import DevicePoint
+from megatron_bert.errors import CheckpointError
 from megatron_bert.parallel.sharding import local_part
 
 _ALIGNMENT = 64  # bytes; every type may begin there, and so may a cache line

@@ -22,9 +22,9 @@ from megatron_bert.checkpoint.manifest import (
 )
 from megatron_bert.checkpoint.shards import LocalShards
 from megatron_bert.checkpoint.tensors import read_tensors, total_bytes, write_tensors
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.run_paths import RunPaths
 from megatron_bert.distributed.agreement import Ranks, RanksFailedError
+from megatron_bert.errors import CheckpointError
 from megatron_bert.files import temporary_path
 
 MAX_FILE_BYTES = 1 << 30

@@ -35,8 +35,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from megatron_bert.checkpoint.manifest import FileRecord
 from megatron_bert.checkpoint.shard_files import ShardWriter
 from megatron_bert.checkpoint.shards import LocalShards
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.distributed.agreement import Failure, Ranks, RanksFailedError
+from megatron_bert.errors import CheckpointError
 
 _NAMES_SHOWN = 5
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import (
     DEFAULT_WARMUP_FRACTION,
     MAX_UNIT_TOKENS,
@@ -13,6 +12,7 @@ from megatron_bert.config.schema import (
     ModelConfig,
     ScheduleConfig,
 )
+from megatron_bert.errors import ConfigError
 
 VOCABULARY_MULTIPLE = 128
 LONGEST_DEFAULT_EVAL = 512

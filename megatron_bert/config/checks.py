@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_bert.command_line.places import place_problem, shell_problem
 from megatron_bert.config.arithmetic import computed_lengths, warmup_steps
 from megatron_bert.config.curriculum import Curriculum
 from megatron_bert.config.diagnostics import format_value, raise_problems
 from megatron_bert.config.kernels import fp8_problems, kernel_conflicts, kernel_problems
 from megatron_bert.config.layout_checks import layout_problems, split_backward_problems
-from megatron_bert.config.places import place_problem, shell_problem
 from megatron_bert.config.profiled_steps import profile_problems
 from megatron_bert.config.remedies import near_divisors, near_multiples
 from megatron_bert.config.row_memory import row_problems

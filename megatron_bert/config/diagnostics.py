@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import children, dotted, expected_at, key_at, nearest_keys, pattern
 from megatron_bert.config.yaml_text import KeyPath
+from megatron_bert.errors import ConfigError
 
 _LONGEST_VALUE = 80
 

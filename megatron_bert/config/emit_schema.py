@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
+from megatron_bert.command_line.emitted_tables import guide_to_write, with_tables
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.config.change_table import change_of
-from megatron_bert.config.emitted_tables import guide_to_write, with_tables
-from megatron_bert.config.errors import run_cli
 from megatron_bert.config.keys import Key, all_keys, json_schema
 from megatron_bert.files import write_atomically
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bert.config.argument_checks import checked
+from megatron_bert.command_line.argument_checks import checked
 from megatron_bert.config.checks import shell_problems, value_problems
 from megatron_bert.config.diagnostics import explain, format_value, raise_problems
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import key_at
 from megatron_bert.config.overrides import apply_override
 from megatron_bert.config.rank_layout import without_chosen_layout
 from megatron_bert.config.schema import Config
 from megatron_bert.config.yaml_text import KeyPath, format_document, parse_document
+from megatron_bert.errors import ConfigError
 from megatron_bert.files import StrPath
 
 DEFAULT_RUNS_FOLDER = "runs"

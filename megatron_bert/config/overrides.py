@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bert.config.diagnostics import format_value
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import dotted
 from megatron_bert.config.yaml_text import KeyPath, parse_document
+from megatron_bert.errors import ConfigError
 
 FORM = "key.path=value, e.g. optimizer.lr=1e-4 or data.train.0.weight=2"
 

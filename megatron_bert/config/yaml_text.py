@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 

@@ -11,7 +11,6 @@ from pathlib import Path, PurePath
 import numpy as np
 from _megatron_bert_core import DocumentLengths, IndexedDataset, WordStarts
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, Corpus
 from megatron_bert.data.indexed_dataset import (
     check_counts,
@@ -22,6 +21,7 @@ from megatron_bert.data.indexed_dataset import (
     read_dataset_info,
 )
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 
 # Enough to find an id that a smaller vocabulary lacks, few enough that a corpus opens at once.
 # (Every id is checked again when its row is assembled.)

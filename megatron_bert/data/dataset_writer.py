@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert.config.arguments import argument
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.config.arithmetic import ceil_div
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.index_file import index_size, write_index
 from megatron_bert.data.indexed_dataset import DatasetInfo, write_dataset_info
 from megatron_bert.data.partial_work import PartialWork
@@ -23,6 +22,7 @@ from megatron_bert.data.placing import (
     place_files,
     sync_staged,
 )
+from megatron_bert.errors import DataError
 
 # Megatron-LM's rule (`DType.optimal_dtype`).
 _UINT16_VOCABULARY = 65_500

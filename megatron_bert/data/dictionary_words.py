@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.errors import DataError
 
 Dictionary = Literal["mecab", "sudachi"]
 

@@ -9,13 +9,13 @@ from itertools import compress
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.deduplication import hash_texts
 from megatron_bert.data.dictionary_words import WordFinder, token_starts
 from megatron_bert.data.parsing import LineError, Normalization, OnError, parse_all
 from megatron_bert.data.raw_documents import RawBatch, RawDocument
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_backends import EncodedTexts
+from megatron_bert.errors import DataError
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]

@@ -9,8 +9,8 @@ from typing import Any
 
 from _megatron_bert_core import IndexedDataset, WordStarts
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.field_counts import FieldCounts
+from megatron_bert.errors import DataError
 from megatron_bert.files import write_atomically
 
 INFO_VERSION = 1

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_bert.closeable import Closeable
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard, check_given_once
 from megatron_bert.data.text import DocumentReader, TextDocuments
+from megatron_bert.errors import DataError
 
 _HASHED_BYTES = 1 << 20
 

@@ -9,10 +9,10 @@ import numpy.typing as npt
 from _megatron_bert_core import IndexedDataset
 
 from megatron_bert.config.arithmetic import ceil_div
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import check_tokenizer, open_dataset, read_dataset_info
 from megatron_bert.data.length_histogram import count_lengths, histogram
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 from megatron_bert.words import share
 
 _SAMPLE_TOKENS = 60

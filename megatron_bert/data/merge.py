@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.data.field_counts import FieldCounts
 from megatron_bert.data.index_file import MappedIndices, write_joined_index
 from megatron_bert.data.indexed_dataset import (
@@ -25,6 +24,7 @@ from megatron_bert.data.merge_parts import MergePart, check_shard_sets, open_par
 from megatron_bert.data.placing import StagedDataset, check_name
 from megatron_bert.data.shards import in_shard_order
 from megatron_bert.data.word_starts import write_joined_word_starts
+from megatron_bert.errors import DataError
 from megatron_bert.files import StrPath
 from megatron_bert.progress_bar import ProgressBar
 

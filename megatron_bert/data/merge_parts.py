@@ -8,8 +8,7 @@ from pathlib import Path
 
 from _megatron_bert_core import IndexedDataset, WordStarts
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.data.indexed_dataset import (
     DatasetInfo,
     check_counts,
@@ -19,6 +18,7 @@ from megatron_bert.data.indexed_dataset import (
     read_dataset_info,
 )
 from megatron_bert.data.shards import shard_set
+from megatron_bert.errors import DataError
 
 
 @dataclass(frozen=True)

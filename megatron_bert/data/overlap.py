@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config
 from megatron_bert.data.corpora import (
     OpenCorpus,
@@ -21,6 +20,7 @@ from megatron_bert.data.corpora import (
 from megatron_bert.data.deduplication import hash_documents, hash_texts
 from megatron_bert.data.inspection import beginning
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 from megatron_bert.progress_bar import ProgressBar
 from megatron_bert.words import share
 

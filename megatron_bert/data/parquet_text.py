@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.data.raw_documents import RawBatch, RawDocument, RawLines
+from megatron_bert.errors import DataError
 
 OnError = Literal["fail", "skip"]
 """What happens at a line that cannot be used: it is skipped and counted, or the job fails."""

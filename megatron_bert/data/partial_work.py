@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bert.closeable import Closeable
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.errors import DataError
 from megatron_bert.files import TEMPORARY_INFIX, sync_to_disk, write_atomically
 from megatron_bert.locks import FileInUseError, lock_file, remove_lock
 

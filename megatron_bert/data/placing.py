@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megatron_bert.closeable import Closeable
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
-from megatron_bert.config.places import check_place
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.command_line.places import check_place
 from megatron_bert.data.indexed_dataset import dataset_file
+from megatron_bert.errors import DataError
 from megatron_bert.files import StrPath, sync_to_disk, temporary_path
 
 # The index is last to appear and first to go: without it there is no dataset.

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bert.config.argument_checks import checked
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.argument_checks import checked
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.data.dataset_writer import DatasetWriter
 from megatron_bert.data.deduplication import Deduplicator
 from megatron_bert.data.dictionary_words import WordFinder
@@ -31,6 +30,7 @@ from megatron_bert.data.preprocess_state import PreprocessCounts, PreprocessStat
 from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_export import export_obstacle
+from megatron_bert.errors import DataError
 from megatron_bert.progress_bar import ProgressBar
 from megatron_bert.words import rounded
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from pydantic import PositiveInt
 
-from megatron_bert.config.argument_checks import check_fields
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.argument_checks import check_fields
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.data.dictionary_words import Dictionary
 from megatron_bert.data.parsing import Normalization, OnError
 from megatron_bert.data.placing import check_name
 from megatron_bert.data.shards import Shard
 from megatron_bert.data.text import TextDocuments
+from megatron_bert.errors import DataError
 from megatron_bert.files import StrPath
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from megatron_bert.config.argument_checks import check_fields
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.argument_checks import check_fields
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.errors import DataError
 from megatron_bert.words import counted, numbered
 
 # No number of files needs more digits.

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from megatron_bert.config.arithmetic import masked_slots
 from megatron_bert.config.curriculum import Curriculum
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.row_memory import gigabytes, long_run, plan_bytes, room_for_rows
 from megatron_bert.config.schema import Config, MlmConfig
 from megatron_bert.data.batch import Batch, RowArrays
@@ -20,6 +19,7 @@ from megatron_bert.data.blending import blend_warnings, blend_weights
 from megatron_bert.data.corpora import CorpusPart, OpenCorpus, open_corpus, training_parts
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.word_boundaries import WordTables, word_tables
+from megatron_bert.errors import DataError
 from megatron_bert.words import counted, times
 
 logger = logging.getLogger(__name__)

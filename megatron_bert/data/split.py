@@ -15,11 +15,11 @@ from typing import BinaryIO
 
 import xxhash
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
-from megatron_bert.config.places import check_no_folder, make_folder
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.command_line.places import check_no_folder, make_folder
 from megatron_bert.data.parsing import LineError, OnError, parse
 from megatron_bert.data.text import DocumentReader, iterate_documents
+from megatron_bert.errors import DataError
 from megatron_bert.files import sync_to_disk, temporary_path
 
 

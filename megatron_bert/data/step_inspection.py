@@ -8,13 +8,13 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert.config.arguments import argument
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.config.curriculum import Curriculum
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 
 # Bounds the memory for inspecting a step, whatever its global batch size.
 _SLOTS_AT_A_TIME = 1 << 20

@@ -16,8 +16,7 @@ from typing import Literal
 
 import zstandard
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.data.decompression import decompressed
 from megatron_bert.data.parquet_text import ParquetText
 from megatron_bert.data.parsing import LineError, OnError, parse
@@ -29,6 +28,7 @@ from megatron_bert.data.raw_documents import (
     read_lines,
 )
 from megatron_bert.data.shards import check_given_once
+from megatron_bert.errors import DataError
 from megatron_bert.words import counted
 
 logger = logging.getLogger(__name__)

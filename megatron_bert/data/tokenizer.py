@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert.config.argument_checks import checked
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
+from megatron_bert.command_line.argument_checks import checked
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.data.tokenizer_backends import (
     Backend,
     EncodedTexts,
     SentencePieceBackend,
     TokenizersBackend,
 )
+from megatron_bert.errors import DataError
 from megatron_bert.files import StrPath
 
 MASK = "<MASK>"
@@ -86,7 +86,7 @@ class Tokenizer:
         ids = {piece: _find_piece(backend, piece, berts=berts) for piece in SPECIAL_PIECES}
         missing = [piece for piece in _REQUIRED if ids[piece] is None]
         if missing:
-            raise DataError(_missing_pieces(path, missing, berts=berts))
+            raise _lacks_pieces(path, missing, berts=berts)
         found = {piece: number for piece, number in ids.items() if number is not None}
         self.named_ids = found
         self.mask_id = found[MASK]
@@ -243,19 +243,19 @@ def _find_piece(backend: Backend, piece: str, *, berts: bool) -> int | None:
     return None
 
 
-def _missing_pieces(path: Path, missing: list[str], *, berts: bool) -> str:
+def _lacks_pieces(path: Path, missing: list[str], *, berts: bool) -> DataError:
     names = ", ".join(_spellings(piece, berts=berts)[0] for piece in missing)
     both = "" if berts else f" (nor BERT's {', '.join(_BERTS[piece][0] for piece in missing)})"
-    message = f"tokenizer {path} has no special piece {names}{both}, spelled just so; "
-    if path.suffix == ".model":
-        return (
-            f"{message}train one with tools/train_tokenizer.py, or add the missing ones to this "
-            "model as control symbols"
-        )
-    return (
-        f"{message}if it has them under other names, such as <mask>, rename them in this file "
-        "wherever they occur (added_tokens, model.vocab, post_processor) and keep their ids; if "
-        "not, add them under added_tokens, for a model that exists already with ids below its "
-        "vocab_size. Do so in a copy if others use the file. For a new model, "
-        "tools/train_tokenizer.py makes one"
+    remedy = (
+        "train one with tools/train_tokenizer.py, or add the missing ones to this model as control "
+        "symbols"
+        if path.suffix == ".model"
+        else "if it has them under other names, such as <mask>, rename them in this file wherever "
+        "they occur (added_tokens, model.vocab, post_processor) and keep their ids; if not, add "
+        "them under added_tokens, for a model that exists already with ids below its vocab_size. "
+        "Do so in a copy if others use the file. For a new model, tools/train_tokenizer.py makes "
+        "one"
+    )
+    return DataError(
+        f"tokenizer {path} has no special piece {names}{both}, spelled just so; {remedy}"
     )

@@ -20,9 +20,9 @@ import tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.sentencepiece_model import as_control_pieces
 from megatron_bert.data.unigram import unigram_encoder
+from megatron_bert.errors import DataError
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]

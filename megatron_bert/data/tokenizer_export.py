@@ -17,7 +17,6 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.bpe_export import bpe_model, bpe_obstacle
 from megatron_bert.data.sentencepiece_model import (
     BYTE,
@@ -32,6 +31,7 @@ from megatron_bert.data.sentencepiece_model import (
 )
 from megatron_bert.data.tokenizer import CLS, EOD, MASK, PAD, SEP, Tokenizer
 from megatron_bert.data.tokenizer_backends import split_inside_special_tokens
+from megatron_bert.errors import DataError
 
 _UNKNOWN_PIECE, _BEGIN, _END = "<unk>", "<s>", "</s>"
 _ROLES = {

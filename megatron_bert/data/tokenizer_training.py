@@ -13,11 +13,11 @@ from typing import Literal
 import sentencepiece
 from pydantic import PositiveInt
 
-from megatron_bert.config.argument_checks import checked
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import DataError
-from megatron_bert.config.places import write_output
+from megatron_bert.command_line.argument_checks import checked
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.command_line.places import write_output
 from megatron_bert.data.tokenizer import SPECIAL_PIECES
+from megatron_bert.errors import DataError
 from megatron_bert.files import StrPath
 from megatron_bert.words import counted
 

@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.sentencepiece_model import SPACE
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 
 # Byte-level BPE's mark of a space, and WordPiece's of a piece inside a word.
 _OTHER_MARKS = ("Ġ", "##")

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.errors import UserError
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import DeviceChoice
+from megatron_bert.errors import ConfigError
 
 # NCCL's watchdog ends the process without a word. Before it does, the hosts' messages (gloo) must
 # time out, and the hosts must find out which ranks are gone, which takes up to 16 s.

@@ -16,7 +16,7 @@ import transformers
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.errors import UserError
 from megatron_bert.jglue.models import ModelSource
 from megatron_bert.jglue.recipes import Recipe, Row, Scores, ValidSet
 from megatron_bert.jglue.tasks import WARMUP_RATIO, Task

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_bert.config.errors import DataError, UserError
+from megatron_bert.errors import DataError, UserError
 from megatron_bert.jglue.cell import Batches, Cell, PreparedTask, train_cell
 from megatron_bert.jglue.models import ModelSource
 from megatron_bert.jglue.recipes import RECIPES

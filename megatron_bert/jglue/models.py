@@ -18,7 +18,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.errors import DataError
 from megatron_bert.huggingface.configuration_retrieva_bert import RetrievaBertConfig
 from megatron_bert.huggingface.modeling_retrieva_bert import (
     RetrievaBertForMultipleChoice,

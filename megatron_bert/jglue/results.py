@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.errors import UserError
 from megatron_bert.files import write_atomically
 from megatron_bert.jglue.tasks import EPOCHS, LEARNING_RATES, SWAPPED_COLUMNS, TASKS, Task
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import orjson
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.errors import DataError
 from megatron_bert.jglue.tasks import JNLI_LABELS, MARC_JA_LABELS, NUM_CHOICES
 
 _REMEDY = "mend it, or copy JGLUE's file again"

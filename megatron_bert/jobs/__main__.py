@@ -18,7 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bert.config.errors import ConfigError, Parser, run_cli, told_errors
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli, told_errors
+from megatron_bert.errors import ConfigError
 
 with told_errors():
     from megatron_bert.config.checks import check_config

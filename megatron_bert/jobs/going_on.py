@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bert.checkpoint.folders import CheckpointFolders
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.run_paths import RunPaths
+from megatron_bert.errors import UserError
 from megatron_bert.files import write_atomically
 from megatron_bert.run.directory import (
     FAILED,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.layout_checks import layout_problems, nearest_layouts
 from megatron_bert.config.rank_layout import RankLayout, without_chosen_layout
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import ConfigError
 
 
 def fitting_layout(config: Config, ranks: int) -> RankLayout:

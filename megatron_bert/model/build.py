@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.kernels import chosen_kernels, records_passes
 from megatron_bert.config.pipeline_stages import num_stages, stage_layers
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.device_facts import facts_of
 from megatron_bert.distributed.topology import Topology
+from megatron_bert.errors import ConfigError
 from megatron_bert.model.bert import TIED_PARAMETER, BertForPretraining, ModelPart
 from megatron_bert.model.initialization import initialize_weights
 from megatron_bert.model.kernels import use_kernels

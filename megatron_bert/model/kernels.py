@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.kernels import KERNEL_CAPABILITY
 from megatron_bert.config.schema import KernelsName
+from megatron_bert.errors import ConfigError
 from megatron_bert.model.block import Block
 from megatron_bert.model.fp8 import fp8_linear
 from megatron_bert.model.norm import LayerNorm

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import OptimizerConfig
+from megatron_bert.errors import ConfigError
 
 
 class UpdateRule(ABC):

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.distributed.device_work import wait_for_step, work_point
+from megatron_bert.errors import ConfigError
 from megatron_bert.parallel.data_parallel import ShardedModel
 from megatron_bert.parallel.micro_batches import HeadOutput, MicroBatch, WholeModel
 

@@ -12,8 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.errors import ConfigError
 from megatron_bert.files import write_atomically
 from megatron_bert.planner.machines import GPUS, Gpu, Machine, Rates, find_machine
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_bert.config.emitted_tables import guide_to_write, with_tables
-from megatron_bert.config.errors import run_cli
+from megatron_bert.command_line.emitted_tables import guide_to_write, with_tables
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.config.presets import LLM_JP_VOCABULARY
 from megatron_bert.config.schema import Config

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.command_line.arguments import argument
 from megatron_bert.config.flops import PEAK_TFLOPS
+from megatron_bert.errors import ConfigError
 
 GIB = 2**30
 

@@ -7,9 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_bert.figures import check_name, figure_class, write_figure
 from megatron_bert.parallel.actions import Kind
 from megatron_bert.parallel.schedule import end_times, make_schedule
+from megatron_bert.pictures import check_name, figure_class, write_figure
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.machines import GIB
 from megatron_bert.planner.memory import Memory

@@ -8,11 +8,11 @@ from typing import get_args
 
 import numpy as np
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.flops import row_flops
 from megatron_bert.config.layout_checks import layout_problems
 from megatron_bert.config.rank_layout import without_layout
 from megatron_bert.config.schema import Config, Recompute
+from megatron_bert.errors import ConfigError
 from megatron_bert.planner.arrays import Floats, columns
 from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Job

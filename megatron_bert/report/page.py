@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_bert.config.places import write_output
+from megatron_bert.command_line.places import write_output
 from megatron_bert.report import events, settings, timeline
 from megatron_bert.report.curves import AXES, Chart, charts_of, positions
 from megatron_bert.report.records import RunRecords, names_of

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_bert.config.argument_checks import checked
-from megatron_bert.config.errors import UserError
-from megatron_bert.figures import check_name, figure_class, write_figure
+from megatron_bert.command_line.argument_checks import checked
+from megatron_bert.errors import UserError
+from megatron_bert.pictures import check_name, figure_class, write_figure
 from megatron_bert.report.curves import thinned
 from megatron_bert.report.records import RunRecords, names_of
 

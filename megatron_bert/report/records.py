@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_bert.config.argument_checks import checked
-from megatron_bert.config.errors import UserError
+from megatron_bert.command_line.argument_checks import checked
 from megatron_bert.config.run_paths import RunPaths
+from megatron_bert.errors import UserError
 from megatron_bert.files import StrPath
 from megatron_bert.locks import holder_lives
 from megatron_bert.run import metrics

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import dotted
 from megatron_bert.config.leaves import leaves
 from megatron_bert.config.yaml_text import parse_document
+from megatron_bert.errors import ConfigError
 
 # Differs between all runs, and is shown already.
 _NAMES_THE_RUN = "run.dir"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.pipeline_schedules import SCHEDULES, ScheduleName
 from megatron_bert.config.yaml_text import parse_document
+from megatron_bert.errors import ConfigError
 from megatron_bert.parallel.actions import Action, Kind, StageTime
 from megatron_bert.parallel.schedule import end_times, make_schedule, simulate
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bert.closeable import Closeable
-from megatron_bert.config.errors import RunError, UserError, details_of
 from megatron_bert.config.run_paths import RunPaths
+from megatron_bert.errors import RunError, UserError, details_of
 from megatron_bert.files import sync_to_disk, write_atomically, write_if_absent
 from megatron_bert.locks import (
     FileInUseError,

@@ -11,9 +11,9 @@ from megatron_bert.checkpoint.huggingface_export import export_checkpoint
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.new_directory import check_is_new
 from megatron_bert.checkpoint.store import find_checkpoint
-from megatron_bert.config.argument_checks import checked
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import UserError
+from megatron_bert.command_line.argument_checks import checked
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.errors import UserError
 from megatron_bert.files import StrPath
 from megatron_bert.run.figures import run_figures
 

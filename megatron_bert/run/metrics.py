@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.config.run_paths import RunPaths
+from megatron_bert.errors import RunError, UserError
 from megatron_bert.files import write_atomically
 
 # Many times the size of a line, even of an evaluation of many texts.

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import Config
 from megatron_bert.data.vocabulary import padded_vocab_size
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.launch import choose_device
+from megatron_bert.errors import ConfigError
 from megatron_bert.host import usable_memory
 from megatron_bert.planner.calibrated import (
     calibration_of_device,

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bert.config.errors import RunError
 from megatron_bert.distributed.agreement import Ranks
+from megatron_bert.errors import RunError
 from megatron_bert.words import numbered
 
 _SOURCES = ("loss", "gradient")

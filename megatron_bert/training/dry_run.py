@@ -12,13 +12,13 @@ from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.rank_layout import RankLayout
 from megatron_bert.config.schema import Config
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.device_facts import facts_at_hand
+from megatron_bert.errors import UserError
 from megatron_bert.run.directory import check_usable
 from megatron_bert.training.auto_layout import with_layout
 from megatron_bert.training.description import (

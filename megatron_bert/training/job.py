@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.agreement import Ranks
@@ -19,6 +18,7 @@ from megatron_bert.distributed.launch import (
     process_group,
     requested_world_size,
 )
+from megatron_bert.errors import UserError
 from megatron_bert.run.directory import (
     FINISHED,
     RunDirectory,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bert.config.errors import Parser
+from megatron_bert.command_line.parser import Parser
 from megatron_bert.config.load import dump_config, load_config
 from megatron_bert.training.stops import StopRequests
 

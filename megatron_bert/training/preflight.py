@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 import megatron_bert
 from megatron_bert.config.diagnostics import format_value
-from megatron_bert.config.errors import RunError, UserError
 from megatron_bert.config.keys import dotted
 from megatron_bert.config.leaves import leaves
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.device_work import wait_for_device
+from megatron_bert.errors import RunError, UserError
 from megatron_bert.words import numbered
 
 # A network file system may show a new file to another node only after a while.

@@ -9,7 +9,6 @@ from megatron_bert.checkpoint.manifest import MANIFEST_NAME
 from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.config.diagnostics import raise_problems
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.identity import check_resume
 from megatron_bert.config.kernels import fp8_changes
 from megatron_bert.config.run_paths import RunPaths
@@ -17,6 +16,7 @@ from megatron_bert.config.schema import Config
 from megatron_bert.data.source import RowSource
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.device_facts import facts_at_hand
+from megatron_bert.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 import megatron_bert
-from megatron_bert.config.errors import EXIT_USER_ERROR, RunError, UserError
+from megatron_bert.command_line.run import EXIT_USER_ERROR
+from megatron_bert.errors import RunError, UserError
 from megatron_bert.words import numbered
 
 # How often a rank checks whether it was called, and how long all ranks together have to answer.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 from megatron_bert.translation.given import Given, number
 
 # Megatron-LM rounds the width of a gated MLP down to a multiple of this.

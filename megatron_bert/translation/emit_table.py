@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_bert.config.emitted_tables import guide_to_write, with_tables
-from megatron_bert.config.errors import run_cli
+from megatron_bert.command_line.emitted_tables import guide_to_write, with_tables
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.files import write_atomically
 from megatron_bert.translation.argument import Argument, Fate
 from megatron_bert.translation.table import PARTS

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 from megatron_bert.translation.argument import Argument
 from megatron_bert.translation.table import find
 

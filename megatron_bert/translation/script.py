@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 
 PROGRAM = "pretrain_bert.py"
 _FOR_A_SHELL = frozenset("$`;&|<>()*?[]{}~")

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from megatron_bert.config.checks import value_problems
 from megatron_bert.config.diagnostics import explain, raise_problems
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import ConfigError
 from megatron_bert.translation.argument import Fate
 from megatron_bert.translation.compound_keys import Builder, set_compound_keys
 from megatron_bert.translation.given import Given

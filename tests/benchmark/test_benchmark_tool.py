@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from megatron_bert.benchmark.data import measure as data_benchmark
-from megatron_bert.config.errors import ConfigError, DataError
+from megatron_bert.errors import ConfigError, DataError
 from tests.deadlines import DEADLINE_SECONDS
 from tools import benchmark as tool
 

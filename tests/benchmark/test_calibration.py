@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bert.benchmark.calibration import QUICK, _all_reduce, _facts, _rates, calibrate
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 from megatron_bert.planner.calibrated import (
     Calibration,
     calibration_of_device,

@@ -20,7 +20,7 @@ from megatron_bert.benchmark.kernels.measure import KernelFigures, Piece, measur
 from megatron_bert.benchmark.kernels.table import kernels_table
 from megatron_bert.benchmark.kernels.work import KernelWork
 from megatron_bert.benchmark.step.alone import time_attention
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 from megatron_bert.optim import update_rules
 from tests.benchmark.device_clock import DeviceClock
 from tests.benchmark.test_benchmark_tool import run_tool

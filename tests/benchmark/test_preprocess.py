@@ -10,8 +10,8 @@ from megatron_bert.benchmark.data.preprocess import (
     read_documents,
     tokenizer_for,
 )
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 
 
 @pytest.fixture

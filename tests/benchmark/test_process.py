@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bert.benchmark import process
 from megatron_bert.benchmark.process import run_isolated
-from megatron_bert.config.errors import DataError
+from megatron_bert.errors import DataError
 
 
 def cores_when_pinned() -> int:

@@ -15,7 +15,7 @@ import torch
 from megatron_bert.checkpoint.manifest import MANIFEST_NAME, Manifest
 from megatron_bert.checkpoint.store import CheckpointStore
 from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
-from megatron_bert.config.errors import CheckpointError
+from megatron_bert.errors import CheckpointError
 from tests.checkpoint.sharded_state import assert_same_bits, blank, sharded, whole_state
 from tests.distributed_harness import run_ranks
 

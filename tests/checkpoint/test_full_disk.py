@@ -20,7 +20,7 @@ import shutil, sys
 from pathlib import Path
 import torch
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.errors import CheckpointError
+from megatron_bert.errors import CheckpointError
 
 disk, state_bytes = Path(sys.argv[1]), int(sys.argv[2])
 store = CheckpointStore(disk / "checkpoints", keep=2)

@@ -23,7 +23,7 @@ from megatron_bert.checkpoint.huggingface_names import model_parameters
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.shard_files import Piece, write_file
 from megatron_bert.checkpoint.store import CheckpointStore, find_checkpoint
-from megatron_bert.config.errors import CheckpointError, DataError
+from megatron_bert.errors import CheckpointError, DataError
 from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
 from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks

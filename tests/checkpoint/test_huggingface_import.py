@@ -17,10 +17,10 @@ from megatron_bert.checkpoint.huggingface_names import listed
 from megatron_bert.checkpoint.manifest import Manifest, verified_manifest
 from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
-from megatron_bert.config.errors import CheckpointError, ConfigError, DataError
 from megatron_bert.config.identity import check_resume
 from megatron_bert.config.schema import Config
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from megatron_bert.errors import CheckpointError, ConfigError, DataError
 from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
 from tests.distributed_harness import run_ranks
 from tests.training.runs import run_config, steps_of, train

@@ -28,7 +28,7 @@ from megatron_bert.checkpoint.huggingface_import import import_model
 from megatron_bert.checkpoint.manifest import verified_manifest
 from megatron_bert.checkpoint.store import find_checkpoint
 from megatron_bert.checkpoint.tensors import read_whole_tensors, saved_shapes
-from megatron_bert.config.errors import CheckpointError
+from megatron_bert.errors import CheckpointError
 from tests.checkpoint.huggingface_run import VOCABULARY, expected_parameters, make_run
 from tests.deadlines import DEADLINE_SECONDS
 from tests.distributed_harness import run_ranks

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_bert.checkpoint.run_state import RunState, imported_state, trained_state
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.load import config_dict
+from megatron_bert.errors import CheckpointError
 from tests.small_model import small_config
 
 FIELDS: dict[str, Any] = {

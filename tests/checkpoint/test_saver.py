@@ -20,8 +20,8 @@ from megatron_bert.checkpoint.save_result import SaveResult
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.shards import HostCopy, LocalShards
 from megatron_bert.checkpoint.store import CheckpointDefectError, CheckpointStore
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.distributed.launch import new_host_group
+from megatron_bert.errors import CheckpointError
 from tests.checkpoint.host_calls import HostCall, before_host_calls, disk_full_at
 from tests.checkpoint.sharded_state import assert_same_bits, blank, sharded, whole_state
 from tests.distributed_harness import PEER_GONE, RankError, run_ranks

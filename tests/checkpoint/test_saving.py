@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_bert.checkpoint.manifest import JSON, file_checksum
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.errors import CheckpointError
+from megatron_bert.errors import CheckpointError
 from tests.checkpoint.host_calls import HostCall, before_host_calls, disk_full_at
 from tests.checkpoint.sharded_state import sharded, state_bytes, whole_state
 from tests.distributed_harness import run_ranks

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.load import load_config
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import ConfigError
 
 SMALL: dict[str, Any] = {
     "model": {

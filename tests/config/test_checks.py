@@ -10,7 +10,7 @@ from megatron_bert.config import checks
 from megatron_bert.config import kernels as config_kernels
 from megatron_bert.config.arithmetic import resolve_vocab_size
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 from tests.config.conftest import Build, refusal
 from tests.stand_ins import install
 

@@ -7,11 +7,11 @@ import pytest
 
 from megatron_bert.config import change_table, stage_changes
 from megatron_bert.config.change_table import Change, Refusal, change_of
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.identity import changed_keys, check_resume
 from megatron_bert.config.keys import all_keys
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.stage_changes import curriculum_problems
+from megatron_bert.errors import ConfigError
 from tests.config.conftest import Build
 
 # The small run has stages of 100, 200 and 50 steps: this lies in the second one.

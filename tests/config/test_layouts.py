@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.layout_checks import legal_layouts
 from megatron_bert.config.load import load_config
 from megatron_bert.config.rank_layout import RankLayout
+from megatron_bert.errors import ConfigError
 from tests.config.conftest import Build, refusal
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"

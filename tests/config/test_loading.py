@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megatron_bert.config.architectures import ARCHITECTURES, ArchitectureName
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.load import config_dict, dump_config, load_config
 from megatron_bert.config.presets import PRESETS
 from megatron_bert.config.schema import Config, ModelConfig
 from megatron_bert.config.yaml_text import format_document, parse_document
+from megatron_bert.errors import ConfigError
 from tests.config.conftest import SMALL, Build
 
 

@@ -11,10 +11,10 @@ import yaml
 
 from megatron_bert.config import emit_schema
 from megatron_bert.config.change_table import change_of
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import all_keys, json_schema
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.yaml_text import parse_document
+from megatron_bert.errors import ConfigError
 from tests.config.conftest import SMALL, Build
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -18,10 +18,10 @@ from megatron_bert.config.arithmetic import (
 from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.checks import check_config
 from megatron_bert.config.curriculum import Curriculum
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.load import load_config
 from megatron_bert.config.parameters import parameter_count
 from megatron_bert.config.schema import BatchConfig, Config, ModelConfig
+from megatron_bert.errors import ConfigError
 from tests.config.conftest import Build
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "retrievabert_1.3b.yaml"

@@ -8,8 +8,8 @@ from _megatron_bert_core import IndexedDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import open_dataset
+from megatron_bert.errors import DataError
 from tests.core.support import index_bytes
 
 LENGTHS, BOUNDARIES = [3, 1, 2], [0, 1, 3]

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, Corpus
 from megatron_bert.data.corpora import (
     CorpusPart,
@@ -23,6 +22,7 @@ from megatron_bert.data.corpora import (
 from megatron_bert.data.indexed_dataset import DatasetInfo, write_dataset_info
 from megatron_bert.data.source import RowSource, RowStage, training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 from tests.core.support import write_documents
 from tests.small_model import small_config
 

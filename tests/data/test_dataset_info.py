@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import (
     DatasetInfo,
     SourceFile,
@@ -17,6 +16,7 @@ from megatron_bert.data.indexed_dataset import (
     read_dataset_info,
     write_dataset_info,
 )
+from megatron_bert.errors import DataError
 from tests.core.support import write_documents
 
 INFO = DatasetInfo(

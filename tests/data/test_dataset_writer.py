@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data import dataset_writer
 from megatron_bert.data.dataset_writer import DatasetWriter
 from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset
+from megatron_bert.errors import DataError
 from tests.core.support import write_documents
 
 SUFFIXES = (".bin", ".idx", ".json", ".words")

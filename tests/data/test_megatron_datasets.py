@@ -11,10 +11,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.merge import merge_datasets
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 from tests.distributed_harness import run_ranks
 from tests.training.runs import run_config, steps_of, train
 from tools import preprocess_data

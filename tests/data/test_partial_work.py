@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_bert import locks
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.partial_work import PartialWork
+from megatron_bert.errors import DataError
 
 
 def names(folder: Path) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.shards import Shard, check_given_once, in_shard_order
+from megatron_bert.errors import DataError
 
 
 def test_shards_are_taken_by_number_where_the_first_of_them_stands() -> None:

@@ -10,13 +10,13 @@ import torch
 from _megatron_bert_core import IndexedDataset, epoch_rows
 
 from megatron_bert.config.arithmetic import masked_slots
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, MaskUnit
 from megatron_bert.data import source as source_module
 from megatron_bert.data.corpora import evaluation_parts, open_corpus
 from megatron_bert.data.indexed_dataset import DatasetInfo, open_dataset, write_dataset_info
 from megatron_bert.data.source import training_source, validation_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 from tests.core.support import write_documents
 
 STAGES = [{"seq_length": 32, "steps": 3}, {"seq_length": 64, "steps": 2}]

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from megatron_bert.config.errors import DataError, UserError
 from megatron_bert.distributed.agreement import Ranks, RanksFailedError
+from megatron_bert.errors import DataError, UserError
 from tests.distributed_harness import run_ranks
 
 

@@ -6,9 +6,9 @@ from datetime import timedelta
 import pytest
 import torch
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.distributed import launch
 from megatron_bert.distributed.topology import MESH_AXES, Topology
+from megatron_bert.errors import ConfigError
 from tests.distributed_harness import run_ranks
 
 

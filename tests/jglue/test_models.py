@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.errors import DataError
 from megatron_bert.huggingface.modeling_retrieva_bert import RetrievaBertForMultipleChoice
 from megatron_bert.jglue.models import ModelSource
 from megatron_bert.jglue.recipes import RECIPES

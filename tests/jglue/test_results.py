@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.errors import UserError
 from megatron_bert.jglue.results import Results, departures, select, table
 from megatron_bert.jglue.tasks import EPOCHS, LEARNING_RATES, SWAPPED_COLUMNS, TASKS, Task
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.config.errors import DataError
+from megatron_bert.errors import DataError
 from megatron_bert.jglue.task_files import Answer, Choice, Labelled, read_task_file
 from megatron_bert.jglue.tasks import TASKS
 from tests.jglue.conftest import CONTEXT, row, write_split, write_task

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 from megatron_bert.model import attention, kernels
 from megatron_bert.model.build import build_model
 from tests.distributed_harness import run_ranks

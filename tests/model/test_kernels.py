@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_bert.config.errors import ConfigError
+from megatron_bert.errors import ConfigError
 from megatron_bert.model import kernels
 from megatron_bert.model.bert import BertForPretraining
 from megatron_bert.model.build import build_model

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.schema import OptimizerConfig
+from megatron_bert.errors import ConfigError
 from megatron_bert.optim.adamw import AdamW
 from tests.distributed_harness import run_ranks
 from tests.optim.shards import RATE, built, set_gradients, set_whole_gradients, whole

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert import api
-from megatron_bert.config.errors import UserError
+from megatron_bert.errors import UserError
 from megatron_bert.training import main as training
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.kernels import ComputeDevice
 from megatron_bert.distributed.device_work import DeviceStalledError, HostPoint
+from megatron_bert.errors import ConfigError
 from megatron_bert.model import build
 from megatron_bert.model.build import RankModel
 from megatron_bert.parallel import recorded_passes

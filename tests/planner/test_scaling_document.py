@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.pipeline_schedules import ScheduleName
+from megatron_bert.errors import ConfigError
 from megatron_bert.planner import step
 from megatron_bert.planner.compute import Passes, Seconds
 from megatron_bert.planner.emit_scaling import PICTURE_FILE, main, render

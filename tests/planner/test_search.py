@@ -11,8 +11,8 @@ import pytest
 
 from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.checks import check_config, value_problems
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.layout_checks import legal_layouts
+from megatron_bert.errors import ConfigError
 from megatron_bert.planner.layouts import Layout, Split, all_splits, micro_token_choices
 from megatron_bert.planner.machines import GPUS, find_machine, gpu_of_device
 from megatron_bert.planner.memory import memory

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import UserError, run_cli
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.config.yaml_text import format_document
 from megatron_bert.data.token_kinds import TOKEN_KINDS
+from megatron_bert.errors import UserError
 from megatron_bert.report.curves import AXES
 from megatron_bert.report.page import page_of
 from megatron_bert.report.records import RunRecords, names_of

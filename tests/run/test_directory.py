@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert import files
-from megatron_bert.config.errors import UserError
+from megatron_bert.errors import UserError
 from megatron_bert.run import directory
 from megatron_bert.run.directory import RunDirectory, check_usable, read_outcome, record_failure
 from megatron_bert.run.journal import read_journal

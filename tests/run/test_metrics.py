@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bert.config.errors import RunError, UserError
+from megatron_bert.errors import RunError, UserError
 from megatron_bert.run import directory as run_directory_module
 from megatron_bert.run import metrics as metrics_module
 from megatron_bert.run.directory import RunDirectory

@@ -8,7 +8,7 @@ import io
 
 import pytest
 
-from megatron_bert.config.errors import EXIT_USER_ERROR, run_cli
+from megatron_bert.command_line.run import EXIT_USER_ERROR, run_cli
 
 
 def error_of(module: str, *arguments: object) -> str:

@@ -20,9 +20,9 @@ import zstandard
 
 from megatron_bert.checkpoint.manifest import FileRecord, Manifest, file_checksum
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import UserError
 from tests.distributed_harness import run_ranks
 from tests.safety.canaries import BINARY, nested, pickled, saved_by_numpy, saved_by_torch, yaml_tag
 from tests.safety.support import error_of

@@ -14,6 +14,7 @@ FILES = [
     CHECKOUT / "pretrain_bert.py",
 ]
 
+_ASKER_SAYS = "who asks puts the key and the path first"
 _PASSED_ON = "the texts of other errors, each of which is looked at where it is made"
 # By file and function: why what stands there need not be complete.
 EXCEPTIONS = {
@@ -23,10 +24,10 @@ EXCEPTIONS = {
     ("megatron_bert/config/checks.py", "_place_problems"): "place_problem says what to do",
     ("megatron_bert/config/checks.py", "shell_problems"): "shell_problem says what to do",
     ("megatron_bert/config/diagnostics.py", "raise_problems"): _PASSED_ON,
-    ("megatron_bert/config/places.py", "check_place"): "place_problem says what to do",
-    ("megatron_bert/config/errors.py", "error"): "argparse names option and value",
-    ("megatron_bert/config/places.py", "place_problem"): "who asks puts the key and the path first",
-    ("megatron_bert/config/places.py", "shell_problem"): "who asks puts the key and the path first",
+    ("megatron_bert/command_line/places.py", "check_place"): "place_problem says what to do",
+    ("megatron_bert/command_line/parser.py", "error"): "argparse names option and value",
+    ("megatron_bert/command_line/places.py", "place_problem"): _ASKER_SAYS,
+    ("megatron_bert/command_line/places.py", "shell_problem"): _ASKER_SAYS,
     ("megatron_bert/data/parsing.py", "_line_error"): "LineError's text adds what to do",
     ("megatron_bert/distributed/agreement.py", "_values"): _PASSED_ON,
     ("megatron_bert/jobs/layout.py", "fitting_layout"): _PASSED_ON,

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_bert.checkpoint.manifest import FileRecord, Manifest
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.errors import CheckpointError, ConfigError
+from megatron_bert.command_line.places import place_problem
 from megatron_bert.config.load import dump_config, load_config
-from megatron_bert.config.places import place_problem
+from megatron_bert.errors import CheckpointError, ConfigError
 from tests.safety.support import error_of
 from tests.tools.merge_support import write_set
 from tests.training.runs import run_config

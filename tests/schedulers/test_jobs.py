@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.config.errors import ConfigError, DataError, UserError, run_cli
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import ConfigError, DataError, UserError
 from megatron_bert.jobs import going_on
 from megatron_bert.jobs.__main__ import main
 from megatron_bert.jobs.going_on import ANY, HOLD, Next, announce, judge, take_up

@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_export import export_tokenizer
+from megatron_bert.errors import DataError
 from tests.tokenizer.bert_style import KINDS, PIECES, write_bert_tokenizer
 
 LITERALS = ["a [MASK] b", "[MASK][MASK]", "x[CLS]y[SEP]", "[PAD]", "猫[MASK]学校", "[EOD]"]

@@ -6,9 +6,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data import dictionary_words
 from megatron_bert.data.dictionary_words import Dictionary, WordFinder, token_starts
+from megatron_bert.errors import DataError
 
 DICTIONARIES: tuple[Dictionary, ...] = get_args(Dictionary)
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.text import DocumentReader, LineError, iterate_documents, parse
+from megatron_bert.errors import DataError
 
 TEXTS = ["吾輩は猫である。\n名前はまだ無い。", "", "The fox", "  spaces  "]
 

@@ -13,10 +13,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.parsing import LineError, ParsedText, parse, parse_all
 from megatron_bert.data.raw_documents import RawDocument, RawLines, read_lines
 from megatron_bert.data.text import DocumentReader, TextDocuments, iterate_documents
+from megatron_bert.errors import DataError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,

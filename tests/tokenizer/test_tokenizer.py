@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
+from megatron_bert.errors import DataError
 
 LITERALS = [
     *SPECIAL_PIECES,

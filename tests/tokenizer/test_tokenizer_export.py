@@ -17,7 +17,6 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.bpe_export import bpe_obstacle
 from megatron_bert.data.sentencepiece_model import (
     NORMAL,
@@ -29,6 +28,7 @@ from megatron_bert.data.sentencepiece_model import (
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_export import export_tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from megatron_bert.errors import DataError
 from tests.deadlines import DEADLINE_SECONDS
 from tests.huggingface.releases import installed_release, older_release, packages_folder
 

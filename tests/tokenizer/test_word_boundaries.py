@@ -7,7 +7,6 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.word_boundaries import (
     CharacterClass,
@@ -15,6 +14,7 @@ from megatron_bert.data.word_boundaries import (
     word_mark,
     word_tables,
 )
+from megatron_bert.errors import DataError
 
 
 def words(tokenizer: Tokenizer, text: str) -> list[str]:

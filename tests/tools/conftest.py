@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_bert.config.arguments import as_options
+from megatron_bert.command_line.arguments import as_options
 
 
 @pytest.fixture(autouse=True)

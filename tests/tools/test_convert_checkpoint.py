@@ -19,7 +19,7 @@ import yaml
 
 from megatron_bert.checkpoint import manifest as manifest_module
 from megatron_bert.checkpoint.manifest import Manifest, file_checksum, verified_manifest
-from megatron_bert.config.errors import run_cli
+from megatron_bert.command_line.run import run_cli
 from tests.checkpoint.huggingface_run import make_run
 from tests.deadlines import DEADLINE_SECONDS
 from tools import convert_checkpoint as tool

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.config.errors import run_cli
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.data.tokenizer_export import export_tokenizer
 
 transformers = pytest.importorskip("transformers")

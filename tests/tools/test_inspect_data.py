@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from _megatron_bert_core import RowPlan
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.load import load_config
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from megatron_bert.errors import DataError
 from tests.core.support import write_documents
 from tools import inspect_data as tool
 

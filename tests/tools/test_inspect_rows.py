@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from _megatron_bert_core import IndexedDataset
 
-from megatron_bert.config.errors import ConfigError, DataError, UserError
 from megatron_bert.config.load import load_config
 from megatron_bert.data.source import training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import ConfigError, DataError, UserError
 from megatron_bert.training.scores import REPLACEMENTS
 from tests.core.support import write_documents
 from tools import inspect_data as tool

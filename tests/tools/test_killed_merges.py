@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.indexed_dataset import open_dataset
 from megatron_bert.data.merge import merge_datasets
+from megatron_bert.errors import DataError
 from tests.core.support import write_documents
 from tests.deadlines import DEADLINE_SECONDS
 from tests.tools.merge_support import contents, names, write_set, write_word_starts

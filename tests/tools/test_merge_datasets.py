@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data import index_file, merge, word_starts
 from megatron_bert.data.indexed_dataset import (
     SourceFile,
@@ -24,6 +23,7 @@ from megatron_bert.data.indexed_dataset import (
 from megatron_bert.data.merge import merge_datasets, merge_infos
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.preprocess_options import PreprocessOptions
+from megatron_bert.errors import DataError
 from tests.core.support import write_documents, write_sequences
 from tests.deadlines import DEADLINE_SECONDS
 from tests.tools.merge_support import INFO, contents, names, write_set, write_word_starts

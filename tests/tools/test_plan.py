@@ -13,8 +13,8 @@ import pytest
 
 from megatron_bert import files
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import load_config
+from megatron_bert.errors import UserError
 from tests.deadlines import DEADLINE_SECONDS
 from tools import plan as tool
 from tools.plan import main

@@ -18,7 +18,6 @@ import tokenizers
 import zstandard
 from tokenizers import models, pre_tokenizers
 
-from megatron_bert.config.errors import DataError, UserError
 from megatron_bert.data import preprocess as preprocess_module
 from megatron_bert.data.dictionary_words import Dictionary, token_starts
 from megatron_bert.data.indexed_dataset import open_dataset, read_dataset_info
@@ -29,6 +28,7 @@ from megatron_bert.data.preprocess_state import PreprocessCounts
 from megatron_bert.data.shards import Shard
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_backends import EncodedTexts
+from megatron_bert.errors import DataError, UserError
 from tests.deadlines import DEADLINE_SECONDS
 from tools import preprocess_data as tool
 

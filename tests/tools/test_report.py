@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import UserError, run_cli
+from megatron_bert.command_line.run import run_cli
+from megatron_bert.errors import UserError
 from megatron_bert.report.page import write_page
 from megatron_bert.report.picture import draw_curves, write_picture
 from megatron_bert.report.records import RunRecords

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.config.errors import DataError
 from megatron_bert.data import encoding, partial_work
 from megatron_bert.data.input_documents import FileHashes
 from megatron_bert.data.parsing import ParsedTexts, parse_all
@@ -21,6 +20,7 @@ from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.raw_documents import RawBatch
 from megatron_bert.data.shards import Shard
+from megatron_bert.errors import DataError
 from tests.deadlines import DEADLINE_SECONDS
 
 # Forks a job for every moment at which it touches a file under the output folder, kills it there,
@@ -29,7 +29,7 @@ KILLED_EVERYWHERE = """
 import os, shutil, signal, sys
 from pathlib import Path
 import numpy as np
-from megatron_bert.config.errors import DataError
+from megatron_bert.errors import DataError
 from megatron_bert.data import partial_work, preprocess as module
 
 folder, tokenizer, *inputs = map(Path, sys.argv[1:])

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_bert.config.errors import DataError, UserError, run_cli
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.data.split import SplitCounts, split_documents
 from megatron_bert.data.text import DocumentReader
+from megatron_bert.errors import DataError, UserError
 from tools import split_corpus as tool
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import DataError, UserError
 from megatron_bert.data.tokenizer import SPECIAL_PIECES, Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from megatron_bert.errors import DataError, UserError
 from tools import train_tokenizer as tool
 
 TOOL = Path(tool.__file__)

@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import UserError
 from megatron_bert.run.metrics import read
 from megatron_bert.training import auto_layout
 from megatron_bert.training.auto_layout import with_layout

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_bert.config.errors import CheckpointError
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import CheckpointError
 from megatron_bert.run.metrics import read
 from tests.checkpoint.host_calls import before_host_calls, disk_full_at
 from tests.distributed_harness import run_ranks

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_bert.config.batch_layout import BatchLayout
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config
 from megatron_bert.data.batch import Batch, RowArrays
 from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
+from megatron_bert.errors import DataError
 from megatron_bert.training.batches import SURPLUS_ROW, GlobalBatch, ReadAhead
 from megatron_bert.training.staging import HostMemory
 from tests.core.support import write_documents

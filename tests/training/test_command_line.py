@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import UserError
 from megatron_bert.run.directory import RunDirectory
 from megatron_bert.run.metrics import read
 from megatron_bert.training.main import main

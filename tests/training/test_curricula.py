@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.schema import Config
 from megatron_bert.data.step_inspection import describe_steps
+from megatron_bert.errors import UserError
 from megatron_bert.training.dry_run import dry_run
 from tests.distributed_harness import run_ranks
 from tests.training.runs import steps_of, train

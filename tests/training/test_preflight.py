@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bert.config.errors import UserError
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import UserError
 from megatron_bert.training import preflight
 from megatron_bert.training.preflight import (
     CommunicationError,

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bert.config.errors import DataError, UserError, run_cli
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
+from megatron_bert.errors import DataError, UserError
 from megatron_bert.training.main import main
 from megatron_bert.training.stops import STOP_SIGNALS
 from megatron_bert.training.trainer import Trainer

@@ -17,7 +17,6 @@ import torch
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.run_state import RunState
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.errors import ConfigError, UserError
 from megatron_bert.config.kernels import ComputeDevice
 from megatron_bert.config.load import config_dict
 from megatron_bert.config.schema import Config
@@ -26,6 +25,7 @@ from megatron_bert.data.corpora import OpenCorpus
 from megatron_bert.data.source import RowSource, training_source
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.distributed.topology import Topology
+from megatron_bert.errors import ConfigError, UserError
 from megatron_bert.model.build import build_model
 from megatron_bert.parallel.sharding import local_part
 from megatron_bert.run.directory import RunDirectory

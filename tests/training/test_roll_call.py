@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_bert.config.errors import details_of
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.device_work import DeviceStalledError
+from megatron_bert.errors import details_of
 from megatron_bert.run.mirrors.processes import Mirrors
 from megatron_bert.training import job
 from megatron_bert.training import roll_call as module

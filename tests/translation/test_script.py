@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.load import load_config
+from megatron_bert.errors import ConfigError
 from megatron_bert.translation.script import read_arguments
 from tools import translate_megatron as tool
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_bert.config.checks import check_config
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.config.keys import all_keys, key_at
 from megatron_bert.config.load import config_dict, load_config
+from megatron_bert.errors import ConfigError
 from megatron_bert.translation.argument import Fate
 from megatron_bert.translation.document import render_file
 from megatron_bert.translation.emit_table import GUIDE_FILE, main, render

@@ -18,10 +18,10 @@ from megatron_bert.benchmark.timing import Timing
 from megatron_bert.checkpoint.manifest import Manifest
 from megatron_bert.checkpoint.saver import CheckpointSaver
 from megatron_bert.checkpoint.store import CheckpointStore
-from megatron_bert.config.errors import CheckpointError, DataError
 from megatron_bert.config.schema import Config
 from megatron_bert.distributed.launch import new_host_group, process_group
 from megatron_bert.distributed.topology import Topology
+from megatron_bert.errors import CheckpointError, DataError
 from megatron_bert.model.build import build_model
 from megatron_bert.parallel.sharding import local_part
 from megatron_bert.training.optimizer import build_optimizer

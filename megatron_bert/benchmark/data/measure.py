@@ -33,8 +33,8 @@ from megatron_bert.benchmark.synthetic import (
     write_corpora,
 )
 from megatron_bert.config.curriculum import Curriculum
-from megatron_bert.config.errors import DataError
 from megatron_bert.config.schema import Config, MlmConfig
+from megatron_bert.errors import DataError
 
 SEQ_LENGTHS = (128, 512, 2048)
 _KINDS = (PARAGRAPHS, ARTICLES)

@@ -12,13 +12,13 @@ import sentencepiece
 
 from megatron_bert.benchmark.timing import time_in_turns
 from megatron_bert.config.arithmetic import ceil_div
-from megatron_bert.config.errors import DataError
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.preprocess_options import PreprocessOptions
 from megatron_bert.data.preprocess_state import PreprocessCounts
 from megatron_bert.data.text import DocumentReader, iterate_documents
 from megatron_bert.data.tokenizer import Tokenizer
 from megatron_bert.data.tokenizer_training import train_tokenizer, write_model
+from megatron_bert.errors import DataError
 
 WORKERS = 2
 _TRAINED_PIECES = 8000

@@ -9,8 +9,8 @@ from megatron_bert.benchmark.kernels.measure import KernelFigures, measure_kerne
 from megatron_bert.benchmark.kernels.pieces import make_pieces
 from megatron_bert.benchmark.kernels.work import KernelWork
 from megatron_bert.benchmark.model_command import corpora_of, joined_ranks, subject_of
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.distributed.launch import requested_world_size
+from megatron_bert.errors import ConfigError
 
 
 def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> KernelFigures:

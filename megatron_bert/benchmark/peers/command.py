@@ -9,8 +9,8 @@ from typing import Any
 from megatron_bert.benchmark.model_command import corpora_of, joined_ranks, subject_of
 from megatron_bert.benchmark.peers.measure import PeersFigures, PeersWork, measure_peers
 from megatron_bert.benchmark.step.measure import with_dropout
-from megatron_bert.config.errors import ConfigError
 from megatron_bert.distributed.launch import requested_world_size
+from megatron_bert.errors import ConfigError
 
 
 def measure_command(given: argparse.Namespace, say: Callable[[str], None]) -> PeersFigures:

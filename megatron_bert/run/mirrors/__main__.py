@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from megatron_bert.config.errors import Parser, UserError, run_cli
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli
 from megatron_bert.config.load import load_config
 from megatron_bert.config.run_paths import RunPaths
+from megatron_bert.errors import UserError
 from megatron_bert.locks import FileInUseError, lock_file
 from megatron_bert.run.directory import KILLED, Outcome, read_outcome
 from megatron_bert.run.mirrors.following import Bookmark, FollowedFile

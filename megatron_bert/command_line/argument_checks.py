@@ -14,8 +14,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import UserError
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.errors import UserError
 from megatron_bert.files import StrPath
 
 _Given = ParamSpec("_Given")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.config.errors import ConfigError, DataError, Parser, RunError, run_cli
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.command_line.run import run_cli
+from megatron_bert.errors import ConfigError, DataError, RunError
 from tests.deadlines import DEADLINE_SECONDS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -168,7 +170,7 @@ def test_success_is_exit_code_zero() -> None:
 
 def test_a_reader_that_went_away_is_no_error() -> None:
     program = (
-        "import sys; from megatron_bert.config.errors import run_cli\n"
+        "import sys; from megatron_bert.command_line.run import run_cli\n"
         "def main():\n    for _ in range(10**5): sys.stdout.write('line\\n')\n"
         "run_cli(main)\n"
     )

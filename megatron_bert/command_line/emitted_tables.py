@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_bert.config.errors import ConfigError, Parser
+from megatron_bert.command_line.parser import Parser
+from megatron_bert.errors import ConfigError
 
 
 def guide_to_write(arguments: Sequence[str] | None, file: str, description: str | None) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_bert.config.errors import UserError
+from megatron_bert.errors import UserError
 from megatron_bert.files import write_atomically
 
 # A variable ($NAME, ${NAME}, $1, $(command)), or a home folder (~, ~NAME).

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import megatron_bert
-from megatron_bert.config.arguments import argument, as_options
-from megatron_bert.config.errors import DataError, run_cli
+from megatron_bert.command_line.arguments import argument, as_options
+from megatron_bert.command_line.run import run_cli
+from megatron_bert.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -58,9 +59,9 @@ _STARTS = "writes a command line that it starts"
 # Files and folders whose texts no Python caller sees; folders end in a slash.
 _OF_COMMAND_LINES = {
     "benchmark/": _TOOL_ALONE,
-    "config/arguments.py": "the table of options itself",
-    "config/emitted_tables.py": _DECLARES,
-    "config/errors.py": _DECLARES,
+    "command_line/arguments.py": "the table of options itself",
+    "command_line/emitted_tables.py": _DECLARES,
+    "command_line/parser.py": _DECLARES,
     "data/text_arguments.py": _DECLARES,
     "jglue/": _TOOL_ALONE,
     "jobs/__main__.py": _DECLARES,

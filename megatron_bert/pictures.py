@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_bert.config.arguments import argument
-from megatron_bert.config.errors import UserError
-from megatron_bert.config.places import write_output
+from megatron_bert.command_line.arguments import argument
+from megatron_bert.command_line.places import write_output
+from megatron_bert.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

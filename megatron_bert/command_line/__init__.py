@@ -1,0 +1,1 @@
+"""What all programs share: options, how errors end them, places of outputs."""
