@@ -55,7 +55,7 @@ class Timing:
 def make_schedule(
     name: ScheduleName, num_ranks: int, num_micro_batches: int, virtual_stages: int = 1
 ) -> Schedule:
-    """Arrange a training step.
+    """Arrange a training step: the computations of `arranged`, with the messages between ranks.
 
     Args:
         name: which schedule.
@@ -66,6 +66,14 @@ def make_schedule(
     Raises:
         ValueError: the numbers do not go together.
     """
+    computations = arranged(name, num_ranks, num_micro_batches, virtual_stages)
+    return _with_messages(num_ranks * virtual_stages, computations)
+
+
+def arranged(
+    name: ScheduleName, num_ranks: int, num_micro_batches: int, virtual_stages: int = 1
+) -> list[list[Action]]:
+    """The computations alone of `make_schedule`, which says what is taken and raised, by rank."""
     if virtual_stages > 1 and not SCHEDULES[name].interleaves:
         raise ValueError(f"{name} has one stage a rank, not {virtual_stages}")
     if virtual_stages > 1 and num_micro_batches % num_ranks:
@@ -75,10 +83,8 @@ def make_schedule(
         )
     rounds = _Rounds(num_ranks, num_micro_batches, virtual_stages)
     if name == "zero_bubble":
-        computations = _zero_bubble(rounds)
-    else:
-        computations = [_one_forward_one_backward(rounds, rank) for rank in range(num_ranks)]
-    return _with_messages(rounds.num_stages, computations)
+        return _zero_bubble(rounds)
+    return [_one_forward_one_backward(rounds, rank) for rank in range(num_ranks)]
 
 
 def most_in_flight(num_ranks: int, virtual_stages: int, rank: int) -> int:
