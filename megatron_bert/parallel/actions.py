@@ -71,6 +71,11 @@ class StageTime:
     backward_input: float = 1.0
     backward_weight: float = 1.0
 
+    @property
+    def total(self) -> float:
+        """A whole pass, there and back."""
+        return self.forward + self.backward_input + self.backward_weight
+
     def of(self, kind: Kind) -> float:
         """The time of a computation."""
         return {

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 # The type of an attribute of such a dataclass.
 Number = TypeVar("Number", float, Floats)
 

@@ -9,6 +9,7 @@ from math import ceil
 
 from megatron_bert.config.block_matrices import BlockMatrix, block_matrices, joined_matrices
 from megatron_bert.config.logits import logits_per_chunk
+from megatron_bert.parallel.actions import StageTime
 from megatron_bert.planner.job import Work
 
 # The fixed time of attention's backward pass, however few the keys, as a multiple of the time to
@@ -76,6 +77,11 @@ class Passes:
     def total(self) -> Seconds:
         """The sum of all three."""
         return self.forward + self.backward_input + self.backward_weight
+
+    @cached_property
+    def times(self) -> StageTime:
+        """The total of each."""
+        return StageTime(self.forward.total, self.backward_input.total, self.backward_weight.total)
 
 
 def product_seconds(work: Work, rows: float, inner: float, columns: float) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +20,23 @@ ALIKE_PERCENT = 0.5
 SCARCE_PERCENT = 5.0
 
 
-def band_of(seconds: Floats) -> NDArray[np.int64]:
-    """How many times `ALIKE_PERCENT` each one is above the fastest."""
+def in_bands(numbers: Iterable[int], seconds: Callable[[int], float]) -> Iterator[Iterator[int]]:
+    """Group layouts that come with the fastest first: those of a group count as equal.
+
+    Args:
+        numbers: of the layouts.
+        seconds: of a layout.
+    """
     wide = math.log1p(ALIKE_PERCENT / 100)
-    bands: NDArray[np.int64] = (np.log(seconds / seconds.min()) / wide).astype(np.int64)
-    return bands
+    first = math.inf
+
+    def band(number: int) -> int:
+        nonlocal first
+        first = min(first, seconds(number))
+        return int(math.log(seconds(number) / first) / wide)
+
+    for _, group in groupby(numbers, band):
+        yield group
 
 
 def is_scarce(peaks: Floats, machine: Machine) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ class StagePlan:
 
     Attributes:
         step: seconds of a step.
-        is_simulated: whether the pipeline was simulated; otherwise its bubble is by the formula.
+        is_simulated: whether a pipeline was simulated; otherwise its bubble is the least possible.
         memory: of the fullest rank.
         logits: peak bytes of the logits, on the rank with the head.
         tokens_per_second: slots of the global batch, without surplus rows.
@@ -59,6 +59,11 @@ class LayoutPlan:
         return max(self.stages, key=lambda stage: stage.memory.total)
 
     @property
+    def is_simulated(self) -> bool:
+        """Whether no stage's pipeline may take longer than is said."""
+        return all(stage.is_simulated for stage in self.stages)
+
+    @property
     def peak_bytes(self) -> float:
         """Memory of the fullest rank in the fullest stage."""
         return self.fullest.memory.total
@@ -72,8 +77,8 @@ class Plan:
         job: what was planned.
         best: the fastest fitting layout of each way to share the model, in order; of about equally
             fast ones the simplest comes first, and those that leave little memory come last.
-        alternatives: for each key that can be chosen, the best layout that differs from the overall
-            best in it.
+        alternatives: for each key that can be chosen, the fastest layout that differs from the
+            overall best in it.
         of_stages: for each stage of the curriculum, the fastest layout in it.
         legal: number of legal layouts of the job.
         too_large: number of legal layouts that do not fit.

@@ -81,7 +81,8 @@ def _shown(plan: Plan) -> list[tuple[str, LayoutPlan]]:
     found: dict[Layout, str] = {plan.best[0].layout: "best"}
     entries = {plan.best[0].layout: plan.best[0]}
     for name, entry in plan.alternatives:
-        found.setdefault(entry.layout, describe_key(entry.layout, name))
+        key = describe_key(entry.layout, name)
+        found.setdefault(entry.layout, key if entry.is_simulated else f"{key}, at least")
         entries[entry.layout] = entry
     return [(name, entries[layout]) for layout, name in found.items()]
 

@@ -22,17 +22,27 @@ _WORTH_ANOTHER_LAYOUT_PERCENT = 2.0
 
 
 def beside_best(plan: Plan, entry: LayoutPlan) -> str:
-    """Notes on a layout: how much faster than the best it is, and whether memory is scarce."""
+    """Notes on a layout.
+
+    These are whether it may be slower than said, how much faster than the best it is, and whether
+    memory is scarce.
+    """
     best, notes = plan.best[0], []
+    if not entry.is_simulated:
+        notes.append("at least: its pipeline was not simulated")
     if entry.days < best.days:
         more, memory = entry.peak_bytes - best.peak_bytes, memory_unit(plan)
         notes.append(
             f"{100 * (1 - entry.days / best.days):.1f} % quicker, takes "
             f"{significant(abs(more) / memory.size)} {memory.name} {'more' if more > 0 else 'less'}"
         )
-    if is_scarce(np.array(entry.peak_bytes), plan.job.machine):
+    if _is_scarce(plan, entry):
         notes.append(f"less than {SCARCE_PERCENT:g} % of the memory is left")
     return f" [{'; '.join(notes)}]" if notes else ""
+
+
+def _is_scarce(plan: Plan, entry: LayoutPlan) -> bool:
+    return bool(is_scarce(np.array(entry.peak_bytes), plan.job.machine))
 
 
 def why(plan: Plan) -> str:
@@ -51,20 +61,25 @@ def why(plan: Plan) -> str:
 
 def alternatives(plan: Plan) -> Iterator[str]:
     """Yield what each other choice would cost, and what does not fit."""
-    best, time, memory = plan.best[0], time_unit(plan), memory_unit(plan)
+    memory = memory_unit(plan)
     for name, entry in plan.alternatives:
-        more = 100 * (entry.days / best.days - 1)
-        yield (
-            f"  {describe_key(entry.layout, name)}: {time.show(86400 * entry.days)} {time.name} "
-            f"({more:+.1f} %), {memory.show(entry.peak_bytes)} {memory.name}"
-            f"{_reason(plan, entry)}"
-        )
+        yield f"  {describe_key(entry.layout, name)}: {_costs(plan, entry)}{_reason(plan, entry)}"
     if plan.too_large:
         smallest = plan.smallest
         yield (
             f"  {plan.too_large:,} layouts do not fit; the smallest of all takes "
             f"{memory.show(smallest.peak_bytes)} {memory.name} ({describe_layout(smallest.layout)})"
         )
+
+
+def _costs(plan: Plan, entry: LayoutPlan) -> str:
+    """Time, the difference from the best layout's, and memory."""
+    time, memory = time_unit(plan), memory_unit(plan)
+    more = 100 * (entry.days / plan.best[0].days - 1)
+    return (
+        f"{'' if entry.is_simulated else 'at least '}{time.show(86400 * entry.days)} {time.name} "
+        f"({more:+.1f} %), {memory.show(entry.peak_bytes)} {memory.name}"
+    )
 
 
 def _reason(plan: Plan, other: LayoutPlan) -> str:
@@ -93,7 +108,8 @@ def quicker_in_a_stage(plan: Plan) -> Iterator[str]:
         ours: StagePlan = best.stages[index]
         gained = 100 * (1 - entry.stages[index].step.total / ours.step.total)
         if gained >= _WORTH_ANOTHER_LAYOUT_PERCENT:
+            at_most = "" if entry.stages[index].is_simulated else "up to "
             yield (
                 f"  at length {span.seq_length} alone {describe_layout(entry.layout)} would be "
-                f"{gained:.1f} % quicker; a run's jobs may each have a layout of their own"
+                f"{at_most}{gained:.1f} % quicker; a run's jobs may each have a layout of their own"
             )

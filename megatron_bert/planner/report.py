@@ -10,7 +10,12 @@ from megatron_bert.planner.machines import GIB
 from megatron_bert.planner.memory import Memory
 from megatron_bert.planner.ordering import ALIKE_PERCENT
 from megatron_bert.planner.plan import LayoutPlan, Plan
-from megatron_bert.planner.reasons import alternatives, beside_best, quicker_in_a_stage, why
+from megatron_bert.planner.reasons import (
+    alternatives,
+    beside_best,
+    quicker_in_a_stage,
+    why,
+)
 from megatron_bert.planner.step import Step
 from megatron_bert.planner.wording import (
     describe_layout,
@@ -110,8 +115,8 @@ def _stages(plan: Plan, best: LayoutPlan) -> Iterator[str]:
         )
     if plan.job.records(best.layout):
         yield "its passes are counted as recorded ones (compile.cuda_graphs)"
-    if any(not stage.is_simulated for stage in best.stages):
-        yield "the pipeline's bubble is had by a formula: its simulation would take too long"
+    if not best.is_simulated:
+        yield "its steps may be longer: simulating its pipeline would take too long"
     surplus = max(best.stages, key=lambda stage: stage.surplus_share).surplus_share
     if surplus:
         yield f"up to {100 * surplus:.3g} % of the computed rows are surplus"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import heapq
+import math
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -13,7 +15,7 @@ from megatron_bert.config.layout_checks import layout_problems
 from megatron_bert.config.rank_layout import without_layout
 from megatron_bert.config.schema import Config, Recompute
 from megatron_bert.errors import ConfigError
-from megatron_bert.planner.arrays import Floats, columns
+from megatron_bert.planner.arrays import Floats, Integers, columns
 from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Job
 from megatron_bert.planner.layouts import (
@@ -24,15 +26,15 @@ from megatron_bert.planner.layouts import (
 )
 from megatron_bert.planner.machines import GIB, Machine
 from megatron_bert.planner.memory import Moments, RankNeeds, memory, rank_needs
-from megatron_bert.planner.ordering import band_of, is_scarce, parts_of
+from megatron_bert.planner.ordering import in_bands, is_scarce, parts_of
+from megatron_bert.planner.pipeline_times import ARRANGING
 from megatron_bert.planner.plan import LayoutPlan, Plan, StagePlan
 from megatron_bert.planner.step import StepModel, StepTerms, total_seconds
 
-# All layouts are ranked with the bubble by the formula. The first of them (this many, or as many as
-# are asked for) are then ranked again with the bubble simulated, which takes about 10 us for each
-# computation of a pipeline.
-_SIMULATED_AT_LEAST = 12
-_MOST_SIMULATED_ACTIONS = 5_000
+# A pipeline is simulated once its layout would be the next best with the least bubble that it can
+# have. The ranking may go through so many computations for this, at about 0.5 us each, and so may
+# the rest of a plan; pipelines left over count with their least bubble, and are marked.
+_MOST_SIMULATED_ACTIONS = 5_000_000
 # The most ranks that `rank_needs` returns.
 _MOST_RANKS = 3
 
@@ -91,8 +93,10 @@ class _Search:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._steps = [span.num_steps for span in job.spans]
-        self._simulated: dict[tuple[object, ...], float] = {}
-        self._actions_left = _MOST_SIMULATED_ACTIONS
+        # Bubbles of bases, by stage of the curriculum; None if a simulation would take too long.
+        self._bubbles: dict[Layout, list[float] | None] = {}
+        self._arranged: set[Hashable] = set()
+        self._actions_left = 0
         self._bases = list(self._all_bases())
         of_bases = [DataParallelChoices.all(job, base) for base in self._bases]
         counts = [len(choices.shards) for choices in of_bases]
@@ -110,30 +114,33 @@ class _Search:
                 *(self._of_stage(index, choices) for index in range(len(self._steps))), strict=True
             )
         )
+        # With the least bubbles, until a base's are simulated.
         self._of_stages = seconds
         self._seconds = np.dot(self._steps, seconds)
         self._peaks = peaks.max(axis=0)
-        parts = np.array([parts_of(base) for base in self._bases])[self._base_of]
-        scarce = is_scarce(self._peaks, job.machine)
-        bands = band_of(self._seconds)
-        order = np.lexsort((self._seconds, parts + self._reshard_after_forward, scarce, bands))
-        self.fitting = order[self._peaks[order] <= job.machine.usable_bytes]
+        self._parts = np.array([parts_of(base) for base in self._bases])[self._base_of]
+        self._parts += self._reshard_after_forward
+        self.fitting = np.flatnonzero(self._peaks <= job.machine.usable_bytes)
 
     def best(self, keep: int) -> list[LayoutPlan]:
-        """The fastest fitting ways to share the model, each with the best of all other choices."""
-        plans = self._planned(self.fitting, max(keep, _SIMULATED_AT_LEAST))
-        bands = band_of(np.array([plan.days for plan in plans])).tolist()
+        """The fastest fitting ways to share the model, each with the best of all other choices.
 
-        def place(number: int) -> tuple[float, ...]:
-            plan = plans[number]
-            scarce = bool(is_scarce(np.array(plan.peak_bytes), self.job.machine))
-            parts = parts_of(plan.layout) + plan.layout.reshard_after_forward
-            return bands[number], scarce, parts, plan.days
-
-        return [plans[number] for number in sorted(range(len(plans)), key=place)[:keep]]
+        The first ones are the same however many are kept.
+        """
+        self._actions_left = _MOST_SIMULATED_ACTIONS
+        scarce = is_scarce(self._peaks, self.job.machine)
+        found: dict[Split, int] = {}
+        quickest = self._quickest(self.fitting, self._seconds, found)
+        for band in in_bands(quickest, lambda number: self._seconds[number]):
+            for number in sorted(band, key=lambda number: (scarce[number], self._parts[number])):
+                found.setdefault(self._base(number).split, number)
+            if len(found) >= keep:
+                break
+        return [self.plan(self._layout(number)) for number in list(found.values())[:keep]]
 
     def alternatives(self, best: Layout) -> Iterator[tuple[str, LayoutPlan]]:
         """Yield, for each choice of the best layout, the fastest layout that differs in it."""
+        self._actions_left = _MOST_SIMULATED_ACTIONS
         differs = {
             name: np.array([choice(base) != choice(best) for base in self._bases])[self._base_of]
             for name, choice in _CHOICES.items()
@@ -143,35 +150,80 @@ class _Search:
             self._reshard_after_forward != best.reshard_after_forward
         )
         for name, different in differs.items():
-            others = self._planned(self.fitting[different[self.fitting]], _SIMULATED_AT_LEAST)
-            if others:
-                yield name, min(others, key=lambda plan: plan.days)
-
-    def _planned(self, numbers: Iterable[int], most: int) -> list[LayoutPlan]:
-        """The first layouts of the first `most` different splits, planned in full."""
-        near: dict[Split, int] = {}
-        for number in numbers:
-            near.setdefault(self._bases[self._base_of[number]].split, number)
-            if len(near) == most:
-                break
-        return [self.plan(self._layout(number)) for number in near.values()]
+            others = self.fitting[different[self.fitting]]
+            if len(others):
+                yield name, self._first(others, self._seconds)
 
     def best_of_stage(self, index: int) -> LayoutPlan:
         """The fastest fitting layout in a stage of the curriculum."""
-        quickest = self.fitting[self._of_stages[index][self.fitting].argmin()]
-        return self.plan(self._layout(quickest))
+        return self._first(self.fitting, self._of_stages[index])
 
     def smallest(self) -> LayoutPlan:
         """The layout that takes the least memory."""
         return self.plan(self._layout(int(self._peaks.argmin())))
 
+    def _first(self, numbers: Integers, seconds: Floats) -> LayoutPlan:
+        """The fastest of some layouts."""
+        return self.plan(self._layout(next(self._quickest(numbers, seconds))))
+
+    def _quickest(
+        self, numbers: Integers, seconds: Floats, passed: Container[Split] = ()
+    ) -> Iterator[int]:
+        """Yield layouts, the fastest first.
+
+        Args:
+            numbers: of the layouts.
+            seconds: of each layout, `self._seconds` or a row of `self._of_stages`; layouts that
+                could be next are simulated, which only increases them.
+            passed: splits that need not be yielded any more.
+        """
+        waiting: list[tuple[float, int]] = []
+        least = seconds[numbers]
+        for place in least.argsort(kind="stable").tolist():
+            while waiting and waiting[0][0] <= least[place]:
+                yield heapq.heappop(waiting)[1]
+            number = int(numbers[place])
+            if self._base(number).split not in passed:
+                self._simulate(self._base_of[number])
+                heapq.heappush(waiting, (float(seconds[number]), number))
+        while waiting:
+            yield heapq.heappop(waiting)[1]
+
+    def _simulate(self, base: int) -> None:
+        """Count a base's layouts with the bubbles that its pipeline has, while it is worth it."""
+        layout = self._bases[base]
+        if layout.split.pipeline == 1 or layout in self._bubbles:
+            return
+        models = [StepModel(self.job, layout, span) for span in self.job.spans]
+        of_base = np.flatnonzero(self._base_of == base)
+        bubbles = self._bubbles[layout] = self._simulated_bubbles(models)
+        for index, (model, bubble) in enumerate(zip(models, bubbles or (), strict=False)):
+            more = bubble - model.least_bubble
+            self._of_stages[index, of_base] += more
+            self._seconds[of_base] += self._steps[index] * more
+
+    def _simulated_bubbles(self, models: Sequence[StepModel]) -> list[float] | None:
+        """Simulate a layout's stages of the curriculum, if that does not take too long."""
+        schedules = [schedule for model in models for schedule in model.simulated_schedules]
+        actions = sum(3 * math.prod(numbers) for _, *numbers in schedules)
+        new = set(schedules) - self._arranged
+        actions += ARRANGING * sum(3 * math.prod(numbers) for _, *numbers in new)
+        if actions > self._actions_left:
+            return None
+        self._actions_left -= actions
+        self._arranged |= new
+        return [model.simulated_bubble() for model in models]
+
     def _layout(self, number: int) -> Layout:
-        base: Layout = self._bases[self._base_of[number]]
         return replace(
-            base,
+            self._base(number),
             replicate=int(self._replicate[number]),
             reshard_after_forward=bool(self._reshard_after_forward[number]),
         )
+
+    def _base(self, number: int) -> Layout:
+        base: Layout = self._bases[self._base_of[number]]
+        return base
 
     def plan(self, layout: Layout) -> LayoutPlan:
         """The full plan of one layout."""
@@ -223,7 +275,9 @@ class _Search:
     def _stage_plan(self, layout: Layout, index: int) -> StagePlan:
         job, span = self.job, self.job.spans[index]
         model = StepModel(job, layout, span)
-        bubble, is_simulated = self._bubble(layout, index, model)
+        base = replace(layout, replicate=1, reshard_after_forward=False)
+        bubbles = self._bubbles.get(base)
+        bubble = model.least_bubble if bubbles is None else bubbles[index]
         step = model.step(DataParallelChoices.one(job, layout), bubble)
         flops = span.global_size * row_flops(
             job.config.model, job.vocab_size, span.seq_length, span.masked_slots
@@ -231,7 +285,7 @@ class _Search:
         peak = job.machine.peak(job.config.precision.compute) * job.ranks
         return StagePlan(
             step=step,
-            is_simulated=is_simulated,
+            is_simulated=layout.split.pipeline == 1 or bubbles is not None,
             memory=memory(job, layout, span),
             logits=rank_needs(job, layout, span)[-1].logits,
             tokens_per_second=span.slots_per_step / step.total,
@@ -240,17 +294,6 @@ class _Search:
             micro_rows=model.batch.micro_size,
             surplus_share=model.batch.surplus_share,
         )
-
-    def _bubble(self, layout: Layout, index: int, model: StepModel) -> tuple[float, bool]:
-        """The bubble, and whether it is simulated, which is done while it is worth its time."""
-        key = (layout.split, layout.recompute, layout.micro_tokens, index)
-        if key not in self._simulated:
-            actions = model.simulated_actions
-            if actions > self._actions_left:
-                return model.estimated_bubble, False
-            self._actions_left -= actions
-            self._simulated[key] = model.simulated_bubble()
-        return self._simulated[key], True
 
 
 # The choices that make up a base.

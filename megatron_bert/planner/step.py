@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Generic
 
 import numpy as np
 
 from megatron_bert.config.curriculum import StageSpan
 from megatron_bert.config.parameters import RankParameters
+from megatron_bert.config.pipeline_schedules import ScheduleName
 from megatron_bert.parallel.actions import StageTime
-from megatron_bert.parallel.schedule import make_schedule, simulate
 from megatron_bert.planner.arrays import Floats, Number, columns
 from megatron_bert.planner.compute import (
     Passes,
@@ -26,6 +27,7 @@ from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.job import Job, Work
 from megatron_bert.planner.layouts import Layout
 from megatron_bert.planner.network import Group
+from megatron_bert.planner.pipeline_times import TimedSchedule
 from megatron_bert.planner.rank_parts import layers_of_stages, rank_parts
 
 # After this many rounds of a pipeline, each further round takes as long as the one before.
@@ -69,7 +71,7 @@ class StepTerms(Generic[Number]):
     """Terms of a step's time that are common to all `DataParallelChoices`, for `total_seconds`.
 
     Attributes:
-        busy: seconds of the busiest rank, with the bubble by the formula.
+        busy: seconds of the busiest rank, with the least that its bubble can be.
         forward: seconds of a block.
         backward: seconds of a block.
         repeated: number of micro-batches after the first.
@@ -122,7 +124,7 @@ class StepModel:
 
         Args:
             choices: the layout's single choice.
-            bubble: the result of `estimated_bubble` or `simulated_bubble`.
+            bubble: the result of `least_bubble` or `simulated_bubble`.
         """
         terms = StepTerms(**columns([self.terms], np.array([0])))
         gather, reduce = data_messages(terms, choices)
@@ -140,24 +142,42 @@ class StepModel:
         )
 
     @cached_property
-    def estimated_bubble(self) -> float:
-        """Seconds that a pipeline takes to fill and to drain, by the formula."""
-        split = self._layout.split
-        if split.pipeline == 1:
+    def least_bubble(self) -> float:
+        """Seconds that a pipeline takes at least to fill and to drain, whatever its order.
+
+        A rank begins when a micro-batch has come through the stages before its own, and once it has
+        no more gradients to send, these still go back through them.
+        """
+        if self._layout.split.pipeline == 1:
             return 0.0
-        block, layers = self._block, self._job.config.model.num_layers / split.num_stages
-        idle = block.forward.total + block.backward_input.total
-        weight = block.backward_weight.total
-        idle = max(0.0, idle - 2 * weight) if split.splits_backward else idle + weight
-        return (split.pipeline - 1) * (layers * idle + 2 * self.message)
+        middle = max(self._parts[1:-1], key=lambda part: part.layers, default=self._parts[-1])
+        ranks = {0, self._parts.index(middle), len(self._parts) - 1}
+        return max(self._least_duration(rank) for rank in ranks) - self.busy
+
+    def _least_duration(self, rank: int) -> float:
+        layers = layers_of_stages(self._job, self._layout.split.num_stages)
+        part, count = self._parts[rank], self.batch.num_micro_batches
+        before = _summed([(self._block, sum(layers[:rank])), (self._embedding, min(rank, 1))])
+        own = _summed(
+            [(self._block, part.layers), (self._embedding, rank == 0), (self._head, part.has_head)]
+        )
+        fill = before.forward + rank * self.message
+        drain = before.backward_input + rank * self.message
+        if not self._layout.split.splits_backward:
+            return fill + count * own.total + drain + before.backward_weight
+        # Products for weights may come last; those of the first stage do so in any case.
+        first = _summed([(self._block, layers[0]), (self._embedding, 1)]).backward_weight
+        without = count * (own.forward + own.backward_input) + drain + first
+        return fill + max(count * own.total, without)
 
     @property
-    def simulated_actions(self) -> int:
-        """Number of computations to simulate, which determines how long simulating takes."""
+    def simulated_schedules(self) -> list[tuple[ScheduleName, int, int, int]]:
+        """The arguments of every `TimedSchedule` that `simulated_bubble` goes through."""
         split = self._layout.split
-        if split.pipeline == 1:
-            return 0
-        return 3 * split.num_stages * sum(self._simulated_micro_batches)
+        return [
+            (split.schedule, split.pipeline, count, split.virtual)
+            for count in self._simulated_micro_batches
+        ]
 
     @property
     def _simulated_micro_batches(self) -> list[int]:
@@ -171,7 +191,12 @@ class StepModel:
         """Seconds that the simulated schedule of training takes longer than the busiest rank."""
         if self._layout.split.pipeline == 1:
             return 0.0
-        durations = {count: self._simulate(count) for count in self._simulated_micro_batches}
+        stages, durations = self.stage_times(), {}
+        for arguments in self.simulated_schedules:
+            schedule: TimedSchedule = self._job.once(
+                ("schedule", *arguments), partial(TimedSchedule, *arguments)
+            )
+            durations[schedule.num_micro_batches] = schedule.duration(stages, self.message)
         most, count = max(durations), self.batch.num_micro_batches
         duration = durations[most]
         if most < count:
@@ -181,11 +206,6 @@ class StepModel:
             duration += (count - most) * max(each, self.busy / count)
         return duration - self.busy
 
-    def _simulate(self, micro_batches: int) -> float:
-        split = self._layout.split
-        schedule = make_schedule(split.schedule, split.pipeline, micro_batches, split.virtual)
-        return simulate(schedule, self.stage_times(), self.message).duration
-
     def stage_times(self) -> list[StageTime]:
         """Seconds of each stage for a micro-batch."""
         blocks = layers_of_stages(self._job, self._layout.split.num_stages)
@@ -194,13 +214,7 @@ class StepModel:
             pieces = [(self._block, layers)]
             pieces += [(self._embedding, 1)] if stage == 0 else []
             pieces += [(self._head, 1)] if stage == len(blocks) - 1 else []
-            times.append(
-                StageTime(
-                    forward=sum(n * piece.forward.total for piece, n in pieces),
-                    backward_input=sum(n * piece.backward_input.total for piece, n in pieces),
-                    backward_weight=sum(n * piece.backward_weight.total for piece, n in pieces),
-                )
-            )
+            times.append(_summed(pieces))
         return times
 
     def _total_of(self, part: RankParameters, rank: int) -> Seconds:
@@ -224,7 +238,7 @@ class StepModel:
         counts = list(Counter(part.layers for part in self._parts).items())
         (layers, ranks), (other_layers, other_ranks) = (*counts, (counts[0][0], 0))[:2]
         return StepTerms(
-            busy=self.busy + self.estimated_bubble,
+            busy=self.busy + self.least_bubble,
             forward=block.forward.total,
             backward=block.backward_input.total + block.backward_weight.total,
             repeated=self.batch.num_micro_batches - 1,
@@ -236,7 +250,7 @@ class StepModel:
 
 
 def total_seconds(terms: StepTerms[Floats], choices: DataParallelChoices) -> Floats:
-    """A step's seconds under each data-parallel choice, with the bubble by the formula.
+    """A step's seconds under each data-parallel choice, with the least that the bubble can be.
 
     Args:
         terms: terms of each choice's layout.
@@ -275,6 +289,17 @@ def _not_hidden(layers: Floats, message: Floats, beside: Floats) -> Floats:
     """Seconds that blocks' messages add to computation; each overlaps with the next block."""
     total: Floats = np.maximum(layers * message + beside, message + layers * beside)
     return total - layers * beside
+
+
+def _summed(pieces: Iterable[tuple[Passes, int]]) -> StageTime:
+    """The passes of several parts of the model, each so many times."""
+    forward = backward_input = backward_weight = 0.0
+    for piece, number in pieces:
+        times = piece.times
+        forward += number * times.forward
+        backward_input += number * times.backward_input
+        backward_weight += number * times.backward_weight
+    return StageTime(forward, backward_input, backward_weight)
 
 
 def _block(work: Work) -> Passes:

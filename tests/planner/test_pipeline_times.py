@@ -1,4 +1,4 @@
-"""A pipeline's times are those of the schedule that trains."""
+"""A pipeline's times are those of the schedule that trains, and never less than their bound."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import pytest
 from megatron_bert.config.pipeline_schedules import ScheduleName
 from megatron_bert.parallel.actions import StageTime
 from megatron_bert.parallel.schedule import make_schedule, simulate
+from megatron_bert.planner.layouts import Layout, all_splits
 from megatron_bert.planner.pipeline_times import TimedSchedule
+from megatron_bert.planner.step import StepModel
+from tests.planner.jobs import VOCABULARY, job
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,19 @@ def test_a_timed_schedule_takes_what_its_simulation_takes(
         for message in (0.0, 0.4):
             expected = simulate(whole, stages, message).duration
             assert timed.duration(stages, message) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("ranks", "micro_tokens"), [(12, 8192), (12, 131_072), (8, 32_768)])
+def test_no_pipeline_waits_less_than_the_least_that_it_may(ranks: int, micro_tokens: int) -> None:
+    # 23 blocks: some stages have one more than others.
+    planned = job(ranks, "model.num_layers=23")
+    piped = [
+        split
+        for split in all_splits(planned.config, ranks, VOCABULARY)
+        if split.pipeline > 1 and split.tensor < 4 and split.virtual < 4
+    ]
+    assert {split.schedule for split in piped} == {"1f1b", "interleaved", "zero_bubble"}
+    for split in piped:
+        for span in (planned.spans[0], planned.spans[-1]):
+            model = StepModel(planned, Layout(split, micro_tokens, "none"), span)
+            assert model.least_bubble <= model.simulated_bubble() * (1 + 1e-9), split

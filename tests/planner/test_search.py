@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +15,15 @@ from megatron_bert.config.batch_layout import BatchLayout
 from megatron_bert.config.checks import check_config, value_problems
 from megatron_bert.config.layout_checks import legal_layouts
 from megatron_bert.errors import ConfigError
+from megatron_bert.planner import search
+from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.layouts import Layout, Split, all_splits, micro_token_choices
 from megatron_bert.planner.machines import GPUS, find_machine, gpu_of_device
 from megatron_bert.planner.memory import memory
 from megatron_bert.planner.plan import LayoutPlan
+from megatron_bert.planner.report import describe
 from megatron_bert.planner.search import make_plan
+from megatron_bert.planner.step import StepModel
 from megatron_bert.planner.wording import significant, unit_for
 from tests.planner.jobs import VOCABULARY, job, recipe
 
@@ -113,6 +119,71 @@ def test_no_ranked_layout_is_quicker_than_the_alternative_of_its_choice() -> Non
     ranked = [entry for entry in plan.best if entry.layout.split.pipeline != stages]
     assert ranked
     assert others["parallel.pipeline"].days <= min(entry.days for entry in ranked)
+
+
+@pytest.mark.parametrize(("ranks", "gpu"), [(4, "a100-40gb"), (24, "h100-94gb"), (64, "h200")])
+def test_how_many_layouts_are_kept_changes_nothing_in_those_kept(ranks: int, gpu: str) -> None:
+    few, many = (
+        make_plan(recipe(), VOCABULARY, find_machine(gpu), ranks, keep=keep) for keep in (10, 40)
+    )
+    assert len(few.best) == 10 < len(many.best)
+    assert many.best[:10] == few.best
+    assert many.alternatives == few.alternatives
+
+
+@pytest.mark.parametrize(("ranks", "gpu"), [(24, "h100-94gb"), (32, "h100-94gb")])
+def test_a_layout_has_the_same_time_wherever_a_plan_names_it(ranks: int, gpu: str) -> None:
+    plan = make_plan(recipe(), VOCABULARY, find_machine(gpu), ranks, keep=60)
+    others = dict(plan.alternatives)
+    assert all(entry.is_simulated for entry in (*plan.best, *plan.of_stages, *others.values()))
+    days = {entry.layout: entry.days for entry in plan.best}
+    assert others["parallel.pipeline"].layout in days
+    for entry in others.values():
+        assert days.get(entry.layout, entry.days) == entry.days
+
+
+def test_the_ranking_is_that_of_all_layouts_simulated() -> None:
+    small = recipe("model.num_layers=8", "curriculum=[{seq_length: 512, steps: 100}]")
+    plan = make_plan(small, VOCABULARY, find_machine("h100-94gb"), 4, keep=1000)
+    of = plan.job
+    quickest: dict[Split, float] = {}
+    for split in all_splits(small, 4, VOCABULARY):
+        for micro_tokens in micro_token_choices(of.spans, split):
+            layout = Layout(split, micro_tokens, "none")
+            model = StepModel(of, layout, of.spans[0])
+            free = of.machine.usable_bytes
+            if memory(of, layout, of.spans[0]).total <= free:
+                step = model.step(DataParallelChoices.one(of, layout), model.simulated_bubble())
+                quickest[split] = min(step.total, quickest.get(split, math.inf))
+    assert {entry.layout.split for entry in plan.best} == set(quickest)
+    for entry in plan.best:
+        # Copies or freed weights may be faster, simpler layouts slower by 0.5 %.
+        assert entry.stages[0].step.total < 1.005 * quickest[entry.layout.split]
+
+
+def test_what_was_not_simulated_is_marked_and_still_has_one_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, machine = recipe(), find_machine("h100-94gb")
+    whole = make_plan(config, VOCABULARY, machine, 4, keep=60)
+    assert "at least" not in "".join(describe(whole))
+    monkeypatch.setattr(search, "_MOST_SIMULATED_ACTIONS", 200_000)
+    few, many = (make_plan(config, VOCABULARY, machine, 4, keep=keep) for keep in (10, 60))
+    assert many.best[:10] == few.best
+    known = {entry.layout: entry.days for entry in whole.best}
+    left = [entry for entry in many.best if not entry.is_simulated]
+    assert left
+    assert any(entry.is_simulated for entry in many.best if entry.layout.split.pipeline > 1)
+    assert all(entry.days <= known.get(entry.layout, math.inf) for entry in left)
+    lines = list(describe(many))
+    marked = [line for line in lines if "[at least: its pipeline was not simulated]" in line]
+    assert len(marked) == len(left)
+    days = {entry.layout: entry.days for entry in many.best}
+    for _, entry in many.alternatives:
+        assert days.get(entry.layout, entry.days) == entry.days
+    monkeypatch.setattr(search, "_MOST_SIMULATED_ACTIONS", 0)
+    none = "\n".join(describe(make_plan(config, VOCABULARY, machine, 4)))
+    assert re.search(r"  parallel.pipeline=\d+: at least \d", none)
 
 
 def test_each_way_to_share_the_model_is_ranked_once() -> None:
