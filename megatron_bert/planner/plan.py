@@ -78,11 +78,12 @@ class Plan:
         best: the fastest fitting layout of each way to share the model, in order; of about equally
             fast ones the simplest comes first, and those that leave little memory come last.
         alternatives: for each key that can be chosen, the fastest layout that differs from the
-            overall best in it.
+            overall best in it; one that leaves little memory only if all do.
         of_stages: for each stage of the curriculum, the fastest layout in it.
         legal: number of legal layouts of the job.
         too_large: number of legal layouts that do not fit.
         smallest: the legal layout that takes the least memory.
+        tight: the fastest layout that fits but leaves little memory, if it is faster than the best.
     """
 
     job: Job
@@ -92,3 +93,4 @@ class Plan:
     legal: int
     too_large: int
     smallest: LayoutPlan
+    tight: LayoutPlan | None = None

@@ -28,6 +28,7 @@ def document(plan: Plan, assumed: Sequence[str] = ()) -> dict[str, Any]:
         "too_large": plan.too_large,
         "best": [_layout_document(entry) for entry in plan.best],
         "alternatives": {name: _layout_document(entry) for name, entry in plan.alternatives},
+        "with_little_memory_left": None if plan.tight is None else _layout_document(plan.tight),
         "of_stages": [_layout_document(entry) for entry in plan.of_stages],
     }
 

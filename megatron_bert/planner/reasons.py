@@ -41,6 +41,15 @@ def beside_best(plan: Plan, entry: LayoutPlan) -> str:
     return f" [{'; '.join(notes)}]" if notes else ""
 
 
+def cautions(plan: Plan) -> Iterator[str]:
+    """Yield what to beware of in the best layout."""
+    if _is_scarce(plan, plan.best[0]):
+        yield (
+            f"every layout that fits leaves less than {SCARCE_PERCENT:g} % of the memory, and the "
+            "prediction may be off by more: this one may run out of it"
+        )
+
+
 def _is_scarce(plan: Plan, entry: LayoutPlan) -> bool:
     return bool(is_scarce(np.array(entry.peak_bytes), plan.job.machine))
 
@@ -52,7 +61,11 @@ def why(plan: Plan) -> str:
     computing = sum(shares.pop(name) for name in ("gemm", "attention", "elementwise"))
     largest = max(shares, key=lambda name: shares[name])
     rivals = [entry for _, entry in plan.alternatives if entry.days < best.days]
-    quickest = "the quickest that fits" if not rivals else "the simplest of the quickest that fit"
+    quickest = "the simplest of the quickest" if rivals else "the quickest"
+    if plan.tight is None:
+        quickest += " that fit" if rivals else " that fits"
+    else:
+        quickest += f" with {SCARCE_PERCENT:g} % of the memory left"
     return (
         f"why this one: {quickest}; GPUs compute {100 * computing:.0f} % of the time, and of the "
         f"rest the most goes into {largest} ({100 * shares[largest]:.1f} %)"
@@ -64,6 +77,11 @@ def alternatives(plan: Plan) -> Iterator[str]:
     memory = memory_unit(plan)
     for name, entry in plan.alternatives:
         yield f"  {describe_key(entry.layout, name)}: {_costs(plan, entry)}{_reason(plan, entry)}"
+    if plan.tight is not None:
+        yield (
+            f"  less than {SCARCE_PERCENT:g} % of the memory left: {_costs(plan, plan.tight)} "
+            f"({describe_layout(plan.tight.layout)})"
+        )
     if plan.too_large:
         smallest = plan.smallest
         yield (

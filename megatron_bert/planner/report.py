@@ -13,6 +13,7 @@ from megatron_bert.planner.plan import LayoutPlan, Plan
 from megatron_bert.planner.reasons import (
     alternatives,
     beside_best,
+    cautions,
     quicker_in_a_stage,
     why,
 )
@@ -91,6 +92,7 @@ def _ranking(plan: Plan) -> Iterator[str]:
         "each way to share the model with the best of all else; of those within "
         f"{ALIKE_PERCENT:g} % the simplest comes first"
     )
+    yield from cautions(plan)
     first = plan.best[0].days
     alike = sum(entry.days <= first * (1 + _UNCERTAIN_PERCENT / 100) for entry in plan.best)
     if alike > 1:

@@ -80,6 +80,7 @@ def make_plan(
         legal=search.legal,
         too_large=search.legal - len(search.fitting),
         smallest=search.smallest(),
+        tight=search.quicker_with_little_left(best[0]),
     )
 
 
@@ -125,17 +126,17 @@ class _Search:
     def best(self, keep: int) -> list[LayoutPlan]:
         """The fastest fitting ways to share the model, each with the best of all other choices.
 
-        The first ones are the same however many are kept.
+        Those that leave little memory come last. The first ones are the same however many are kept.
         """
         self._actions_left = _MOST_SIMULATED_ACTIONS
-        scarce = is_scarce(self._peaks, self.job.machine)
         found: dict[Split, int] = {}
-        quickest = self._quickest(self.fitting, self._seconds, found)
-        for band in in_bands(quickest, lambda number: self._seconds[number]):
-            for number in sorted(band, key=lambda number: (scarce[number], self._parts[number])):
-                found.setdefault(self._base(number).split, number)
-            if len(found) >= keep:
-                break
+        for numbers in self._by_memory(self.fitting):
+            quickest = self._quickest(numbers, self._seconds, found)
+            for band in in_bands(quickest, lambda number: self._seconds[number]):
+                for number in sorted(band, key=lambda number: self._parts[number]):
+                    found.setdefault(self._base(number).split, number)
+                if len(found) >= keep:
+                    break
         return [self.plan(self._layout(number)) for number in list(found.values())[:keep]]
 
     def alternatives(self, best: Layout) -> Iterator[tuple[str, LayoutPlan]]:
@@ -154,6 +155,14 @@ class _Search:
             if len(others):
                 yield name, self._first(others, self._seconds)
 
+    def quicker_with_little_left(self, best: LayoutPlan) -> LayoutPlan | None:
+        """The fastest layout that leaves little memory, if it is faster than the best one."""
+        _, scarce = self._by_memory(self.fitting)
+        if not len(scarce):
+            return None
+        found = self.plan(self._layout(next(self._quickest(scarce, self._seconds))))
+        return found if found.days < best.days else None
+
     def best_of_stage(self, index: int) -> LayoutPlan:
         """The fastest fitting layout in a stage of the curriculum."""
         return self._first(self.fitting, self._of_stages[index])
@@ -163,8 +172,15 @@ class _Search:
         return self.plan(self._layout(int(self._peaks.argmin())))
 
     def _first(self, numbers: Integers, seconds: Floats) -> LayoutPlan:
-        """The fastest of some layouts."""
-        return self.plan(self._layout(next(self._quickest(numbers, seconds))))
+        """The fastest of some layouts, of those that leave memory if there are such."""
+        roomy, scarce = self._by_memory(numbers)
+        quickest = self._quickest(roomy if len(roomy) else scarce, seconds)
+        return self.plan(self._layout(next(quickest)))
+
+    def _by_memory(self, numbers: Integers) -> tuple[Integers, Integers]:
+        """Layouts that leave memory for the prediction's error, and those that leave little."""
+        scarce = is_scarce(self._peaks[numbers], self.job.machine)
+        return numbers[~scarce], numbers[scarce]
 
     def _quickest(
         self, numbers: Integers, seconds: Floats, passed: Container[Split] = ()

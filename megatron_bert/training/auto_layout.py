@@ -31,6 +31,7 @@ from megatron_bert.planner.machines import (
     find_network,
     gpu_of_device,
 )
+from megatron_bert.planner.reasons import cautions
 from megatron_bert.planner.search import make_plan
 from megatron_bert.planner.wording import describe_layout, remarks
 
@@ -63,7 +64,8 @@ def with_layout(config: Config, world_size: int) -> Config:
     )
 
     def choose() -> Layout:
-        best = make_plan(config, padded_vocab_size(config), machine, world_size, keep=1).best[0]
+        plan = make_plan(config, padded_vocab_size(config), machine, world_size, keep=1)
+        best = plan.best[0]
         logger.info(
             "layout      chosen for %s x %s, network %s: %s (%.1f of %.1f GiB, %.3g s a step, "
             "predicted)",
@@ -77,6 +79,8 @@ def with_layout(config: Config, world_size: int) -> Config:
         )
         for remark in remarks(config):
             logger.info("layout      %s", remark)
+        for caution in cautions(plan):
+            logger.warning("layout      %s", caution)
         return best.layout
 
     return ranks.on_first(choose).put_into(config)

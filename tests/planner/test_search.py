@@ -18,7 +18,7 @@ from megatron_bert.errors import ConfigError
 from megatron_bert.planner import search
 from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.layouts import Layout, Split, all_splits, micro_token_choices
-from megatron_bert.planner.machines import GPUS, find_machine, gpu_of_device
+from megatron_bert.planner.machines import GIB, GPUS, find_machine, gpu_of_device
 from megatron_bert.planner.memory import memory
 from megatron_bert.planner.plan import LayoutPlan
 from megatron_bert.planner.report import describe
@@ -151,7 +151,7 @@ def test_the_ranking_is_that_of_all_layouts_simulated() -> None:
         for micro_tokens in micro_token_choices(of.spans, split):
             layout = Layout(split, micro_tokens, "none")
             model = StepModel(of, layout, of.spans[0])
-            free = of.machine.usable_bytes
+            free = 0.95 * of.machine.usable_bytes
             if memory(of, layout, of.spans[0]).total <= free:
                 step = model.step(DataParallelChoices.one(of, layout), model.simulated_bubble())
                 quickest[split] = min(step.total, quickest.get(split, math.inf))
@@ -184,6 +184,35 @@ def test_what_was_not_simulated_is_marked_and_still_has_one_time(
     monkeypatch.setattr(search, "_MOST_SIMULATED_ACTIONS", 0)
     none = "\n".join(describe(make_plan(config, VOCABULARY, machine, 4)))
     assert re.search(r"  parallel.pipeline=\d+: at least \d", none)
+
+
+def test_layouts_that_leave_little_memory_come_after_all_that_leave_more() -> None:
+    machine = find_machine("h100-94gb")
+    plan = make_plan(recipe(), VOCABULARY, machine, 12, keep=1000)
+    spare = [entry.peak_bytes <= 0.95 * machine.usable_bytes for entry in plan.best]
+    assert spare == sorted(spare, reverse=True)
+    assert spare[0]
+    assert plan.tight is not None
+    assert plan.tight.days < plan.best[0].days
+    assert plan.tight.peak_bytes > 0.95 * machine.usable_bytes
+    assert all(entry.peak_bytes <= 0.95 * machine.usable_bytes for _, entry in plan.alternatives)
+    lines = list(describe(plan))
+    assert any(line.startswith("why this one: the quickest with 5 % of the") for line in lines)
+    assert any(line.startswith("  less than 5 % of the memory left: 3.") for line in lines)
+    assert not any("run out of it" in line for line in lines)
+
+
+def test_a_layout_that_leaves_little_memory_is_the_best_only_if_all_do_and_is_warned_of() -> None:
+    machine = find_machine("h100-94gb")
+    usable = machine.usable_bytes
+    smallest = make_plan(recipe(), VOCABULARY, machine, 4, keep=1).smallest.peak_bytes
+    small = machine.with_memory(machine.gpu.memory_gib - (usable - 1.03 * smallest) / GIB)
+    plan = make_plan(recipe(), VOCABULARY, small, 4)
+    assert plan.best[0].peak_bytes > 0.95 * small.usable_bytes
+    assert plan.tight is None
+    text = "\n".join(describe(plan))
+    assert "every layout that fits leaves less than 5 % of the memory" in text
+    assert "[less than 5 % of the memory is left]" in text
 
 
 def test_each_way_to_share_the_model_is_ranked_once() -> None:

@@ -16,6 +16,9 @@ import yaml
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
 from megatron_bert.errors import UserError
+from megatron_bert.data.vocabulary import padded_vocab_size
+from megatron_bert.planner.machines import GIB, find_machine
+from megatron_bert.planner.search import make_plan
 from megatron_bert.run.metrics import read
 from megatron_bert.training import auto_layout
 from megatron_bert.training.auto_layout import with_layout
@@ -94,6 +97,23 @@ def test_the_dry_run_shows_the_layout_that_would_be_chosen(
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["--config", str(path), "--dry-run"]) == 0
     assert "layout      chosen for 4 x cpu" in caplog.text
+
+
+@pytest.mark.parametrize(("share", "warned"), [(1.03, True), (1.5, False)])
+def test_a_chosen_layout_that_may_run_out_of_memory_is_warned_of(
+    tiny_run: Callable[..., Config],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    warned: bool,
+) -> None:
+    config, machine = tiny_run(parallel={"layout": "auto"}), find_machine("cpu", 1)
+    smallest = make_plan(config, padded_vocab_size(config), machine, 1).smallest.peak_bytes
+    reserved = machine.gpu.memory_gib - machine.usable_bytes / GIB
+    small = machine.with_memory(reserved + share * smallest / GIB)
+    monkeypatch.setattr(auto_layout, "_machine_of", lambda *_: small)
+    with_layout(config, 1)
+    assert ("this one may run out of it" in caplog.text) == warned
 
 
 def test_the_network_is_what_the_key_names_or_the_nodes_adapters_send(
