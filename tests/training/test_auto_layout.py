@@ -15,8 +15,8 @@ import yaml
 
 from megatron_bert.config.load import dump_config
 from megatron_bert.config.schema import Config
-from megatron_bert.errors import UserError
 from megatron_bert.data.vocabulary import padded_vocab_size
+from megatron_bert.errors import UserError
 from megatron_bert.planner.machines import GIB, find_machine
 from megatron_bert.planner.search import make_plan
 from megatron_bert.run.metrics import read
