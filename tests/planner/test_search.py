@@ -20,12 +20,15 @@ from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.layouts import Layout, Split, all_splits, micro_token_choices
 from megatron_bert.planner.machines import GIB, GPUS, find_machine, gpu_of_device
 from megatron_bert.planner.memory import memory
+from megatron_bert.planner.ordering import SCARCE_PERCENT
 from megatron_bert.planner.plan import LayoutPlan
 from megatron_bert.planner.report import describe
 from megatron_bert.planner.search import make_plan
 from megatron_bert.planner.step import StepModel
 from megatron_bert.planner.wording import significant, unit_for
 from tests.planner.jobs import VOCABULARY, job, recipe
+
+_ENOUGH = 1 - SCARCE_PERCENT / 100
 
 
 @pytest.mark.parametrize(("ranks", "most"), [(64, 2.0), (4096, 1.0)])
@@ -189,16 +192,22 @@ def test_what_was_not_simulated_is_marked_and_still_has_one_time(
 def test_layouts_that_leave_little_memory_come_after_all_that_leave_more() -> None:
     machine = find_machine("h100-94gb")
     plan = make_plan(recipe(), VOCABULARY, machine, 12, keep=1000)
-    spare = [entry.peak_bytes <= 0.95 * machine.usable_bytes for entry in plan.best]
+    spare = [entry.peak_bytes <= _ENOUGH * machine.usable_bytes for entry in plan.best]
     assert spare == sorted(spare, reverse=True)
     assert spare[0]
     assert plan.tight is not None
     assert plan.tight.days < plan.best[0].days
-    assert plan.tight.peak_bytes > 0.95 * machine.usable_bytes
-    assert all(entry.peak_bytes <= 0.95 * machine.usable_bytes for _, entry in plan.alternatives)
+    assert plan.tight.peak_bytes > _ENOUGH * machine.usable_bytes
+    assert all(entry.peak_bytes <= _ENOUGH * machine.usable_bytes for _, entry in plan.alternatives)
     lines = list(describe(plan))
-    assert any(line.startswith("why this one: the quickest with 5 % of the") for line in lines)
-    assert any(line.startswith("  less than 5 % of the memory left: 3.") for line in lines)
+    assert any(
+        line.startswith(f"why this one: the quickest with {SCARCE_PERCENT:g} % of the")
+        for line in lines
+    )
+    assert any(
+        line.startswith(f"  less than {SCARCE_PERCENT:g} % of the memory left: 3.")
+        for line in lines
+    )
     assert not any("run out of it" in line for line in lines)
 
 
@@ -208,11 +217,11 @@ def test_a_layout_that_leaves_little_memory_is_the_best_only_if_all_do_and_is_wa
     smallest = make_plan(recipe(), VOCABULARY, machine, 4, keep=1).smallest.peak_bytes
     small = machine.with_memory(machine.gpu.memory_gib - (usable - 1.03 * smallest) / GIB)
     plan = make_plan(recipe(), VOCABULARY, small, 4)
-    assert plan.best[0].peak_bytes > 0.95 * small.usable_bytes
+    assert plan.best[0].peak_bytes > _ENOUGH * small.usable_bytes
     assert plan.tight is None
     text = "\n".join(describe(plan))
-    assert "every layout that fits leaves less than 5 % of the memory" in text
-    assert "[less than 5 % of the memory is left]" in text
+    assert f"every layout that fits leaves less than {SCARCE_PERCENT:g} % of the memory" in text
+    assert f"[less than {SCARCE_PERCENT:g} % of the memory is left]" in text
 
 
 def test_each_way_to_share_the_model_is_ranked_once() -> None:
