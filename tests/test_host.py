@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bert.host import usable_memory
+from megatron_bert.host import usable_cores, usable_memory
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -51,3 +51,28 @@ def test_in_a_container_the_mounts_root_counts(tmp_path: Path) -> None:
 
 def test_without_control_groups_it_is_the_machines(tmp_path: Path) -> None:
     assert usable_memory(tmp_path, tmp_path / "none") == MACHINE
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None)]
+)
+def test_cores_are_those_that_a_group_gives_time_for(
+    tmp_path: Path, quota: str, cores: int | None
+) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/job\n")
+    _limit(tmp_path / "mount" / "job", "cpu.max", quota)
+    allowed = len(os.sched_getaffinity(0))
+    assert usable_cores(tmp_path / "mount", membership) == (cores or allowed)
+
+
+def test_version_1_gives_time_by_a_quota_and_a_period(tmp_path: Path) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text("3:cpu,cpuacct:/job\n")
+    job = tmp_path / "mount" / "cpu" / "job"
+    _limit(job, "cpu.cfs_quota_us", "150000")
+    _limit(job, "cpu.cfs_period_us", "100000")
+    # Without a limit.
+    _limit(job.parent, "cpu.cfs_quota_us", "-1")
+    _limit(job.parent, "cpu.cfs_period_us", "100000")
+    assert usable_cores(tmp_path / "mount", membership) == min(2, len(os.sched_getaffinity(0)))

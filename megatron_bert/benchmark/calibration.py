@@ -18,6 +18,7 @@ from megatron_bert.benchmark.gemm import seconds_of
 from megatron_bert.benchmark.machine import describe_hardware
 from megatron_bert.distributed.agreement import Ranks
 from megatron_bert.distributed.device_facts import device_name
+from megatron_bert.host import usable_memory
 from megatron_bert.model.attention import PackedLayout, attend, has_kernel
 from megatron_bert.planner.calibrated import Calibration
 from megatron_bert.planner.compute import ATTENTION_BACKWARD_MOVES
@@ -161,7 +162,7 @@ def _facts(name: str, device: torch.device, curves: dict[str, Curve]) -> tuple[G
         if known is not None:
             return replace(GPUS[known], name=name, memory_gib=memory, per_node=per_node), False
     else:
-        memory = describe_hardware().memory_gb * 1e9 / GIB / per_node
+        memory = usable_memory() / GIB / per_node
     rates = {kind: max(2e-12 * n**3 / s for n, s in curves[f"gemm_{kind}"]) for kind in _KINDS}
     element = 2 if device.type == "cuda" else 4
     inside = "all_reduce" in curves and dist.get_world_size() <= per_node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,11 @@ from megatron_bert.files import TEMPORARY_INFIX, sync_to_disk, temporary_path, w
 
 LATEST_NAME = "latest"
 _FOLDER = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(rf"(step_\d{{8,}}|{LATEST_NAME}){re.escape(TEMPORARY_INFIX)}[0-9a-f]+")
+# In the name of a folder that is to be removed, and never to be taken for a checkpoint again.
+_DOOMED_INFIX = ".old-"
+_LEFTOVER = re.compile(
+    rf"(step_\d{{8,}}|{LATEST_NAME})({re.escape(TEMPORARY_INFIX)}|{re.escape(_DOOMED_INFIX)})[0-9a-f]+"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +66,8 @@ class CheckpointFolders:
             write_atomically(self.root / LATEST_NAME, final.name + "\n")
         except OSError as error:
             logger.warning("%s is saved, but %s still names another: %s", final, LATEST_NAME, error)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():
+            _discard(replaced, final.name)
         self._remove_surplus(final)
 
     def remove_leftovers(self) -> None:
@@ -72,13 +78,14 @@ class CheckpointFolders:
         """
         if not self.root.is_dir():
             return
-        found = [path for path in self.root.iterdir() if _LEFTOVER.fullmatch(path.name)]
+        found = [(path, _LEFTOVER.fullmatch(path.name)) for path in self.root.iterdir()]
+        leftovers = [(path, match) for path, match in found if match is not None]
         # Of the two complete ones that such a save leaves the newer one is taken.
-        for path in sorted(found, key=lambda path: path.lstat().st_mtime, reverse=True):
-            final = path.with_name(path.name.partition(TEMPORARY_INFIX)[0])
-            is_free = final.name != LATEST_NAME and not final.exists()
+        for path, match in sorted(leftovers, key=lambda leftover: _changed_at(leftover[0])):
+            final = self.root / match[1]
+            may_return = match[1] != LATEST_NAME and match[2] == TEMPORARY_INFIX
             try:
-                if is_free and _is_complete(path, self.step_of(final)):
+                if may_return and not final.exists() and _is_complete(path, self.step_of(final)):
                     path.rename(final)
                     logger.warning("%s was complete under the name %s: renamed", final, path)
                     continue
@@ -95,13 +102,26 @@ class CheckpointFolders:
         # course of the run: they must not push out good ones.
         ours = [path for path in self.newest_first() if self.step_of(path) <= self.step_of(newest)]
         for folder in ours[self.keep :]:
-            # Renamed first: a removal cut short must not leave half a folder under a good name.
-            doomed = temporary_path(folder)
-            try:
-                folder.rename(doomed)
-                shutil.rmtree(doomed)
-            except OSError as error:
-                logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
+            _discard(folder, folder.name)
+
+
+def _discard(folder: Path, name: str) -> None:
+    """Remove a folder that was the checkpoint of this name; warn if that cannot be done."""
+    # Renamed first: a removal cut short must not leave half a folder under a good name.
+    doomed = folder.with_name(f"{name}{_DOOMED_INFIX}{secrets.token_hex(4)}")
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
+
+
+def _changed_at(path: Path) -> float:
+    """A key by which the newest comes first, and what has vanished last."""
+    try:
+        return -path.lstat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_complete(folder: Path, step: int) -> bool:

@@ -165,7 +165,7 @@ def _write_documents(
         remedy = (
             "documents of this file are among it, so if the file is changed, begin anew with "
             f"{argument('restart', True)}"
-            if any(str(path) in str(error) for path in begun)
+            if str(error).startswith(tuple(f"{path}{end}" for path in begun for end in (",", " ")))
             else "mend that and do the same again to go on"
         )
         raise DataError(

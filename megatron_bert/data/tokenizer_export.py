@@ -131,7 +131,14 @@ def export_obstacle(path: Path, tokenizer: Tokenizer) -> str | None:
     if path.suffix != ".model":
         return None
     content = path.read_bytes()
-    if parse_settings(content).is_unigram:
+    settings = parse_settings(content)
+    if settings.whitespace_as_suffix:
+        return "is a SentencePiece model that puts spaces at the ends of words"
+    if not settings.escape_whitespaces:
+        return "is a SentencePiece model that leaves spaces as they are"
+    if SPACE in settings.user_defined_symbols:
+        return f"is a SentencePiece model with the user-defined piece {SPACE!r}"
+    if settings.is_unigram:
         return None
     special = {tokenizer.id_to_piece(number) for number in tokenizer.special_ids}
     return bpe_obstacle(parse_model(content), special)

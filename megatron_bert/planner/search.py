@@ -128,7 +128,7 @@ class _Search:
 
         Those that leave little memory come last. The first ones are the same however many are kept.
         """
-        self._actions_left = _MOST_SIMULATED_ACTIONS
+        self._refill_actions()
         found: dict[Split, int] = {}
         for numbers in self._by_memory(self.fitting):
             quickest = self._quickest(numbers, self._seconds, found)
@@ -137,11 +137,13 @@ class _Search:
                     found.setdefault(self._base(number).split, number)
                 if len(found) >= keep:
                     break
+            if len(found) >= keep:
+                break
         return [self.plan(self._layout(number)) for number in list(found.values())[:keep]]
 
     def alternatives(self, best: Layout) -> Iterator[tuple[str, LayoutPlan]]:
         """Yield, for each choice of the best layout, the fastest layout that differs in it."""
-        self._actions_left = _MOST_SIMULATED_ACTIONS
+        self._refill_actions()
         differs = {
             name: np.array([choice(base) != choice(best) for base in self._bases])[self._base_of]
             for name, choice in _CHOICES.items()
@@ -156,9 +158,12 @@ class _Search:
                 yield name, self._first(others, self._seconds)
 
     def quicker_with_little_left(self, best: LayoutPlan) -> LayoutPlan | None:
-        """The fastest layout that leaves little memory, if it is faster than the best one."""
-        _, scarce = self._by_memory(self.fitting)
-        if not len(scarce):
+        """The fastest layout that leaves little memory, if it is faster than the best one.
+
+        None if the best one leaves little as well, as then all do.
+        """
+        roomy, scarce = self._by_memory(self.fitting)
+        if not len(scarce) or not len(roomy):
             return None
         found = self.plan(self._layout(next(self._quickest(scarce, self._seconds))))
         return found if found.days < best.days else None
@@ -204,6 +209,11 @@ class _Search:
                 heapq.heappush(waiting, (float(seconds[number]), number))
         while waiting:
             yield heapq.heappop(waiting)[1]
+
+    def _refill_actions(self) -> None:
+        """Allow as many simulations as at first, also of bases for which they did not suffice."""
+        self._actions_left = _MOST_SIMULATED_ACTIONS
+        self._bubbles = {base: found for base, found in self._bubbles.items() if found is not None}
 
     def _simulate(self, base: int) -> None:
         """Count a base's layouts with the bubbles that its pipeline has, while it is worth it."""

@@ -119,6 +119,7 @@ def test_a_checkpoint_that_cannot_be_removed_stops_no_later_save_and_no_start(
         store.remove_leftovers()
     assert store.newest() == tmp_path / "step_00000003"
     assert "Directory not empty" in caplog.text
+    assert "renamed" not in caplog.text, "a checkpoint that was given up came back"
     store.save(4, TENSORS, {})
     assert _names(tmp_path) == ["latest", "step_00000004"]
 

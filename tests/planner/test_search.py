@@ -18,7 +18,7 @@ from megatron_bert.errors import ConfigError
 from megatron_bert.planner import search
 from megatron_bert.planner.data_parallel_choices import DataParallelChoices
 from megatron_bert.planner.layouts import Layout, Split, all_splits, micro_token_choices
-from megatron_bert.planner.machines import GIB, GPUS, find_machine, gpu_of_device
+from megatron_bert.planner.machines import GIB, GPUS, find_machine, find_network, gpu_of_device
 from megatron_bert.planner.memory import memory
 from megatron_bert.planner.ordering import SCARCE_PERCENT
 from megatron_bert.planner.plan import LayoutPlan
@@ -222,6 +222,14 @@ def test_a_layout_that_leaves_little_memory_is_the_best_only_if_all_do_and_is_wa
     text = "\n".join(describe(plan))
     assert f"every layout that fits leaves less than {SCARCE_PERCENT:g} % of the memory" in text
     assert f"[less than {SCARCE_PERCENT:g} % of the memory is left]" in text
+
+
+def test_what_stands_beside_the_ranking_does_not_depend_on_how_many_are_kept() -> None:
+    # The ranking ends before all pipelines that it would like to are simulated.
+    machine = replace(find_machine("h100-80gb"), network=find_network("hdr100x1"))
+    few, more = (make_plan(recipe(), VOCABULARY, machine, 256, keep=keep) for keep in (1, 10))
+    assert few.alternatives == more.alternatives
+    assert few.of_stages == more.of_stages
 
 
 def test_each_way_to_share_the_model_is_ranked_once() -> None:

@@ -571,13 +571,16 @@ def test_a_bpe_model_segments_real_text_as_sentencepiece_does(
             {"model_type": "bpe", "user_defined_symbols": ["ab"]},
             r"user-defined pieces of several characters \('ab'\)",
         ),
+        ({"model_type": "bpe", "treat_whitespace_as_suffix": True}, "spaces at the ends of words"),
+        ({"model_type": "unigram", "treat_whitespace_as_suffix": True}, "at the ends of words"),
+        ({"model_type": "unigram", "user_defined_symbols": ["▁"]}, "user-defined piece '▁'"),
     ],
 )
 def test_a_sentencepiece_model_that_cannot_be_rebuilt_is_refused(
     tiny_texts: list[str], tmp_path: Path, options: dict[str, Any], told: str
 ) -> None:
     words = {"vocab_size": 100, "byte_fallback": False, "hard_vocab_limit": False}
-    options |= words if options["model_type"] != "bpe" else {}
+    options |= words if options["model_type"] in ("word", "char") else {}
     path = train(tiny_texts, tmp_path / "other.model", **options)
     with pytest.raises(DataError, match=rf"other\.model .*{told}.*Begin a new run"):
         export_tokenizer(path, 512)

@@ -174,6 +174,16 @@ def test_all_documents_before_a_cut_in_a_file_are_kept_and_the_next_file_may_be_
     assert resumed == {path.name: path.read_bytes() for path in workshop.prefix.parent.iterdir()}
 
 
+def test_a_broken_file_is_not_taken_for_another_whose_name_ends_its_own(
+    workshop: Workshop, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_bert.data.preprocess._BATCH_BYTES", 2000)
+    monkeypatch.chdir(workshop.write("1.jsonl", jsonl(tiny_texts[:100])).parent)
+    workshop.write("11.jsonl", b"{\n")
+    with pytest.raises(DataError, match=r"^11\.jsonl, line 1.*mend that and do the same again"):
+        workshop.run(Path("1.jsonl"), Path("11.jsonl"))
+
+
 def test_all_whole_batches_before_a_cut_are_kept_however_far_the_reader_is_ahead(
     workshop: Workshop, tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
