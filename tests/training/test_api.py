@@ -176,7 +176,7 @@ def test_whole_numbers_of_numpy_and_torch_are_taken(tiny_run: Callable[..., Conf
         ("", {"inputs": 5}, "inputs = 5: give text or a pathlib.Path or a list of paths"),
         ("", {"overwrite": "no"}, "overwrite = 'no': give True or False"),
         ("", {"field_keys": ["a", "a"]}, "field_keys a: given twice"),
-        ("", {"on_error": "ignore"}, "on_error = 'ignore': give one of 'skip', 'fail'"),
+        ("", {"on_error": "ignore"}, "on_error = 'ignore': give one of 'fail', 'skip'"),
         ("", {"normalize": "NFKC"}, "normalize = 'NFKC': give one of 'none', 'nfkc'"),
         ("", {"txt_documents": "word"}, "txt_documents = 'word': give one of 'line'"),
         ("", {"word_boundaries": "x"}, "word_boundaries = 'x': give one of"),
@@ -210,11 +210,14 @@ def test_work_of_other_arguments_is_told_by_their_names(
     (tmp_path / "bad.jsonl").write_text(bad)
     inputs = [tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
     tokenizer, new = tiny_run().data.tokenizer, tmp_path / "new"
-    with pytest.raises(api.UserError, match="or begin anew, with restart=True, if an input"):
+    with pytest.raises(api.UserError, match="on_error='skip'; what was done until then is kept"):
         api.preprocess(api.PreprocessOptions(inputs, tokenizer, new))
     options = api.PreprocessOptions(inputs, tokenizer, new, field_keys=["url"])
     with pytest.raises(api.UserError, match=r'field_keys was \[\] and is now \["url"\]'):
         api.preprocess(options)
+    (tmp_path / "good.jsonl").write_text(good + good)
+    with pytest.raises(api.UserError, match="restore it, or begin anew with restart=True"):
+        api.preprocess(api.PreprocessOptions(inputs, tokenizer, new))
 
 
 def test_curves_need_no_list_of_one_run_and_say_where_matplotlib_lacks(
