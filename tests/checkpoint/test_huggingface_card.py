@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,23 @@ def test_the_card_tells_spare_rows_and_bf16(pieces: int, told: str) -> None:
 _WARNING = "**Rows of training had at most "
 
 
+def _card(config: Config, step: int, languages: Sequence[str] = ()) -> str:
+    """The card of a checkpoint of which only configuration and step are known."""
+    state = {"step": step, "consumed_rows": 1, "topology": {}, "config": config_dict(config)}
+    return model_card(
+        config.model,
+        512,
+        "fp32",
+        num_pieces=512,
+        num_parameters=1,
+        mask_token="<MASK>",
+        state=RunState(Path(f"step_{step}"), state),
+        figures=None,
+        license_id="other",
+        languages=languages,
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -190,18 +208,7 @@ def test_the_card_warns_of_positions_that_no_row_has_reached(
     changes: dict[str, Any], told: tuple[str, ...]
 ) -> None:
     config = small_config(**changes)
-    state = {"step": 10, "consumed_rows": 1, "topology": {}, "config": config_dict(config)}
-    card = model_card(
-        config.model,
-        512,
-        "fp32",
-        num_pieces=512,
-        num_parameters=1,
-        mask_token="<MASK>",
-        state=RunState(Path("step_10"), state),
-        figures=None,
-        license_id="other",
-    )
+    card = _card(config, step=10)
     assert (_WARNING in card) == bool(told)
     for words in told:
         assert words in card
@@ -218,20 +225,7 @@ def test_the_card_warns_of_positions_that_no_row_has_reached(
     ],
 )
 def test_the_cards_sample_texts_are_in_the_models_language(languages: list[str], told: str) -> None:
-    config = small_config()
-    state = {"step": 3, "consumed_rows": 1, "topology": {}, "config": config_dict(config)}
-    card = model_card(
-        config.model,
-        512,
-        "fp32",
-        num_pieces=512,
-        num_parameters=1,
-        mask_token="<MASK>",
-        state=RunState(Path("step_3"), state),
-        figures=None,
-        license_id="other",
-        languages=languages,
-    )
+    card = _card(small_config(), step=3, languages=languages)
     assert f'fill("{told}", top_k=3)' in card
     assert ("吾輩は猫である" in card) == ("ja" in languages)
 

@@ -175,14 +175,18 @@ def test_a_literal_byte_piece_with_a_character_unknown_to_the_vocabulary_stays_t
     assert_same_ids_and_texts(tiny_tokenizer_path, ["<0x41>", BYTE_LITERAL])
 
 
+def assert_export_encodes_alike(model: Path, texts: list[str], folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(export_tokenizer(model, 512).files[path.name], "utf-8")
+    texts = [*texts, *HARD_LINES, *LEADING_SPACES, *SPECIAL_PIECES]
+    first, second = Tokenizer.load(model), Tokenizer.load(path)
+    assert second.encode_batch(texts) == first.encode_batch(texts)
+
+
 def test_the_exported_file_is_a_tokenizer_for_pretraining_with_the_same_ids(
     tiny_tokenizer_path: Path, tiny_texts: list[str], tmp_path: Path
 ) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(export_tokenizer(tiny_tokenizer_path, 512).files[path.name], "utf-8")
-    texts = [*tiny_texts, *HARD_LINES, *LEADING_SPACES, *SPECIAL_PIECES]
-    first, second = Tokenizer.load(tiny_tokenizer_path), Tokenizer.load(path)
-    assert second.encode_batch(texts) == first.encode_batch(texts)
+    assert_export_encodes_alike(tiny_tokenizer_path, tiny_texts, tmp_path)
 
 
 def test_the_exported_vocabulary_has_the_pieces_at_their_ids(
@@ -525,11 +529,7 @@ def test_offsets_of_an_exported_bpe_model_point_to_the_characters_of_each_piece(
 def test_an_exported_bpe_model_is_a_tokenizer_for_pretraining_with_the_same_ids(
     bpe_path: Path, tiny_texts: list[str], tmp_path: Path
 ) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(export_tokenizer(bpe_path, 512).files[path.name], "utf-8")
-    texts = [*tiny_texts, *HARD_LINES, *LEADING_SPACES, *SPECIAL_PIECES]
-    first, second = Tokenizer.load(bpe_path), Tokenizer.load(path)
-    assert second.encode_batch(texts) == first.encode_batch(texts)
+    assert_export_encodes_alike(bpe_path, tiny_texts, tmp_path)
 
 
 @pytest.mark.parametrize(
